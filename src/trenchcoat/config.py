@@ -5,13 +5,19 @@ Field docstrings (the string below each field) are the help texts of the command
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
+
+import yaml
 
 Kind = Literal["terrace", "sliding", "linear"]
 """Which keys are near (softmax) and which far (linear); the formula is in ``trenchcoat.ops.reference``."""
 
 FeatureMapName = Literal["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", "elu"]
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message names the value, what was expected and the mend, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,3 +251,16 @@ class Recipe:
     """Evaluation and report."""
     run: RunConfig = field(default_factory=RunConfig)
     """Folder, seed, display."""
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML text, every field written out; ``recipe_io.load_recipe`` reads it back to an equal recipe."""
+    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
