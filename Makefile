@@ -1,0 +1,37 @@
+# Two commands, each of which sets itself up on a fresh machine:
+#   make demo    linearize the embedded language model, minutes on two CPU cores
+#   make test    the whole test suite
+# PYTHON=python3.12 make test   picks another interpreter; VENV=... another folder for the environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-with-constraints
+WORKERS ?= 2
+
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test lint wheel clean
+
+demo: $(STAMP)
+	$(BIN)/trenchcoat demo
+
+# One thread a worker: two workers keep two cores busy, and threads that spin on a busy machine cost more than they give.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+wheel: $(STAMP)
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "trenchcoat needs Python 3.11 or newer; $(PYTHON) is older. Name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf build/lib build/bdist.* dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
