@@ -1,0 +1,304 @@
+"""What is read from and written to disk: the pretrained model, adapters, and resumable training checkpoints.
+
+A training checkpoint is a folder ``step-00000100`` holding safetensors groups, ``state.json`` and ``manifest.json``
+with the SHA-256 of each file. It appears by a rename, so it is complete or absent; a file damaged later is found by its
+checksum, and the newest sound checkpoint before it is used. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trenchcoat.config import ModelConfig, UserError
+from trenchcoat.embedded import teacher_dir
+from trenchcoat.files import (
+    CorruptFileError,
+    SaveError,
+    atomic_directory,
+    atomic_file,
+    load_tensors,
+    read_json,
+    remove_partials,
+    save_tensors,
+    separate_storage,
+    sha256,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "ADAPTER_FILE",
+    "ADAPTER_META",
+    "Checkpoint",
+    "CorruptFileError",
+    "SaveError",
+    "atomic_directory",
+    "atomic_file",
+    "fingerprint",
+    "load_model",
+    "load_tensors",
+    "newest_checkpoint",
+    "prune_checkpoints",
+    "read_adapter",
+    "read_json",
+    "resolve_device",
+    "resolve_dtype",
+    "save_tensors",
+    "write_adapter",
+    "write_checkpoint",
+    "write_json",
+    "write_text",
+]
+
+ADAPTER_FILE = "adapter.safetensors"
+ADAPTER_META = "trenchcoat.json"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+
+# The pretrained model
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU when there is one; an impossible device is a ``UserError``."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"model.device={name!r} is not a device; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"model.device={name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError(f"model.dtype={name!r} is not known; expected auto, {', '.join(known)}")
+    return known[name]
+
+
+def _model_source(cfg: ModelConfig) -> str:
+    if cfg.path == "embedded":
+        try:
+            return str(teacher_dir())
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
+    local = Path(cfg.path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            hint = f"; it is an adapter: use trenchcoat.load({cfg.path!r})" if (local / ADAPTER_META).is_file() else ""
+            raise UserError(f"model.path={cfg.path!r} is not a Hugging Face model folder (no config.json){hint}")
+        return str(local)
+    if local.exists():
+        raise UserError(f"model.path={cfg.path!r} is a file; give the folder that holds config.json")
+    if cfg.path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", cfg.path):
+        raise UserError(f"model.path={cfg.path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
+    return cfg.path
+
+
+def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
+    """Load the pretrained model (evaluation mode, nothing trainable) and its tokenizer.
+
+    Raises ``UserError`` for an unknown path or id, a folder that is no causal language model, a missing tokenizer,
+    an attention implementation that cannot run here, or an impossible device.
+    """
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.dtype, device)
+    source = _model_source(cfg)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=cfg.revision, dtype=dtype, attn_implementation=cfg.attention
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(
+            f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
+            f"{_one_line(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {_one_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# The identity of a base model
+
+_CONFIG_ESSENTIALS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The base model's own parameters under their original names: no students, no LoRA, no PEFT prefixes."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".student." in name or ".modules_to_save." in name:
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        found[plain] = parameter
+    return found
+
+
+def fingerprint(model: nn.Module, *, samples: int = 8, elements: int = 4096) -> str:
+    """Identity of the base weights, the same before and after students and (unmerged) LoRA are attached.
+
+    A hash of the config's sizes and of the first ``elements`` values of ``samples`` matrices spread over the model,
+    rounded to bfloat16, so that loading in float32 or bfloat16 gives the same answer. (Loading float32 weights as
+    float16 rounds twice and may differ.) Raises ``ValueError`` for weights on the meta device.
+    """
+    config: Any = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    essentials: dict[str, Any] = {"model_type": str(config.model_type).removeprefix("linearized_")}
+    essentials |= {name: getattr(config, name, None) for name in _CONFIG_ESSENTIALS}
+    digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
+    named = sorted((name, p) for name, p in base_tensors(model).items() if p.dim() >= 2)
+    if not named:
+        raise ValueError("fingerprint: the model has no weight matrices")
+    for index in sorted({round(i * (len(named) - 1) / max(samples - 1, 1)) for i in range(samples)}):
+        name, parameter = named[index]
+        if parameter.is_meta:
+            raise ValueError(f"fingerprint: {name} is on the meta device; load the weights first")
+        part = parameter.detach().flatten()[:elements].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(part.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+# Adapters: what was learned, without the base model
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta`` plus the checksum of the tensors)."""
+    directory = Path(directory)
+    save_tensors(directory / ADAPTER_FILE, tensors, {"format": "pt"})
+    write_json(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter folder: ``(tensors, meta)``.
+
+    Raises ``UserError`` when the folder is no adapter and ``CorruptFileError`` when the tensors are damaged or do not
+    belong to the JSON beside them.
+    """
+    directory = Path(directory)
+    for name in (ADAPTER_META, ADAPTER_FILE):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} is not an adapter folder: {name} is missing")
+    meta = read_json(directory / ADAPTER_META)
+    if not isinstance(meta, dict):
+        raise CorruptFileError(f"{directory / ADAPTER_META} should hold a JSON object")
+    expected = meta.get("sha256")
+    if expected is not None and sha256(directory / ADAPTER_FILE) != expected:
+        raise CorruptFileError(
+            f"{directory / ADAPTER_FILE} does not match the checksum in {ADAPTER_META}: it is damaged or from another "
+            "export; export the adapter again"
+        )
+    return load_tensors(directory / ADAPTER_FILE), meta
+
+
+# Resumable training checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint folder: its step, its JSON state, and its tensor groups read on demand."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of one group (``weights``, ``optimizer``, ...), on the CPU."""
+        return load_tensors(self.path / f"{group}.safetensors")
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Folder of the checkpoint of ``step`` under ``root``."""
+    return Path(root) / f"step-{step:08d}"
+
+
+def write_checkpoint(
+    root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> Path:
+    """Write one complete checkpoint; raises ``SaveError`` when it cannot, leaving the older ones as they were."""
+    target = checkpoint_path(root, step)
+    with atomic_directory(target) as partial:
+        for group, tensors in groups.items():
+            save_file(separate_storage(tensors), partial / f"{group}.safetensors")
+        (partial / STATE).write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
+        files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": files}, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify one checkpoint folder by its manifest; raises ``CorruptFileError`` naming the first bad file."""
+    match = _STEP_NAME.fullmatch(path.name)
+    if match is None or not (path / MANIFEST).is_file():
+        raise CorruptFileError(f"{path} is not a complete checkpoint: {MANIFEST} is missing")
+    manifest = read_json(path / MANIFEST)
+    files = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or STATE not in files:
+        raise CorruptFileError(f"{path / MANIFEST} lists no files")
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            raise CorruptFileError(f"{path / name} is missing")
+        if sha256(path / name) != expected:
+            raise CorruptFileError(f"{path / name} is damaged: its checksum is not the one in {MANIFEST}")
+    return Checkpoint(path=path, step=int(match.group(1)), state=read_json(path / STATE))
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Checkpoint folders under ``root``, oldest first, verified or not."""
+    if not Path(root).is_dir():
+        return []
+    found = [path for path in Path(root).iterdir() if path.is_dir() and _STEP_NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest sound checkpoint under ``root``, or None; ``warn`` is told about every damaged one passed over."""
+    for path in reversed(checkpoint_folders(root)):
+        try:
+            return read_checkpoint(path)
+        except CorruptFileError as error:
+            warn(f"{error}; this checkpoint is not used")
+    return None
+
+
+def prune_checkpoints(root: Path, keep: Iterable[int]) -> None:
+    """Delete the checkpoints of all other steps, and what an interrupted save left behind."""
+    wanted = set(keep)
+    for path in checkpoint_folders(root):
+        if int(path.name.removeprefix("step-")) not in wanted:
+            shutil.rmtree(path, ignore_errors=True)
+    remove_partials(Path(root))

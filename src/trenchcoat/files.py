@@ -1,0 +1,187 @@
+"""Files that are either complete or absent: written beside their place, flushed to disk, then renamed.
+
+Every file the system leaves behind (checkpoints, adapters, the run's record) goes through here, so a killed process or
+a full disk never leaves half a file under a name that a later run would trust.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trenchcoat.config import UserError
+
+PARTIAL_PREFIX = ".partial-"
+"""Start of the names of files and folders that are still being written."""
+
+
+class SaveError(UserError):
+    """Writing failed (disk full, no permission); nothing that existed before was touched."""
+
+
+class CorruptFileError(UserError):
+    """A file does not hold what its record says it should."""
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename inside it survives a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of the system, or of safetensors, means that there is no room left."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "no space left" in str(error).lower() or "quota exceeded" in str(error).lower()
+
+
+@contextmanager
+def saving(target: Path) -> Iterator[None]:
+    """Turn a failed write inside the block into a ``SaveError`` naming ``target`` and the mend."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise SaveError(
+                f"the disk is full while saving {target}; what was saved before is intact. Free some space (or choose "
+                "another run.dir) and run the same command again"
+            ) from error
+        raise SaveError(f"cannot save {target}: {error}; what was saved before is intact") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; what is written there becomes ``target`` when the block ends well.
+
+    Raises ``SaveError`` when the disk is full or the folder cannot be written; the old file then stays as it was.
+    """
+    target = Path(target)
+    partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
+    with saving(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            sync_file(partial)
+            os.replace(partial, target)
+            sync_directory(target.parent)
+        finally:
+            _remove(partial)
+
+
+@contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Like ``atomic_file`` for a folder; its files are flushed first. An existing ``target`` is replaced."""
+    target = Path(target)
+    partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
+    with saving(target):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for path in sorted(partial.rglob("*")):
+                if path.is_file():
+                    sync_file(path)
+            sync_directory(partial)
+            if target.exists():
+                _remove(target)
+            os.replace(partial, target)
+            sync_directory(target.parent)
+        finally:
+            _remove(partial)
+
+
+def remove_partials(directory: Path) -> list[str]:
+    """Delete what an interrupted save left in ``directory``; returns the names."""
+    if not directory.is_dir():
+        return []
+    names = [path.name for path in sorted(directory.iterdir()) if path.name.startswith(PARTIAL_PREFIX)]
+    for name in names:
+        _remove(directory / name)
+    return names
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    with atomic_file(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically (indented, keys in the order given)."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises ``CorruptFileError`` naming the file when it is not JSON, ``FileNotFoundError`` when absent."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptFileError(f"{path} is not valid JSON ({error}); restore it, or make it again") from error
+
+
+def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies fit for safetensors: detached, contiguous, no two sharing storage (views are copied apart)."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu").contiguous()
+        address = own.untyped_storage().data_ptr()
+        if own.numel() and address in seen:
+            own = own.clone()
+        seen.add(address)
+        plain[name] = own
+    return plain
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as safetensors, atomically. Any dtype and device; shared storage is copied apart."""
+    with atomic_file(Path(path)) as partial:
+        save_file(separate_storage(tensors), partial, metadata=dict(metadata or {}))
+
+
+def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a safetensors file; raises ``CorruptFileError`` naming a damaged one, ``FileNotFoundError`` when absent."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CorruptFileError(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
