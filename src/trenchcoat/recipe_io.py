@@ -6,9 +6,13 @@ what was expected; an unknown key is answered with the nearest known one. The on
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +75,9 @@ def _read(path: str) -> tuple[str, str, str | None]:
         return f"{stem}.yaml", resource.read_text(encoding="utf-8"), None
     near = difflib.get_close_matches(Path(stem).name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "give the path of a YAML file or one of these names."
-    raise UserError(f"there is no recipe {path!r}: no such file, and the recipes that ship are {', '.join(known)}; {hint}")
+    raise UserError(
+        f"there is no recipe {path!r}: no such file, and the recipes that ship are {', '.join(known)}; {hint}"
+    )
 
 
 def _text(path: Path) -> str:
@@ -87,7 +93,9 @@ def _merge(name: str, text: str, overrides: Sequence[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(base, DictConfig):
-        raise UserError(f"{name}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}")
+        raise UserError(
+            f"{name}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
+        )
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
@@ -261,3 +269,61 @@ def _check_window(student: StudentConfig, data: DataConfig) -> None:
 def _check_stage(name: str, stage: StageConfig) -> None:
     if stage.schedule != "constant" and stage.min_lr > stage.lr:
         raise UserError(f"{name}.min_lr must be at most {name}.lr ({stage.lr:g}), got {stage.min_lr:g}")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The text under each field of a dataclass, inherited fields included, as one paragraph a field."""
+    docs: dict[str, str] = {}
+    for owner in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]).body
+        for statement, after in itertools.pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[statement.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def settings_help(sections: Sequence[str] | None = None, width: int = 100) -> str:
+    """Every setting of a recipe as help text: path, default or choices, and the docstring of the field.
+
+    ``sections`` (``["transfer", "lora"]``) restricts it to those.
+    """
+    lines: list[str] = []
+    _describe(Recipe, "", lines, width, sections)
+    return "\n".join(lines).strip()
+
+
+def _describe(cls: type, path: str, lines: list[str], width: int, sections: Sequence[str] | None = None) -> None:
+    docs = field_docs(cls)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if sections is not None and field.name not in sections:
+            continue
+        full = _join(path, field.name)
+        section = _section(hints[field.name])
+        if section is not None:
+            lines += ["", f"{full}: {docs[field.name]}"]
+            _describe(section, full, lines, width)
+            continue
+        lines.append(f"  {full}={_shown(field.default)}")
+        for choices in _choices(hints[field.name]):
+            lines.append(f"      one of {' | '.join(map(str, choices))}")
+        lines += textwrap.wrap(docs[field.name], width, initial_indent="      ", subsequent_indent="      ")
+
+
+def _choices(hint: Any) -> list[tuple[Any, ...]]:
+    literal = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
+    return [typing.get_args(part) for part in literal]
+
+
+def _shown(value: Any) -> str:
+    """A default as one would type it in an override."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)

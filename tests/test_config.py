@@ -1,0 +1,193 @@
+"""Recipes: reading, overriding, checking; every mistake names the field by its path and says what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from trenchcoat.config import LoraConfig, Recipe, StageConfig, TransferConfig, UserError, dump_recipe
+from trenchcoat.recipe_io import (
+    builtin_recipes,
+    check_recipe,
+    field_docs,
+    field_paths,
+    load_recipe,
+    recipe_from_dict,
+    settings_help,
+)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("student: {window: 32}\ntransfer: {lr: 2e-3}\nlora: null\n")
+    return path
+
+
+def test_a_file_and_overrides_become_one_recipe(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ["transfer.epochs=1", "student.keep_softmax=[0,3]", "lora.rank=4"])
+    assert recipe.student.window == 32
+    assert recipe.transfer is not None
+    assert recipe.transfer.lr == 2e-3  # YAML 1.1 would read 2e-3 as text
+    assert recipe.transfer.epochs == 1.0
+    assert recipe.student.keep_softmax == (0, 3)
+    assert recipe.lora == LoraConfig(rank=4)
+    assert load_recipe(recipe_file).lora is None
+    assert load_recipe(recipe_file, ["transfer=null"]).transfer is None
+
+
+def test_the_run_folder_is_named_after_the_recipe_unless_given(recipe_file: Path, tmp_path: Path) -> None:
+    assert load_recipe(recipe_file).run.dir == "runs/mine"
+    assert load_recipe(recipe_file, ["run.dir=elsewhere"]).run.dir == "elsewhere"
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe_file)))
+    assert load_recipe(moved).run.dir == str(moved)
+
+
+def test_a_dumped_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["transfer.min_lr=1e-07", "student.feature_map.eps=1e-30"])
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("name", ["demo", "llama3_1_8b", "llama3_8b", "mistral_7b"])
+def test_the_recipes_that_ship_load(name: str) -> None:
+    assert name in builtin_recipes()
+    assert load_recipe(name).run.dir == f"runs/{name}"
+    assert load_recipe(f"{name}.yaml") == load_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_8b", "mistral_7b"])
+def test_the_large_recipes_hold_the_papers_hyperparameters(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.student.name == "terrace"
+    assert (recipe.student.window, recipe.student.feature_map.feature_dim) == (64, 64)
+    assert (recipe.data.path, recipe.data.seq_len) == ("yahma/alpaca-cleaned", 1024)
+    for stage, lr in ((recipe.transfer, 1e-2), (recipe.lora, 1e-4)):
+        assert stage is not None
+        assert (stage.lr, stage.epochs, stage.batch_size, stage.accumulation) == (lr, 2.0, 1, 8)
+        assert (stage.clip, stage.schedule, stage.plateau_factor, stage.plateau_patience) == (1.0, "plateau", 0.1, 10)
+    assert recipe.transfer is not None
+    assert recipe.transfer.mse_weight == 1000
+    assert recipe.lora is not None
+    assert (recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout) == (8, 16, 0)
+    assert recipe.lora.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_the_variants_written_in_the_recipes_load() -> None:
+    for name in builtin_recipes():
+        variants = [line for line in _text_of(name).splitlines() if line.startswith("#   ") and "student." in line]
+        for line in variants:
+            load_recipe(name, [word for word in line.split() if "=" in word])
+        assert variants or name == "demo"
+
+
+def _text_of(name: str) -> str:
+    from importlib import resources
+
+    return (resources.files("trenchcoat") / "recipes" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.windw=3", "unknown key student.windw: did you mean student.window?"),
+        ("lr=3", "unknown key lr: did you mean transfer.lr or lora.lr?"),
+        ("transfr.lr=3", "unknown key transfr: did you mean transfer?"),
+        ("student.zzzz=3", "unknown key student.zzzz: expected one of student.name, student.window"),
+        ("student.window=0", "student.window must be at least 1, got 0"),
+        ("student.window=4096", "student.window must be at most data.seq_len (1024), got 4096"),
+        ("student.sinks=1024", "student.sinks must be below data.seq_len (1024)"),
+        ("student.mix_init=1.0", "student.mix_init must be above 0 and below 1, got 1.0"),
+        ("student.feature_map.name=hedghog", "got 'hedghog'; did you mean hedgehog?"),
+        ("student.feature_map.feature_dim=0", "student.feature_map.feature_dim must be at least 1, got 0"),
+        ("student.feature_map=7", "student.feature_map must be a mapping of fields, got 7"),
+        ("student.keep_softmax=[1,2.5]", "student.keep_softmax[1] must be a whole number, got 2.5"),
+        ("student.keep_softmax=[-1]", "student.keep_softmax must be layer indices of at least 0, got (-1,)"),
+        ("student.tied=3", "student.tied must be true or false, got 3"),
+        ("transfer.lr=-1", "transfer.lr must be above 0 and finite, got -1.0"),
+        ("transfer.lr=nan", "transfer.lr must be"),
+        ("transfer.epochs=.inf", "transfer.epochs must be above 0 and finite, got inf"),
+        ("transfer.lr=fast", "transfer.lr must be a number, got 'fast'"),
+        ("transfer.mse_weight=0", "transfer.mse_weight and transfer.xent_weight are both 0"),
+        ("transfer.schedule=plato", "got 'plato'; did you mean plateau?"),
+        ("lora.min_lr=1", "lora.min_lr must be at most lora.lr (0.0001), got 1"),
+        ("lora.targets=[]", "lora.targets must be the names of one linear layer or more"),
+        ("lora.dropout=1", "lora.dropout must be at least 0 and below 1, got 1.0"),
+        ("data.seq_len=1.5", "data.seq_len must be a whole number, got 1.5"),
+        ("data.path=''", "data.path must be text that is not empty"),
+        ("run=3", "run must be a mapping of fields, got 3"),
+        ("run.seed=-1", "run.seed must be at least 0, got -1"),
+        ("student.window=null", "student.window must be a whole number, got None"),
+        ("transfer.lr", "override 'transfer.lr' is not of the form key=value"),
+        ("transfer.lr=[", "override 'transfer.lr=['"),
+        ("run.seed=${nothing}", "nothing"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_field(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_linear_students_have_no_window_to_compare(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["student.name=linear", "data.seq_len=16"]).data.seq_len == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("student: [1, 2]", "student must be a mapping of fields, got [1, 2]"),
+        ("- a\n- b\n", "a recipe is a mapping of sections"),
+        ("student: {window: 3", "is not valid YAML"),
+        ("student:\n  window: 3\n  window: 4\n", "is not valid YAML"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'llama3_1_8b'"):
+        load_recipe("llama3.1_8b")
+    with pytest.raises(UserError, match="no such file"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(UserError, match=r"folder without a recipe\.yaml"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("run: {dir: caf\xe9}".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("")
+    recipe = load_recipe(tmp_path / "empty.yaml")
+    assert dataclasses.replace(recipe, run=Recipe().run) == Recipe()
+
+
+def test_the_defaults_are_in_range_and_every_field_has_a_help_text() -> None:
+    check_recipe(Recipe())
+    assert recipe_from_dict(dataclasses.asdict(Recipe())) == Recipe()
+    text = settings_help()
+    for path, _ in field_paths(Recipe):
+        assert path in text
+    for cls in (Recipe, TransferConfig, LoraConfig, StageConfig):
+        docs = field_docs(cls)
+        assert all(docs.get(field.name) for field in dataclasses.fields(cls)), f"a field of {cls} has no docstring"
+
+
+def test_settings_help_shows_defaults_choices_and_only_the_asked_sections() -> None:
+    text = settings_help(["transfer"])
+    assert "transfer.lr" in text
+    assert "0.01" in text
+    assert "plateau | cosine | linear | constant" in text
+    assert "lora.rank" not in text
