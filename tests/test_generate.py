@@ -1,0 +1,117 @@
+"""Generation: batches equal single prompts, seeds repeat, options reach the model, mistakes are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trenchcoat.generate import Generation, generate_text
+
+PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<s>", "</s>", "<pad>", *(f"w{i}" for i in range(3, 61))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w60"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def texts(generations: list[Generation]) -> list[str]:
+    return [generation.text for generation in generations]
+
+
+def test_a_batch_equals_each_prompt_alone(model: Any, tokenizer: Any) -> None:
+    together = generate_text(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=3)
+    alone = [generate_text(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert [g.prompt for g in together] == PROMPTS
+    assert texts(together) == texts(alone)
+    assert all(g.text for g in together)
+    assert all(g.seconds > 0 for g in together)
+
+
+def test_greedy_is_the_arg_max_of_the_logits(model: Any, tokenizer: Any) -> None:
+    ids = tokenizer("w3 w4 w5", return_tensors="pt")["input_ids"]
+    for _ in range(5):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    expected = tokenizer.decode(ids[0, 3:], skip_special_tokens=True)
+    assert texts(generate_text(model, tokenizer, ["w3 w4 w5"], max_new_tokens=5)) == [expected]
+
+
+def test_sampling_repeats_with_its_seed_and_spares_the_callers(model: Any, tokenizer: Any) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "top_p": 0.95}
+    state = torch.random.get_rng_state()
+    first = texts(generate_text(model, tokenizer, PROMPTS, seed=1, **options))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first == texts(generate_text(model, tokenizer, PROMPTS, seed=1, **options))
+    assert first != texts(generate_text(model, tokenizer, PROMPTS, seed=2, **options))
+
+
+def test_top_k_of_one_is_greedy(model: Any, tokenizer: Any) -> None:
+    greedy = generate_text(model, tokenizer, PROMPTS, max_new_tokens=8)
+    assert texts(generate_text(model, tokenizer, PROMPTS, max_new_tokens=8, do_sample=True, top_k=1)) == texts(greedy)
+
+
+def test_beams_run_in_a_padded_batch(model: Any, tokenizer: Any) -> None:
+    together = generate_text(model, tokenizer, PROMPTS[:2], max_new_tokens=6, num_beams=3)
+    alone = [generate_text(model, tokenizer, [prompt], max_new_tokens=6, num_beams=3)[0] for prompt in PROMPTS[:2]]
+    assert texts(together) == texts(alone)
+
+
+def test_text_stops_at_the_end_token(model: Any, tokenizer: Any) -> None:
+    greedy = generate_text(model, tokenizer, ["w3 w4 w5"], max_new_tokens=6)[0].text.split()
+    end = tokenizer.convert_tokens_to_ids(greedy[2])
+    before, model.generation_config.eos_token_id = model.generation_config.eos_token_id, [1, end]
+    try:
+        stopped = generate_text(model, tokenizer, ["w3 w4 w5", "w9"], max_new_tokens=6)[0]
+    finally:
+        model.generation_config.eos_token_id = before
+    assert stopped.tokens == greedy.index(greedy[2]) + 1
+
+
+def test_settings_of_the_checkpoint_do_not_leak_into_greedy(model: Any, tokenizer: Any) -> None:
+    greedy = texts(generate_text(model, tokenizer, PROMPTS, max_new_tokens=8))
+    model.generation_config.update(do_sample=True, temperature=3.0, top_p=0.5)
+    try:
+        assert texts(generate_text(model, tokenizer, PROMPTS, max_new_tokens=8)) == greedy
+    finally:
+        model.generation_config.update(do_sample=False, temperature=None, top_p=None)
+
+
+def test_an_empty_prompt_starts_from_the_beginning_of_text(model: Any, tokenizer: Any) -> None:
+    assert generate_text(model, tokenizer, [""], max_new_tokens=4)[0].tokens >= 1
+
+
+def test_no_prompts_give_no_text(model: Any, tokenizer: Any) -> None:
+    assert generate_text(model, tokenizer, []) == []
+
+
+def test_a_prompt_without_tokens_is_named(model: Any, tokenizer: Any) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="no token"):
+        generate_text(model, bare, [""])
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("max_new_tokens", 0), ("num_beams", 0), ("batch_size", 0), ("temperature", 0.0), ("top_k", -1), ("top_p", 1.5),
+])  # fmt: skip
+def test_values_out_of_range_are_named(model: Any, tokenizer: Any, option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option} is {value}"):
+        generate_text(model, tokenizer, ["w3"], do_sample=True, **{option: value})
