@@ -1,0 +1,189 @@
+"""The operator: a softmax window plus linear attention over everything older, by one name and several implementations.
+
+The formula and the edge cases are written out in :mod:`trenchcoat.ops.reference`. This file validates and dispatches.
+
+Shape legend: B rows, H query heads, G key/value heads, K heads of the key map (H or G), T tokens, D key dim, E value
+dim, F features, S sinks, W window.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from trenchcoat.ops import reference
+from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
+
+Impl = Literal["chunkwise", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "reference")
+
+__all__ = ["IMPLEMENTATIONS", "Impl", "Kind", "PhiK", "Rule", "StudentState", "decode_step", "linear_window_attention"]
+
+
+def linear_window_attention(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    fq_BHTF: Tensor | None,
+    fk_BKTF: Tensor | None,
+    mix_H: Tensor,
+    *,
+    kind: Kind,
+    window: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit_H: Tensor | None = None,
+    sinks: int = 0,
+    affine: bool = False,
+    far: bool = True,
+    mask_BT: Tensor | None = None,
+    state: StudentState | None = None,
+    phi_k: PhiK | None = None,
+    return_state: bool = False,
+    impl: str = "chunkwise",
+) -> tuple[Tensor, StudentState | None]:
+    """Student attention of T tokens, continuing `state` when one is given.
+
+    Args:
+        q_BHTD, k_BGTD, v_BGTE: after RoPE and norms, any floating dtype; H a multiple of G.
+        fq_BHTF, fk_BKTF: features of q and k (float32), K = H or G; None with `far=False`.
+        mix_H: raw mix; g = sigmoid(mix) weighs the near part.
+        kind, window, scale, softcap, sink_logit_H, sinks, affine, far: the formula's settings.
+        mask_BT: True at real tokens, any pattern; outputs elsewhere are 0.
+        state: what came before (not modified, no gradient flows through it).
+        phi_k: key feature map, needed when a state with a buffer comes in and `far` is on.
+        return_state: also give the state after these tokens.
+        impl: one of IMPLEMENTATIONS.
+
+    Returns:
+        y [B, H, T, E] in q's dtype, and the state or None.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `impl`, a state without `phi_k`.
+    """
+    rule = Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; available here: {', '.join(IMPLEMENTATIONS)}")
+    _check(q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF, mix_H, sink_logit_H, mask_BT, rule)
+    if state is not None and far and rule.slots and phi_k is None:
+        raise ValueError("state is given but phi_k is not; buffered keys need the key feature map to become far")
+    y = reference.attention(
+        q_BHTD,
+        k_BGTD,
+        v_BGTE,
+        fq_BHTF,
+        fk_BKTF,
+        mix_H,
+        rule=rule,
+        sink_logit_H=sink_logit_H,
+        mask_BT=mask_BT,
+        state=state,
+        phi_k=phi_k,
+    )
+    if not return_state:
+        return y, None
+    before = state if state is not None else _fresh_state(k_BGTD, v_BGTE, fk_BKTF, rule)
+    after = reference.next_state(k_BGTD, v_BGTE, fk_BKTF, rule=rule, mask_BT=mask_BT, state=before, phi_k=phi_k)
+    return y, after
+
+
+def decode_step(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    fq_BHTF: Tensor | None,
+    fk_BKTF: Tensor | None,
+    mix_H: Tensor,
+    state: StudentState,
+    *,
+    kind: Kind,
+    window: int,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit_H: Tensor | None = None,
+    sinks: int = 0,
+    affine: bool = False,
+    far: bool = True,
+    mask_BT: Tensor | None = None,
+    phi_k: PhiK | None = None,
+) -> Tensor:
+    """As :func:`linear_window_attention` for a few tokens, updating `state` in place; no gradients."""
+    y, after = linear_window_attention(
+        q_BHTD,
+        k_BGTD,
+        v_BGTE,
+        fq_BHTF,
+        fk_BKTF,
+        mix_H,
+        kind=kind,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sink_logit_H=sink_logit_H,
+        sinks=sinks,
+        affine=affine,
+        far=far,
+        mask_BT=mask_BT,
+        state=state,
+        phi_k=phi_k,
+        return_state=True,
+        impl="reference",
+    )
+    assert after is not None
+    for name, tensor in state.tensors().items():
+        tensor.copy_(after.tensors()[name])
+    return y
+
+
+def _fresh_state(k_BGTD: Tensor, v_BGTE: Tensor, fk_BKTF: Tensor | None, rule: Rule) -> StudentState:
+    return StudentState.empty(
+        k_BGTD.shape[0],
+        rule=rule,
+        kv_heads=k_BGTD.shape[1],
+        key_map_heads=0 if fk_BKTF is None else fk_BKTF.shape[1],
+        key_dim=k_BGTD.shape[-1],
+        value_dim=v_BGTE.shape[-1],
+        features=0 if fk_BKTF is None else fk_BKTF.shape[-1],
+        dtype=k_BGTD.dtype,
+        device=k_BGTD.device,
+    )
+
+
+def _check(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    fq_BHTF: Tensor | None,
+    fk_BKTF: Tensor | None,
+    mix_H: Tensor,
+    sink_logit_H: Tensor | None,
+    mask_BT: Tensor | None,
+    rule: Rule,
+) -> None:
+    if q_BHTD.ndim != 4 or k_BGTD.ndim != 4 or v_BGTE.ndim != 4:
+        raise ValueError(
+            f"q, k, v have {q_BHTD.ndim}, {k_BGTD.ndim}, {v_BGTE.ndim} axes; expected 4: [B, heads, T, dim]"
+        )
+    batch, heads, tokens, dim = q_BHTD.shape
+    kv_heads = k_BGTD.shape[1]
+    if k_BGTD.shape != (batch, kv_heads, tokens, dim) or v_BGTE.shape[:3] != k_BGTD.shape[:3]:
+        shapes = f"q {tuple(q_BHTD.shape)}, k {tuple(k_BGTD.shape)}, v {tuple(v_BGTE.shape)}"
+        raise ValueError(f"{shapes}: k must be [B, G, T, D] and v [B, G, T, E] with q's B, T and D")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q has {heads} heads and k {kv_heads}; query heads must be a multiple of key/value heads")
+    if mix_H.shape != (heads,):
+        raise ValueError(f"mix has shape {tuple(mix_H.shape)}; expected one number per query head, ({heads},)")
+    if sink_logit_H is not None and sink_logit_H.shape != (heads,):
+        raise ValueError(f"sink_logit has shape {tuple(sink_logit_H.shape)}; expected ({heads},)")
+    if mask_BT is not None and mask_BT.shape != (batch, tokens):
+        raise ValueError(f"mask has shape {tuple(mask_BT.shape)}; expected (B, T) = ({batch}, {tokens})")
+    if not rule.far:
+        return
+    if fq_BHTF is None or fk_BKTF is None:
+        raise ValueError("features fq and fk are missing; give them, or far=False to leave the far part out")
+    if fq_BHTF.shape[:3] != (batch, heads, tokens):
+        raise ValueError(f"fq has shape {tuple(fq_BHTF.shape)}; expected ({batch}, {heads}, {tokens}, F)")
+    if fk_BKTF.shape[1] not in (heads, kv_heads) or fk_BKTF.shape != (batch, fk_BKTF.shape[1], *fq_BHTF.shape[2:]):
+        want = f"({batch}, {heads} or {kv_heads}, {tokens}, {fq_BHTF.shape[3]})"
+        raise ValueError(f"fk has shape {tuple(fk_BKTF.shape)}; expected {want}")

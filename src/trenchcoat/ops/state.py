@@ -1,0 +1,154 @@
+"""What every implementation shares: the rule that says which keys are near, and the state of constant size.
+
+This is vocabulary, not machinery: implementations import it and never one another.
+
+Shape legend: B batch rows, G key/value heads, K heads of the key feature map (G or H), N buffer slots (2W terrace,
+W sliding, 0 linear), S sink slots, D key dim, E value dim, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["terrace", "sliding", "linear"]
+"""Which keys are near (softmax) and which far (linear)."""
+
+PhiK = Callable[[Tensor], Tensor]
+"""Key feature map: [B, G, N, D] -> [B, K, N, F]."""
+
+LINEAR_EPS = 1e-12
+"""Added to the denominator of kind ``linear``, whose features can all be zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The settings that decide the function computed; positions count from the first real token of a row."""
+
+    kind: Kind
+    window: int
+    scale: float
+    softcap: float | None = None
+    sinks: int = 0
+    affine: bool = False
+    far: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("terrace", "sliding", "linear"):
+            raise ValueError(f"kind is {self.kind!r}; expected 'terrace', 'sliding' or 'linear'")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1 token")
+        if self.sinks < 0:
+            raise ValueError(f"sinks is {self.sinks}; it must be 0 or more tokens")
+        if self.kind == "linear" and self.sinks:
+            raise ValueError(f"sinks is {self.sinks}, but kind 'linear' has no near part to keep them in; use sinks=0")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap is {self.softcap}; it must be positive, or None for no cap")
+
+    @property
+    def slots(self) -> int:
+        """Key/value pairs the state buffers."""
+        return {"terrace": 2 * self.window, "sliding": self.window, "linear": 0}[self.kind]
+
+    def near_start(self, position: Tensor) -> Tensor:
+        """First position (sinks apart) that is near for the query at `position` (int64, any shape); 0 at least."""
+        if self.kind == "terrace":
+            return ((position.div(self.window, rounding_mode="floor") - 1) * self.window).clamp_min(0)
+        if self.kind == "sliding":
+            return (position - self.window + 1).clamp_min(0)
+        return position + 1
+
+    def is_near(self, query: Tensor, key: Tensor) -> Tensor:
+        """Bool: the key at position `key` belongs to N(n) of the query at `query` (broadcast together)."""
+        recent = (key >= self.near_start(query)) | (key < self.sinks)
+        return recent & (key <= query) if self.kind != "linear" else torch.zeros_like(recent)
+
+    def is_far(self, query: Tensor, key: Tensor) -> Tensor:
+        """Bool: the key belongs to R(n)."""
+        return (key <= query) & ~self.is_near(query, key)
+
+
+@dataclass
+class StudentState:
+    """Everything a row must remember, in tensors whose sizes never change.
+
+    `far_s_BKFE` and `far_z_BKF` (float32) hold the keys that were far for the last query; the buffer holds the others
+    and possibly some older ones: the pair of position p lives in slot p modulo N, so what is valid follows from
+    `seen_B`. The first S tokens of a row are kept in the sink slots and never become far. Features of buffered keys
+    are not stored: they are recomputed when the key becomes far.
+    """
+
+    k_BGND: Tensor
+    v_BGNE: Tensor
+    sink_k_BGSD: Tensor
+    sink_v_BGSE: Tensor
+    far_s_BKFE: Tensor
+    far_z_BKF: Tensor
+    seen_B: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        *,
+        rule: Rule,
+        kv_heads: int,
+        key_map_heads: int,
+        key_dim: int,
+        value_dim: int,
+        features: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> StudentState:
+        """The state before the first token; `dtype` is the model's (buffers), the far part is at least float32."""
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch_size, *shape, dtype=of, device=device)
+
+        return cls(
+            k_BGND=zeros(kv_heads, rule.slots, key_dim),
+            v_BGNE=zeros(kv_heads, rule.slots, value_dim),
+            sink_k_BGSD=zeros(kv_heads, rule.sinks, key_dim),
+            sink_v_BGSE=zeros(kv_heads, rule.sinks, value_dim),
+            far_s_BKFE=zeros(key_map_heads, features, value_dim, of=wide),
+            far_z_BKF=zeros(key_map_heads, features, of=wide),
+            seen_B=zeros(of=torch.int64),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def nbytes(self) -> int:
+        """Bytes held; the same at any number of tokens seen."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def index_select(self, index: Tensor) -> StudentState:
+        """Rows picked (and repeated) by `index`, int64 [n]."""
+        return StudentState(**{name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()})
+
+    def repeat_interleave(self, n: int) -> StudentState:
+        """Every row n times, copies of a row side by side."""
+        return StudentState(**{name: t.repeat_interleave(n, dim=0) for name, t in self.tensors().items()})
+
+    def clone(self) -> StudentState:
+        """A copy that shares no memory."""
+        return StudentState(**{name: t.clone() for name, t in self.tensors().items()})
+
+    def zero_(self) -> StudentState:
+        """Forget everything, in place."""
+        for t in self.tensors().values():
+            t.zero_()
+        return self
+
+    def slot_positions(self) -> Tensor:
+        """Position held by each buffer slot, int64 [B, N]; negative where the slot is still empty."""
+        slots = self.k_BGND.shape[2]
+        last = self.seen_B[:, None] - 1
+        slot = torch.arange(slots, device=last.device)
+        return last - torch.remainder(last - slot, slots) if slots else last[:, :0]

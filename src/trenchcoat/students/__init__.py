@@ -1,0 +1,56 @@
+"""Student attentions by name. A new one is one file beside this one and one line in STUDENTS."""
+
+from __future__ import annotations
+
+import difflib
+
+from trenchcoat.config import StudentConfig
+from trenchcoat.students.base import Mode, StudentAttention, TransferRequest
+from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
+from trenchcoat.students.linear import LinearAttention
+from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
+
+__all__ = [
+    "ACTIVATIONS",
+    "STUDENTS",
+    "FeatureMap",
+    "Mode",
+    "StudentAttention",
+    "TransferRequest",
+    "build_student",
+    "register_student",
+    "student_class",
+]
+
+STUDENTS: dict[str, type[StudentAttention]] = {
+    "terrace": TerraceAttention,
+    "sliding": SlidingAttention,
+    "linear": LinearAttention,
+    "window_sinks": WindowSinksAttention,
+}
+"""Name in a recipe (`student.name`) -> class."""
+
+
+def register_student(name: str, cls: type[StudentAttention]) -> type[StudentAttention]:
+    """Make `cls` available as `student.name: <name>`; ValueError when the name is taken by another class."""
+    if STUDENTS.get(name, cls) is not cls:
+        raise ValueError(f"student {name!r} is already {STUDENTS[name].__name__}; choose another name")
+    STUDENTS[name] = cls
+    return cls
+
+
+def student_class(name: str) -> type[StudentAttention]:
+    """The class registered as `name`; ValueError with the nearest known name otherwise."""
+    if name in STUDENTS:
+        return STUDENTS[name]
+    near = difflib.get_close_matches(name, STUDENTS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"student.name is {name!r}{hint} Known students: {', '.join(sorted(STUDENTS))}")
+
+
+def build_student(
+    cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
+) -> StudentAttention:
+    """The student `cfg.name` for one layer."""
+    cls = student_class(cfg.name)
+    return cls(cfg, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)

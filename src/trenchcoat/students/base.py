@@ -1,0 +1,259 @@
+"""The base class of every student attention: parameters, the three ways it runs, and its layer-local learning.
+
+Shape legend: B rows, H query heads, G key/value heads, K heads of the key map, T tokens, D head dim, E value dim,
+F features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trenchcoat.config import StudentConfig
+from trenchcoat.ops import Kind, Rule, StudentState, decode_step, linear_window_attention
+from trenchcoat.students.feature_maps import FeatureMap
+
+Mode = Literal["teacher", "transfer", "student"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferRequest:
+    """What the objective asks of every student during a transfer step."""
+
+    mse_weight: float = 1000.0
+    xent_weight: float = 0.0
+    normalize: Literal["none", "layer"] = "none"
+    backward: bool = True
+    """False only measures the loss."""
+
+
+class StudentAttention(nn.Module):
+    """A trainable sub-quadratic attention with the q, k, v of one layer as input.
+
+    A subclass sets `kind` (and `has_far = False` when it has no feature maps). Parameters are float32.
+    """
+
+    kind: ClassVar[Kind] = "terrace"
+    has_far: ClassVar[bool] = True
+
+    def __init__(
+        self, cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads")
+        if not 0.0 < cfg.mix_init < 1.0:
+            raise ValueError(f"student.mix_init is {cfg.mix_init}; it must lie strictly between 0 and 1")
+        self.cfg = cfg
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.value_dim = head_dim, head_dim if value_dim is None else value_dim
+        self.mode: Mode = "teacher"
+        self.layer_idx = -1
+        self.far_enabled = True
+        self.request: TransferRequest | None = None
+        self.metrics: dict[str, Tensor] = {}
+        self.query_map: FeatureMap | None = None
+        self.key_map: FeatureMap | None = None
+        self.mix_H: nn.Parameter | None = None
+        if self.has_far:
+            self._build_maps()
+        self._rule(scale=1.0)
+        self.reset_parameters()
+
+    def _build_maps(self) -> None:
+        cfg = self.cfg
+        if cfg.key_maps not in ("per_query_head", "per_kv_head"):
+            raise ValueError(f"student.key_maps is {cfg.key_maps!r}; known: per_query_head, per_kv_head")
+        key_heads = self.num_heads if cfg.key_maps == "per_query_head" else self.num_kv_heads
+        if cfg.tied and key_heads != self.num_heads:
+            raise ValueError(
+                "student.tied shares one map between a head's queries and keys, which needs one key map per query "
+                "head; use key_maps: per_query_head, or tied: false"
+            )
+        self.query_map = FeatureMap(cfg.feature_map, num_heads=self.num_heads, head_dim=self.head_dim)
+        if not cfg.tied:
+            self.key_map = FeatureMap(cfg.feature_map, num_heads=key_heads, head_dim=self.head_dim)
+        if self.kind != "linear":
+            self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """(Re)initialise every parameter from the config; for use after `to_empty`."""
+        for feature_map in (self.query_map, self.key_map):
+            if feature_map is not None:
+                feature_map.reset_parameters()
+        if self.mix_H is not None:
+            self.mix_H.fill_(math.log(self.cfg.mix_init / (1.0 - self.cfg.mix_init)))
+
+    @property
+    def keys_phi(self) -> FeatureMap | None:
+        """The key feature map (the query map when tied)."""
+        return self.key_map if self.key_map is not None else self.query_map
+
+    def forward(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        state: StudentState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, StudentState | None]:
+        """y [B, H, T, E] in q's dtype with autograd, and the state after it when asked for."""
+        rule = self._rule(scale, softcap)
+        fq, fk = self._features(q_BHTD, k_BGTD)
+        if return_state and state is None:
+            state = self.empty_state(k_BGTD.shape[0], dtype=k_BGTD.dtype, device=k_BGTD.device)
+        return linear_window_attention(
+            q_BHTD,
+            k_BGTD,
+            v_BGTE,
+            fq,
+            fk,
+            self._mix(q_BHTD),
+            **self._keywords(rule),
+            sink_logit_H=sink_logit,
+            mask_BT=mask_BT,
+            state=state,
+            phi_k=self.keys_phi,
+            return_state=return_state,
+            impl=self.cfg.impl,
+        )
+
+    @torch.no_grad()
+    def decode(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        state: StudentState,
+        scale: float,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> Tensor:
+        """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
+        rule = self._rule(scale, softcap)
+        fq = self.query_map(q_BHTD) if rule.far and self.query_map is not None else None
+        needs_fk = rule.far and self.keys_phi is not None
+        fk = self.keys_phi(k_BGTD) if needs_fk and self.keys_phi is not None else None
+        return decode_step(
+            q_BHTD,
+            k_BGTD,
+            v_BGTE,
+            fq,
+            fk,
+            self._mix(q_BHTD),
+            state,
+            **self._keywords(rule),
+            sink_logit_H=sink_logit,
+            mask_BT=mask_BT,
+            phi_k=self.keys_phi,
+        )
+
+    def empty_state(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> StudentState:
+        """The state before the first token, at its final size."""
+        keys = self.keys_phi
+        return StudentState.empty(
+            batch_size,
+            rule=self._rule(scale=1.0),
+            kv_heads=self.num_kv_heads,
+            key_map_heads=0 if keys is None else keys.num_heads,
+            key_dim=self.head_dim,
+            value_dim=self.value_dim,
+            features=0 if keys is None else keys.features,
+            dtype=dtype,
+            device=device,
+        )
+
+    def transfer(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        y_BHTE: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> None:
+        """Learn from the teacher's outputs y (before the output projection); see :class:`TransferRequest`.
+
+        Adds the gradients to the parameters' `.grad` (when the request says so) and fills `metrics`. Works under an
+        outer `torch.no_grad()`; q, k, v, y are constants.
+        """
+        request = self.request if self.request is not None else TransferRequest()
+        with torch.enable_grad():
+            y_hat, _ = self.forward(
+                q_BHTD.detach(),
+                k_BGTD.detach(),
+                v_BGTE.detach(),
+                scale=scale,
+                softcap=softcap,
+                sink_logit=sink_logit,
+                mask_BT=mask_BT,
+            )
+            real = torch.ones_like(q_BHTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+            target = y_BHTE.detach().float() * real[:, None, :, None]
+            count = (real.sum() * self.num_heads * self.value_dim).clamp_min(1)
+            mse = (target - y_hat.float()).square().sum() / count
+            power = target.square().sum() / count
+            loss = request.mse_weight * (mse / power.clamp_min(1e-30) if request.normalize == "layer" else mse)
+            if request.backward and loss.requires_grad:
+                loss.backward()
+        self.metrics = {
+            "loss": loss.detach(),
+            "mse": mse.detach(),
+            "xent": torch.zeros_like(mse),
+            "target_power": power,
+        }
+
+    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.query_map is None or self.keys_phi is None:
+            return None, None
+        return self.query_map(q_BHTD), self.keys_phi(k_BGTD)
+
+    def _mix(self, like: Tensor) -> Tensor:
+        """The raw mix; a constant 0 where the student learns none (its value then cancels or is not used)."""
+        if self.mix_H is not None:
+            return self.mix_H
+        return torch.zeros(self.num_heads, dtype=torch.float32, device=like.device)
+
+    def _rule(self, scale: float, softcap: float | None = None) -> Rule:
+        return Rule(
+            kind=self.kind,
+            window=self.cfg.window,
+            scale=scale,
+            softcap=softcap,
+            sinks=self.cfg.sinks,
+            affine=self.cfg.affine,
+            far=self.has_far and self.far_enabled,
+        )
+
+    @staticmethod
+    def _keywords(rule: Rule) -> dict[str, Any]:
+        return {
+            "kind": rule.kind,
+            "window": rule.window,
+            "scale": rule.scale,
+            "softcap": rule.softcap,
+            "sinks": rule.sinks,
+            "affine": rule.affine,
+            "far": rule.far,
+        }
+
+    def extra_repr(self) -> str:
+        """One line for printing the module."""
+        return f"{self.kind}, heads={self.num_heads}/{self.num_kv_heads}, window={self.cfg.window}"
