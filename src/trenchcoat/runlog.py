@@ -25,13 +25,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trenchcoat.files import write_json, write_text
+from trenchcoat.files import saving, write_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY_SECONDS = 10.0
@@ -56,8 +56,8 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """Versions, git revision of the source, machine and devices, plus ``more`` (e.g. ``implementation="chunkwise"``)."""
-    versions = {}
+    """Versions, git revision of the source, machine, devices; plus ``more`` (e.g. ``implementation="chunkwise"``)."""
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -145,19 +145,20 @@ def _clock(seconds: float) -> str:
 class RunLog:
     """Writes the record of one run under ``directory`` and shows progress on standard error.
 
-    ``progress``: ``auto`` (a bar on a terminal, plain lines otherwise), ``bar``, ``plain`` or ``off`` (nothing shown but
-    warnings; everything is still recorded). Raises ``SaveError`` or ``OSError`` when the folder cannot be written.
+    ``progress``: ``auto`` (a bar on a terminal, plain lines otherwise), ``bar``, ``plain`` or ``off`` (nothing shown
+    but warnings; everything is still recorded). Raises ``SaveError`` when the folder cannot be written.
     """
 
     def __init__(self, directory: Path | str, *, progress: str = "auto", console: Console | None = None) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.console = console if console is not None else Console(stderr=True)
         if progress not in ("auto", "bar", "plain", "off"):
             raise ValueError(f"progress={progress!r}; expected auto, bar, plain or off")
         self.display = ("bar" if self.console.is_terminal else "plain") if progress == "auto" else progress
-        self._end_cut_line()
-        self._file = open(self.metrics_path, "a", encoding="utf-8")
+        with saving(self.metrics_path):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._end_cut_line()
+            self._file = self._append()
 
     @property
     def metrics_path(self) -> Path:
@@ -167,6 +168,9 @@ class RunLog:
     def checkpoints(self, stage: str) -> Path:
         """Folder of a stage's training checkpoints."""
         return self.directory / "checkpoints" / stage
+
+    def _append(self) -> TextIO:
+        return open(self.metrics_path, "a", encoding="utf-8")
 
     def _end_cut_line(self) -> None:
         if self.metrics_path.is_file():
@@ -183,8 +187,9 @@ class RunLog:
             **{name: _jsonable(value) for name, value in content.items()},
             "time": round(time.time(), 3),
         }
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with saving(self.metrics_path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
     def info(self, text: str) -> None:
         """Record a sentence and show it."""
@@ -199,22 +204,27 @@ class RunLog:
 
     def sync(self) -> None:
         """Flush the lines to disk; called before a checkpoint claims a step."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with saving(self.metrics_path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
-    def rewind(self, stage: str, step: int) -> int:
-        """Drop the lines of ``stage`` after ``step`` (-1: all of them) and lines cut short; returns how many."""
+    def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> int:
+        """Drop the lines of ``stage`` after ``step`` (-1: all), its result line, and lines cut short; returns how many.
+
+        ``evaluated=False`` also drops the evaluation at ``step`` itself, because it will be made again.
+        """
+        last = {"eval": step if evaluated else step - 1, "result": -1}
         self._file.close()
         kept, dropped = [], 0
         for text in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             line = _parse(text)
-            if line is None or (line.get("stage") == stage and line.get("step", -1) > step):
+            if line is None or (line.get("stage") == stage and line.get("step", 0) > last.get(line["kind"], step)):
                 dropped += 1
             else:
                 kept.append(text + "\n")
         if dropped:
             write_text(self.metrics_path, "".join(kept))
-        self._file = open(self.metrics_path, "a", encoding="utf-8")
+        self._file = self._append()
         return dropped
 
     def write_environment(self, **more: Any) -> None:

@@ -1,0 +1,152 @@
+"""What a stage minimizes: attention transfer (stage 1) and next-token prediction (stage 2).
+
+An objective runs the forward pass on one micro-batch and, when gradients are enabled, adds the gradients of the
+micro-batch's mean loss to ``.grad``; it returns plain numbers. Shapes: b rows, T tokens, V vocabulary.
+
+    "loss"                          what is minimized; "tokens": how many tokens the means are over
+    "loss/layer_03", ...            transfer: the same, layer by layer
+    "mse/...", "relative/...",      transfer, without gradients only: mean((y - y_hat)^2), its share of mean(y^2),
+    "xent/..."                      and the attention cross-entropy when it has a weight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trenchcoat.config import TransferConfig, UserError
+from trenchcoat.students import StudentAttention, TransferRequest
+
+Batch = dict[str, Tensor]
+"""input_ids [b, T] int64, attention_mask [b, T] int64, labels [b, T] int64 (not shifted; -100 does not count)."""
+
+Metrics = dict[str, float]
+Objective = Callable[[nn.Module, Batch], Metrics]
+
+
+def layer_key(name: str, index: int) -> str:
+    """Key of a per-layer number, e.g. ``loss/layer_03``."""
+    return f"{name}/layer_{index:02d}"
+
+
+def _mask_if_padded(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """The decoder without its vocabulary head, which transfer has no use for; the whole model if it has none."""
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    body = get_decoder() if callable(get_decoder) else None
+    return body if isinstance(body, nn.Module) else model
+
+
+def transfer_objective(cfg: TransferConfig) -> Objective:
+    """Attention transfer (LoLCATs, arXiv 2410.10254, section 3.1), every layer on its own.
+
+    Each ``StudentAttention`` in ``transfer`` mode computes its loss and its parameters' gradients inside the forward
+    pass, which itself runs without gradients, so nothing of one layer is kept while the next one runs. ``loss`` is the
+    mean over layers; gradients are those of each layer's own loss. Raises ``UserError`` when no layer is in transfer
+    mode, ``RuntimeError`` when the forward pass did not reach one.
+    """
+
+    def objective(model: nn.Module, batch: Batch) -> Metrics:
+        students = [m for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "transfer"]
+        if not students:
+            raise UserError("attention transfer needs layers in transfer mode: attach students, then set_mode(...)")
+        learning = torch.is_grad_enabled()
+        request = TransferRequest(
+            mse_weight=cfg.mse_weight, xent_weight=cfg.xent_weight, normalize=cfg.normalize, backward=learning
+        )
+        for student in students:
+            student.request, student.metrics = request, {}
+        if model.training:
+            model.eval()
+        try:
+            with torch.no_grad():
+                _body(model)(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
+        finally:
+            for student in students:
+                student.request = None
+        mask = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        return _collect(students, detailed=not learning, xent=cfg.xent_weight > 0) | {"tokens": float(tokens)}
+
+    return objective
+
+
+def _collect(students: list[StudentAttention], *, detailed: bool, xent: bool) -> Metrics:
+    """All layers' numbers with one transfer to the host."""
+    missed = [student.layer_idx for student in students if "loss" not in student.metrics]
+    if missed:
+        raise RuntimeError(f"the forward pass did not run the transfer of layers {missed}")
+    names = ["loss", "mse", "target_power", *(["xent"] if xent else [])] if detailed else ["loss"]
+    device = students[0].metrics["loss"].device
+    table = torch.stack(
+        [torch.stack([s.metrics[name].to(device).float() for name in names]) for s in students]
+    ).tolist()
+    columns = {name: [row[i] for row in table] for i, name in enumerate(names)}
+    if detailed:
+        powers = columns.pop("target_power")
+        columns["relative"] = [mse / max(power, 1e-30) for mse, power in zip(columns["mse"], powers, strict=True)]
+    metrics: Metrics = {name: sum(values) / len(values) for name, values in columns.items()}
+    for name, values in columns.items():
+        metrics |= {layer_key(name, s.layer_idx): value for s, value in zip(students, values, strict=True)}
+    for student in students:
+        student.metrics = {}
+    return metrics
+
+
+def next_token_loss(logits_bTV: Tensor, labels_bT: Tensor) -> tuple[Tensor, int]:
+    """Mean cross-entropy of the next token in float32 over labels that count, and their number; 0 when none counts."""
+    targets = F.pad(labels_bT[:, 1:], (0, 1), value=-100).reshape(-1)
+    count = int((targets != -100).sum())
+    total = F.cross_entropy(
+        logits_bTV.reshape(-1, logits_bTV.shape[-1]).float(), targets, ignore_index=-100, reduction="sum"
+    )
+    return total / max(count, 1), count
+
+
+def next_token_objective() -> Objective:
+    """Next-token prediction on the labels that count (not -100), through the whole model."""
+
+    def objective(model: nn.Module, batch: Batch) -> Metrics:
+        learning = torch.is_grad_enabled()
+        if model.training != learning:
+            model.train(learning)
+        output = model(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
+        loss, count = next_token_loss(output.logits, batch["labels"])
+        if learning and count:
+            loss.backward()
+        return {"loss": loss.item(), "tokens": float(count)}
+
+    return objective
+
+
+def first_nonfinite(model: nn.Module, objective: Objective, batch: Batch) -> str | None:
+    """Name of the first parameter, else of the first module in the forward pass, that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return name
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple | list) and output else output
+            if not found and isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            objective(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
