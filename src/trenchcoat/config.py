@@ -98,7 +98,7 @@ class DataConfig:
     validation_rows: int = 500
     """Rows held out from the front when there is no validation split."""
     validation_fraction: float | None = None
-    """Hold out this fraction of the rows instead of `validation_rows`."""
+    """Hold out this fraction of the rows instead of `validation_rows`; of a `.txt` file, of its end (null: 0.05)."""
     format: Literal["auto", "alpaca", "chat", "text"] = "auto"
     """Schema of a row: {instruction, input, output}, {conversations | messages}, or {text}."""
     text_column: str = "text"
@@ -109,6 +109,8 @@ class DataConfig:
     """`across`: samples are concatenated and cut; `contiguous`: a row never holds two samples (short rows are padded)."""
     mask_prompt: bool = True
     """alpaca and chat: only the response counts in the labels."""
+    eos: bool = True
+    """End every sample with the tokenizer's end token; false for models that never saw one (BOS then separates)."""
     max_rows: int | None = None
     """Use only this many rows of the source (after the held-out ones)."""
     on_bad_row: Literal["error", "skip"] = "error"

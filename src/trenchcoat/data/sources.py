@@ -1,0 +1,224 @@
+"""Where rows come from: local files, hub data sets and folders through ``datasets``, and the embedded text.
+
+A source yields ``(where, row)``: ``where`` names the row for messages ("line 12"), ``row`` is a mapping of columns,
+or an ``UnreadableRow`` for one that could not be read, so that the caller decides whether to stop or to skip it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.config import UserError
+from trenchcoat.embedded import Split, stdlib_documents
+
+FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
+
+
+class UnreadableRow(UserError):
+    """One row that is not an object of columns; ``reason`` is what it is counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+Row = Mapping[str, Any] | UnreadableRow
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again, under a hash of their content."""
+
+    name: str
+    """For messages."""
+    fingerprint: str
+    """Changes when the content does."""
+    rows: Callable[[], Iterator[tuple[str, Row]]]
+    """A fresh pass over all rows."""
+
+
+def embedded_source(split: Split) -> Source:
+    """The standard library's source, one document a module."""
+    documents = [text for _, text in stdlib_documents(split)]
+    digest = hashlib.sha256()
+    for text in documents:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return Source(
+        f"the embedded text ({split})",
+        digest.hexdigest(),
+        lambda: ((f"document {i}", {"text": text}) for i, text in enumerate(documents, 1)),
+    )
+
+
+def is_file_path(path: str) -> bool:
+    """Whether ``path`` is meant as one local file: it exists as one, or ends like one that is read here."""
+    return Path(path).is_file() or Path(path).suffix.lower() in FILE_KINDS
+
+
+def is_text_path(path: str) -> bool:
+    """Whether ``path`` is one plain-text document."""
+    return Path(path).suffix.lower() == ".txt"
+
+
+def file_source(path: str) -> Source:
+    """The rows of one local file; a ``.txt`` file is one row.
+
+    Raises ``UserError`` for a file that is missing, empty, of an unknown kind, or broken as a whole.
+    """
+    file = Path(path)
+    kind = file.suffix.lower()
+    if kind not in FILE_KINDS:
+        raise UserError(f"{path}: files of kind {kind or '(no suffix)'!r} are not read; use {', '.join(FILE_KINDS)}")
+    if kind == ".txt":
+        text = _text_of(path)
+        return Source(path, _sha256(file), lambda: iter([("the document", {"text": text})]))
+    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    _check_file(file)
+    return Source(path, _sha256(file), lambda: readers[kind](file))
+
+
+def split_text_source(path: str, share: float) -> Source:
+    """A ``.txt`` file as two rows: its last ``share`` (from the next line start) first, then everything before it."""
+    text = _text_of(path)
+    cut = text.find("\n", int(len(text) * (1 - share))) + 1
+    if not text[:cut].strip() or not text[cut:].strip():
+        raise UserError(
+            f"{path}: the last {share:.0%} of the text cannot be held out at a line break ({len(text)} characters); "
+            "give data.validation_path, another data.validation_fraction, or a longer text"
+        )
+    rows = [("the held-out end", {"text": text[cut:]}), ("the text", {"text": text[:cut]})]
+    return Source(path, f"{_sha256(Path(path))} {share}", lambda: iter(rows))
+
+
+def dataset_splits(path: str, subset: str | None) -> Mapping[str, Any]:
+    """Splits by name of a hub data set or a local folder, through ``datasets``; raises ``UserError``."""
+    import datasets
+
+    folder = Path(path)
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            loaded = datasets.load_from_disk(path)
+        else:
+            loaded = datasets.load_dataset(path, subset)
+    except (OSError, ValueError, ImportError) as error:  # not found, no network, no such subset, broken files
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot read data.path={path!r} (neither a file here nor loadable as a folder or hub data set): {reason}"
+        ) from error
+    return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+def dataset_source(path: str, splits: Mapping[str, Any], split: str) -> Source:
+    """One split of a loaded data set; raises ``UserError`` when there is no such split."""
+    if split not in splits:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(splits)}: set data.split to one of them")
+    rows = splits[split]
+    return Source(
+        f"{path} ({split})",
+        rows._fingerprint,  # the library has no public name for it
+        lambda: ((f"row {i}", row) for i, row in enumerate(rows, 1)),
+    )
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"there is no data file {file}; check data.path (relative to the current folder)")
+    if file.stat().st_size == 0:
+        raise UserError(f"the data file {file} is empty")
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _decode(content: bytes, offset: int = 0) -> str:
+    """UTF-8 text of ``content``, which starts at byte ``offset`` of its file; a byte-order mark is dropped."""
+    bare = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        return bare.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = offset + len(content) - len(bare) + error.start
+        raise UnreadableRow(
+            "wrong encoding",
+            f"not UTF-8 at byte {byte} (0x{bare[error.start]:02x}); "
+            "convert it, for example with: iconv -f latin1 -t utf-8",
+        ) from error
+
+
+def _text_of(path: str) -> str:
+    file = Path(path)
+    _check_file(file)
+    try:
+        text = _decode(file.read_bytes())
+    except UnreadableRow as error:
+        raise UserError(f"{path}: {error}") from error
+    if not text.strip():
+        raise UserError(f"the data file {path} holds nothing but white space")
+    return text
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """A JSON list of objects, or (as many ``.json`` files are) one object a line."""
+    with open(file, "rb") as stream:
+        start = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    if start.startswith(b"{"):
+        yield from _jsonl_rows(file)
+        return
+    text = _text_of(str(file))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); the file is truncated "
+            "or broken there, get it again or mend that line"
+        ) from error
+    if not isinstance(rows, list):
+        raise UserError(f"{file} holds a JSON {type(rows).__name__}; expected a list of objects, or one object a line")
+    for i, row in enumerate(rows, 1):
+        yield f"row {i}", _object(row)
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    offset = 0
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"line {number}", _json_line(line, offset)
+            offset += len(line)
+
+
+def _json_line(line: bytes, offset: int) -> Row:
+    try:
+        return _object(json.loads(_decode(line, offset)))
+    except json.JSONDecodeError as error:
+        return UnreadableRow("broken JSON", f"not valid JSON (column {error.colno}: {error.msg})")
+    except UnreadableRow as error:
+        return error
+
+
+def _object(row: object) -> Row:
+    if isinstance(row, dict):
+        return row
+    return UnreadableRow("not an object", f"expected an object with columns, found a JSON {type(row).__name__}")
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is not a readable Parquet file ({' '.join(str(error).split())})") from error
