@@ -1,0 +1,148 @@
+"""The generation cache: one layer of constant size, however many tokens were generated.
+
+A :class:`StateLayer` takes the place of a layer in whatever `Cache` Transformers made, so `generate()` needs no
+override: beam search, batches, continuation and prefill in pieces go through the methods below.
+
+Shape legend: B rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from trenchcoat.ops import StudentState
+
+
+class StateLayer(CacheLayerMixin):
+    """The cache of one linearized layer: a :class:`StudentState` and the number of columns seen (padding included).
+
+    `state` is None before the first token. Attention reads and replaces it; nothing here grows.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, mask_length: int | None = None) -> None:
+        super().__init__()
+        self.state: StudentState | None = None
+        self.tokens = 0
+        self.mask_length = mask_length
+        """Length of the mask when the cache's other layers are preallocated; None when they grow."""
+        self._home: torch.device | None = None
+
+    def advance(self, state: StudentState, tokens: int) -> None:
+        """Take over the state after `tokens` more columns."""
+        self.state = state
+        self.tokens += tokens
+        self.is_initialized = True
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.state is None else self.state.nbytes()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the attention makes the state, whose shape only the student knows."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: softmax attention cannot continue from a linear state."""
+        raise ValueError(
+            "this cache holds the state of linearized layers, which softmax attention cannot read; start a new cache "
+            "after changing the mode"
+        )
+
+    def get_seq_length(self) -> int:
+        """Columns seen."""
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        """-1: no limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns, offset) of the mask that softmax layers beside this one need."""
+        return self.mask_length or self.tokens + query_length, 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = None
+        self.tokens = 0
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Only what removes nothing is possible (0, or a length not below the present one): a state cannot unlearn."""
+        if tokens_to_remove == 0 or tokens_to_remove >= self.tokens:
+            return
+        raise ValueError(
+            f"crop({tokens_to_remove}) on a linearized layer that has seen {self.tokens} tokens: a recurrent state "
+            "cannot be rolled back. Assisted (speculative) decoding needs that; generate without an assistant, or "
+            "copy the cache before the tokens you may want to take back"
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick rows: beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        if self.state is not None:
+            self.state = self.state.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Pick rows by integer indices [n] or a bool mask [B]."""
+        if self.state is not None:
+            index = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+            self.state = self.state.index_select(index)
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        if self.state is not None:
+            self._home = self.state.seen_B.device
+            self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the state back to where it was."""
+        if self._home is not None:
+            self._move(self._home)
+
+    def _move(self, device: torch.device) -> None:
+        if self.state is not None:
+            self.state = StudentState(**{name: t.to(device) for name, t in self.state.tensors().items()})
+
+
+def state_layer(cache: Cache, index: int) -> StateLayer:
+    """The state layer at `index` of `cache`, put there on first use.
+
+    Raises ValueError when softmax attention has already filled that layer.
+    """
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, StateLayer):
+        return layer
+    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+        raise ValueError(
+            f"layer {index} of this cache was filled by softmax attention, which a linearized layer cannot continue "
+            "from; start a new cache after changing the mode"
+        )
+    fresh = StateLayer(mask_length=getattr(layer, "max_cache_len", None))
+    cache.layers[index] = fresh
+    return fresh
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes held by a cache, softmax layers (keys and values) and linearized layers alike."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            total += layer.nbytes()
+            continue
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if isinstance(tensor, Tensor):
+                total += tensor.numel() * tensor.element_size()
+    return total

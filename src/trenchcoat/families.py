@@ -1,0 +1,205 @@
+"""Which model families can be linearized, and where their attention is.
+
+The door is Transformers' attention interface: a layer's `self_attn` hands q, k, v (after RoPE and norms) to a function
+chosen by name. A family that computes attention otherwise is refused here, by name and with the reason, before anything
+about the model is changed. The checks read the model's structure; `KNOWN_FAMILIES` is what is tested or was tried.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trenchcoat.config import UserError
+
+KNOWN_FAMILIES: tuple[str, ...] = (
+    "apertus",
+    "arcee",
+    "bitnet",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "nemotron",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+"""Transformers' `model_type` of the families known to work; merged checkpoints of these load through `AutoModel`."""
+
+ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Values of `config.layer_types` that are softmax attention."""
+
+_NO_GROUPS = (
+    "its attention module carries no `num_key_value_groups`: it is not of the grouped-query `self_attn` kind that "
+    "trenchcoat plugs into"
+)
+_STATE_SPACE = "its layers are state-space or recurrent and have no softmax attention to replace"
+_LATENT = "its multi-head latent attention compresses keys and values into one latent, and reads the cache by itself"
+REASONS: dict[str, str] = {
+    "gpt2": _NO_GROUPS,
+    "gpt_neo": _NO_GROUPS,
+    "gpt_neox": _NO_GROUPS,
+    "gpt_bigcode": _NO_GROUPS,
+    "gptj": _NO_GROUPS,
+    "opt": _NO_GROUPS,
+    "bloom": "its scores carry ALiBi position biases and are not computed through Transformers' attention interface",
+    "mpt": "its scores carry ALiBi position biases and are not computed through Transformers' attention interface",
+    "falcon": "its attention is not computed through Transformers' attention interface",
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "mamba": _STATE_SPACE,
+    "mamba2": _STATE_SPACE,
+    "falcon_mamba": _STATE_SPACE,
+    "rwkv": _STATE_SPACE,
+    "recurrent_gemma": _STATE_SPACE,
+    "xlstm": _STATE_SPACE,
+}
+"""Families refused by name. Others are refused by what their structure shows."""
+
+
+class UnsupportedFamilyError(UserError):
+    """The model's family cannot be linearized; the message says why."""
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One layer's attention: where it is and how it is shaped."""
+
+    index: int
+    """Layer index, from 0."""
+    name: str
+    """Module path inside the model, e.g. `model.layers.0.self_attn`."""
+    module: Any
+    """The `self_attn` module."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def attention_sites(model: nn.Module) -> list[AttentionSite]:
+    """Every layer's attention, in order; raises :class:`UnsupportedFamilyError` for a model that cannot work."""
+    reason = _config_reason(model)
+    if reason is None:
+        found = list(_self_attentions(model))
+        reason = _structure_reason(found)
+    if reason is not None:
+        raise UnsupportedFamilyError(
+            f"cannot linearize a model of family {_family(model)!r} ({type(model).__name__}): {reason}. "
+            f"Families known to work: {', '.join(KNOWN_FAMILIES)}"
+        )
+    return [_site(name, module) for name, module in found]
+
+
+def check_family(model: nn.Module) -> None:
+    """Raise :class:`UnsupportedFamilyError`, naming family and reason, when `model` cannot be linearized."""
+    attention_sites(model)
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that holds the list of layers: the model without its head."""
+    get_decoder = getattr(model, "get_decoder", None)
+    return get_decoder() if callable(get_decoder) else getattr(model, "base_model", model)
+
+
+def _family(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _config_reason(model: nn.Module) -> str | None:
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        return "it is not a Transformers model (it has no config with a `model_type`)"
+    if config.model_type in REASONS:
+        return REASONS[config.model_type]
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder; only decoders with causal self-attention can be linearized"
+    if getattr(config, "sub_configs", None) and config.get_text_config() is not config:
+        return "it is multimodal; load its text model alone"
+    if getattr(config, "kv_lora_rank", None):
+        return _LATENT
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "several layers share one layer's keys and values"
+    if getattr(config, "is_causal", True) is False:
+        return "its attention is bidirectional"
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYER_TYPES)
+    if other:
+        return f"some of its layers are not softmax attention ({', '.join(other)})"
+    return None
+
+
+def _self_attentions(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(path, module) of `self_attn` in each of the decoder's layers, in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in getattr(decoder_of(model), "layers", None) or ():
+        attention = getattr(layer, "self_attn", None)
+        yield names.get(id(attention), ""), attention
+
+
+def _structure_reason(found: list[tuple[str, Any]]) -> str | None:
+    if not found:
+        return "it has no list of decoder layers (`layers`) with a `self_attn`"
+    for index, (_, module) in enumerate(found):
+        if module is None:
+            return f"its layer {index} has no `self_attn`"
+        missing = [a for a in ("layer_idx", "config", "num_key_value_groups", "head_dim") if not hasattr(module, a)]
+        if missing:
+            return f"the attention of its layer {index} ({type(module).__name__}) has no `{missing[0]}`"
+        if getattr(module, "is_causal", True) is False:
+            return f"the attention of its layer {index} is not causal"
+    for kind in {type(module) for _, module in found}:
+        reason = _forward_reason(kind)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _forward_reason(kind: Any) -> str | None:
+    forward = kind.forward
+    signature = inspect.signature(forward)
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+        return f"{kind.__name__}.forward takes no further keywords, so the cache cannot be handed on"
+    try:
+        source = inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return f"the source of {kind.__name__}.forward cannot be read to check that it uses the attention interface"
+    if "get_interface(" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:
+        return f"{kind.__name__} does not compute attention through Transformers' attention interface"
+    return None
+
+
+def _site(name: str, module: Any) -> AttentionSite:
+    heads = int(module.config.num_attention_heads)
+    return AttentionSite(
+        index=int(module.layer_idx),
+        name=name,
+        module=module,
+        num_heads=heads,
+        num_kv_heads=heads // int(module.num_key_value_groups),
+        head_dim=int(module.head_dim),
+    )

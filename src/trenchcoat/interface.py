@@ -1,0 +1,221 @@
+"""Where trenchcoat meets Transformers: an attention function, a mask function and a hook, all named `trenchcoat`.
+
+A model whose config names `trenchcoat` as its attention calls :func:`attention` with q, k, v after RoPE and norms. What
+happens depends on the `student` submodule of that layer:
+
+* none, or mode `teacher`: the model's own implementation, on its own mask;
+* `transfer`: the same, and the student learns beside it, at once and layer by layer;
+* `student`: the student's output.
+
+The mask function returns a :class:`LazyMask`, which holds the 2-D padding (for students) and can still make exactly the
+mask that the model's own implementation would have been given.
+
+Shape legend: B rows, H query heads, G key/value heads, T tokens, D key dim, E value dim.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trenchcoat.cache import StateLayer, state_layer
+from trenchcoat.students import StudentAttention
+
+NAME = "trenchcoat"
+"""Name under which the attention and mask functions are registered."""
+
+_CACHE = "trenchcoat_state"
+"""Keyword that carries a layer's state from the hook, through `self_attn`, to the attention function."""
+
+Output = tuple[Tensor, Tensor | None]
+
+
+class LazyMask:
+    """Padding for students, and on demand the mask of the model's own implementation.
+
+    It travels through the model in the place of a mask tensor, untouched.
+    """
+
+    ndim = 4
+    """Says to `generate()` that the mask is ready made."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        offset = request.get("q_offset")
+        if isinstance(offset, Tensor):
+            request["q_offset"] = offset.clone()
+        self._request = request
+        self._teacher: dict[str, Any] = {}
+        self._padding: dict[int, Tensor | None] = {}
+
+    @property
+    def custom(self) -> bool:
+        """More than causality, a window and padding: packed sequences, or a mask of the model's own making."""
+        return not self._request.get("allow_is_causal_skip", True) and int(self._request["q_length"]) > 1
+
+    def padding(self, tokens: int) -> Tensor | None:
+        """True at the real ones of the newest `tokens` columns, bool [B, tokens]; None when all are real."""
+        if tokens not in self._padding:
+            mask = self._request.get("attention_mask")
+            part = None if mask is None else mask[:, -tokens:].bool()
+            self._padding[tokens] = None if part is None or bool(part.all()) else part
+        return self._padding[tokens]
+
+    def teacher(self, implementation: str) -> Any:
+        """What `implementation` would have received."""
+        if implementation not in self._teacher:
+            self._teacher[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._request)
+        return self._teacher[implementation]
+
+    def contiguous(self) -> LazyMask:
+        """Itself (asked of masks by `generate()`)."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> LazyMask:
+        """Itself: tensors are moved where they are used."""
+        return self
+
+
+def mask(**request: Any) -> LazyMask:
+    """The registered mask function; see :class:`LazyMask`."""
+    return LazyMask(request)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Output:
+    """The registered attention function: q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] -> (y [B, T, H, E], None)."""
+    layer: StateLayer | None = kwargs.pop(_CACHE, None)
+    student = student_of(module)
+    if student is None or student.mode == "teacher":
+        return _teacher(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("this model adds position biases to its attention scores, which students do not support")
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        "softcap": kwargs.get("softcap"),
+        "sink_logit": kwargs.get("s_aux"),
+        "mask_BT": _padding(attention_mask, query),
+    }
+    if student.mode == "student":
+        return _student(student, query, key, value, layer, options).transpose(1, 2), None
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"attention transfer got {query.shape[2]} queries for {key.shape[2]} keys; it learns from whole rows, so "
+            "call the model without a cache (use_cache=False)"
+        )
+    with torch.no_grad():
+        output = _teacher(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        student.transfer(query.detach(), key.detach(), value.detach(), output[0].detach().transpose(1, 2), **options)
+    return output
+
+
+def student_of(module: nn.Module) -> StudentAttention | None:
+    """The student attached to an attention module, if any."""
+    student = getattr(module, "student", None)
+    return student if isinstance(student, StudentAttention) else None
+
+
+def _teacher(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Output:
+    """The model's own implementation, named by the attribute `teacher_attention` of `module`."""
+    implementation = str(module.teacher_attention)
+    home = sys.modules[type(module).__module__]
+    functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    run: Callable[..., Output] = functions.get_interface(implementation, getattr(home, "eager_attention_forward", None))
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.teacher(implementation)
+    if isinstance(attention_mask, Tensor):
+        attention_mask = attention_mask.to(query.device)
+    return run(module, query, key, value, attention_mask, **kwargs)
+
+
+def _padding(attention_mask: Any, query: Tensor) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, LazyMask):
+        raise ValueError(
+            "a ready-made attention mask reached a linearized layer; give the model a 2-D attention_mask [batch, "
+            "tokens] with 1 at real tokens"
+        )
+    if attention_mask.custom:
+        raise ValueError(
+            "the model asked for more than a causal mask (packed sequences with restarting position_ids, or its own "
+            "overlay), which linearized layers do not support; give one sequence a row, with a 2-D attention_mask"
+        )
+    padding = attention_mask.padding(query.shape[2])
+    return None if padding is None else padding.to(query.device)
+
+
+def _student(
+    student: StudentAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: StateLayer | None,
+    options: dict[str, Any],
+) -> Tensor:
+    tokens = query.shape[2]
+    if layer is None:
+        y, _ = student(query, key, value, **options)
+        return y
+    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if layer.state is not None and tokens <= student.cfg.window and not learning:
+        y = student.decode(query, key, value, state=layer.state, **options)
+        layer.advance(layer.state, tokens)
+        return y
+    y, state = student(query, key, value, state=layer.state, return_state=True, **options)
+    layer.advance(state, tokens)
+    return y
+
+
+def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of `self_attn`: in student mode the layer's state goes to :func:`attention`, not its cache."""
+    student = student_of(module)
+    if student is None or student.mode == "teacher":
+        return None
+    config: Any = module.config
+    if config._attn_implementation != NAME:
+        raise ValueError(
+            f"the model's attention implementation was changed to {config._attn_implementation!r} while its students "
+            f"are in {student.mode!r} mode; use trenchcoat's set_mode to change what runs"
+        )
+    cache = kwargs.get("past_key_values")
+    if cache is None or student.mode != "student":
+        return None
+    return args, {**kwargs, "past_key_values": None, _CACHE: state_layer(cache, student.layer_idx)}
+
+
+def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of the decoder: in student mode positions count real tokens, unless the caller gave positions.
+
+    Softmax attention with rotary positions does not notice that a left-padded row starts late; features of rotated
+    queries and keys do, so padding would not be invisible.
+    """
+    padding = kwargs.get("attention_mask")
+    if getattr(decoder, "trenchcoat_mode", "teacher") != "student" or kwargs.get("position_ids") is not None:
+        return None
+    if not isinstance(padding, Tensor) or padding.ndim != 2:
+        return None
+    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+    tokens = next(t.shape[1] for t in given if t is not None)
+    positions = (padding.long().cumsum(-1) - 1).clamp_min(0)[:, -tokens:]
+    return args, {**kwargs, "position_ids": positions}
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

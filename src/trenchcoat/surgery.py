@@ -1,0 +1,325 @@
+"""Students and LoRA into a model and out of it again, the mode it runs in, and what of it is trainable.
+
+    attach_students(model, cfg.student)      the model still computes exactly what it did (mode `teacher`)
+    set_mode(model, "transfer")              students learn beside it
+    add_lora(model, cfg.lora); set_mode(model, "student")
+
+No modelling file is touched: a student is a submodule `self_attn.student` of its layer, and
+:mod:`trenchcoat.interface` is the function that the model's own `self_attn` calls. This is the only file that knows
+PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trenchcoat.config import LoraConfig, StudentConfig, UserError
+from trenchcoat.families import AttentionSite, attention_sites, decoder_of
+from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
+from trenchcoat.students import Mode, StudentAttention, build_student
+
+_ADAPTER = "default"
+_FUSED = {"q_proj", "k_proj", "v_proj"}
+
+
+def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
+    """Put a student beside the attention of every layer not in `cfg.keep_softmax`; by layer index.
+
+    The model is in mode `teacher` afterwards: it computes what it did before. Parameters of students are float32, on
+    the device of their layer. Raises `UnsupportedFamilyError` for families that cannot work, and UserError for settings
+    that do not fit the model; nothing is changed then.
+    """
+    sites = attention_sites(model)
+    if students_of(model):
+        raise UserError("this model has students already; use replace_students, or detach_students first")
+    linear = _linear_sites(sites, cfg.keep_softmax)
+    students = {site.index: _build(site, cfg) for site in linear}
+    for site in sites:
+        site.module.teacher_attention = _implementation(site)
+        if site.index in students:
+            site.module.student = students[site.index]
+            site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
+    decoder_of(model).register_forward_pre_hook(count_real_tokens, with_kwargs=True)
+    set_mode(model, "teacher")
+    return students
+
+
+def detach_students(model: nn.Module) -> None:
+    """Take the students out; the model is again what it was before `attach_students` (LoRA stays)."""
+    set_mode(model, "teacher")
+    for site in attention_sites(model):
+        if student_of(site.module) is not None:
+            del site.module.student
+        if hasattr(site.module, "teacher_attention"):
+            del site.module.teacher_attention
+        _remove_hook(site.module, hand_over_cache)
+    _remove_hook(decoder_of(model), count_real_tokens)
+
+
+def _remove_hook(module: nn.Module, hook: object) -> None:
+    for key in [key for key, found in module._forward_pre_hooks.items() if found is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def replace_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
+    """Fresh students of another configuration, in the mode of the old ones."""
+    mode = mode_of(model)
+    detach_students(model)
+    students = attach_students(model, cfg)
+    set_mode(model, mode)
+    return students
+
+
+def students_of(model: nn.Module) -> dict[int, StudentAttention]:
+    """The students of a model by layer index, in order; empty when there are none."""
+    found = {m.layer_idx: m for m in model.modules() if isinstance(m, StudentAttention)}
+    return dict(sorted(found.items()))
+
+
+def student_config(model: nn.Module) -> StudentConfig:
+    """The configuration of the attached students; UserError when there are none."""
+    for student in students_of(model).values():
+        return student.cfg
+    raise UserError("this model has no students; call attach_students(model, cfg) first")
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Choose what the layers return: `teacher` and `transfer` the model's own attention, `student` the student's."""
+    if mode not in ("teacher", "transfer", "student"):
+        raise UserError(f"mode is {mode!r}; expected 'teacher', 'transfer' or 'student'")
+    students = students_of(model)
+    if not students and mode != "teacher":
+        raise UserError(f"mode {mode!r} needs students; call attach_students(model, cfg) first")
+    for student in students.values():
+        student.mode = mode
+    for config, own in _configs(model):
+        config._attn_implementation_internal = own if mode == "teacher" else NAME
+    if students:
+        decoder_of(model).trenchcoat_mode = mode
+
+
+def mode_of(model: nn.Module) -> Mode:
+    """The mode of the attached students; `teacher` when there are none."""
+    for student in students_of(model).values():
+        return student.mode
+    return "teacher"
+
+
+def set_far(model: nn.Module, enabled: bool) -> None:
+    """Switch the far (linear) part of every student on or off; off shows what the window alone is worth."""
+    for student in students_of(model).values():
+        student.far_enabled = enabled
+
+
+def teacher_implementation(model: nn.Module) -> str:
+    """Name of the attention that the model's softmax layers run (for the log and the run's record)."""
+    return ", ".join(sorted({_implementation(site) for site in attention_sites(model)}))
+
+
+def _linear_sites(sites: list[AttentionSite], keep: Iterable[int]) -> list[AttentionSite]:
+    indices = {site.index for site in sites}
+    unknown = sorted(set(keep) - indices)
+    if unknown:
+        raise UserError(f"student.keep_softmax names layer {unknown[0]}, but the model's layers are 0..{max(indices)}")
+    chosen = [site for site in sites if site.index not in set(keep)]
+    if not chosen:
+        raise UserError(f"student.keep_softmax names all {len(sites)} layers; leave out the ones to linearize")
+    return chosen
+
+
+def _build(site: AttentionSite, cfg: StudentConfig) -> StudentAttention:
+    try:
+        student = build_student(cfg, num_heads=site.num_heads, num_kv_heads=site.num_kv_heads, head_dim=site.head_dim)
+    except ValueError as error:
+        raise UserError(f"the student does not fit layer {site.index}: {error}") from error
+    student.layer_idx = site.index
+    student.train(site.module.training)
+    weight = next(site.module.parameters(), None)
+    return student if weight is None else student.to(weight.device)
+
+
+def _implementation(site: AttentionSite) -> str:
+    """The attention implementation that the config of a layer names (never ours)."""
+    known = site.module.__dict__.get("teacher_attention")
+    named = known or site.module.config._attn_implementation
+    if named == NAME:
+        raise UserError(
+            f"the model was loaded with attn_implementation={NAME!r}, which needs students to run; load it with its "
+            "own (sdpa, eager, ...) and attach students"
+        )
+    return str(named or "eager")
+
+
+def _configs(model: nn.Module) -> list[tuple[Any, str]]:
+    """Every config object that chooses an attention implementation, with the model's own choice for it."""
+    found: dict[int, tuple[Any, str]] = {}
+    own = ""
+    for site in attention_sites(model):
+        own = _implementation(site)
+        found.setdefault(id(site.module.config), (site.module.config, own))
+    for config in (getattr(model, "config", None), getattr(decoder_of(model), "config", None)):
+        if config is not None:
+            found.setdefault(id(config), (config, own))
+    return list(found.values())
+
+
+# What is trainable
+
+
+def freeze_for_transfer(model: nn.Module) -> list[nn.Parameter]:
+    """Only the students' parameters require gradients; returns them."""
+    model.requires_grad_(False)
+    return _require(p for student in students_of(model).values() for p in student.parameters())
+
+
+def freeze_for_lora(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:
+    """Only LoRA's parameters require gradients, and the students' with `cfg.train_feature_maps`; returns them."""
+    lora = [p for name, p in model.named_parameters() if "lora_" in name]
+    if not lora:
+        raise UserError("there is no LoRA in this model; call add_lora(model, cfg) first")
+    model.requires_grad_(False)
+    maps = [p for student in students_of(model).values() for p in student.parameters()]
+    return _require(lora + (maps if cfg.train_feature_maps else []))
+
+
+def _require(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    chosen = list(parameters)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
+
+
+# LoRA (https://arxiv.org/abs/2106.09685), through PEFT
+
+
+def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
+    """Put a LoRA on the linear layers `cfg.targets` of every layer's attention; returns their paths.
+
+    Families with one fused `qkv_proj` get it there. LoRA's parameters are float32. Only LoRA is trainable afterwards
+    (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not have.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
+    if has_lora(model):
+        raise UserError("this model has a LoRA already; merge_lora or remove_lora first")
+    paths = _lora_targets(model, cfg.targets)
+    settings = PeftLoraConfig(
+        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
+    )
+    inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    freeze_for_lora(model, cfg)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return paths
+
+
+def has_lora(model: nn.Module) -> bool:
+    """True when a LoRA is in the model and not merged."""
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add LoRA's updates to the weights and take LoRA out. No-op without LoRA."""
+    _take_out_lora(model, merge=True)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take LoRA out and forget it. No-op without LoRA."""
+    _take_out_lora(model, merge=False)
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have after `merge_lora`; the model is not changed.
+
+    Tensors are the model's own, except for merged weights, which are new.
+    """
+    state = {name: t for name, t in model.state_dict(keep_vars=False).items() if "lora_" not in name}
+    state = {name.replace(".base_layer.", "."): t for name, t in state.items()}
+    for path, layer in _lora_layers(model):
+        weight = layer.get_base_layer().weight
+        update = layer.get_delta_weight(_ADAPTER)
+        state[f"{path}.weight"] = (weight.float() + update.float()).to(weight.dtype).detach()
+    return state
+
+
+def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    paths = []
+    for site in attention_sites(model):
+        linear = [name for name, m in site.module.named_children() if isinstance(m, nn.Linear)]
+        wanted = set(targets)
+        if "qkv_proj" in linear and wanted & _FUSED:
+            wanted = (wanted - _FUSED) | {"qkv_proj"}
+        missing = sorted(wanted - set(linear))
+        if missing:
+            raise UserError(
+                f"lora.targets names {missing[0]!r}, which the attention of layer {site.index} does not have; its "
+                f"linear layers are {', '.join(linear)}"
+            )
+        paths += [f"{site.name}.{name}" for name in linear if name in wanted]
+    return paths
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _take_out_lora(model: nn.Module, *, merge: bool) -> None:
+    if not has_lora(model):
+        return
+    for path, layer in _lora_layers(model):
+        base = layer.get_base_layer()
+        if merge:
+            update = layer.get_delta_weight(_ADAPTER)
+            base.weight.data = (base.weight.data.float() + update.float()).to(base.weight.dtype)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, base)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+# What was learned, as named tensors
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Students' and LoRA's parameters by name, e.g. `model.layers.0.self_attn.student.mix_H` and
+    `model.layers.0.self_attn.q_proj.lora_A.weight`; detached, not copied."""
+    return {name: p.detach() for name, p in _learned(model).items()}
+
+
+def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` (as :func:`adapter_state` names them) into the model.
+
+    The names must be exactly the model's, and so the shapes: UserError names the first that differ, and nothing is
+    changed then.
+    """
+    own = _learned(model)
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or foreign:
+        hint = "; call add_lora(model, cfg) first" if any("lora_" in n for n in foreign) and not has_lora(model) else ""
+        parts = [f"{len(missing)} missing, e.g. {missing[0]}"] if missing else []
+        parts += [f"{len(foreign)} not of this model, e.g. {foreign[0]}"] if foreign else []
+        raise UserError(f"the adapter does not belong to this model and its settings: {'; '.join(parts)}{hint}")
+    for name, parameter in own.items():
+        given, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+        if given != wanted:
+            raise UserError(f"the adapter does not fit: {name} is {given}, the model's is {wanted}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    owned = {id(p) for student in students_of(model).values() for p in student.parameters()}
+    named = model.named_parameters()
+    return {n.replace(f".{_ADAPTER}.", "."): p for n, p in named if id(p) in owned or "lora_" in n}
