@@ -39,7 +39,9 @@ class Counters:
     def from_json(cls, content: Mapping[str, Any]) -> Counters:
         """Back from ``to_json``."""
         values: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
-        return cls(**{name: math.inf if value is None else value for name, value in values.items()})
+        for name, value in values.items():
+            values[name] = math.inf if value is None else value
+        return cls(**values)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -1,0 +1,131 @@
+"""A tiny model, tiny random data and a small training run, shared by the tests of the loop and by ``resume_worker.py``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trenchcoat import surgery
+from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
+from trenchcoat.objectives import next_token_objective, transfer_objective
+from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.train import FitResult, fit
+
+VOCABULARY = 61
+STUDENT = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8))
+
+
+def tiny_llama(*, layers: int = 2, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A random Llama: hidden 32, 4 query and 2 key/value heads of 8."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+class RandomBatches:
+    """Random tokens by index, the same for the same index; the second row of every batch ends in padding."""
+
+    fingerprint = "random tokens"
+
+    def __init__(self, *, epoch: int = 8, rows: int = 2, tokens: int = 24, delay: float = 0.0) -> None:
+        self.epoch, self.rows, self.tokens, self.delay = epoch, rows, tokens, delay
+        self.served: list[int] = []
+
+    def __len__(self) -> int:
+        return self.epoch
+
+    def _make(self, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, VOCABULARY, (self.rows, self.tokens), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1:, -3:] = 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def train_batch(self, index: int) -> dict[str, Tensor]:
+        """Micro-batch ``index`` over epochs."""
+        self.served.append(index)
+        time.sleep(self.delay)
+        return self._make(index % self.epoch)
+
+    def validation(self, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
+        """Two batches."""
+        for index in range(2 if limit is None else min(limit, 2)):
+            yield self._make(10_000 + index)
+
+
+def transfer_model(*, layers: int = 2, **changes: Any) -> LlamaForCausalLM:
+    """The tiny Llama with students, in transfer mode, students trainable."""
+    model = tiny_llama(layers=layers, **changes)
+    torch.manual_seed(1)
+    surgery.attach_students(model, STUDENT)
+    surgery.freeze_for_transfer(model)
+    surgery.set_mode(model, "transfer")
+    return model
+
+
+def transfer_settings(**changes: Any) -> TransferConfig:
+    """Twelve steps of two micro-batches, evaluated and saved every four."""
+    settings: dict[str, Any] = {
+        "max_steps": 12, "batch_size": 2, "accumulation": 2, "eval_every": 4, "save_every": 4, "plateau_patience": 0,
+    }  # fmt: skip
+    return TransferConfig(**{**settings, **changes})
+
+
+def lora_settings(**changes: Any) -> LoraConfig:
+    """The same for stage 2, with dropout, so that the random state matters."""
+    settings: dict[str, Any] = {
+        "max_steps": 12, "batch_size": 2, "accumulation": 2, "eval_every": 4, "save_every": 4, "lr": 1e-2, "rank": 2,
+        "dropout": 0.2, "schedule": "cosine", "warmup_steps": 2,
+    }  # fmt: skip
+    return LoraConfig(**{**settings, **changes})
+
+
+def fit_transfer(model: nn.Module, run_dir: Path, cfg: TransferConfig, batches: RandomBatches) -> FitResult:
+    """Stage 1 in ``run_dir``."""
+    with RunLog(run_dir, progress="off") as run:
+        return fit(model, batches, transfer_objective(cfg), cfg, run, stage="transfer")
+
+
+def start_lora(model: nn.Module, cfg: LoraConfig) -> None:
+    """Students in place of the teacher, LoRA added."""
+    surgery.set_mode(model, "student")
+    surgery.add_lora(model, cfg)
+
+
+def fit_lora(model: nn.Module, run_dir: Path, cfg: StageConfig, batches: RandomBatches) -> FitResult:
+    """Stage 2 in ``run_dir``."""
+    with RunLog(run_dir, progress="off") as run:
+        return fit(model, batches, next_token_objective(), cfg, run, stage="lora")
+
+
+def two_stages(run_dir: Path, *, delay: float = 0.0) -> dict[str, Any]:
+    """Both stages from nothing, or from what ``run_dir`` holds; ``{"stopped": bool, "weights": {name: values}}``."""
+    batches = RandomBatches(delay=delay)
+    model = transfer_model()
+    first = fit_transfer(model, run_dir, transfer_settings(), batches)
+    if first.stopped:
+        return {"stopped": True}
+    cfg = lora_settings()
+    start_lora(model, cfg)
+    second = fit_lora(model, run_dir, cfg, batches)
+    weights = {name: p.detach().flatten().tolist() for name, p in surgery.adapter_state(model).items()}
+    return {"stopped": second.stopped, "weights": weights, "best": [first.best_loss, second.best_loss]}
+
+
+def numbers_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The log's train and eval lines without clock readings."""
+    clocks = ("time", "seconds")
+    return [
+        {key: value for key, value in line.items() if key not in clocks}
+        for line in read_metrics(run_dir)
+        if line["kind"] in ("train", "eval")
+    ]
