@@ -1,0 +1,294 @@
+"""The command line: subcommands, help, exit codes (0 done, 1 failed, 2 wrong usage). No logic lives here."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.recipe_io import builtin_recipes, load_recipe, settings_help
+
+DESCRIPTION = """\
+Turn a pretrained softmax Transformer into a linear-time, constant-memory model.
+
+  trenchcoat demo                              the whole pipeline on a small embedded model, minutes on a laptop
+  trenchcoat linearize llama3_1_8b             the same for Llama 3.1 8B, on one GPU
+  trenchcoat generate runs/llama3_1_8b --prompt "A trenchcoat is"
+
+`trenchcoat COMMAND --help` explains a command and every setting it reads.
+"""
+
+RECIPE_HELP = f"a YAML file, a run's folder, or a recipe that ships: {', '.join(builtin_recipes())}"
+OVERRIDE_HELP = "settings that override the recipe's, by path: transfer.lr=5e-3 student.name=linear transfer=null"
+
+
+class UsageError(UserError):
+    """The command line or the recipe is wrong; nothing was started."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parse(arguments)
+    _quiet_libraries(args.debug)
+    try:
+        args.command(args)
+    except KeyboardInterrupt:
+        return _failed("stopped; run the same command again to continue where it was", 1, args.debug)
+    except UsageError as error:
+        return _failed(str(error), 2, args.debug)
+    except UserError as error:
+        return _failed(str(error), 1, args.debug)
+    except (ValueError, OSError) as error:
+        return _failed(f"{error} ({type(error).__name__}; --debug shows where)", 1, args.debug)
+    return 0
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"trenchcoat: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Keep the libraries' own notices and bars off the terminal; ours say what matters."""
+    if debug:
+        return
+    from datasets import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+# The parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 120))
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse; overrides may stand anywhere among the options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    strange = [item for item in rest if item.startswith("-") or "=" not in item or not hasattr(args, "overrides")]
+    if strange:
+        _usage(parser, f"unrecognized arguments: {' '.join(strange)}")
+    if hasattr(args, "overrides"):
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _usage(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    parser.error(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error, and the libraries' notices"
+    )
+    parser = argparse.ArgumentParser(
+        "trenchcoat", description=DESCRIPTION, formatter_class=_Formatter, parents=[common]
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = ()) -> argparse.ArgumentParser:
+        settings = "" if sections is not None and not sections else "settings:\n" + settings_help(sections)
+        sub = commands.add_parser(
+            name, help=short, description=more, epilog=settings, formatter_class=_Formatter, parents=[common]
+        )
+        sub.set_defaults(command=run)
+        return sub
+
+    def recipe_command(name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = None) -> None:
+        sub = add(name, run, short, more, sections)
+        sub.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+
+    demo = add("demo", _demo, "the whole pipeline on the embedded model, minutes on two CPU cores", _DEMO, None)
+    demo.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    recipe_command("linearize", _linearize, "transfer, LoRA, evaluation, export and report of one recipe", _LINEARIZE)
+    both = ["model", "student", "data", "run"]
+    recipe_command("transfer", _transfer, "stage 1 alone: attention transfer", _TRANSFER, [*both, "transfer"])
+    recipe_command("finetune", _finetune, "stage 2 alone: LoRA on the transferred model", _FINETUNE, [*both, "lora"])
+    _add_eval(add("eval", _eval, "score a run, an adapter or a merged folder", _EVAL, ["data", "eval"]))
+    _add_generate(add("generate", _generate, "write text with a linearized model", _GENERATE))
+    _add_bench(add("bench", _bench, "measure the operator or a transfer step on this machine", _BENCH))
+    _add_export(add("export", _export, "write the adapter, or a merged model, of a run", _EXPORT))
+    return parser
+
+
+_DEMO = """\
+Linearize the small Llama that ships with trenchcoat, on text that every Python carries: check the machine, attention
+transfer, LoRA, evaluation, texts of both models side by side, the report. Nothing is downloaded. Killed or stopped,
+the same command continues. Any setting can be overridden, for example: trenchcoat demo student.window=16
+"""
+_LINEARIZE = """\
+Run a whole recipe: attention transfer, LoRA, evaluation, export of the adapter, report. Everything goes into the run's
+folder (run.dir). Run the same command again after a crash or Ctrl-C and it continues; finished stages are skipped.
+"""
+_TRANSFER = """\
+Stage 1: train each layer's feature maps so that the linear attention reproduces the softmax attention's outputs. The
+model itself is frozen, and no gradient passes through it.
+"""
+_FINETUNE = """\
+Stage 2: LoRA on the attention projections with next-token loss. It takes up the transfer found in the run's folder
+(made by `trenchcoat transfer` with the same recipe); with transfer=null it is the baseline without transfer.
+"""
+_EVAL = """\
+Score a run again (with other eval.* settings, say) and write its report, or score an adapter or merged folder on the
+text named by data.path.
+"""
+_GENERATE = """\
+Continue one or more prompts with a linearized model: a run's folder, an adapter folder or a merged folder. The state
+held while writing has a constant size.
+"""
+_BENCH = """\
+Measure on this machine. ops: the attention operator against the quadratic reference and PyTorch's own attention.
+transfer: time and memory of an attention-transfer step against the bare teacher forward and the naive way.
+"""
+_EXPORT = """\
+Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
+--merge, a complete model that AutoModelForCausalLM loads after `import trenchcoat`.
+"""
+
+
+def _add_eval(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("target", metavar="RUN_OR_DIR", help="a run's folder, an adapter folder or a merged folder")
+    sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+
+
+def _add_generate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("target", metavar="DIR", help="a run's folder, an adapter folder or a merged folder")
+    sub.add_argument("--prompt", action="append", required=True, help="text to continue; repeat it for a batch")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (64)")
+    sub.add_argument(
+        "--temperature", type=float, default=None, metavar="T", help="sample at this temperature (default: greedy)"
+    )
+    sub.add_argument(
+        "--top-p", type=float, default=None, metavar="P", help="sample from the smallest set of this probability"
+    )
+    sub.add_argument("--top-k", type=int, default=None, metavar="K", help="sample from the K likeliest tokens")
+    sub.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (1)")
+    sub.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
+    sub.add_argument("--compare", action="store_true", help="show the softmax teacher's continuation beside it")
+
+
+def _add_bench(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("what", choices=["ops", "transfer"], help="what to measure")
+    sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
+    sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
+    sub.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("target", metavar="DIR", help="a run's folder or an adapter folder")
+    sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    sub.add_argument("--merge", action="store_true", help="a complete model instead of an adapter")
+
+
+# The commands
+
+
+def _recipe(args: argparse.Namespace, path: str) -> Recipe:
+    try:
+        return load_recipe(path, args.overrides)
+    except UserError as error:
+        raise UsageError(str(error)) from error
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    _show(stages.demo(_recipe(args, "demo")))
+
+
+def _linearize(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    _show(stages.linearize(_recipe(args, args.recipe)))
+
+
+def _transfer(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    _show(stages.transfer(_recipe(args, args.recipe)))
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    _show(stages.finetune(_recipe(args, args.recipe)))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    if (Path(args.target) / "recipe.yaml").is_file():
+        _show(stages.evaluate_run(_recipe(args, args.target)))
+        return
+    try:
+        overrides = list(args.overrides)
+        recipe = load_recipe("demo", ["transfer=null", "lora=null", "data.path=embedded", *overrides])
+    except UserError as error:
+        raise UsageError(str(error)) from error
+    _show(stages.evaluate_folder(Path(args.target), recipe))
+
+
+def _show(outcome: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for part in outcome.shown:
+        if isinstance(part, str):
+            print(part)
+        else:
+            console.print(part)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    sampling = args.temperature is not None or args.top_p is not None or args.top_k is not None
+    outcome = stages.generate(
+        Path(args.target),
+        args.prompt,
+        device=args.device,
+        compare=args.compare,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=sampling,
+        temperature=1.0 if args.temperature is None else args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        num_beams=args.beams,
+        seed=args.seed,
+    )
+    _show(outcome)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from trenchcoat import bench
+
+    print(bench.run(args.what, out=args.out, threads=args.threads, quick=args.quick))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from trenchcoat import stages
+
+    _show(stages.export(Path(args.target), Path(args.out), merge=args.merge))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

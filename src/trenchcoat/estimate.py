@@ -1,0 +1,63 @@
+"""How long a run will take on this machine, from one timed forward pass of the teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from trenchcoat.config import LoraConfig, StageConfig
+from trenchcoat.runfolder import TRANSFER
+from trenchcoat.train import Batches
+from trenchcoat.workshop import Workshop
+
+TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
+"""Time per token of a training step (and of scoring) in teacher forward passes; measured on the demo, on two cores."""
+
+
+def stage_tokens(cfg: StageConfig, batches: Batches, seq_len: int) -> tuple[int, int]:
+    """(tokens trained, tokens evaluated) by a whole stage."""
+    micro = cfg.max_steps * cfg.accumulation if cfg.max_steps is not None else math.ceil(cfg.epochs * len(batches))
+    evaluations = 1 + math.ceil(micro / cfg.accumulation / cfg.eval_every)
+    rows = sum(len(batch["input_ids"]) for batch in batches.validation(cfg.eval_batches))
+    return micro * cfg.batch_size * seq_len, evaluations * rows * seq_len
+
+
+def seconds_per_token(shop: Workshop, batches: Batches, repeats: int = 2) -> float:
+    """Time of a teacher forward pass, per token; the fastest of ``repeats`` after one to warm up."""
+    model = shop.assemble_teacher()
+    device = next(model.parameters()).device
+    ids = batches.train_batch(0)["input_ids"].to(device)
+    times = []
+    with torch.no_grad():
+        for _ in range(1 + repeats):
+            began = time.perf_counter()
+            logits = model(input_ids=ids, use_cache=False).logits
+            float(logits[0, -1, 0])  # waits for the device
+            times.append(time.perf_counter() - began)
+    return min(times[1:]) / ids.numel()
+
+
+def estimate(shop: Workshop, stages: list[str], rows: int) -> float:
+    """Seconds that the unfinished ``stages`` and the scoring of ``rows`` rows of the table will take, roughly."""
+    recipe = shop.recipe
+    left = [stage for stage in stages if shop.folder.result(stage) is None]
+    seq_len = recipe.data.seq_len
+    total, unit = 0.0, 0.0
+    for stage in left:
+        cfg = recipe.transfer if stage == TRANSFER else recipe.lora
+        if cfg is None:
+            continue
+        batches = shop.batches(cfg.batch_size)
+        unit = unit or seconds_per_token(shop, batches)
+        trained, evaluated = stage_tokens(cfg, batches, seq_len)
+        total += unit * (trained * (LORA_COST if isinstance(cfg, LoraConfig) else TRANSFER_COST) + evaluated * 1.5)
+    return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or seq_len)
+
+
+def in_words(seconds: float) -> str:
+    """``40 s``, ``4 min``, ``7.5 h``."""
+    if seconds < 90:
+        return f"{max(5, round(seconds / 5) * 5)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,136 @@
+"""What a run's folder remembers of finished work, so that a rerun skips it and another recipe is refused.
+
+stages/<name>/settings.json        the settings the stage depends on, written when it begins
+stages/<name>/weights.safetensors  what it learned
+stages/<name>/result.json          its figures; written last, so its presence means finished
+evaluation/<name>.json             scores, kept until the settings behind them change
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.files import load_tensors, read_json, save_tensors, write_json
+
+TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
+
+_DEPENDS: dict[str, tuple[str, ...]] = {
+    TRANSFER: ("model", "student", "data", "transfer", "run"),
+    LORA: ("model", "student", "data", "transfer", "lora", "run"),
+    LORA_ONLY: ("model", "student", "data", "lora", "run"),
+    WINDOW_SINKS_LORA: ("model", "student.window", "student.keep_softmax", "data", "lora", "run", "eval.sinks"),
+}
+"""Sections and fields of the recipe that decide a stage's outcome."""
+
+_FREE = {
+    "model.device", "data.cache_dir", "run.dir", "run.threads", "run.progress",
+    "transfer.save_every", "transfer.keep_checkpoints", "lora.save_every", "lora.keep_checkpoints",
+    "lora.gradient_checkpointing",
+}  # fmt: skip
+"""Fields that may change between two calls of the same run."""
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested dataclasses or mappings as {path: plain value}; tuples become lists, as JSON will give them back."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        parts = (flatten(item, f"{path}.{key}" if path else str(key)) for key, item in value.items())
+        return {name: item for part in parts for name, item in part.items()}
+    return {path: list(value) if isinstance(value, tuple) else value}
+
+
+def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """{path: value} of every setting that decides the outcome of ``stage``."""
+    chosen = _DEPENDS[stage]
+    return {
+        path: value
+        for path, value in flatten(recipe).items()
+        if path not in _FREE and any(path == part or path.startswith(f"{part}.") for part in chosen)
+    }
+
+
+class RunFolder:
+    """The finished and begun stages, and the kept scores, of one run."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = Path(directory)
+
+    def stage_dir(self, stage: str) -> Path:
+        """Folder of a stage's record."""
+        return self.directory / "stages" / stage
+
+    def refuse_other_recipe(self, recipe: Recipe, stages: list[str]) -> None:
+        """Raise ``UserError`` when one of ``stages`` was begun here with other settings."""
+        for stage in stages:
+            self._compare(stage, stage_settings(recipe, stage))
+
+    def begin(self, stage: str, recipe: Recipe, identity: Mapping[str, str]) -> None:
+        """Note the settings of a stage that begins, with ``identity`` of what the recipe only names.
+
+        Raises ``UserError`` when it was begun here with others.
+        """
+        settings = {**stage_settings(recipe, stage), **identity}
+        self._compare(stage, settings)
+        write_json(self.stage_dir(stage) / "settings.json", settings)
+
+    def _compare(self, stage: str, now: Mapping[str, Any]) -> None:
+        path = self.stage_dir(stage) / "settings.json"
+        if not path.is_file():
+            return
+        before = read_json(path)
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        changed += [name for name in before if name not in now and name.split(".")[0] in {n.split(".")[0] for n in now}]
+        if changed:
+            shown = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed[:3])
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.directory} holds stage {stage!r} of another recipe: {shown}{more}. "
+                "Give this run a folder of its own (run.dir=...), delete that folder, or use its settings"
+            )
+
+    def begun(self, stage: str) -> bool:
+        """Whether the stage was begun here."""
+        return (self.stage_dir(stage) / "settings.json").is_file()
+
+    def finish(self, stage: str, tensors: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
+        """Keep what a stage learned, and mark it finished."""
+        save_tensors(self.stage_dir(stage) / "weights.safetensors", tensors)
+        write_json(self.stage_dir(stage) / "result.json", dict(result))
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """The figures of a finished stage, else None."""
+        path = self.stage_dir(stage) / "result.json"
+        return dict(read_json(path)) if path.is_file() else None
+
+    def weights(self, stage: str) -> dict[str, Tensor]:
+        """What a finished stage learned."""
+        return load_tensors(self.stage_dir(stage) / "weights.safetensors")
+
+    def kept(self, name: str, key: Mapping[str, Any]) -> Path | None:
+        """The evaluation file ``name`` when it was made under the same ``key``, else None."""
+        path = self.evaluation_path(name)
+        stamp = path.with_suffix(".key")
+        return path if path.is_file() and stamp.is_file() and stamp.read_text() == _digest(key) else None
+
+    def keep(self, name: str, key: Mapping[str, Any]) -> None:
+        """Stamp the evaluation file ``name``, already written, with the settings behind it."""
+        self.evaluation_path(name).with_suffix(".key").write_text(_digest(key))
+
+    def evaluation_path(self, name: str) -> Path:
+        """Where the scores ``name`` are kept; its folder exists afterwards."""
+        folder = self.directory / "evaluation"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.json"
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()

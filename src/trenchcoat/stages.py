@@ -1,0 +1,209 @@
+"""What each command does, from recipe to report: the order of the stages, what is skipped, what is kept.
+
+Data hops of `linearize`: workshop (model, students, data) -> train.fit (transfer) -> train.fit (LoRA) -> adapter ->
+comparison (every row of the table; the comparison rows are trained on the way) -> report. A killed command continues
+where it was: finished stages and finished scores are read from the run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trenchcoat import hub, report, surgery
+from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
+from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.data import load_batches
+from trenchcoat.estimate import estimate, in_words
+from trenchcoat.evaluate import score
+from trenchcoat.generate import generate_text
+from trenchcoat.machine import check_machine
+from trenchcoat.results import ROW_LABELS, Results, Scores, StageFacts
+from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.workshop import Workshop
+
+_TITLES = {
+    TRANSFER: "attention transfer: feature maps learn to reproduce the softmax attention, layer by layer",
+    LORA: "LoRA on the transferred model",
+    LORA_ONLY: "LoRA without transfer",
+    WINDOW_SINKS_LORA: "for comparison: LoRA on window + sinks, without a linear part",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command leaves for the terminal: texts and tables, in order."""
+
+    shown: tuple[Any, ...]
+    results: Results | None = None
+
+
+def demo(recipe: Recipe) -> Outcome:
+    """The whole pipeline of ``recipe`` after a look at the machine; raises ``UserError`` when it is not fit for it."""
+    sentences = check_machine(Path(recipe.run.dir))
+    return linearize(recipe, opening=sentences)
+
+
+def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
+    """Both stages, the adapter, the comparison rows, the report. Raises ``UserError``; ``Stopped`` after Ctrl-C."""
+    if recipe.transfer is None and recipe.lora is None:
+        raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
+    began = time.monotonic()
+    with Workshop(recipe, stages_of(recipe)) as shop:
+        _open(shop, opening)
+        _announce_time(shop)
+        own = [stage for stage in (TRANSFER, shop.main_lora_stage) if stage in _own_stages(recipe)]
+        facts = {stage: _train(shop, stage) for stage in own}
+        shop.export(Path(recipe.run.dir) / "adapter", own[-1])
+        return _report(shop, facts, began)
+
+
+def transfer(recipe: Recipe) -> Outcome:
+    """Stage 1 alone, and the adapter folder of what it learned."""
+    with Workshop(recipe, [TRANSFER]) as shop:
+        _open(shop)
+        facts = _train(shop, TRANSFER)
+        folder = Path(recipe.run.dir) / "adapter"
+        if shop.folder.result(shop.main_lora_stage) is None:
+            shop.export(folder, TRANSFER)
+        return Outcome(
+            (_ended(facts), f"the adapter is in {folder}; the next stage is: trenchcoat finetune, same recipe")
+        )
+
+
+def finetune(recipe: Recipe) -> Outcome:
+    """Stage 2 alone, on the transfer found in the run's folder (or without one, where the recipe has transfer=null)."""
+    with Workshop(recipe, _own_stages(recipe)) as shop:
+        shop.require_transfer()
+        _open(shop)
+        stage = shop.main_lora_stage
+        facts = _train(shop, stage)
+        folder = Path(recipe.run.dir) / "adapter"
+        shop.export(folder, stage)
+        return Outcome((_ended(facts), f"the adapter is in {folder}; score it with: trenchcoat eval {recipe.run.dir}"))
+
+
+def evaluate_run(recipe: Recipe) -> Outcome:
+    """Score a finished run (comparison rows are trained when the recipe asks for them) and write its report."""
+    began = time.monotonic()
+    with Workshop(recipe, stages_of(recipe)) as shop:
+        missing = [stage for stage in _own_stages(recipe) if shop.folder.result(stage) is None]
+        if missing:
+            raise UserError(
+                f"{recipe.run.dir} is not finished ({missing[0]} is missing): run `trenchcoat linearize` on it"
+            )
+        return _report(shop, {stage: shop.train(stage) for stage in _own_stages(recipe)}, began)
+
+
+# Parts of the commands
+
+
+def _own_stages(recipe: Recipe) -> list[str]:
+    """The stages that the recipe's own model goes through."""
+    stage_1 = [TRANSFER] if recipe.transfer is not None else []
+    stage_2 = [LORA if recipe.transfer is not None else LORA_ONLY] if recipe.lora is not None else []
+    return stage_1 + stage_2
+
+
+def _open(shop: Workshop, opening: Sequence[str] = ()) -> None:
+    """Write what the run is into its folder, and say it."""
+    recipe = shop.recipe
+    shop.log.write_recipe(dump_recipe(recipe))
+    shop.log.write_environment(implementation=recipe.student.impl, teacher_attention=recipe.model.attention)
+    for sentence in opening:
+        shop.log.info(sentence)
+    shop.log.info(
+        f"run folder {recipe.run.dir}; model {recipe.model.path}; student {recipe.student.name} "
+        f"(window {recipe.student.window}, {recipe.student.feature_map.name} maps, {recipe.student.impl} operator)"
+    )
+
+
+def _announce_time(shop: Workshop) -> None:
+    seconds = estimate(shop, stages_of(shop.recipe), len(rows_of(shop.recipe)))
+    if seconds > 0:
+        shop.log.info(f"this will take about {in_words(seconds)} on this machine; stopped, the same command continues")
+
+
+def _train(shop: Workshop, stage: str) -> StageFacts:
+    if shop.folder.result(stage) is not None:
+        shop.log.info(f"{stage}: finished before, skipped")
+    else:
+        shop.log.info(f"{stage}: {_TITLES[stage]}")
+    return shop.train(stage)
+
+
+def _ended(facts: StageFacts) -> str:
+    return (
+        f"{facts.name}: {facts.steps} steps, {facts.tokens} tokens in {in_words(facts.seconds)}, "
+        f"best evaluation loss {facts.best_loss:.4g}"
+    )
+
+
+def _report(shop: Workshop, facts: dict[str, StageFacts], began: float) -> Outcome:
+    """Score every row, train what the comparison rows need, write the report."""
+    comparison = Comparison(shop)
+    scores: dict[str, Scores] = {}
+    for row in rows_of(shop.recipe):
+        if row.weights is not None and row.weights not in facts:
+            facts[row.weights] = _train(shop, row.weights)
+        scores[row.name] = found = comparison.scores(row)
+        shop.log.info(
+            f"scored {ROW_LABELS[row.name]}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"
+        )
+    results = comparison.results(scores, list(facts.values()), began)
+    folder = Path(shop.recipe.run.dir)
+    results.save(folder / "results.json")
+    written = report.write_report(folder, results)
+    return Outcome((report.terminal_table(results), f"report: {written}"), results)
+
+
+# Models that are already on disk
+
+
+def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
+    """Score an adapter or merged folder, as it is, on the text of ``recipe``."""
+    model, tokenizer = hub.load(path, device=recipe.model.device)
+    batches = load_batches(recipe.data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
+    window = surgery.student_config(model).window
+    text = evaluation_rows(batches, recipe.eval.rows)
+    found = score(model, text, window=window, batch_size=recipe.eval.batch_size)
+    scores = Results(window, text.ids.shape[1], rows={path.name: found}, recipe=dataclasses.asdict(recipe))
+    return Outcome((report.terminal_table(scores),), scores)
+
+
+def generate(path: Path, prompts: list[str], *, device: str = "auto", compare: bool = False, **options: Any) -> Outcome:
+    """Continue prompts with the model of a run, an adapter or a merged folder; ``options`` of ``generate_text``.
+
+    ``compare`` adds the softmax attention of the same weights (mode `teacher`, without LoRA).
+    """
+    model, tokenizer = hub.load(path, device=device)
+    made = generate_text(model, tokenizer, prompts, **options)
+    if not compare:
+        return Outcome(tuple(one.prompt + one.text for one in made))
+    surgery.remove_lora(model)
+    surgery.set_mode(model, "teacher")
+    before = generate_text(model, tokenizer, prompts, **options)
+    return Outcome(
+        tuple(
+            f"{one.prompt}\n  linear: {one.text}\n  softmax: {old.text}" for one, old in zip(made, before, strict=True)
+        )
+    )
+
+
+def export(path: Path, out: Path, *, merge: bool) -> Outcome:
+    """Write the adapter (or, with ``merge``, the complete model) of a run or adapter folder to ``out``."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and is not empty; choose another folder")
+    model, tokenizer = hub.load(path)
+    if merge:
+        hub.save_merged(model, out)
+        tokenizer.save_pretrained(out)
+        return Outcome(
+            (f"the complete model is in {out}: import trenchcoat, then AutoModelForCausalLM.from_pretrained",)
+        )
+    hub.save_adapter(model, out)
+    return Outcome((f"the adapter is in {out}",))

@@ -1,0 +1,202 @@
+"""One run at work: the model with students and LoRA put on and taken off as each stage and each report row needs them.
+
+Every variant is assembled from the same loaded base model: fresh students from the seed, fresh LoRA from the seed, then
+the weights of a finished stage. So the order in which stages and rows are made has no influence on their numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trenchcoat import checkpoint, surgery
+from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, UserError
+from trenchcoat.data import Batches, load_batches
+from trenchcoat.hub import save_adapter
+from trenchcoat.objectives import Objective, next_token_objective, transfer_objective
+from trenchcoat.results import StageFacts
+from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
+from trenchcoat.runlog import RunLog
+from trenchcoat.students import student_class
+from trenchcoat.train import FitResult, fit
+
+
+class Stopped(KeyboardInterrupt):
+    """The user asked to stop; everything is saved."""
+
+
+class Workshop:
+    """The recipe, the run's folder and log, and the loaded model of one command.
+
+    Nothing is loaded before it is needed. Raises ``UserError`` at once for a student that does not exist and for a
+    folder that holds ``stages`` of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, stages: list[str]) -> None:
+        try:
+            student_class(recipe.student.name)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.recipe = recipe
+        self.folder = RunFolder(recipe.run.dir)
+        self.folder.refuse_other_recipe(recipe, stages)
+        if recipe.run.threads is not None:
+            torch.set_num_threads(recipe.run.threads)
+        self.log = RunLog(recipe.run.dir, progress=recipe.run.progress)
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        model, tokenizer = checkpoint.load_model(self.recipe.model)
+        return model, tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The base model, with whatever ``assemble`` last put on it."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return self._loaded[1]
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Identity of the base weights."""
+        return checkpoint.fingerprint(self.model)
+
+    def batches(self, batch_size: int, seq_len: int | None = None) -> Batches:
+        """The recipe's data in micro-batches of ``batch_size`` rows; tokenized once, then read from the cache."""
+        data = self.recipe.data
+        if seq_len is not None and seq_len != data.seq_len:
+            data = dataclasses.replace(data, seq_len=seq_len)
+        return load_batches(data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed)
+
+    def close(self) -> None:
+        """Close the log."""
+        self.log.close()
+
+    def __enter__(self) -> Workshop:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Variants of the model
+
+    def window_sinks(self) -> StudentConfig:
+        """The student of the comparison rows: window and sinks, no far part, nothing to train."""
+        return dataclasses.replace(self.recipe.student, name="window_sinks", sinks=self.recipe.eval.sinks)
+
+    def assemble(
+        self, *, student: StudentConfig | None = None, lora: bool = False, weights: str | None = None
+    ) -> nn.Module:
+        """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
+        surgery.remove_lora(self.model)
+        torch.manual_seed(self.recipe.run.seed)
+        surgery.replace_students(self.model, student if student is not None else self.recipe.student)
+        if lora:
+            torch.manual_seed(self.recipe.run.seed)
+            surgery.add_lora(self.model, self._lora)
+        if weights is not None:
+            self._load(self.folder.weights(weights))
+        surgery.set_far(self.model, True)
+        surgery.set_mode(self.model, "student")
+        return self.model
+
+    def assemble_teacher(self) -> nn.Module:
+        """The model with its own attention, without LoRA."""
+        model = self.assemble()
+        surgery.set_mode(model, "teacher")
+        return model
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        surgery.load_adapter_state(self.model, dict(tensors))
+
+    @property
+    def _lora(self) -> LoraConfig:
+        if self.recipe.lora is None:
+            raise UserError("this recipe has lora=null, so there is no stage 2; leave lora=null out to run it")
+        return self.recipe.lora
+
+    # Training stages
+
+    @property
+    def main_lora_stage(self) -> str:
+        """Name of the recipe's own stage 2: ``lora``, or ``lora_only`` when there is no transfer before it."""
+        return LORA if self.recipe.transfer is not None else LORA_ONLY
+
+    def train(self, stage: str) -> StageFacts:
+        """Run ``stage`` to its end, or read what an earlier call made of it. Raises ``Stopped`` after Ctrl-C."""
+        kept = self.folder.result(stage)
+        if kept is not None:
+            return _facts(kept)
+        objective, cfg = self._prepare(stage)
+        batches = self.batches(cfg.batch_size)
+        self._tell(batches.counts)
+        identity = {"base weights": self.base_fingerprint, "text": batches.fingerprint}
+        self.folder.begin(stage, self.recipe, identity)
+        result = fit(self.model, batches, objective, cfg, self.log, stage=stage)
+        if result.stopped:
+            raise Stopped
+        facts = _stage_facts(stage, result)
+        self.folder.finish(stage, surgery.adapter_state(self.model), dataclasses.asdict(facts))
+        return facts
+
+    def _tell(self, counts: Mapping[str, int]) -> None:
+        """Say how much text there is and what was left out of it."""
+        left_out = [
+            f"{number} {name.split('/')[-1]}" for name, number in counts.items() if "skipped/" in name and number
+        ]
+        masked = counts.get("train/rows_masked", 0)
+        left_out += [f"{masked} rows without a label that counts"] if masked else []
+        text = f"text: {counts['train/rows']} training rows, {counts['validation/rows']} validation rows"
+        self.log.info(f"{text}; left out: {', '.join(left_out)}" if left_out else text)
+
+    def _prepare(self, stage: str) -> tuple[Objective, StageConfig]:
+        """Assemble the model of a stage, freeze what it does not train; returns its objective and settings."""
+        if stage == TRANSFER:
+            if self.recipe.transfer is None:
+                raise UserError("this recipe has transfer=null, so there is no stage 1; run `finetune`, or `linearize`")
+            self.assemble()
+            surgery.set_mode(self.model, "transfer")
+            surgery.freeze_for_transfer(self.model)
+            return transfer_objective(self.recipe.transfer), self.recipe.transfer
+        if stage == WINDOW_SINKS_LORA:
+            self.assemble(student=self.window_sinks(), lora=True)
+        elif stage == LORA_ONLY:
+            self.assemble(lora=True)
+        else:
+            self.assemble(weights=TRANSFER)
+            torch.manual_seed(self.recipe.run.seed)
+            surgery.add_lora(self.model, self._lora)
+        surgery.freeze_for_lora(self.model, self._lora)
+        return next_token_objective(), self._lora
+
+    def require_transfer(self) -> None:
+        """Raise ``UserError`` when stage 2 needs a transfer that this run's folder does not hold, finished."""
+        if self.recipe.transfer is None or self.folder.result(TRANSFER) is not None:
+            return
+        state = "is not finished" if self.folder.begun(TRANSFER) else "has not been run"
+        raise UserError(
+            f"the attention transfer of this recipe {state} in {self.recipe.run.dir}: run `trenchcoat transfer` with "
+            "the same recipe first, or set transfer=null for the baseline without it"
+        )
+
+    def export(self, directory: Path, stage: str) -> None:
+        """Write the adapter folder of a finished stage."""
+        self.assemble(lora=stage != TRANSFER, weights=stage)
+        save_adapter(self.model, directory, base=self.recipe.model, student=self.recipe.student, lora=self.recipe.lora)
+
+
+def _stage_facts(stage: str, result: FitResult) -> StageFacts:
+    return StageFacts(stage, result.steps, result.tokens, result.seconds, result.best_loss)
+
+
+def _facts(kept: Mapping[str, Any]) -> StageFacts:
+    return StageFacts(**kept)
