@@ -253,7 +253,7 @@ def decode_curve(
     """
     if any(length < 1 for length in lengths) or steps < 1:
         raise ValueError(f"context lengths and steps must be at least 1; got lengths={tuple(lengths)}, steps={steps}")
-    config = model.config
+    config: Any = model.config
     vocabulary = config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model):

@@ -1,0 +1,352 @@
+"""The report of a run: ``report.md`` with its pictures, and the same table and answers for the terminal.
+
+Everything is computed from a ``Results``; the words around the numbers are written for someone who sees this for the
+first time. An answer that speaks against the conversion stands in the same place, in the same size, as one for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from trenchcoat.files import write_text
+from trenchcoat.plots import plot_decode, plot_positions, plot_rows, plot_training
+from trenchcoat.results import TEACHER, Difference, Results, RowSums
+from trenchcoat.runlog import read_metrics
+from trenchcoat.verdicts import Verdict, bytes_text, label, percent, targets_met, verdicts
+
+REPORT_FILE = "report.md"
+RESULTS_FILE = "results.json"
+HEADINGS = (
+    "row",
+    "perplexity, all tokens",
+    "perplexity, past 2W",
+    "recall probe",
+    "gap closed, all tokens",
+    "gap closed, past 2W",
+)
+MARKS = {"yes": "✅ **YES**", "no": "❌ **NO**", "not measured": "➖ not measured"}
+TERMINAL_MARKS = {"yes": ("YES", "bold green"), "no": ("NO", "bold red"), "not measured": ("?", "dim")}
+
+
+def table_cells(results: Results) -> list[list[str]]:
+    """One list of texts a row, under ``HEADINGS``; errors are one standard error over the rows of text."""
+    return [
+        [
+            label(name),
+            _perplexity(scores.all, scores.perplexity),
+            _perplexity(scores.far, scores.far_perplexity),
+            _accuracy(scores.recall_hits),
+            _share(results.share_closed(name)),
+            _share(results.far_share_closed(name)),
+        ]
+        for name, scores in results.ordered_rows()
+    ]
+
+
+def _perplexity(losses: RowSums, perplexity: float) -> str:
+    if not math.isfinite(perplexity):
+        return "not finite" if losses.count else "no tokens"
+    digits = 3 if perplexity < 100 else 1
+    error = perplexity * losses.error
+    return f"{perplexity:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def _accuracy(hits: RowSums) -> str:
+    if not hits.count:
+        return "no probes"
+    return percent(Difference(hits.mean, hits.error))
+
+
+def _share(share: Difference | None) -> str:
+    return "–" if share is None else percent(share)
+
+
+def terminal_table(results: Results) -> Table:
+    """The table of the report, to print with rich."""
+    table = Table(title=f"Kept and lost (W = {results.window}, 2W = {2 * results.window})", title_justify="left")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    for (name, _), cells in zip(results.ordered_rows(), table_cells(results), strict=True):
+        table.add_row(*cells, style="bold" if name == results.converted() else None)
+    return table
+
+
+def terminal_verdicts(results: Results) -> Table:
+    """The answers of the report, to print with rich."""
+    found = verdicts(results)
+    table = Table(title=_headline(found), title_justify="left", show_header=False, show_lines=True)
+    table.add_column("answer", justify="center", no_wrap=True)
+    table.add_column("question and numbers")
+    for verdict in found:
+        mark, style = TERMINAL_MARKS[verdict.outcome]
+        table.add_row(Text(mark, style), Text.assemble((verdict.question, "bold"), "\n", verdict.sentence))
+    return table
+
+
+def _headline(found: Sequence[Verdict]) -> str:
+    met, of = targets_met(list(found))
+    against = sum(verdict.outcome == "no" for verdict in found)
+    answers = (
+        "no answer speaks" if against == 0 else f"{against} answer{'s' * (against > 1)} speak{'s' * (against == 1)}"
+    )
+    return f"Targets met: {met} of {of}; {answers} against this conversion."
+
+
+def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mapping[str, Any]] | None = None) -> Path:
+    """Write ``report.md``, its PNG pictures and ``results.json`` into ``run_dir``; returns the report's path.
+
+    ``metrics``: the lines of the run's log, read from ``run_dir`` when left out. A picture whose numbers were not
+    measured is left out, and the report says so. Raises ``SaveError`` when the folder cannot be written.
+    """
+    folder = Path(run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = read_metrics(folder) if metrics is None else metrics
+    drawn = {
+        "rows.png": plot_rows(results, folder / "rows.png"),
+        "positions.png": plot_positions(results, folder / "positions.png"),
+        "training.png": plot_training(lines, folder / "training.png"),
+        "decode.png": plot_decode(results, folder / "decode.png"),
+    }
+    for name in (name for name, done in drawn.items() if not done):
+        (folder / name).unlink(missing_ok=True)
+    results.save(folder / RESULTS_FILE)
+    write_text(folder / REPORT_FILE, report_text(results, drawn))
+    return folder / REPORT_FILE
+
+
+def report_text(results: Results, drawn: Mapping[str, bool]) -> str:
+    """The report in Markdown; ``drawn`` says which pictures exist."""
+    parts = [
+        *_opening(results),
+        *_answers(verdicts(results)),
+        *_table(results, drawn),
+        *_words(results),
+        *_pictures(drawn),
+        *_samples(results),
+        *_making(results),
+        *_limits(results),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _opening(results: Results) -> list[str]:
+    model = _get(results.recipe, "model", "path") or "the model"
+    done = " and ".join(
+        text
+        for stage, text in (("transfer", "attention transfer"), ("lora", "LoRA"))
+        if results.recipe.get(stage) is not None
+    )
+    return [
+        f"# What became of `{model}`",
+        "",
+        f"`{model}` is a Transformer with softmax attention: the work and memory of writing one more token grow with "
+        "the length of the text. Here its attention was replaced by one that looks exactly at a window of recent "
+        f"tokens and at everything older through a sum of constant size, and trained ({done or 'not at all'}) to make "
+        "up for the difference. This page says what was kept and what was lost. It is computed from `results.json`.",
+        "",
+    ]
+
+
+def _answers(found: Sequence[Verdict]) -> list[str]:
+    rows = [f"| {MARKS[v.outcome]} | {_cell(v.question)} | {_cell(v.sentence)} |" for v in found]
+    return [
+        "## Answers",
+        "",
+        f"**{_headline(found)}**",
+        "",
+        "| answer | question | numbers |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "A comparison is answered YES only if the difference is in favour and more than twice its standard error; "
+        "what lies within the noise was not shown, and is a NO.",
+        "",
+    ]
+
+
+def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
+    lines = ["## The table", ""]
+    if not results.rows:
+        return [*lines, "Nothing was scored.", ""]
+    lines += [f"| {' | '.join(HEADINGS)} |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
+    for (name, _), cells in zip(results.ordered_rows(), table_cells(results), strict=True):
+        bold = "**" if name == results.converted() else ""
+        lines.append("| " + " | ".join(f"{bold}{_cell(cell)}{bold}" for cell in cells) + " |")
+    first = next(iter(results.rows.values()))
+    lines += [
+        "",
+        f"Scored on the same {len(first.all.counts)} rows of up to {first.seq_len:,} tokens for every model: "
+        f"{first.all.count:,} tokens, of which {first.far.count:,} past 2W, and {first.recall.count:,} recall probes. "
+        "± is one standard error (bootstrap over the rows of text). Two models differ far less in their noise than "
+        "these errors suggest, because they read the same text: the answers above use the error of the difference.",
+        "",
+    ]
+    if drawn.get("rows.png"):
+        lines += ["![Loss of each row above the teacher's, with noise](rows.png)", ""]
+    return lines
+
+
+def _words(results: Results) -> list[str]:
+    window, few = results.window, _get(results.recipe, "eval", "sinks") or "few"
+    best = results.best_window_sinks()
+    none = (
+        " (the student of this run, `linear`, has none)" if _get(results.recipe, "student", "name") == "linear" else ""
+    )
+    return [
+        "### What the words mean",
+        "",
+        "- **Token**: the unit the model reads and writes, a word or a piece of one. **Loss**: how surprised the model "
+        "is by the next token, -log of the probability it gave, in nats. **Perplexity**: exp(mean loss); 1 would be "
+        "certainty, and the size of the vocabulary would be blind guessing. Lower is better.",
+        f"- **W**: the window, {window} tokens. The **near part** is exact softmax attention over at most 2W = "
+        f"{2 * window} recent tokens{none}; the **far part** (or linear part) is everything older, through learned "
+        "feature maps and a sum of constant size. **Past 2W**: tokens with more than 2W tokens before them, where a window "
+        "alone has forgotten something.",
+        "- **Recall probe**: tokens that can hardly be predicted without what stood more than 2W tokens ago: the same "
+        "three tokens stood there before, the token itself is not among the last 2W, and the three stand together in "
+        "no other row. The column is the share of them that the model ranks first.",
+        "- **Gap closed, all tokens**: how much of the loss between the untrained swap (0 %) and the teacher (100 %) "
+        "is made up. **Gap closed, past 2W**: the same between the better window + sinks row"
+        f"{f' ({label(best)})' if best else ''} and the teacher; it says what the far part is worth. Negative is worse "
+        "than the start, and – means that there is no such gap or that it is within the noise.",
+        "",
+        "### What the rows are",
+        "",
+        "- **teacher**: the untouched model. **untrained swap**: attention replaced, nothing trained.",
+        "- **transfer only**: after *attention transfer*, which trains only the feature maps and mixes, so that each "
+        "layer's output imitates softmax attention's. **LoRA only**: no transfer; only *LoRA*, small low-rank "
+        "corrections to the attention projections, trained on the next token. **transfer + LoRA**: first one, "
+        "then the other; this is the conversion.",
+        "- **the same, far part off**: the converted model with only its window. It was trained with the far part in "
+        "place, so the difference flatters the far part; the last row is the fair opponent.",
+        f"- **window + sinks**: each token sees the window and the first {few} tokens (*sinks*, on which attention "
+        "likes to rest), and nothing else; no far part at all. Once without any training, and once with the same LoRA "
+        "budget as the conversion.",
+        "",
+    ]
+
+
+def _pictures(drawn: Mapping[str, bool]) -> list[str]:
+    shown = (
+        (
+            "positions.png",
+            "Loss by position",
+            "Where a curve leaves the teacher's to the right of 2W, context is lost.",
+        ),
+        ("training.png", "Training", "Training loss of both stages, and the loss on held-out text."),
+        ("decode.png", "Decoding", "Time of one more token, and bytes of state, against the tokens already read."),
+    )
+    lines: list[str] = []
+    for file, title, text in shown:
+        body = [text, "", f"![{title}]({file})"] if drawn.get(file) else ["Not measured in this run."]
+        lines += [f"## {title}", "", *body, ""]
+    return lines
+
+
+def _samples(results: Results) -> list[str]:
+    if not results.samples:
+        return []
+    lines = ["## Texts side by side", "", "Continuations of the same held-out beginnings; not selected.", ""]
+    for number, sample in enumerate(results.samples, 1):
+        lines += [f"### Beginning {number}", "", *_fenced(sample.prompt), ""]
+        for name, text in sample.outputs.items():
+            lines += [f"**{label(name)}**", "", *_fenced(text), ""]
+    return lines
+
+
+def _fenced(text: str) -> list[str]:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in _backtick_runs(text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}text", text, fence]
+
+
+def _backtick_runs(text: str) -> list[str]:
+    return [run for run in "".join(c if c == "`" else " " for c in text).split(" ") if run]
+
+
+def _making(results: Results) -> list[str]:
+    lines = ["## How it was made", ""]
+    if results.stages:
+        lines += ["| stage | steps | tokens read | time | best held-out loss |", "|---|---:|---:|---:|---:|"]
+        for stage in results.stages:
+            best = f"{stage.best_loss:.4f}" if math.isfinite(stage.best_loss) else "–"
+            cells = (stage.name, f"{stage.steps:,}", f"{stage.tokens:,}", duration(stage.seconds), best)
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    facts = {"whole run": duration(results.seconds)} if math.isfinite(results.seconds) else {}
+    if results.implementation:
+        facts["implementation of the attention"] = results.implementation
+    lines += [f"- {name}: {value}" for name, value in facts.items()] + [""] * bool(facts)
+    for title, content in (("Data", results.data), ("Settings", results.recipe), ("Machine", results.environment)):
+        if content:
+            lines += [f"### {title}", "", "| | |", "|---|---|", *_flat_rows(content), ""]
+    if any(results.decode.values()):
+        lines += ["### Decoding", "", "| model | context | ms a token | reading the context | cache |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for mode, points in results.decode.items():
+            for p in points:
+                cells = (
+                    mode,
+                    f"{p.context:,}",
+                    f"{p.ms_per_token:.2f}",
+                    f"{p.prefill_ms:.0f} ms",
+                    bytes_text(p.cache_bytes),
+                )
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _flat_rows(content: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    """``| a.b | value |`` of nested settings."""
+    for key, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat_rows(value, f"{prefix}{key}.")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield f"| {_cell(prefix + str(key))} | {_cell('' if shown is None else str(shown))} |"
+
+
+def _limits(results: Results) -> list[str]:
+    lines = [
+        "## What this page cannot tell",
+        "",
+        "- The noise is that of the choice of text. Training again with another seed would move the numbers too; that "
+        "was not measured here.",
+        "- Loss on held-out text of the training's own kind says nothing about other text or about tasks.",
+        "- Decoding was timed with a batch of one on this machine, with random tokens, beside whatever else ran on it.",
+    ]
+    if results.rows and TEACHER not in results.rows:
+        lines.append("- The teacher was not scored, so no share of a gap could be computed.")
+    return [*lines, *(f"- {note}" for note in results.notes), ""]
+
+
+def duration(seconds: float) -> str:
+    """``4 min 05 s``; a dash when it was not measured."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _cell(text: str) -> str:
+    """Text safe inside a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _get(content: Mapping[str, Any], *path: str) -> Any:
+    """The value at ``path`` of nested mappings; None when it is not there."""
+    value: Any = content
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,105 @@
+"""Made-up results with known differences, for the tests of the report."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+from trenchcoat.results import ROW_LABELS, DecodePoint, Results, RowSums, Sample, Scores, StageFacts
+
+ROWS, LENGTH, WINDOW = 16, 512, 32
+GOOD: dict[str, tuple[float, float]] = {
+    "teacher": (0.0, 0.0),
+    "untrained_swap": (2.0, 2.3),
+    "transfer_only": (0.10, 0.12),
+    "lora_only": (0.25, 0.30),
+    "transfer_lora": (0.04, 0.05),
+    "far_off": (0.17, 0.21),
+    "window_sinks": (0.15, 0.18),
+    "window_sinks_lora": (0.12, 0.14),
+}
+"""Row to its mean loss above the teacher's: before 2W, and past it."""
+
+
+def made_scores(near: float, far: float, recall: float, seed: int) -> Scores:
+    """Scores whose text noise is shared by all rows of the table, with a little noise of their own."""
+    text, own = random.Random(5), random.Random(seed)
+    queries = LENGTH - 1
+    by_row: list[list[float]] = []
+    for _ in range(ROWS):
+        hard = text.gauss(0, 0.3)
+        base = [1.6 + 3.5 / (1 + n) ** 0.6 + hard + text.gauss(0, 0.4) for n in range(queries)]
+        by_row.append(
+            [
+                b + (0.0 if n < WINDOW else near if n < 2 * WINDOW else far) + own.gauss(0, 0.05)
+                for n, b in enumerate(base)
+            ]
+        )
+    past = [row[2 * WINDOW :] for row in by_row]
+    probes = [20 + text.randrange(20) for _ in range(ROWS)]
+    return Scores(
+        window=WINDOW,
+        seq_len=LENGTH,
+        all=RowSums([sum(row) for row in by_row], [queries] * ROWS),
+        far=RowSums([sum(row) for row in past], [len(row) for row in past]),
+        recall=RowSums([(4 - 2 * recall) * p for p in probes], probes),
+        recall_hits=RowSums(
+            [float(round(p * min(1.0, max(0.0, recall + own.gauss(0, 0.03))))) for p in probes], probes
+        ),
+        position_loss=[sum(column) / ROWS for column in zip(*by_row, strict=True)],
+        position_count=[ROWS] * queries,
+    )
+
+
+def made_results(offsets: Mapping[str, tuple[float, float]] | None = None, **changes: tuple[float, float]) -> Results:
+    """Results in which everything is as hoped, unless ``changes`` say otherwise: row=(near, far) loss above teacher."""
+    rows = {**(GOOD if offsets is None else offsets), **changes}
+    return Results(
+        window=WINDOW,
+        seq_len=LENGTH,
+        rows={
+            name: made_scores(near, far, 0.6 * math.exp(-6 * far), list(ROW_LABELS).index(name))
+            for name, (near, far) in rows.items()
+        },
+        decode={
+            "teacher": [DecodePoint(n, 2 + n / 900, (1.9 + n / 900, 2.2 + n / 900), n / 20, 4096 * n) for n in LENGTHS],
+            "student": [DecodePoint(n, 2.6, (2.5, 2.8), n / 15, 400_000) for n in LENGTHS],
+        },
+        samples=[Sample("def fold(a):\n    ```", {"teacher": "return a | 1", "transfer_lora": "return a"})],
+        stages=[StageFacts("transfer", 200, 1_638_400, 75.0, 3.21), StageFacts("lora", 100, 819_200, 62.5)],
+        recipe={"model": {"path": "made-up"}, "student": {"name": "terrace"}, "transfer": {"lr": 0.01}, "lora": {"lr": 1e-4},
+                "eval": {"sinks": 4, "decode_lengths": [128, 256]}},
+        environment={"packages": {"torch": "2.13.0"}, "threads": 1},
+        data={"path": "nowhere", "train/rows": 200},
+        implementation="chunkwise",
+        seconds=281.0,
+        notes=["A remark."],
+    )  # fmt: skip
+
+
+LENGTHS = (128, 256, 512, 1024, 2048)
+
+
+def made_metrics(layers: int = 4, steps: int = 100) -> list[dict[str, Any]]:
+    """Lines of a log as the training loop writes them."""
+    noise = random.Random(0)
+    lines: list[dict[str, Any]] = [{"kind": "info", "text": "begin"}]
+    for step in range(steps + 1):
+        curve = {f"layer_{i:02d}": (1 + i) * (0.05 + math.exp(-step / 20)) for i in range(layers)}
+        if step:
+            train = {f"loss/{name}": y * noise.uniform(0.8, 1.2) for name, y in curve.items()}
+            lines.append({"kind": "train", "stage": "transfer", "step": step, "loss": 1.0, **train})
+        if step % 20 == 0:
+            held_out = {f"loss/{name}": y for name, y in curve.items()}
+            held_out |= {f"relative/{name}": y / 3 for name, y in curve.items()}
+            lines.append({"kind": "eval", "stage": "transfer", "step": step, "loss": 1.0, **held_out})
+    for stage, start, end in (("lora", 2.2, 2.05), ("lora_only", 4.0, 2.4), ("window_sinks_lora", 2.4, 2.2)):
+        for step in range(steps + 1):
+            loss = end + (start - end) * math.exp(-step / 15)
+            if step:
+                lines.append({"kind": "train", "stage": stage, "step": step, "loss": loss + noise.gauss(0, 0.1)})
+            if step % 20 == 0:
+                lines.append({"kind": "eval", "stage": stage, "step": step, "loss": loss})
+    return [*lines, {"kind": "result", "stage": "lora", "step": steps}]
