@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from training_kit import numbers_of, two_stages
 
+from training_kit import numbers_of, two_stages
 from trenchcoat.runlog import read_metrics
 
 WORKER = Path(__file__).parent / "resume_worker.py"

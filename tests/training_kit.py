@@ -1,4 +1,4 @@
-"""A tiny model, tiny random data and a small training run, shared by the tests of the loop and by ``resume_worker.py``."""
+"""A tiny model, tiny random data and a small training run: shared by the loop's tests and ``resume_worker.py``."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -124,14 +125,20 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     dtype = resolve_dtype(cfg.dtype, device)
     source = _model_source(cfg)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=cfg.revision, dtype=dtype, attn_implementation=cfg.attention
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, revision=cfg.revision, dtype=dtype, attn_implementation=cfg.attention, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
             f"{_one_line(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
         ) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model.path={cfg.path!r} lacks {len(missing)} weights ({missing[0]}, ...), so it would "
+            "run with random ones; give a complete causal language model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
