@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from trenchcoat.ops import reference
+from trenchcoat.ops.chunkwise import Inputs, aligned_attention
+from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
 
 Impl = Literal["chunkwise", "reference"]
@@ -68,24 +71,63 @@ def linear_window_attention(
     _check(q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF, mix_H, sink_logit_H, mask_BT, rule)
     if state is not None and far and rule.slots and phi_k is None:
         raise ValueError("state is given but phi_k is not; buffered keys need the key feature map to become far")
-    y = reference.attention(
-        q_BHTD,
-        k_BGTD,
-        v_BGTE,
-        fq_BHTF,
-        fk_BKTF,
-        mix_H,
-        rule=rule,
-        sink_logit_H=sink_logit_H,
-        mask_BT=mask_BT,
-        state=state,
-        phi_k=phi_k,
+    if return_state and state is None:
+        state = _fresh_state(k_BGTD, v_BGTE, fk_BKTF, rule)
+    run = _chunkwise if impl == "chunkwise" else _reference
+    return run(
+        (q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF, mix_H), rule, sink_logit_H, mask_BT, state, phi_k, return_state
     )
-    if not return_state:
+
+
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]
+
+
+def _reference(
+    x: _Tensors,
+    rule: Rule,
+    sink_logit_H: Tensor | None,
+    mask_BT: Tensor | None,
+    state: StudentState | None,
+    phi_k: PhiK | None,
+    return_state: bool,
+) -> tuple[Tensor, StudentState | None]:
+    y = reference.attention(*x, rule=rule, sink_logit_H=sink_logit_H, mask_BT=mask_BT, state=state, phi_k=phi_k)
+    if not return_state or state is None:
         return y, None
-    before = state if state is not None else _fresh_state(k_BGTD, v_BGTE, fk_BKTF, rule)
-    after = reference.next_state(k_BGTD, v_BGTE, fk_BKTF, rule=rule, mask_BT=mask_BT, state=before, phi_k=phi_k)
-    return y, after
+    return y, reference.next_state(x[1], x[2], x[4], rule=rule, mask_BT=mask_BT, state=state, phi_k=phi_k)
+
+
+def _chunkwise(
+    x: _Tensors,
+    rule: Rule,
+    sink_logit_H: Tensor | None,
+    mask_BT: Tensor | None,
+    state: StudentState | None,
+    phi_k: PhiK | None,
+    return_state: bool,
+) -> tuple[Tensor, StudentState | None]:
+    q, k, v, fq, fk, mix_H = x
+    rows = Rows.plan(q.shape[0], q.shape[2], rule, mask_BT, state)
+    before = None if state is None or not rule.slots else state
+    q = rows.align(q, None if before is None else q.new_zeros(*q.shape[:2], rule.slots, q.shape[3]))
+    k = rows.align(k, None if before is None else before.k_BGND)
+    v = rows.align(v, None if before is None else before.v_BGNE)
+    start = None
+    if rule.far and fq is not None and fk is not None:
+        fq = rows.align(fq, None if before is None else fq.new_zeros(*fq.shape[:2], rule.slots, fq.shape[3]))
+        with torch.no_grad():
+            buffered = None if before is None or phi_k is None else phi_k(before.k_BGND)
+        fk = far_keys(rows.align(fk, buffered), rows, rule)
+        start = None if state is None else (state.far_s_BKFE, state.far_z_BKF)
+    else:
+        fq = fk = None
+    sink_k, sink_v = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
+    log_ratio_H = mix_H if rule.affine else torch.nn.functional.logsigmoid(mix_H)
+    inputs = Inputs(q, k, v, fq, fk, log_ratio_H, sink_logit_H, sink_k, sink_v, rows.first_B, start)
+    y = rows.restore(aligned_attention(inputs, rule=rule))
+    if not return_state or state is None:
+        return y, None
+    return y, state_after(k.detach(), v.detach(), fk, rows, rule, state)
 
 
 def decode_step(

@@ -1,0 +1,415 @@
+"""The operator in O(T) time and memory: chunks of W tokens, tiles that stay in cache, a hand-written backward.
+
+The forward keeps q, k, v, the features, y, the denominators and the running sums at tile starts; the backward computes
+the rest again. When only features and mix need gradients the whole window part of the backward is skipped.
+
+The rows must start at a chunk boundary and be free of holes (:mod:`trenchcoat.ops.rows` sees to both).
+
+Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T tokens, S sinks; letters of a tile
+as in :mod:`trenchcoat.ops.tiles`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trenchcoat.ops.state import Rule
+from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared
+
+TILE_TOKENS = 4096
+"""Query rows (heads x tokens) of a tile; at D = 64, F = 128 its arrays then fit a 32 MB last-level cache."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which batch rows, key/value heads and chunks make up a tile."""
+
+    b: slice
+    g: slice
+    c0: int
+    c1: int
+    last: bool
+
+
+def parts(
+    batch: int, kv_heads: int, shared: int, chunks: int, window: int, budget: int = TILE_TOKENS
+) -> Iterator[Part]:
+    """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together."""
+    row = shared * chunks * window
+    if row >= budget:
+        pieces = max(1, round(row / budget))
+        size = -(-chunks // pieces)
+        for b in range(batch):
+            for g in range(kv_heads):
+                for c in range(0, chunks, size):
+                    yield Part(slice(b, b + 1), slice(g, g + 1), c, min(c + size, chunks), c + size >= chunks)
+        return
+    fit = max(1, budget // row)
+    heads, rows = min(fit, kv_heads), max(1, fit // kv_heads)
+    for b in range(0, batch, rows):
+        for g in range(0, kv_heads, heads):
+            b_slice, g_slice = slice(b, min(b + rows, batch)), slice(g, min(g + heads, kv_heads))
+            yield Part(b_slice, g_slice, 0, chunks, True)
+
+
+class Packer:
+    """Copies parts of [B, heads, T, dim] tensors into tile layout (query heads of a key/value head outermost) and back."""
+
+    def __init__(self, part: Part, tokens: int, kv_heads: int, window: int) -> None:
+        self.part, self.kv_heads, self.window = part, kv_heads, window
+        self.t0, self.t1 = part.c0 * window, min(part.c1 * window, tokens)
+        self.rows = (part.b.stop - part.b.start) * (part.g.stop - part.g.start)
+        self.chunks = part.c1 - part.c0
+
+    def view(self, x: Tensor, t0: int, t1: int) -> Tensor:
+        """[heads / G, g, b, t1 - t0, ...] of [B, heads, T, ...]."""
+        grouped = x[self.part.b].unflatten(1, (self.kv_heads, -1))[:, self.part.g]
+        return grouped[:, :, :, t0:t1].movedim(0, 2).movedim(1, 0)
+
+    def queries(self, x: Tensor, out: Tensor) -> Tensor:
+        """Fill `out` [n, X, W, dim] (zeros after the last token)."""
+        tokens = self.t1 - self.t0
+        flat = out.view(out.shape[0], *self._rows(), self.chunks * self.window, *out.shape[3:])
+        flat[:, :, :, :tokens].copy_(self.view(x, self.t0, self.t1))
+        flat[:, :, :, tokens:] = 0.0
+        return out
+
+    def keys(self, x: Tensor, out: Tensor) -> Tensor:
+        """Fill `out` [m, 1 + X, W, dim]; slot 0 is the chunk before the tile, zeros when there is none."""
+        if self.part.c0:
+            out[:, 0] = self.view(x, self.t0 - self.window, self.t0)[:, 0, 0]
+        else:
+            out[:, 0] = 0.0
+        for j in range(out.shape[0]):
+            flat = out[j, 1:].view(*self._rows(), self.chunks * self.window, out.shape[-1])
+            flat[:, :, : self.t1 - self.t0].copy_(self.view(x, self.t0, self.t1)[j])
+            flat[:, :, self.t1 - self.t0 :] = 0.0
+        return out
+
+    def unpack(self, tile: Tensor, x: Tensor) -> None:
+        """Write a query-side tile [n, X, W, ...] to its place in x [B, heads, T, ...]."""
+        flat = tile.view(tile.shape[0], *self._rows(), self.chunks * self.window, *tile.shape[3:])
+        self.view(x, self.t0, self.t1).copy_(flat[:, :, :, : self.t1 - self.t0])
+
+    def add_keys(self, tile: Tensor, x: Tensor) -> None:
+        """Add a padded key-side tile [m, 1 + X, W, dim] to x [B, heads, T, dim]."""
+        if self.part.c0:
+            self.view(x, self.t0 - self.window, self.t0)[:, 0, 0].add_(tile[:, 0])
+        for j in range(tile.shape[0]):
+            flat = tile[j, 1:].view(*self._rows(), self.chunks * self.window, tile.shape[-1])
+            self.view(x, self.t0, self.t1)[j].add_(flat[:, :, : self.t1 - self.t0])
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """[heads / G, R, ...] of [B, heads, ...], rows in tile order."""
+        return (
+            x[self.part.b].unflatten(1, (self.kv_heads, -1))[:, self.part.g].movedim(0, 2).movedim(1, 0).flatten(1, 2)
+        )
+
+    def _rows(self) -> tuple[int, int]:
+        return (self.part.g.stop - self.part.g.start, self.part.b.stop - self.part.b.start)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call; `log_ratio_H` is log(g / l), `first_B` the position of token 0 of each row."""
+
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    v_BGTE: Tensor
+    fq_BHTF: Tensor | None
+    fk_BKTF: Tensor | None
+    log_ratio_H: Tensor
+    sink_logit_H: Tensor | None
+    sink_k_BGSD: Tensor | None
+    sink_v_BGSE: Tensor | None
+    first_B: Tensor | None
+    start: tuple[Tensor, Tensor] | None
+    """Far sums before token 0: [B, K, F, E] and [B, K, F]."""
+
+
+class _Work:
+    """One tile: its packed inputs, and the intermediate results forward and backward share."""
+
+    def __init__(self, x: Inputs, rule: Rule, part: Part, scratch: Scratch) -> None:
+        batch, heads, tokens, dim = x.q_BHTD.shape
+        kv_heads, values = x.k_BGTD.shape[1], x.v_BGTE.shape[-1]
+        self.rule, self.part, self.x = rule, part, x
+        self.pack = Packer(part, tokens, kv_heads, rule.window)
+        n, window = heads // kv_heads, rule.window
+        m = 1 if x.fk_BKTF is None else x.fk_BKTF.shape[1] // kv_heads
+        self.tile = Tile(rule, n, m, self.pack.rows, self.pack.chunks, part.c0 == 0, scratch, self._far_from())
+        total = self.tile.total
+        self.v = self.pack.keys(x.v_BGTE, scratch("v", 1, 1 + total, window, values))[0]
+        self.near = rule.kind != "linear"
+        if self.near:
+            self.q = self.pack.queries(x.q_BHTD, scratch("q", n, total, window, dim))
+            self.k = self.pack.keys(x.k_BGTD, scratch("k", 1, 1 + total, window, dim))[0]
+        if x.fq_BHTF is not None and x.fk_BKTF is not None:
+            features = x.fq_BHTF.shape[-1]
+            self.fq = self.pack.queries(x.fq_BHTF, scratch("fq", n, total, window, features))
+            self.fk = self.pack.keys(x.fk_BKTF, scratch("fk", m, 1 + total, window, features))
+        ratio = x.log_ratio_H.exp().expand(batch, heads)
+        self.ratio_nX = self.pack.per_row(ratio).repeat_interleave(self.tile.chunks, dim=1)
+
+    def _far_from(self) -> Tensor | None:
+        if not self.rule.sinks:
+            return None
+        assert self.x.first_B is not None
+        token = torch.arange(
+            self.part.c0 * self.rule.window, self.part.c1 * self.rule.window, device=self.x.first_B.device
+        )
+        start = self.rule.near_start(self.x.first_B[self.part.b, None] + token)
+        rows = start.repeat(self.part.g.stop - self.part.g.start, 1)
+        return rows.unflatten(1, (-1, self.rule.window))
+
+    def near_softmax(self) -> None:
+        """Sets p, scores, near_k, near_v."""
+        x = self.x
+        extra = [t for t in (x.sink_k_BGSD, x.sink_logit_H) if t is not None]
+        extra_k = extra_v = sink_logit = None
+        if extra:
+            rows_k, rows_v = [], []
+            if x.sink_k_BGSD is not None and x.sink_v_BGSE is not None:
+                rows_k.append(self.pack.per_row(x.sink_k_BGSD)[0].to(self.k.dtype))
+                rows_v.append(self.pack.per_row(x.sink_v_BGSE)[0].to(self.v.dtype))
+            if x.sink_logit_H is not None:
+                rows_k.append(self.k.new_zeros(self.tile.rows, 1, self.k.shape[-1]))
+                rows_v.append(self.v.new_zeros(self.tile.rows, 1, self.v.shape[-1]))
+                sink_logit = self.pack.per_row(x.sink_logit_H.to(self.k.dtype).expand(x.q_BHTD.shape[0], -1))
+            extra_k, extra_v = torch.cat(rows_k, 1), torch.cat(rows_v, 1)
+        self.near_k = self.tile.near_view(self.k, extra_k)
+        self.near_v = self.tile.near_view(self.v, extra_v)
+        self.p, self.scores = self.tile.near_weights(self.q, self.near_k, sink_logit)
+
+    def prefix(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Running sums from the sums at the tile's start, ([m, R, L, F, E], [m, R, L, F])."""
+        return self.tile.prefix_sums(self.fk, self.v, start)
+
+    def row_start(self) -> tuple[Tensor, Tensor]:
+        """Sums at the start of the rows: those of the incoming state, or zeros."""
+        tile, lag = self.tile, self.tile.lag
+        if self.x.start is None:
+            s = self.v.new_zeros(1, 1, 1, self.fk.shape[-1], self.v.shape[-1])
+            shape = (tile.m, tile.rows, lag)
+            return s.expand(*shape, -1, -1), s[..., 0].expand(*shape, -1)
+        s, z = (self.pack.per_row(t).to(self.v.dtype) for t in self.x.start)
+        return s[:, :, None].expand(-1, -1, lag, -1, -1), z[:, :, None].expand(-1, -1, lag, -1)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rule: Rule, first_B: Tensor | None, s0: Tensor | None, z0: Tensor | None, *args: Any
+    ) -> Tensor:
+        start = None if s0 is None or z0 is None else (s0, z0)
+        x = Inputs(*args, first_B=first_B, start=start)
+        batch, heads, tokens, _ = x.q_BHTD.shape
+        wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
+        scratch = Scratch(x.q_BHTD.device, wide)
+        y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
+        needs = any(ctx.needs_input_grad)
+        exact = y if y.dtype == wide or not needs else torch.empty_like(y, dtype=wide)
+        den = y.new_empty(batch, heads, tokens, dtype=wide) if needs and rule.far else None
+        starts: list[Tensor] = []
+        carry: tuple[Tensor, Tensor] | None = None
+        for part in _parts(x, rule):
+            work = _Work(x, rule, part, scratch)
+            tile_y, tile_den, carry = _forward_tile(work, carry, starts if needs else None)
+            work.pack.unpack(tile_y, y)
+            if exact is not y:
+                work.pack.unpack(tile_y, exact)
+            if den is not None and tile_den is not None:
+                work.pack.unpack(tile_den, den)
+        if needs:
+            ctx.rule, ctx.count = rule, len(args)
+            ctx.save_for_backward(first_B, s0, z0, exact, den, *args, *starts)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        first_B, s0, z0, y, den, *rest = ctx.saved_tensors
+        args, starts = rest[: ctx.count], list(rest[ctx.count :])
+        x = Inputs(*args, first_B=first_B, start=None if s0 is None else (s0, z0))
+        grads: list[Tensor | None] = [
+            torch.zeros_like(t, dtype=y.dtype) if need and t is not None else None
+            for t, need in zip(args, ctx.needs_input_grad[4:], strict=True)
+        ]
+        scratch = Scratch(y.device, y.dtype)
+        after: tuple[Tensor, Tensor] | None = None
+        for part in reversed(list(_parts(x, ctx.rule))):
+            work = _Work(x, ctx.rule, part, scratch)
+            after = _backward_tile(work, dy, y, den, starts, None if part.last else after, grads)
+        cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, args, strict=True)]
+        return None, None, None, None, *cast
+
+
+def aligned_attention(x: Inputs, *, rule: Rule) -> Tensor:
+    """y [B, H, T, E] in q's dtype of plain rows, differentiable in everything but the state."""
+    s0, z0 = (None, None) if x.start is None else x.start
+    tensors = (x.q_BHTD, x.k_BGTD, x.v_BGTE, x.fq_BHTF, x.fk_BKTF, x.log_ratio_H)
+    sinks = (x.sink_logit_H, x.sink_k_BGSD, x.sink_v_BGSE)
+    y: Tensor = _Attention.apply(rule, x.first_B, s0, z0, *tensors, *sinks)
+    return y
+
+
+def _parts(x: Inputs, rule: Rule) -> Iterator[Part]:
+    batch, heads, tokens, _ = x.q_BHTD.shape
+    kv_heads = x.k_BGTD.shape[1]
+    return parts(batch, kv_heads, heads // kv_heads, -(-tokens // rule.window), rule.window)
+
+
+def _forward_tile(
+    work: _Work, carry: tuple[Tensor, Tensor] | None, starts: list[Tensor] | None
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """(y, denominator, sums at the next tile's start); the sums this tile started from are appended to `starts`."""
+    tile = work.tile
+    if work.near:
+        work.near_softmax()
+    if not work.rule.far:
+        y = tile.scratch("y", tile.n, tile.total, tile.window, work.v.shape[-1])
+        return (bmm_shared(work.p, work.near_v[None], y) if work.near else y.zero_()), None, None
+    if work.part.c0 == 0:
+        carry = work.row_start()
+    assert carry is not None
+    if starts is not None and work.part.c0:
+        starts.extend(carry)
+    prefix = work.prefix(carry)
+    near = (work.p, work.near_v) if work.near else None
+    y, den = tile.combine(near, work.fq, work.fk, work.v, prefix, work.ratio_nX)
+    if work.part.last:
+        return y, den, None
+    tail = slice(tile.total, tile.total + tile.lag)
+    return y, den, (prefix[0][:, None, tail].clone(), prefix[1][:, None, tail].clone())
+
+
+def _backward_tile(
+    work: _Work,
+    dy_BHTE: Tensor,
+    y_BHTE: Tensor,
+    den_BHT: Tensor | None,
+    starts: list[Tensor],
+    after: tuple[Tensor, Tensor] | None,
+    grads: list[Tensor | None],
+) -> tuple[Tensor, Tensor] | None:
+    """Adds the tile's gradients to `grads`; returns what the preceding tile of the row needs."""
+    tile, scratch, pack, rule = work.tile, work.tile.scratch, work.pack, work.rule
+    dq, dk, dv, dfq_BHTF, dfk_BKTF, dratio_H, dlogit_H, dsink_k, dsink_v = grads
+    shape = (tile.n, tile.total, tile.window)
+    y = pack.queries(y_BHTE, scratch("y", *shape, y_BHTE.shape[-1]))
+    dnum = pack.queries(dy_BHTE, scratch("dnum", *shape, y_BHTE.shape[-1]))
+    near_grads = work.near and any(g is not None for g in (dq, dk, dv, dlogit_H, dsink_k, dsink_v))
+    pull = torch.zeros(()).to(y).expand(shape)
+    suffix = None
+    dv_pad = scratch("dv", 1, 1 + tile.total, tile.window, y.shape[-1]).zero_() if dv is not None else None
+    if work.near:
+        work.near_softmax()
+    if rule.far:
+        assert den_BHT is not None
+        den = pack.queries(den_BHT, scratch("den", *shape))
+        den.masked_fill_(den == 0, 1.0)
+        dnum.div_(den[..., None])
+        dden = torch.mul(dnum, y, out=y).sum(-1).neg_()
+        start = work.row_start() if work.part.c0 == 0 else (starts[-2], starts[-1])
+        if work.part.c0:
+            del starts[-2:]
+        prefix = work.prefix(start)
+        dfq, dfk, suffix = tile.feature_gradients(work.fq, work.fk, work.v, prefix, dnum, dden, after)
+        pull = torch.mul(dfq, work.fq, out=scratch("weighted", *dfq.shape)).sum(-1)
+        if dratio_H is not None and work.near:
+            _add_per_head(work, dratio_H, -pull)
+        if dfq_BHTF is not None:
+            pack.unpack(dfq, dfq_BHTF)
+        if dfk_BKTF is not None:
+            pack.add_keys(dfk, dfk_BKTF)
+        if dv_pad is not None:
+            bmm_shared(work.fk[:, 1:], suffix[0][:, tile.lag :], dv_pad[:, 1:])
+            if rule.kind != "terrace":
+                local = tile.local_weights(work.fq, work.fk)
+                bmm_shared(local.mT, dnum, tile.local_pairs(dv_pad), accumulate=True)
+    else:
+        dden = torch.mul(dnum, y, out=y).sum(-1).neg_()
+    if near_grads:
+        _near_backward(work, dnum, dden, pull, dv_pad, grads)
+    if dv is not None and dv_pad is not None:
+        pack.add_keys(dv_pad, dv)
+    if suffix is None or work.part.c0 == 0:
+        return None
+    return suffix[0][:, : tile.lag].clone(), suffix[1][:, : tile.lag].clone()
+
+
+def _add_per_head(work: _Work, grad_H: Tensor, value_nXW: Tensor) -> None:
+    """Sum over a tile's tokens and rows into the heads they belong to."""
+    groups = work.part.g.stop - work.part.g.start
+    by_head = value_nXW.reshape(work.tile.n, groups, -1).sum(-1)
+    grad_H.view(-1, work.tile.n)[work.part.g].add_(by_head.mT)
+
+
+def _near_backward(
+    work: _Work,
+    dnum_nXWE: Tensor,
+    dden_nXW: Tensor,
+    pull_nXW: Tensor,
+    dv_pad: Tensor | None,
+    grads: list[Tensor | None],
+) -> None:
+    """Gradients through the window: w = r exp(s - c), ds = w dw, and at the largest score minus the row's sum of w dw.
+
+    y does not change when numerator and denominator grow alike, so that sum is `-pull`, the far part's with its sign
+    turned: sum_j w_j dw_j + sum_f dphi_f phi_f = 0.
+    """
+    tile, rule, scratch, x = work.tile, work.rule, work.tile.scratch, work.x
+    dq, dk, dv, _, _, _, dlogit_H, dsink_k, dsink_v = grads
+    p, window = work.p, tile.window
+    top = torch.amax(p, -1, out=scratch("top", *p.shape[:-1]))
+    dscores = scratch("dscores", *p.shape)
+    for j in range(tile.n):
+        bias = dden_nXW[j, :, :, None].expand(p.shape[1:])
+        torch.baddbmm(bias, dnum_nXWE[j], work.near_v.mT, out=dscores[j])
+    largest = (p == top[..., None]).to(p.dtype)
+    weight = torch.div(work.ratio_nX[..., None], top) if rule.far else torch.ones_like(top)
+    weights = p.mul_(weight[..., None])
+    dscores.mul_(weights).addcmul_(largest, (pull_nXW / largest.sum(-1))[..., None])
+    if dv_pad is not None or dsink_v is not None:
+        dnear_v = bmm_shared(weights.mT, dnum_nXWE, scratch("dnear_v", 1, *work.near_v.shape))[0]
+        if dv_pad is not None:
+            _fold_near(dnear_v, dv_pad[0], window)
+        _add_sinks(work, dnear_v, dsink_v)
+    if dlogit_H is not None:
+        _add_per_head(work, dlogit_H, dscores[..., -1])
+    if rule.softcap is not None:
+        keys = slice(0, p.shape[-1] - (x.sink_logit_H is not None))
+        bent = work.scores[..., keys].clamp_(min=-rule.softcap).div_(rule.softcap)
+        dscores[..., keys].mul_(1 - bent.square_())
+    dscores.mul_(rule.scale)
+    if dq is not None:
+        work.pack.unpack(bmm_shared(dscores, work.near_k[None], scratch("dq", *work.q.shape)), dq)
+    if dk is not None or dsink_k is not None:
+        dnear_k = bmm_shared(dscores.mT, work.q, scratch("dnear_k", 1, *work.near_k.shape))[0]
+        if dk is not None:
+            dk_pad = scratch("dk", 1, *work.k.shape).zero_()
+            _fold_near(dnear_k, dk_pad[0], window)
+            work.pack.add_keys(dk_pad, dk)
+        _add_sinks(work, dnear_k, dsink_k)
+
+
+def _fold_near(dnear_XJD: Tensor, padded_xWD: Tensor, window: int) -> None:
+    """Add gradients of [previous chunk | own chunk | ...] to the chunks."""
+    padded_xWD[1:].add_(dnear_XJD[:, window : 2 * window])
+    padded_xWD[:-1].add_(dnear_XJD[:, :window])
+
+
+def _add_sinks(work: _Work, dnear_XJD: Tensor, grad_BGSD: Tensor | None) -> None:
+    if grad_BGSD is None:
+        return
+    window, part = work.tile.window, work.part
+    columns = dnear_XJD[:, 2 * window : 2 * window + grad_BGSD.shape[2]]
+    by_row = columns.unflatten(0, (work.tile.rows, work.tile.chunks)).sum(1)
+    rows = by_row.unflatten(0, (part.g.stop - part.g.start, -1)).movedim(0, 1)
+    grad_BGSD[part.b, part.g].add_(rows)

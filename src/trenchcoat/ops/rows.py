@@ -1,0 +1,163 @@
+"""Rows made plain for the chunkwise implementation: no holes, starting at a chunk boundary, the buffer in front.
+
+A padded row is compacted to the left. A state is continued by putting the keys its last query still saw as near in front
+of the new tokens; those start at a chunk boundary by construction, their outputs are thrown away, and everything older
+is the initial value of the far sums.
+
+Shape legend: B rows, H query heads, G key/value heads, K key maps, T new tokens, P tokens put in front (differs by row),
+L aligned length, N buffer slots, S sinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops.state import PhiK, Rule, StudentState
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where every token goes. `source_BL` indexes cat(buffer, new tokens); `target_BT` is a new token's aligned place.
+
+    Both are None when the tokens can be used as they lie.
+    """
+
+    real_BT: Tensor | None
+    length_B: Tensor | None
+    """Tokens of the aligned row, None when all T."""
+    first_B: Tensor
+    """Position of aligned token 0."""
+    source_BL: Tensor | None
+    target_BT: Tensor | None
+
+    @classmethod
+    def plan(cls, batch: int, tokens: int, rule: Rule, mask_BT: Tensor | None, state: StudentState | None) -> Rows:
+        """Look at mask and state, and decide."""
+        device = None if mask_BT is None else mask_BT.device
+        device = state.seen_B.device if state is not None else device
+        zero_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        if mask_BT is None and state is None:
+            return cls(None, None, zero_B, None, None)
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if mask_BT is None else mask_BT.bool()
+        count_B = real.sum(1)
+        if state is None and bool((real == (torch.arange(tokens, device=device) < count_B[:, None])).all()):
+            full = bool((count_B == tokens).all())
+            return cls(None if full else real, None if full else count_B, zero_B, None, None)
+        seen_B = zero_B if state is None else state.seen_B
+        first_B = torch.minimum(rule.near_start(seen_B - 1), seen_B)
+        ahead_B = seen_B - first_B
+        target_BT = ahead_B[:, None] + real.long().cumsum(1) - 1
+        length = max(1, int((ahead_B + count_B).max()))
+        place = torch.arange(length, device=device)
+        order = real.long().argsort(dim=1, descending=True, stable=True)
+        new = (place - ahead_B[:, None]).clamp(0, tokens - 1)
+        slots = rule.slots if state is not None else 0
+        source = order.gather(1, new) + slots
+        if slots:
+            source = torch.where(place < ahead_B[:, None], (first_B[:, None] + place) % slots, source)
+        return cls(real, ahead_B + count_B, first_B, source, target_BT)
+
+    def align(self, new: Tensor, before: Tensor | None = None) -> Tensor:
+        """[B, heads, T, dim] (behind `before` [B, heads, N, dim]) -> [B, heads, L, dim]."""
+        if self.source_BL is None:
+            return new
+        both = new if before is None else torch.cat([before.to(new.dtype), new], 2)
+        index = self.source_BL[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3])
+        return both.gather(2, index)
+
+    def restore(self, aligned: Tensor) -> Tensor:
+        """[B, heads, L, dim] -> [B, heads, T, dim], zero at tokens that are not real."""
+        if self.target_BT is not None:
+            index = self.target_BT.clamp_min(0)[:, None, :, None].expand(-1, aligned.shape[1], -1, aligned.shape[3])
+            aligned = aligned.gather(2, index)
+        return aligned if self.real_BT is None else aligned.masked_fill(~self.real_BT[:, None, :, None], 0.0)
+
+    def positions(self, length: int) -> Tensor:
+        """Position of every aligned token, [B, L]."""
+        return self.first_B[:, None] + torch.arange(length, device=self.first_B.device)
+
+    def exists(self, length: int) -> Tensor | None:
+        """Bool [B, L]: the aligned token is one; None when all are."""
+        return (
+            None if self.length_B is None else torch.arange(length, device=self.first_B.device) < self.length_B[:, None]
+        )
+
+
+def far_keys(fk_BKLF: Tensor, rows: Rows, rule: Rule) -> Tensor:
+    """Key features with zeros where a key can never be far: padding and sinks."""
+    length = fk_BKLF.shape[2]
+    keep = rows.exists(length)
+    if rule.sinks:
+        later = rows.positions(length) >= rule.sinks
+        keep = later if keep is None else keep & later
+    return fk_BKLF if keep is None else fk_BKLF.masked_fill(~keep.to(fk_BKLF.device)[:, None, :, None], 0.0)
+
+
+def sink_pairs(
+    k_BGLD: Tensor, v_BGLE: Tensor, rows: Rows, rule: Rule, state: StudentState | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of positions 0..S-1, [B, G, S, dim]; what no query can see yet is arbitrary but finite."""
+    sink = torch.arange(rule.sinks, device=k_BGLD.device)
+    place = (sink - rows.first_B[:, None].to(sink.device)).clamp(0, k_BGLD.shape[2] - 1)
+    pairs = []
+    for x, old in (
+        (k_BGLD, None if state is None else state.sink_k_BGSD),
+        (v_BGLE, None if state is None else state.sink_v_BGSE),
+    ):
+        new = x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        if old is not None and state is not None:
+            known = (sink < state.seen_B[:, None])[:, None, :, None]
+            new = torch.where(known, old.to(new.dtype), new)
+        pairs.append(new)
+    return pairs[0], pairs[1]
+
+
+@torch.no_grad()
+def state_after(
+    k_BGLD: Tensor,
+    v_BGLE: Tensor,
+    fk_BKLF: Tensor | None,
+    rows: Rows,
+    rule: Rule,
+    state: StudentState,
+) -> StudentState:
+    """The state after the aligned rows, whose features are already masked by :func:`far_keys`; `state` is left alone."""
+    length = k_BGLD.shape[2]
+    batch = k_BGLD.shape[0]
+    device = k_BGLD.device
+    total = torch.full((batch,), length, device=device) if rows.length_B is None else rows.length_B
+    seen_B = rows.first_B.to(device) + total
+    position_BL = rows.positions(length).to(device)
+    far_s, far_z = state.far_s_BKFE.clone(), state.far_z_BKF.clone()
+    if rule.far and fk_BKLF is not None:
+        far_from = seen_B if rule.kind == "linear" else torch.minimum(rule.near_start(seen_B - 1), seen_B)
+        old = (position_BL < far_from[:, None])[:, None, :, None]
+        folded = fk_BKLF.masked_fill(~old, 0.0).to(far_s.dtype)
+        groups = folded.unflatten(1, (k_BGLD.shape[1], -1))
+        far_s += (groups.mT @ v_BGLE.to(far_s.dtype)[:, :, None]).flatten(1, 2)
+        far_z += folded.sum(2)
+    after = state.clone()
+    after.far_s_BKFE, after.far_z_BKF, after.seen_B = far_s, far_z, seen_B.to(state.seen_B.device)
+    if rule.slots:
+        _fill_buffer(after, k_BGLD, v_BGLE, rows)
+    if rule.sinks:
+        sink_k, sink_v = sink_pairs(k_BGLD, v_BGLE, rows, rule, state)
+        known = (torch.arange(rule.sinks, device=device) < seen_B[:, None])[:, None, :, None]
+        after.sink_k_BGSD = torch.where(known, sink_k, 0.0).to(state.sink_k_BGSD.dtype)
+        after.sink_v_BGSE = torch.where(known, sink_v, 0.0).to(state.sink_v_BGSE.dtype)
+    return after
+
+
+def _fill_buffer(after: StudentState, k_BGLD: Tensor, v_BGLE: Tensor, rows: Rows) -> None:
+    """Every slot takes the newest pair that belongs into it; slots without one keep what they had."""
+    held_BN = after.slot_positions()
+    place = held_BN - rows.first_B[:, None].to(held_BN.device)
+    fresh = (place >= 0)[:, None, :, None]
+    index = place.clamp(0, k_BGLD.shape[2] - 1)[:, None, :, None]
+    for name, x in (("k_BGND", k_BGLD), ("v_BGNE", v_BGLE)):
+        old = getattr(after, name)
+        new = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])).to(old.dtype)
+        setattr(after, name, torch.where(fresh, new, old))
