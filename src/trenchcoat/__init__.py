@@ -1,0 +1,66 @@
+"""trenchcoat: pretrained softmax Transformers become linear-time, constant-memory models.
+
+Importing it registers the linearized model classes, so `AutoModelForCausalLM.from_pretrained(merged_folder)` works
+afterwards. Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from trenchcoat import auto as _auto
+
+if TYPE_CHECKING:
+    from trenchcoat.config import Recipe, StudentConfig, UserError
+    from trenchcoat.hub import load, save_adapter, save_merged
+    from trenchcoat.recipe_io import load_recipe
+    from trenchcoat.students import StudentAttention, register_student
+    from trenchcoat.surgery import add_lora, attach_students, merge_lora, set_mode, students_of
+
+__all__ = [
+    "Recipe",
+    "StudentAttention",
+    "StudentConfig",
+    "UserError",
+    "add_lora",
+    "attach_students",
+    "load",
+    "load_recipe",
+    "merge_lora",
+    "register_student",
+    "save_adapter",
+    "save_merged",
+    "set_mode",
+    "students_of",
+]
+
+_HOME = {
+    "Recipe": "config",
+    "StudentConfig": "config",
+    "UserError": "config",
+    "load_recipe": "recipe_io",
+    "StudentAttention": "students",
+    "register_student": "students",
+    "add_lora": "surgery",
+    "attach_students": "surgery",
+    "merge_lora": "surgery",
+    "set_mode": "surgery",
+    "students_of": "surgery",
+    "load": "hub",
+    "save_adapter": "hub",
+    "save_merged": "hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"trenchcoat.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'trenchcoat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_auto.install()

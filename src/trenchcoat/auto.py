@@ -1,0 +1,206 @@
+"""Linearized models as first-class Transformers models: `Linearized<Family>Config` and `Linearized<Family>ForCausalLM`.
+
+`import trenchcoat` makes `AutoModelForCausalLM.from_pretrained(merged_folder)` work. Config classes are registered when
+Transformers' auto module is imported (before or after us), a family's model class when its config is first made, so
+that importing trenchcoat stays cheap. Classes are derived from the family's own; nothing of it is copied. Our settings
+live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}}`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PREFIX = "linearized_"
+"""`model_type` of a linearized model is this and the base family's."""
+
+FORMAT_VERSION = 1
+"""Version of what is written under the config's key `trenchcoat`."""
+
+_AUTO_MODULE = "transformers.models.auto.configuration_auto"
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs :func:`register_families` right after Transformers' auto module is imported for the first time."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                register_families()
+
+            loader.exec_module = execute_and_register
+        return spec
+
+
+def install() -> None:
+    """Register the families now, when Transformers' auto module is loaded already, or as soon as it is."""
+    if _AUTO_MODULE in sys.modules:
+        register_families()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def register_families() -> None:
+    """Register a linearized config class for every family known to work that this Transformers has."""
+    from trenchcoat.families import KNOWN_FAMILIES
+
+    known = sys.modules[_AUTO_MODULE].CONFIG_MAPPING
+    for family in KNOWN_FAMILIES:
+        if family in known:
+            config_class(family)
+
+
+def config_class(family: str) -> type:
+    """`Linearized<Family>Config`, registered with AutoConfig; made on first use.
+
+    Raises UserError for a family that this version of Transformers does not have.
+    """
+    from trenchcoat.config import UserError
+
+    auto: Any = importlib.import_module(_AUTO_MODULE)
+    model_type = PREFIX + family
+    if model_type in auto.CONFIG_MAPPING:
+        return auto.CONFIG_MAPPING[model_type]
+    if family not in auto.CONFIG_MAPPING:
+        raise UserError(f"this version of transformers has no family {family!r}; install one that does")
+    base = auto.CONFIG_MAPPING[family]
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        base.__post_init__(self, **kwargs)
+        if self.trenchcoat is not None:
+            model_class(family)
+
+    members = {"model_type": model_type, "trenchcoat": None, "__post_init__": __post_init__}
+    made = _publish(f"Linearized{base.__name__}", base, {**members, "__annotations__": {"trenchcoat": "dict | None"}})
+    auto.AutoConfig.register(model_type, made)
+    return made
+
+
+def model_class(family: str) -> type:
+    """`Linearized<Family>ForCausalLM`, registered with AutoModelForCausalLM; made on first use."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = config_class(family)
+    if config in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    base = MODEL_FOR_CAUSAL_LM_MAPPING[config.__mro__[1]]
+
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, _own_attention(config), *args, **kwargs)
+        _attach(self)
+
+    def initialize_weights(self: Any) -> None:
+        base.initialize_weights(self)
+        _initialize_students(self)
+
+    members = {
+        "__init__": __init__,
+        "initialize_weights": initialize_weights,
+        "config_class": config,
+        "_keep_in_fp32_modules_strict": [*(getattr(base, "_keep_in_fp32_modules_strict", None) or ()), "student"],
+    }
+    made = _publish(f"Linearized{base.__name__}", base, members)
+    AutoModelForCausalLM.register(config, made)
+    _register_conversion(family)
+    return made
+
+
+def linearized_config(config: Any, student: Any) -> Any:
+    """The linearized config of a base model's (or linearized model's) config, with these student settings."""
+    from dataclasses import asdict
+
+    family = str(config.model_type).removeprefix(PREFIX)
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "trenchcoat")}
+    plain = asdict(student)
+    plain["keep_softmax"] = list(student.keep_softmax)
+    made = config_class(family)(**settings, trenchcoat={"version": FORMAT_VERSION, "student": plain})
+    made._attn_implementation_internal = config._attn_implementation
+    return made
+
+
+def student_settings(settings: Mapping[str, Any]) -> Any:
+    """A StudentConfig from its JSON form; UserError for fields that this version does not know."""
+    from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+
+    given = dict(settings)
+    try:
+        feature_map = FeatureMapConfig(**dict(given.pop("feature_map", {})))
+        keep = tuple(given.pop("keep_softmax", ()))
+        return StudentConfig(**given, feature_map=feature_map, keep_softmax=keep)
+    except TypeError as error:
+        raise UserError(f"these student settings were written by another version of trenchcoat: {error}") from error
+
+
+def _publish(name: str, base: type, members: dict[str, Any]) -> type:
+    """A class that pickles: it is an attribute of this module under its name."""
+    document = f"{base.__name__} with linearized attention; see :mod:`trenchcoat.auto`."
+    made = type(name, (base,), {"__module__": __name__, "__qualname__": name, "__doc__": document, **members})
+    setattr(sys.modules[__name__], name, made)
+    return made
+
+
+def _own_attention(config: Any) -> Any:
+    """The config; a copy without our attention when it comes from a live linearized model."""
+    from trenchcoat.interface import NAME
+
+    if config._attn_implementation != NAME:
+        return config
+    own = copy.deepcopy(config)
+    own._attn_implementation_internal = None
+    return own
+
+
+def _attach(model: Any) -> None:
+    from trenchcoat.config import UserError
+    from trenchcoat.surgery import attach_students, set_mode
+
+    ours = model.config.trenchcoat
+    if not isinstance(ours, Mapping) or "student" not in ours:
+        raise UserError(
+            f"a config of type {model.config.model_type!r} needs our settings under the key `trenchcoat`; this one has "
+            f"{ours!r}. Make it with trenchcoat.auto.linearized_config(base_config, student_config)"
+        )
+    if int(ours.get("version", 0)) > FORMAT_VERSION:
+        raise UserError(f"this model was written by a newer trenchcoat (format {ours['version']}); upgrade trenchcoat")
+    attach_students(model, student_settings(ours["student"]))
+    set_mode(model, "student")
+
+
+def _initialize_students(model: Any) -> None:
+    """Give students that were in no checkpoint their initial values (Transformers leaves them as allocated)."""
+    from trenchcoat.surgery import students_of
+
+    for student in students_of(model).values():
+        loaded = [getattr(p, "_is_hf_initialized", False) for p in student.parameters()]
+        if not all(loaded):
+            student.reset_parameters()
+
+
+def _register_conversion(family: str) -> None:
+    """Families whose checkpoints are stored otherwise than they are computed (experts) keep that under our name."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    mapping = get_checkpoint_conversion_mapping(family)
+    if mapping is not None and get_checkpoint_conversion_mapping(PREFIX + family) is None:
+        register_checkpoint_conversion_mapping(PREFIX + family, mapping)

@@ -1,0 +1,236 @@
+"""Linearized models on disk: adapter folders, merged folders, and `load`, the one door to both.
+
+adapter folder    adapter.safetensors (students and LoRA), trenchcoat.json (settings, base model and its identity)
+merged folder     a complete Transformers checkpoint of class Linearized<Family>ForCausalLM
+run folder        what a run left; its `adapter` folder is meant
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trenchcoat import auto
+from trenchcoat.checkpoint import (
+    ADAPTER_META,
+    atomic_directory,
+    fingerprint,
+    load_model,
+    read_adapter,
+    read_json,
+    resolve_device,
+    resolve_dtype,
+    write_adapter,
+)
+from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.surgery import (
+    adapter_state,
+    add_lora,
+    attach_students,
+    has_lora,
+    load_adapter_state,
+    merged_state,
+    set_mode,
+    student_config,
+)
+
+ADAPTER_VERSION = 1
+"""Version of the adapter folder's layout."""
+
+_SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+"""What of the base model's config is written beside the adapter, to say in words how another base differs."""
+
+_LORA = ("rank", "alpha", "dropout", "targets")
+"""Fields of LoraConfig that shape the adapter (the others are about training)."""
+
+
+def save_adapter(
+    model: Any,
+    directory: Path | str,
+    *,
+    base: ModelConfig | None = None,
+    student: StudentConfig | None = None,
+    lora: LoraConfig | None = None,
+) -> None:
+    """Write what was learned, without the base model, to an adapter folder.
+
+    `base`, `student` and `lora` say what the model was made with; for a model that came from :func:`load` they are
+    known. Raises UserError when they are needed and not given, and SaveError when the disk is full.
+    """
+    known: dict[str, Any] = getattr(model, "trenchcoat_adapter", {})
+    if base is None and "base" not in known:
+        raise UserError("save_adapter needs base=ModelConfig(...): this model does not know what it was loaded from")
+    if has_lora(model) and lora is None and not known.get("lora"):
+        raise UserError("save_adapter needs lora=LoraConfig(...): the model has a LoRA whose settings are not known")
+    source = known["base"] if base is None else {n: getattr(base, n) for n in ("path", "revision", "attention")}
+    shape = known.get("lora") if lora is None else {name: getattr(lora, name) for name in _LORA}
+    meta = {
+        "version": ADAPTER_VERSION,
+        "base": {**source, "config": _shape(model), "fingerprint": fingerprint(model)},
+        "student": asdict(student if student is not None else student_config(model)),
+        "lora": shape if has_lora(model) else None,
+    }
+    write_adapter(Path(directory), adapter_state(model), meta)
+
+
+def save_merged(model: Any, directory: Path | str, tokenizer: Any = None) -> None:
+    """Write a complete checkpoint, LoRA merged into the weights; the model itself is not changed.
+
+    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, and with :func:`load`. It
+    appears complete or not at all, and replaces a folder of that name. With `tokenizer` it holds that too.
+    """
+    config = auto.linearized_config(model.config, student_config(model))
+    family = str(config.model_type).removeprefix(auto.PREFIX)
+    with torch.device("meta"):
+        whole: Any = auto.model_class(family)(config)
+    _fill(whole, merged_state(model))
+    if getattr(model, "generation_config", None) is not None:
+        whole.generation_config = model.generation_config
+    with atomic_directory(Path(directory)) as partial:
+        whole.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def load(
+    path: Path | str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    base: str | None = None,
+    attention: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a linearized model, in mode `student`, and its tokenizer.
+
+    Args:
+        path: an adapter folder, a merged folder (or the hub id of one), or a run folder.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: of the base weights: `auto`, `float32`, `bfloat16`, `float16`; students are float32.
+        base: adapters only: where the base model is, when not where it was.
+        attention: implementation of softmax layers that were kept; default: as when the adapter was made.
+
+    Raises:
+        UserError: nothing loadable there; an adapter of another base model; settings this version does not know.
+        CorruptFileError: damaged files.
+    """
+    folder = Path(path).expanduser()
+    adapter = next((f for f in (folder, folder / "adapter") if (f / ADAPTER_META).is_file()), None)
+    if adapter is not None:
+        return _load_adapter(adapter, device=device, dtype=dtype, base=base, attention=attention)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (merged model), or an "
+            "`adapter` folder (run)"
+        )
+    return _load_merged(str(folder) if folder.is_dir() else str(path), device=device, dtype=dtype, attention=attention)
+
+
+def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, attention: str | None) -> tuple[Any, Any]:
+    tensors, meta = read_adapter(folder)
+    source, version = meta.get("base"), meta.get("version")
+    if not isinstance(version, int) or version > ADAPTER_VERSION:
+        raise UserError(
+            f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads up to {ADAPTER_VERSION}"
+        )
+    if not isinstance(source, Mapping) or not isinstance(meta.get("student"), Mapping):
+        raise UserError(f"{folder / ADAPTER_META} lacks `base` or `student`; export the adapter again")
+    half = dtype == "float16"
+    cfg = ModelConfig(
+        path=base if base is not None else str(source["path"]),
+        revision=None if base is not None else source.get("revision"),
+        device=device,
+        dtype="float32" if half else dtype,  # type: ignore[arg-type]
+        attention=attention or str(source.get("attention", "sdpa")),
+    )
+    try:
+        model, tokenizer = load_model(cfg)
+    except UserError as error:
+        hint = "" if base is not None else "; when the base model has moved, give its place with base=..."
+        raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
+    _check_base(folder, cfg.path, model, source)
+    if half:
+        model.half()
+    attach_students(model, auto.student_settings(meta["student"]))
+    lora = meta.get("lora")
+    if lora is not None:
+        add_lora(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
+    load_adapter_state(model, tensors)
+    set_mode(model, "student")
+    loaded: Any = model
+    origin = {"path": cfg.path, "revision": cfg.revision, "attention": cfg.attention}
+    loaded.trenchcoat_adapter = {"base": origin, "lora": lora}
+    return loaded.eval().requires_grad_(False), tokenizer
+
+
+def _check_base(folder: Path, path: str, model: Any, source: Mapping[str, Any]) -> None:
+    """Raise UserError when `model` is not the base that the adapter was made for."""
+    wanted, found = dict(source.get("config") or {}), _shape(model)
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"the adapter {folder} was made for another base model than {path!r}: {name} is {found.get(name)!r} "
+                f"there, the adapter needs {value!r}"
+            )
+    if source.get("fingerprint") not in (None, fingerprint(model)):
+        raise UserError(
+            f"the adapter {folder} was made for another base model than {path!r}: the sizes agree, the weights do not "
+            "(another checkpoint or revision of the same architecture?). Give the right one with base=..."
+        )
+
+
+def _load_merged(source: str, *, device: str, dtype: str, attention: str | None) -> tuple[Any, Any]:
+    where = resolve_device(device)
+    _register(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if not str(config.model_type).startswith(auto.PREFIX):
+            raise UserError(
+                f"{source} is an ordinary {config.model_type!r} model, not a linearized one; linearize it first, or give "
+                "its adapter folder"
+            )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=resolve_dtype(dtype, where),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load {source!r} as a linearized model: {' '.join(str(error).split())[:300]}"
+        ) from error
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
+    return model.to(where).eval().requires_grad_(False), tokenizer
+
+
+def _register(source: str) -> None:
+    """Make the classes of a merged folder's family known, also for a family that is not registered on import."""
+    config = Path(source) / "config.json"
+    if config.is_file():
+        settings = read_json(config)
+        model_type = str(settings.get("model_type", "")) if isinstance(settings, Mapping) else ""
+        if model_type.startswith(auto.PREFIX):
+            auto.config_class(model_type.removeprefix(auto.PREFIX))
+
+
+def _fill(whole: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Give a model on the meta device the tensors of `state`; assert that nothing is left out."""
+    result = whole.load_state_dict(dict(state), strict=False, assign=True)
+    whole.tie_weights()
+    empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
+    assert not empty and not result.unexpected_keys, (empty[:3], result.unexpected_keys[:3])
+
+
+def _shape(model: Any) -> dict[str, Any]:
+    found = {name: getattr(model.config, name, None) for name in _SHAPE}
+    found["model_type"] = str(found["model_type"]).removeprefix(auto.PREFIX)
+    return found
