@@ -31,9 +31,10 @@ def made_scores(near: float, far: float, recall: float, seed: int) -> Scores:
     for _ in range(ROWS):
         hard = text.gauss(0, 0.3)
         base = [1.6 + 3.5 / (1 + n) ** 0.6 + hard + text.gauss(0, 0.4) for n in range(queries)]
+        extra = own.gauss(0, 0.02)
         by_row.append(
             [
-                b + (0.0 if n < WINDOW else near if n < 2 * WINDOW else far) + own.gauss(0, 0.05)
+                b + (0.0 if n < WINDOW else near if n < 2 * WINDOW else far) + own.gauss(0, 0.05) + extra
                 for n, b in enumerate(base)
             ]
         )
@@ -69,8 +70,8 @@ def made_results(offsets: Mapping[str, tuple[float, float]] | None = None, **cha
         },
         samples=[Sample("def fold(a):\n    ```", {"teacher": "return a | 1", "transfer_lora": "return a"})],
         stages=[StageFacts("transfer", 200, 1_638_400, 75.0, 3.21), StageFacts("lora", 100, 819_200, 62.5)],
-        recipe={"model": {"path": "made-up"}, "student": {"name": "terrace"}, "transfer": {"lr": 0.01}, "lora": {"lr": 1e-4},
-                "eval": {"sinks": 4, "decode_lengths": [128, 256]}},
+        recipe={"model": {"path": "made-up"}, "student": {"name": "terrace"}, "transfer": {"lr": 0.01},
+                "lora": {"lr": 1e-4}, "eval": {"sinks": 4, "decode_lengths": [128, 256]}},
         environment={"packages": {"torch": "2.13.0"}, "threads": 1},
         data={"path": "nowhere", "train/rows": 200},
         implementation="chunkwise",

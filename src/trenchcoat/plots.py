@@ -164,7 +164,7 @@ def plot_rows(results: Results, path: Path) -> bool:
     with matplotlib.rc_context(LOOK):
         figure = _figure(9, 1.3 + 0.42 * len(rows))
         panels = figure.subplots(1, 2, sharey=True)
-        pairs = (("all", "all tokens"), ("far", f"tokens past 2W = {2 * results.window}"))
+        pairs = (("all", "All tokens"), ("far", f"Tokens past 2W = {2 * results.window}"))
         for axes, (part, title) in zip(panels, pairs, strict=True):
             found = {name: paired_difference(getattr(s, part), getattr(teacher, part)) for name, s in rows}
             finite = [d.value for name, d in found.items() if name != UNTRAINED and math.isfinite(d.value)]
@@ -174,9 +174,12 @@ def plot_rows(results: Results, path: Path) -> bool:
                 _dot(axes, height, difference.value, difference.error, limit, _colour(name))
             axes.axvline(0, color=COLOURS[TEACHER], linewidth=1)
             axes.set_title(title)
-            axes.set_xlabel("loss above the teacher's (nats; bars: ± 2 standard errors)", fontsize=9)
+            axes.set_ylim(-0.7, len(rows) - 0.4)
         panels[0].set_yticks(range(len(rows)), [_name(name) for name, _ in rows])
         panels[0].invert_yaxis()
+        figure.supxlabel(
+            "loss above the teacher's, in nats a token (0 = as good; bars: ± 2 standard errors)", fontsize=10
+        )
         figure.savefig(path)
     return True
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +19,7 @@ from trenchcoat.files import write_text
 from trenchcoat.plots import plot_decode, plot_positions, plot_rows, plot_training
 from trenchcoat.results import TEACHER, Difference, Results, RowSums
 from trenchcoat.runlog import read_metrics
-from trenchcoat.verdicts import Verdict, bytes_text, label, percent, targets_met, verdicts
+from trenchcoat.verdicts import Verdict, bytes_text, headline, label, percent, verdicts
 
 REPORT_FILE = "report.md"
 RESULTS_FILE = "results.json"
@@ -30,49 +31,54 @@ HEADINGS = (
     "gap closed, all tokens",
     "gap closed, past 2W",
 )
+SHORT_HEADINGS = (
+    "\n\nrow",
+    "\nppl\nall",
+    "\nppl\npast 2W",
+    "\nrecall\nprobe",
+    "gap\nclosed\nall",
+    "gap\nclosed\npast 2W",
+)
 MARKS = {"yes": "✅ **YES**", "no": "❌ **NO**", "not measured": "➖ not measured"}
 TERMINAL_MARKS = {"yes": ("YES", "bold green"), "no": ("NO", "bold red"), "not measured": ("?", "dim")}
 
 
-def table_cells(results: Results) -> list[list[str]]:
-    """One list of texts a row, under ``HEADINGS``; errors are one standard error over the rows of text."""
+def table_cells(results: Results, *, noise: bool = True) -> list[list[str]]:
+    """One list of texts a row, under ``HEADINGS``; ``noise`` adds one standard error over the rows of text."""
     return [
         [
             label(name),
-            _perplexity(scores.all, scores.perplexity),
-            _perplexity(scores.far, scores.far_perplexity),
-            _accuracy(scores.recall_hits),
-            _share(results.share_closed(name)),
-            _share(results.far_share_closed(name)),
+            _perplexity(scores.all, scores.perplexity, noise),
+            _perplexity(scores.far, scores.far_perplexity, noise),
+            _share(Difference(scores.recall_hits.mean, scores.recall_hits.error), noise, "no probes"),
+            _share(results.share_closed(name), noise),
+            _share(results.far_share_closed(name), noise),
         ]
         for name, scores in results.ordered_rows()
     ]
 
 
-def _perplexity(losses: RowSums, perplexity: float) -> str:
+def _perplexity(losses: RowSums, perplexity: float, noise: bool) -> str:
     if not math.isfinite(perplexity):
         return "not finite" if losses.count else "no tokens"
     digits = 3 if perplexity < 100 else 1
     error = perplexity * losses.error
-    return f"{perplexity:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+    return f"{perplexity:.{digits}f}" + (f" ± {error:.{digits}f}" if noise and math.isfinite(error) else "")
 
 
-def _accuracy(hits: RowSums) -> str:
-    if not hits.count:
-        return "no probes"
-    return percent(Difference(hits.mean, hits.error))
-
-
-def _share(share: Difference | None) -> str:
-    return "–" if share is None else percent(share)
+def _share(share: Difference | None, noise: bool, absent: str = "–") -> str:
+    if share is None or not math.isfinite(share.value):
+        return absent
+    return percent(share) if noise else percent(share).partition(" ±")[0]
 
 
 def terminal_table(results: Results) -> Table:
-    """The table of the report, to print with rich."""
-    table = Table(title=f"Kept and lost (W = {results.window}, 2W = {2 * results.window})", title_justify="left")
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=not number)
-    for (name, _), cells in zip(results.ordered_rows(), table_cells(results), strict=True):
+    """The table of the report without its noise, to print with rich."""
+    title = f"Perplexity (ppl), recall and gap closed (W = {results.window})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(SHORT_HEADINGS):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for (name, _), cells in zip(results.ordered_rows(), table_cells(results, noise=False), strict=True):
         table.add_row(*cells, style="bold" if name == results.converted() else None)
     return table
 
@@ -80,22 +86,13 @@ def terminal_table(results: Results) -> Table:
 def terminal_verdicts(results: Results) -> Table:
     """The answers of the report, to print with rich."""
     found = verdicts(results)
-    table = Table(title=_headline(found), title_justify="left", show_header=False, show_lines=True)
+    table = Table(title=headline(found), title_justify="left", show_header=False, show_lines=True)
     table.add_column("answer", justify="center", no_wrap=True)
     table.add_column("question and numbers")
     for verdict in found:
         mark, style = TERMINAL_MARKS[verdict.outcome]
         table.add_row(Text(mark, style), Text.assemble((verdict.question, "bold"), "\n", verdict.sentence))
     return table
-
-
-def _headline(found: Sequence[Verdict]) -> str:
-    met, of = targets_met(list(found))
-    against = sum(verdict.outcome == "no" for verdict in found)
-    answers = (
-        "no answer speaks" if against == 0 else f"{against} answer{'s' * (against > 1)} speak{'s' * (against == 1)}"
-    )
-    return f"Targets met: {met} of {of}; {answers} against this conversion."
 
 
 def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mapping[str, Any]] | None = None) -> Path:
@@ -158,7 +155,7 @@ def _answers(found: Sequence[Verdict]) -> list[str]:
     return [
         "## Answers",
         "",
-        f"**{_headline(found)}**",
+        f"**{headline(found)}**",
         "",
         "| answer | question | numbers |",
         "|---|---|---|",
@@ -206,8 +203,8 @@ def _words(results: Results) -> list[str]:
         "certainty, and the size of the vocabulary would be blind guessing. Lower is better.",
         f"- **W**: the window, {window} tokens. The **near part** is exact softmax attention over at most 2W = "
         f"{2 * window} recent tokens{none}; the **far part** (or linear part) is everything older, through learned "
-        "feature maps and a sum of constant size. **Past 2W**: tokens with more than 2W tokens before them, where a window "
-        "alone has forgotten something.",
+        "feature maps and a sum of constant size. **Past 2W**: tokens with more than 2W tokens before them, where a "
+        "window alone has forgotten something.",
         "- **Recall probe**: tokens that can hardly be predicted without what stood more than 2W tokens ago: the same "
         "three tokens stood there before, the token itself is not among the last 2W, and the three stand together in "
         "no other row. The column is the share of them that the model ranks first.",
@@ -226,8 +223,8 @@ def _words(results: Results) -> list[str]:
         "- **the same, far part off**: the converted model with only its window. It was trained with the far part in "
         "place, so the difference flatters the far part; the last row is the fair opponent.",
         f"- **window + sinks**: each token sees the window and the first {few} tokens (*sinks*, on which attention "
-        "likes to rest), and nothing else; no far part at all. Once without any training, and once with the same LoRA "
-        "budget as the conversion.",
+        "likes to rest), and nothing else; no far part at all. Once without any training, and once (**+ LoRA**) with "
+        "the same LoRA budget as the conversion.",
         "",
     ]
 

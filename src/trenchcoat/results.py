@@ -38,7 +38,7 @@ ROW_LABELS: dict[str, str] = {
     TRANSFER_LORA: "transfer + LoRA",
     FAR_OFF: "the same, far part off",
     WINDOW_SINKS: "window + sinks, untrained",
-    WINDOW_SINKS_LORA: "window + sinks, same LoRA budget",
+    WINDOW_SINKS_LORA: "window + sinks + LoRA",
 }
 """Rows of the table in their order; a row outside this list is shown under its own name, after them."""
 

@@ -9,7 +9,7 @@ linear part (arXiv 2510.05901).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,33 +55,24 @@ def label(name: str) -> str:
     return ROW_LABELS.get(name, name)
 
 
-def signed(difference: Difference, digits: int = 3) -> str:
-    """``0.021 ± 0.004`` (the error is one standard error)."""
-    noise = f" ± {difference.error:.{digits}f}" if math.isfinite(difference.error) else " (noise unknown)"
-    return f"{difference.value:.{digits}f}{noise}"
+def signed(difference: Difference) -> str:
+    """``0.021 ± 0.004`` (the error is one standard error), with more digits when the noise is smaller than those."""
+    if not math.isfinite(difference.error):
+        return f"{difference.value:.3f} (noise unknown)"
+    digits = 3 if difference.error >= 0.002 else 4
+    return f"{difference.value:.{digits}f} ± {difference.error:.{digits}f}"
 
 
 def percent(share: Difference) -> str:
-    """``93.1 % ± 0.8``."""
-    noise = f" ± {100 * share.error:.1f}" if math.isfinite(share.error) else ""
-    return f"{100 * share.value:.1f} %{noise}"
+    """``93.1 % ± 0.8``; without a noise when it is known to be none, as for the two ends of a gap."""
+    digits = 1 if abs(share.value) < 2 and share.error != 0 else 0
+    noise = f" ± {100 * share.error:.{digits}f}" if math.isfinite(share.error) and share.error != 0 else ""
+    return f"{100 * share.value:.{digits}f} %{noise}"
 
 
 def verdicts(results: Results) -> list[Verdict]:
     """All questions in the order of the report; those whose rows are missing are "not measured"."""
     return [
-        _has_structure(results),
-        _beats(
-            results, WINDOW_SINKS, "beats_window_sinks", "Does it beat a plain window with sinks, without training?"
-        ),
-        _beats(
-            results, WINDOW_SINKS_LORA, "beats_window_sinks_lora", "Does it beat window + sinks with the same LoRA?"
-        ),
-        _needs_far(results),
-        _beats(results, LORA_ONLY, "transfer_helps", "Is attention transfer worth having, against LoRA alone?"),
-        _recalls(results),
-        _constant_state(results),
-        _decodes_faster(results),
         _order_target(results),
         _share_target(
             results,
@@ -101,13 +92,29 @@ def verdicts(results: Results) -> list[Verdict]:
             results.far_share_closed,
             lambda name: results.rows[name].far,
         ),
+        _has_structure(results),
+        _beats(
+            results, WINDOW_SINKS, "beats_window_sinks", "Does it beat a plain window with sinks, without training?"
+        ),
+        _beats(
+            results, WINDOW_SINKS_LORA, "beats_window_sinks_lora", "Does it beat window + sinks with the same LoRA?"
+        ),
+        _needs_far(results),
+        _beats(results, LORA_ONLY, "transfer_helps", "Is attention transfer worth having, against LoRA alone?"),
+        _recalls(results),
+        _constant_state(results),
+        _decodes_faster(results),
     ]
 
 
-def targets_met(found: list[Verdict]) -> tuple[int, int]:
-    """How many targets were met, and how many there are."""
-    targets = [verdict for verdict in found if verdict.target]
-    return sum(verdict.outcome == "yes" for verdict in targets), len(targets)
+def headline(found: Sequence[Verdict]) -> str:
+    """One sentence over all answers: targets met, and how many answers are a NO."""
+    targets = [verdict.outcome for verdict in found if verdict.target]
+    against, unknown = (sum(v.outcome == outcome for v in found) for outcome in ("no", "not measured"))
+    parts = [f"Targets met: {targets.count('yes')} of {len(targets)}"]
+    parts[0] += f" ({targets.count('not measured')} not measured)" if "not measured" in targets else ""
+    parts.append(f"{len(found) - against - unknown} answers are YES, {against} NO, {unknown} not measured")
+    return "; ".join(parts) + "."
 
 
 def _missing(key: str, question: str, what: str, target: bool = False) -> Verdict:
@@ -195,10 +202,10 @@ def _recalls(results: Results) -> Verdict:
     good = _better(hits)
     teacher = results.rows.get(TEACHER)
     beside = f"; the teacher's is {teacher.recall_hits.mean:.1%}" if teacher else ""
-    noise = "" if hits.clear else ", within the noise"
+    points = percent(hits).replace(" %", "") + ("" if hits.clear else ", within the noise")
     text = (
         f"On {mine.recall.count} probes the accuracy of '{label(name)}' is {mine.recall_hits.mean:.1%} and that of "
-        f"'{label(window)}' {its.recall_hits.mean:.1%} (difference {percent(hits)} points{noise}){beside}."
+        f"'{label(window)}' {its.recall_hits.mean:.1%} (difference in points: {points}){beside}."
     )
     return Verdict(key, question, _answer(good), text)
 
