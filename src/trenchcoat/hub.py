@@ -190,8 +190,8 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
         config = AutoConfig.from_pretrained(source)
         if not str(config.model_type).startswith(auto.PREFIX):
             raise UserError(
-                f"{source} is an ordinary {config.model_type!r} model, not a linearized one; linearize it first, or give "
-                "its adapter folder"
+                f"{source} is an ordinary {config.model_type!r} model, not a linearized one; linearize it first, or "
+                "give its adapter folder"
             )
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -227,7 +227,8 @@ def _fill(whole: Any, state: Mapping[str, torch.Tensor]) -> None:
     result = whole.load_state_dict(dict(state), strict=False, assign=True)
     whole.tie_weights()
     empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
-    assert not empty and not result.unexpected_keys, (empty[:3], result.unexpected_keys[:3])
+    assert not empty, f"left on the meta device: {empty[:3]}"
+    assert not result.unexpected_keys, f"not in the linearized class: {result.unexpected_keys[:3]}"
 
 
 def _shape(model: Any) -> dict[str, Any]:
