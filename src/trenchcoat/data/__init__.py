@@ -13,8 +13,9 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.packing import PackedRows, gather, pack
+from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.samples import BadSample, Segment, encode, segments
 from trenchcoat.data.sources import (
     Source,
-    UnreadableRow,
     dataset_source,
     dataset_splits,
     embedded_source,
@@ -37,6 +37,7 @@ from trenchcoat.data.sources import (
     split_text_source,
 )
 from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
+from trenchcoat.files import SaveError
 
 Batch = dict[str, Tensor]
 Part = Literal["train", "validation"]
@@ -45,15 +46,7 @@ TEXT_HELD_OUT = 0.05
 """Share of a plain-text document held out from its end when ``data.validation_fraction`` is null."""
 _VERSION = 1
 """Part of the cache key: raise it when the same source and settings come to give other tokens."""
-_CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 2_000_000
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The training or the validation rows."""
-
-    table: TokenTable
-    packed: PackedRows
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 1_000_000
 
 
 class Batches:
@@ -65,16 +58,30 @@ class Batches:
     """
 
     def __init__(
-        self, parts: dict[Part, _Part], *, seq_len: int, batch_size: int, seed: int, pad: int, fingerprint: str
+        self,
+        parts: dict[Part, PackedRows],
+        *,
+        batch_size: int,
+        seed: int,
+        pad: int,
+        fingerprint: str,
+        source_counts: dict[str, int],
     ) -> None:
         self._parts = parts
         self._orders: dict[int, NDArray[np.int64]] = {}
-        self.seq_len, self.batch_size, self.seed, self._pad = seq_len, batch_size, seed, pad
+        self.batch_size, self.seed, self._pad = batch_size, seed, pad
         self.fingerprint = fingerprint
         """Hash of the tokens and their division into rows (not of batch size and seed)."""
-        self.counts = _counts(parts)
-        """rows_read, skipped_rows and skipped/<reason>, then per part: rows, tokens, tokens_cut (left over at the end
+        self.counts = dict(source_counts)
+        """rows_read, rows_skipped and skipped/<reason>, then per part: rows, tokens, tokens_cut (left over at the end
         of the stream), rows_masked (dropped: no label counts)."""
+        for name, rows in parts.items():
+            self.counts |= {
+                f"{name}/rows": len(rows),
+                f"{name}/tokens": int(rows.lengths.sum()),
+                f"{name}/tokens_cut": rows.tokens_cut,
+                f"{name}/rows_masked": rows.rows_masked,
+            }
 
     def __len__(self) -> int:
         """Micro-batches of one epoch."""
@@ -82,7 +89,7 @@ class Batches:
 
     def rows(self, split: Part) -> int:
         """Rows of ``train`` or ``validation``."""
-        return len(self._parts[split].packed.starts)
+        return len(self._parts[split])
 
     def train_batch(self, index: int) -> Batch:
         """Training batch ``index`` >= 0, over as many epochs as it takes; [b, T]."""
@@ -91,24 +98,19 @@ class Batches:
             self._order(position // rows)[position % rows]
             for position in range(index * self.batch_size, (index + 1) * self.batch_size)
         ]
-        return self._gather("train", np.array(chosen))
+        return self._parts["train"].batch(np.array(chosen), self._pad)
 
     def validation(self, limit: int | None = None) -> Iterator[Batch]:
         """The validation rows in their own order, at most ``limit`` batches; the last one may have fewer rows."""
-        starts = range(0, self.rows("validation"), self.batch_size)
-        for start in itertools.islice(starts, limit):
-            stop = min(start + self.batch_size, self.rows("validation"))
-            yield self._gather("validation", np.arange(start, stop))
+        rows = np.arange(self.rows("validation"))
+        for start in itertools.islice(range(0, len(rows), self.batch_size), limit):
+            yield self._parts["validation"].batch(rows[start : start + self.batch_size], self._pad)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows("train"))
         return self._orders[epoch]
-
-    def _gather(self, split: Part, chosen: NDArray[np.int64]) -> Batch:
-        part = self._parts[split]
-        return gather(part.table.tokens, part.table.counted, part.packed, chosen, self.seq_len, self._pad)
 
 
 def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int) -> Batches:
@@ -124,9 +126,12 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int)
     if validation is None and limit is not None:
         limit = limit + held if cfg.validation_fraction is None else math.ceil(limit / (1 - cfg.validation_fraction))
     key, table = _table(train, cfg, tokenizer, limit)
+    tables = [table]
+    spans: dict[Part, tuple[TokenTable, int, int]]
     if validation is not None:
         other_key, other = _table(validation, cfg, tokenizer, None)
-        ranges = {"train": (table, 0, table.rows), "validation": (other, 0, other.rows)}
+        tables.append(other)
+        spans = {"train": (table, 0, table.rows), "validation": (other, 0, other.rows)}
     else:
         if cfg.validation_fraction is not None and not is_text_path(cfg.path):
             held = max(1, round(table.rows * cfg.validation_fraction))
@@ -135,15 +140,14 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int)
                 f"{train.name} has {table.rows} rows, too few to hold out {held} for validation and train on the "
                 "rest: set data.validation_fraction=0.1, a smaller data.validation_rows, or data.validation_path"
             )
-        other_key, ranges = str(held), {"train": (table, held, table.rows), "validation": (table, 0, held)}
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        other_key, spans = str(held), {"train": (table, held, table.rows), "validation": (table, 0, held)}
     return Batches(
-        {part: _packed(part, cfg, *span) for part, span in ranges.items()},  # type: ignore[misc]
-        seq_len=cfg.seq_len,
+        {part: _packed(part, cfg, *span) for part, span in spans.items()},
         batch_size=batch_size,
         seed=seed,
-        pad=pad,
+        pad=next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0),
         fingerprint=_hash(key, other_key, cfg.packing, cfg.seq_len),
+        source_counts=_source_counts(tables),
     )
 
 
@@ -212,76 +216,67 @@ def _table(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -
     table = load_table(path)
     if table is None:
         table = _tokenize(source, cfg, tokenizer, limit)
-        save_table(path, table)
+        try:
+            save_table(path, table)
+        except SaveError as error:  # tokens can be made again; say why they will be
+            warnings.warn(f"tokenized data is not kept, set data.cache_dir: {error}", stacklevel=3)
     return key, table
+
+
+def _samples(source: Source, cfg: DataConfig, tokenizer: Any) -> Iterator[list[Segment] | BadSample]:
+    """The segments of every row, or, where bad rows are skipped, what is wrong with it and where it is."""
+    for where, row in source.rows():
+        try:
+            if isinstance(row, UserError):
+                raise BadSample("unreadable", str(row))
+            yield segments(row, cfg, tokenizer)
+        except BadSample as error:
+            problem = f"{source.name}, {where}: {error}"
+            if cfg.on_bad_row == "error":
+                raise UserError(f"{problem}; mend the row, or skip such rows with data.on_bad_row=skip") from error
+            yield BadSample(error.reason, problem)
 
 
 def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> TokenTable:
     builder = TableBuilder()
     chunk: list[list[Segment]] = []
-    first_problem = f"{source.name} has no rows"
-
-    def flush() -> None:
-        encoded = iter(encode(tokenizer, [sample for sample in chunk if sample], eos=cfg.eos))
-        for sample in chunk:
-            if sample:
-                builder.add(*next(encoded))
-            else:
-                builder.skip()
-        chunk.clear()
-
     characters = 0
-    for where, row in itertools.islice(source.rows(), limit):
-        try:
-            if isinstance(row, UnreadableRow):
-                raise row
-            sample = segments(row, cfg, tokenizer)
-        except (UnreadableRow, BadSample) as error:
-            problem = f"{source.name}, {where}: {error}"
-            if cfg.on_bad_row == "error":
-                raise UserError(f"{problem}; mend the row, or skip such rows with data.on_bad_row=skip") from error
-            if not builder.skipped:
-                first_problem = f"{source.name} has no usable row; the first problem: {problem}"
-            builder.skipped[error.reason] = builder.skipped.get(error.reason, 0) + 1
+    first_problem = ""
+    for sample in itertools.islice(_samples(source, cfg, tokenizer), limit):
+        if isinstance(sample, BadSample):
+            first_problem = first_problem or f"; the first problem: {sample}"
+            builder.skipped[sample.reason] += 1
             sample = []
         chunk.append(sample)
         characters += sum(len(text) for text, _ in sample)
         if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
-            flush()
-            characters = 0
-    flush()
+            builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
+            chunk, characters = [], 0
+    builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
     if not builder.tokens:
-        raise UserError(first_problem)
+        raise UserError(f"{source.name} has no usable row{first_problem or ': it is empty'}")
     return builder.table()
 
 
-def _packed(part: str, cfg: DataConfig, table: TokenTable, first: int, stop: int) -> _Part:
+def _packed(part: Part, cfg: DataConfig, table: TokenTable, first: int, stop: int) -> PackedRows:
     offsets = table.offsets[first : stop + 1]
-    packed = pack(offsets, table.counted, seq_len=cfg.seq_len, contiguous=cfg.packing == "contiguous")
-    if len(packed.starts) == 0:
-        total = int(offsets[-1] - offsets[0])
-        if packed.masked:
-            raise UserError(
-                f"no {part} row has a label that counts ({packed.masked} rows of {cfg.seq_len} tokens, all masked): "
-                "set data.mask_prompt=false, or give rows with answers"
-            )
+    packed = pack(table.tokens, table.counted, offsets, seq_len=cfg.seq_len, contiguous=cfg.packing == "contiguous")
+    if packed.rows_masked and not len(packed):
         raise UserError(
-            f"data.seq_len={cfg.seq_len} is longer than all the {part} text, {total} tokens in {stop - first} rows: "
-            f"lower data.seq_len, use data.packing=contiguous, or give more {part} data"
+            f"no {part} row has a label that counts ({packed.rows_masked} rows of at most {cfg.seq_len} tokens, all "
+            "masked): set data.mask_prompt=false, raise data.seq_len, or give rows with longer answers"
         )
-    return _Part(table, packed)
+    if not len(packed):
+        raise UserError(
+            f"data.seq_len={cfg.seq_len} is longer than all the {part} text, {offsets[-1] - offsets[0]} tokens in "
+            f"{stop - first} rows: lower data.seq_len, use data.packing=contiguous, or give more {part} data"
+        )
+    return packed
 
 
-def _counts(parts: dict[Part, _Part]) -> dict[str, int]:
-    tables = {id(part.table): part.table for part in parts.values()}.values()
-    counts = {"rows_read": sum(table.rows for table in tables), "skipped_rows": 0}
+def _source_counts(tables: Sequence[TokenTable]) -> dict[str, int]:
+    skipped: Counter[str] = Counter()
     for table in tables:
-        for reason, number in table.skipped.items():
-            counts["skipped_rows"] += number
-            counts[f"skipped/{reason}"] = counts.get(f"skipped/{reason}", 0) + number
-    for name, part in parts.items():
-        counts[f"{name}/rows"] = len(part.packed.starts)
-        counts[f"{name}/tokens"] = part.packed.tokens
-        counts[f"{name}/tokens_cut"] = part.packed.cut
-        counts[f"{name}/rows_masked"] = part.packed.masked
-    return counts
+        skipped.update(table.skipped)
+    reasons = {f"skipped/{reason}": number for reason, number in sorted(skipped.items())}
+    return {"rows_read": sum(table.rows for table in tables), "rows_skipped": skipped.total(), **reasons}

@@ -7,7 +7,6 @@ stanford_alpaca), with a line break after "### Response:" as LoLCATs (arXiv 2410
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,22 +65,22 @@ def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(map(str, row)) or "(none)"
 
 
-def _string(row: Mapping[str, Any], column: str, empty: str | None = None) -> str:
-    """A column's text; ``empty`` is returned for one that is absent or null (an error when it is None)."""
+def _string(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
+    """A column's text; an ``optional`` one may be blank, and is when it is absent or null."""
     value = row.get(column)
     if value is None:
-        if empty is not None:
-            return empty
+        if optional:
+            return ""
         raise BadSample("missing column", f"expected a column {column!r}; found the columns {_listed(row)}")
     if not isinstance(value, str):
         raise BadSample("not text", f"column {column!r} holds {type(value).__name__}; expected a string")
-    if empty is None and not value.strip():
+    if not optional and not value.strip():
         raise BadSample(f"empty {column}", f"column {column!r} is empty")
     return value
 
 
 def _alpaca(row: Mapping[str, Any], mask_prompt: bool) -> list[Segment]:
-    fields = {"instruction": _string(row, "instruction"), "input": _string(row, "input", empty="")}
+    fields = {"instruction": _string(row, "instruction"), "input": _string(row, "input", optional=True)}
     prompt = (PROMPT_WITH_INPUT if fields["input"] else PROMPT_WITHOUT_INPUT).format_map(fields)
     return [(prompt, not mask_prompt), (_string(row, "output"), True)]
 
@@ -100,7 +99,8 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
         role = _ROLES.get(role, role)
         if role == "assistant" and not any(earlier["role"] == "user" for earlier in turns):
             continue
-        turns.append({"role": role, "content": _string(turn, "content" if "content" in turn else "value")})
+        column = "content" if turn.get("content") is not None else "value"
+        turns.append({"role": role, "content": _string(turn, column, optional=role != "assistant")})
     if not any(turn["role"] == "assistant" for turn in turns):
         raise BadSample("no assistant turn", "the conversation has no assistant turn after a user's")
     return turns
@@ -109,8 +109,8 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
 def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> list[Segment]:
     """Segments of a rendered conversation: an assistant's text and the marks that close its turn count.
 
-    Needs no ``{% generation %}`` in the template: the text before a turn is rendered alone to find where the turn
-    starts, and the turn's own text is looked for from there.
+    Needs no ``{% generation %}`` in the template: the conversation is also rendered up to each assistant's turn and
+    with it, and the turn's own text is looked for where the renderings part.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -131,14 +131,13 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> lis
             if turn["role"] != "assistant":
                 continue
             text = turn["content"].strip()
-            before = render(i, add_generation_prompt=True)
-            start = full.find(text, max(done, len(os.path.commonprefix([before, full]))))
-            if start < 0:
-                raise BadSample("chat template", f"the chat template does not reproduce turn {i + 1}")
-            alone = render(i + 1)
-            closing = alone[alone.rfind(text) + len(text) :]
+            before, until = render(i, add_generation_prompt=True), render(i + 1)
+            start = full.find(text, max(done, _shared(before, full)))
+            last = until.find(text, _shared(before, until))
+            if start < 0 or last < 0:
+                raise BadSample("chat template", f"the chat template does not reproduce the text of turn {i + 1}")
             end = start + len(text)
-            end += len(closing) if full.startswith(closing, end) else 0
+            end += _shared(until[last + len(text) :], full[end:])
             found += [(full[done:start], False), (full[start:end], True)]
             done = end
     except TemplateError as error:
@@ -146,12 +145,21 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> lis
     return [*found, (full[done:], False)]
 
 
+def _shared(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    if b.startswith(a):
+        return len(a)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def encode(tokenizer: Any, samples: Sequence[list[Segment]], *, eos: bool) -> list[Encoded]:
     """Tokens of each sample, in one call of the tokenizer: BOS first and EOS last, where the tokenizer has them.
 
-    A mark that the text already brings (chat templates do) is not added twice. BOS counts as the first segment does,
-    an added EOS as the last token does.
+    A mark that the text already brings (chat templates do) is not added twice; an added one counts as the token
+    beside it does. An empty sample stays empty.
     """
+    if not samples:
+        return []
     if getattr(tokenizer, "is_fast", False):
         texts = ["".join(text for text, _ in sample) for sample in samples]
         batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -180,8 +188,9 @@ def _slow_piece(tokenizer: Any, sample: list[Segment]) -> Encoded:
 
 
 def _with_marks(ids: NDArray[np.int32], counted: NDArray[np.bool_], bos: int | None, eos: int | None) -> Encoded:
-    if bos is not None and (len(ids) == 0 or ids[0] != bos):
-        ids, counted = np.insert(ids, 0, bos), np.insert(counted, 0, counted[:1].any())
-    if eos is not None and eos not in ids[-2:]:  # chat templates like to close with EOS and a line break
-        ids, counted = np.append(ids, np.int32(eos)), np.append(counted, True)
-    return ids, counted
+    if len(ids) == 0:
+        return ids, counted
+    first = [bos] if bos is not None and bos not in ids[:1] else []
+    last = [eos] if eos is not None and eos not in ids[-2:] else []  # chat templates close with EOS and a line break
+    marked = np.concatenate([first, ids, last]).astype(np.int32)
+    return marked, np.concatenate([counted[:1][: len(first)], counted, counted[-1:][: len(last)]])

@@ -1,7 +1,7 @@
 """Where rows come from: local files, hub data sets and folders through ``datasets``, and the embedded text.
 
 A source yields ``(where, row)``: ``where`` names the row for messages ("line 12"), ``row`` is a mapping of columns,
-or an ``UnreadableRow`` for one that could not be read, so that the caller decides whether to stop or to skip it.
+or a ``UserError`` for one that could not be read, so that the caller decides whether to stop or to skip it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,7 @@ from trenchcoat.embedded import Split, stdlib_documents
 FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
 
 
-class UnreadableRow(UserError):
-    """One row that is not an object of columns; ``reason`` is what it is counted under."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-Row = Mapping[str, Any] | UnreadableRow
+Row = Mapping[str, Any] | UserError
 
 
 @dataclass(frozen=True)
@@ -84,9 +76,9 @@ def file_source(path: str) -> Source:
 
 
 def split_text_source(path: str, share: float) -> Source:
-    """A ``.txt`` file as two rows: its last ``share`` (from the next line start) first, then everything before it."""
+    """A ``.txt`` file as two rows: first its last ``share`` (from the next line start), then the text before."""
     text = _text_of(path)
-    cut = text.find("\n", int(len(text) * (1 - share))) + 1
+    cut = text.find("\n", max(0, round(len(text) * (1 - share)) - 1)) + 1
     if not text[:cut].strip() or not text[cut:].strip():
         raise UserError(
             f"{path}: the last {share:.0%} of the text cannot be held out at a line break ({len(text)} characters); "
@@ -106,8 +98,8 @@ def dataset_splits(path: str, subset: str | None) -> Mapping[str, Any]:
             loaded = datasets.load_from_disk(path)
         else:
             loaded = datasets.load_dataset(path, subset)
-    except (OSError, ValueError, ImportError) as error:  # not found, no network, no such subset, broken files
-        reason = " ".join(str(error).split())
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise UserError(
             f"cannot read data.path={path!r} (neither a file here nor loadable as a folder or hub data set): {reason}"
         ) from error
@@ -145,10 +137,9 @@ def _decode(content: bytes, offset: int = 0) -> str:
         return bare.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = offset + len(content) - len(bare) + error.start
-        raise UnreadableRow(
-            "wrong encoding",
+        raise UserError(
             f"not UTF-8 at byte {byte} (0x{bare[error.start]:02x}); "
-            "convert it, for example with: iconv -f latin1 -t utf-8",
+            "convert the file, for example with: iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -157,7 +148,7 @@ def _text_of(path: str) -> str:
     _check_file(file)
     try:
         text = _decode(file.read_bytes())
-    except UnreadableRow as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not text.strip():
         raise UserError(f"the data file {path} holds nothing but white space")
@@ -167,8 +158,8 @@ def _text_of(path: str) -> str:
 def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """A JSON list of objects, or (as many ``.json`` files are) one object a line."""
     with open(file, "rb") as stream:
-        start = stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"{"):
+        first_line = stream.readline()
+    if isinstance(_json_line(first_line, 0), dict):
         yield from _jsonl_rows(file)
         return
     text = _text_of(str(file))
@@ -198,15 +189,15 @@ def _json_line(line: bytes, offset: int) -> Row:
     try:
         return _object(json.loads(_decode(line, offset)))
     except json.JSONDecodeError as error:
-        return UnreadableRow("broken JSON", f"not valid JSON (column {error.colno}: {error.msg})")
-    except UnreadableRow as error:
+        return UserError(f"not valid JSON (column {error.colno}: {error.msg})")
+    except UserError as error:
         return error
 
 
 def _object(row: object) -> Row:
     if isinstance(row, dict):
         return row
-    return UnreadableRow("not an object", f"expected an object with columns, found a JSON {type(row).__name__}")
+    return UserError(f"expected an object with columns, found a JSON {type(row).__name__}")
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:

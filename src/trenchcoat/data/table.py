@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,17 +43,14 @@ class TableBuilder:
         self.tokens = array("i")
         self.counted = bytearray()
         self.offsets = array("q", [0])
-        self.skipped: dict[str, int] = {}
+        self.skipped: Counter[str] = Counter()
 
-    def add(self, ids: NDArray[np.int32], counted: NDArray[np.bool_]) -> None:
-        """Append a row."""
-        self.tokens.frombytes(ids.tobytes())
-        self.counted += counted.tobytes()
-        self.offsets.append(len(self.tokens))
-
-    def skip(self) -> None:
-        """Append an empty row."""
-        self.offsets.append(len(self.tokens))
+    def extend(self, rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> None:
+        """Append rows, each as token ids [n] and whether they count [n]."""
+        for ids, counted in rows:
+            self.tokens.frombytes(ids.tobytes())
+            self.counted += counted.tobytes()
+            self.offsets.append(len(self.tokens))
 
     def table(self) -> TokenTable:
         """What was added so far, without a copy."""
@@ -59,7 +58,7 @@ class TableBuilder:
             np.frombuffer(self.tokens, dtype=np.int32),
             np.frombuffer(self.counted, dtype=np.bool_),
             np.frombuffer(self.offsets, dtype=np.int64),
-            self.skipped,
+            dict(self.skipped),
         )
 
 
@@ -72,7 +71,7 @@ def _checksum(table: TokenTable) -> str:
 
 def save_table(path: Path, table: TokenTable) -> None:
     """Write ``table`` atomically as safetensors; raises ``files.SaveError``."""
-    tensors = {name: torch.tensor(getattr(table, name)) for name in ("tokens", "counted", "offsets")}
+    tensors = {name: torch.from_numpy(getattr(table, name)) for name in ("tokens", "counted", "offsets")}
     save_tensors(path, tensors, {"sha256": _checksum(table), "skipped": json.dumps(table.skipped)})
 
 

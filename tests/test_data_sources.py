@@ -1,0 +1,187 @@
+"""Every kind of source, and every way in which a file can be wrong: the message names the place and the mend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from trenchcoat.config import DataConfig, UserError
+from trenchcoat.data import Batches, load_batches, sources
+
+TEXT_ROWS = [{"text": f"row {i} of a small file"} for i in range(8)]
+ALPACA_ROWS = [{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(8)]
+
+
+def jsonl(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+class Loader:
+    """Writes a file and loads it."""
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def __call__(self, name: str, content: bytes | None = None, **fields: Any) -> Batches:
+        path = self.folder / name
+        if content is not None:
+            path.write_bytes(content)
+        fields = {"validation_rows": 1, "seq_len": 8, "cache_dir": str(self.folder / "cache"), **fields}
+        return load_batches(DataConfig(path=str(path), **fields), self.tokenizer, batch_size=1, seed=0)
+
+
+@pytest.fixture
+def load(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Loader:
+    return Loader(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", jsonl(TEXT_ROWS)),
+        ("blank_lines.jsonl", jsonl(TEXT_ROWS).replace(b"\n", b"\r\n\n")),
+        ("marked.jsonl", b"\xef\xbb\xbf" + jsonl(TEXT_ROWS)),
+        ("list.json", json.dumps(TEXT_ROWS, indent=1).encode()),
+        ("marked.json", b"\xef\xbb\xbf" + json.dumps(TEXT_ROWS).encode()),
+        ("lines.json", jsonl(TEXT_ROWS)),
+        ("rows.parquet", parquet(TEXT_ROWS)),
+    ],
+)
+def test_every_kind_of_file_gives_the_same_tokens(load: Loader, name: str, content: bytes) -> None:
+    expected = load("expected.jsonl", jsonl(TEXT_ROWS))
+    found = load(name, content)
+    assert found.counts == expected.counts
+    for i in range(len(expected)):
+        assert found.train_batch(i)["input_ids"].tolist() == expected.train_batch(i)["input_ids"].tolist()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("kind", ["folder", "saved", "saved_dict"])
+def test_folders_through_datasets(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    folder = tmp_path / "set"
+    if kind == "folder":
+        folder.mkdir()
+        (folder / "train.jsonl").write_bytes(jsonl(TEXT_ROWS))
+        (folder / "validation.jsonl").write_bytes(jsonl(TEXT_ROWS[:3]))
+    else:
+        rows = datasets.Dataset.from_list(TEXT_ROWS)
+        (
+            datasets.DatasetDict(train=rows, validation=rows.select(range(3))) if kind == "saved_dict" else rows
+        ).save_to_disk(folder)
+    batches = load("set")
+    assert batches.counts["rows_read"] == (8 if kind == "saved" else 11)
+    expected = load("expected.jsonl", jsonl(TEXT_ROWS))
+    if kind == "saved":
+        assert batches.train_batch(0)["input_ids"].tolist() == expected.train_batch(0)["input_ids"].tolist()
+    assert load("set").fingerprint == batches.fingerprint
+    with pytest.raises(UserError, match=r"set has no split 'tset'; it has train.*set data.split to one of them"):
+        load("set", split="tset")
+
+
+def test_a_folder_that_holds_no_data(load: Loader, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"cannot read data.path='.*bare'.*doesn't contain any data files"):
+        load("bare")
+
+
+def test_a_hub_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach 'someone/data' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"cannot read data.path='someone/data' \(neither a file here.*Couldn't reach"):
+        sources.dataset_splits("someone/data", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.jsonl", None, r"there is no data file .*absent.jsonl; check data.path"),
+        ("absent.txt", None, r"there is no data file .*absent.txt; check data.path"),
+        ("table.csv", b"a,b\n", r"table.csv: files of kind '.csv' are not read; use .json, .jsonl, .parquet, .txt"),
+        ("bare.jsonl", b"", r"the data file .*bare.jsonl is empty"),
+        ("bare.txt", b"", r"the data file .*bare.txt is empty"),
+        ("blank.txt", b" \n\n", r"the data file .*blank.txt holds nothing but white space"),
+        ("blank.jsonl", b"\n \n", r"blank.jsonl has no usable row: it is empty"),
+        ("bare.json", b"[]", r"bare.json has no usable row: it is empty"),
+        ("cut.jsonl", jsonl(TEXT_ROWS)[:-9], r"cut.jsonl, line 8: not valid JSON \(column \d+: .*data.on_bad_row=skip"),
+        (
+            "cut.json",
+            json.dumps(TEXT_ROWS, indent=1).encode()[:-9],
+            r"cut.json, line 24, column \d+: not valid JSON .*truncated or broken there",
+        ),
+        ("object.json", b'{\n"rows": []\n}', r"object.json holds a JSON dict; expected a list of objects"),
+        ("numbers.jsonl", b"1\n2\n", r"numbers.jsonl, line 1: expected an object with columns, found a JSON int"),
+        ("cut.parquet", parquet(TEXT_ROWS)[:-9], r"cut.parquet is not a readable Parquet file"),
+        ("latin.txt", b"caf\xe9\n" * 9, r"latin.txt: not UTF-8 at byte 3 \(0xe9\); convert the file"),
+        ("latin.json", b'[{"text": "caf\xe9"}]', r"latin.json: not UTF-8 at byte 14 \(0xe9\)"),
+        ("latin.jsonl", b'{"text": "ab"}\n{"text": "caf\xe9"}\n', r"line 2: not UTF-8 at byte 28 \(0xe9\)"),
+        (
+            "schema.jsonl",
+            b'{"question": "a", "label": 1}\n',
+            r"schema.jsonl, line 1: found the columns question, label; expected instruction and output .*or text, or",
+        ),
+        ("number.jsonl", b'{"text": 5}\n', r"line 1: column 'text' holds int; expected a string"),
+        ("null.parquet", parquet([{"text": "a", "n": 1}, {"text": None, "n": 2}]), r"row 2: found the columns text, n"),
+        ("empty_text.jsonl", b'{"text": " "}\n', r"line 1: column 'text' is empty"),
+    ],
+)
+def test_bad_files(load: Loader, name: str, content: bytes | None, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        load(name, content)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_column_of_another_name(load: Loader) -> None:
+    rows = jsonl([{"story": "once upon a time"}] * 4)
+    with pytest.raises(UserError, match=r"line 1: expected a column 'text'; found the columns story"):
+        load("rows.jsonl", rows, format="text")
+    assert load("rows.jsonl", rows, text_column="story").rows("train") > 0
+
+
+def test_empty_outputs_stop_or_are_skipped_and_counted(load: Loader) -> None:
+    rows = [*ALPACA_ROWS[:4], {"instruction": "a", "input": "", "output": ""}, *ALPACA_ROWS[4:]]
+    with pytest.raises(UserError, match=r"line 5: column 'output' is empty; mend the row, or skip .*on_bad_row=skip"):
+        load("rows.jsonl", jsonl(rows))
+    skipped = load("rows.jsonl", jsonl(rows), on_bad_row="skip", seq_len=64)
+    clean = load("clean.jsonl", jsonl(ALPACA_ROWS), seq_len=64)
+    assert skipped.counts["rows_skipped"] == skipped.counts["skipped/empty output"] == 1
+    assert skipped.counts["train/tokens"] == clean.counts["train/tokens"]
+    assert "skipped/empty output" not in clean.counts
+
+
+def test_all_reasons_for_skipping_are_counted(load: Loader) -> None:
+    content = (
+        jsonl(TEXT_ROWS) + b'{"text": "cut\n{"text": "caf\xe9"}\n[1]\n{"other": 1}\n{"text": 5}\n' + jsonl(TEXT_ROWS)
+    )
+    counts = load("rows.jsonl", content, on_bad_row="skip").counts
+    assert counts["rows_read"] == 21
+    assert {name: count for name, count in counts.items() if "skipped" in name} == {
+        "rows_skipped": 5, "skipped/unreadable": 3, "skipped/missing column": 1, "skipped/not text": 1,
+    }  # fmt: skip
+
+
+def test_nothing_but_bad_rows_is_an_error_that_shows_the_first(load: Loader) -> None:
+    with pytest.raises(
+        UserError, match=r"has no usable row; the first problem: .*line 1: found the columns a; expected"
+    ):
+        load("rows.jsonl", b'{"a": 1}\n' * 5, on_bad_row="skip")
