@@ -56,7 +56,7 @@ def tiny_llama_config(**changes: object) -> LlamaConfig:
     settings: dict[str, object] = {
         "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": True,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": True, "initializer_range": 0.2,
     }  # fmt: skip
     return LlamaConfig(**{**settings, **changes})
 

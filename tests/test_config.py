@@ -134,6 +134,10 @@ def test_a_mistake_is_one_line_that_names_the_field(recipe_file: Path, override:
     assert "\n" not in str(caught.value)
 
 
+def test_words_that_yaml_takes_for_truth_values(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["run.progress=off"]).run.progress == "off"
+
+
 def test_linear_students_have_no_window_to_compare(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["student.name=linear", "data.seq_len=16"]).data.seq_len == 16
 

@@ -177,6 +177,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    if isinstance(value, bool):  # YAML 1.1 reads off, no, on and yes as truth values
+        value = next((word for word in (("on", "yes") if value else ("off", "no")) if word in choices), value)
     if value in choices:
         return value
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1, cutoff=0.5)

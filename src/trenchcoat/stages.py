@@ -22,7 +22,7 @@ from trenchcoat.estimate import estimate, in_words
 from trenchcoat.evaluate import score
 from trenchcoat.generate import generate_text
 from trenchcoat.machine import check_machine
-from trenchcoat.results import ROW_LABELS, Results, Scores, StageFacts
+from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
 from trenchcoat.workshop import Workshop
 
@@ -56,9 +56,9 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
     with Workshop(recipe, stages_of(recipe)) as shop:
         _open(shop, opening)
         _announce_time(shop)
-        own = [stage for stage in (TRANSFER, shop.main_lora_stage) if stage in _own_stages(recipe)]
+        own = _own_stages(recipe)
         facts = {stage: _train(shop, stage) for stage in own}
-        shop.export(Path(recipe.run.dir) / "adapter", own[-1])
+        shop.export(own[-1])
         return _report(shop, facts, began)
 
 
@@ -67,11 +67,10 @@ def transfer(recipe: Recipe) -> Outcome:
     with Workshop(recipe, [TRANSFER]) as shop:
         _open(shop)
         facts = _train(shop, TRANSFER)
-        folder = Path(recipe.run.dir) / "adapter"
         if shop.folder.result(shop.main_lora_stage) is None:
-            shop.export(folder, TRANSFER)
+            shop.export(TRANSFER)
         return Outcome(
-            (_ended(facts), f"the adapter is in {folder}; the next stage is: trenchcoat finetune, same recipe")
+            (_ended(facts), f"the adapter is in {shop.adapter}; the next stage is: trenchcoat finetune, same recipe")
         )
 
 
@@ -80,11 +79,11 @@ def finetune(recipe: Recipe) -> Outcome:
     with Workshop(recipe, _own_stages(recipe)) as shop:
         shop.require_transfer()
         _open(shop)
-        stage = shop.main_lora_stage
-        facts = _train(shop, stage)
-        folder = Path(recipe.run.dir) / "adapter"
-        shop.export(folder, stage)
-        return Outcome((_ended(facts), f"the adapter is in {folder}; score it with: trenchcoat eval {recipe.run.dir}"))
+        facts = _train(shop, shop.main_lora_stage)
+        shop.export(shop.main_lora_stage)
+        return Outcome(
+            (_ended(facts), f"the adapter is in {shop.adapter}; score it with: trenchcoat eval {recipe.run.dir}")
+        )
 
 
 def evaluate_run(recipe: Recipe) -> Outcome:
@@ -155,10 +154,24 @@ def _report(shop: Workshop, facts: dict[str, StageFacts], began: float) -> Outco
             f"scored {ROW_LABELS[row.name]}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"
         )
     results = comparison.results(scores, list(facts.values()), began)
-    folder = Path(shop.recipe.run.dir)
-    results.save(folder / "results.json")
-    written = report.write_report(folder, results)
-    return Outcome((report.terminal_table(results), f"report: {written}"), results)
+    written = report.write_report(shop.recipe.run.dir, results)
+    samples = [text for sample in results.samples for text in _side_by_side(sample)]
+    shown = (
+        *samples,
+        report.terminal_table(results),
+        report.terminal_verdicts(results),
+        f"the whole report: {written}",
+    )
+    return Outcome(shown, results)
+
+
+def _side_by_side(sample: Sample) -> list[str]:
+    """The end of a prompt and what each model wrote after it."""
+    lines = ["", f"prompt ends: ...{sample.prompt[-160:]}"]
+    for name, text in sample.outputs.items():
+        lines.append(f"[{ROW_LABELS.get(name, name)}]")
+        lines += [f"    {line}" for line in text.splitlines() or [""]]
+    return lines
 
 
 # Models that are already on disk
@@ -200,8 +213,7 @@ def export(path: Path, out: Path, *, merge: bool) -> Outcome:
         raise UserError(f"{out} exists and is not empty; choose another folder")
     model, tokenizer = hub.load(path)
     if merge:
-        hub.save_merged(model, out)
-        tokenizer.save_pretrained(out)
+        hub.save_merged(model, out, tokenizer)
         return Outcome(
             (f"the complete model is in {out}: import trenchcoat, then AutoModelForCausalLM.from_pretrained",)
         )

@@ -48,6 +48,7 @@ class Workshop:
         self.folder.refuse_other_recipe(recipe, stages)
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
+        self._trained: set[str] = set()
         self.log = RunLog(recipe.run.dir, progress=recipe.run.progress)
 
     @cached_property
@@ -145,6 +146,7 @@ class Workshop:
         if result.stopped:
             raise Stopped
         facts = _stage_facts(stage, result)
+        self._trained.add(stage)
         self.folder.finish(stage, surgery.adapter_state(self.model), dataclasses.asdict(facts))
         return facts
 
@@ -188,10 +190,24 @@ class Workshop:
             "the same recipe first, or set transfer=null for the baseline without it"
         )
 
-    def export(self, directory: Path, stage: str) -> None:
-        """Write the adapter folder of a finished stage."""
-        self.assemble(lora=stage != TRANSFER, weights=stage)
-        save_adapter(self.model, directory, base=self.recipe.model, student=self.recipe.student, lora=self.recipe.lora)
+    @property
+    def adapter(self) -> Path:
+        """The run's adapter folder."""
+        return self.folder.directory / "adapter"
+
+    def export(self, stage: str) -> None:
+        """Write the adapter folder from a finished stage, unless it is there already."""
+        lora = stage != TRANSFER
+        meta = self.adapter / checkpoint.ADAPTER_META
+        if (
+            stage not in self._trained
+            and meta.is_file()
+            and (checkpoint.read_json(meta).get("lora") is not None) == lora
+        ):
+            return
+        self.assemble(lora=lora, weights=stage)
+        recipe = self.recipe
+        save_adapter(self.model, self.adapter, base=recipe.model, student=recipe.student, lora=recipe.lora)
 
 
 def _stage_facts(stage: str, result: FitResult) -> StageFacts:

@@ -1,0 +1,9 @@
+"""``python -m trenchcoat`` is the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from trenchcoat.cli import main
+
+sys.exit(main())

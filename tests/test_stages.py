@@ -1,0 +1,207 @@
+"""The commands end to end on a tiny random model: every stage, every row, resuming, refusing another recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trenchcoat import comparison, machine, results, stages, workshop
+from trenchcoat.comparison import final_row, rows_of, stages_of
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.hub import load
+from trenchcoat.recipe_io import load_recipe
+from trenchcoat.results import Results
+from trenchcoat.runfolder import RunFolder, flatten, stage_settings
+from trenchcoat.runlog import read_metrics
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(tiny_overrides: list[str]) -> Make:
+    def recipe(*more: str) -> Recipe:
+        return load_recipe("demo", [*tiny_overrides, *more])
+
+    return recipe
+
+
+def _losses(found: Results) -> dict[str, float]:
+    return {name: scores.all.mean for name, scores in found.rows.items()}
+
+
+def _no_training(*arguments: Any, **keywords: Any) -> None:
+    raise AssertionError("a finished stage was trained again")
+
+
+def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make()
+    outcome = stages.linearize(recipe)
+    assert outcome.results is not None
+    assert set(outcome.results.rows) == set(results.ROW_LABELS)
+    folder = Path(recipe.run.dir)
+    names = ("recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.md", "rows.png")
+    for name in (*names, "adapter/trenchcoat.json", "adapter/adapter.safetensors", "checkpoints/transfer"):
+        assert (folder / name).exists(), name
+    assert not (folder / "adapter" / "config.json").exists()
+    assert load_recipe(folder) == recipe
+    assert json.loads((folder / "environment.json").read_text())["implementation"] == "chunkwise"
+    assert {line.get("stage") for line in read_metrics(folder)} >= set(stages_of(recipe))
+
+    model, _ = load(folder)
+    with workshop.Workshop(recipe, []) as shop:
+        mine = comparison.evaluation_rows(shop.batches(2), recipe.eval.rows)
+    again = comparison.score(model, mine, window=recipe.student.window)
+    assert again.all.mean == pytest.approx(outcome.results.rows[results.TRANSFER_LORA].all.mean, abs=1e-6)
+
+    monkeypatch.setattr(workshop, "fit", _no_training)
+    monkeypatch.setattr(workshop.checkpoint, "load_model", _no_training)
+    second = stages.linearize(recipe).results
+    assert second is not None
+    assert _losses(second) == _losses(outcome.results)
+
+
+def test_the_two_stages_alone_give_what_linearize_gives(make: Make, tmp_path: Path) -> None:
+    whole, apart = make(), make(f"run.dir={tmp_path / 'apart'}", "eval.baselines=false")
+    one = stages.linearize(whole).results
+    stages.transfer(apart)
+    assert load(apart.run.dir)
+    stages.finetune(apart)
+    two = stages.evaluate_run(apart).results
+    assert one is not None
+    assert two is not None
+    assert _losses(two) == {name: loss for name, loss in _losses(one).items() if name in two.rows}
+    assert results.LORA_ONLY not in two.rows
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_numbers(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stages.linearize(make()).results
+    other = make(f"run.dir={tmp_path / 'stopped'}")
+    fit = workshop.fit
+
+    def stopped_in(stage: str) -> None:
+        def interrupted(*arguments: Any, **keywords: Any) -> Any:
+            done = fit(*arguments, **keywords)
+            return dataclasses.replace(done, stopped=True) if keywords["stage"] == stage else done
+
+        monkeypatch.setattr(workshop, "fit", interrupted)
+
+    for stage in stages_of(other):
+        stopped_in(stage)
+        with pytest.raises(KeyboardInterrupt):
+            stages.linearize(other)
+    monkeypatch.setattr(workshop, "fit", fit)
+    resumed = stages.linearize(other).results
+    assert whole is not None
+    assert resumed is not None
+    assert _losses(resumed) == _losses(whole)
+
+
+def test_without_transfer_stage_2_is_the_baseline(make: Make) -> None:
+    recipe = make("transfer=null", "eval.decode_lengths=[]")
+    assert stages_of(recipe) == ["lora_only", "window_sinks_lora"]
+    found = stages.linearize(recipe).results
+    assert found is not None
+    assert found.converted() == results.LORA_ONLY
+    assert results.TRANSFER_ONLY not in found.rows
+    assert found.decode == {}
+
+
+def test_without_lora_only_the_transfer_is_scored(make: Make) -> None:
+    recipe = make("lora=null")
+    assert stages_of(recipe) == ["transfer"]
+    found = stages.linearize(recipe).results
+    assert found is not None
+    assert found.converted() == results.TRANSFER_ONLY
+    with pytest.raises(UserError, match="lora=null"):
+        stages.finetune(recipe)
+
+
+def test_a_linear_student_has_no_row_without_its_far_part(make: Make) -> None:
+    names = [row.name for row in rows_of(make("student.name=linear"))]
+    assert results.FAR_OFF not in names
+    assert results.FAR_OFF in [row.name for row in rows_of(make())]
+    assert final_row(make()).name == results.TRANSFER_LORA
+
+
+def test_both_stages_null_is_refused(make: Make) -> None:
+    with pytest.raises(UserError, match="nothing to do"):
+        stages.linearize(make("transfer=null", "lora=null"))
+
+
+def test_finetune_wants_a_finished_transfer(make: Make) -> None:
+    with pytest.raises(UserError, match="has not been run"):
+        stages.finetune(make())
+    with pytest.raises(UserError, match=r"is not finished \(transfer is missing\)"):
+        stages.evaluate_run(make())
+
+
+def test_another_recipe_in_the_same_folder_is_refused_by_the_setting(make: Make) -> None:
+    stages.transfer(make())
+    with pytest.raises(UserError, match=r"transfer\.lr was 0\.01, now 0\.02.*run\.dir"):
+        stages.transfer(make("transfer.lr=0.02"))
+    with pytest.raises(UserError, match=r"student\.window was 8, now 16"):
+        stages.finetune(make("student.window=16"))
+    stages.transfer(make("lora.lr=0.01", "transfer.save_every=1", "run.progress=off"))  # nothing of stage 1 changed
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(make: Make, other_model_dir: Path, tiny_model_dir: Path) -> None:
+    recipe = make()
+    stages.transfer(recipe)
+    settings = RunFolder(recipe.run.dir).stage_dir("transfer") / "settings.json"
+    held = json.loads(settings.read_text())
+    (RunFolder(recipe.run.dir).stage_dir("transfer") / "result.json").unlink()
+    settings.write_text(json.dumps({**held, "model.path": str(other_model_dir)}))
+    with pytest.raises(UserError, match="base weights was"):
+        stages.transfer(make(f"model.path={other_model_dir}"))
+
+
+def test_an_unknown_student_is_refused_before_anything_is_made(make: Make) -> None:
+    recipe = make("student.name=terace")
+    with pytest.raises(UserError, match="terrace"):
+        stages.transfer(recipe)
+    assert not Path(recipe.run.dir).exists()
+
+
+def test_settings_behind_a_stage() -> None:
+    recipe = Recipe()
+    assert "transfer.lr" in stage_settings(recipe, "lora")
+    assert "lora.lr" not in stage_settings(recipe, "transfer")
+    assert "student.feature_map.name" not in stage_settings(recipe, "window_sinks_lora")
+    assert "model.device" not in stage_settings(recipe, "transfer")
+    assert flatten(recipe)["student.keep_softmax"] == []
+
+
+def test_generate_and_export(make: Make, tmp_path: Path) -> None:
+    recipe = make("lora.max_steps=2", "transfer.max_steps=2")
+    stages.transfer(recipe)
+    stages.finetune(recipe)
+    folder = Path(recipe.run.dir)
+    text = stages.generate(folder, ["The coat"], max_new_tokens=4).shown[0]
+    assert text.startswith("The coat")
+    both = stages.generate(folder, ["The coat"], compare=True, max_new_tokens=4).shown[0]
+    assert "softmax:" in both
+    stages.export(folder, tmp_path / "adapter", merge=False)
+    stages.export(folder, tmp_path / "merged", merge=True)
+    ids = torch.arange(3, 40)[None]
+    logits = [load(place)[0](input_ids=ids).logits for place in (folder, tmp_path / "adapter", tmp_path / "merged")]
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[2], atol=1e-5, rtol=1e-5)
+    scored = stages.evaluate_folder(tmp_path / "merged", recipe).results
+    assert scored is not None
+    assert list(scored.rows) == ["merged"]
+    with pytest.raises(UserError, match="not empty"):
+        stages.export(folder, tmp_path / "merged", merge=True)
+
+
+def test_the_demo_looks_at_the_machine_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_disk", lambda directory: 1000)
+    with pytest.raises(UserError, match=r"this machine is not ready: .* of disk are free"):
+        stages.demo(make())
