@@ -66,7 +66,7 @@ def made_results(offsets: Mapping[str, tuple[float, float]] | None = None, **cha
         },
         decode={
             "teacher": [DecodePoint(n, 2 + n / 900, (1.9 + n / 900, 2.2 + n / 900), n / 20, 4096 * n) for n in LENGTHS],
-            "student": [DecodePoint(n, 2.6, (2.5, 2.8), n / 15, 400_000) for n in LENGTHS],
+            "student": [DecodePoint(n, 2.6, (2.5, 2.8), n / 15, 400_000, 2.7) for n in LENGTHS],
         },
         samples=[Sample("def fold(a):\n    ```", {"teacher": "return a | 1", "transfer_lora": "return a"})],
         stages=[StageFacts("transfer", 200, 1_638_400, 75.0, 3.21), StageFacts("lora", 100, 819_200, 62.5)],

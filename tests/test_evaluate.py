@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.evaluate import EvalRows, cache_bytes, decode_curve, gather_rows, recall_probes, score
+from trenchcoat.surgery import attach_students, set_mode
 
 VOCAB = 97
 
@@ -26,6 +29,14 @@ def llama() -> LlamaForCausalLM:
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def student(llama: LlamaForCausalLM) -> LlamaForCausalLM:
+    model = copy.deepcopy(llama)
+    attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8)))
+    set_mode(model, "student")
+    return model
 
 
 def random_rows(rows: int, length: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
@@ -228,6 +239,20 @@ def test_teacher_cache_grows_with_the_context(llama: LlamaForCausalLM) -> None:
     for point in points:
         assert 0 < point.ms_quartiles[0] <= point.ms_per_token <= point.ms_quartiles[1]
         assert point.prefill_ms > 0
+        assert point.ms_mean > 0
+
+
+def test_the_students_cache_does_not_grow(student: LlamaForCausalLM) -> None:
+    points = decode_curve(student, (3, 16, 64), steps=2, warmup=1)
+    assert len({point.cache_bytes for point in points}) == 1
+
+
+def test_a_student_is_scored_alike_in_any_batch_and_padding(student: LlamaForCausalLM) -> None:
+    ids, pads = random_rows(3, 40), [0, 7, 21]
+    alone = [score(student, row[None, : 40 - pad], window=4).all.sums[0] for row, pad in zip(ids, pads, strict=True)]
+    for side in ("left", "right"):
+        together = score(student, [padded(ids, side, pads)], window=4, batch_size=3).all.sums
+        assert together == pytest.approx(alone, abs=1e-3)
 
 
 def test_decode_curve_refuses_a_length_of_zero(llama: LlamaForCausalLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.generate import Generation, generate_text
+from trenchcoat.surgery import attach_students, set_mode
 
 PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
 
@@ -33,6 +36,14 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@pytest.fixture(scope="module")
+def student(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    made = copy.deepcopy(model)
+    attach_students(made, StudentConfig(window=3, feature_map=FeatureMapConfig(feature_dim=8)))
+    set_mode(made, "student")
+    return made
+
+
 def texts(generations: list[Generation]) -> list[str]:
     return [generation.text for generation in generations]
 
@@ -44,6 +55,14 @@ def test_a_batch_equals_each_prompt_alone(model: Any, tokenizer: Any) -> None:
     assert texts(together) == texts(alone)
     assert all(g.text for g in together)
     assert all(g.seconds > 0 for g in together)
+
+
+def test_a_students_batch_equals_each_prompt_alone(student: Any, tokenizer: Any) -> None:
+    together = generate_text(student, tokenizer, PROMPTS, max_new_tokens=12, batch_size=4)
+    alone = [generate_text(student, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert texts(together) == texts(alone)
+    beams = generate_text(student, tokenizer, PROMPTS[:2], max_new_tokens=6, num_beams=3)
+    assert len(texts(beams)) == 2
 
 
 def test_greedy_is_the_arg_max_of_the_logits(model: Any, tokenizer: Any) -> None:

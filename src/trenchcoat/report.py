@@ -17,7 +17,7 @@ from rich.text import Text
 
 from trenchcoat.files import write_text
 from trenchcoat.plots import plot_decode, plot_positions, plot_rows, plot_training
-from trenchcoat.results import TEACHER, Difference, Results, RowSums
+from trenchcoat.results import TEACHER, DecodePoint, Difference, Results, RowSums
 from trenchcoat.runlog import read_metrics
 from trenchcoat.verdicts import Verdict, bytes_text, headline, label, percent, verdicts
 
@@ -285,20 +285,16 @@ def _making(results: Results) -> list[str]:
         if content:
             lines += [f"### {title}", "", "| | |", "|---|---|", *_flat_rows(content), ""]
     if any(results.decode.values()):
-        lines += ["### Decoding", "", "| model | context | ms a token | reading the context | cache |"]
-        lines += ["|---|---:|---:|---:|---:|"]
-        for mode, points in results.decode.items():
-            for p in points:
-                cells = (
-                    mode,
-                    f"{p.context:,}",
-                    f"{p.ms_per_token:.2f}",
-                    f"{p.prefill_ms:.0f} ms",
-                    bytes_text(p.cache_bytes),
-                )
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["### Decoding", "", "| model | context | ms a token, median | mean | reading the context | cache |"]
+        lines += ["|---|---:|---:|---:|---:|---:|"]
+        lines += [_decode_row(mode, point) for mode, points in results.decode.items() for point in points] + [""]
+        lines += ["The mean has its share of the step, one in every W tokens, that moves a chunk into the sum.", ""]
     return lines
+
+
+def _decode_row(mode: str, point: DecodePoint) -> str:
+    times = f"{point.ms_per_token:.2f} | {point.ms_mean:.2f} | {point.prefill_ms:.0f} ms"
+    return f"| {mode} | {point.context:,} | {times} | {bytes_text(point.cache_bytes)} |"
 
 
 def _flat_rows(content: Mapping[str, Any], prefix: str = "") -> Iterable[str]:

@@ -185,6 +185,8 @@ class DecodePoint:
     """Time of the one call that reads the context."""
     cache_bytes: int
     """Bytes held by the cache's tensors after the context is read."""
+    ms_mean: float = math.nan
+    """Mean time of the steps: it has its share of work that is done only every so many tokens, and of disturbances."""
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,10 @@ class Results:
         fields = {key: value for key, value in raw.items() if key != "format"}
         fields["rows"] = {name: _scores(value) for name, value in raw["rows"].items()}
         fields["decode"] = {
-            mode: [DecodePoint(**{**p, "ms_quartiles": tuple(p["ms_quartiles"])}) for p in points]
+            mode: [
+                DecodePoint(**{**p, "ms_quartiles": tuple(p["ms_quartiles"]), "ms_mean": _number(p["ms_mean"])})
+                for p in points
+            ]
             for mode, points in raw["decode"].items()
         }
         fields["samples"] = [Sample(**sample) for sample in raw["samples"]]
