@@ -1,0 +1,104 @@
+"""What the documents show works: commands parse, recipes load, the contributor's example runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trenchcoat import cli
+from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.recipe_io import builtin_recipes, load_recipe
+from trenchcoat.students import STUDENTS, register_student
+from trenchcoat.surgery import attach_students, set_mode
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+
+
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def _commands() -> list[str]:
+    lines = [line for text in (README, CONTRIBUTING) for block in _blocks(text, "sh") for line in block.splitlines()]
+    inline = re.findall(r"`(trenchcoat [^`\n]+)`", README + CONTRIBUTING)
+    recipes = [line.lstrip("# ") for path in (REPOSITORY / "src/trenchcoat/recipes").glob("*.yaml")
+               for line in path.read_text().splitlines() if re.match(r"#\s+trenchcoat \w+ \w+ ", line)]  # fmt: skip
+    return [line for line in (*lines, *inline, *recipes) if line.strip() and "COMMAND" not in line]
+
+
+@pytest.mark.parametrize("line", [line for line in _commands() if line.startswith("trenchcoat ")])
+def test_the_commands_shown_parse(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    args = cli._parse(words)
+    if getattr(args, "recipe", None) in builtin_recipes():
+        overrides = [item for item in args.overrides if "terrace_sinks" not in item]
+        load_recipe(args.recipe, overrides)
+
+
+def test_the_make_targets_shown_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", MAKEFILE, flags=re.MULTILINE))
+    shown = set(re.findall(r"make (\w+)", " ".join(_blocks(README, "sh") + _blocks(CONTRIBUTING, "sh"))))
+    assert {"demo", "test"} <= shown <= targets
+
+
+def test_the_first_screen_says_what_it_is() -> None:
+    screen = "\n".join(README.splitlines()[:40])
+    for word in ("softmax", "linear-time", "make demo", "make test", "demo-table", "linearize llama3_1_8b"):
+        assert word in screen, word
+
+
+def test_the_contributors_student_works(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, line = _blocks(CONTRIBUTING, "python")
+    space: dict[str, object] = {"__name__": "terrace_sinks"}
+    exec(compile(code, "terrace_sinks.py", "exec"), space)
+    name, class_name = re.fullmatch(r'\s*"(\w+)": (\w+),\s*', line).groups()  # type: ignore[union-attr]
+    monkeypatch.setattr("trenchcoat.students.STUDENTS", dict(STUDENTS))
+    register_student(name, space[class_name])  # type: ignore[arg-type]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    attach_students(model, StudentConfig(name=name, window=4, feature_map=FeatureMapConfig(feature_dim=8)))
+    set_mode(model, "student")
+    ids = torch.randint(3, 259, (1, 25))
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        prefix = model(input_ids=ids[:, :17], use_cache=True)
+        stepped = [prefix.logits]
+        cache = prefix.past_key_values
+        for position in range(17, 25):
+            out = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            stepped.append(out.logits)
+            cache = out.past_key_values
+    torch.testing.assert_close(torch.cat(stepped, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for text in (README, CONTRIBUTING):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (REPOSITORY / target).exists(), target
+
+
+def test_the_packages_metadata_agrees_with_the_pins() -> None:
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)$", (REPOSITORY / "constraints.txt").read_text(), flags=re.MULTILINE))
+    assert pins["torch"] == "2.13.0"
+    wanted = (REPOSITORY / "pyproject.toml").read_text()
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "datasets",
+        "safetensors",
+        "omegaconf",
+        "rich",
+        "matplotlib",
+        "pytest",
+    ):
+        assert name in pins
+        assert f'"{name}>=' in wanted
