@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_families import BASE, FAMILIES, logits, tiny_model, tokens
 from torch import Tensor
 
+from tiny_families import BASE, FAMILIES, logits, tiny_model, tokens
 from trenchcoat import hub
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
 from trenchcoat.families import KNOWN_FAMILIES, UnsupportedFamilyError, attention_sites, check_family

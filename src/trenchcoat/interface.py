@@ -84,7 +84,8 @@ class LazyMask:
 
 def mask(**request: Any) -> LazyMask:
     """The registered mask function; see :class:`LazyMask`."""
-    return LazyMask(request)
+    given = request.get("attention_mask")
+    return given if isinstance(given, LazyMask) else LazyMask(request)
 
 
 def attention(
