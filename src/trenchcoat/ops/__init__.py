@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from trenchcoat.ops import reference
-from trenchcoat.ops.chunkwise import Inputs, aligned_attention
+from trenchcoat.ops.chunkwise import aligned_attention
+from trenchcoat.ops.layout import Inputs
 from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
 

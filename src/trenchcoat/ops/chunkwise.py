@@ -5,201 +5,21 @@ the rest again. When only features and mix need gradients the whole window part 
 
 The rows must start at a chunk boundary and be free of holes (:mod:`trenchcoat.ops.rows` sees to both).
 
-Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T tokens, S sinks; letters of a tile
-as in :mod:`trenchcoat.ops.tiles`.
+Shape legend: as in :mod:`trenchcoat.ops.layout` and :mod:`trenchcoat.ops.tiles`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trenchcoat.ops.layout import Inputs, Part, Work, parts
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared
-
-TILE_TOKENS = 4096
-"""Query rows (heads x tokens) of a tile; at D = 64, F = 128 its arrays then fit a 32 MB last-level cache."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Which batch rows, key/value heads and chunks make up a tile."""
-
-    b: slice
-    g: slice
-    c0: int
-    c1: int
-    last: bool
-
-
-def parts(
-    batch: int, kv_heads: int, shared: int, chunks: int, window: int, budget: int = TILE_TOKENS
-) -> Iterator[Part]:
-    """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together."""
-    row = shared * chunks * window
-    if row >= budget:
-        pieces = max(1, round(row / budget))
-        size = -(-chunks // pieces)
-        for b in range(batch):
-            for g in range(kv_heads):
-                for c in range(0, chunks, size):
-                    yield Part(slice(b, b + 1), slice(g, g + 1), c, min(c + size, chunks), c + size >= chunks)
-        return
-    fit = max(1, budget // row)
-    heads, rows = min(fit, kv_heads), max(1, fit // kv_heads)
-    for b in range(0, batch, rows):
-        for g in range(0, kv_heads, heads):
-            b_slice, g_slice = slice(b, min(b + rows, batch)), slice(g, min(g + heads, kv_heads))
-            yield Part(b_slice, g_slice, 0, chunks, True)
-
-
-class Packer:
-    """Copies parts of [B, heads, T, dim] tensors into tile layout (query heads of a key/value head outermost) and back."""
-
-    def __init__(self, part: Part, tokens: int, kv_heads: int, window: int) -> None:
-        self.part, self.kv_heads, self.window = part, kv_heads, window
-        self.t0, self.t1 = part.c0 * window, min(part.c1 * window, tokens)
-        self.rows = (part.b.stop - part.b.start) * (part.g.stop - part.g.start)
-        self.chunks = part.c1 - part.c0
-
-    def view(self, x: Tensor, t0: int, t1: int) -> Tensor:
-        """[heads / G, g, b, t1 - t0, ...] of [B, heads, T, ...]."""
-        grouped = x[self.part.b].unflatten(1, (self.kv_heads, -1))[:, self.part.g]
-        return grouped[:, :, :, t0:t1].movedim(0, 2).movedim(1, 0)
-
-    def queries(self, x: Tensor, out: Tensor) -> Tensor:
-        """Fill `out` [n, X, W, dim] (zeros after the last token)."""
-        tokens = self.t1 - self.t0
-        flat = out.view(out.shape[0], *self._rows(), self.chunks * self.window, *out.shape[3:])
-        flat[:, :, :, :tokens].copy_(self.view(x, self.t0, self.t1))
-        flat[:, :, :, tokens:] = 0.0
-        return out
-
-    def keys(self, x: Tensor, out: Tensor) -> Tensor:
-        """Fill `out` [m, 1 + X, W, dim]; slot 0 is the chunk before the tile, zeros when there is none."""
-        if self.part.c0:
-            out[:, 0] = self.view(x, self.t0 - self.window, self.t0)[:, 0, 0]
-        else:
-            out[:, 0] = 0.0
-        for j in range(out.shape[0]):
-            flat = out[j, 1:].view(*self._rows(), self.chunks * self.window, out.shape[-1])
-            flat[:, :, : self.t1 - self.t0].copy_(self.view(x, self.t0, self.t1)[j])
-            flat[:, :, self.t1 - self.t0 :] = 0.0
-        return out
-
-    def unpack(self, tile: Tensor, x: Tensor) -> None:
-        """Write a query-side tile [n, X, W, ...] to its place in x [B, heads, T, ...]."""
-        flat = tile.view(tile.shape[0], *self._rows(), self.chunks * self.window, *tile.shape[3:])
-        self.view(x, self.t0, self.t1).copy_(flat[:, :, :, : self.t1 - self.t0])
-
-    def add_keys(self, tile: Tensor, x: Tensor) -> None:
-        """Add a padded key-side tile [m, 1 + X, W, dim] to x [B, heads, T, dim]."""
-        if self.part.c0:
-            self.view(x, self.t0 - self.window, self.t0)[:, 0, 0].add_(tile[:, 0])
-        for j in range(tile.shape[0]):
-            flat = tile[j, 1:].view(*self._rows(), self.chunks * self.window, tile.shape[-1])
-            self.view(x, self.t0, self.t1)[j].add_(flat[:, :, : self.t1 - self.t0])
-
-    def per_row(self, x: Tensor) -> Tensor:
-        """[heads / G, R, ...] of [B, heads, ...], rows in tile order."""
-        return (
-            x[self.part.b].unflatten(1, (self.kv_heads, -1))[:, self.part.g].movedim(0, 2).movedim(1, 0).flatten(1, 2)
-        )
-
-    def _rows(self) -> tuple[int, int]:
-        return (self.part.g.stop - self.part.g.start, self.part.b.stop - self.part.b.start)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one call; `log_ratio_H` is log(g / l), `first_B` the position of token 0 of each row."""
-
-    q_BHTD: Tensor
-    k_BGTD: Tensor
-    v_BGTE: Tensor
-    fq_BHTF: Tensor | None
-    fk_BKTF: Tensor | None
-    log_ratio_H: Tensor
-    sink_logit_H: Tensor | None
-    sink_k_BGSD: Tensor | None
-    sink_v_BGSE: Tensor | None
-    first_B: Tensor | None
-    start: tuple[Tensor, Tensor] | None
-    """Far sums before token 0: [B, K, F, E] and [B, K, F]."""
-
-
-class _Work:
-    """One tile: its packed inputs, and the intermediate results forward and backward share."""
-
-    def __init__(self, x: Inputs, rule: Rule, part: Part, scratch: Scratch) -> None:
-        batch, heads, tokens, dim = x.q_BHTD.shape
-        kv_heads, values = x.k_BGTD.shape[1], x.v_BGTE.shape[-1]
-        self.rule, self.part, self.x = rule, part, x
-        self.pack = Packer(part, tokens, kv_heads, rule.window)
-        n, window = heads // kv_heads, rule.window
-        m = 1 if x.fk_BKTF is None else x.fk_BKTF.shape[1] // kv_heads
-        self.tile = Tile(rule, n, m, self.pack.rows, self.pack.chunks, part.c0 == 0, scratch, self._far_from())
-        total = self.tile.total
-        self.v = self.pack.keys(x.v_BGTE, scratch("v", 1, 1 + total, window, values))[0]
-        self.near = rule.kind != "linear"
-        if self.near:
-            self.q = self.pack.queries(x.q_BHTD, scratch("q", n, total, window, dim))
-            self.k = self.pack.keys(x.k_BGTD, scratch("k", 1, 1 + total, window, dim))[0]
-        if x.fq_BHTF is not None and x.fk_BKTF is not None:
-            features = x.fq_BHTF.shape[-1]
-            self.fq = self.pack.queries(x.fq_BHTF, scratch("fq", n, total, window, features))
-            self.fk = self.pack.keys(x.fk_BKTF, scratch("fk", m, 1 + total, window, features))
-        ratio = x.log_ratio_H.exp().expand(batch, heads)
-        self.ratio_nX = self.pack.per_row(ratio).repeat_interleave(self.tile.chunks, dim=1)
-
-    def _far_from(self) -> Tensor | None:
-        if not self.rule.sinks:
-            return None
-        assert self.x.first_B is not None
-        token = torch.arange(
-            self.part.c0 * self.rule.window, self.part.c1 * self.rule.window, device=self.x.first_B.device
-        )
-        start = self.rule.near_start(self.x.first_B[self.part.b, None] + token)
-        rows = start.repeat(self.part.g.stop - self.part.g.start, 1)
-        return rows.unflatten(1, (-1, self.rule.window))
-
-    def near_softmax(self) -> None:
-        """Sets p, scores, near_k, near_v."""
-        x = self.x
-        extra = [t for t in (x.sink_k_BGSD, x.sink_logit_H) if t is not None]
-        extra_k = extra_v = sink_logit = None
-        if extra:
-            rows_k, rows_v = [], []
-            if x.sink_k_BGSD is not None and x.sink_v_BGSE is not None:
-                rows_k.append(self.pack.per_row(x.sink_k_BGSD)[0].to(self.k.dtype))
-                rows_v.append(self.pack.per_row(x.sink_v_BGSE)[0].to(self.v.dtype))
-            if x.sink_logit_H is not None:
-                rows_k.append(self.k.new_zeros(self.tile.rows, 1, self.k.shape[-1]))
-                rows_v.append(self.v.new_zeros(self.tile.rows, 1, self.v.shape[-1]))
-                sink_logit = self.pack.per_row(x.sink_logit_H.to(self.k.dtype).expand(x.q_BHTD.shape[0], -1))
-            extra_k, extra_v = torch.cat(rows_k, 1), torch.cat(rows_v, 1)
-        self.near_k = self.tile.near_view(self.k, extra_k)
-        self.near_v = self.tile.near_view(self.v, extra_v)
-        self.p, self.scores = self.tile.near_weights(self.q, self.near_k, sink_logit)
-
-    def prefix(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Running sums from the sums at the tile's start, ([m, R, L, F, E], [m, R, L, F])."""
-        return self.tile.prefix_sums(self.fk, self.v, start)
-
-    def row_start(self) -> tuple[Tensor, Tensor]:
-        """Sums at the start of the rows: those of the incoming state, or zeros."""
-        tile, lag = self.tile, self.tile.lag
-        if self.x.start is None:
-            s = self.v.new_zeros(1, 1, 1, self.fk.shape[-1], self.v.shape[-1])
-            shape = (tile.m, tile.rows, lag)
-            return s.expand(*shape, -1, -1), s[..., 0].expand(*shape, -1)
-        s, z = (self.pack.per_row(t).to(self.v.dtype) for t in self.x.start)
-        return s[:, :, None].expand(-1, -1, lag, -1, -1), z[:, :, None].expand(-1, -1, lag, -1)
+from trenchcoat.ops.tiles import Scratch, bmm_shared
 
 
 class _Attention(torch.autograd.Function):
@@ -208,7 +28,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, rule: Rule, first_B: Tensor | None, s0: Tensor | None, z0: Tensor | None, *args: Any
     ) -> Tensor:
         start = None if s0 is None or z0 is None else (s0, z0)
-        x = Inputs(*args, first_B=first_B, start=start)
+        x = Inputs(*[*args, first_B, start])
         batch, heads, tokens, _ = x.q_BHTD.shape
         wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
         scratch = Scratch(x.q_BHTD.device, wide)
@@ -219,7 +39,7 @@ class _Attention(torch.autograd.Function):
         starts: list[Tensor] = []
         carry: tuple[Tensor, Tensor] | None = None
         for part in _parts(x, rule):
-            work = _Work(x, rule, part, scratch)
+            work = Work(x, rule, part, scratch)
             tile_y, tile_den, carry = _forward_tile(work, carry, starts if needs else None)
             work.pack.unpack(tile_y, y)
             if exact is not y:
@@ -236,7 +56,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         first_B, s0, z0, y, den, *rest = ctx.saved_tensors
         args, starts = rest[: ctx.count], list(rest[ctx.count :])
-        x = Inputs(*args, first_B=first_B, start=None if s0 is None else (s0, z0))
+        x = Inputs(*[*args, first_B, None if s0 is None else (s0, z0)])
         grads: list[Tensor | None] = [
             torch.zeros_like(t, dtype=y.dtype) if need and t is not None else None
             for t, need in zip(args, ctx.needs_input_grad[4:], strict=True)
@@ -244,7 +64,7 @@ class _Attention(torch.autograd.Function):
         scratch = Scratch(y.device, y.dtype)
         after: tuple[Tensor, Tensor] | None = None
         for part in reversed(list(_parts(x, ctx.rule))):
-            work = _Work(x, ctx.rule, part, scratch)
+            work = Work(x, ctx.rule, part, scratch)
             after = _backward_tile(work, dy, y, den, starts, None if part.last else after, grads)
         cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, args, strict=True)]
         return None, None, None, None, *cast
@@ -266,7 +86,7 @@ def _parts(x: Inputs, rule: Rule) -> Iterator[Part]:
 
 
 def _forward_tile(
-    work: _Work, carry: tuple[Tensor, Tensor] | None, starts: list[Tensor] | None
+    work: Work, carry: tuple[Tensor, Tensor] | None, starts: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """(y, denominator, sums at the next tile's start); the sums this tile started from are appended to `starts`."""
     tile = work.tile
@@ -290,7 +110,7 @@ def _forward_tile(
 
 
 def _backward_tile(
-    work: _Work,
+    work: Work,
     dy_BHTE: Tensor,
     y_BHTE: Tensor,
     den_BHT: Tensor | None,
@@ -344,7 +164,7 @@ def _backward_tile(
     return suffix[0][:, : tile.lag].clone(), suffix[1][:, : tile.lag].clone()
 
 
-def _add_per_head(work: _Work, grad_H: Tensor, value_nXW: Tensor) -> None:
+def _add_per_head(work: Work, grad_H: Tensor, value_nXW: Tensor) -> None:
     """Sum over a tile's tokens and rows into the heads they belong to."""
     groups = work.part.g.stop - work.part.g.start
     by_head = value_nXW.reshape(work.tile.n, groups, -1).sum(-1)
@@ -352,7 +172,7 @@ def _add_per_head(work: _Work, grad_H: Tensor, value_nXW: Tensor) -> None:
 
 
 def _near_backward(
-    work: _Work,
+    work: Work,
     dnum_nXWE: Tensor,
     dden_nXW: Tensor,
     pull_nXW: Tensor,
@@ -365,7 +185,7 @@ def _near_backward(
     turned: sum_j w_j dw_j + sum_f dphi_f phi_f = 0.
     """
     tile, rule, scratch, x = work.tile, work.rule, work.tile.scratch, work.x
-    dq, dk, dv, _, _, _, dlogit_H, dsink_k, dsink_v = grads
+    dq, dk, _, _, _, _, dlogit_H, dsink_k, dsink_v = grads
     p, window = work.p, tile.window
     top = torch.amax(p, -1, out=scratch("top", *p.shape[:-1]))
     dscores = scratch("dscores", *p.shape)
@@ -405,7 +225,7 @@ def _fold_near(dnear_XJD: Tensor, padded_xWD: Tensor, window: int) -> None:
     padded_xWD[:-1].add_(dnear_XJD[:, :window])
 
 
-def _add_sinks(work: _Work, dnear_XJD: Tensor, grad_BGSD: Tensor | None) -> None:
+def _add_sinks(work: Work, dnear_XJD: Tensor, grad_BGSD: Tensor | None) -> None:
     if grad_BGSD is None:
         return
     window, part = work.tile.window, work.part

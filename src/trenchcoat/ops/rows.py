@@ -1,11 +1,11 @@
 """Rows made plain for the chunkwise implementation: no holes, starting at a chunk boundary, the buffer in front.
 
-A padded row is compacted to the left. A state is continued by putting the keys its last query still saw as near in front
-of the new tokens; those start at a chunk boundary by construction, their outputs are thrown away, and everything older
-is the initial value of the far sums.
+A padded row is compacted to the left. A state is continued by putting the keys its last query still saw as near in
+front of the new tokens; those start at a chunk boundary by construction, their outputs are thrown away, and everything
+older is the initial value of the far sums.
 
-Shape legend: B rows, H query heads, G key/value heads, K key maps, T new tokens, P tokens put in front (differs by row),
-L aligned length, N buffer slots, S sinks.
+Shape legend: B rows, H query heads, G key/value heads, K key maps, T new tokens, L aligned length, N buffer slots,
+S sinks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.state import PhiK, Rule, StudentState
+from trenchcoat.ops.state import Rule, StudentState
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,13 @@ class Rows:
         """Position of every aligned token, [B, L]."""
         return self.first_B[:, None] + torch.arange(length, device=self.first_B.device)
 
-    def exists(self, length: int) -> Tensor | None:
-        """Bool [B, L]: the aligned token is one; None when all are."""
-        return (
-            None if self.length_B is None else torch.arange(length, device=self.first_B.device) < self.length_B[:, None]
-        )
-
 
 def far_keys(fk_BKLF: Tensor, rows: Rows, rule: Rule) -> Tensor:
-    """Key features with zeros where a key can never be far: padding and sinks."""
-    length = fk_BKLF.shape[2]
-    keep = rows.exists(length)
-    if rule.sinks:
-        later = rows.positions(length) >= rule.sinks
-        keep = later if keep is None else keep & later
-    return fk_BKLF if keep is None else fk_BKLF.masked_fill(~keep.to(fk_BKLF.device)[:, None, :, None], 0.0)
+    """Key features with zeros at sinks, which never become far. (Padding comes after every query it could reach.)"""
+    if not rule.sinks:
+        return fk_BKLF
+    sink = rows.positions(fk_BKLF.shape[2]).to(fk_BKLF.device) < rule.sinks
+    return fk_BKLF.masked_fill(sink[:, None, :, None], 0.0)
 
 
 def sink_pairs(
@@ -124,7 +116,7 @@ def state_after(
     rule: Rule,
     state: StudentState,
 ) -> StudentState:
-    """The state after the aligned rows, whose features are already masked by :func:`far_keys`; `state` is left alone."""
+    """The state after the aligned rows, with features from :func:`far_keys`; `state` itself is left alone."""
     length = k_BGLD.shape[2]
     batch = k_BGLD.shape[0]
     device = k_BGLD.device

@@ -1,65 +1,70 @@
-"""Feature maps phi(x) = act(x W + b), one W per head, with their hand-written backward.
+"""Feature maps phi(x) = act(x W + b), one W per head, with a hand-written backward that needs only x and phi(x).
 
 Sources: LoLCATs (https://arxiv.org/abs/2410.10254), Hedgehog (https://arxiv.org/abs/2402.04347), T2R
 (https://arxiv.org/abs/2103.13076), elu (https://arxiv.org/abs/2006.16236).
 
 Shape legend: B rows, M map heads, X heads of the input (M, or a divisor of it: each input head feeds M / X maps), T
-tokens, D head dim, P columns of W (`feature_dim`), F features (2P for hedgehog and exp, P otherwise), R adapter width.
+tokens, D head dim, P columns of W (`feature_dim`), F features (2P for hedgehog and exp, P otherwise), R adapter width;
+inside, A heads of a block and N tokens of it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trenchcoat.config import FeatureMapConfig
+
+BLOCK_ROWS = 4096
+"""Heads x tokens handled at once, so that a block's arrays stay in cache."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """act: [..., P] -> [..., factor * P] before clamping; `backward(f, df)` gives du from the output f alone.
+    """`forward(u, out)` fills out with act(u); `backward(f, df)` is du, from the output f alone. Last axis: features.
 
-    `paired` applies `single` to u and to -u and concatenates the two.
+    `paired` applies it to u and to -u and concatenates the two.
     """
 
-    single: Callable[[Tensor], Tensor]
-    single_backward: Callable[[Tensor, Tensor], Tensor]
+    forward: Callable[[Tensor, Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
     paired: bool
 
-    @property
-    def factor(self) -> int:
-        """Features per column of W."""
-        return 2 if self.paired else 1
+
+def _softmax(u: Tensor, out: Tensor) -> Tensor:
+    return torch.softmax(u, -1, out=out)
 
 
 def _softmax_backward(f: Tensor, df: Tensor) -> Tensor:
     return torch._softmax_backward_data(df, f, -1, f.dtype)
 
 
-def _exp(u: Tensor) -> Tensor:
-    return torch.exp(u - u.amax(-1, keepdim=True))
+def _exp(u: Tensor, out: Tensor) -> Tensor:
+    return torch.sub(u, u.amax(-1, keepdim=True), out=out).exp_()
 
 
 def _exp_backward(f: Tensor, df: Tensor) -> Tensor:
     du = f * df
     top = (f == 1).to(f.dtype)
-    return du - top * (du.sum(-1, keepdim=True) / top.sum(-1, keepdim=True))
+    return du.addcmul_(top, du.sum(-1, keepdim=True) / top.sum(-1, keepdim=True), value=-1.0)
 
 
-def _softmax(u: Tensor) -> Tensor:
-    return torch.softmax(u, -1)
-
-
-def _elu_plus_one(u: Tensor) -> Tensor:
-    return nn.functional.elu(u) + 1
+def _relu(u: Tensor, out: Tensor) -> Tensor:
+    return torch.clamp_min(u, 0.0, out=out)
 
 
 def _relu_backward(f: Tensor, df: Tensor) -> Tensor:
     return df
+
+
+def _elu(u: Tensor, out: Tensor) -> Tensor:
+    return torch.add(nn.functional.elu(u), 1.0, out=out)
 
 
 def _elu_backward(f: Tensor, df: Tensor) -> Tensor:
@@ -69,16 +74,26 @@ def _elu_backward(f: Tensor, df: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "hedgehog": Activation(_softmax, _softmax_backward, paired=True),
     "hedgehog_half": Activation(_softmax, _softmax_backward, paired=False),
-    "t2r": Activation(torch.relu, _relu_backward, paired=False),
+    "t2r": Activation(_relu, _relu_backward, paired=False),
     "exp": Activation(_exp, _exp_backward, paired=True),
     "exp_half": Activation(_exp, _exp_backward, paired=False),
-    "elu": Activation(_elu_plus_one, _elu_backward, paired=False),
+    "elu": Activation(_elu, _elu_backward, paired=False),
 }
 """Name in :class:`trenchcoat.config.FeatureMapConfig` -> activation."""
 
 
+@dataclass
+class Weights:
+    """A block's parameters, or their gradients: weight [A, D, P], bias [A, P], down [A, D, R], up [A, R, D]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+
 class FeatureMap(nn.Module):
-    """phi for M heads; parameters are float32, input of any dtype, output float32 (float64 for float64 parameters)."""
+    """phi for M heads. Parameters are float32; features come out in the parameters' dtype whatever the input's."""
 
     def __init__(self, cfg: FeatureMapConfig, *, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -90,6 +105,8 @@ class FeatureMap(nn.Module):
             raise ValueError(f"skip needs feature_dim equal to the head dimension {head_dim}, not {cfg.feature_dim}")
         if cfg.init not in ("identity", "kaiming", "normal"):
             raise ValueError(f"feature map init is {cfg.init!r}; known: identity, kaiming, normal")
+        if cfg.adapter_dim is not None and cfg.adapter_dim < 1:
+            raise ValueError(f"adapter_dim is {cfg.adapter_dim}; it must be at least 1, or null for no adapter")
         self.cfg, self.num_heads, self.head_dim = cfg, num_heads, head_dim
         self.act = ACTIVATIONS[cfg.name]
         has_bias = cfg.name == "t2r" if cfg.bias is None else cfg.bias
@@ -107,13 +124,13 @@ class FeatureMap(nn.Module):
     @property
     def features(self) -> int:
         """F, the width of the output."""
-        return self.cfg.feature_dim * self.act.factor
+        return self.cfg.feature_dim * (2 if self.act.paired else 1)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initial values from the config; the adapter starts as the identity (up = 0)."""
+        bound = math.sqrt(6.0 / self.head_dim)
         if self.cfg.init == "kaiming":
-            bound = math.sqrt(6.0 / self.head_dim)
             self.weight.uniform_(-bound, bound)
         elif self.cfg.init == "normal":
             self.weight.normal_(0.0, 0.02)
@@ -124,29 +141,140 @@ class FeatureMap(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
         if self.down is not None and self.up is not None:
-            bound = math.sqrt(6.0 / self.head_dim)
             self.down.uniform_(-bound, bound)
             self.up.zero_()
 
     def forward(self, x_BXTD: Tensor) -> Tensor:
         """Features [B, M, T, F] of x [B, X, T, D]; M must be a multiple of X."""
-        batch, inputs, tokens, _ = x_BXTD.shape
-        x = x_BXTD.to(self.weight.dtype)[:, :, None]
-        if self.down is not None and self.up is not None:
-            x = x + torch.relu(x @ self._grouped(self.down, inputs)) @ self._grouped(self.up, inputs)
-        u = x @ self._grouped(self.weight, inputs)
-        if self.bias is not None:
-            u = u + self._grouped(self.bias[:, None], inputs)
-        if self.cfg.skip:
-            u = u + x
-        u = u.reshape(batch, self.num_heads, tokens, self.cfg.feature_dim)
-        f = torch.cat([self.act.single(u), self.act.single(-u)], -1) if self.act.paired else self.act.single(u)
-        return f.clamp_min(self.cfg.eps)
+        y: Tensor = _Phi.apply(self, x_BXTD, self.weight, self.bias, self.down, self.up)
+        return y
 
-    def _grouped(self, weight: Tensor, inputs: int) -> Tensor:
-        """[M, ...] -> [X, M / X, ...]."""
-        return weight.view(inputs, self.num_heads // inputs, *weight.shape[1:])
+    def block(self, x_AND: Tensor, w: Weights, out_ANF: Tensor) -> Tensor:
+        """Fill `out` with the features of x; no graph. `out` must be contiguous per head."""
+        u = self._linear(x_AND, w)
+        if self.act.paired:
+            halves = u.new_empty(*u.shape[:-1], 2, u.shape[-1])
+            halves[..., 0, :] = u
+            torch.neg(u, out=halves[..., 1, :])
+            self.act.forward(halves, out_ANF.view(halves.shape))
+        else:
+            self.act.forward(u, out_ANF)
+        return out_ANF.clamp_(min=self.cfg.eps)
+
+    def block_backward(
+        self, x_AND: Tensor, w: Weights, f_ANF: Tensor, df_ANF: Tensor, grads: Weights | None, need_dx: bool
+    ) -> Tensor | None:
+        """Add the parameters' gradients to `grads`; returns dx [A, N, D] when asked for. May overwrite df."""
+        if self.act.backward is _relu_backward:
+            df_ANF = df_ANF.mul_(f_ANF > self.cfg.eps)
+        shape = (*f_ANF.shape[:-1], 2, -1) if self.act.paired else f_ANF.shape
+        du = self.act.backward(f_ANF.view(shape), df_ANF.view(shape))
+        if self.act.paired:
+            du = du[..., 0, :] - du[..., 1, :]
+        hidden, x = self._adapted(x_AND, w)
+        if grads is not None:
+            grads.weight.baddbmm_(x.mT, du)
+            if grads.bias is not None:
+                grads.bias.add_(du.sum(1))
+        if not need_dx and w.up is None:
+            return None
+        dx = du @ self._matrix(w).mT
+        if hidden is None or w.up is None or w.down is None:
+            return dx
+        dhidden = (dx @ w.up.mT).mul_(hidden > 0)
+        if grads is not None and grads.up is not None and grads.down is not None:
+            grads.up.baddbmm_(hidden.mT, dx)
+            grads.down.baddbmm_(x_AND.mT, dhidden)
+        return dx.baddbmm_(dhidden, w.down.mT)
+
+    def weights(self) -> Weights:
+        """The parameters as plain tensors."""
+        return Weights(*(None if p is None else p.detach() for p in self.parameter_list()))  # type: ignore[arg-type]
+
+    def parameter_list(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """weight, bias, down, up."""
+        return self.weight, self.bias, self.down, self.up
+
+    def _matrix(self, w: Weights) -> Tensor:
+        if not self.cfg.skip:
+            return w.weight
+        return w.weight + torch.eye(self.head_dim, dtype=w.weight.dtype, device=w.weight.device)
+
+    def _adapted(self, x_AND: Tensor, w: Weights) -> tuple[Tensor | None, Tensor]:
+        if w.down is None or w.up is None:
+            return None, x_AND
+        hidden = torch.relu_(x_AND @ w.down)
+        return hidden, torch.baddbmm(x_AND, hidden, w.up)
+
+    def _linear(self, x_AND: Tensor, w: Weights) -> Tensor:
+        x = self._adapted(x_AND, w)[1]
+        if w.bias is not None:
+            return torch.baddbmm(w.bias[:, None], x, self._matrix(w))
+        return torch.bmm(x, self._matrix(w))
 
     def extra_repr(self) -> str:
         """One line for printing the module."""
         return f"{self.cfg.name}, heads={self.num_heads}, {self.head_dim} -> {self.features}"
+
+
+def _blocks(batch: int, inputs: int, tokens: int, share: int) -> Iterator[tuple[int, slice, slice]]:
+    """(row, input heads, tokens) of about BLOCK_ROWS output rows each."""
+    heads = max(1, BLOCK_ROWS // max(1, share * tokens))
+    length = max(1, BLOCK_ROWS // share) if heads == 1 else tokens
+    for b in range(batch):
+        for x in range(0, inputs, heads):
+            for t in range(0, tokens, length):
+                yield b, slice(x, min(x + heads, inputs)), slice(t, min(t + length, tokens))
+
+
+def _pick(w: Weights, heads: slice, share: int) -> Weights:
+    rows = slice(heads.start * share, heads.stop * share)
+    parts = (w.weight, w.bias, w.down, w.up)
+    return Weights(*(None if p is None else p[rows] for p in parts))  # type: ignore[arg-type]
+
+
+def _input(x_BXTD: Tensor, b: int, heads: slice, tokens: slice, share: int, dtype: torch.dtype) -> Tensor:
+    """[A, N, D], each input head repeated for the maps it feeds."""
+    x = x_BXTD[b, heads, tokens].to(dtype)
+    return x if share == 1 else x.repeat_interleave(share, dim=0)
+
+
+class _Phi(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, phi: FeatureMap, x_BXTD: Tensor, *params: Tensor | None) -> Tensor:
+        batch, inputs, tokens, _ = x_BXTD.shape
+        w = Weights(*params)  # type: ignore[arg-type]
+        share = phi.num_heads // inputs
+        f = w.weight.new_empty(batch, phi.num_heads, tokens, phi.features)
+        for b, heads, span in _blocks(batch, inputs, tokens, share):
+            rows = slice(heads.start * share, heads.stop * share)
+            x = _input(x_BXTD, b, heads, span, share, f.dtype)
+            phi.block(x, _pick(w, heads, share), f[b, rows, span])
+        ctx.phi = phi
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x_BXTD, f, *params)
+        return f
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, df_BMTF: Tensor) -> tuple[Tensor | None, ...]:
+        x_BXTD, f, *params = ctx.saved_tensors
+        phi: FeatureMap = ctx.phi
+        batch, inputs, tokens, dim = x_BXTD.shape
+        share = phi.num_heads // inputs
+        w = Weights(*params)
+        need_dx, need_w = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:])
+        grads = Weights(*(None if p is None else torch.zeros_like(p) for p in params)) if need_w else None  # type: ignore[arg-type]
+        dx_BXTD = f.new_empty(batch, inputs, tokens, dim) if need_dx else None
+        for b, heads, span in _blocks(batch, inputs, tokens, share):
+            rows = slice(heads.start * share, heads.stop * share)
+            x = _input(x_BXTD, b, heads, span, share, f.dtype)
+            df = df_BMTF[b, rows, span].clone(memory_format=torch.contiguous_format)
+            picked = None if grads is None else _pick(grads, heads, share)
+            f_block = f[b, rows, span].contiguous()
+            dx = phi.block_backward(x, _pick(w, heads, share), f_block, df, picked, need_dx)
+            if dx_BXTD is not None and dx is not None:
+                torch.sum(dx.unflatten(0, (-1, share)), 1, out=dx_BXTD[b, heads, span])
+        dx_out = None if dx_BXTD is None else dx_BXTD.to(x_BXTD.dtype)
+        out = (None,) * 4 if grads is None else (grads.weight, grads.bias, grads.down, grads.up)
+        return None, dx_out, *out
