@@ -251,6 +251,18 @@ def test_more_steps_continue_a_finished_stage(tmp_path: Path) -> None:
         run_fit(tmp_path, Point(), distance, settings(max_steps=6))
 
 
+def test_a_reduced_rate_outlives_a_restart(tmp_path: Path) -> None:
+    cfg = settings(schedule="plateau", plateau_patience=0, plateau_factor=0.5, max_steps=4)
+    losses = [1.0, 2.0, 3.0, 4.0, 5.0]
+    for folder, lengths in (("straight", [8]), ("resumed", [4, 8])):
+        scripted = Scripted(losses)
+        for steps in lengths:
+            run_fit(tmp_path / folder, Point(), scripted, dataclasses.replace(cfg, max_steps=steps))
+    rates = [line["lr"] for line in read_metrics(tmp_path / "resumed") if line["kind"] == "train"]
+    assert rates == [0.1, 0.1, 0.05, 0.05, 0.025, 0.025, 0.0125, 0.0125]
+    assert numbers_of(tmp_path / "resumed") == numbers_of(tmp_path / "straight")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"lr": 0.2}, "lr 0.1 then, 0.2 now"), ({"accumulation": 4}, "accumulation 1 then, 4 now")],

@@ -1,0 +1,40 @@
+"""The transfer benchmark runs, compares like with like, and reports what it says it reports."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from trenchcoat.bench import transfer
+
+
+def test_the_naive_way_computes_the_same_gradients() -> None:
+    bench = transfer.Bench(2, 300)
+    bench.gradients()
+    ours = [parameter.grad.clone() for parameter in bench.parameters]
+    bench.model.zero_grad()
+    bench.naive_gradients()
+    for mine, parameter in zip(ours, bench.parameters, strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6 * float(mine.abs().max()) + 1e-7)
+
+
+def test_the_naive_way_keeps_its_maps_and_leaves_no_trace() -> None:
+    shallow, deep = transfer.Bench(1, 256), transfer.Bench(3, 256)
+    map_bytes = 8 * 256 * 256 * 4
+    assert deep.peak(deep.naive_gradients) - shallow.peak(shallow.naive_gradients) > 2 * 2 * map_bytes
+    assert deep.peak(deep.gradients) < 1.1 * shallow.peak(shallow.gradients)
+
+
+def test_a_quick_run_writes_json_and_a_table(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    transfer.add_arguments(parser)
+    text = transfer.main(parser.parse_args(["--quick", "--out", str(tmp_path / "transfer.json")]))
+    result = json.loads((tmp_path / "transfer.json").read_text())
+    assert result["memory_growth"] < 1.1
+    assert result["seconds_by_tokens"]["128"]["ratio"] > 1.0
+    assert result["environment"]["implementation"] == "chunkwise"
+    assert f"growth {result['memory_growth']:.3f}x" in text
+    assert "the naive way" in text
