@@ -190,6 +190,8 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("what", choices=["ops", "transfer"], help="what to measure")
     sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
     sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
+    sub.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    sub.add_argument("--repeats", type=int, default=None, metavar="N", help="measurements each, their median counts")
     sub.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
 
 
@@ -279,9 +281,9 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from trenchcoat import bench
+    import importlib
 
-    print(bench.run(args.what, out=args.out, threads=args.threads, quick=args.quick))
+    print(importlib.import_module(f"trenchcoat.bench.{args.what}").main(args))
 
 
 def _export(args: argparse.Namespace) -> None:

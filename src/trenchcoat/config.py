@@ -88,7 +88,7 @@ class DataConfig:
     """Text, its template and its packing."""
 
     path: str = "embedded"
-    """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (the standard library's source)."""
+    """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -106,7 +106,7 @@ class DataConfig:
     seq_len: int = 1024
     """Tokens of one training row, T."""
     packing: Literal["across", "contiguous"] = "across"
-    """`across`: samples are concatenated and cut; `contiguous`: a row never holds two samples (short rows are padded)."""
+    """`across`: samples are concatenated and cut; `contiguous`: a row never holds two samples (short ones are padded)."""
     mask_prompt: bool = True
     """alpaca and chat: only the response counts in the labels."""
     eos: bool = True
