@@ -18,11 +18,24 @@ from trenchcoat.ops.chunkwise import aligned_attention
 from trenchcoat.ops.layout import Inputs
 from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
+from trenchcoat.ops.transfer import Learner, transfer
 
 Impl = Literal["chunkwise", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "reference")
 
-__all__ = ["IMPLEMENTATIONS", "Impl", "Kind", "PhiK", "Rule", "StudentState", "decode_step", "linear_window_attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Impl",
+    "Kind",
+    "Learner",
+    "PhiK",
+    "Rows",
+    "Rule",
+    "StudentState",
+    "decode_step",
+    "linear_window_attention",
+    "transfer",
+]
 
 
 def linear_window_attention(

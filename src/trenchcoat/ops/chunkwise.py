@@ -93,8 +93,8 @@ def _forward_tile(
     if work.near:
         work.near_softmax()
     if not work.rule.far:
-        y = tile.scratch("y", tile.n, tile.total, tile.window, work.v.shape[-1])
-        return (bmm_shared(work.p, work.near_v[None], y) if work.near else y.zero_()), None, None
+        y = tile.near_only(work.p, work.near_v) if work.near else work.v.new_zeros(tile.n, *work.v[1:].shape)
+        return y, None, None
     if work.part.c0 == 0:
         carry = work.row_start()
     assert carry is not None
@@ -143,7 +143,7 @@ def _backward_tile(
         dfq, dfk, suffix = tile.feature_gradients(work.fq, work.fk, work.v, prefix, dnum, dden, after)
         pull = torch.mul(dfq, work.fq, out=scratch("weighted", *dfq.shape)).sum(-1)
         if dratio_H is not None and work.near:
-            _add_per_head(work, dratio_H, -pull)
+            work.add_per_head(dratio_H, pull, -1.0)
         if dfq_BHTF is not None:
             pack.unpack(dfq, dfq_BHTF)
         if dfk_BKTF is not None:
@@ -162,13 +162,6 @@ def _backward_tile(
     if suffix is None or work.part.c0 == 0:
         return None
     return suffix[0][:, : tile.lag].clone(), suffix[1][:, : tile.lag].clone()
-
-
-def _add_per_head(work: Work, grad_H: Tensor, value_nXW: Tensor) -> None:
-    """Sum over a tile's tokens and rows into the heads they belong to."""
-    groups = work.part.g.stop - work.part.g.start
-    by_head = value_nXW.reshape(work.tile.n, groups, -1).sum(-1)
-    grad_H.view(-1, work.tile.n)[work.part.g].add_(by_head.mT)
 
 
 def _near_backward(
@@ -202,7 +195,7 @@ def _near_backward(
             _fold_near(dnear_v, dv_pad[0], window)
         _add_sinks(work, dnear_v, dsink_v)
     if dlogit_H is not None:
-        _add_per_head(work, dlogit_H, dscores[..., -1])
+        work.add_per_head(dlogit_H, dscores[..., -1])
     if rule.softcap is not None:
         keys = slice(0, p.shape[-1] - (x.sink_logit_H is not None))
         bent = work.scores[..., keys].clamp_(min=-rule.softcap).div_(rule.softcap)

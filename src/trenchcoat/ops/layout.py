@@ -31,12 +31,22 @@ class Part:
 
 
 def parts(
-    batch: int, kv_heads: int, shared: int, chunks: int, window: int, budget: int = TILE_TOKENS
+    batch: int,
+    kv_heads: int,
+    shared: int,
+    chunks: int,
+    window: int,
+    budget: int = TILE_TOKENS,
+    *,
+    whole_rows: bool = False,
 ) -> Iterator[Part]:
-    """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together."""
+    """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together.
+
+    `whole_rows`: never cut a row, however long.
+    """
     row = shared * chunks * window
     if row >= budget:
-        pieces = max(1, round(row / budget))
+        pieces = 1 if whole_rows else max(1, round(row / budget))
         size = -(-chunks // pieces)
         for b in range(batch):
             for g in range(kv_heads):
@@ -68,10 +78,14 @@ class Packer:
     def queries(self, x: Tensor, out: Tensor) -> Tensor:
         """Fill `out` [n, X, W, dim] (zeros after the last token)."""
         tokens = self.t1 - self.t0
-        flat = out.view(out.shape[0], *self._rows(), self.chunks * self.window, *out.shape[3:])
+        flat = self.flat(out)
         flat[:, :, :, :tokens].copy_(self.view(x, self.t0, self.t1))
         flat[:, :, :, tokens:] = 0.0
         return out
+
+    def flat(self, tile: Tensor) -> Tensor:
+        """[n, g, b, tokens, ...] of a query-side tile [n, X, W, ...]; a view."""
+        return tile.view(tile.shape[0], *self._rows(), self.chunks * self.window, *tile.shape[3:])
 
     def keys(self, x: Tensor, out: Tensor) -> Tensor:
         """Fill `out` [m, 1 + X, W, dim]; slot 0 is the chunk before the tile, zeros when there is none."""
@@ -87,7 +101,7 @@ class Packer:
 
     def unpack(self, tile: Tensor, x: Tensor) -> None:
         """Write a query-side tile [n, X, W, ...] to its place in x [B, heads, T, ...]."""
-        flat = tile.view(tile.shape[0], *self._rows(), self.chunks * self.window, *tile.shape[3:])
+        flat = self.flat(tile)
         self.view(x, self.t0, self.t1).copy_(flat[:, :, :, : self.t1 - self.t0])
 
     def add_keys(self, tile: Tensor, x: Tensor) -> None:
@@ -136,6 +150,7 @@ class Work:
         batch, heads, tokens, dim = x.q_BHTD.shape
         kv_heads, values = x.k_BGTD.shape[1], x.v_BGTE.shape[-1]
         self.rule, self.part, self.x = rule, part, x
+        self.groups = part.g.stop - part.g.start
         self.pack = Packer(part, tokens, kv_heads, rule.window)
         n, window = heads // kv_heads, rule.window
         if key_maps is None:
@@ -145,7 +160,8 @@ class Work:
         total = self.tile.total
         self.v = self.pack.keys(x.v_BGTE, scratch("v", 1, 1 + total, window, values))[0]
         self.near = rule.kind != "linear"
-        if self.near:
+        self.sums: tuple[Tensor, Tensor]
+        if self.near or x.fq_BHTF is None:
             self.q = self.pack.queries(x.q_BHTD, scratch("q", n, total, window, dim))
             self.k = self.pack.keys(x.k_BGTD, scratch("k", 1, 1 + total, window, dim))[0]
         if x.fq_BHTF is not None and x.fk_BKTF is not None:
@@ -163,7 +179,7 @@ class Work:
             self.part.c0 * self.rule.window, self.part.c1 * self.rule.window, device=self.x.first_B.device
         )
         start = self.rule.near_start(self.x.first_B[self.part.b, None] + token)
-        rows = start.repeat(self.part.g.stop - self.part.g.start, 1)
+        rows = start.repeat(self.groups, 1)
         return rows.unflatten(1, (-1, self.rule.window))
 
     def near_softmax(self) -> None:
@@ -184,6 +200,11 @@ class Work:
         self.near_k = self.tile.near_view(self.k, extra_k)
         self.near_v = self.tile.near_view(self.v, extra_v)
         self.p, self.scores = self.tile.near_weights(self.q, self.near_k, sink_logit)
+
+    def add_per_head(self, grad_H: Tensor, value_nXW: Tensor, sign: float = 1.0) -> None:
+        """Add `sign` times the sum over a tile's tokens, rows and further axes to the heads they belong to."""
+        by_head = value_nXW.reshape(self.tile.n, self.groups, -1).sum(-1)
+        grad_H.view(-1, self.tile.n)[self.part.g].add_(by_head.mT, alpha=sign)
 
     def prefix(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Running sums from the sums at the tile's start, ([m, R, L, F, E], [m, R, L, F])."""

@@ -254,6 +254,11 @@ class Tile:
             den.add_(local.sum(-1))
         return num.div_(den[..., None]), den
 
+    def near_only(self, p_nXWJ: Tensor, near_v_XJE: Tensor) -> Tensor:
+        """y without a far part, [n, X, W, E]."""
+        y = self.scratch("y", *p_nXWJ.shape[:-1], near_v_XJE.shape[-1])
+        return bmm_shared(p_nXWJ, near_v_XJE[None], y)
+
     def near_scale(self, p_nXWJ: Tensor, ratio_nX: Tensor) -> Tensor:
         """r * sum of exp(s - c), [n, X, W]; r * exp(s - c) is this times p."""
         top = torch.amax(p_nXWJ, -1, out=self.scratch("top", *p_nXWJ.shape[:-1]))

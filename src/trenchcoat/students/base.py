@@ -14,10 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import StudentConfig
-from trenchcoat.ops import Kind, Rule, StudentState, decode_step, linear_window_attention
-from trenchcoat.students.feature_maps import FeatureMap
+from trenchcoat.ops import (
+    Kind,
+    Learner,
+    Rows,
+    Rule,
+    StudentState,
+    decode_step,
+    linear_window_attention,
+    transfer,
+)
+from trenchcoat.students.feature_maps import FeatureMap, Weights
 
 Mode = Literal["teacher", "transfer", "student"]
+
+TINY = 1e-30
+"""Floor of a layer's mean squared target where the loss is divided by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,30 +207,46 @@ class StudentAttention(nn.Module):
         outer `torch.no_grad()`; q, k, v, y are constants.
         """
         request = self.request if self.request is not None else TransferRequest()
-        with torch.enable_grad():
-            y_hat, _ = self.forward(
-                q_BHTD.detach(),
-                k_BGTD.detach(),
-                v_BGTE.detach(),
-                scale=scale,
-                softcap=softcap,
-                sink_logit=sink_logit,
-                mask_BT=mask_BT,
+        rule = self._rule(scale, softcap)
+        with torch.no_grad():
+            rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
+            q, k, v, y = (rows.align(t.detach()) for t in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
+            tokens = q_BHTD.shape[0] * q_BHTD.shape[2] if rows.length_B is None else int(rows.length_B.sum())
+            count = max(1, tokens * self.num_heads * self.value_dim)
+            power = _power(y, rows) / count
+            weight = request.mse_weight / (power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0)
+            learns = request.backward and self.query_map is not None
+            log_ratio, dlog_ratio = self._log_ratio(q)
+            error = transfer(
+                q,
+                k,
+                v,
+                y,
+                _learner(self.query_map, learns),
+                _learner(self.keys_phi, learns),
+                log_ratio,
+                rule=rule,
+                sink_logit_H=sink_logit,
+                length_B=rows.length_B,
+                error_scale=weight / count,
+                dlog_ratio_H=dlog_ratio if learns else None,
             )
-            real = torch.ones_like(q_BHTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
-            target = y_BHTE.detach().float() * real[:, None, :, None]
-            count = (real.sum() * self.num_heads * self.value_dim).clamp_min(1)
-            mse = (target - y_hat.float()).square().sum() / count
-            power = target.square().sum() / count
-            loss = request.mse_weight * (mse / power.clamp_min(1e-30) if request.normalize == "layer" else mse)
-            if request.backward and loss.requires_grad:
-                loss.backward()
-        self.metrics = {
-            "loss": loss.detach(),
-            "mse": mse.detach(),
-            "xent": torch.zeros_like(mse),
-            "target_power": power,
-        }
+            if learns:
+                self._add_mix_gradient(dlog_ratio)
+        mse = error / count
+        self.metrics = {"loss": weight * mse, "mse": mse, "xent": torch.zeros_like(mse), "target_power": power}
+
+    def _log_ratio(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(log(g / l), room for its gradient)."""
+        mix_H = self._mix(like).detach()
+        log_ratio = mix_H if self.cfg.affine else nn.functional.logsigmoid(mix_H)
+        return log_ratio, torch.zeros_like(log_ratio)
+
+    def _add_mix_gradient(self, dlog_ratio_H: Tensor) -> None:
+        if self.mix_H is None:
+            return
+        d = dlog_ratio_H if self.cfg.affine else dlog_ratio_H * torch.sigmoid(-self.mix_H)
+        self.mix_H.grad = d if self.mix_H.grad is None else self.mix_H.grad.add_(d)
 
     def _features(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.query_map is None or self.keys_phi is None:
@@ -257,3 +285,15 @@ class StudentAttention(nn.Module):
     def extra_repr(self) -> str:
         """One line for printing the module."""
         return f"{self.kind}, heads={self.num_heads}/{self.num_kv_heads}, window={self.cfg.window}"
+
+
+def _learner(phi: FeatureMap | None, learns: bool) -> Learner[Weights] | None:
+    return None if phi is None else Learner(phi, phi.weights(), phi.gradients() if learns else None)
+
+
+def _power(y_BHLE: Tensor, rows: Rows) -> Tensor:
+    """Sum of squares over real tokens."""
+    if rows.length_B is not None:
+        token = torch.arange(y_BHLE.shape[2], device=y_BHLE.device)
+        y_BHLE = y_BHLE.masked_fill((token >= rows.length_B[:, None])[:, None, :, None], 0.0)
+    return torch.linalg.vector_norm(y_BHLE, dtype=torch.promote_types(y_BHLE.dtype, torch.float32)).square()

@@ -191,6 +191,18 @@ class FeatureMap(nn.Module):
         """The parameters as plain tensors."""
         return Weights(*(None if p is None else p.detach() for p in self.parameter_list()))  # type: ignore[arg-type]
 
+    def pick(self, w: Weights, inputs: int, heads: slice, share: int) -> Weights:
+        """Parameters (or gradients) of map `share` of each of the input heads `heads`, of `inputs` in all; views."""
+        parts = (w.weight, w.bias, w.down, w.up)
+        return Weights(*(None if p is None else p.unflatten(0, (inputs, -1))[heads, share] for p in parts))  # type: ignore[arg-type]
+
+    def gradients(self) -> Weights:
+        """The parameters' `.grad`, made (zero) where there is none yet."""
+        for p in self.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return Weights(*(None if p is None else p.grad for p in self.parameter_list()))  # type: ignore[arg-type]
+
     def parameter_list(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """weight, bias, down, up."""
         return self.weight, self.bias, self.down, self.up
