@@ -1,14 +1,15 @@
 """Linearized models as first-class Transformers models: `Linearized<Family>Config` and `Linearized<Family>ForCausalLM`.
 
 `import trenchcoat` makes `AutoModelForCausalLM.from_pretrained(merged_folder)` work. Config classes are registered when
-Transformers' auto module is imported (before or after us), a family's model class when its config is first made, so
-that importing trenchcoat stays cheap. Classes are derived from the family's own; nothing of it is copied. Our settings
-live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}}`.
+Transformers' AutoConfig is first used (imported before or after us), a family's model class when its config is first
+made, so that importing trenchcoat stays cheap. Classes are derived from the family's own; nothing of it is copied. Our
+settings live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}}`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import sys
@@ -28,7 +29,7 @@ _AUTO_MODULE = "transformers.models.auto.configuration_auto"
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs :func:`register_families` right after Transformers' auto module is imported for the first time."""
+    """Sees Transformers' auto module being imported for the first time."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -41,27 +42,49 @@ class _AfterImport(MetaPathFinder):
             loader: Any = spec.loader
             execute = loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
+            def execute_and_wait(module: ModuleType) -> None:
                 execute(module)
-                register_families()
+                _register_on_first_use(module)
 
-            loader.exec_module = execute_and_register
+            loader.exec_module = execute_and_wait
         return spec
 
 
 def install() -> None:
-    """Register the families now, when Transformers' auto module is loaded already, or as soon as it is."""
+    """Have the families registered when AutoConfig (which AutoModel and AutoTokenizer ask) is first used."""
     if _AUTO_MODULE in sys.modules:
-        register_families()
+        _register_on_first_use(sys.modules[_AUTO_MODULE])
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def _register_on_first_use(module: Any) -> None:
+    """Wrap AutoConfig's two entrances; the first call unwraps them and registers the families.
+
+    Registering any earlier would import the families' modules in the middle of Transformers' own import.
+    """
+    kind = module.AutoConfig
+    names = [name for name in ("from_pretrained", "for_model") if name in vars(kind)]
+    originals = {name: vars(kind)[name] for name in names}
+
+    def wrapped(name: str) -> classmethod[Any, Any, Any]:
+        def first_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            for each, original in originals.items():
+                setattr(kind, each, original)
+            register_families()
+            return getattr(cls, name)(*args, **kwargs)
+
+        return classmethod(functools.update_wrapper(first_call, getattr(kind, name).__func__))
+
+    for name in names:
+        setattr(kind, name, wrapped(name))
 
 
 def register_families() -> None:
     """Register a linearized config class for every family known to work that this Transformers has."""
     from trenchcoat.families import KNOWN_FAMILIES
 
-    known = sys.modules[_AUTO_MODULE].CONFIG_MAPPING
+    known = importlib.import_module(_AUTO_MODULE).CONFIG_MAPPING
     for family in KNOWN_FAMILIES:
         if family in known:
             config_class(family)

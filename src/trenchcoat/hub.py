@@ -8,7 +8,7 @@ run folder        what a run left; its `adapter` folder is meant
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,11 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
         )
     if not isinstance(source, Mapping) or not isinstance(meta.get("student"), Mapping):
         raise UserError(f"{folder / ADAPTER_META} lacks `base` or `student`; export the adapter again")
-    half = dtype == "float16"
     cfg = ModelConfig(
         path=base if base is not None else str(source["path"]),
         revision=None if base is not None else source.get("revision"),
         device=device,
-        dtype="float32" if half else dtype,  # type: ignore[arg-type]
+        dtype=dtype,  # type: ignore[arg-type]
         attention=attention or str(source.get("attention", "sdpa")),
     )
     try:
@@ -152,9 +151,7 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
     except UserError as error:
         hint = "" if base is not None else "; when the base model has moved, give its place with base=..."
         raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
-    _check_base(folder, cfg.path, model, source)
-    if half:
-        model.half()
+    _check_base(folder, cfg, model, source)
     attach_students(model, auto.student_settings(meta["student"]))
     lora = meta.get("lora")
     if lora is not None:
@@ -167,16 +164,19 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
     return loaded.eval().requires_grad_(False), tokenizer
 
 
-def _check_base(folder: Path, path: str, model: Any, source: Mapping[str, Any]) -> None:
+def _check_base(folder: Path, cfg: ModelConfig, model: Any, source: Mapping[str, Any]) -> None:
     """Raise UserError when `model` is not the base that the adapter was made for."""
-    wanted, found = dict(source.get("config") or {}), _shape(model)
+    path, wanted, found = cfg.path, dict(source.get("config") or {}), _shape(model)
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(
                 f"the adapter {folder} was made for another base model than {path!r}: {name} is {found.get(name)!r} "
                 f"there, the adapter needs {value!r}"
             )
-    if source.get("fingerprint") not in (None, fingerprint(model)):
+    known = source.get("fingerprint")
+    if known is not None and cfg.dtype == "float16" and fingerprint(model) != known:
+        model, _ = load_model(replace(cfg, dtype="float32"))  # float16 has other roundings than the fingerprint
+    if known not in (None, fingerprint(model)):
         raise UserError(
             f"the adapter {folder} was made for another base model than {path!r}: the sizes agree, the weights do not "
             "(another checkpoint or revision of the same architecture?). Give the right one with base=..."
