@@ -30,6 +30,10 @@ def test_bootstrap_error_agrees_with_the_standard_error_of_a_mean() -> None:
     assert row_sums(means).error == pytest.approx(expected, rel=0.06)
 
 
+def test_the_noise_is_the_same_in_every_process() -> None:
+    assert row_sums([1.0, 2.0, 4.0]).error == pytest.approx(0.7114712, abs=1e-6)
+
+
 def test_noise_shared_by_both_models_does_not_count() -> None:
     noise = random.Random(0)
     text = [noise.gauss(3, 1) for _ in range(40)]

@@ -177,7 +177,7 @@ def score(
     pieces = []
     with _evaluating(model):
         for first in range(0, len(text.ids), batch_size):
-            pieces.append(_token_losses(model, text.ids[first:][:batch_size], text.real[first:][:batch_size]))
+            pieces.append(_token_losses(model, text.ids[first : first + batch_size]))
     losses, hits = (torch.cat(column) for column in zip(*pieces, strict=True))
     counted, probes = text.counted[:, 1:], recall_probes(text, window)[:, 1:]
     far = counted & (torch.arange(losses.shape[1]) >= 2 * window)
@@ -200,12 +200,13 @@ def _row_sums(values: Tensor, chosen: Tensor) -> RowSums:
     return RowSums(torch.where(chosen, values, 0.0).sum(1).tolist(), chosen.sum(1).tolist())
 
 
-def _token_losses(model: nn.Module, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, T] ids -> losses [b, T - 1] float64 and hits [b, T - 1] bool, on the CPU; padding gets whatever comes."""
-    device = _device(model)
-    ids = ids.to(device)
-    mask = None if bool(real.all()) else real.long().to(device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+def _token_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """[b, T] ids -> losses [b, T - 1] float64 and hits [b, T - 1] bool, on the CPU; padding gets whatever comes.
+
+    No mask is needed: padding stands behind the real tokens, and a causal model does not look ahead.
+    """
+    ids = ids.to(_device(model))
+    logits = model(input_ids=ids, use_cache=False).logits
     piece = max(1, LOGIT_ELEMENTS // (logits.shape[0] * logits.shape[2]))
     losses, hits = [], []
     for first in range(0, ids.shape[1] - 1, piece):
