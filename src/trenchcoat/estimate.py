@@ -8,8 +8,8 @@ import time
 import torch
 
 from trenchcoat.config import LoraConfig, StageConfig
+from trenchcoat.data import Batches
 from trenchcoat.runfolder import TRANSFER
-from trenchcoat.train import Batches
 from trenchcoat.workshop import Workshop
 
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
@@ -20,7 +20,9 @@ def stage_tokens(cfg: StageConfig, batches: Batches, seq_len: int) -> tuple[int,
     """(tokens trained, tokens evaluated) by a whole stage."""
     micro = cfg.max_steps * cfg.accumulation if cfg.max_steps is not None else math.ceil(cfg.epochs * len(batches))
     evaluations = 1 + math.ceil(micro / cfg.accumulation / cfg.eval_every)
-    rows = sum(len(batch["input_ids"]) for batch in batches.validation(cfg.eval_batches))
+    rows = batches.rows("validation")
+    if cfg.eval_batches is not None:
+        rows = min(rows, cfg.eval_batches * cfg.batch_size)
     return micro * cfg.batch_size * seq_len, evaluations * rows * seq_len
 
 

@@ -130,7 +130,9 @@ class _Plain:
         done, elapsed = step - self.first, now - self.began
         left = f", {_clock(elapsed / done * (self.total - step))} left" if done > 0 and step < self.total else ""
         rate = f" ({done / elapsed:.2f} steps/s{left})" if done > 0 and elapsed > 0 else ""
-        self.console.print(f"{self.title} {step}/{self.total}{rate} {_short(numbers)}", highlight=False, markup=False)
+        self.console.print(
+            f"{self.title} {step}/{self.total}{rate} {_short(numbers)}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _short(numbers: Mapping[str, float]) -> str:
@@ -195,12 +197,12 @@ class RunLog:
         """Record a sentence and show it."""
         self.log("info", text=text)
         if self.display != "off":
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:
         """Record a warning and show it, whatever the display setting."""
         self.log("warning", text=text)
-        self.console.print(f"warning: {text}", highlight=False, markup=False)
+        self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def sync(self) -> None:
         """Flush the lines to disk; called before a checkpoint claims a step."""

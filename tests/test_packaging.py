@@ -1,0 +1,54 @@
+"""A wheel built from the source tree holds all that runs need: code, recipes, embedded teacher, entry point."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built in a copy so that nothing is left in the repository."""
+    place = tmp_path_factory.mktemp("wheel")
+    tree = place / "tree"
+    shutil.copytree(
+        REPOSITORY / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".mypy_cache")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, tree / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(place), str(tree)], check=True, capture_output=True, text=True)
+    return next(place.glob("trenchcoat-*.whl"))
+
+
+def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    source = REPOSITORY / "src" / "trenchcoat"
+    kept = [
+        path
+        for pattern in ("*.py", "recipes/*.yaml", "embedded/teacher/*", "py.typed")
+        for path in source.rglob(pattern)
+    ]
+    for path in kept:
+        assert str(path.relative_to(source.parent)) in names, path.name
+    entry = next(name for name in names if name.endswith("entry_points.txt"))
+    assert "trenchcoat = trenchcoat.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_recipes_load_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import trenchcoat; print(trenchcoat.__file__, trenchcoat.load_recipe('llama3_1_8b').transfer.lr)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert str(tmp_path) in done.stdout
+    assert "0.01" in done.stdout
