@@ -18,7 +18,7 @@ def answer(results: Results, key: str) -> Verdict:
 def test_all_is_well() -> None:
     found = verdicts(made_results())
     assert {verdict.outcome for verdict in found} == {"yes"}
-    assert headline(found) == "Targets met: 3 of 3; 11 answers are YES, 0 NO, 0 not measured."
+    assert headline(found) == "Targets met: 3 of 3; answers: 11 YES, 0 NO, 0 not measured."
 
 
 @pytest.mark.parametrize(("key", "changes", "words"), [
@@ -26,7 +26,7 @@ def test_all_is_well() -> None:
     ("beats_window_sinks_lora", {"window_sinks_lora": (0.0, 0.01)}, "does NOT beat 'window + sinks + LoRA'"),
     ("needs_far", {"far_off": (0.04, 0.02)}, "does NOT need its linear part"),
     ("transfer_helps", {"lora_only": (0.0, 0.02)}, "does NOT beat 'LoRA only (no transfer)'"),
-    ("has_structure", {"window_sinks": (0.0, -0.02)}, "A window is as good as full attention"),
+    ("has_structure", {"window_sinks": (0.0, -0.02)}, "no linear part can show its worth"),
     ("recalls", {"window_sinks_lora": (0.0, 0.01)}, "difference in points: -"),
     ("share_target", {"transfer_lora": (0.25, 0.3)}, "MISSED: 'transfer + LoRA' closes 8"),
     ("far_share_target", {"transfer_lora": (0.1, 0.11)}, "MISSED: 'transfer + LoRA' closes"),
@@ -50,6 +50,17 @@ def test_a_difference_within_the_noise_is_no() -> None:
     verdict = answer(results, "beats_window_sinks")
     assert verdict.outcome == "no"
     assert "within the noise" in verdict.sentence
+
+
+def test_noise_too_large_to_tell_is_not_called_a_disguise() -> None:
+    results = made_results()
+    mine = results.rows["transfer_lora"]
+    sums = [total + (60 if row % 2 else -40) for row, total in enumerate(mine.far.sums)]
+    results.rows["far_off"] = replace(mine, far=RowSums(sums, mine.far.counts))
+    verdict = answer(results, "needs_far")
+    assert verdict.outcome == "no"
+    assert "was NOT shown to need its linear part" in verdict.sentence
+    assert "disguise" in answer(made_results(far_off=(0.04, 0.0)), "needs_far").sentence
 
 
 def test_a_far_part_worth_next_to_nothing_is_not_needed() -> None:

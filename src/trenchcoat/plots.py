@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from trenchcoat.results import (
     FAR_OFF,
@@ -167,9 +167,12 @@ def plot_rows(results: Results, path: Path) -> bool:
         pairs = (("all", "All tokens"), ("far", f"Tokens past 2W = {2 * results.window}"))
         for axes, (part, title) in zip(panels, pairs, strict=True):
             found = {name: paired_difference(getattr(s, part), getattr(teacher, part)) for name, s in rows}
-            finite = [d.value for name, d in found.items() if name != UNTRAINED and math.isfinite(d.value)]
-            limit = 1.25 * max([*finite, 0.01])
-            axes.set_xlim(min(0.0, *finite, 0.0) - 0.06 * limit, limit)
+            shown = [d for name, d in found.items() if name != UNTRAINED and math.isfinite(d.value)]
+            noise = [2 * d.error if math.isfinite(d.error) else 0.0 for d in shown]
+            low = min([0.0, *(d.value - e for d, e in zip(shown, noise, strict=True))])
+            high = max([0.01, *(d.value + e for d, e in zip(shown, noise, strict=True))])
+            limit = high + 0.12 * (high - low)
+            axes.set_xlim(low - 0.06 * (high - low), limit)
             for height, (name, difference) in enumerate(found.items()):
                 _dot(axes, height, difference.value, difference.error, limit, _colour(name))
             axes.axvline(0, color=COLOURS[TEACHER], linewidth=1)
@@ -223,6 +226,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
         figure = _figure(9, 3.7 * len(panels))
         for axes, draw in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             draw(axes)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path)
     return True
 

@@ -283,7 +283,8 @@ def _making(results: Results) -> list[str]:
     lines += [f"- {name}: {value}" for name, value in facts.items()] + [""] * bool(facts)
     for title, content in (("Data", results.data), ("Settings", results.recipe), ("Machine", results.environment)):
         if content:
-            lines += [f"### {title}", "", "| | |", "|---|---|", *_flat_rows(content), ""]
+            lines += [f"<details><summary>{title}</summary>", "", "| | |", "|---|---|", *_flat_rows(content)]
+            lines += ["", "</details>", ""]
     if any(results.decode.values()):
         lines += ["### Decoding", "", "| model | context | ms a token, median | mean | reading the context | cache |"]
         lines += ["|---|---:|---:|---:|---:|---:|"]

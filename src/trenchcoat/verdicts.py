@@ -113,7 +113,7 @@ def headline(found: Sequence[Verdict]) -> str:
     against, unknown = (sum(v.outcome == outcome for v in found) for outcome in ("no", "not measured"))
     parts = [f"Targets met: {targets.count('yes')} of {len(targets)}"]
     parts[0] += f" ({targets.count('not measured')} not measured)" if "not measured" in targets else ""
-    parts.append(f"{len(found) - against - unknown} answers are YES, {against} NO, {unknown} not measured")
+    parts.append(f"answers: {len(found) - against - unknown} YES, {against} NO, {unknown} not measured")
     return "; ".join(parts) + "."
 
 
@@ -139,7 +139,7 @@ def _in_words(difference: Difference) -> str:
     if not math.isfinite(difference.value):
         return "a loss is not a number"
     if not difference.clear:
-        return f"the loss difference of {signed(difference)} nats is within the noise"
+        return f"the loss difference of {signed(difference)} nats (above 0: in favour) is within the noise"
     side = "lower" if difference.value > 0 else "HIGHER"
     return f"the loss is {side} by {signed(Difference(abs(difference.value), difference.error))} nats"
 
@@ -153,7 +153,7 @@ def _has_structure(results: Results) -> Verdict:
     good = _better(gap) and gap.value >= LEAST_EFFECT
     text = f"Past 2W, the teacher against the better window + sinks row ({label(window)}): {_in_words(gap)}."
     if not good:
-        text += " A window is as good as full attention on this text, so no linear part could show its worth here."
+        text += " Without such a gap no linear part can show its worth on this text."
     return Verdict(key, question, _answer(good), text)
 
 
@@ -185,8 +185,10 @@ def _needs_far(results: Results) -> Verdict:
         text = f"'{label(name)}' needs its linear part: {numbers}."
     elif _better(difference):
         text = f"'{label(name)}' hardly needs its linear part: {numbers}, under the {LEAST_EFFECT} that would count."
-    else:
+    elif difference.value + 2 * difference.error < LEAST_EFFECT:
         text = f"'{label(name)}' does NOT need its linear part: {numbers}. It is a window model in disguise."
+    else:
+        text = f"'{label(name)}' was NOT shown to need its linear part: {numbers}, which is too large to tell."
     return Verdict(key, question, _answer(good), text)
 
 
@@ -238,7 +240,7 @@ def _decodes_faster(results: Results) -> Verdict:
     if good:
         text = f"Faster: {times}."
     elif student.ms_quartiles[0] > teacher.ms_quartiles[1]:
-        text = f"SLOWER: {times}. In a model this small the fixed work of a step outweighs attention over the context."
+        text = f"SLOWER: {times}. There the fixed work of a step still outweighs attention over the context."
     else:
         text = f"NOT faster: {times}; the spread of both overlaps."
     return Verdict(key, question, _answer(good), text)
