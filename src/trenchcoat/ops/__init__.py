@@ -15,6 +15,8 @@ from torch import Tensor
 
 from trenchcoat.ops import reference
 from trenchcoat.ops.chunkwise import aligned_attention
+from trenchcoat.ops.crossent import CrossEntropy, attention_cross_entropy
+from trenchcoat.ops.decode import decode
 from trenchcoat.ops.layout import Inputs
 from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
@@ -25,6 +27,7 @@ IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "reference")
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "CrossEntropy",
     "Impl",
     "Kind",
     "Learner",
@@ -32,6 +35,7 @@ __all__ = [
     "Rows",
     "Rule",
     "StudentState",
+    "attention_cross_entropy",
     "decode_step",
     "linear_window_attention",
     "transfer",
@@ -136,8 +140,7 @@ def _chunkwise(
     else:
         fq = fk = None
     sink_k, sink_v = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
-    log_ratio_H = mix_H if rule.affine else torch.nn.functional.logsigmoid(mix_H)
-    inputs = Inputs(q, k, v, fq, fk, log_ratio_H, sink_logit_H, sink_k, sink_v, rows.first_B, start)
+    inputs = Inputs(q, k, v, fq, fk, _log_ratio(mix_H, rule), sink_logit_H, sink_k, sink_v, rows.first_B, start)
     y = rows.restore(aligned_attention(inputs, rule=rule))
     if not return_state or state is None:
         return y, None
@@ -165,31 +168,26 @@ def decode_step(
     phi_k: PhiK | None = None,
 ) -> Tensor:
     """As :func:`linear_window_attention` for a few tokens, updating `state` in place; no gradients."""
-    y, after = linear_window_attention(
+    rule = Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
+    _check(q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF, mix_H, sink_logit_H, mask_BT, rule)
+    return decode(
         q_BHTD,
         k_BGTD,
         v_BGTE,
-        fq_BHTF,
-        fk_BKTF,
-        mix_H,
-        kind=kind,
-        window=window,
-        scale=scale,
-        softcap=softcap,
+        fq_BHTF if far else None,
+        fk_BKTF if far else None,
+        _log_ratio(mix_H, rule),
+        state,
+        rule=rule,
         sink_logit_H=sink_logit_H,
-        sinks=sinks,
-        affine=affine,
-        far=far,
         mask_BT=mask_BT,
-        state=state,
         phi_k=phi_k,
-        return_state=True,
-        impl="reference",
     )
-    assert after is not None
-    for name, tensor in state.tensors().items():
-        tensor.copy_(after.tensors()[name])
-    return y
+
+
+def _log_ratio(mix_H: Tensor, rule: Rule) -> Tensor:
+    """log(g / l), all of the mix that the formula depends on."""
+    return mix_H if rule.affine else torch.nn.functional.logsigmoid(mix_H)
 
 
 def _fresh_state(k_BGTD: Tensor, v_BGTE: Tensor, fk_BKTF: Tensor | None, rule: Rule) -> StudentState:

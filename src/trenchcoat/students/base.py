@@ -20,6 +20,7 @@ from trenchcoat.ops import (
     Rows,
     Rule,
     StudentState,
+    attention_cross_entropy,
     decode_step,
     linear_window_attention,
     transfer,
@@ -211,7 +212,7 @@ class StudentAttention(nn.Module):
         with torch.no_grad():
             rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
             q, k, v, y = (rows.align(t.detach()) for t in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
-            tokens = q_BHTD.shape[0] * q_BHTD.shape[2] if rows.length_B is None else int(rows.length_B.sum())
+            tokens = q.shape[0] * q.shape[2] if rows.length_B is None else int(rows.length_B.sum())
             count = max(1, tokens * self.num_heads * self.value_dim)
             power = _power(y, rows) / count
             weight = request.mse_weight / (power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0)
@@ -231,10 +232,40 @@ class StudentAttention(nn.Module):
                 error_scale=weight / count,
                 dlog_ratio_H=dlog_ratio if learns else None,
             )
+            mse, xent = error / count, torch.zeros_like(power)
+            if request.xent_weight and rule.far:
+                rows_count = max(1, tokens * self.num_heads)
+                xent, dlog = self._cross_entropy(q, k, rule, sink_logit, rows, request.xent_weight / rows_count, learns)
+                xent, dlog_ratio = xent / rows_count, dlog_ratio + dlog
             if learns:
                 self._add_mix_gradient(dlog_ratio)
-        mse = error / count
-        self.metrics = {"loss": weight * mse, "mse": mse, "xent": torch.zeros_like(mse), "target_power": power}
+        loss = weight * mse + request.xent_weight * xent
+        self.metrics = {"loss": loss, "mse": mse, "xent": xent, "target_power": power}
+
+    def _cross_entropy(
+        self, q: Tensor, k: Tensor, rule: Rule, sink_logit: Tensor | None, rows: Rows, weight: float, learns: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy, `weight` times its gradient for log(g / l)); adds the maps' gradients to `.grad`."""
+        with torch.set_grad_enabled(learns):
+            fq, fk = self._features(q, k)
+        assert fq is not None
+        assert fk is not None
+        result = attention_cross_entropy(
+            q,
+            k,
+            fq.detach(),
+            fk.detach(),
+            self._log_ratio(q)[0],
+            rule=rule,
+            sink_logit_H=sink_logit,
+            length_B=rows.length_B,
+            gradients=learns,
+        )
+        if not learns or result.dfq_BHTF is None or result.dfk_BKTF is None or result.dlog_ratio_H is None:
+            return result.total, torch.zeros_like(self._mix(q))
+        with torch.enable_grad():
+            torch.autograd.backward((fq, fk), (result.dfq_BHTF.mul_(weight), result.dfk_BKTF.mul_(weight)))
+        return result.total, result.dlog_ratio_H.mul_(weight)
 
     def _log_ratio(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """(log(g / l), room for its gradient)."""

@@ -1,0 +1,119 @@
+"""Cross-entropy between the rows of the teacher's and the student's attention maps, in blocks of queries.
+
+H(a_n, a_hat_n) = - sum_j a_nj log a_hat_nj. Quadratic in time, but only [block, T] pieces of one head exist at a time.
+A sink logit is one more column of both maps.
+
+Shape legend: B rows, H query heads, G key/value heads, K key maps (G or H), T tokens, F features, Q queries of a block,
+J keys they can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops.state import LINEAR_EPS, Rule
+
+BLOCK_ELEMENTS = 1 << 19
+"""Entries of one piece of a map."""
+SMALLEST = 1e-30
+"""Far weights are clamped here before the logarithm."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Sum over rows, heads and tokens, and its gradients (None when not asked for)."""
+
+    total: Tensor
+    dfq_BHTF: Tensor | None
+    dfk_BKTF: Tensor | None
+    dlog_ratio_H: Tensor | None
+
+
+@torch.no_grad()
+def attention_cross_entropy(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    fq_BHTF: Tensor,
+    fk_BKTF: Tensor,
+    log_ratio_H: Tensor,
+    *,
+    rule: Rule,
+    sink_logit_H: Tensor | None = None,
+    length_B: Tensor | None = None,
+    teacher_window: int | None = None,
+    gradients: bool = True,
+) -> CrossEntropy:
+    """For rows without holes (`length_B` tokens each, None: all T); the teacher is causal softmax, over the last
+    `teacher_window` tokens when given. Needs `rule.far`: without it the student's map has zeros."""
+    if not rule.far:
+        raise ValueError("the cross-entropy needs the far part; without it the student gives most keys probability 0")
+    batch, heads, tokens, _ = q_BHTD.shape
+    total = torch.zeros((), dtype=fq_BHTF.dtype, device=q_BHTD.device)
+    dfq = torch.zeros_like(fq_BHTF) if gradients else None
+    dfk = torch.zeros_like(fk_BKTF) if gradients else None
+    dratio = torch.zeros_like(log_ratio_H) if gradients else None
+    lengths = [tokens] * batch if length_B is None else length_B.tolist()
+    block = max(1, BLOCK_ELEMENTS // tokens)
+    for b in range(batch):
+        for h in range(heads):
+            key_map = h * fk_BKTF.shape[1] // heads
+            k = k_BGTD[b, h * k_BGTD.shape[1] // heads].to(fq_BHTF.dtype)
+            sink = None if sink_logit_H is None else sink_logit_H[h].to(fq_BHTF.dtype)
+            for t0 in range(0, lengths[b], block):
+                t1 = min(t0 + block, lengths[b])
+                fq, fk = fq_BHTF[b, h, t0:t1], fk_BKTF[b, key_map, :t1]
+                scores = rule.scale * q_BHTD[b, h, t0:t1].to(fq.dtype) @ k[:t1].mT
+                loss, dfar, dlog = _block(scores, fq @ fk.mT, log_ratio_H[h], sink, t0, rule, teacher_window)
+                total += loss
+                if dfq is not None and dfk is not None and dratio is not None:
+                    dfq[b, h, t0:t1] = dfar @ fk
+                    dfk[b, key_map, :t1].addmm_(dfar.mT, fq)
+                    dratio[h] += dlog
+    return CrossEntropy(total, dfq, dfk, dratio)
+
+
+def _block(
+    scores_QJ: Tensor,
+    far_QJ: Tensor,
+    log_ratio: Tensor,
+    sink: Tensor | None,
+    t0: int,
+    rule: Rule,
+    teacher_window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the queries' cross-entropies, gradient for the far products, gradient for log(g / l))."""
+    if rule.softcap is not None:
+        scores_QJ = rule.softcap * torch.tanh(scores_QJ / rule.softcap)
+    key = torch.arange(scores_QJ.shape[1], device=scores_QJ.device)
+    query = key[t0:, None]
+    hidden = key > query
+    if teacher_window is not None:
+        hidden |= key <= query - teacher_window
+    teacher = scores_QJ.masked_fill(hidden, float("-inf"))
+    near, far = rule.is_near(query, key), rule.is_far(query, key)
+    largest = scores_QJ.masked_fill(~near, torch.finfo(scores_QJ.dtype).min).amax(-1, keepdim=True)
+    if sink is not None:
+        teacher = torch.cat([teacher, sink.expand(len(teacher), 1)], -1)
+        largest = largest.clamp_min(sink)
+    teacher = teacher.softmax(-1)
+    probability, none = teacher[:, : scores_QJ.shape[1]], torch.zeros((), dtype=far_QJ.dtype, device=far_QJ.device)
+    log_near = (log_ratio + scores_QJ - largest).masked_fill(~near, float("-inf"))
+    near_den = log_near.exp().sum(-1)
+    near_share = (probability * near).sum(-1)
+    cross = torch.where(near, probability * log_near, none).sum(-1)
+    if sink is not None and rule.kind != "linear":
+        log_sink = (log_ratio + sink - largest)[:, 0]
+        near_den, near_share = near_den + log_sink.exp(), near_share + teacher[:, -1]
+        cross = cross + teacher[:, -1] * log_sink
+    weight = torch.where(far, far_QJ, none)
+    den = near_den + weight.sum(-1) + (LINEAR_EPS if rule.kind == "linear" else 0.0)
+    safe = far_QJ.clamp_min(SMALLEST)
+    cross = cross + torch.where(far, probability * safe.log(), none).sum(-1)
+    everything = probability.sum(-1) if rule.kind == "linear" else teacher.sum(-1)
+    loss = (everything * den.log() - cross).sum()
+    share = (everything / den)[:, None]
+    dfar = torch.where(far, share - probability / safe * (far_QJ >= SMALLEST), none)
+    return loss, dfar, (near_den * share[:, 0] - near_share).sum()
