@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +133,26 @@ def test_a_keyboard_interrupt_exits_1_and_says_how_to_go_on(
 
     monkeypatch.setattr(stages, "transfer", interrupted)
     assert "run the same command again" in _fails(["transfer", "demo", *tiny_overrides], 1, capsys)
+
+
+def test_ctrl_c_saves_stops_cleanly_and_says_so(tiny_overrides: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-m", "trenchcoat", "transfer", "demo", *tiny_overrides,
+               "transfer.max_steps=100000", "transfer.eval_every=1000", "transfer.save_every=1000"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not (log.is_file() and '"step": 3,' in log.read_text()):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "run" / "checkpoints" / "transfer").glob("step-*"))
 
 
 def test_the_whole_way_in_processes_of_its_own(

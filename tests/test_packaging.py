@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +43,20 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
     entry = next(name for name in names if name.endswith("entry_points.txt"))
     assert "trenchcoat = trenchcoat.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
+    declared = set(re.findall(r'^    "([a-z0-9-]+)>=', (REPOSITORY / "pyproject.toml").read_text(), flags=re.MULTILINE))
+    names = {"pyyaml": "yaml"}
+    known = {names.get(name, name.replace("-", "_")) for name in declared} | {"trenchcoat"} | sys.stdlib_module_names
+    for path in (REPOSITORY / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in modules:
+                assert module.split(".")[0] in known, (
+                    f"{path.name} imports {module}, which pyproject.toml does not name"
+                )
 
 
 def test_recipes_load_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
