@@ -153,18 +153,29 @@ def _naive_loss(
     return loss, student_BHTT, teacher_BHTT
 
 
-def _seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each, measured in turns so that a busy machine slows all of them alike."""
-    taken: dict[str, list[float]] = {name: [] for name in work}
+@dataclass(frozen=True)
+class Clock:
+    """Median seconds of one piece of work: wall clock, and the processor's own (which other programs disturb less)."""
+
+    wall: float
+    processor: float
+
+
+def _seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, Clock]:
+    """Time each piece of work, in turns so that a busy machine slows all alike; the first turn does not count."""
+    taken: dict[str, list[Clock]] = {name: [] for name in work}
     for turn in range(repeats + 1):
         for name, call in work.items():
             _wait(device)
-            began = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             call()
             _wait(device)
             if turn:
-                taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in taken.items()}
+                taken[name].append(Clock(time.perf_counter() - wall, time.process_time() - processor))
+    median = statistics.median
+    return {
+        name: Clock(median(c.wall for c in all_), median(c.processor for c in all_)) for name, all_ in taken.items()
+    }
 
 
 def _wait(device: str) -> None:
@@ -206,7 +217,11 @@ def _times(sizes: Sizes, device: str) -> dict[int, dict[str, float]]:
         if length == sizes.naive_length:
             rare["naive"] = bench.naive_step
         seconds |= _seconds(rare, min(sizes.repeats, 3), device)
-        found[length] = {**seconds, "ratio": seconds["step"] / seconds["teacher"]}
+        found[length] = {
+            **{name: clock.wall for name, clock in seconds.items()},
+            "ratio": seconds["step"].wall / seconds["teacher"].wall,
+            "processor_ratio": seconds["step"].processor / seconds["teacher"].processor,
+        }
     return found
 
 
@@ -242,12 +257,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"Attention-transfer step, {result['model']['layers']} layers, float32, "
         f"{result['environment']['threads']} threads",
-        f"{'tokens':>8} {'teacher':>10} {'with head':>10} {'step':>10} {'step/teacher':>13} {'target':>8}",
+        f"{'tokens':>8} {'teacher':>10} {'with head':>10} {'step':>10} {'step/teacher':>13} "
+        f"{'(CPU time)':>11} {'target':>8}",
     ]
     for tokens, row in result["seconds_by_tokens"].items():
         lines.append(
             f"{tokens:>8} {row['teacher']:>9.3f}s {row['teacher_with_head']:>9.3f}s {row['step']:>9.3f}s "
-            f"{row['ratio']:>12.2f}x {_limit(limits['time_ratio'].get(tokens))}"
+            f"{row['ratio']:>12.2f}x {row['processor_ratio']:>10.2f}x {_limit(limits['time_ratio'].get(tokens))}"
         )
     steps = ", ".join(f"{d} layers {result['memory_bytes_by_layers'][d]['step'] / 2**20:.1f} MiB" for d in depths)
     lines += [
