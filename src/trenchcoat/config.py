@@ -106,7 +106,7 @@ class DataConfig:
     seq_len: int = 1024
     """Tokens of one training row, T."""
     packing: Literal["across", "contiguous"] = "across"
-    """`across`: samples are concatenated and cut; `contiguous`: a row never holds two samples (short ones are padded)."""
+    """`across`: samples are concatenated and cut; `contiguous`: a row holds one sample (short rows are padded)."""
     mask_prompt: bool = True
     """alpaca and chat: only the response counts in the labels."""
     eos: bool = True
