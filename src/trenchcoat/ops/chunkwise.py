@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.layout import Inputs, Part, Work, parts
+from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, parts
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.tiles import Scratch, bmm_shared
 
@@ -82,7 +82,7 @@ def aligned_attention(x: Inputs, *, rule: Rule) -> Tensor:
 def _parts(x: Inputs, rule: Rule) -> Iterator[Part]:
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads = x.k_BGTD.shape[1]
-    return parts(batch, kv_heads, heads // kv_heads, -(-tokens // rule.window), rule.window)
+    return parts(batch, kv_heads, heads // kv_heads, -(-tokens // rule.window), rule.window, TILE_TOKENS)
 
 
 def _forward_tile(

@@ -1,6 +1,6 @@
 """Cross-entropy between the rows of the teacher's and the student's attention maps, in blocks of queries.
 
-H(a_n, a_hat_n) = - sum_j a_nj log a_hat_nj. Quadratic in time, but only [block, T] pieces of one head exist at a time.
+H(a_n, a_hat_n) = - sum_j a_nj log a_hat_nj. Quadratic in time, but only [block, T] pieces of a head exist at a time.
 A sink logit is one more column of both maps.
 
 Shape legend: B rows, H query heads, G key/value heads, K key maps (G or H), T tokens, F features, Q queries of a block,

@@ -36,7 +36,7 @@ def parts(
     shared: int,
     chunks: int,
     window: int,
-    budget: int = TILE_TOKENS,
+    budget: int,
     *,
     whole_rows: bool = False,
 ) -> Iterator[Part]:

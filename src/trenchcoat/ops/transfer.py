@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.layout import Inputs, Work, parts
+from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Work, parts
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.tiles import Scratch
 
@@ -84,7 +84,7 @@ def transfer(
     x = Inputs(q_BHTD, k_BGTD, v_BGTE, None, None, log_ratio_H, sink_logit_H, *sinks, first_B, None)
     total = torch.zeros((), dtype=wide, device=q_BHTD.device)
     chunks = -(-tokens // rule.window)
-    for part in parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, whole_rows=True):
+    for part in parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS, whole_rows=True):
         work = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
         y_hat, den = _forward(work, query, key)
         error = _error(work, y_hat, y_BHTE, length_B)

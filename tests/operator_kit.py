@@ -1,0 +1,168 @@
+"""Random calls of the operator, and errors with a budget derived from an independent float32 run of the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops import StudentState, linear_window_attention
+
+NAMES = ("q", "k", "v", "fq", "fk", "mix", "sink_logit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Sizes and settings of one call; features of keys are a fixed positive function of the keys."""
+
+    kind: str = "terrace"
+    window: int = 4
+    tokens: int = 23
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    key_maps: int = 4
+    dim: int = 6
+    values: int = 5
+    features: int = 8
+    mask: str | None = None
+    sink_logit: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """q, k, v, fq, fk, mix, sink_logit in float64."""
+        make = torch.Generator().manual_seed(self.tokens * 1000 + self.window)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=make, dtype=torch.float64)
+
+        q = random(self.batch, self.heads, self.tokens, self.dim)
+        k = random(self.batch, self.kv_heads, self.tokens, self.dim)
+        v = random(self.batch, self.kv_heads, self.tokens, self.values)
+        fq = random(self.batch, self.heads, self.tokens, self.features).abs()
+        return [q, k, v, fq, self.phi(k), random(self.heads), random(self.heads)]
+
+    def phi(self, k_BGND: Tensor) -> Tensor:
+        """Key features [B, K, N, F]."""
+        make = torch.Generator().manual_seed(99)
+        weight = torch.randn(self.key_maps, self.dim, self.features, generator=make, dtype=torch.float64)
+        shared = self.key_maps // k_BGND.shape[1]
+        return torch.relu(k_BGND.repeat_interleave(shared, 1) @ weight.to(k_BGND.dtype)).clamp_min(1e-12)
+
+    @property
+    def terms(self) -> int:
+        """Products summed for one number of the result, roughly: far sums, and the window over the heads that share it."""
+        return self.tokens * self.features + 2 * self.window * self.dim * self.heads
+
+    def real(self) -> Tensor | None:
+        """The mask, [B, T], rows padded differently."""
+        if self.mask is None:
+            return None
+        mask = torch.ones(self.batch, self.tokens, dtype=torch.bool)
+        for b in range(self.batch):
+            pads = self.tokens * (b + 1) // (2 * self.batch)
+            if self.mask == "left":
+                mask[b, :pads] = False
+            elif self.mask == "right":
+                mask[b, self.tokens - pads :] = False
+            else:
+                mask[b] = torch.rand(self.tokens, generator=torch.Generator().manual_seed(b)) > 0.3
+        return mask
+
+    def call(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        impl: str,
+        span: slice = slice(None),
+        state: StudentState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, StudentState | None]:
+        """The operator on tokens `span`."""
+        q, k, v, fq, fk, mix, sink = tensors
+        mask = self.real()
+        return linear_window_attention(
+            q[:, :, span],
+            k[:, :, span],
+            v[:, :, span],
+            fq[:, :, span],
+            fk[:, :, span],
+            mix,
+            kind=self.kind,  # type: ignore[arg-type]
+            window=self.window,
+            scale=0.7,
+            sink_logit_H=sink if self.sink_logit else None,
+            mask_BT=None if mask is None else mask[:, span],
+            state=state,
+            phi_k=self.phi,
+            return_state=return_state,
+            impl=impl,
+            **self.options,
+        )
+
+    def results(self, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and the gradients of a random projection of it, in float64."""
+        tensors = [t.to(dtype).requires_grad_() for t in self.tensors()]
+        y, _ = self.call(tensors, impl=impl)
+        projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        grads = torch.autograd.grad((y * projection.to(dtype)).sum(), tensors, allow_unused=True)
+        found = {"y": y.detach().double()}
+        for name, tensor, grad in zip(NAMES, tensors, grads, strict=True):
+            found[f"d{name}"] = torch.zeros_like(tensor).double() if grad is None else grad.double()
+        return found
+
+
+def variants(kind: str) -> list[Case]:
+    """The settings every kind is tested with."""
+    base = Case(kind=kind)
+    cases = [
+        base,
+        replace(base, key_maps=2),
+        replace(base, kv_heads=4),
+        replace(base, kv_heads=1, key_maps=1),
+        replace(base, options={"affine": True}),
+        replace(base, options={"softcap": 2.0}),
+        replace(base, sink_logit=True),
+        replace(base, window=1),
+        replace(base, window=16),
+        *(replace(base, mask=mask) for mask in ("left", "right", "odd")),
+    ]
+    if kind != "linear":
+        everything = {"sinks": 6, "softcap": 3.0, "affine": True}
+        cases += [
+            replace(base, options={"sinks": 2}),
+            replace(base, options=everything, sink_logit=True, key_maps=2, mask="odd"),
+            replace(base, options={"far": False}),
+            replace(base, options={"far": False, "sinks": 3}, sink_logit=True, mask="left"),
+        ]
+    return cases
+
+
+def label(case: Case) -> str:
+    """A test id."""
+    plain = Case(kind=case.kind)
+    parts = [case.kind]
+    for name in ("window", "tokens", "kv_heads", "key_maps", "mask", "sink_logit"):
+        if getattr(case, name) != getattr(plain, name):
+            parts.append(f"{name}={getattr(case, name)}")
+    parts += [f"{name}={value}" for name, value in case.options.items()]
+    return ",".join(parts)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Largest deviation over the largest value (or 0.25, as inputs are of unit size); infinite when not a number."""
+    if exact.numel() == 0:
+        return 0.0
+    if not bool(torch.isfinite(found).all()):
+        return float("inf")
+    return float((found.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(0.25))
+
+
+def budget(independent: float, terms: int) -> float:
+    """Error allowed to a float32 run: 8 times that of an independent float32 run of the reference on the same numbers,
+    or that of `terms` roundings adding up at random, whichever is larger."""
+    rounding = float(torch.finfo(torch.float32).eps)
+    return max(8 * independent, 4 * rounding * terms**0.5)

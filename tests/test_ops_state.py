@@ -1,0 +1,186 @@
+"""Prefill equals decode: any split of a row, any rows in a batch, a state that never grows."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from operator_kit import Case, error, label
+from trenchcoat.ops import IMPLEMENTATIONS, Rule, StudentState, decode_step
+
+KINDS = ("terrace", "sliding", "linear")
+TOLERANCE = 1e-10
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for kind in KINDS:
+        base = Case(kind=kind, tokens=31, batch=3)
+        cases += [base, replace(base, key_maps=2), replace(base, mask="odd"), replace(base, mask="left", window=3)]
+        if kind != "linear":
+            cases += [
+                replace(base, options={"sinks": 3, "softcap": 2.0, "affine": True}, mask="odd", sink_logit=True),
+                replace(base, options={"sinks": 9}),
+                replace(base, options={"far": False, "sinks": 2}),
+                replace(base, window=1, options={"sinks": 1}),
+            ]
+    return cases
+
+
+def _empty(case: Case, dtype: torch.dtype = torch.float64) -> StudentState:
+    rule = Rule(kind=case.kind, window=case.window, scale=0.7, sinks=case.options.get("sinks", 0))  # type: ignore[arg-type]
+    return StudentState.empty(
+        case.batch,
+        rule=rule,
+        kv_heads=case.kv_heads,
+        key_map_heads=case.key_maps,
+        key_dim=case.dim,
+        value_dim=case.values,
+        features=case.features,
+        dtype=dtype,
+    )
+
+
+def _decode(case: Case, tensors: list[Tensor], state: StudentState, span: slice) -> Tensor:
+    q, k, v, fq, fk = (t[:, :, span] for t in tensors[:5])
+    mask = case.real()
+    return decode_step(
+        q,
+        k,
+        v,
+        fq,
+        fk,
+        tensors[5],
+        state,
+        kind=case.kind,  # type: ignore[arg-type]
+        window=case.window,
+        scale=0.7,
+        sink_logit_H=tensors[6] if case.sink_logit else None,
+        mask_BT=None if mask is None else mask[:, span],
+        phi_k=case.phi,
+        **case.options,
+    )
+
+
+def _visible(state: StudentState, case: Case) -> dict[str, Tensor]:
+    """The state with zeros in buffer slots no later query can read."""
+    rule = Rule(kind=case.kind, window=case.window, scale=1.0)  # type: ignore[arg-type]
+    tensors = state.tensors()
+    held = state.slot_positions()
+    live = (held >= rule.near_start(state.seen_B - 1)[:, None]) & (held >= 0)
+    for name in ("k_BGND", "v_BGNE"):
+        tensors[name] = tensors[name] * live[:, None, :, None]
+    return tensors
+
+
+@pytest.mark.parametrize("case", _cases(), ids=label)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_any_split_gives_the_same(case: Case, impl: str) -> None:
+    tensors = case.tensors()
+    whole, _ = case.call(tensors, impl=impl)
+    cuts = (
+        ((0, 1, 31), (0, 3, 4, 31), (0, 8, 17, 31), (0, 13, 30, 31), (0, 31)) if impl == "chunkwise" else ((0, 13, 31),)
+    )
+    for edges in cuts:
+        state: StudentState | None = _empty(case)
+        for start, stop in itertools.pairwise(edges):
+            y, state = case.call(tensors, impl=impl, span=slice(start, stop), state=state, return_state=True)
+            assert error(y, whole[:, :, start:stop]) < TOLERANCE
+    expected = None
+    if impl == "chunkwise" and state is not None:
+        _, expected = case.call(tensors, impl="reference", return_state=True, state=_empty(case))
+    if expected is not None and state is not None:
+        found, want = _visible(state, case), _visible(expected, case)
+        for name in found:
+            assert error(found[name], want[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("case", _cases(), ids=label)
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("prefill", [0, 7, 8, 21])
+def test_decoding_continues_prefill(case: Case, step: int, prefill: int) -> None:
+    tensors = case.tensors()
+    whole, _ = case.call(tensors, impl="reference")
+    state = _empty(case)
+    if prefill:
+        _, after = case.call(tensors, impl="chunkwise", span=slice(prefill), state=state, return_state=True)
+        assert after is not None
+        state = after
+    where = {name: t.data_ptr() for name, t in state.tensors().items()}
+    for start in range(prefill, case.tokens, step):
+        span = slice(start, min(start + step, case.tokens))
+        assert error(_decode(case, tensors, state, span), whole[:, :, span]) < TOLERANCE
+    assert where == {name: t.data_ptr() for name, t in state.tensors().items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_flow_through_the_new_tokens_only(kind: str) -> None:
+    case = Case(kind=kind, tokens=31)
+    found = {}
+    for impl in IMPLEMENTATIONS:
+        tensors = case.tensors()
+        _, state = case.call(tensors, impl=impl, span=slice(13), return_state=True)
+        leaves = [t[:, :, 13:].clone().requires_grad_() if t.ndim == 4 else t.requires_grad_() for t in tensors]
+        y, _ = case.call(leaves, impl=impl, state=state)
+        y.square().sum().backward()
+        found[impl] = [y, *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves[:5])]
+    for a, b in zip(*found.values(), strict=True):
+        assert error(a, b) < TOLERANCE
+
+
+def test_the_incoming_state_is_left_alone() -> None:
+    case = Case(tokens=30)
+    tensors = case.tensors()
+    _, state = case.call(tensors, impl="chunkwise", span=slice(11), return_state=True)
+    assert state is not None
+    before = state.clone()
+    case.call(tensors, impl="chunkwise", span=slice(11, 30), state=state, return_state=True)
+    for name, tensor in state.tensors().items():
+        assert torch.equal(tensor, before.tensors()[name])
+
+
+def test_rows_of_a_state_can_be_picked_repeated_and_cleared() -> None:
+    case = Case(tokens=30, batch=2)
+    _, state = case.call(case.tensors(), impl="chunkwise", return_state=True)
+    assert state is not None
+    picked = state.index_select(torch.tensor([1, 1, 0]))
+    twice = state.repeat_interleave(2)
+    for name, tensor in state.tensors().items():
+        assert torch.equal(picked.tensors()[name], tensor[[1, 1, 0]])
+        assert torch.equal(twice.tensors()[name], tensor[[0, 0, 1, 1]])
+    size = state.nbytes()
+    fresh = state.clone().zero_()
+    assert state.seen_B.tolist() == [30, 30]
+    assert fresh.nbytes() == size == _empty(case).nbytes()
+    tensors = case.tensors()
+    want = _decode(case, tensors, _empty(case), slice(0, 12))
+    assert torch.equal(_decode(case, tensors, fresh, slice(0, 12)), want)
+
+
+def test_a_buffer_needs_the_key_map() -> None:
+    case = Case(tokens=30)
+    tensors = case.tensors()
+    _, state = case.call(tensors, impl="chunkwise", return_state=True)
+    assert state is not None
+    q, k, v, fq, fk, mix, _ = tensors
+    with pytest.raises(ValueError, match="phi_k"):
+        decode_step(q, k, v, fq, fk, mix, state, kind="terrace", window=4, scale=1.0)
+
+
+def test_low_precision_buffers_keep_float32_sums() -> None:
+    case = Case(tokens=50)
+    tensors = [t.to(torch.bfloat16) for t in case.tensors()[:3]] + [t.float() for t in case.tensors()[3:]]
+    tensors[4] = case.phi(tensors[1].float())
+    whole, _ = case.call(tensors, impl="chunkwise")
+    state = _empty(case, torch.bfloat16)
+    assert state.far_s_BKFE.dtype == torch.float32
+    steps = []
+    for t in range(case.tokens):
+        q, k, v, fq, fk = (x[:, :, t : t + 1] for x in tensors[:5])
+        phi = lambda keys: case.phi(keys.float())  # noqa: E731
+        steps.append(decode_step(q, k, v, fq, fk, tensors[5], state, kind="terrace", window=4, scale=0.7, phi_k=phi))
+    assert error(torch.cat(steps, 2), whole) <= torch.finfo(torch.bfloat16).eps
