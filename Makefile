@@ -1,7 +1,8 @@
 # Two commands, each of which sets itself up on a fresh machine:
 #   make demo    linearize the embedded language model, minutes on two CPU cores
 #   make test    the whole test suite
-# PYTHON=python3.12 make test   picks another interpreter; VENV=... another folder for the environment.
+# ARGS="student.window=16" make demo   overrides settings; PYTHON=python3.12 picks another interpreter; VENV=... another
+# folder for the environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: demo test lint wheel clean
 
 demo: $(STAMP)
-	$(BIN)/trenchcoat demo
+	$(BIN)/trenchcoat demo $(ARGS)
 
 # One thread a worker: two workers keep two cores busy, and threads that spin on a busy machine cost more than they give.
 test: $(STAMP)
