@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import trenchcoat.data
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data import Batches, load_batches
+from trenchcoat.data import Batches, load_batches, sources
 from trenchcoat.data.packing import pack
 from trenchcoat.data.samples import PROMPT_WITHOUT_INPUT
+from trenchcoat.embedded import stdlib_documents
 
 SHARED = Path(__file__).parents[2] / "shared"
 Load = Callable[..., Batches]
@@ -308,12 +309,16 @@ def test_rows_beyond_one_call_of_the_tokenizer(load: Load, monkeypatch: pytest.M
     assert all_rows(pieces) == all_rows(whole)
 
 
-def test_the_embedded_text(load: Load, tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = load("embedded", seq_len=64, max_rows=3)
-    assert batches.rows("train") > 20
-    assert batches.rows("validation") > batches.rows("train")  # the held-out modules are not limited by max_rows
+def test_the_embedded_text(load: Load, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "stdlib_documents", lambda split: islice(stdlib_documents(split), 4))
+    batches = load("embedded", seq_len=64, max_rows=1)
+    assert batches.counts["rows_read"] == 1 + 4  # the held-out modules are not limited by max_rows
+    assert batches.rows("train") > 4
     held_out = " ".join(text_of(row, tokenizer) for batch in batches.validation(50) for row in batch["input_ids"])
     assert "import" in held_out
+    monkeypatch.setattr(sources, "stdlib_documents", lambda split: stdlib_documents(split, root=SHARED / "nowhere"))
+    with pytest.raises(UserError, match="no Python source found"):
+        load("embedded")
 
 
 @pytest.mark.skipif(not (SHARED / "data/alpaca/alpaca_data.json").is_file(), reason="no shared Alpaca data")

@@ -121,10 +121,10 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int)
     Raises ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
     """
     _check(cfg, batch_size, seed)
-    train, validation, held = _sources(cfg)
+    train, validation, hold = _sources(cfg)
     limit = cfg.max_rows
     if validation is None and limit is not None:
-        limit = limit + held if cfg.validation_fraction is None else math.ceil(limit / (1 - cfg.validation_fraction))
+        limit += hold if isinstance(hold, int) else max(1, round(limit * hold / (1 - hold)))
     key, table = _table(train, cfg, tokenizer, limit)
     tables = [table]
     spans: dict[Part, tuple[TokenTable, int, int]]
@@ -133,8 +133,7 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int)
         tables.append(other)
         spans = {"train": (table, 0, table.rows), "validation": (other, 0, other.rows)}
     else:
-        if cfg.validation_fraction is not None and not is_text_path(cfg.path):
-            held = max(1, round(table.rows * cfg.validation_fraction))
+        held = hold if isinstance(hold, int) else max(1, round(table.rows * hold))
         if table.rows <= held:
             raise UserError(
                 f"{train.name} has {table.rows} rows, too few to hold out {held} for validation and train on the "
@@ -166,8 +165,8 @@ def _check(cfg: DataConfig, batch_size: int, seed: int) -> None:
         raise UserError(f"data.validation_fraction={share} must lie between 0 and 1, both excluded")
 
 
-def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int]:
-    """Training source, validation source (None: hold rows out of the first) and the number of rows to hold out."""
+def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:
+    """Training source, validation source, and without the latter the rows (int) or the share (float) to hold out."""
     validation = None
     if cfg.validation_path is not None:
         validation = _validation_source(cfg.validation_path, cfg)
@@ -175,12 +174,13 @@ def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int]:
         return embedded_source("train"), validation or embedded_source("validation"), 0
     if is_text_path(cfg.path) and validation is None:
         return split_text_source(cfg.path, cfg.validation_fraction or TEXT_HELD_OUT), None, 1
+    hold = cfg.validation_rows if cfg.validation_fraction is None else cfg.validation_fraction
     if is_file_path(cfg.path):
-        return file_source(cfg.path), validation, cfg.validation_rows
+        return file_source(cfg.path), validation, hold
     splits = dataset_splits(cfg.path, cfg.subset)
     if validation is None and "validation" in splits and cfg.split != "validation":
         validation = dataset_source(cfg.path, splits, "validation")
-    return dataset_source(cfg.path, splits, cfg.split), validation, cfg.validation_rows
+    return dataset_source(cfg.path, splits, cfg.split), validation, hold
 
 
 def _validation_source(path: str, cfg: DataConfig) -> Source:
