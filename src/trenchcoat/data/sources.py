@@ -36,8 +36,11 @@ class Source:
 
 
 def embedded_source(split: Split) -> Source:
-    """The standard library's source, one document a module."""
-    documents = [text for _, text in stdlib_documents(split)]
+    """The standard library's source, one document a module; raises ``UserError`` when the interpreter has none."""
+    try:
+        documents = [text for _, text in stdlib_documents(split)]
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
     digest = hashlib.sha256()
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
