@@ -1,0 +1,1 @@
+"""Measurements on this machine, one module each: ``trenchcoat bench NAME`` runs ``trenchcoat.bench.NAME.main``."""
