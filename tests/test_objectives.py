@@ -62,6 +62,15 @@ def test_the_normalized_loss_is_relative() -> None:
     assert measured["loss/layer_00"] == pytest.approx(1000 * measured["relative/layer_00"], rel=1e-4)
 
 
+def test_the_cross_entropy_joins_when_it_has_a_weight() -> None:
+    model = transfer_model()
+    with torch.no_grad():
+        measured = transfer_objective(TransferConfig(xent_weight=2.0))(model, BATCHES.train_batch(0))
+    assert measured["xent/layer_01"] > 0
+    expected = 1000 * measured["mse/layer_01"] + 2 * measured["xent/layer_01"]
+    assert measured["loss/layer_01"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_transfer_does_not_depend_on_padding() -> None:
     """The loss of a padded row is the loss of that row alone; weights are real tokens."""
     model = transfer_model()

@@ -16,7 +16,7 @@ from training_kit import numbers_of, two_stages
 from trenchcoat.runlog import read_metrics
 
 WORKER = Path(__file__).parent / "resume_worker.py"
-PATIENCE = 90.0
+PATIENCE = 300.0
 
 
 def start(run_dir: Path, delay: float) -> subprocess.Popen[bytes]:
