@@ -54,7 +54,7 @@ class Case:
 
     @property
     def terms(self) -> int:
-        """Products summed for one number of the result, roughly: far sums, and the window over the heads that share it."""
+        """Products summed for one number, roughly: the far sums, and the window over the heads that share its keys."""
         return self.tokens * self.features + 2 * self.window * self.dim * self.heads
 
     def real(self) -> Tensor | None:
@@ -158,6 +158,7 @@ def error(found: Tensor, exact: Tensor) -> float:
         return 0.0
     if not bool(torch.isfinite(found).all()):
         return float("inf")
+    found, exact = found.detach(), exact.detach()
     return float((found.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(0.25))
 
 
