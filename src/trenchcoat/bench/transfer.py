@@ -9,8 +9,6 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, W 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trenchcoat import surgery
+from trenchcoat.bench.clock import seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
 from trenchcoat.files import write_json
 from trenchcoat.gradients import average_and_clip, clip_groups
@@ -154,36 +153,6 @@ def _naive_loss(
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Median seconds of one piece of work: wall clock, and the processor's own (which other programs disturb less)."""
-
-    wall: float
-    processor: float
-
-
-def _seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, Clock]:
-    """Time each piece of work, in turns so that a busy machine slows all alike; the first turn does not count."""
-    taken: dict[str, list[Clock]] = {name: [] for name in work}
-    for turn in range(repeats + 1):
-        for name, call in work.items():
-            _wait(device)
-            wall, processor = time.perf_counter(), time.process_time()
-            call()
-            _wait(device)
-            if turn:
-                taken[name].append(Clock(time.perf_counter() - wall, time.process_time() - processor))
-    median = statistics.median
-    return {
-        name: Clock(median(c.wall for c in all_), median(c.processor for c in all_)) for name, all_ in taken.items()
-    }
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-@dataclass(frozen=True)
 class Sizes:
     """What is measured."""
 
@@ -212,15 +181,15 @@ def _times(sizes: Sizes, device: str) -> dict[int, dict[str, float]]:
     for length in sizes.lengths:
         bench = Bench(sizes.layers, length, device=device)
         work: dict[str, Callable[[], None]] = {"teacher": bench.teacher, "step": bench.step}
-        seconds = _seconds(work, sizes.repeats, device)
+        clocks = seconds(work, sizes.repeats, device)
         rare: dict[str, Callable[[], None]] = {"teacher_with_head": partial(bench.teacher, head=True)}
         if length == sizes.naive_length:
             rare["naive"] = bench.naive_step
-        seconds |= _seconds(rare, min(sizes.repeats, 3), device)
+        clocks |= seconds(rare, min(sizes.repeats, 3), device)
         found[length] = {
-            **{name: clock.wall for name, clock in seconds.items()},
-            "ratio": seconds["step"].wall / seconds["teacher"].wall,
-            "processor_ratio": seconds["step"].processor / seconds["teacher"].processor,
+            **{name: clock.wall for name, clock in clocks.items()},
+            "ratio": clocks["step"].wall / clocks["teacher"].wall,
+            "processor_ratio": clocks["step"].processor / clocks["teacher"].processor,
         }
     return found
 
