@@ -124,9 +124,10 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
     source = _model_source(cfg)
+    attention = None if cfg.attention == "auto" else cfg.attention
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            source, revision=cfg.revision, dtype=dtype, attn_implementation=cfg.attention, output_loading_info=True
+            source, revision=cfg.revision, dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(

@@ -32,8 +32,9 @@ class ModelConfig:
     """Precision of the frozen base weights; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     device: str = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    attention: str = "sdpa"
-    """Transformers' name of the attention the teacher runs: `sdpa`, `eager`, `flash_attention_2`, ..."""
+    attention: str = "auto"
+    """The attention the teacher runs: Transformers' `sdpa`, `eager`, `flash_attention_2`, ..., or `auto`: `sdpa` where
+    the family can (gemma2 with its soft-cap and gpt_oss with its sinks cannot), else `eager`."""
 
 
 @dataclass(frozen=True, kw_only=True)

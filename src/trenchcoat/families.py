@@ -27,19 +27,23 @@ KNOWN_FAMILIES: tuple[str, ...] = (
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm",
     "glm4",
     "gpt_oss",
     "granite",
+    "granitemoe",
     "helium",
     "hunyuan_v1_dense",
     "llama",
+    "llama4_text",
     "ministral",
     "mistral",
     "mixtral",
     "nemotron",
     "olmo2",
     "olmo3",
+    "olmoe",
     "phi",
     "phi3",
     "qwen2",
@@ -124,7 +128,8 @@ def check_family(model: nn.Module) -> None:
 def decoder_of(model: Any) -> Any:
     """The module that holds the list of layers: the model without its head."""
     get_decoder = getattr(model, "get_decoder", None)
-    return get_decoder() if callable(get_decoder) else getattr(model, "base_model", model)
+    decoder = get_decoder() if callable(get_decoder) else getattr(model, "base_model", model)
+    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
 def _family(model: nn.Module) -> str:

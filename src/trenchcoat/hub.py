@@ -144,7 +144,7 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
         revision=None if base is not None else source.get("revision"),
         device=device,
         dtype=dtype,  # type: ignore[arg-type]
-        attention=attention or str(source.get("attention", "sdpa")),
+        attention=attention or str(source.get("attention", "auto")),
     )
     try:
         model, tokenizer = load_model(cfg)

@@ -112,7 +112,6 @@ def _open(shop: Workshop, opening: Sequence[str] = ()) -> None:
     """Write what the run is into its folder, and say it."""
     recipe = shop.recipe
     shop.log.write_recipe(dump_recipe(recipe))
-    shop.log.write_environment(implementation=recipe.student.impl, teacher_attention=recipe.model.attention)
     for sentence in opening:
         shop.log.info(sentence)
     shop.log.info(

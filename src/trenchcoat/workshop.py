@@ -54,6 +54,8 @@ class Workshop:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         model, tokenizer = checkpoint.load_model(self.recipe.model)
+        attention = surgery.teacher_implementation(model)
+        self.log.write_environment(implementation=self.recipe.student.impl, teacher_attention=attention)
         return model, tokenizer
 
     @property
