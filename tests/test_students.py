@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.memory import live_tensor_memory
-from trenchcoat.ops import reference
+from trenchcoat.ops import closed_form, reference
 from trenchcoat.students import (
     ACTIVATIONS,
     STUDENTS,
@@ -119,10 +119,14 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("tile", [16, 1024])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 4, 8, 9, 23])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 8, 9, 23, 24])
 @pytest.mark.parametrize("name", LEARNING)
-def test_transfer_equals_autograd_through_the_reference(name: str, tokens: int, setting: dict[str, Any]) -> None:
+def test_transfer_equals_autograd_through_the_reference(
+    name: str, tokens: int, setting: dict[str, Any], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_form, "TILE_TOKENS", tile)
     setting = dict(setting)
     mask = _mask(setting.pop("mask", None), tokens)
     call: dict[str, Any] = {"softcap": setting.pop("softcap", None)}

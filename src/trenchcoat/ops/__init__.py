@@ -15,12 +15,12 @@ from torch import Tensor
 
 from trenchcoat.ops import reference
 from trenchcoat.ops.chunkwise import aligned_attention
+from trenchcoat.ops.closed_form import Learner, transfer
 from trenchcoat.ops.crossent import CrossEntropy, attention_cross_entropy
 from trenchcoat.ops.decode import decode
 from trenchcoat.ops.layout import Inputs
 from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
-from trenchcoat.ops.transfer import Learner, transfer
 
 Impl = Literal["chunkwise", "reference"]
 IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "reference")

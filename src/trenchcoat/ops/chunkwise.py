@@ -92,17 +92,17 @@ def _forward_tile(
     tile = work.tile
     if work.near:
         work.near_softmax()
+    y = tile.scratch("y", tile.n, tile.total, tile.window, work.v.shape[-1])
     if not work.rule.far:
-        y = tile.near_only(work.p, work.near_v) if work.near else work.v.new_zeros(tile.n, *work.v[1:].shape)
-        return y, None, None
+        return (bmm_shared(work.p, work.near_v[None], y) if work.near else y.zero_()), None, None
     if work.part.c0 == 0:
-        carry = work.row_start()
+        carry = work.row_start(work.fk.shape[-1])
     assert carry is not None
     if starts is not None and work.part.c0:
         starts.extend(carry)
-    prefix = work.prefix(carry)
+    prefix = tile.prefix_sums(work.fk, work.v, carry)
     near = (work.p, work.near_v) if work.near else None
-    y, den = tile.combine(near, work.fq, work.fk, work.v, prefix, work.ratio_nX)
+    den = tile.combine(near, work.fq, work.fk, work.v, prefix, work.ratio_nX, y)
     if work.part.last:
         return y, den, None
     tail = slice(tile.total, tile.total + tile.lag)
@@ -136,10 +136,10 @@ def _backward_tile(
         den.masked_fill_(den == 0, 1.0)
         dnum.div_(den[..., None])
         dden = torch.mul(dnum, y, out=y).sum(-1).neg_()
-        start = work.row_start() if work.part.c0 == 0 else (starts[-2], starts[-1])
+        start = work.row_start(work.fk.shape[-1]) if work.part.c0 == 0 else (starts[-2], starts[-1])
         if work.part.c0:
             del starts[-2:]
-        prefix = work.prefix(start)
+        prefix = tile.prefix_sums(work.fk, work.v, start)
         dfq, dfk, suffix = tile.feature_gradients(work.fq, work.fk, work.v, prefix, dnum, dden, after)
         pull = torch.mul(dfq, work.fq, out=scratch("weighted", *dfq.shape)).sum(-1)
         if dratio_H is not None and work.near:

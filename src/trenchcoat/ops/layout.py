@@ -75,6 +75,13 @@ class Packer:
         grouped = x[self.part.b].unflatten(1, (self.kv_heads, -1))[:, self.part.g]
         return grouped[:, :, :, t0:t1].movedim(0, 2).movedim(1, 0)
 
+    def query_tile(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """[n, X, W, dim] of x [B, H, T, dim]: a view where a tile of one row in whole chunks needs no copy."""
+        if self.rows == 1 and (self.t1 - self.t0) % self.window == 0 and x.dtype == scratch.dtype and x.stride(-1) == 1:
+            return self.view(x, self.t0, self.t1)[:, 0, 0].unflatten(1, (-1, self.window))
+        share = x.shape[1] // self.kv_heads
+        return self.queries(x, scratch(name, share, self.rows * self.chunks, self.window, x.shape[-1]))
+
     def queries(self, x: Tensor, out: Tensor) -> Tensor:
         """Fill `out` [n, X, W, dim] (zeros after the last token)."""
         tokens = self.t1 - self.t0
@@ -160,13 +167,12 @@ class Work:
         total = self.tile.total
         self.v = self.pack.keys(x.v_BGTE, scratch("v", 1, 1 + total, window, values))[0]
         self.near = rule.kind != "linear"
-        self.sums: tuple[Tensor, Tensor]
         if self.near or x.fq_BHTF is None:
-            self.q = self.pack.queries(x.q_BHTD, scratch("q", n, total, window, dim))
+            self.q = self.pack.query_tile(x.q_BHTD, scratch, "q")
             self.k = self.pack.keys(x.k_BGTD, scratch("k", 1, 1 + total, window, dim))[0]
         if x.fq_BHTF is not None and x.fk_BKTF is not None:
             features = x.fq_BHTF.shape[-1]
-            self.fq = self.pack.queries(x.fq_BHTF, scratch("fq", n, total, window, features))
+            self.fq = self.pack.query_tile(x.fq_BHTF, scratch, "fq")
             self.fk = self.pack.keys(x.fk_BKTF, scratch("fk", m, 1 + total, window, features))
         ratio = x.log_ratio_H.exp().expand(batch, heads)
         self.ratio_nX = self.pack.per_row(ratio).repeat_interleave(self.tile.chunks, dim=1)
@@ -202,19 +208,15 @@ class Work:
         self.p, self.scores = self.tile.near_weights(self.q, self.near_k, sink_logit)
 
     def add_per_head(self, grad_H: Tensor, value_nXW: Tensor, sign: float = 1.0) -> None:
-        """Add `sign` times the sum over a tile's tokens, rows and further axes to the heads they belong to."""
+        """Add `sign` times the sum over a tile's tokens and rows to the heads they belong to."""
         by_head = value_nXW.reshape(self.tile.n, self.groups, -1).sum(-1)
         grad_H.view(-1, self.tile.n)[self.part.g].add_(by_head.mT, alpha=sign)
 
-    def prefix(self, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Running sums from the sums at the tile's start, ([m, R, L, F, E], [m, R, L, F])."""
-        return self.tile.prefix_sums(self.fk, self.v, start)
-
-    def row_start(self) -> tuple[Tensor, Tensor]:
-        """Sums at the start of the rows: those of the incoming state, or zeros."""
+    def row_start(self, features: int) -> tuple[Tensor, Tensor]:
+        """Sums at the start of the rows, ([m, R, L, F, E], [m, R, L, F]): those of the incoming state, or zeros."""
         tile, lag = self.tile, self.tile.lag
         if self.x.start is None:
-            s = self.v.new_zeros(1, 1, 1, self.fk.shape[-1], self.v.shape[-1])
+            s = self.v.new_zeros(1, 1, 1, features, self.v.shape[-1])
             shape = (tile.m, tile.rows, lag)
             return s.expand(*shape, -1, -1), s[..., 0].expand(*shape, -1)
         s, z = (self.pack.per_row(t).to(self.v.dtype) for t in self.x.start)

@@ -12,8 +12,9 @@ of the tile (a row is one key/value head of one batch row) in order, W tokens of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -76,6 +77,17 @@ def bmm_shared(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
     return out
 
 
+def accumulate_(x_mRC: Tensor, *, backwards: bool = False) -> None:
+    """Running sums along axis 2, in place. (`cumsum` walks that axis with strides, which only short rows forgive.)"""
+    if x_mRC.ndim == 4:
+        sums = x_mRC.flip(2).cumsum(2).flip(2) if backwards else x_mRC.cumsum(2)
+        x_mRC.copy_(sums)
+        return
+    chunks = x_mRC.unbind(2)
+    for before, chunk in itertools.pairwise(reversed(chunks) if backwards else chunks):
+        chunk.add_(before)
+
+
 @dataclass
 class Tile:
     """Sizes of a tile, and the near and far arithmetic on packed arrays.
@@ -93,10 +105,12 @@ class Tile:
     scratch: Scratch
     sink_far_from: Tensor | None = None
     """With sinks: position of the first near key (sinks apart) for each query, int64 [rows, chunks, W]."""
-    lag: int = field(init=False)
+    lag: int = -1
+    """L; by default 2, and 1 for kind ``linear``. With 0 the caller has already paired query and key chunks."""
 
     def __post_init__(self) -> None:
-        self.lag = 1 if self.rule.kind == "linear" else 2
+        if self.lag < 0:
+            self.lag = 1 if self.rule.kind == "linear" else 2
 
     @property
     def window(self) -> int:
@@ -164,9 +178,8 @@ class Tile:
             rows = x[:, : self.total].unflatten(1, (self.rows, self.chunks))
             head = min(self.lag, self.chunks)
             rows[:, :, :head] = begin[:, :, :head]
-            for c in range(self.lag, self.chunks):
-                rows[:, :, c].add_(rows[:, :, c - 1])
-            if self.rows == 1:
+            accumulate_(rows[:, :, max(1, self.lag) - 1 :])
+            if self.rows == 1 and self.lag:
                 x[:, self.chunks : self.lag] = begin[:, 0, self.chunks :]
                 for i in range(max(self.chunks, self.lag), self.chunks + self.lag):
                     x[:, i].add_(x[:, i - 1])
@@ -196,8 +209,7 @@ class Tile:
             else:
                 x[:, self.total :] = tail
                 x[:, self.total - 1].add_(x[:, self.total])
-            for c in range(self.chunks - 2, -1, -1):
-                rows[:, :, c].add_(rows[:, :, c + 1])
+            accumulate_(rows, backwards=True)
             if self.rows > 1:
                 rows[:, :, : self.lag] = 0.0
         return s, z
@@ -229,10 +241,13 @@ class Tile:
         v_xWE: Tensor,
         prefix: tuple[Tensor, Tensor],
         ratio_nX: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """(y [n, X, W, E], denominator [n, X, W] over l); `near` = (softmax p, its near values [X, J, E])."""
+        num: Tensor,
+    ) -> Tensor:
+        """The denominator over l, [n, X, W], and y in place of `num` [n, X, W, E].
+
+        `near` = (softmax p, its near values [X, J, E]).
+        """
         s, z = prefix[0][:, : self.total], prefix[1][:, : self.total]
-        num = self.scratch("y", self.n, self.total, self.window, v_xWE.shape[-1])
         den = torch.sum(
             torch.mul(fq_nXWF, z[:, :, None], out=self.scratch("weighted", *fq_nXWF.shape)),
             -1,
@@ -252,12 +267,8 @@ class Tile:
             local = self.local_weights(fq_nXWF, fk_mxWF)
             bmm_shared(local, self.local_pairs(v_xWE[None]), num, accumulate=True)
             den.add_(local.sum(-1))
-        return num.div_(den[..., None]), den
-
-    def near_only(self, p_nXWJ: Tensor, near_v_XJE: Tensor) -> Tensor:
-        """y without a far part, [n, X, W, E]."""
-        y = self.scratch("y", *p_nXWJ.shape[:-1], near_v_XJE.shape[-1])
-        return bmm_shared(p_nXWJ, near_v_XJE[None], y)
+        num.div_(den[..., None])
+        return den
 
     def near_scale(self, p_nXWJ: Tensor, ratio_nX: Tensor) -> Tensor:
         """r * sum of exp(s - c), [n, X, W]; r * exp(s - c) is this times p."""
@@ -273,13 +284,17 @@ class Tile:
         dnum_nXWE: Tensor,
         dden_nXW: Tensor,
         after: tuple[Tensor, Tensor] | None,
+        buffers: tuple[str, str] = ("dfq", "dfk"),
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """(dfq [n, X, W, F], dfk [m, 1 + X, W, F] over padded chunks, suffix sums)."""
+        """(dfq [n, X, W, F], dfk [m, 1 + X, W, F] over padded chunks, suffix sums).
+
+        `buffers` names the scratch the first two are written to.
+        """
         s, z = prefix[0][:, : self.total], prefix[1][:, : self.total]
-        dfq = bmm_shared(dnum_nXWE, s.mT, self.scratch("dfq", *fq_nXWF.shape))
+        dfq = bmm_shared(dnum_nXWE, s.mT, self.scratch(buffers[0], *fq_nXWF.shape))
         dfq.addcmul_(dden_nXW[..., None], z[:, :, None])
         suffix = self.suffix_sums(fq_nXWF, dnum_nXWE, dden_nXW, after)
-        dfk = self.scratch("dfk", *fk_mxWF.shape)
+        dfk = self.scratch(buffers[1], *fk_mxWF.shape)
         dfk[:, 0] = 0.0
         bmm_shared(v_xWE[None, 1:], suffix[0][:, self.lag :].mT, dfk[:, 1:])
         dfk[:, 1:].add_(suffix[1][:, self.lag :, None])

@@ -9,17 +9,20 @@ in :mod:`trenchcoat.ops.tiles`; A heads and N tokens of a feature-map block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Work, parts
+from trenchcoat.ops.layout import Inputs, Work, parts
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch
+from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared
 
 W = TypeVar("W")
+
+TILE_TOKENS = 1024
+"""Query rows (heads x tokens) of a tile, unless one head has more; rows are never cut here."""
 
 
 class Phi(Protocol[W]):
@@ -86,12 +89,30 @@ def transfer(
     chunks = -(-tokens // rule.window)
     for part in parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS, whole_rows=True):
         work = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
-        y_hat, den = _forward(work, query, key)
+        y_hat = scratch("y", work.tile.n, work.tile.total, rule.window, v_BGTE.shape[-1])
+        far = _forward(work, query, key, y_hat)
         error = _error(work, y_hat, y_BHTE, length_B)
         total += torch.dot(error.flatten(), error.flatten())
-        if den is not None and query is not None and key is not None and query.grads is not None:
-            _backward(work, query, key, error, y_hat, den, 2.0 * error_scale, dlog_ratio_H)
+        if far is not None and far.query.grads is not None:
+            _backward(work, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
     return total
+
+
+@dataclass(frozen=True)
+class _Far(Generic[W]):
+    """The far part of a tile: the chunks of queries that have far keys, the chunks of keys that are far for someone."""
+
+    tile: Tile
+    query: Learner[W]
+    key: Learner[W]
+    late: slice
+    """Chunks of the queries."""
+    early: slice
+    """Padded chunks of the keys."""
+    fq: Tensor
+    fk: Tensor
+    sums: tuple[Tensor, Tensor]
+    den: Tensor
 
 
 def _sinks(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
@@ -101,27 +122,35 @@ def _sinks(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
     return torch.nn.functional.pad(x_BGTD[:, :, : rule.sinks], (0, 0, 0, max(0, rule.sinks - x_BGTD.shape[2])))
 
 
-def _forward(work: Work, query: Learner[W] | None, key: Learner[W] | None) -> tuple[Tensor, Tensor | None]:
-    """(y_hat [n, X, W, E], denominator [n, X, W] or None without a far part)."""
+def _forward(work: Work, query: Learner[W] | None, key: Learner[W] | None, y_hat: Tensor) -> _Far[W] | None:
+    """Fills y_hat [n, X, W, E]; the far part is None where no query has far keys.
+
+    In a tile of one row only later chunks of queries and earlier chunks of keys have a far part, in pairs.
+    """
     tile, scratch = work.tile, work.tile.scratch
     if work.near:
         work.near_softmax()
-    if query is None or key is None:
-        return tile.near_only(work.p, work.near_v), None
-    work.fq = scratch("fq", tile.n, tile.total, tile.window, query.phi.features)
-    work.fk = scratch("fk", tile.m, 1 + tile.total, tile.window, key.phi.features)
-    work.fk[:, 0] = 0.0
+    paired = work.rule.kind == "terrace" and tile.rows == 1
+    skip = tile.lag if paired else 0
+    if query is None or key is None or (work.rule.kind == "terrace" and tile.chunks <= tile.lag):
+        bmm_shared(work.p, work.near_v[None], y_hat)
+        return None
+    late, early = slice(skip, tile.total), slice(0, 1 + tile.total - skip)
+    far_tile = replace(tile, chunks=tile.chunks - skip, lag=0) if paired else tile
+    fq = scratch("fq", tile.n, far_tile.total, tile.window, query.phi.features)
+    fk = scratch("fk", tile.m, 1 + far_tile.total, tile.window, key.phi.features)
+    fk[:, 0] = 0.0
     for j in range(tile.n):
-        query.phi.block(_by_group(work, work.q[j]), _picked(work, query, j), _by_group(work, work.fq[j]))
+        query.phi.block(_by_group(work, work.q[j, late]), _picked(work, query, j), _by_group(work, fq[j]))
     for j in range(tile.m):
-        fk = _by_group(work, work.fk[j, 1:])
-        key.phi.block(_by_group(work, work.k[1:]), _picked(work, key, j), fk)
-        _clear_sinks(work, work.fk[j])
-    prefix = work.prefix(work.row_start())
-    near = (work.p, work.near_v) if work.near else None
-    y, den = tile.combine(near, work.fq, work.fk, work.v, prefix, work.ratio_nX)
-    work.sums = prefix
-    return y, den
+        key.phi.block(_by_group(work, work.k[early][1:]), _picked(work, key, j), _by_group(work, fk[j, 1:]))
+        _clear_sinks(work, far_tile, fk[j])
+    sums = far_tile.prefix_sums(fk, work.v[early], work.row_start(key.phi.features))
+    near = (work.p[:, late], work.near_v[late]) if work.near else None
+    if skip:
+        bmm_shared(work.p[:, :skip], work.near_v[None, :skip], y_hat[:, :skip])
+    den = far_tile.combine(near, fq, fk, work.v[early], sums, work.ratio_nX[:, late], y_hat[:, late])
+    return _Far(far_tile, query, key, late, early, fq, fk, sums, den)
 
 
 def _error(work: Work, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | None) -> Tensor:
@@ -139,29 +168,26 @@ def _error(work: Work, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | None) -
 
 
 def _backward(
-    work: Work,
-    query: Learner[W],
-    key: Learner[W],
-    error: Tensor,
-    y_hat: Tensor,
-    den: Tensor,
-    scale: float,
-    dlog_ratio_H: Tensor | None,
+    work: Work, far: _Far[W], error: Tensor, y_hat: Tensor, scale: float, dlog_ratio_H: Tensor | None
 ) -> None:
-    """Error to gradients; `error`, `y_hat` and `den` are used up."""
-    tile = work.tile
-    dnum = error.mul_(den.reciprocal_().mul_(scale)[..., None])
-    dden = y_hat.mul_(dnum).sum(-1).neg_()
-    dfq, dfk, _ = tile.feature_gradients(work.fq, work.fk, work.v, work.sums, dnum, dden, None)
+    """Error to gradients; `error`, `y_hat` and the denominators are used up, and the window's scratch is reused."""
+    dnum = error[:, far.late].mul_(far.den.reciprocal_().mul_(scale)[..., None])
+    dden = y_hat[:, far.late].mul_(dnum).sum(-1).neg_()
+    v = work.v[far.early]
+    dfq, dfk, _ = far.tile.feature_gradients(far.fq, far.fk, v, far.sums, dnum, dden, None, ("scores", "p"))
     if dlog_ratio_H is not None and work.near:
-        work.add_per_head(dlog_ratio_H, torch.mul(dfq, work.fq, out=tile.scratch("weighted", *dfq.shape)), -1.0)
-    for j in range(tile.n):
-        q, fq, df = (_by_group(work, t[j]) for t in (work.q, work.fq, dfq))
-        query.phi.block_backward(q, _picked(work, query, j), fq, df, _picked(work, query, j, grads=True), False)
-    for j in range(tile.m):
-        _clear_sinks(work, dfk[j])
-        k, fk, df = (_by_group(work, t[1:]) for t in (work.k, work.fk[j], dfk[j]))
-        key.phi.block_backward(k, _picked(work, key, j), fk, df, _picked(work, key, j, grads=True), False)
+        per_head = zip(dfq.view(far.tile.n * work.groups, -1), far.fq.view(far.tile.n * work.groups, -1), strict=True)
+        pull_ng = torch.stack([torch.dot(df, f) for df, f in per_head]).view(far.tile.n, work.groups)
+        dlog_ratio_H.view(-1, far.tile.n)[work.part.g].sub_(pull_ng.mT)
+    for j in range(far.tile.n):
+        q, fq, df = (_by_group(work, t) for t in (work.q[j, far.late], far.fq[j], dfq[j]))
+        grads = _picked(work, far.query, j, grads=True)
+        far.query.phi.block_backward(q, _picked(work, far.query, j), fq, df, grads, False)
+    for j in range(far.tile.m):
+        _clear_sinks(work, far.tile, dfk[j])
+        k, fk, df = (_by_group(work, t[1:]) for t in (work.k[far.early], far.fk[j], dfk[j]))
+        grads = _picked(work, far.key, j, grads=True)
+        far.key.phi.block_backward(k, _picked(work, far.key, j), fk, df, grads, False)
 
 
 def _by_group(work: Work, x_XWD: Tensor) -> Tensor:
@@ -175,8 +201,7 @@ def _picked(work: Work, learner: Learner[W], j: int, *, grads: bool = False) -> 
     return learner.phi.pick(parameters, work.pack.kv_heads, work.part.g, j)
 
 
-def _clear_sinks(work: Work, padded_xWF: Tensor) -> None:
+def _clear_sinks(work: Work, tile: Tile, padded_xWF: Tensor) -> None:
     """Zero what belongs to the first S tokens of each row."""
     if work.rule.sinks:
-        tile = work.tile
         padded_xWF[1:].view(tile.rows, tile.chunks * tile.window, -1)[:, : work.rule.sinks] = 0.0
