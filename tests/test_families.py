@@ -105,22 +105,25 @@ def test_prefill_and_decode_agree(family: str, student: str) -> None:
     model, ids = swapped(family, student), tokens(2, LENGTH)
     mask = left_padding(ids)
     whole = logits(model, ids, attention_mask=mask)
-    for steps in ([1] * 12, [10, 1, 1, 3, 2, 20], [7, 13, 17]):
-        parts, seen, past = [], 0, None
-        for step in steps:
-            seen += step
-            with torch.no_grad():
-                out = model(
-                    input_ids=ids[:, seen - step : seen],
-                    attention_mask=mask[:, :seen],
-                    past_key_values=past,
-                    use_cache=True,
-                )
-            parts.append(out.logits)
-            past = out.past_key_values
-        pieces = torch.cat(parts, 1)
+    for steps in ([1] * 12, [10, 1, 1, 3, 2, 20]):
+        pieces = in_pieces(model, ids, steps, mask)
+        seen = pieces.shape[1]
         torch.testing.assert_close(pieces[1], whole[1, :seen], **CLOSE)
         torch.testing.assert_close(pieces[0, PAD:], whole[0, PAD:seen], **CLOSE)
+    torch.testing.assert_close(in_pieces(model, ids, [7, 1, 12, 17]), logits(model, ids), **CLOSE)
+
+
+def in_pieces(model: Any, ids: Tensor, steps: list[int], mask: Tensor | None = None) -> Tensor:
+    """Logits of the first sum(steps) columns, computed through the cache; without a mask, positions come from it."""
+    parts, seen, past = [], 0, None
+    for step in steps:
+        seen += step
+        padding = {} if mask is None else {"attention_mask": mask[:, :seen]}
+        with torch.no_grad():
+            out = model(input_ids=ids[:, seen - step : seen], past_key_values=past, use_cache=True, **padding)
+        parts.append(out.logits)
+        past = out.past_key_values
+    return torch.cat(parts, 1)
 
 
 @pairs
@@ -163,6 +166,19 @@ def test_saved_loaded_and_merged_agree(family: str, student: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("student", [name for name in STUDENTS if student_class(name).kind != "linear"])
+def test_a_window_wider_than_the_text_is_softmax_attention(family: str, student: str) -> None:
+    """Then nothing is far and the mix cancels: scale, soft-cap, learned sinks and heads are all the teacher's own."""
+    settings = FAMILIES[family][1]
+    wide = {"sliding_window": 2 * LENGTH} if "sliding_window" in settings else {}
+    model, ids = tiny_model(family, **wide), tokens(2, LENGTH)
+    softmax = logits(model, ids)
+    attach_students(model, StudentConfig(name=student, window=LENGTH, feature_map=FeatureMapConfig(feature_dim=6)))
+    set_mode(model, "student")
+    torch.testing.assert_close(logits(model, ids), softmax, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_kept_softmax_layers(family: str) -> None:
     """With one layer kept: prefill = decode and padding invisible hold through the mixed cache and the kept mask."""
     config = StudentConfig(window=WINDOW, keep_softmax=(0,), feature_map=FeatureMapConfig(feature_dim=6))
@@ -172,15 +188,9 @@ def test_kept_softmax_layers(family: str) -> None:
     mask = left_padding(ids)
     whole = logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(whole[0, PAD:], logits(model, ids[:1, PAD:])[0], **CLOSE)
-    past, parts = None, []
-    for start, stop in ((0, 14), (14, 15), (15, 16), (16, 30), (30, 31)):
-        with torch.no_grad():
-            out = model(
-                input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=past, use_cache=True
-            )
-        past = out.past_key_values
-        parts.append(out.logits)
-    torch.testing.assert_close(torch.cat(parts, 1)[1], whole[1, :31], **CLOSE)
+    pieces = in_pieces(model, ids, [14, 1, 1, 14, 1], mask)
+    torch.testing.assert_close(pieces[1], whole[1, :31], **CLOSE)
+    torch.testing.assert_close(pieces[0, PAD:], whole[0, PAD:31], **CLOSE)
 
 
 def test_the_last_layer_kept_uses_its_own_mask() -> None:

@@ -196,9 +196,10 @@ def test_students_stay_float32_beside_bfloat16_weights(family: str, tmp_path: Pa
     attach_students(model, SMALL)
     set_mode(model, "student")
     hub.save_merged(model, tmp_path / "merged")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    for name, parameter in loaded.named_parameters():
-        assert parameter.dtype == (torch.float32 if ".student." in name else torch.bfloat16), name
+    for dtype in ("auto", torch.bfloat16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
+        for name, parameter in loaded.named_parameters():
+            assert parameter.dtype == (torch.float32 if ".student." in name else torch.bfloat16), name
     assert torch.equal(logits(loaded, tokens(1, 20)), logits(model, tokens(1, 20)))
 
 
@@ -221,9 +222,10 @@ def test_a_merged_model_in_a_fresh_process(tmp_path: Path) -> None:
     assert float(total) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_base_checkpoint_loads_with_our_config(tmp_path: Path) -> None:
-    """Students that are in no checkpoint get their initial values, not what memory held."""
-    base, ids = tiny_model(), tokens(1, 20)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_base_checkpoint_loads_with_our_config(family: str, tmp_path: Path) -> None:
+    """Students that are in no checkpoint get their initial values, not what memory held; experts are found."""
+    base, ids = tiny_model(family), tokens(1, 20)
     base.save_pretrained(tmp_path)
     config = auto.linearized_config(AutoConfig.from_pretrained(tmp_path), SMALL)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
