@@ -134,12 +134,7 @@ def model_class(family: str) -> type:
         base.initialize_weights(self)
         _initialize_students(self)
 
-    members = {
-        "__init__": __init__,
-        "initialize_weights": initialize_weights,
-        "config_class": config,
-        "_keep_in_fp32_modules_strict": [*(getattr(base, "_keep_in_fp32_modules_strict", None) or ()), "student"],
-    }
+    members = {"__init__": __init__, "initialize_weights": initialize_weights, "config_class": config}
     made = _publish(f"Linearized{base.__name__}", base, members)
     AutoModelForCausalLM.register(config, made)
     _register_conversion(family)
