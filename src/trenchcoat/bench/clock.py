@@ -18,21 +18,35 @@ class Clock:
     processor: float
 
 
+LONG_ENOUGH = 0.3
+"""Seconds: shorter work is called several times in a row, and its mean counts."""
+
+
 def seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, Clock]:
     """Time each piece of work, in turns so that a busy machine slows all alike; the first turn does not count."""
     taken: dict[str, list[Clock]] = {name: [] for name in work}
+    calls = dict.fromkeys(work, 1)
     for turn in range(repeats + 1):
         for name, call in work.items():
-            wait(device)
-            wall, processor = time.perf_counter(), time.process_time()
-            call()
-            wait(device)
             if turn:
-                taken[name].append(Clock(time.perf_counter() - wall, time.process_time() - processor))
+                taken[name].append(_time(call, calls[name], device))
+                continue
+            first = _time(call, 1, device).wall
+            if first < LONG_ENOUGH:
+                calls[name] = max(1, round(LONG_ENOUGH / max(1e-6, _time(call, 1, device).wall)))
     median = statistics.median
     return {
         name: Clock(median(c.wall for c in all_), median(c.processor for c in all_)) for name, all_ in taken.items()
     }
+
+
+def _time(call: Callable[[], None], calls: int, device: str) -> Clock:
+    wait(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        call()
+    wait(device)
+    return Clock((time.perf_counter() - wall) / calls, (time.process_time() - processor) / calls)
 
 
 def wait(device: str) -> None:

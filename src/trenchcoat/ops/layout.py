@@ -76,11 +76,13 @@ class Packer:
         return grouped[:, :, :, t0:t1].movedim(0, 2).movedim(1, 0)
 
     def query_tile(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """[n, X, W, dim] of x [B, H, T, dim]: a view where a tile of one row in whole chunks needs no copy."""
-        if self.rows == 1 and (self.t1 - self.t0) % self.window == 0 and x.dtype == scratch.dtype and x.stride(-1) == 1:
-            return self.view(x, self.t0, self.t1)[:, 0, 0].unflatten(1, (-1, self.window))
-        share = x.shape[1] // self.kv_heads
-        return self.queries(x, scratch(name, share, self.rows * self.chunks, self.window, x.shape[-1]))
+        """[n, X, W, dim] of x [B, H, T, dim]: a view where x already lies like that, in whole chunks."""
+        plain = self.view(x, self.t0, self.t1)
+        heads, batch, tokens = plain.shape[1:4]
+        lies_well = x.dtype == scratch.dtype and x.stride(-1) == 1 and tokens == self.chunks * self.window
+        if lies_well and batch == 1 and (heads == 1 or plain.stride(1) == tokens * plain.stride(3)):
+            return plain[:, :, 0].unflatten(2, (self.chunks, self.window)).flatten(1, 2)
+        return self.queries(x, scratch(name, plain.shape[0], self.rows * self.chunks, self.window, x.shape[-1]))
 
     def queries(self, x: Tensor, out: Tensor) -> Tensor:
         """Fill `out` [n, X, W, dim] (zeros after the last token)."""
