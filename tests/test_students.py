@@ -138,10 +138,12 @@ def test_transfer_equals_autograd_through_the_reference(
     _check(_student(name, **setting), _inputs(tokens), request, mask, **call)
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("feature_map", ACTIVATIONS)
 @pytest.mark.parametrize("name", LEARNING)
-def test_transfer_with_every_feature_map(name: str, feature_map: str) -> None:
-    student = _student(name, feature={"name": feature_map, "feature_dim": 5})
+def test_transfer_with_every_feature_map(name: str, feature_map: str, sinks: int) -> None:
+    sinks = 0 if name == "linear" else sinks
+    student = _student(name, feature={"name": feature_map, "feature_dim": 5}, sinks=sinks)
     _check(student, _inputs(23), TransferRequest(xent_weight=0.5), None)
 
 

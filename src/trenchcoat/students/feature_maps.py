@@ -52,7 +52,7 @@ def _exp(u: Tensor, out: Tensor) -> Tensor:
 def _exp_backward(f: Tensor, df: Tensor) -> Tensor:
     du = f * df
     top = (f == 1).to(f.dtype)
-    return du.addcmul_(top, du.sum(-1, keepdim=True) / top.sum(-1, keepdim=True), value=-1.0)
+    return du.addcmul_(top, du.sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_min_(1.0), value=-1.0)
 
 
 def _relu(u: Tensor, out: Tensor) -> Tensor:
