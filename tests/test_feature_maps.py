@@ -139,3 +139,16 @@ def test_names_of_the_settings_are_the_names_of_the_activations() -> None:
 
     assert set(get_args(FeatureMapName)) == set(ACTIVATIONS)
     assert len(list(itertools.chain(ACTIVATIONS))) == 6
+
+
+def test_landmarks_are_centred_keys_of_the_right_group() -> None:
+    feature_map = FeatureMap(FeatureMapConfig(feature_dim=6, init="landmarks"), num_heads=4, head_dim=8)
+    keys_GND = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+    feature_map.set_landmarks(keys_GND, 0.5)
+    for head in range(4):
+        own = keys_GND[head // 2]
+        landmarks = feature_map.weight[head].detach().T / 0.5 + own.mean(0)
+        distance = torch.cdist(landmarks, own).amin(-1)
+        assert distance.max() < 1e-5, f"head {head}: its landmarks are not among its own group's keys"
+    with pytest.raises(ValueError, match="at least feature_dim = 6 keys; the first rows have 5"):
+        feature_map.set_landmarks(keys_GND[:, :5], 0.5)

@@ -11,7 +11,13 @@ from training_kit import RandomBatches, lora_settings, start_lora, tiny_llama, t
 from trenchcoat import surgery
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.memory import live_tensor_memory
-from trenchcoat.objectives import first_nonfinite, next_token_loss, next_token_objective, transfer_objective
+from trenchcoat.objectives import (
+    first_nonfinite,
+    initialise_from_text,
+    next_token_loss,
+    next_token_objective,
+    transfer_objective,
+)
 
 BATCHES = RandomBatches()
 
@@ -101,6 +107,19 @@ def test_the_head_is_not_run_in_transfer() -> None:
     model = transfer_model()
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the vocabulary head ran"))
     transfer_objective(TransferConfig())(model, BATCHES.train_batch(0))
+
+
+def test_landmarks_come_from_the_text_and_other_maps_stay() -> None:
+    for init, moves in (("landmarks", True), ("kaiming", False)):
+        model = tiny_llama()
+        surgery.attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8, init=init)))
+        surgery.set_mode(model, "transfer")
+        before = surgery.adapter_state(model)
+        before = {name: tensor.clone() for name, tensor in before.items()}
+        initialise_from_text(model, BATCHES.train_batch(0))
+        for name, tensor in surgery.adapter_state(model).items():
+            assert torch.equal(tensor, before[name]) != (moves and name.endswith("weight")), name
+        assert not gradients(model)
 
 
 @pytest.mark.parametrize("xent", [0.0, 1.0])

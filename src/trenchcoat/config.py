@@ -51,9 +51,9 @@ class FeatureMapConfig:
     """Residual map u = x + x W (+ b); needs feature_dim equal to the head dimension."""
     adapter_dim: int | None = None
     """Width r of a bottleneck before the map, x + relu(x A) B with A [D, r], B [r, D]; null for none."""
-    init: Literal["identity", "kaiming", "normal"] = "identity"
-    """Initial W: identity (eye, rectangular when feature_dim != head dim), kaiming uniform, or normal(0, 0.02).
-    With `skip`, identity means W = 0."""
+    init: Literal["identity", "kaiming", "normal", "landmarks"] = "identity"
+    """Initial W: identity (eye, rectangular when feature_dim != head dim), kaiming uniform, normal(0, 0.02), or
+    landmarks (scores against keys of the first training rows). With `skip`, identity means W = 0."""
     eps: float = 1e-12
     """Features are clamped from below at this value."""
 

@@ -62,21 +62,39 @@ def transfer_objective(cfg: TransferConfig) -> Objective:
         request = TransferRequest(
             mse_weight=cfg.mse_weight, xent_weight=cfg.xent_weight, normalize=cfg.normalize, backward=learning
         )
-        for student in students:
-            student.request, student.metrics = request, {}
-        if model.training:
-            model.eval()
-        try:
-            with torch.no_grad():
-                _body(model)(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
-        finally:
-            for student in students:
-                student.request = None
+        _forward_transfer(model, batch, students, request)
         mask = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
         return _collect(students, detailed=not learning, xent=cfg.xent_weight > 0) | {"tokens": float(tokens)}
 
     return objective
+
+
+def initialise_from_text(model: nn.Module, batch: Batch) -> None:
+    """Give the students the initial values that come from real text: keys of `batch`, for ``init: landmarks``.
+
+    The students of ``model`` must be in ``transfer`` mode; other initialisations are left as they are.
+    """
+    students = [m for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "transfer"]
+    students = [m for m in students if m.has_far and m.cfg.feature_map.init == "landmarks"]
+    if students:
+        _forward_transfer(model, batch, students, TransferRequest(initialise=True))
+
+
+def _forward_transfer(
+    model: nn.Module, batch: Batch, students: list[StudentAttention], request: TransferRequest
+) -> None:
+    """The decoder's forward pass, in which each of ``students`` (in transfer mode) meets ``request``."""
+    for student in students:
+        student.request, student.metrics = request, {}
+    if model.training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            _body(model)(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
+    finally:
+        for student in students:
+            student.request = None
 
 
 def _collect(students: list[StudentAttention], *, detailed: bool, xent: bool) -> Metrics:

@@ -19,12 +19,15 @@ from trenchcoat import checkpoint, surgery
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, UserError
 from trenchcoat.data import Batches, load_batches
 from trenchcoat.hub import save_adapter
-from trenchcoat.objectives import Objective, next_token_objective, transfer_objective
+from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
 from trenchcoat.runlog import RunLog
 from trenchcoat.students import student_class
 from trenchcoat.train import FitResult, fit
+
+LANDMARK_ROWS = 4
+"""Training rows whose keys are the landmarks of ``init: landmarks``."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -102,7 +105,12 @@ class Workshop:
         """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
         surgery.remove_lora(self.model)
         torch.manual_seed(self.recipe.run.seed)
-        surgery.replace_students(self.model, student if student is not None else self.recipe.student)
+        chosen = student if student is not None else self.recipe.student
+        surgery.replace_students(self.model, chosen)
+        if weights is None and chosen.feature_map.init == "landmarks":
+            surgery.set_mode(self.model, "transfer")
+            batch = self.batches(LANDMARK_ROWS).train_batch(0)
+            initialise_from_text(self.model, {name: t.to(self.model.device) for name, t in batch.items()})
         if lora:
             torch.manual_seed(self.recipe.run.seed)
             surgery.add_lora(self.model, self._lora)

@@ -42,6 +42,8 @@ class TransferRequest:
     normalize: Literal["none", "layer"] = "none"
     backward: bool = True
     """False only measures the loss."""
+    initialise: bool = False
+    """Only set the initial values that come from real text (`init: landmarks`); no loss."""
 
 
 class StudentAttention(nn.Module):
@@ -208,6 +210,9 @@ class StudentAttention(nn.Module):
         outer `torch.no_grad()`; q, k, v, y are constants.
         """
         request = self.request if self.request is not None else TransferRequest()
+        if request.initialise:
+            self._set_landmarks(k_BGTD, scale, mask_BT)
+            return
         rule = self._rule(scale, softcap)
         with torch.no_grad():
             rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
@@ -241,6 +246,12 @@ class StudentAttention(nn.Module):
                 self._add_mix_gradient(dlog_ratio)
         loss = weight * mse + request.xent_weight * xent
         self.metrics = {"loss": loss, "mse": mse, "xent": xent, "target_power": power}
+
+    def _set_landmarks(self, k_BGTD: Tensor, scale: float, mask_BT: Tensor | None) -> None:
+        real_BT = torch.ones_like(k_BGTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+        for feature_map in (self.query_map, self.key_map):
+            if feature_map is not None:
+                feature_map.set_landmarks(k_BGTD.transpose(0, 1)[:, real_BT], scale)
 
     def _cross_entropy(
         self, q: Tensor, k: Tensor, rule: Rule, sink_logit: Tensor | None, rows: Rows, weight: float, learns: bool

@@ -103,8 +103,8 @@ class FeatureMap(nn.Module):
             raise ValueError(f"feature_dim is {cfg.feature_dim}; it must be at least 1")
         if cfg.skip and cfg.feature_dim != head_dim:
             raise ValueError(f"skip needs feature_dim equal to the head dimension {head_dim}, not {cfg.feature_dim}")
-        if cfg.init not in ("identity", "kaiming", "normal"):
-            raise ValueError(f"feature map init is {cfg.init!r}; known: identity, kaiming, normal")
+        if cfg.init not in ("identity", "kaiming", "normal", "landmarks"):
+            raise ValueError(f"feature map init is {cfg.init!r}; known: identity, kaiming, normal, landmarks")
         if cfg.adapter_dim is not None and cfg.adapter_dim < 1:
             raise ValueError(f"adapter_dim is {cfg.adapter_dim}; it must be at least 1, or null for no adapter")
         self.cfg, self.num_heads, self.head_dim = cfg, num_heads, head_dim
@@ -128,9 +128,12 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values from the config; the adapter starts as the identity (up = 0)."""
+        """Initial values from the config; the adapter starts as the identity (up = 0).
+
+        `landmarks` starts as kaiming does, until `set_landmarks` is given keys of real text.
+        """
         bound = math.sqrt(6.0 / self.head_dim)
-        if self.cfg.init == "kaiming":
+        if self.cfg.init in ("kaiming", "landmarks"):
             self.weight.uniform_(-bound, bound)
         elif self.cfg.init == "normal":
             self.weight.normal_(0.0, 0.02)
@@ -143,6 +146,26 @@ class FeatureMap(nn.Module):
         if self.down is not None and self.up is not None:
             self.down.uniform_(-bound, bound)
             self.up.zero_()
+
+    @torch.no_grad()
+    def set_landmarks(self, keys_GND: Tensor, scale: float) -> None:
+        """W = scale * (c_1 - c, ..., c_P - c) of P keys c_f, evenly spaced among N [G, N, D], with mean c of all.
+
+        Then softmax(x W) are the attention weights of x over P landmark keys, so phi(q) . phi(k) is large where q would
+        attend to the landmarks that k resembles (the idea of Nystrom's method, https://arxiv.org/abs/2102.03902).
+        """
+        groups, available, _ = keys_GND.shape
+        if available < self.cfg.feature_dim:
+            raise ValueError(
+                f"landmarks need at least feature_dim = {self.cfg.feature_dim} keys; the first rows have {available}. "
+                "Use longer or more rows, a smaller feature_dim, or another init"
+            )
+        for head in range(self.num_heads):
+            keys_ND = keys_GND[head * groups // self.num_heads].float()
+            # another offset for each head, so that heads of a group start apart
+            chosen = (torch.arange(self.cfg.feature_dim) * available + head) // self.cfg.feature_dim
+            landmarks_PD = keys_ND[chosen.clamp_max(available - 1)] - keys_ND.mean(0)
+            self.weight[head].copy_(landmarks_PD.T * scale)
 
     def forward(self, x_BXTD: Tensor) -> Tensor:
         """Features [B, M, T, F] of x [B, X, T, D]; M must be a multiple of X."""
