@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,26 +20,32 @@ class LiveMemory(TorchDispatchMode):
     frees within one call. Works on any device; forward and backward; costs a few microseconds an operation.
     """
 
+    follows_threads = True
+    """Threads that work for the measured code enter it too (see `ops.crew`)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
         self._known: set[int] = set()
+        self._lock = threading.RLock()
 
     def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
+        with self._lock:
+            self._known.discard(key)
+            self.live -= size
 
     def _see(self, tensor: Tensor, *, created: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if created else 0
-        self._known.add(key)
-        weakref.finalize(storage, self._forget, key, size).atexit = False
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        with self._lock:
+            if key in self._known:
+                return
+            size = storage.nbytes() if created else 0
+            self._known.add(key)
+            weakref.finalize(storage, self._forget, key, size).atexit = False
+            self.live += size
+            self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -8,21 +8,22 @@ dim, F features, S sinks, W window.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from trenchcoat.ops import reference
-from trenchcoat.ops.chunkwise import aligned_attention
-from trenchcoat.ops.closed_form import Learner, transfer
+from trenchcoat.ops import chunkwise, closed_form, reference
+from trenchcoat.ops.closed_form import transfer
 from trenchcoat.ops.crossent import CrossEntropy, attention_cross_entropy
 from trenchcoat.ops.decode import decode
-from trenchcoat.ops.layout import Inputs
+from trenchcoat.ops.layout import TILE_TOKENS, Inputs
+from trenchcoat.ops.maps import Learner
 from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
 
 Impl = Literal["chunkwise", "reference"]
+W = TypeVar("W")
 IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "reference")
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Rows",
     "Rule",
     "StudentState",
+    "attend_with_maps",
     "attention_cross_entropy",
     "decode_step",
     "linear_window_attention",
@@ -141,10 +143,36 @@ def _chunkwise(
         fq = fk = None
     sink_k, sink_v = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
     inputs = Inputs(q, k, v, fq, fk, _log_ratio(mix_H, rule), sink_logit_H, sink_k, sink_v, rows.first_B, start)
-    y = rows.restore(aligned_attention(inputs, rule=rule))
+    y = rows.restore(chunkwise.aligned_attention(inputs, rule=rule))
     if not return_state or state is None:
         return y, None
     return y, state_after(k.detach(), v.detach(), fk, rows, rule, state)
+
+
+@torch.no_grad()
+def attend_with_maps(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    query: Learner[W],
+    key: Learner[W],
+    mix_H: Tensor,
+    *,
+    rule: Rule,
+    sink_logit_H: Tensor | None = None,
+    mask_BT: Tensor | None = None,
+) -> Tensor:
+    """`linear_window_attention` (chunkwise) of phi_q(q) and phi_k(k), with features that exist only tile by tile.
+
+    No gradients and no state; y [B, H, T, E] in q's dtype.
+    """
+    rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
+    q, k, v = rows.align(q_BHTD), rows.align(k_BGTD), rows.align(v_BGTE)
+    sink_k, sink_v = sink_pairs(k, v, rows, rule, None) if rule.sinks else (None, None)
+    x = Inputs(q, k, v, None, None, _log_ratio(mix_H, rule), sink_logit_H, sink_k, sink_v, rows.first_B, None)
+    short = q.shape[2] * (q.shape[1] // k.shape[1]) <= TILE_TOKENS
+    attend = closed_form.attend if short else chunkwise.attend
+    return rows.restore(attend(x, query, key, rule=rule))
 
 
 def decode_step(

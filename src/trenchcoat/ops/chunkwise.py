@@ -10,16 +10,30 @@ Shape legend: as in :mod:`trenchcoat.ops.layout` and :mod:`trenchcoat.ops.tiles`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, parts
+from trenchcoat.ops.crew import crew_size, run
+from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, grouped, parts
+from trenchcoat.ops.maps import Learner, fill
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.tiles import Scratch, bmm_shared
+
+W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the backward needs beside the inputs: y and the denominator in full precision, sums at tile starts."""
+
+    y_BHTE: Tensor
+    den_BHT: Tensor | None
+    starts: list[Tensor]
 
 
 class _Attention(torch.autograd.Function):
@@ -27,28 +41,11 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, rule: Rule, first_B: Tensor | None, s0: Tensor | None, z0: Tensor | None, *args: Any
     ) -> Tensor:
-        start = None if s0 is None or z0 is None else (s0, z0)
-        x = Inputs(*[*args, first_B, start])
-        batch, heads, tokens, _ = x.q_BHTD.shape
-        wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
-        scratch = Scratch(x.q_BHTD.device, wide)
-        y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
-        needs = any(ctx.needs_input_grad)
-        exact = y if y.dtype == wide or not needs else torch.empty_like(y, dtype=wide)
-        den = y.new_empty(batch, heads, tokens, dtype=wide) if needs and rule.far else None
-        starts: list[Tensor] = []
-        carry: tuple[Tensor, Tensor] | None = None
-        for part in _parts(x, rule):
-            work = Work(x, rule, part, scratch)
-            tile_y, tile_den, carry = _forward_tile(work, carry, starts if needs else None)
-            work.pack.unpack(tile_y, y)
-            if exact is not y:
-                work.pack.unpack(tile_y, exact)
-            if den is not None and tile_den is not None:
-                work.pack.unpack(tile_den, den)
-        if needs:
+        x = Inputs(*[*args, first_B, None if s0 is None or z0 is None else (s0, z0)])
+        y, kept = _forward(x, rule, keep=any(ctx.needs_input_grad))
+        if kept is not None:
             ctx.rule, ctx.count = rule, len(args)
-            ctx.save_for_backward(first_B, s0, z0, exact, den, *args, *starts)
+            ctx.save_for_backward(first_B, s0, z0, kept.y_BHTE, kept.den_BHT, *args, *kept.starts)
         return y
 
     @staticmethod
@@ -61,11 +58,7 @@ class _Attention(torch.autograd.Function):
             torch.zeros_like(t, dtype=y.dtype) if need and t is not None else None
             for t, need in zip(args, ctx.needs_input_grad[4:], strict=True)
         ]
-        scratch = Scratch(y.device, y.dtype)
-        after: tuple[Tensor, Tensor] | None = None
-        for part in reversed(list(_parts(x, ctx.rule))):
-            work = Work(x, ctx.rule, part, scratch)
-            after = _backward_tile(work, dy, y, den, starts, None if part.last else after, grads)
+        _backward(x, ctx.rule, dy, _Kept(y, den, starts), grads)
         cast = [None if g is None else g.to(t.dtype) for g, t in zip(grads, args, strict=True)]
         return None, None, None, None, *cast
 
@@ -79,10 +72,67 @@ def aligned_attention(x: Inputs, *, rule: Rule) -> Tensor:
     return y
 
 
-def _parts(x: Inputs, rule: Rule) -> Iterator[Part]:
+def attend(x: Inputs, query: Learner[W], key: Learner[W], *, rule: Rule) -> Tensor:
+    """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles."""
+    return _forward(x, rule, keep=False, maps=(query, key))[0]
+
+
+def _chains(x: Inputs, rule: Rule) -> list[list[Part]]:
+    """Tiles of the same rows together: each starts from the sums of the one before."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads = x.k_BGTD.shape[1]
-    return parts(batch, kv_heads, heads // kv_heads, -(-tokens // rule.window), rule.window, TILE_TOKENS)
+    chunks, split = -(-tokens // rule.window), crew_size(batch * heads * tokens, x.q_BHTD.device)
+    tiles = parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS, split=split)
+    return grouped(tiles, lambda part: (part.b.start, part.g.start))
+
+
+def _forward(
+    x: Inputs, rule: Rule, *, keep: bool, maps: tuple[Learner[W], Learner[W]] | None = None
+) -> tuple[Tensor, _Kept | None]:
+    batch, heads, tokens, _ = x.q_BHTD.shape
+    wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
+    y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
+    exact = y if y.dtype == wide or not keep else torch.empty_like(y, dtype=wide)
+    den = y.new_empty(batch, heads, tokens, dtype=wide) if keep and rule.far else None
+
+    def work(tiles: list[Part], scratch: Scratch) -> list[Tensor]:
+        starts: list[Tensor] = []
+        carry: tuple[Tensor, Tensor] | None = None
+        for part in tiles:
+            tile = Work(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
+            if maps is not None and rule.far:
+                tile.fq, tile.fk = fill(tile, tile.tile, *maps)
+            tile_y, tile_den, carry = _forward_tile(tile, carry, starts if keep else None)
+            tile.pack.unpack(tile_y, y)
+            if exact is not y:
+                tile.pack.unpack(tile_y, exact)
+            if den is not None and tile_den is not None:
+                tile.pack.unpack(tile_den, den)
+        return starts
+
+    chains = _chains(x, rule)
+    starts = run(chains, work, rows=batch * heads * tokens, device=y.device, dtype=wide, purpose="forward")
+    return y, _Kept(exact, den, list(chain.from_iterable(starts))) if keep else None
+
+
+def _backward(x: Inputs, rule: Rule, dy: Tensor, kept: _Kept, grads: list[Tensor | None]) -> None:
+    """Adds to `grads`, in the order of `aligned_attention`. Chains of the same heads share gradients: one thread."""
+    chains, taken = _chains(x, rule), 0
+    by_heads: dict[int, list[tuple[list[Part], list[Tensor]]]] = {}
+    for tiles in chains:
+        count = 2 * (len(tiles) - 1) if rule.far else 0
+        by_heads.setdefault(tiles[0].g.start, []).append((tiles, kept.starts[taken : taken + count]))
+        taken += count
+
+    def work(group: list[tuple[list[Part], list[Tensor]]], scratch: Scratch) -> None:
+        for tiles, starts in group:
+            after: tuple[Tensor, Tensor] | None = None
+            for part in reversed(tiles):
+                tile = Work(x, rule, part, scratch)
+                after = _backward_tile(tile, dy, kept.y_BHTE, kept.den_BHT, starts, after, grads)
+
+    rows = x.q_BHTD.shape[:3].numel()
+    run(list(by_heads.values()), work, rows=rows, device=dy.device, dtype=kept.y_BHTE.dtype, purpose="backward")
 
 
 def _forward_tile(
@@ -125,7 +175,7 @@ def _backward_tile(
     y = pack.queries(y_BHTE, scratch("y", *shape, y_BHTE.shape[-1]))
     dnum = pack.queries(dy_BHTE, scratch("dnum", *shape, y_BHTE.shape[-1]))
     near_grads = work.near and any(g is not None for g in (dq, dk, dv, dlogit_H, dsink_k, dsink_v))
-    pull = torch.zeros(()).to(y).expand(shape)
+    pull = y.new_zeros(()).expand(shape)
     suffix = None
     dv_pad = scratch("dv", 1, 1 + tile.total, tile.window, y.shape[-1]).zero_() if dv is not None else None
     if work.near:

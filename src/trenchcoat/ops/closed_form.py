@@ -10,12 +10,14 @@ in :mod:`trenchcoat.ops.tiles`; A heads and N tokens of a feature-map block.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.layout import Inputs, Work, parts
+from trenchcoat.ops.crew import crew_size, run
+from trenchcoat.ops.layout import Inputs, Part, Work, grouped, parts
+from trenchcoat.ops.maps import Learner, by_group, clear_sinks, fill, picked
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared
 
@@ -23,40 +25,6 @@ W = TypeVar("W")
 
 TILE_TOKENS = 1024
 """Query rows (heads x tokens) of a tile, unless one head has more; rows are never cut here."""
-
-
-class Phi(Protocol[W]):
-    """A feature map that runs and differentiates one block of heads (see `students.feature_maps.FeatureMap`)."""
-
-    num_heads: int
-
-    @property
-    def features(self) -> int:
-        """F."""
-        ...
-
-    def block(self, x_AND: Tensor, w: W, out_ANF: Tensor) -> Tensor:
-        """Fill `out` with the features of x."""
-        ...
-
-    def block_backward(
-        self, x_AND: Tensor, w: W, f_ANF: Tensor, df_ANF: Tensor, grads: W | None, need_dx: bool
-    ) -> Tensor | None:
-        """Add parameter gradients to `grads`; may overwrite df."""
-        ...
-
-    def pick(self, w: W, inputs: int, heads: slice, share: int) -> W:
-        """Parameters of map `share` of each of the input heads `heads`, of `inputs` in all; views."""
-        ...
-
-
-@dataclass(frozen=True)
-class Learner(Generic[W]):
-    """A feature map, its parameters, and where their gradients are added (None: only the loss is wanted)."""
-
-    phi: Phi[W]
-    weights: W
-    grads: W | None
 
 
 def transfer(
@@ -79,23 +47,53 @@ def transfer(
     Rows must be free of holes; `length_B` int64 gives their tokens (None: all T). `query`/`key` None: no far part.
     """
     batch, heads, tokens, _ = q_BHTD.shape
-    kv_heads = k_BGTD.shape[1]
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    scratch = Scratch(q_BHTD.device, wide)
     first_B = torch.zeros(batch, dtype=torch.int64, device=q_BHTD.device)
     sinks = _sinks(k_BGTD, rule), _sinks(v_BGTE, rule)
     x = Inputs(q_BHTD, k_BGTD, v_BGTE, None, None, log_ratio_H, sink_logit_H, *sinks, first_B, None)
-    total = torch.zeros((), dtype=wide, device=q_BHTD.device)
-    chunks = -(-tokens // rule.window)
-    for part in parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS, whole_rows=True):
-        work = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
-        y_hat = scratch("y", work.tile.n, work.tile.total, rule.window, v_BGTE.shape[-1])
-        far = _forward(work, query, key, y_hat)
-        error = _error(work, y_hat, y_BHTE, length_B)
-        total += torch.dot(error.flatten(), error.flatten())
-        if far is not None and far.query.grads is not None:
-            _backward(work, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
-    return total
+    tiles = _tiles(x, rule)
+
+    def work(group: list[Part], scratch: Scratch) -> Tensor:
+        total = torch.zeros((), dtype=wide, device=scratch.device)
+        for part in group:
+            tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
+            y_hat = scratch("y", tile.tile.n, tile.tile.total, rule.window, v_BGTE.shape[-1])
+            far = _forward(tile, query, key, y_hat)
+            error = _error(tile, y_hat, y_BHTE, length_B)
+            total += torch.dot(error.flatten(), error.flatten())
+            if far is not None and far.query.grads is not None:
+                _backward(tile, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
+        return total
+
+    by_heads = grouped(tiles, lambda part: part.g.start)
+    rows = batch * heads * tokens
+    sums = run(by_heads, work, rows=rows, device=q_BHTD.device, dtype=wide, purpose="transfer")
+    return torch.stack(sums).sum()
+
+
+def _tiles(x: Inputs, rule: Rule) -> list[Part]:
+    batch, heads, tokens, _ = x.q_BHTD.shape
+    kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
+    split = crew_size(batch * heads * tokens, x.q_BHTD.device)
+    shared = heads // kv_heads
+    return list(parts(batch, kv_heads, shared, chunks, rule.window, TILE_TOKENS, whole_rows=True, split=split))
+
+
+def attend(x: Inputs, query: Learner[W] | None, key: Learner[W] | None, *, rule: Rule) -> Tensor:
+    """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles; short rows only are quick."""
+    batch, heads, tokens, _ = x.q_BHTD.shape
+    y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
+    tiles = _tiles(x, rule)
+
+    def work(part: Part, scratch: Scratch) -> None:
+        tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
+        y_hat = scratch("y", tile.tile.n, tile.tile.total, rule.window, x.v_BGTE.shape[-1])
+        _forward(tile, query, key, y_hat)
+        tile.pack.unpack(y_hat, y)
+
+    wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
+    run(tiles, work, rows=batch * heads * tokens, device=y.device, dtype=wide, purpose="attend")
+    return y
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def _forward(work: Work, query: Learner[W] | None, key: Learner[W] | None, y_hat
 
     In a tile of one row only later chunks of queries and earlier chunks of keys have a far part, in pairs.
     """
-    tile, scratch = work.tile, work.tile.scratch
+    tile = work.tile
     if work.near:
         work.near_softmax()
     paired = work.rule.kind == "terrace" and tile.rows == 1
@@ -137,14 +135,7 @@ def _forward(work: Work, query: Learner[W] | None, key: Learner[W] | None, y_hat
         return None
     late, early = slice(skip, tile.total), slice(0, 1 + tile.total - skip)
     far_tile = replace(tile, chunks=tile.chunks - skip, lag=0) if paired else tile
-    fq = scratch("fq", tile.n, far_tile.total, tile.window, query.phi.features)
-    fk = scratch("fk", tile.m, 1 + far_tile.total, tile.window, key.phi.features)
-    fk[:, 0] = 0.0
-    for j in range(tile.n):
-        query.phi.block(_by_group(work, work.q[j, late]), _picked(work, query, j), _by_group(work, fq[j]))
-    for j in range(tile.m):
-        key.phi.block(_by_group(work, work.k[early][1:]), _picked(work, key, j), _by_group(work, fk[j, 1:]))
-        _clear_sinks(work, far_tile, fk[j])
+    fq, fk = fill(work, far_tile, query, key, late, early)
     sums = far_tile.prefix_sums(fk, work.v[early], work.row_start(key.phi.features))
     near = (work.p[:, late], work.near_v[late]) if work.near else None
     if skip:
@@ -180,28 +171,11 @@ def _backward(
         pull_ng = torch.stack([torch.dot(df, f) for df, f in per_head]).view(far.tile.n, work.groups)
         dlog_ratio_H.view(-1, far.tile.n)[work.part.g].sub_(pull_ng.mT)
     for j in range(far.tile.n):
-        q, fq, df = (_by_group(work, t) for t in (work.q[j, far.late], far.fq[j], dfq[j]))
-        grads = _picked(work, far.query, j, grads=True)
-        far.query.phi.block_backward(q, _picked(work, far.query, j), fq, df, grads, False)
+        q, fq, df = (by_group(work, t) for t in (work.q[j, far.late], far.fq[j], dfq[j]))
+        grads = picked(work, far.query, j, grads=True)
+        far.query.phi.block_backward(q, picked(work, far.query, j), fq, df, grads, False)
     for j in range(far.tile.m):
-        _clear_sinks(work, far.tile, dfk[j])
-        k, fk, df = (_by_group(work, t[1:]) for t in (work.k[far.early], far.fk[j], dfk[j]))
-        grads = _picked(work, far.key, j, grads=True)
-        far.key.phi.block_backward(k, _picked(work, far.key, j), fk, df, grads, False)
-
-
-def _by_group(work: Work, x_XWD: Tensor) -> Tensor:
-    """[X, W, dim] -> [g, tokens, dim]; a view."""
-    return x_XWD.view(work.groups, -1, x_XWD.shape[-1])
-
-
-def _picked(work: Work, learner: Learner[W], j: int, *, grads: bool = False) -> W:
-    parameters = learner.grads if grads else learner.weights
-    assert parameters is not None
-    return learner.phi.pick(parameters, work.pack.kv_heads, work.part.g, j)
-
-
-def _clear_sinks(work: Work, tile: Tile, padded_xWF: Tensor) -> None:
-    """Zero what belongs to the first S tokens of each row."""
-    if work.rule.sinks:
-        padded_xWF[1:].view(tile.rows, tile.chunks * tile.window, -1)[:, : work.rule.sinks] = 0.0
+        clear_sinks(work, far.tile, dfk[j])
+        k, fk, df = (by_group(work, t[1:]) for t in (work.k[far.early], far.fk[j], dfk[j]))
+        grads = picked(work, far.key, j, grads=True)
+        far.key.phi.block_backward(k, picked(work, far.key, j), fk, df, grads, False)

@@ -6,8 +6,9 @@ tile as in :mod:`trenchcoat.ops.tiles`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,11 @@ def parts(
     budget: int,
     *,
     whole_rows: bool = False,
+    split: int = 1,
 ) -> Iterator[Part]:
     """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together.
 
-    `whole_rows`: never cut a row, however long.
+    `whole_rows`: never cut a row, however long. `split`: divide the heads among at least so many tiles.
     """
     row = shared * chunks * window
     if row >= budget:
@@ -54,11 +56,20 @@ def parts(
                     yield Part(slice(b, b + 1), slice(g, g + 1), c, min(c + size, chunks), c + size >= chunks)
         return
     fit = max(1, budget // row)
-    heads, rows = min(fit, kv_heads), max(1, fit // kv_heads)
+    heads = min(fit, -(-kv_heads // split))
+    rows = max(1, fit // heads)
     for b in range(0, batch, rows):
         for g in range(0, kv_heads, heads):
             b_slice, g_slice = slice(b, min(b + rows, batch)), slice(g, min(g + heads, kv_heads))
             yield Part(b_slice, g_slice, 0, chunks, True)
+
+
+def grouped(tiles: Iterable[Part], key: Callable[[Part], Any]) -> list[list[Part]]:
+    """Tiles of equal key together, in order; tiles of different groups may then run side by side."""
+    groups: dict[Any, list[Part]] = {}
+    for part in tiles:
+        groups.setdefault(key(part), []).append(part)
+    return list(groups.values())
 
 
 class Packer:

@@ -13,8 +13,10 @@ of the tile (a row is one key/value head of one batch row) in order, W tokens of
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,21 +27,39 @@ NEG_INF = float("-inf")
 
 
 class Scratch:
-    """Uninitialised buffers by name, reused from tile to tile: no page faults, and a bounded peak."""
+    """Uninitialised buffers by name, reused from tile to tile, carved out of one piece of memory.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    One piece, because many middle-sized ones make the C library give the pages back and fetch them again every time.
+    Its size is what the last scratch of the same `purpose` came to need.
+    """
+
+    _needed: ClassVar[dict[tuple[str, torch.dtype], int]] = {}
+    _spacing: ClassVar[int] = 80
+    """Elements between two buffers, so that large powers of two do not fall onto the same cache lines."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, purpose: str = "") -> None:
+        self.device, self.dtype, self._key = device, dtype, (purpose, dtype)
+        self._piece = torch.empty(self._needed.get(self._key, 0), device=device, dtype=dtype)
+        self._used = 0
         self._flat: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """The buffer `name` as `shape`; what an earlier call of the same name gave is overwritten by its user."""
-        size = 1
-        for axis in shape:
-            size *= axis
+        size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
-            flat = self._flat[name] = torch.empty(size, device=self.device, dtype=self.dtype)
+            flat = self._flat[name] = self._carve(size)
         return flat[:size].view(shape)
+
+    def _carve(self, size: int) -> Tensor:
+        start, self._used = self._used, self._used + -(-size // 16) * 16 + self._spacing
+        if self._used <= self._piece.numel():
+            return self._piece[start : start + size]
+        return torch.empty(size, device=self.device, dtype=self.dtype)
+
+    def close(self) -> None:
+        """Remember what was needed."""
+        self._needed[self._key] = self._used
 
     def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, made once."""

@@ -20,6 +20,7 @@ from trenchcoat.ops import (
     Rows,
     Rule,
     StudentState,
+    attend_with_maps,
     attention_cross_entropy,
     decode_step,
     linear_window_attention,
@@ -124,6 +125,9 @@ class StudentAttention(nn.Module):
     ) -> tuple[Tensor, StudentState | None]:
         """y [B, H, T, E] in q's dtype with autograd, and the state after it when asked for."""
         rule = self._rule(scale, softcap)
+        if state is None and not return_state and rule.far and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
+            y = self._attend(q_BHTD, k_BGTD, v_BGTE, rule, sink_logit, mask_BT)
+            return y, None
         fq, fk = self._features(q_BHTD, k_BGTD)
         if return_state and state is None:
             state = self.empty_state(k_BGTD.shape[0], dtype=k_BGTD.dtype, device=k_BGTD.device)
@@ -142,6 +146,21 @@ class StudentAttention(nn.Module):
             return_state=return_state,
             impl=self.cfg.impl,
         )
+
+    def _only_reads(self, *inputs: Tensor) -> bool:
+        """Nothing needs a gradient, so features need not outlive their tile."""
+        if self.cfg.impl != "chunkwise":
+            return False
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink_logit: Tensor | None, mask_BT: Tensor | None
+    ) -> Tensor:
+        query, key = _learner(self.query_map, False), _learner(self.keys_phi, False)
+        assert query is not None
+        assert key is not None
+        mix_H = self._mix(q)
+        return attend_with_maps(q, k, v, query, key, mix_H, rule=rule, sink_logit_H=sink_logit, mask_BT=mask_BT)
 
     @torch.no_grad()
     def decode(

@@ -10,8 +10,9 @@ inside, A heads of a block and N tokens of it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.config import FeatureMapConfig
+from trenchcoat.ops.crew import crew_size, run
+from trenchcoat.ops.tiles import Scratch
 
 BLOCK_ROWS = 4096
 """Heads x tokens handled at once, so that a block's arrays stay in cache."""
@@ -252,14 +255,20 @@ class FeatureMap(nn.Module):
         return f"{self.cfg.name}, heads={self.num_heads}, {self.head_dim} -> {self.features}"
 
 
-def _blocks(batch: int, inputs: int, tokens: int, share: int) -> Iterator[tuple[int, slice, slice]]:
-    """(row, input heads, tokens) of about BLOCK_ROWS output rows each."""
-    heads = max(1, BLOCK_ROWS // max(1, share * tokens))
-    length = max(1, BLOCK_ROWS // share) if heads == 1 else tokens
-    for b in range(batch):
-        for x in range(0, inputs, heads):
-            for t in range(0, tokens, length):
-                yield b, slice(x, min(x + heads, inputs)), slice(t, min(t + length, tokens))
+Block = tuple[int, slice, slice]
+"""(row, input heads, tokens)."""
+
+
+def _blocks(batch: int, inputs: int, tokens: int, share: int, split: int) -> list[Block]:
+    """Blocks of about BLOCK_ROWS output rows each, the heads divided among at least `split` of them."""
+    heads = min(max(1, BLOCK_ROWS // max(1, share * tokens)), -(-inputs // split))
+    length = max(1, BLOCK_ROWS // share) if heads == 1 else max(1, tokens)
+    return [
+        (b, slice(x, min(x + heads, inputs)), slice(t, min(t + length, tokens)))
+        for x in range(0, inputs, heads)
+        for b in range(batch)
+        for t in range(0, tokens, length)
+    ]
 
 
 def _pick(w: Weights, heads: slice, share: int) -> Weights:
@@ -281,10 +290,16 @@ class _Phi(torch.autograd.Function):
         w = Weights(*params)  # type: ignore[arg-type]
         share = phi.num_heads // inputs
         f = w.weight.new_empty(batch, phi.num_heads, tokens, phi.features)
-        for b, heads, span in _blocks(batch, inputs, tokens, share):
+
+        def work(block: Block, scratch: Scratch) -> None:
+            b, heads, span = block
             rows = slice(heads.start * share, heads.stop * share)
             x = _input(x_BXTD, b, heads, span, share, f.dtype)
             phi.block(x, _pick(w, heads, share), f[b, rows, span])
+
+        size = batch * phi.num_heads * tokens
+        blocks = _blocks(batch, inputs, tokens, share, crew_size(size, f.device))
+        run(blocks, work, rows=size, device=f.device, dtype=f.dtype, purpose="features")
         ctx.phi = phi
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x_BXTD, f, *params)
@@ -301,15 +316,22 @@ class _Phi(torch.autograd.Function):
         need_dx, need_w = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:])
         grads = Weights(*(None if p is None else torch.zeros_like(p) for p in params)) if need_w else None  # type: ignore[arg-type]
         dx_BXTD = f.new_empty(batch, inputs, tokens, dim) if need_dx else None
-        for b, heads, span in _blocks(batch, inputs, tokens, share):
-            rows = slice(heads.start * share, heads.stop * share)
-            x = _input(x_BXTD, b, heads, span, share, f.dtype)
-            df = df_BMTF[b, rows, span].clone(memory_format=torch.contiguous_format)
-            picked = None if grads is None else _pick(grads, heads, share)
-            f_block = f[b, rows, span].contiguous()
-            dx = phi.block_backward(x, _pick(w, heads, share), f_block, df, picked, need_dx)
-            if dx_BXTD is not None and dx is not None:
-                torch.sum(dx.unflatten(0, (-1, share)), 1, out=dx_BXTD[b, heads, span])
+
+        def work(group: list[Block], scratch: Scratch) -> None:
+            for b, heads, span in group:
+                rows = slice(heads.start * share, heads.stop * share)
+                x = _input(x_BXTD, b, heads, span, share, f.dtype)
+                df = df_BMTF[b, rows, span].clone(memory_format=torch.contiguous_format)
+                picked = None if grads is None else _pick(grads, heads, share)
+                f_block = f[b, rows, span].contiguous()
+                dx = phi.block_backward(x, _pick(w, heads, share), f_block, df, picked, need_dx)
+                if dx_BXTD is not None and dx is not None:
+                    torch.sum(dx.unflatten(0, (-1, share)), 1, out=dx_BXTD[b, heads, span])
+
+        size = batch * phi.num_heads * tokens
+        blocks = _blocks(batch, inputs, tokens, share, crew_size(size, f.device))
+        by_heads = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block[1].start)]
+        run(by_heads, work, rows=size, device=f.device, dtype=f.dtype, purpose="features")
         dx_out = None if dx_BXTD is None else dx_BXTD.to(x_BXTD.dtype)
         out = (None,) * 4 if grads is None else (grads.weight, grads.bias, grads.down, grads.up)
         return None, dx_out, *out
