@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from trenchcoat.bench import ops
+from trenchcoat.bench import ops, run
 
 
 def test_both_ways_of_transfer_give_the_same_gradients() -> None:
@@ -25,8 +24,7 @@ def test_both_ways_of_transfer_give_the_same_gradients() -> None:
 
 def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
     out = tmp_path / "ops.json"
-    args = argparse.Namespace(threads=None, quick=True, repeats=None, device="cpu", out=str(out))
-    text = ops.main(args)
+    text = run("ops", quick=True, out=str(out))
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["transfer_memory_ratio"] > 0
     assert set(ops.TARGETS) <= set(result)

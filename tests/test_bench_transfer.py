@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 
-from trenchcoat.bench import transfer
+from trenchcoat.bench import run, transfer
 
 
 def test_the_naive_way_computes_the_same_gradients() -> None:
@@ -29,9 +28,7 @@ def test_the_naive_way_keeps_its_maps_and_leaves_no_trace() -> None:
 
 
 def test_a_quick_run_writes_json_and_a_table(tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    transfer.add_arguments(parser)
-    text = transfer.main(parser.parse_args(["--quick", "--out", str(tmp_path / "transfer.json")]))
+    text = run("transfer", quick=True, out=str(tmp_path / "transfer.json"))
     result = json.loads((tmp_path / "transfer.json").read_text())
     assert result["memory_growth"] < 1.1
     row = result["seconds_by_tokens"]["128"]

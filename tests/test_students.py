@@ -80,7 +80,7 @@ def _expected_xent(
     sink = call.get("sink_logit")
     softcap = call.get("softcap")
     rule = student._rule(SCALE, softcap)
-    fq, fk = student._features(q, k)
+    fq, fk = student._features(q, k, rule)
     assert fq is not None
     mix = student._mix(q).double()
     hat = reference.weights(q, k, fq, fk, mix, rule=rule, sink_logit_H=sink, mask_BT=mask)
@@ -307,3 +307,12 @@ def test_a_student_of_ones_own_is_one_registry_line() -> None:
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_student(StudentConfig(**options), **SIZES)
+
+
+def test_inputs_that_do_not_fit_are_refused_with_and_without_gradients() -> None:
+    student = _student("terrace")
+    q, k, v, _ = _inputs(9)
+    with pytest.raises(ValueError, match="mask has shape"):
+        student(q, k, v, scale=1.0, mask_BT=torch.ones(1, 3))
+    with torch.no_grad(), pytest.raises(ValueError, match="mask has shape"):
+        student(q, k, v, scale=1.0, mask_BT=torch.ones(1, 3))

@@ -281,9 +281,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    import importlib
+    from trenchcoat import bench
 
-    print(importlib.import_module(f"trenchcoat.bench.{args.what}").main(args))
+    settings = {name: getattr(args, name) for name in ("threads", "quick", "repeats", "device")}
+    print(bench.run(args.what, out=args.out, **settings))
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -111,11 +111,11 @@ class Comparison:
 
     def assemble(self, row: Row) -> Any:
         """The model of a row, ready to be scored."""
+        if row.teacher:
+            return self.shop.assemble_teacher()
         student = self.shop.window_sinks() if row.window_sinks else None
         model = self.shop.assemble(student=student, lora=row.lora, weights=row.weights)
         surgery.set_far(model, row.far)
-        if row.teacher:
-            surgery.set_mode(model, "teacher")
         return model
 
     def _key(self, row: Row, **more: Any) -> dict[str, Any]:

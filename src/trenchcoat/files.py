@@ -35,17 +35,8 @@ class CorruptFileError(UserError):
     """A file does not hold what its record says it should."""
 
 
-def sync_directory(directory: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename inside it survives a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file's content to disk."""
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's entries (so that a rename inside it survives a power cut), to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,9 +84,9 @@ def atomic_file(target: Path) -> Iterator[Path]:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            sync_file(partial)
+            sync(partial)
             os.replace(partial, target)
-            sync_directory(target.parent)
+            sync(target.parent)
         finally:
             _remove(partial)
 
@@ -111,12 +102,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             yield partial
             for path in sorted(partial.rglob("*")):
                 if path.is_file():
-                    sync_file(path)
-            sync_directory(partial)
+                    sync(path)
+            sync(partial)
             if target.exists():
                 _remove(target)
             os.replace(partial, target)
-            sync_directory(target.parent)
+            sync(target.parent)
         finally:
             _remove(partial)
 

@@ -76,7 +76,7 @@ def initialise_from_text(model: nn.Module, batch: Batch) -> None:
     The students of ``model`` must be in ``transfer`` mode; other initialisations are left as they are.
     """
     students = [m for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "transfer"]
-    students = [m for m in students if m.has_far and m.cfg.feature_map.init == "landmarks"]
+    students = [student for student in students if student.starts_from_text]
     if students:
         _forward_transfer(model, batch, students, TransferRequest(initialise=True))
 

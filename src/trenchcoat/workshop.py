@@ -52,6 +52,7 @@ class Workshop:
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
         self._trained: set[str] = set()
+        self._batches: dict[tuple[int, int], Batches] = {}
         self.log = RunLog(recipe.run.dir, progress=recipe.run.progress)
 
     @cached_property
@@ -77,11 +78,14 @@ class Workshop:
         return checkpoint.fingerprint(self.model)
 
     def batches(self, batch_size: int, seq_len: int | None = None) -> Batches:
-        """The recipe's data in micro-batches of ``batch_size`` rows; tokenized once, then read from the cache."""
+        """The recipe's data in micro-batches of ``batch_size`` rows; the source is read once for each size."""
         data = self.recipe.data
         if seq_len is not None and seq_len != data.seq_len:
             data = dataclasses.replace(data, seq_len=seq_len)
-        return load_batches(data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed)
+        size = (batch_size, data.seq_len)
+        if size not in self._batches:
+            self._batches[size] = load_batches(data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed)
+        return self._batches[size]
 
     def close(self) -> None:
         """Close the log."""
@@ -105,9 +109,8 @@ class Workshop:
         """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
         surgery.remove_lora(self.model)
         torch.manual_seed(self.recipe.run.seed)
-        chosen = student if student is not None else self.recipe.student
-        surgery.replace_students(self.model, chosen)
-        if weights is None and chosen.feature_map.init == "landmarks":
+        students = surgery.replace_students(self.model, student if student is not None else self.recipe.student)
+        if weights is None and any(one.starts_from_text for one in students.values()):
             surgery.set_mode(self.model, "transfer")
             batch = self.batches(LANDMARK_ROWS).train_batch(0)
             initialise_from_text(self.model, {name: t.to(self.model.device) for name, t in batch.items()})
@@ -122,9 +125,9 @@ class Workshop:
 
     def assemble_teacher(self) -> nn.Module:
         """The model with its own attention, without LoRA."""
-        model = self.assemble()
-        surgery.set_mode(model, "teacher")
-        return model
+        surgery.remove_lora(self.model)
+        surgery.detach_students(self.model)
+        return self.model
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
         surgery.load_adapter_state(self.model, dict(tensors))

@@ -8,11 +8,9 @@ Shape legend: B rows (1), H heads, T tokens, D head dim.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trenchcoat.bench.clock import Clock, seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.files import write_json
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.runlog import environment
 from trenchcoat.students import StudentAttention, TransferRequest, build_student
@@ -228,11 +225,3 @@ def table(result: dict[str, Any]) -> str:
 
 def _target(result: dict[str, Any], name: str, sign: str) -> str:
     return "" if result["targets"] is None else f"  (target {sign} {result['targets'][name]:g})"
-
-
-def main(args: argparse.Namespace) -> str:
-    """Measure, write ``args.out`` when given, return the table."""
-    result = measure(threads=args.threads, quick=args.quick, repeats=args.repeats, device=args.device)
-    if args.out is not None:
-        write_json(Path(args.out), result)
-    return table(result)

@@ -8,12 +8,10 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, W 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trenchcoat import surgery
 from trenchcoat.bench.clock import seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
-from trenchcoat.files import write_json
 from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.objectives import Objective, transfer_objective
@@ -247,25 +244,3 @@ def table(result: dict[str, Any]) -> str:
 
 def _limit(value: float | None) -> str:
     return f"{'':>8}" if value is None else f"{f'<= {value}x':>8}"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of ``trenchcoat bench transfer``."""
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
-    parser.add_argument("--repeats", type=int, default=None, metavar="N", help="measurements each, median taken (7)")
-    parser.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
-    parser.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
-
-
-def main(args: argparse.Namespace) -> str:
-    """Measure, write ``args.out`` when given, return the table."""
-    result = measure(
-        threads=args.threads,
-        quick=args.quick,
-        repeats=getattr(args, "repeats", None),
-        device=getattr(args, "device", "cpu"),
-    )
-    if args.out is not None:
-        write_json(Path(args.out), result)
-    return table(result)

@@ -88,7 +88,9 @@ def linear_window_attention(
     rule = Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; available here: {', '.join(IMPLEMENTATIONS)}")
-    _check(q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF, mix_H, sink_logit_H, mask_BT, rule)
+    _check(q_BHTD, k_BGTD, v_BGTE, mix_H, sink_logit_H, mask_BT)
+    if rule.far:
+        _check_features(q_BHTD, k_BGTD, fq_BHTF, fk_BKTF)
     if state is not None and far and rule.slots and phi_k is None:
         raise ValueError("state is given but phi_k is not; buffered keys need the key feature map to become far")
     if return_state and state is None:
@@ -142,7 +144,7 @@ def _chunkwise(
     else:
         fq = fk = None
     sink_k, sink_v = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
-    inputs = Inputs(q, k, v, fq, fk, _log_ratio(mix_H, rule), sink_logit_H, sink_k, sink_v, rows.first_B, start)
+    inputs = Inputs(q, k, v, fq, fk, rule.log_ratio(mix_H), sink_logit_H, sink_k, sink_v, rows.first_B, start)
     y = rows.restore(chunkwise.aligned_attention(inputs, rule=rule))
     if not return_state or state is None:
         return y, None
@@ -166,10 +168,11 @@ def attend_with_maps(
 
     No gradients and no state; y [B, H, T, E] in q's dtype.
     """
+    _check(q_BHTD, k_BGTD, v_BGTE, mix_H, sink_logit_H, mask_BT)
     rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
     q, k, v = rows.align(q_BHTD), rows.align(k_BGTD), rows.align(v_BGTE)
     sink_k, sink_v = sink_pairs(k, v, rows, rule, None) if rule.sinks else (None, None)
-    x = Inputs(q, k, v, None, None, _log_ratio(mix_H, rule), sink_logit_H, sink_k, sink_v, rows.first_B, None)
+    x = Inputs(q, k, v, None, None, rule.log_ratio(mix_H), sink_logit_H, sink_k, sink_v, rows.first_B, None)
     short = q.shape[2] * (q.shape[1] // k.shape[1]) <= TILE_TOKENS
     attend = closed_form.attend if short else chunkwise.attend
     return rows.restore(attend(x, query, key, rule=rule))
@@ -197,25 +200,22 @@ def decode_step(
 ) -> Tensor:
     """As :func:`linear_window_attention` for a few tokens, updating `state` in place; no gradients."""
     rule = Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
-    _check(q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF, mix_H, sink_logit_H, mask_BT, rule)
+    _check(q_BHTD, k_BGTD, v_BGTE, mix_H, sink_logit_H, mask_BT)
+    if rule.far:
+        _check_features(q_BHTD, k_BGTD, fq_BHTF, fk_BKTF)
     return decode(
         q_BHTD,
         k_BGTD,
         v_BGTE,
         fq_BHTF if far else None,
         fk_BKTF if far else None,
-        _log_ratio(mix_H, rule),
+        rule.log_ratio(mix_H),
         state,
         rule=rule,
         sink_logit_H=sink_logit_H,
         mask_BT=mask_BT,
         phi_k=phi_k,
     )
-
-
-def _log_ratio(mix_H: Tensor, rule: Rule) -> Tensor:
-    """log(g / l), all of the mix that the formula depends on."""
-    return mix_H if rule.affine else torch.nn.functional.logsigmoid(mix_H)
 
 
 def _fresh_state(k_BGTD: Tensor, v_BGTE: Tensor, fk_BKTF: Tensor | None, rule: Rule) -> StudentState:
@@ -236,12 +236,9 @@ def _check(
     q_BHTD: Tensor,
     k_BGTD: Tensor,
     v_BGTE: Tensor,
-    fq_BHTF: Tensor | None,
-    fk_BKTF: Tensor | None,
     mix_H: Tensor,
     sink_logit_H: Tensor | None,
     mask_BT: Tensor | None,
-    rule: Rule,
 ) -> None:
     if q_BHTD.ndim != 4 or k_BGTD.ndim != 4 or v_BGTE.ndim != 4:
         raise ValueError(
@@ -260,8 +257,10 @@ def _check(
         raise ValueError(f"sink_logit has shape {tuple(sink_logit_H.shape)}; expected ({heads},)")
     if mask_BT is not None and mask_BT.shape != (batch, tokens):
         raise ValueError(f"mask has shape {tuple(mask_BT.shape)}; expected (B, T) = ({batch}, {tokens})")
-    if not rule.far:
-        return
+
+
+def _check_features(q_BHTD: Tensor, k_BGTD: Tensor, fq_BHTF: Tensor | None, fk_BKTF: Tensor | None) -> None:
+    (batch, heads, tokens, _), kv_heads = q_BHTD.shape, k_BGTD.shape[1]
     if fq_BHTF is None or fk_BKTF is None:
         raise ValueError("features fq and fk are missing; give them, or far=False to leave the far part out")
     if fq_BHTF.shape[:3] != (batch, heads, tokens):

@@ -54,6 +54,10 @@ class Rule:
         """Key/value pairs the state buffers."""
         return {"terrace": 2 * self.window, "sliding": self.window, "linear": 0}[self.kind]
 
+    def log_ratio(self, mix_H: Tensor) -> Tensor:
+        """log(g / l) with g = sigmoid(mix): all of the mix that the formula depends on."""
+        return mix_H if self.affine else torch.nn.functional.logsigmoid(mix_H)
+
     def near_start(self, position: Tensor) -> Tensor:
         """First position (sinks apart) that is near for the query at `position` (int64, any shape); 0 at least."""
         if self.kind == "terrace":

@@ -106,6 +106,11 @@ class StudentAttention(nn.Module):
             self.mix_H.fill_(math.log(self.cfg.mix_init / (1.0 - self.cfg.mix_init)))
 
     @property
+    def starts_from_text(self) -> bool:
+        """Whether initial values come from real text (`init: landmarks`)."""
+        return self.has_far and self.cfg.feature_map.init == "landmarks"
+
+    @property
     def keys_phi(self) -> FeatureMap | None:
         """The key feature map (the query map when tied)."""
         return self.key_map if self.key_map is not None else self.query_map
@@ -128,7 +133,7 @@ class StudentAttention(nn.Module):
         if state is None and not return_state and rule.far and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
             y = self._attend(q_BHTD, k_BGTD, v_BGTE, rule, sink_logit, mask_BT)
             return y, None
-        fq, fk = self._features(q_BHTD, k_BGTD)
+        fq, fk = self._features(q_BHTD, k_BGTD, rule)
         if return_state and state is None:
             state = self.empty_state(k_BGTD.shape[0], dtype=k_BGTD.dtype, device=k_BGTD.device)
         return linear_window_attention(
@@ -177,9 +182,7 @@ class StudentAttention(nn.Module):
     ) -> Tensor:
         """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
         rule = self._rule(scale, softcap)
-        fq = self.query_map(q_BHTD) if rule.far and self.query_map is not None else None
-        needs_fk = rule.far and self.keys_phi is not None
-        fk = self.keys_phi(k_BGTD) if needs_fk and self.keys_phi is not None else None
+        fq, fk = self._features(q_BHTD, k_BGTD, rule)
         return decode_step(
             q_BHTD,
             k_BGTD,
@@ -241,7 +244,8 @@ class StudentAttention(nn.Module):
             power = _power(y, rows) / count
             weight = request.mse_weight / (power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0)
             learns = request.backward and self.query_map is not None
-            log_ratio, dlog_ratio = self._log_ratio(q)
+            log_ratio = rule.log_ratio(self._mix(q))
+            dlog_ratio = torch.zeros_like(log_ratio)
             error = transfer(
                 q,
                 k,
@@ -277,7 +281,7 @@ class StudentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, `weight` times its gradient for log(g / l)); adds the maps' gradients to `.grad`."""
         with torch.set_grad_enabled(learns):
-            fq, fk = self._features(q, k)
+            fq, fk = self._features(q, k, rule)
         assert fq is not None
         assert fk is not None
         result = attention_cross_entropy(
@@ -285,7 +289,7 @@ class StudentAttention(nn.Module):
             k,
             fq.detach(),
             fk.detach(),
-            self._log_ratio(q)[0],
+            rule.log_ratio(self._mix(q).detach()),
             rule=rule,
             sink_logit_H=sink_logit,
             length_B=rows.length_B,
@@ -297,20 +301,14 @@ class StudentAttention(nn.Module):
             torch.autograd.backward((fq, fk), (result.dfq_BHTF.mul_(weight), result.dfk_BKTF.mul_(weight)))
         return result.total, result.dlog_ratio_H.mul_(weight)
 
-    def _log_ratio(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(log(g / l), room for its gradient)."""
-        mix_H = self._mix(like).detach()
-        log_ratio = mix_H if self.cfg.affine else nn.functional.logsigmoid(mix_H)
-        return log_ratio, torch.zeros_like(log_ratio)
-
     def _add_mix_gradient(self, dlog_ratio_H: Tensor) -> None:
         if self.mix_H is None:
             return
         d = dlog_ratio_H if self.cfg.affine else dlog_ratio_H * torch.sigmoid(-self.mix_H)
         self.mix_H.grad = d if self.mix_H.grad is None else self.mix_H.grad.add_(d)
 
-    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.query_map is None or self.keys_phi is None:
+    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
+        if not rule.far or self.query_map is None or self.keys_phi is None:
             return None, None
         return self.query_map(q_BHTD), self.keys_phi(k_BGTD)
 
