@@ -35,6 +35,8 @@ class ModelConfig:
     attention: str = "auto"
     """The attention the teacher runs: Transformers' `sdpa`, `eager`, `flash_attention_2`, ..., or `auto`: `sdpa` where
     the family can (gemma2 with its soft-cap and gpt_oss with its sinks cannot), else `eager`."""
+    quantize: Literal["none", "nf4"] = "none"
+    """`nf4` keeps the frozen base in 4 bits through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,16 @@ class DataConfig:
     """End every sample with the tokenizer's end token; false for models that never saw one (BOS then separates)."""
     max_rows: int | None = None
     """Use only this many rows of the source (after the held-out ones)."""
+    min_tokens: int | None = None
+    """Leave out (and count) samples of fewer tokens."""
+    max_tokens: int | None = None
+    """Leave out (and count) samples of more tokens."""
+    select: Literal["none", "esl"] = "none"
+    """`esl` trains on the samples with the largest effective sequence length (LoLCATs, equation 9)."""
+    select_rows: int | None = None
+    """Samples that `select` keeps."""
+    streaming: bool = False
+    """Read the training rows as a stream, for data larger than memory and disk cache."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a broken line, a missing column or an empty output does: stop, or be skipped and counted."""
     cache_dir: str | None = None
@@ -139,7 +151,7 @@ class StageConfig:
     batch_size: int = 1
     """Rows a forward pass (micro-batch)."""
     accumulation: int = 8
-    """Micro-batches an optimizer step."""
+    """Micro-batches an optimizer step, over all processes together."""
     clip: float | None = 1.0
     """Gradient norm limit; null for none."""
     clip_scope: Literal["layer", "global"] = "global"
@@ -205,6 +217,25 @@ class LoraConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run under `torchrun` is spread over its processes; nothing here acts on a single one."""
+
+    shard: Literal["full", "node", "none"] = "full"
+    """Who holds the frozen base: `full`, a share on every process (FSDP2); `node`, a whole copy a node, shared by its
+    processes (HSDP); `none`, a whole copy on each."""
+    node_size: int | None = None
+    """Processes that share a copy under `node`; null is those that torchrun started on this node."""
+    cpu_offload: bool = False
+    """Keep the shards in host memory and bring them to the device layer by layer."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Collectives; `auto` is nccl on GPUs (with gloo for the host's), gloo on CPUs."""
+    timeout_seconds: int = 600
+    """A collective that waits longer than this ends the job."""
+    async_save: bool = True
+    """Write checkpoints while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """The report's evaluation."""
 
@@ -234,6 +265,10 @@ class RunConfig:
     """CPU threads; null leaves torch's choice."""
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     """Progress display: a bar on a terminal, plain lines otherwise."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Send metrics there too (extra `track`); `metrics.jsonl` is always written."""
+    project: str = "trenchcoat"
+    """Project name for the trackers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +285,8 @@ class Recipe:
     """Stage 1; null skips it (the no-transfer baseline)."""
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """Stage 2; null skips it."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes, when there are several."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation and report."""
     run: RunConfig = field(default_factory=RunConfig)

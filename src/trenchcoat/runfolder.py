@@ -32,6 +32,7 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
 
 _FREE = {
     "model.device", "data.cache_dir", "run.dir", "run.threads", "run.progress",
+    "run.trackers", "run.project",
     "transfer.save_every", "transfer.keep_checkpoints", "lora.save_every", "lora.keep_checkpoints",
     "lora.gradient_checkpointing",
 }  # fmt: skip
