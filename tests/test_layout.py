@@ -12,8 +12,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"},
-    {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
-    {"surgery", "verdicts"},
+    {"interface", "shapes", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
+    {"surgery", "verdicts", "flops"},
     {"auto", "train", "plots"},
     {"hub"},
     {"workshop", "evaluate", "generate", "report", "bench"},
