@@ -7,10 +7,12 @@ of Python's lock inside its operations, so threads over whole tiles avoid both.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -52,6 +54,15 @@ def run(
     return crew.run(min(crew_size(rows, device), max(1, len(tasks))))
 
 
+@cache
+def _waiting() -> ThreadPoolExecutor:
+    """Threads that wait for the next call: starting one each time costs as much as a small tile."""
+    return ThreadPoolExecutor(MOST - 1, thread_name_prefix="trenchcoat-tiles")
+
+
+os.register_at_fork(after_in_child=_waiting.cache_clear)  # threads do not survive a fork
+
+
 class _Crew(Generic[T, R]):
     def __init__(self, tasks: Sequence[T], work: Callable[[T, Scratch], R], scratch: Callable[[], Scratch]) -> None:
         self.tasks, self.work, self.scratch = tasks, work, scratch
@@ -64,18 +75,17 @@ class _Crew(Generic[T, R]):
         """The calling thread is one of the crew; the first failure of any is raised here."""
         threads = torch.get_num_threads()
         share = max(1, threads // size)
-        with ThreadPoolExecutor(max(1, size - 1)) as pool:
-            others = [pool.submit(self._join_in, share) for _ in range(size - 1)]
-            try:
-                if others:
-                    torch.set_num_threads(share)
-                self._take_turns()
-            finally:
-                self._call_off()
-                for other in others:
-                    other.exception()
-                if others:
-                    torch.set_num_threads(threads)
+        others = [_waiting().submit(self._join_in, share) for _ in range(size - 1)]
+        try:
+            if others:
+                torch.set_num_threads(share)
+            self._take_turns()
+        finally:
+            self._call_off()
+            for other in others:
+                other.exception()
+            if others:
+                torch.set_num_threads(threads)
         for other in others:
             other.result()
         return [self.results[index] for index in range(len(self.tasks))]
