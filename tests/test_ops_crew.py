@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 def _run(work: object, tasks: int = 20) -> list[int]:
     device = torch.device("cpu")
-    return crew.run(range(tasks), work, rows=100, device=device, dtype=torch.float32, purpose="test")  # type: ignore[arg-type]
+    size = crew.crew_size(100, device)
+    return crew.run(range(tasks), work, crew=size, device=device, dtype=torch.float32, purpose="test")  # type: ignore[arg-type]
 
 
 def test_results_come_in_the_order_of_the_tasks(threads: int) -> None:
@@ -44,6 +45,11 @@ def test_a_failure_in_any_thread_is_raised_and_stops_the_rest() -> None:
     with pytest.raises(ValueError, match="task 2 is broken"):
         _run(work, tasks=1000)
     assert len(begun) < 1000
+
+
+def test_few_threads_serve_long_operations_together(threads: int) -> None:
+    assert crew.crew_size(100, torch.device("cpu"), least=threads) == threads
+    assert crew.crew_size(100, torch.device("cpu"), least=threads + 1) == 1
 
 
 def test_tasks_record_nothing_for_autograd() -> None:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.crew import crew_size, run
+from trenchcoat.ops.crew import LONG_OPERATIONS, crew_size, run
 from trenchcoat.ops.layout import Inputs, Part, Work, grouped, parts
 from trenchcoat.ops.maps import Learner, by_group, clear_sinks, fill, picked
 from trenchcoat.ops.state import Rule
@@ -25,6 +25,8 @@ W = TypeVar("W")
 
 TILE_TOKENS = 1024
 """Query rows (heads x tokens) of a tile, unless one head has more; rows are never cut here."""
+ALONE_TOKENS = 8192
+"""The same for `attend` where its tiles run one after the other: few, long operations, which the threads share."""
 
 
 def transfer(
@@ -46,12 +48,12 @@ def transfer(
 
     Rows must be free of holes; `length_B` int64 gives their tokens (None: all T). `query`/`key` None: no far part.
     """
-    batch, heads, tokens, _ = q_BHTD.shape
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    first_B = torch.zeros(batch, dtype=torch.int64, device=q_BHTD.device)
+    first_B = torch.zeros(q_BHTD.shape[0], dtype=torch.int64, device=q_BHTD.device)
     sinks = _sinks(k_BGTD, rule), _sinks(v_BGTE, rule)
     x = Inputs(q_BHTD, k_BGTD, v_BGTE, None, None, log_ratio_H, sink_logit_H, *sinks, first_B, None)
-    tiles = _tiles(x, rule)
+    crew = crew_size(q_BHTD.shape[:3].numel(), q_BHTD.device)
+    tiles = _tiles(x, rule, TILE_TOKENS, crew)
 
     def work(group: list[Part], scratch: Scratch) -> Tensor:
         total = torch.zeros((), dtype=wide, device=scratch.device)
@@ -66,24 +68,22 @@ def transfer(
         return total
 
     by_heads = grouped(tiles, lambda part: part.g.start)
-    rows = batch * heads * tokens
-    sums = run(by_heads, work, rows=rows, device=q_BHTD.device, dtype=wide, purpose="transfer")
+    sums = run(by_heads, work, crew=crew, device=q_BHTD.device, dtype=wide, purpose="transfer")
     return torch.stack(sums).sum()
 
 
-def _tiles(x: Inputs, rule: Rule) -> list[Part]:
+def _tiles(x: Inputs, rule: Rule, budget: int, crew: int) -> list[Part]:
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
-    split = crew_size(batch * heads * tokens, x.q_BHTD.device)
-    shared = heads // kv_heads
-    return list(parts(batch, kv_heads, shared, chunks, rule.window, TILE_TOKENS, whole_rows=True, split=split))
+    return list(parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, budget, whole_rows=True, split=crew))
 
 
 def attend(x: Inputs, query: Learner[W] | None, key: Learner[W] | None, *, rule: Rule) -> Tensor:
     """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles; short rows only are quick."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
-    tiles = _tiles(x, rule)
+    crew = crew_size(batch * heads * tokens, y.device, least=LONG_OPERATIONS)
+    tiles = _tiles(x, rule, ALONE_TOKENS if crew == 1 else TILE_TOKENS, crew)
 
     def work(part: Part, scratch: Scratch) -> None:
         tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
@@ -92,7 +92,7 @@ def attend(x: Inputs, query: Learner[W] | None, key: Learner[W] | None, *, rule:
         tile.pack.unpack(y_hat, y)
 
     wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
-    run(tiles, work, rows=batch * heads * tokens, device=y.device, dtype=wide, purpose="attend")
+    run(tiles, work, crew=crew, device=y.device, dtype=wide, purpose="attend")
     return y
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.config import FeatureMapConfig
-from trenchcoat.ops.crew import crew_size, run
+from trenchcoat.ops.crew import LONG_OPERATIONS, crew_size, run
 from trenchcoat.ops.tiles import Scratch
 
 BLOCK_ROWS = 4096
@@ -297,9 +297,9 @@ class _Phi(torch.autograd.Function):
             x = _input(x_BXTD, b, heads, span, share, f.dtype)
             phi.block(x, _pick(w, heads, share), f[b, rows, span])
 
-        size = batch * phi.num_heads * tokens
-        blocks = _blocks(batch, inputs, tokens, share, crew_size(size, f.device))
-        run(blocks, work, rows=size, device=f.device, dtype=f.dtype, purpose="features")
+        crew = crew_size(batch * phi.num_heads * tokens, f.device, least=LONG_OPERATIONS)
+        blocks = _blocks(batch, inputs, tokens, share, crew)
+        run(blocks, work, crew=crew, device=f.device, dtype=f.dtype, purpose="features")
         ctx.phi = phi
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x_BXTD, f, *params)
@@ -328,10 +328,10 @@ class _Phi(torch.autograd.Function):
                 if dx_BXTD is not None and dx is not None:
                     torch.sum(dx.unflatten(0, (-1, share)), 1, out=dx_BXTD[b, heads, span])
 
-        size = batch * phi.num_heads * tokens
-        blocks = _blocks(batch, inputs, tokens, share, crew_size(size, f.device))
+        crew = crew_size(batch * phi.num_heads * tokens, f.device, least=LONG_OPERATIONS)
+        blocks = _blocks(batch, inputs, tokens, share, crew)
         by_heads = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block[1].start)]
-        run(by_heads, work, rows=size, device=f.device, dtype=f.dtype, purpose="features")
+        run(by_heads, work, crew=crew, device=f.device, dtype=f.dtype, purpose="features")
         dx_out = None if dx_BXTD is None else dx_BXTD.to(x_BXTD.dtype)
         out = (None,) * 4 if grads is None else (grads.weight, grads.bias, grads.down, grads.up)
         return None, dx_out, *out
