@@ -14,10 +14,10 @@ FLOORS: list[set[str]] = [
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"},
     {"interface", "shapes", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops"},
-    {"auto", "train", "plots"},
-    {"hub"},
-    {"workshop", "evaluate", "generate", "report", "bench"},
-    {"comparison", "estimate"},
+    {"auto", "train", "plots", "footprint", "simulate"},
+    {"hub", "plan"},
+    {"workshop", "evaluate", "generate", "report", "bench", "advice"},
+    {"comparison", "estimate", "plan_report"},
     {"stages"},
     {"cli"},
     {"__init__", "__main__"},
@@ -28,7 +28,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
-    "torch.distributed": {"distributed.py", "checkpoint.py"},
+    "torch.distributed": {"distributed.py", "checkpoint.py", "simulate.py"},
 }
 """The only files that may import these libraries."""
 

@@ -1,13 +1,13 @@
 """How much memory one process needs at the worst moment of a training step, part by part, from sizes alone.
 
-The arithmetic follows the step through its moments (a layer gathered in the forward pass, the vocabulary's loss, a layer
-recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.simulate`, which runs the
-same step on fake tensors; `docs/PLAN.md` has both side by side. Not in it: the CUDA context, the buffers of NCCL, the
-fragmentation of the allocator (`plan` adds a reserve for them).
+The arithmetic follows the step through its moments (a layer gathered in the forward pass, the vocabulary's loss, a
+layer recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.simulate`, which runs
+the same step on fake tensors; `docs/PLAN.md` has both side by side. Not in it: the CUDA context, the buffers of NCCL,
+the fragmentation of the allocator (`plan` adds a reserve for them).
 
-What is held all along (W processes share a copy of the base): 1 / W of the frozen base; students and LoRA in float32,
-whole, with the gradients of what is trained; and of what is trained 16 / W bytes a parameter for AdamW (parameter,
-gradient and both moments of this process's share).
+What is held all along: this process's share of the frozen base; students and LoRA in float32, whole, with the gradients
+of what is trained; AdamW's moments of that and, with several processes, the parameters and gradients that it steps: of
+those, which are shards, this process's share.
 
 FSDP2 holds three layers at the worst moment of a gather in the forward pass (the gathered buffer of the layer before,
 which it keeps until the next copy is done, its own, and the copy that the layer computes with) and two in the backward
@@ -21,13 +21,15 @@ from dataclasses import dataclass
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.flops import layer_student, student_parameters
+from trenchcoat.ops import closed_form
+from trenchcoat.ops.layout import TILE_TOKENS
 from trenchcoat.shapes import Shapes
 from trenchcoat.students import StudentAttention
 
 NF4_BYTES = 0.5 + 4 / 64
 """A weight in 4 bits, and one float32 constant for every 64 of them (QLoRA, https://arxiv.org/abs/2305.14314)."""
-TRAINED_BYTES = 16
-"""Parameter, gradient, two moments in float32: AdamW's share of a trained parameter, divided among the processes."""
+MOMENTS, MASTER_COPY = 8, 8
+"""Bytes of a trained parameter: AdamW's two moments; with several processes, the parameter and gradient it steps."""
 
 PARTS = ("weights", "gathered layers", "students", "LoRA", "gradients", "optimizer", "activations", "logits")
 """Names of the parts, in the order of a table."""
@@ -85,7 +87,7 @@ def footprint(
         "students": 4.0 * maps,
         "LoRA": 4.0 * adapters,
         "gradients": 4.0 * trained,
-        "optimizer": TRAINED_BYTES * trained / layout.ranks,
+        "optimizer": (MOMENTS if layout.ranks == 1 else (MOMENTS + MASTER_COPY) / layout.ranks) * trained,
     }
     step = _Step(shapes, layer_student(shapes, student), stage, layout, seq_len, dtype_bytes)
     moments = step.lora_moments() if lora else step.transfer_moments()
@@ -153,7 +155,7 @@ class _Step:
         s, n = self.shapes, self.tokens
         kept = float(s.layers * (self.size * s.hidden * n if self._checkpointed else self._layer_saved()))
         inner = self._layer_saved() if self._checkpointed else 0.0
-        backward = n * (6.0 * self.size / 2 * s.mlp_width + self.size * s.hidden)
+        mlp = 3.0 * self.size * s.mlp_width
         logits = float(n * s.vocab)
         final = 3.0 * self.size * s.hidden * n
         return {
@@ -174,9 +176,13 @@ class _Step:
                 "activations": kept + final,
                 "logits": logits * 2.0 * self.size,
             },
-            "backward of a layer": {
+            "backward of an MLP": {
                 "gathered layers": self._gathered(layers=2),
-                "activations": kept + inner + backward,
+                "activations": kept + inner + n * (mlp + self.size * s.hidden),
+            },
+            "backward of a student": {
+                "gathered layers": self._gathered(layers=2),
+                "activations": kept + inner - n * mlp + self._student_backward(),
             },
         }
 
@@ -216,9 +222,29 @@ class _Step:
         return self.tokens * self.size * (3.0 * self.shapes.mlp_width + 4.0 * self.shapes.hidden)
 
     def _student_transfer(self) -> float:
-        """q, k, v, both outputs, the residual; with the cross-entropy the features of all tokens and their gradients."""
+        """q, k, v, both outputs, the residual, a tile; with the cross-entropy all features and their gradients."""
         s, phi = self.shapes, self.student.keys_phi
         cross = isinstance(self.stage, TransferConfig) and self.stage.xent_weight > 0
         features = 8.0 * phi.features * (s.heads + phi.num_heads) if cross and phi is not None else 0.0
         rows = self.size * (2 * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden)
-        return self.tokens * (rows + features)
+        whole_rows = s.heads // s.kv_heads * self.seq_len
+        return self.tokens * (rows + features) + self._tile(max(closed_form.TILE_TOKENS, whole_rows), 3, 2, 4, 1)
+
+    def _student_backward(self) -> float:
+        """Gradients of the features, of q, k, v and of the residual, and a tile."""
+        s, phi = self.shapes, self.student.keys_phi
+        features = 0.0 if phi is None else 4.0 * phi.features * (s.heads + phi.num_heads)
+        rows = 4.0 * (s.heads + 2 * s.kv_heads) * s.head_dim + 2.0 * self.size * s.hidden
+        return self.tokens * (rows + features) + self._tile(TILE_TOKENS, 6, 4, 6, 2)
+
+    def _tile(self, most: int, queries: int, keys: int, columns: int, features: int) -> float:
+        """Scratch of a tile of up to ``most`` query rows: so many arrays of queries, of keys, of window columns, of
+        features, and the running sums (forwards and backwards)."""
+        s, phi = self.shapes, self.student.keys_phi
+        rows = min(most, s.heads * self.tokens)
+        dim, window = s.head_dim, self.student.cfg.window
+        numbers = queries * dim + keys * dim * s.kv_heads / s.heads + columns * window
+        if phi is not None:
+            share = phi.num_heads / s.heads
+            numbers += features * phi.features * (1 + share) + 2.75 * share * phi.features * dim / window
+        return 4.0 * rows * numbers

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,11 @@ class Plan:
     disk: dict[str, float]
     state: tuple[float, float]
     """(far sums, window) of one sequence while text is written."""
-    notes: list[str] = field(default_factory=list)
-    simulated: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By stage, for one way: bytes by arithmetic and by simulation."""
+
+    @property
+    def chosen(self) -> Way | None:
+        """The quickest way that fits."""
+        return next((way for way in self.ways if way.name == self.best), None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -142,10 +144,11 @@ def parse_size(text: str, what: str, *, binary: bool = False) -> float:
     return number * (2.0 ** (10 * round(math.log10(decimal) / 3)) if binary or match.group(3) else decimal)
 
 
-def plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> Plan:
+def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> tuple[Planner, Plan]:
     """Every way of running ``recipe`` on ``machine``; ``tokens`` is the size of one pass over the training data.
 
-    Raises ``UserError`` for a model whose config is not to be had, a family or student that cannot work, an unknown GPU.
+    Raises ``UserError`` for a model whose config is not to be had, a family or student that cannot work, an unknown
+    GPU.
     """
     if recipe.transfer is None and recipe.lora is None:
         raise UserError("transfer=null and lora=null together leave nothing to plan; leave one of them out")
@@ -155,9 +158,8 @@ def plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> Pl
     fitting = [way for way in ways if way.fits]
     best = min(fitting, key=lambda way: way.seconds_a_token).name if fitting else None
     disk = planner.disk()
-    notes = [*planner.advice(ways, best), *planner.remarks(ways, best, disk)]
     state = state_bytes(shapes, recipe.student, planner.dtype_bytes)
-    return Plan(recipe.model.path, shapes, machine, ways, best, disk, state, notes)
+    return planner, Plan(recipe.model.path, shapes, machine, ways, best, disk, state)
 
 
 def layouts(machine: Machine) -> list[tuple[str, str, Layout]]:
@@ -196,6 +198,11 @@ class Planner:
         return 4 if self.recipe.model.dtype == "float32" else 2
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the base on a GPU."""
+        return torch.float32 if self.dtype_bytes == 4 else torch.bfloat16
+
+    @property
     def stages(self) -> dict[str, Stage]:
         """The recipe's stages by name."""
         found = {"transfer": self.recipe.transfer, "lora": self.recipe.lora}
@@ -204,10 +211,11 @@ class Planner:
     @property
     def peak(self) -> float:
         """FLOP/s of one GPU."""
-        dtype = torch.float32 if self.dtype_bytes == 4 else torch.bfloat16
-        peak = device_peak(self.machine.gpu, dtype)
+        peak = device_peak(self.machine.gpu, self.dtype)
         if peak is None:
-            raise UserError(f"--gpu {self.machine.gpu!r} is not known; try H100, H200, A100, L40S, RTX 4090, B200, MI300X")
+            raise UserError(
+                f"--gpu {self.machine.gpu!r} is not known; try H100, H200, A100, L40S, RTX 4090, B200, MI300X"
+            )
         return peak
 
     def way(self, name: str, settings: str, layout: Layout) -> Way:
@@ -295,110 +303,6 @@ class Planner:
         found["adapter"] = 4.0 * (maps + adapters)
         found["token cache"] = BYTES_A_TOKEN * (self.tokens_a_pass() or 0.0)
         return found
-
-    # In words
-
-    def advice(self, ways: list[Way], best: str | None) -> list[str]:
-        """When nothing fits: what would."""
-        if best is not None:
-            return []
-        least = min(ways, key=lambda way: way.peak)
-        notes = [
-            f"nothing fits {self.machine.gpus} x {gib(self.machine.gpu_memory)}: the least is {gib(least.peak)} a GPU "
-            f"({least.name}), beside a reserve of {gib(RESERVE_BYTES)} and {RESERVE_SHARE:.0%}"
-        ]
-        notes += self._smaller()
-        enough = self.enough_gpus()
-        if enough is not None:
-            notes.append(f"{enough} such GPUs would do, with parallel.shard=full")
-        elif not self._smaller():
-            notes.append("more GPUs alone would not do: use GPUs with more memory, or a smaller data.seq_len")
-        if self.recipe.transfer is not None:
-            notes.append(
-                "attention transfer needs only one layer at a time: read from disk layer by layer it would take "
-                f"{gib(self.one_layer())} on one GPU; no command does that yet"
-            )
-        return notes
-
-    def enough_gpus(self, most: int = 1024) -> int | None:
-        """The smallest number of GPUs (powers of two in a node, then whole nodes) over which the base can be sharded."""
-        node = self.machine.gpus_per_node
-        small = [2**i for i in range(1, 10) if 2**i < node]
-        for gpus in [*small, *range(node, most + 1, node)]:
-            layout = Layout(ranks=gpus, shared_by=gpus)
-            if gpus > 1 and all(self.fits(self.memory(stage, layout)) for stage in self.stages.values()):
-                return gpus
-        return None
-
-    def _smaller(self) -> list[str]:
-        """Settings with which one of the ways would fit."""
-        trials = []
-        if self.recipe.lora is not None and not self.recipe.lora.gradient_checkpointing:
-            lora = dataclasses.replace(self.recipe.lora, gradient_checkpointing=True)
-            trials.append(("lora.gradient_checkpointing=true", dataclasses.replace(self.recipe, lora=lora)))
-        if any(stage.batch_size > 1 for stage in self.stages.values()):
-            changes = {name: dataclasses.replace(stage, batch_size=1) for name, stage in self.stages.items()}
-            settings = " ".join(f"{name}.batch_size=1" for name in changes)
-            trials.append((settings, dataclasses.replace(trials[-1][1] if trials else self.recipe, **changes)))
-            if len(trials) > 1:
-                changes["lora"] = dataclasses.replace(changes["lora"], gradient_checkpointing=True)  # type: ignore[call-arg]
-                trials[-1] = (f"{trials[0][0]} {settings}", dataclasses.replace(self.recipe, **changes))
-        for settings, recipe in trials:
-            other = dataclasses.replace(self, recipe=recipe)
-            for name, chosen, layout in layouts(self.machine):
-                if other.way(name, chosen, layout).fits:
-                    return [f"with {settings} it would fit: {name}"]
-        return []
-
-    def one_layer(self) -> float:
-        """Bytes of attention transfer with a single layer in memory."""
-        assert self.recipe.transfer is not None
-        alone = dataclasses.replace(
-            self.shapes, layers=1, embedding_parameters=0, head_parameters=0, other_parameters=0
-        )
-        student = dataclasses.replace(self.recipe.student, keep_softmax=())
-        planner = dataclasses.replace(self, shapes=alone, recipe=dataclasses.replace(self.recipe, student=student))
-        return planner.memory(self.recipe.transfer, Layout()).total
-
-    def remarks(self, ways: list[Way], best: str | None, disk: dict[str, float]) -> list[str]:
-        """What is worth knowing about the plan."""
-        notes = []
-        needed = sum(disk.values())
-        if self.machine.disk is not None and needed > self.machine.disk:
-            notes.append(f"{tera(needed)} of disk are needed, {tera(self.machine.disk)} are there")
-        if self.machine.bandwidth is not None:
-            seconds = disk["weights of the base"] / self.machine.bandwidth
-            notes.append(f"reading the weights once takes {seconds / 60:.1f} min at {self.machine.bandwidth / 1e9:g} GB/s")
-        chosen = next((way for way in ways if way.name == best), None)
-        if chosen is None:
-            return notes
-        notes += self._waits(chosen)
-        if chosen.layout.offload:
-            held = next(iter(chosen.stages.values())).memory.host * min(self.machine.gpus, self.machine.gpus_per_node)
-            notes.append(f"{chosen.name}: {gib(held)} of host memory a node")
-        for name, stage in self.stages.items():
-            if stage.accumulation % chosen.layout.ranks:
-                whole = chosen.layout.ranks * math.ceil(stage.accumulation / chosen.layout.ranks)
-                notes.append(
-                    f"{name}.accumulation={stage.accumulation} micro-batches a step do not divide among "
-                    f"{chosen.layout.ranks} processes; {name}.accumulation={whole} does"
-                )
-        if any(stage.tokens is None for stage in chosen.stages.values()):
-            notes.append(f"the size of {self.recipe.data.path} is not known here; give --tokens for hours")
-        return notes
-
-    def _waits(self, way: Way) -> list[str]:
-        notes = []
-        for name, stage in self.stages.items():
-            waits = self.seconds(stage, way.layout)
-            bound = max(waits, key=lambda key: waits[key])
-            if bound != "arithmetic":
-                factor = math.ceil(waits[bound] / waits["arithmetic"])
-                notes.append(
-                    f"{name} waits for the {bound}: {waits[bound]:.2g} s a micro-batch against {waits['arithmetic']:.2g} s "
-                    f"of arithmetic; {name}.batch_size={factor * stage.batch_size} would balance them, if memory allows"
-                )
-        return notes
 
 
 def gib(size: float) -> str:

@@ -35,6 +35,7 @@ from trenchcoat.families import decoder_of
 from trenchcoat.interface import LazyMask
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.ops import chunkwise, closed_form
+from trenchcoat.ops.tiles import Scratch
 from trenchcoat.students import TransferRequest
 
 MOST_TILES = 8
@@ -125,14 +126,18 @@ def _mesh(ranks: int, shard: Sharding, node_size: int) -> DeviceMesh:
 
 @contextmanager
 def _few_tiles(config: Any, tokens: int) -> Iterator[None]:
+    """Few tiles, and nothing remembered of what earlier ones needed."""
     rows = int(config.num_attention_heads) * tokens
-    before = chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS
+    before, needed = (chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS), dict(Scratch._needed)
+    Scratch._needed.clear()
     chunkwise.TILE_TOKENS = max(before[0], -(-rows // MOST_TILES))
     closed_form.TILE_TOKENS = max(before[1], -(-rows // MOST_TILES))
     try:
         yield
     finally:
         chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS = before
+        Scratch._needed.clear()
+        Scratch._needed.update(needed)
 
 
 def _materialise(model: nn.Module) -> None:
@@ -155,20 +160,20 @@ def _step(
     trained = [p for p in model.parameters() if p.requires_grad]
     own = [p for s in surgery.students_of(model).values() for p in s.parameters()]
     outside = list(dict.fromkeys([*trained, *own]))
-    optimizer = [torch.empty(-(-p.numel() // ranks), dtype=torch.float32) for p in trained for _ in range(4)]
+    copies = 2 if ranks == 1 else 4  # both moments; of a shard the parameter and gradient that are stepped too
+    optimizer = [torch.empty(-(-p.numel() // ranks), dtype=torch.float32) for p in trained for _ in range(copies)]
     ids = torch.zeros(stage.batch_size, seq_len, dtype=torch.int64)
-    run = _lora_step if isinstance(stage, LoraConfig) else _transfer_step
     root = model if isinstance(stage, LoraConfig) else decoder_of(model)
     if mesh is None:
         held = sum(t.nbytes for t in (*{id(p): p for p in model.parameters()}.values(), ids, *optimizer))
         with live_tensor_memory() as memory:
-            run(model, stage, ids)
+            _run(model, stage, ids)
         return {"Total": held + memory.peak, "Parameters and optimizer": held, "Activations and gradients": memory.peak}
     _shard(model, root, mesh, outside)
     tracker = FSDPMemTracker(root)
     tracker.track_inputs((ids, *optimizer, *outside, *_unseen(model, root)))
     with tracker:
-        run(model, stage, ids)
+        _run(model, stage, ids)
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return dict(snapshot)
 
@@ -192,7 +197,14 @@ def _shard(model: Any, root: Any, mesh: DeviceMesh, outside: Sequence[nn.Paramet
     fully_shard(root, **options)
 
 
-def _lora_step(model: Any, stage: LoraConfig, ids: Tensor) -> None:
+def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
+    if isinstance(stage, LoraConfig):
+        _lora_step(model, ids)
+    else:
+        _transfer_step(model, stage, ids)
+
+
+def _lora_step(model: Any, ids: Tensor) -> None:
     """What `objectives.next_token_objective` does, without reading numbers."""
     model.train()
     logits = model(input_ids=ids, attention_mask=_CausalMask(*ids.shape), use_cache=False).logits
