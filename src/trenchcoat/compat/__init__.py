@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from trenchcoat import cli
-from trenchcoat.compat.flags import NO_EFFECT, given, parse
+from trenchcoat.compat.flags import given_flags, parse
 from trenchcoat.compat.plan import Plan, Stage, make_plan
 from trenchcoat.compat.start import adopt_transfer, base_config, check_layers, check_rope
 from trenchcoat.config import UserError
 from trenchcoat.runfolder import TRANSFER, RunFolder
 
-__all__ = ["NO_EFFECT", "main", "plan_of"]
+__all__ = ["main", "plan_of"]
 
 _SCRIPTS: dict[Stage, str] = {"transfer": "distill_llama.py", "finetune": "distill_llama_finetune.py"}
 _DESCRIPTIONS: dict[Stage, str] = {
-    "transfer": "Stage 1, attention transfer, with the flags of the original research code. Under torchrun, --enable_fsdp "
-    "shards the model over the processes.",
+    "transfer": "Stage 1, attention transfer, with the flags of the original research code. Under torchrun, "
+    "--enable_fsdp shards the model over the processes.",
     "finetune": "Stage 2, LoRA on the transferred model, with the flags of the original research code. Given the same "
     "arguments as distill_llama.py, it takes up that script's run.",
 }
@@ -42,7 +42,7 @@ def main(stage: Stage, configs: Path, arguments: Sequence[str] | None = None) ->
 def plan_of(stage: Stage, arguments: Sequence[str], configs: Path) -> Plan:
     """What a command line asks for, checked against the base model's config; nothing is run. Raises ``UserError``."""
     args = parse(_SCRIPTS[stage], _DESCRIPTIONS[stage], arguments)
-    flags = given(args)
+    flags = given_flags(args)
     if "huggingface_token" in flags:
         os.environ["HF_TOKEN"] = flags["huggingface_token"]
     plan = make_plan(stage, args, [Path("configs"), configs])

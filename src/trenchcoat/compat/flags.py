@@ -56,7 +56,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("weight_decay", "float", "`transfer.weight_decay`, `lora.weight_decay`"),
     Flag("optim", "str", "AdamW only: `adamw_torch`, `adamw_torch_fused`, `adamw`; others are refused"),
     Flag("scheduler", "str", "`transfer.schedule`, `lora.schedule`"),
-    Flag("gradient_accumulation_steps", "int", "`transfer.accumulation`, `lora.accumulation`, of all processes together"),
+    Flag("gradient_accumulation_steps", "int", "`transfer.accumulation`, `lora.accumulation`, over all processes"),
     Flag("num_train_epochs", "float", "`transfer.epochs`, `lora.epochs`"),
     Flag("max_steps", "int", "`transfer.max_steps`, `lora.max_steps`"),
     Flag("num_train_steps", "int", "the same in micro-batches, divided by the accumulation and rounded up"),
@@ -125,6 +125,6 @@ def parse(script: str, description: str, arguments: Sequence[str]) -> argparse.N
     return args
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, and their values."""
     return {flag.name: value for flag in FLAGS if (value := getattr(args, flag.name)) is not None}

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trenchcoat.compat import flags as grammar
+from trenchcoat.cli import UsageError
 from trenchcoat.compat.configs import OldConfig, read_config
+from trenchcoat.compat.flags import FLAGS, given_flags
 from trenchcoat.compat.translate import data_section, lora_section, model_section, student_section, transfer_section
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.recipe_io import recipe_from_dict
@@ -43,7 +44,7 @@ class Plan:
 
 def make_plan(stage: Stage, args: argparse.Namespace, folders: Sequence[Path]) -> Plan:
     """Read the configurations that ``args`` name, in ``folders``, and translate them. Raises ``UserError``."""
-    given = grammar.given(args)
+    given = given_flags(args)
     _refuse(stage, given)
     model = read_config("model", given["model_config"], folders)
     names = {kind: given.get(f"{kind}_config") for kind in ("distill", "finetune", "eval")}
@@ -67,9 +68,7 @@ def _refuse(stage: Stage, given: Mapping[str, Any]) -> None:
     needed = ["model_config", "distill_config", *(["finetune_config"] if stage == "finetune" else [])]
     missing = [f"--{name}" for name in needed if name not in given]
     if missing:
-        raise grammar.UsageError(
-            f"{' and '.join(missing)} must be given: the name of a configuration, or a file's path"
-        )
+        raise UsageError(f"{' and '.join(missing)} must be given: the name of a configuration, or a file's path")
     if stage == "transfer" and _named_checkpoint(given) is not None:
         raise UserError(
             "--load_distill_checkpoint: an interrupted attention transfer continues by itself when the same command is "
@@ -144,7 +143,7 @@ def _word(value: object) -> str:
 
 
 def _remarks(given: Mapping[str, Any], model: OldConfig, files: Mapping[str, OldConfig]) -> list[str]:
-    ignored = [f"--{flag.name}" for flag in grammar.FLAGS if flag.ignored and flag.name in given]
+    ignored = [f"--{flag.name}" for flag in FLAGS if flag.ignored and flag.name in given]
     words = {f"{config.file}: {key}" for config in (model, *files.values()) for key in config.without_effect()}
     if model.at("attention.train_qk", False):
         words.add(f"{model.file}: attention.train_qk")

@@ -68,17 +68,14 @@ def check_rope(config: OldConfig, base: Any | None, *, overridden: bool) -> list
     if scaling:
         wanted["rope_type"] = scaling.get("rope_type") or scaling.get("type")
         wanted |= {name: scaling.get(name) for name in _ROPE}
-    differ = [
-        f"{name} {value} (the checkpoint: {own.get(name)})"
-        for name, value in wanted.items()
-        if value is not None and own.get(name) != value
-    ]
+    differ = [name for name, value in wanted.items() if value is not None and own.get(name) != value]
     if not differ:
         return []
     if overridden:
-        return [f"the checkpoint's own RoPE is used, not that of {config.file}: {', '.join(differ)}"]
+        return [f"the checkpoint's own RoPE is used, not that of {config.file} ({', '.join(differ)} differ)"]
+    shown = ", ".join(f"{name} {wanted[name]} (the checkpoint: {own.get(name)})" for name in differ)
     raise UserError(
-        f"{config.file} and the checkpoint it names disagree about RoPE: {', '.join(differ)}. The checkpoint's is what "
+        f"{config.file} and the checkpoint it names disagree about RoPE: {shown}. The checkpoint's is what "
         "runs: correct the file, or change config.json in a local copy of the checkpoint"
     )
 
