@@ -262,7 +262,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def show(outcome: Any) -> None:
-    """Print what a command leaves for the terminal."""
+    """Print what a command leaves for the terminal; of several processes the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     from rich.console import Console
 
     console = Console()

@@ -40,7 +40,10 @@ def main(stage: Stage, configs: Path, arguments: Sequence[str] | None = None) ->
 
 
 def plan_of(stage: Stage, arguments: Sequence[str], configs: Path) -> Plan:
-    """What a command line asks for, checked against the base model's config; nothing is run. Raises ``UserError``."""
+    """What a command line asks for, checked against the base model's config; nothing is run.
+
+    A token or an entity goes to the environment variable that its library reads. Raises ``UserError``.
+    """
     args = parse(_SCRIPTS[stage], _DESCRIPTIONS[stage], arguments)
     flags = given_flags(args)
     if "huggingface_token" in flags:
@@ -60,7 +63,10 @@ def plan_of(stage: Stage, arguments: Sequence[str], configs: Path) -> Plan:
 def _run(stage: Stage, arguments: Sequence[str], configs: Path) -> None:
     from trenchcoat import stages
 
-    plan = plan_of(stage, arguments, configs)
+    try:
+        plan = plan_of(stage, arguments, configs)
+    except UserError as error:
+        raise cli.UsageError(str(error)) from error
     if plan.remarks:
         cli.warn("; ".join(plan.remarks))
     if stage == "finetune":

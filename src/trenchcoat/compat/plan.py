@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ def _stage_2_suffix(given: Mapping[str, Any], *, other_data: bool) -> str:
     parts = [f"{_initials(name)}={_word(given[name])}" for name in _STAGE_2_ALONE if name in given]
     parts += ["data=ft"] if other_data else []
     source = _named_checkpoint(given)
-    parts += [f"ldc={_word(source)}"] if source is not None else []
+    parts += [f"ldc={hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]}"] if source is not None else []
     return "".join(f"-{part}" for part in parts)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.compat.configs import OldConfig
-from trenchcoat.config import UserError
+from trenchcoat.config import StageConfig, UserError
+from trenchcoat.data.sources import FILE_KINDS
 from trenchcoat.students import STUDENTS
 
 Section = dict[str, Any]
@@ -117,10 +118,11 @@ def _feature_map(config: OldConfig, flags: Mapping[str, Any]) -> Section:
         raise UserError(f"{config.file}: untied_head_adapter needs {kwargs}.hidden_dim, the width of its bottleneck")
     zero = flags.get("lk_zero_init", config.at(f"{kwargs}.zero_init", False))
     normal = config.at(f"{kwargs}.normal_init", False)
+    bias = config.at(f"{kwargs}.bias", False)
     return _set({
         "name": name,
         "feature_dim": config.at(f"{kwargs}.feature_dim"),
-        "bias": config.at(f"{kwargs}.bias", False) if not adapter else None,
+        "bias": None if adapter or bias == (name == "t2r") else bias,
         "skip": flags.get("lk_skip_connection", config.at(f"{kwargs}.skip_connection")) if not adapter else None,
         "adapter_dim": width if adapter else None,
         "init": "normal" if normal else "identity" if zero or adapter else "kaiming",
@@ -134,7 +136,7 @@ def data_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     if name not in (*_ALPACA, *_REDPAJAMA):
         raise UserError(f"{config.file}: dataset.name is {name!r}; {_expected(name, (*_ALPACA, *_REDPAJAMA))}")
     section = _alpaca(config) if name in _ALPACA else _redpajama(config, _REDPAJAMA[name])
-    section["seq_len"] = flags.get("dataset_chunk_size") or config.at("dataset.dataset_config.chunk_size")
+    section["seq_len"] = flags.get("dataset_chunk_size", config.at("dataset.dataset_config.chunk_size"))
     split = config.at("trainer.train_split")
     if "data_dir" in flags:
         section["path"] = _below(flags["data_dir"], section["path"])
@@ -194,14 +196,14 @@ def _below(data_dir: str, path: str) -> str:
         raise UserError(f"--data_dir {data_dir}: no such file or folder")
     if place.is_dir() and (place / _without_count(path)).exists():
         return str(place / path)
-    if place.is_dir() and Path(_without_count(path)).suffix:
+    if place.is_dir() and Path(_without_count(path)).suffix in FILE_KINDS:
         raise UserError(f"--data_dir {data_dir} holds no {_without_count(path)}, which the configuration reads")
     return str(place)
 
 
 def stage_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     """What ``transfer.*`` and ``lora.*`` share, without the learning rate. Raises ``UserError``."""
-    accumulation = flags.get("gradient_accumulation_steps") or config.at("trainer.gradient_accumulation_steps")
+    accumulation = flags.get("gradient_accumulation_steps", config.at("trainer.gradient_accumulation_steps"))
     section = {
         "epochs": flags.get("num_train_epochs", config.at("trainer.num_train_epochs")),
         "max_steps": _steps(config, flags, accumulation),
@@ -223,7 +225,7 @@ def _steps(config: OldConfig, flags: Mapping[str, Any], accumulation: int | None
     """The smallest limit given; 0 and below mean none, as there."""
     limits = [flags.get("max_steps", config.at("trainer.max_steps")), config.at("optimizer.max_optimizer_steps")]
     if flags.get("num_train_steps", -1) > 0:
-        limits.append(math.ceil(flags["num_train_steps"] / (accumulation or 8)))
+        limits.append(math.ceil(flags["num_train_steps"] / max(1, accumulation or StageConfig.accumulation)))
     return min((limit for limit in limits if limit is not None and limit > 0), default=None)
 
 
