@@ -20,6 +20,7 @@ FLOORS: list[set[str]] = [
     {"comparison", "estimate"},
     {"stages"},
     {"cli"},
+    {"compat"},
     {"__init__", "__main__"},
 ]
 """Parts of the package from the ground up; a part imports only from floors below its own."""

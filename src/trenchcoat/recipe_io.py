@@ -51,6 +51,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict({**document, "run": run})
 
 
+def parse_yaml(name: str, text: str) -> dict[str, Any]:
+    """YAML text as nested plain values, read as recipes are (``1e-4`` is a number); ``name`` is for messages.
+
+    Raises ``UserError`` for text that is not YAML or not a mapping.
+    """
+    return _merge(name, text, ())
+
+
 def recipe_from_dict(document: Mapping[str, Any]) -> Recipe:
     """A checked recipe from nested plain values, such as a parsed ``recipe.yaml``; raises ``UserError``."""
     recipe = _build(Recipe, document, "")
