@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import trenchcoat.data
+import trenchcoat.data.tokens
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data import Batches, load_batches, sources
 from trenchcoat.data.packing import pack
@@ -259,7 +259,7 @@ def forbid_tokenizing(*_: object, **__: object) -> None:
 def test_the_cache_spares_tokenizing_whatever_the_packing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     data = texts(*[14] * 6)
     first = load(data)
-    monkeypatch.setattr(trenchcoat.data, "encode", forbid_tokenizing)
+    monkeypatch.setattr(trenchcoat.data.tokens, "encode", forbid_tokenizing)
     again = load(data)
     assert all_rows(again) == all_rows(first)
     assert (again.fingerprint, again.counts) == (first.fingerprint, first.counts)
@@ -304,7 +304,7 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(load: Load, tmp_path
 
 def test_rows_beyond_one_call_of_the_tokenizer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(texts(*[14] * 8))
-    monkeypatch.setattr(trenchcoat.data, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(trenchcoat.data.tokens, "_CHUNK_ROWS", 4)
     pieces = load(texts(*[14] * 8), on_bad_row="skip")
     assert all_rows(pieces) == all_rows(whole)
 
