@@ -180,12 +180,13 @@ class _LineReader:
             base = self.space.starts[number]
             with open(self.space.files[number], "rb") as stream:
                 stream.seek(self.position - base)
+                name = f"{self.space.files[number].name}, " if len(self.space.files) > 1 else ""
                 while self.position < min(self.stop, self.space.starts[number + 1]):
                     line = stream.readline()
                     offset = self.position - base
                     self.position += len(line)
                     if line.strip():
-                        yield f"{self.space.files[number].name}, byte {offset}", json_line(line, offset)
+                        yield f"{name}byte {offset}", json_line(line, offset)
 
 
 class _Groups:
