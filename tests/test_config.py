@@ -141,7 +141,10 @@ def test_a_mistake_is_one_line_that_names_the_field(recipe_file: Path, override:
         (["data.select=esl"], "data.select=esl and data.select_rows=None do not fit: set both"),
         (["data.select_rows=5"], "data.select=none and data.select_rows=5 do not fit: set both"),
         (["data.streaming=true"], "data.streaming=true needs transfer.max_steps"),
-        (["data.streaming=true", "transfer.max_steps=5"], "data.streaming=true needs lora.max_steps"),
+        (
+            ["data.streaming=true", "transfer.max_steps=5", "lora.max_steps=null"],
+            "data.streaming=true needs lora.max_steps",
+        ),
         (["data.streaming=true", "data.max_rows=5"], "data.max_rows=5 needs to see all rows"),
         (["data.streaming=true", "data.validation_fraction=0.1"], "(data.validation_rows works)"),
     ],
