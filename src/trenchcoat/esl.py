@@ -31,8 +31,8 @@ from trenchcoat.surgery import attention_through
 
 NAME = "trenchcoat_esl"
 """Name under which the observing attention function is registered."""
-BLOCK_ELEMENTS = 1 << 24
-"""Attention weights held at once (64 MiB in float32)."""
+BLOCK_ELEMENTS = 1 << 22
+"""Attention weights held at once (16 MiB in float32)."""
 BATCH_TOKENS = 4096
 """Tokens of a forward pass over short samples."""
 SAVE_EVERY = 1024
@@ -62,16 +62,16 @@ def layer_esl(
     step = max(1, BLOCK_ELEMENTS // (batch * heads * tokens))
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
-        score = torch.matmul(q_BHTD[:, :, start:stop].float(), key).mul_(scale)
+        score = torch.matmul(q_BHTD[:, :, start:stop].float() * scale, key[..., :stop])  # none sees a later key
         if softcap is not None:
             score = score.div_(softcap).tanh_().mul_(softcap)
-        score = score.masked_fill_(~seen(start, stop), torch.finfo(torch.float32).min)
+        score = score.masked_fill_(~seen(start, stop)[..., :stop], torch.finfo(torch.float32).min)
         if sink_logit_H is None:
             weight = score.softmax(-1)
         else:
             sink = sink_logit_H.float()[:, None, None].expand(batch, heads, stop - start, 1)
             weight = torch.cat([score, sink], dim=-1).softmax(-1)[..., :-1]
-        distance = (place[start:stop, None] - place).float()
+        distance = (place[start:stop, None] - place[:stop]).float()
         esl_Bn = torch.einsum("bhnt,nt->bn", weight, distance)
         total_B += esl_Bn.double().masked_fill(~real_BT[:, start:stop], 0.0).sum(1)
     return total_B / (heads * real_BT.sum(1).clamp_min(1))
