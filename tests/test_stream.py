@@ -97,6 +97,8 @@ def test_every_sample_comes_once_a_pass_in_shards_of_the_file(load: Load, tokeni
     assert any(shard != sorted(shard) for shard in passes)  # shuffled within blocks
     second = names(batches, range(8 * len(passes[0]), 16 * len(passes[0]), 8), tokenizer)
     assert sorted(second) == sorted(passes[0])
+    seconds = [names(batches, range(i + 8 * len(one), i + 16 * len(one), 8), tokenizer) for i, one in enumerate(passes)]
+    assert seconds != passes  # and another time otherwise
     held = [batch["input_ids"] for batch in batches.validation()]
     assert [str(tokenizer.decode(row[0], skip_special_tokens=True)).rstrip(".") for row in held] == ["0000", "0001"]
     assert (len(batches), batches.rows("train"), batches.rows("validation")) == (stream.ENDLESS, stream.ENDLESS, 2)
@@ -298,6 +300,35 @@ def test_a_shard_without_a_usable_row_is_replaced_by_the_next(load: Load, tokeni
         load(rows, min_tokens=99)
 
 
+def test_a_restart_in_a_long_unusable_end_of_a_shard(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "NOTE_EVERY", 1)
+    monkeypatch.setattr(stream_sources, "SHARD_BYTES", 1_000_000)
+    monkeypatch.setattr(stream, "BLOCK_CHARACTERS", 0)
+    rows = numbered(60)
+    for row in rows[12:]:
+        row["text"] = row["text"][:4]
+    first = load(rows, min_tokens=8, cache_dir=str(tmp_path / "other"))
+    expected = [first.train_batch(i)["input_ids"] for i in range(25)]
+    add, noted = stream._Notes.add, 0
+
+    def killed_in_the_tail(self: stream._Notes, place: stream._Place) -> None:
+        nonlocal noted
+        add(self, place)
+        noted += 1
+        if noted == 30:
+            raise InterruptedError("killed")
+
+    monkeypatch.setattr(stream._Notes, "add", killed_in_the_tail)
+    killed = load(rows, min_tokens=8)
+    killed.train_batch(9)
+    with pytest.raises(InterruptedError):
+        killed.train_batch(10)
+    again = load(rows, min_tokens=8)
+    assert all(torch.equal(again.train_batch(i)["input_ids"], expected[i]) for i in range(10, 25))
+
+
 def test_nothing_usable_anywhere_ends_with_the_first_problem(load: Load, tmp_path: Path) -> None:
     held = write(tmp_path / "held.jsonl", numbered(2))
     batches = load([{"other": "x" * 20}] * 30, on_bad_row="skip", validation_path=str(held))
@@ -361,6 +392,17 @@ def test_other_names_that_cannot_be_streamed(load: Load, tmp_path: Path) -> None
 def test_the_number_of_shards_suits_common_numbers_of_processes() -> None:
     assert [most_shards(size) for size in (0, 1, 5, 7, 100, 10**9)] == [1, 1, 4, 6, 96, 192]
     assert all(192 % world == 0 for world in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96))
+
+
+def test_a_place_far_inside_a_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(numbered(700)), path)
+    space = stream_sources._Groups([path], 300)
+    assert (space.shards, space.held, space.empty) == (1, 300, False)
+    for position in (None, 255, 256, 511, 600, 699):
+        start = 300 if position is None else position
+        found = [row["text"] for _, row in space.open(0, position) if isinstance(row, dict)]
+        assert found == [row["text"] for row in numbered(700)[start:]]
 
 
 def test_a_position_is_found_again_at_every_row(tmp_path: Path) -> None:
