@@ -311,6 +311,7 @@ def test_a_restart_in_a_long_unusable_end_of_a_shard(
         row["text"] = row["text"][:4]
     first = load(rows, min_tokens=8, cache_dir=str(tmp_path / "other"))
     expected = [first.train_batch(i)["input_ids"] for i in range(25)]
+    first.close()
     add, noted = stream._Notes.add, 0
 
     def killed_in_the_tail(self: stream._Notes, place: stream._Place) -> None:
