@@ -2,7 +2,7 @@
 
 Micro-batch ``i`` comes from shard ``i % V`` of the source's V shards and is that shard's batch number ``i // V``. What
 it holds depends on the data, the settings and the seed, not on who asks: process r of W, which asks for i = r, r + W,
-..., reads the shards r, r + W, ... alone where W divides V, and V / gcd(V, W) processes share a shard otherwise.
+..., reads the shards r, r + W, ... alone where W divides V, and V / gcd(V, W) shards, shared with others, otherwise.
 
 A shard is read block by block. A block is as many whole samples as give some text; it is tokenized at once, packed
 behind the tokens left over from the block before, and its rows are shuffled by (seed, shard, pass, block). When a shard
