@@ -14,7 +14,7 @@ FLOORS: list[set[str]] = [
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"},
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts"},
-    {"auto", "train", "plots"},
+    {"auto", "train", "plots", "esl"},
     {"hub"},
     {"workshop", "evaluate", "generate", "report", "bench"},
     {"comparison", "estimate"},
