@@ -134,6 +134,36 @@ def test_a_mistake_is_one_line_that_names_the_field(recipe_file: Path, override:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.min_tokens=9", "data.max_tokens=8"], "data.min_tokens must be at most data.max_tokens (8), got 9"),
+        (["data.select=esl"], "data.select=esl and data.select_rows=None do not fit: set both"),
+        (["data.select_rows=5"], "data.select=none and data.select_rows=5 do not fit: set both"),
+        (["data.streaming=true"], "data.streaming=true needs transfer.max_steps"),
+        (
+            ["data.streaming=true", "transfer.max_steps=5", "lora.max_steps=null"],
+            "data.streaming=true needs lora.max_steps",
+        ),
+        (["data.streaming=true", "data.max_rows=5"], "data.max_rows=5 needs to see all rows"),
+        (["data.streaming=true", "data.validation_fraction=0.1"], "(data.validation_rows works)"),
+    ],
+)
+def test_data_settings_that_do_not_fit_together(recipe_file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_recipe(recipe_file, overrides)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_data_settings_for_long_text(recipe_file: Path) -> None:
+    chosen = ["data.path=some/rp.json[50000]", "data.min_tokens=1024", "data.select=esl", "data.select_rows=5000"]
+    data = load_recipe(recipe_file, chosen).data
+    assert (data.path, data.min_tokens, data.select, data.select_rows) == ("some/rp.json[50000]", 1024, "esl", 5000)
+    stream = ["data.streaming=true", "transfer=null", "lora.max_steps=5"]
+    assert load_recipe(recipe_file, stream).data.streaming
+
+
 def test_words_that_yaml_takes_for_truth_values(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["run.progress=off"]).run.progress == "off"
 

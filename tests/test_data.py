@@ -8,15 +8,19 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import trenchcoat.data
+import trenchcoat.data.tokens
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data import Batches, load_batches, sources
+from trenchcoat.data import Batches, TokenTable, load_batches, sources
 from trenchcoat.data.packing import pack
 from trenchcoat.data.samples import PROMPT_WITHOUT_INPUT
 from trenchcoat.embedded import stdlib_documents
@@ -98,28 +102,30 @@ def test_contiguous_rows_never_mix_samples_and_are_padded(load: Load) -> None:
     seq_len=st.integers(2, 17),
     contiguous=st.booleans(),
     seed=st.integers(0, 99),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_packing_loses_nothing_but_what_it_counts(
-    lengths: list[int], seq_len: int, contiguous: bool, seed: int
+    lengths: list[int], seq_len: int, contiguous: bool, seed: int, share: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor([0, *lengths]).cumsum(0).numpy()
     counted = (torch.rand(int(offsets[-1]), generator=generator) < 0.2).numpy()
     tokens = torch.arange(int(offsets[-1]), dtype=torch.int32).numpy()
-    packed = pack(tokens, counted, offsets, seq_len=seq_len, contiguous=contiguous)
-    expected, cut = [], 0
-    bounds = list(pairwise(offsets)) if contiguous else [(0, offsets[-1])]
-    for first, stop in bounds:
-        for start in range(first, stop, seq_len):
-            end = min(start + seq_len, stop)
-            if not contiguous and end - start < seq_len:
-                cut += end - start
-            else:
-                expected.append((start, end))
-    kept = [(start, end) for start, end in expected if counted[start + 1 : end].any()]
-    assert list(zip(packed.starts, packed.starts + packed.lengths, strict=True)) == kept
+    keep = (torch.rand(len(lengths), generator=generator) < share).numpy()
+    packed = pack(tokens, counted, offsets, seq_len=seq_len, contiguous=contiguous, keep=keep)
+    samples = [list(range(a, b)) for (a, b), kept in zip(pairwise(offsets.tolist()), keep, strict=True) if kept]
+    cut = 0
+    expected: list[list[int]] = []
+    for piece in samples if contiguous else [[token for sample in samples for token in sample]]:
+        rows = [piece[i : i + seq_len] for i in range(0, len(piece), seq_len)]
+        if not contiguous and rows and len(rows[-1]) < seq_len:
+            cut = len(rows.pop())
+        expected += rows
+    kept_rows = [row for row in expected if counted[row[1:]].any()]
+    assert [packed.row(i)[0].tolist() for i in range(len(packed))] == kept_rows
+    assert [packed.row(i)[1].tolist() for i in range(len(packed))] == [counted[row].tolist() for row in kept_rows]
     assert packed.tokens_cut == cut
-    assert packed.rows_masked == len(expected) - len(kept)
+    assert packed.rows_masked == len(expected) - len(kept_rows)
 
 
 def test_rows_without_a_label_are_dropped_and_counted(load: Load) -> None:
@@ -252,6 +258,90 @@ def test_settings_out_of_range_are_named(load: Load, fields: dict[str, Any], nam
         load(texts(5, 5), **fields)
 
 
+def test_a_subsample_by_the_path(load: Load, tmp_path: Path) -> None:
+    data = texts(*range(6, 32))
+    whole = {tuple(row) for row in all_rows(load(data, packing="contiguous", seq_len=64))}
+    path = tmp_path / "rows.jsonl"
+    some = load(f"{path}[11]", packing="contiguous", seq_len=64)
+    assert (some.counts["rows_read"], some.rows("train"), some.rows("validation")) == (11, 10, 1)
+    rows = {tuple(row) for row in all_rows(some)}
+    assert len(rows) == 10
+    assert rows < whole
+    assert rows == {tuple(row) for row in all_rows(load(f"{path}[11]", packing="contiguous", seq_len=64, seed=5))}
+    held = [len(batch["input_ids"][0][batch["attention_mask"][0] == 1]) for batch in some.validation()]
+    assert min(held) < min(sum(t != 2 for t in row) for row in rows)  # drawn rows keep the order of the file
+    assert load(f"{path}[99]", packing="contiguous", seq_len=64).counts["rows_read"] == 26
+    assert load(path, validation_path=f"{path}[3]", packing="contiguous", seq_len=64).rows("validation") == 3
+    for kind in ("json", "parquet"):
+        other = tmp_path / f"rows.{kind}"
+        if kind == "json":
+            other.write_text(json.dumps(data))
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(data), other)
+        assert {tuple(row) for row in all_rows(load(f"{other}[11]", packing="contiguous", seq_len=64))} == rows
+
+
+def test_a_subsample_that_makes_no_sense(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a\n" * 99)
+    (tmp_path / "odd.jsonl[2]").write_text("".join(json.dumps(row) + "\n" for row in texts(*[14] * 4)))
+    with pytest.raises(UserError, match=r"\[0\] takes no row"):
+        load(f"{tmp_path / 'rows.jsonl'}[0]")
+    with pytest.raises(UserError, match=r"a .txt file is one document, so \[5\] cannot choose rows"):
+        load(f"{tmp_path / 'book.txt'}[5]")
+    with pytest.raises(UserError, match=r"there is no data file .*gone.jsonl;"):
+        load(f"{tmp_path / 'gone.jsonl'}[5]")
+    with pytest.raises(UserError, match=r"files of kind '.jsonl\[2\]' are not read"):
+        load(tmp_path / "odd.jsonl[2]")  # a file that is really called so
+
+
+def test_samples_of_unwanted_length_are_left_out_and_counted(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    data = texts(20, 5, 40, 8, 9, 30, 6, 12)  # two marks more each
+    load(data)
+    monkeypatch.setattr(trenchcoat.data.tokens, "encode", forbid_tokenizing)  # lengths are no matter of tokenizing
+    for packing in ("contiguous", "across"):
+        batches = load(data, min_tokens=10, max_tokens=35, packing=packing, seq_len=14)
+        assert batches.counts["skipped/too short"] == 2
+        assert batches.counts["skipped/too long"] == 1
+        assert batches.counts["rows_skipped"] == 3
+        kept = [[0, *tokenizer(data[i]["text"])["input_ids"], 1] for i in (3, 4, 5, 7)]
+        stream = [token for row in kept for token in row]
+        pieces = [row[i : i + 14] for row in kept for i in range(0, len(row), 14)]
+        if packing == "across":
+            pieces = [stream[i : i + 14] for i in range(0, len(stream) - 13, 14)]
+        assert sorted(all_rows(batches)) == sorted(piece + [2] * (14 - len(piece)) for piece in pieces)
+    assert load(data).fingerprint != load(data, min_tokens=10).fingerprint
+    assert load(data).fingerprint == load(data, min_tokens=1).fingerprint
+    message = r"no train sample has between data.min_tokens=50 .*7 are shorter, 0 longer; the longest has 42"
+    with pytest.raises(UserError, match=r"no validation sample has between|" + message):
+        load(data, min_tokens=50)
+
+
+def test_selection_keeps_the_best_training_samples_in_order(
+    load: Load, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    load(texts(*[10] * 9), validation_rows=2)
+    asked: list[list[int]] = []
+
+    def rank(key: str, table: TokenTable, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        asked.append(rows.tolist())
+        return np.array([5.0, 9.0, 1.0, 9.0, 2.0, 7.0, 0.0])
+
+    cfg = DataConfig(
+        path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), validation_rows=2, seq_len=12,
+        select="esl", select_rows=3, packing="contiguous",
+    )  # fmt: skip
+    batches = load_batches(cfg, tokenizer, batch_size=1, seed=0, rank=rank)
+    assert asked == [[2, 3, 4, 5, 6, 7, 8]]
+    assert batches.counts["train/samples_selected"] == batches.rows("train") == 3
+    letters = {text_of(row, tokenizer)[0] for i in range(3) for row in batches.train_batch(i)["input_ids"]}
+    assert letters == {"d", "f", "h"}
+    assert batches.rows("validation") == 2
+    with pytest.raises(ValueError, match="needs a ranking"):
+        load_batches(cfg, tokenizer, batch_size=1, seed=0)
+
+
 def forbid_tokenizing(*_: object, **__: object) -> None:
     raise AssertionError("tokenized again")
 
@@ -259,7 +349,7 @@ def forbid_tokenizing(*_: object, **__: object) -> None:
 def test_the_cache_spares_tokenizing_whatever_the_packing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     data = texts(*[14] * 6)
     first = load(data)
-    monkeypatch.setattr(trenchcoat.data, "encode", forbid_tokenizing)
+    monkeypatch.setattr(trenchcoat.data.tokens, "encode", forbid_tokenizing)
     again = load(data)
     assert all_rows(again) == all_rows(first)
     assert (again.fingerprint, again.counts) == (first.fingerprint, first.counts)
@@ -304,7 +394,7 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(load: Load, tmp_path
 
 def test_rows_beyond_one_call_of_the_tokenizer(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(texts(*[14] * 8))
-    monkeypatch.setattr(trenchcoat.data, "_CHUNK_ROWS", 4)
+    monkeypatch.setattr(trenchcoat.data.tokens, "_CHUNK_ROWS", 4)
     pieces = load(texts(*[14] * 8), on_bad_row="skip")
     assert all_rows(pieces) == all_rows(whole)
 

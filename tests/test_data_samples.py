@@ -129,6 +129,22 @@ def test_other_names_of_roles_and_columns_and_an_early_assistant(chat: Any) -> N
     assert "be brief" in Tokens(chat(CHATML), {"messages": system}).all
 
 
+def test_long_llm_rows(chat: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert Tokens(tokenizer, {"text": "a book", "conversations": TURNS}).labels == "<bos>a book<eos>"  # no template
+    wanted = Tokens(chat(BRACKETS), {"conversations": TURNS})
+    assert wanted.labels == "end<eos>n <eos>"
+    for first in ({"role": "system", "content": "be brief"}, {"role": "assistant", "content": "hello"}):
+        for text in ({}, {"text": None}):
+            found = Tokens(chat(BRACKETS), {**text, "conversations": [first, *TURNS]})
+            assert (found.all, found.labels) == (wanted.all, wanted.labels)
+    kept = {"conversations": [{"from": "system", "value": "be brief"}, *TURNS]}
+    assert "be brief" in Tokens(chat(CHATML), kept).all
+    with pytest.raises(BadSample, match="found the columns meta"):
+        segments({"meta": 1, "text": None, "conversations": None}, DataConfig(), tokenizer)
+    with pytest.raises(BadSample, match="no assistant turn"):
+        segments({"conversations": []}, DataConfig(), tokenizer)
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "message"),
     [

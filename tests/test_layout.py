@@ -11,15 +11,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
-    {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"},
-    {"interface", "shapes", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
+    {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
+    | {"distributed"},
+    {"sharding", "shapes"},
+    {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops"},
-    {"auto", "train", "plots", "footprint", "simulate"},
+    {"auto", "train", "plots", "esl", "footprint", "simulate"},
     {"hub", "plan"},
     {"workshop", "evaluate", "generate", "report", "bench", "advice"},
     {"comparison", "estimate", "plan_report"},
     {"stages"},
     {"cli"},
+    {"compat"},
     {"__init__", "__main__"},
 ]
 """Parts of the package from the ground up; a part imports only from floors below its own."""
@@ -28,7 +31,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
-    "torch.distributed": {"distributed.py", "checkpoint.py", "simulate.py"},
+    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
 }
 """The only files that may import these libraries."""
 

@@ -230,3 +230,63 @@ def test_the_large_recipes_hold_the_papers_values() -> None:
         assert recipe.lora is not None
         assert recipe.lora.gradient_checkpointing
         assert not recipe.eval.baselines
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "PLAN.md"
+MACHINES = [
+    ("llama3_1_8b", 1, 24, "RTX 4090"),
+    ("llama3_1_8b", 1, 80, "H100"),
+    ("llama3_1_8b", 8, 80, "H100"),
+    ("llama3_1_70b", 1, 80, "H100"),
+    ("llama3_1_70b", 4, 80, "H100"),
+    ("llama3_1_70b", 8, 80, "H100"),
+    ("llama3_1_405b", 8, 80, "H100"),
+    ("llama3_1_405b", 8, 141, "H200"),
+    ("llama3_1_405b", 16, 80, "H100"),
+    ("llama3_1_405b", 24, 80, "H100"),
+    ("llama3_1_405b", 64, 80, "H100"),
+]
+
+
+def plan_rows() -> list[str]:
+    """The table of docs/PLAN.md."""
+    rows = ["| recipe | machine | way | transfer | LoRA | tokens/s | hours |", "|---|---|---|---:|---:|---:|---:|"]
+    for name, gpus, memory, gpu in MACHINES:
+        way = _plan(name, gpus=gpus, gpu_memory=memory * GIB, gpu=gpu)[1].chosen
+        assert way is not None
+        stages = [way.stages[stage] for stage in ("transfer", "lora")]
+        cells = [
+            f"`{name}`",
+            f"{gpus} x {gpu} {memory} GB",
+            way.name,
+            *(f"{stage.memory.total / GIB:.1f}" for stage in stages),
+            " / ".join(f"{stage.tokens_per_second:,.0f}" for stage in stages),
+            " + ".join(f"{stage.hours:.2g}" for stage in stages),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _table(name: str) -> list[str]:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    return text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].splitlines()
+
+
+def test_the_documents_table_is_what_plan_says() -> None:
+    assert _table("plan-table") == plan_rows()
+
+
+def test_the_documents_simulations_agree_with_the_arithmetic_of_today() -> None:
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in _table("simulated-table")[2:]]
+    assert len(rows) == 8
+    for model, ranks, stage, arithmetic, simulated, difference, known in rows:
+        count = int(ranks)
+        recipe = load_recipe(f"llama3_1_{model.lower()}", ["lora.dropout=0", "transfer.xent_weight=0"])
+        plan = make_plan(recipe, Machine(gpus=count))[1]
+        way = next(way for way in plan.ways if way.name == "sharded over all (FSDP)")
+        counted = way.stages["lora" if stage == "LoRA" else "transfer"].memory.total / GIB
+        assert f"{counted:.2f}" == arithmetic
+        assert difference == f"{(counted / float(simulated) - 1) * 100:+.1f} %"
+        assert counted == pytest.approx(float(simulated), rel=0.10)
+        if known:
+            assert counted == pytest.approx(float(known), rel=0.10)

@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trenchcoat import objectives, surgery
-from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, TransferConfig, UserError
+from trenchcoat import distributed, objectives, sharding, surgery
+from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, StudentConfig, TransferConfig, UserError
+from trenchcoat.families import decoder_of
 from trenchcoat.footprint import Layout, base_bytes, footprint, state_bytes
 from trenchcoat.machine import GIB
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.shapes import find_config, shapes_of
-from trenchcoat.simulate import simulate
+from trenchcoat.simulate import shard_units, simulate
 
 STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32))
 TOKENS = 256
@@ -172,3 +175,23 @@ def test_simulation_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="without torchrun"):
         simulate(_small(), STUDENT, TRANSFER, seq_len=TOKENS)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_units_of_the_simulation_are_those_of_a_run(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        monkeypatch.setattr(distributed, "_world", distributed.World(0, 4, 0, 4, "cpu"))
+        found = []
+        for way in ("run", "simulation"):
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(_small(tie_word_embeddings=tied))
+            if way == "run":
+                sharding.shard_base(model, decoder_of(model).layers, ParallelConfig())
+            else:
+                shard_units(model, model, distributed.flat_mesh(), [])
+            found.append({name for name, module in model.named_modules() if isinstance(module, FSDPModule)})
+        assert found[0] == found[1]
+        assert "model.layers.5" in found[0]
+    finally:
+        dist.destroy_process_group()

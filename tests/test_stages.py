@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from trenchcoat import comparison, machine, results, stages, workshop
 from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
+from trenchcoat.data import StreamedBatches, stream, stream_sources
 from trenchcoat.hub import load
 from trenchcoat.recipe_io import load_recipe
 from trenchcoat.results import Results
@@ -99,6 +102,75 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(
             stages.linearize(other)
     monkeypatch.setattr(workshop, "fit", fit)
     resumed = stages.linearize(other).results
+    assert whole is not None
+    assert resumed is not None
+    assert _losses(resumed) == _losses(whole)
+
+
+def test_selection_ranks_with_the_bare_model_once_and_trains_on_the_best(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(name: str, *more: str) -> Recipe:
+        return make(
+            "data.select=esl", "data.select_rows=12", "student.feature_map.init=landmarks", "eval.seq_len=40",
+            "eval.decode_lengths=[]", "eval.baselines=false", f"run.dir={tmp_path / name}", *more,
+        )  # fmt: skip
+
+    first = stages.linearize(recipe("one")).results
+    [line] = [line["text"] for line in read_metrics(tmp_path / "one") if "ranking" in line.get("text", "")]
+    assert "effective sequence length" in line
+    assert any("of 12 selected samples" in line.get("text", "") for line in read_metrics(tmp_path / "one"))
+    monkeypatch.setattr(workshop.EslRanking, "_score", _no_training)  # kept: not ranked again
+    assert first is not None
+    second = stages.linearize(recipe("two")).results
+    assert second is not None
+    assert _losses(second) == _losses(first)
+    monkeypatch.undo()
+    stages.transfer(recipe("three", f"data.cache_dir={tmp_path / 'fresh'}"))  # ranked while nothing else is on
+    stages.finetune(recipe("three", f"data.cache_dir={tmp_path / 'again'}"))  # ranked after stage 1
+    third = stages.evaluate_run(recipe("three")).results
+    assert third is not None
+    assert _losses(third) == _losses(first)
+    scored = stages.evaluate_folder(tmp_path / "one" / "adapter", recipe("one"))
+    assert scored.results is not None
+    text = (tmp_path / "one" / "report.md").read_text()
+    assert "train/samples_selected | 12" in text
+
+
+def test_a_stream_stopped_in_either_stage_ends_with_the_same_numbers(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_sources, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(stream, "BLOCK_CHARACTERS", 8)
+    monkeypatch.setattr(stream, "BLOCK_ROWS", 0)
+
+    def recipe(name: str) -> Recipe:
+        return make(
+            "data.streaming=true", f"run.dir={tmp_path / name}", "eval.decode_lengths=[]", "eval.baselines=false",
+            f"data.cache_dir={tmp_path / name / 'cache'}", "transfer.max_steps=6", "lora.max_steps=6",
+        )  # fmt: skip
+
+    whole = stages.linearize(recipe("whole")).results
+    assert any("as a stream in" in line.get("text", "") for line in read_metrics(tmp_path / "whole"))
+    make_batch = StreamedBatches.train_batch
+    asked = 0
+
+    def stop_at(limit: int) -> None:
+        def train_batch(self: StreamedBatches, index: int) -> Any:
+            nonlocal asked
+            asked += 1
+            if asked == limit:
+                os.kill(os.getpid(), signal.SIGINT)
+            return make_batch(self, index)
+
+        monkeypatch.setattr(StreamedBatches, "train_batch", train_batch)
+
+    for limit in (7, 16):
+        stop_at(limit)
+        with pytest.raises(KeyboardInterrupt):
+            stages.linearize(recipe("stopped"))
+    monkeypatch.setattr(StreamedBatches, "train_batch", make_batch)
+    resumed = stages.linearize(recipe("stopped")).results
     assert whole is not None
     assert resumed is not None
     assert _losses(resumed) == _losses(whole)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,18 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = _parse(arguments)
-    _quiet_libraries(args.debug)
+    return guarded(lambda: args.command(args), debug=args.debug)
+
+
+def guarded(action: Callable[[], None], *, debug: bool) -> int:
+    """Run ``action``; an error becomes one line on standard error (with ``debug`` after its traceback) and a code."""
+    _quiet_libraries(debug)
     try:
-        args.command(args)
+        action()
     except KeyboardInterrupt:
-        return _failed("stopped; run the same command again to continue where it was", 1, args.debug)
+        return _failed("stopped; run the same command again to continue where it was", 1, debug)
     except UsageError as error:
-        return _failed(str(error), 2, args.debug)
+        return _failed(str(error), 2, debug)
     except UserError as error:
-        return _failed(str(error), 1, args.debug)
+        return _failed(str(error), 1, debug)
     except (ValueError, OSError) as error:
-        return _failed(f"{error} ({type(error).__name__}; --debug shows where)", 1, args.debug)
+        return _failed(f"{error} ({type(error).__name__}; --debug shows where)", 1, debug)
     return 0
+
+
+def warn(message: str) -> None:
+    """One line on standard error; of several processes the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trenchcoat: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:
@@ -244,25 +256,25 @@ def _recipe(args: argparse.Namespace, path: str) -> Recipe:
 def _demo(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
-    _show(stages.demo(_recipe(args, "demo")))
+    show(stages.demo(_recipe(args, "demo")))
 
 
 def _linearize(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
-    _show(stages.linearize(_recipe(args, args.recipe)))
+    show(stages.linearize(_recipe(args, args.recipe)))
 
 
 def _transfer(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
-    _show(stages.transfer(_recipe(args, args.recipe)))
+    show(stages.transfer(_recipe(args, args.recipe)))
 
 
 def _finetune(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
-    _show(stages.finetune(_recipe(args, args.recipe)))
+    show(stages.finetune(_recipe(args, args.recipe)))
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -286,7 +298,7 @@ def _plan(args: argparse.Namespace) -> None:
     except UserError as error:
         raise UsageError(str(error)) from error
     report = report_plan(recipe, machine, tokens=tokens, simulated=args.simulate)
-    _show(report)
+    show(report)
     if args.json is not None:
         write_json(Path(args.json), report.document)
         print(f"all of it: {args.json}")
@@ -296,17 +308,20 @@ def _eval(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
     if (Path(args.target) / "recipe.yaml").is_file():
-        _show(stages.evaluate_run(_recipe(args, args.target)))
+        show(stages.evaluate_run(_recipe(args, args.target)))
         return
     try:
         overrides = list(args.overrides)
         recipe = load_recipe("demo", ["transfer=null", "lora=null", "data.path=embedded", *overrides])
     except UserError as error:
         raise UsageError(str(error)) from error
-    _show(stages.evaluate_folder(Path(args.target), recipe))
+    show(stages.evaluate_folder(Path(args.target), recipe))
 
 
-def _show(outcome: Any) -> None:
+def show(outcome: Any) -> None:
+    """Print what a command leaves for the terminal; of several processes the first one does."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     from rich.console import Console
 
     console = Console()
@@ -334,7 +349,7 @@ def _generate(args: argparse.Namespace) -> None:
         num_beams=args.beams,
         seed=args.seed,
     )
-    _show(outcome)
+    show(outcome)
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -347,7 +362,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
-    _show(stages.export(Path(args.target), Path(args.out), merge=args.merge))
+    show(stages.export(Path(args.target), Path(args.out), merge=args.merge))
 
 
 if __name__ == "__main__":

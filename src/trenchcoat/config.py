@@ -91,7 +91,8 @@ class DataConfig:
     """Text, its template and its packing."""
 
     path: str = "embedded"
-    """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library)."""
+    """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library).
+    `path[5000]` takes 5000 rows of it, always the same ones, in its order (all, where it has fewer)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -103,7 +104,8 @@ class DataConfig:
     validation_fraction: float | None = None
     """Hold out this fraction of the rows instead of `validation_rows`; of a `.txt` file, of its end (null: 0.05)."""
     format: Literal["auto", "alpaca", "chat", "text"] = "auto"
-    """Schema of a row: {instruction, input, output}, {conversations | messages}, or {text}."""
+    """Schema of a row: {instruction, input, output}, {conversations | messages}, or {text}; `auto` looks at each row,
+    so Long-LLM files, which mix {text} and {conversations}, need nothing."""
     text_column: str = "text"
     """Column read by the `text` format."""
     seq_len: int = 1024
@@ -117,15 +119,17 @@ class DataConfig:
     max_rows: int | None = None
     """Use only this many rows of the source (after the held-out ones)."""
     min_tokens: int | None = None
-    """Leave out (and count) samples of fewer tokens."""
+    """Leave out (and count) samples of fewer tokens, marks included; held-out ones too."""
     max_tokens: int | None = None
-    """Leave out (and count) samples of more tokens."""
+    """Leave out (and count) samples of more tokens, marks included; held-out ones too."""
     select: Literal["none", "esl"] = "none"
-    """`esl` trains on the samples with the largest effective sequence length (LoLCATs, equation 9)."""
+    """`esl` trains on the samples with the largest effective sequence length (LoLCATs, equation 9): how far back the
+    model's attention looks, over a sample's first `seq_len` tokens. One pass of the model, kept in `cache_dir`."""
     select_rows: int | None = None
-    """Samples that `select` keeps."""
+    """Training samples that `select` keeps; needed with it."""
     streaming: bool = False
-    """Read the training rows as a stream, for data larger than memory and disk cache."""
+    """Read the training rows as a stream, for data larger than memory and disk cache. Needs max_steps in both stages,
+    and `validation_rows`, a `validation` split or `validation_path`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a broken line, a missing column or an empty output does: stop, or be skipped and counted."""
     cache_dir: str | None = None

@@ -73,6 +73,13 @@ class LazyMask:
             self._teacher[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._request)
         return self._teacher[implementation]
 
+    def block(self, start: int, stop: int) -> Tensor:
+        """Which keys the queries `start` to `stop` see, in every row: bool [B, 1, stop - start, keys]."""
+        first = self._request.get("q_offset", 0)
+        wanted = {"q_length": stop - start, "q_offset": first + start, "allow_is_causal_skip": False}
+        made: Tensor = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self._request, **wanted})
+        return made
+
     def contiguous(self) -> LazyMask:
         """Itself (asked of masks by `generate()`)."""
         return self
@@ -102,7 +109,7 @@ def attention(
     layer: StateLayer | None = kwargs.pop(_CACHE, None)
     student = student_of(module)
     if student is None or student.mode == "teacher":
-        return _teacher(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise ValueError("this model adds position biases to its attention scores, which students do not support")
     options: dict[str, Any] = {
@@ -119,7 +126,7 @@ def attention(
             "call the model without a cache (use_cache=False)"
         )
     with torch.no_grad():
-        output = _teacher(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        output = own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
         student.transfer(query.detach(), key.detach(), value.detach(), output[0].detach().transpose(1, 2), **options)
     return output
 
@@ -130,10 +137,10 @@ def student_of(module: nn.Module) -> StudentAttention | None:
     return student if isinstance(student, StudentAttention) else None
 
 
-def _teacher(
+def own_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Output:
-    """The model's own implementation, named by the attribute `teacher_attention` of `module`."""
+    """The model's own implementation, named by the attribute `teacher_attention` of `module`; see :func:`attention`."""
     implementation = str(module.teacher_attention)
     home = sys.modules[type(module).__module__]
     functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)

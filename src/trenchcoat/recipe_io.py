@@ -51,6 +51,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict({**document, "run": run})
 
 
+def parse_yaml(name: str, text: str) -> dict[str, Any]:
+    """YAML text as nested plain values, read as recipes are (``1e-4`` is a number); ``name`` is for messages.
+
+    Raises ``UserError`` for text that is not YAML or not a mapping.
+    """
+    return _merge(name, text, ())
+
+
 def recipe_from_dict(document: Mapping[str, Any]) -> Recipe:
     """A checked recipe from nested plain values, such as a parsed ``recipe.yaml``; raises ``UserError``."""
     recipe = _build(Recipe, document, "")
@@ -240,9 +248,15 @@ def check_recipe(recipe: Recipe) -> None:
         if check is not None and not check[0](value):
             raise UserError(f"{path} must be {check[1]}, got {value!r}")
     _check_window(recipe.student, recipe.data)
+    check_data(recipe.data)
     for name, stage in (("transfer", recipe.transfer), ("lora", recipe.lora)):
         if stage is not None:
             _check_stage(name, stage)
+            if recipe.data.streaming and stage.max_steps is None:
+                raise UserError(
+                    f"data.streaming=true needs {name}.max_steps: a stream has no length that {name}.epochs "
+                    f"({stage.epochs:g}) could be counted in"
+                )
     if recipe.transfer is not None and recipe.transfer.mse_weight == 0 and recipe.transfer.xent_weight == 0:
         raise UserError("transfer.mse_weight and transfer.xent_weight are both 0: there is no loss to learn from")
 
@@ -268,6 +282,26 @@ def _check_window(student: StudentConfig, data: DataConfig) -> None:
         )
     if student.sinks >= data.seq_len:
         raise UserError(f"student.sinks must be below data.seq_len ({data.seq_len}), got {student.sinks}")
+
+
+def check_data(data: DataConfig) -> None:
+    """Raise ``UserError`` for the first two fields of ``data`` that do not fit together."""
+    if data.min_tokens is not None and data.max_tokens is not None and data.min_tokens > data.max_tokens:
+        raise UserError(f"data.min_tokens must be at most data.max_tokens ({data.max_tokens}), got {data.min_tokens}")
+    if (data.select == "none") != (data.select_rows is None):
+        raise UserError(
+            f"data.select={data.select} and data.select_rows={data.select_rows} do not fit: set both, for example "
+            "data.select=esl data.select_rows=5000, or neither"
+        )
+    if not data.streaming:
+        return
+    apart = {"select": "none", "max_rows": None, "validation_fraction": None}
+    for name, without in apart.items():
+        if getattr(data, name) != without:
+            raise UserError(
+                f"data.{name}={getattr(data, name)} needs to see all rows, and data.streaming=true never does: "
+                f"leave one of the two out{' (data.validation_rows works)' if name == 'validation_fraction' else ''}"
+            )
 
 
 def _check_stage(name: str, stage: StageConfig) -> None:

@@ -169,7 +169,7 @@ def _step(
         with live_tensor_memory() as memory:
             _run(model, stage, ids)
         return {"Total": held + memory.peak, "Parameters and optimizer": held, "Activations and gradients": memory.peak}
-    _shard(model, root, mesh, outside)
+    shard_units(model, root, mesh, outside)
     tracker = FSDPMemTracker(root)
     tracker.track_inputs((ids, *optimizer, *outside, *_unseen(model, root)))
     with tracker:
@@ -184,8 +184,8 @@ def _unseen(model: nn.Module, root: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if id(p) not in inside]
 
 
-def _shard(model: Any, root: Any, mesh: DeviceMesh, outside: Sequence[nn.Parameter]) -> None:
-    """FSDP2 units: every layer, the embedding, the head, the rest; ``outside`` is replicated."""
+def shard_units(model: Any, root: Any, mesh: DeviceMesh, outside: Sequence[nn.Parameter]) -> None:
+    """FSDP2 units as in a run (`sharding.shard_base`): every layer, embedding, head, the rest; ``outside`` is whole."""
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(outside)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight

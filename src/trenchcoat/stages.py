@@ -179,7 +179,8 @@ def _side_by_side(sample: Sample) -> list[str]:
 def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     """Score an adapter or merged folder, as it is, on the text of ``recipe``."""
     model, tokenizer = hub.load(path, device=recipe.model.device)
-    batches = load_batches(recipe.data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
+    data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # of training rows, which it needs not
+    batches = load_batches(data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
     window = surgery.student_config(model).window
     text = evaluation_rows(batches, recipe.eval.rows)
     found = score(model, text, window=window, batch_size=recipe.eval.batch_size)

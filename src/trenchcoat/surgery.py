@@ -11,7 +11,8 @@ PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +102,29 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         config._attn_implementation_internal = own if mode == "teacher" else NAME
     if students:
         decoder_of(model).trenchcoat_mode = mode
+
+
+@contextmanager
+def attention_through(model: nn.Module, name: str) -> Iterator[list[AttentionSite]]:
+    """Inside the block every layer calls the attention function registered as `name`; yields the layers.
+
+    For functions that look on and return `interface.own_attention`. The model has no students (its outputs are then
+    those of the untouched model); raises `UnsupportedFamilyError` for families that cannot work.
+    """
+    if students_of(model):
+        raise ValueError("take the students out first: detach_students(model)")
+    configs, sites = _configs(model), attention_sites(model)
+    for site in sites:
+        site.module.teacher_attention = _implementation(site)
+    for config, _ in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield sites
+    finally:
+        for config, own in configs:
+            config._attn_implementation_internal = own
+        for site in sites:
+            del site.module.teacher_attention
 
 
 def mode_of(model: nn.Module) -> Mode:

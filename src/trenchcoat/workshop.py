@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from trenchcoat import checkpoint, surgery
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, UserError
-from trenchcoat.data import Batches, load_batches
+from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
+from trenchcoat.esl import EslRanking
 from trenchcoat.hub import save_adapter
 from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
@@ -84,11 +85,26 @@ class Workshop:
             data = dataclasses.replace(data, seq_len=seq_len)
         size = (batch_size, data.seq_len)
         if size not in self._batches:
-            self._batches[size] = load_batches(data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed)
+            rank = None if data.select == "none" else self._ranking
+            self._batches[size] = load_batches(
+                data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank
+            )
         return self._batches[size]
 
+    @cached_property
+    def _ranking(self) -> EslRanking:
+        """Scores for `data.select`, of the untouched model; those of `data.seq_len` also where rows are longer."""
+        data = self.recipe.data
+        folder = cache_folder(data)
+        return EslRanking(
+            self.assemble_teacher, self.base_fingerprint, seq_len=data.seq_len, folder=folder, log=self.log
+        )
+
     def close(self) -> None:
-        """Close the log."""
+        """Close the log, and streams."""
+        for batches in self._batches.values():
+            if isinstance(batches, StreamedBatches):
+                batches.close()
         self.log.close()
 
     def __enter__(self) -> Workshop:
@@ -107,6 +123,8 @@ class Workshop:
         self, *, student: StudentConfig | None = None, lora: bool = False, weights: str | None = None
     ) -> nn.Module:
         """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
+        if self.recipe.data.select != "none":
+            self.batches(LANDMARK_ROWS)  # ranks the samples, which takes everything off the model
         surgery.remove_lora(self.model)
         torch.manual_seed(self.recipe.run.seed)
         students = surgery.replace_students(self.model, student if student is not None else self.recipe.student)
@@ -152,7 +170,7 @@ class Workshop:
             return _facts(kept)
         objective, cfg = self._prepare(stage)
         batches = self.batches(cfg.batch_size)
-        self._tell(batches.counts)
+        self._tell(batches)
         identity = {"base weights": self.base_fingerprint, "text": batches.fingerprint}
         self.folder.begin(stage, self.recipe, identity)
         result = fit(self.model, batches, objective, cfg, self.log, stage=stage)
@@ -163,14 +181,21 @@ class Workshop:
         self.folder.finish(stage, surgery.adapter_state(self.model), dataclasses.asdict(facts))
         return facts
 
-    def _tell(self, counts: Mapping[str, int]) -> None:
+    def _tell(self, batches: Batches) -> None:
         """Say how much text there is and what was left out of it."""
+        counts = batches.counts
         left_out = [
             f"{number} {name.split('/')[-1]}" for name, number in counts.items() if "skipped/" in name and number
         ]
         masked = counts.get("train/rows_masked", 0)
         left_out += [f"{masked} rows without a label that counts"] if masked else []
-        text = f"text: {counts['train/rows']} training rows, {counts['validation/rows']} validation rows"
+        if isinstance(batches, StreamedBatches):
+            training = f"{batches.name} as a stream in {batches.shards} shards"
+        else:
+            training = f"{counts['train/rows']} training rows"
+        if "train/samples_selected" in counts:
+            training += f" of {counts['train/samples_selected']} selected samples"
+        text = f"text: {training}, {counts['validation/rows']} validation rows"
         self.log.info(f"{text}; left out: {', '.join(left_out)}" if left_out else text)
 
     def _prepare(self, stage: str) -> tuple[Objective, StageConfig]:

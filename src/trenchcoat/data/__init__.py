@@ -1,31 +1,22 @@
 """Training text: rows from a source, tokens by template, rows of fixed length, batches by index.
 
-``load_batches`` is the door. Tokens are kept on disk under a hash of everything they depend on; packing, holding out
-and the order of rows are arithmetic on top, so another ``seq_len`` or seed tokenizes nothing again.
-
-Shapes: b rows of a batch, T tokens of a row (``data.seq_len``). A batch is ``input_ids``, ``attention_mask`` (0 at
-padding) and ``labels`` (-100 where no loss is taken, else equal to ``input_ids``; not shifted), each int64 [b, T].
+``load_batches`` is the door. Tokens are kept on disk under a hash of everything they depend on; leaving samples out,
+selecting, packing, holding out and the order of rows are arithmetic on top, so another ``seq_len``, ``min_tokens`` or
+seed tokenizes nothing again. With ``data.streaming`` there is no table of tokens: ``trenchcoat.data.stream``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import math
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from trenchcoat.config import DataConfig, UserError
+from trenchcoat.data.batches import Batch, Batches, Part
 from trenchcoat.data.packing import PackedRows, pack
-from trenchcoat.data.samples import BadSample, Segment, encode, segments
 from trenchcoat.data.sources import (
     Source,
     dataset_source,
@@ -34,104 +25,46 @@ from trenchcoat.data.sources import (
     file_source,
     is_file_path,
     is_text_path,
+    split_sample,
     split_text_source,
+    subsampled,
 )
-from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
-from trenchcoat.files import SaveError
+from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.data.stream_sources import open_stream
+from trenchcoat.data.table import TokenTable
+from trenchcoat.data.tokens import cache_folder, content_hash, token_table, unwanted_lengths
+from trenchcoat.recipe_io import check_data
 
-Batch = dict[str, Tensor]
-Part = Literal["train", "validation"]
+__all__ = ["Batch", "Batches", "Part", "Rank", "StreamedBatches", "TokenTable", "cache_folder", "load_batches"]
 
 TEXT_HELD_OUT = 0.05
 """Share of a plain-text document held out from its end when ``data.validation_fraction`` is null."""
-_VERSION = 1
-"""Part of the cache key: raise it when the same source and settings come to give other tokens."""
-_CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 1_000_000
+
+Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
+"""(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""
 
 
-class Batches:
-    """Batches by index, in an order that only the seed decides.
-
-    Training rows come from an endless stream: one permutation of all rows after another, each seeded by
-    (seed, epoch). Batch ``index`` is rows ``index * b`` to ``(index + 1) * b`` of that stream, so every batch is full
-    and resuming needs nothing but the index.
-    """
-
-    def __init__(
-        self,
-        parts: dict[Part, PackedRows],
-        *,
-        batch_size: int,
-        seed: int,
-        pad: int,
-        fingerprint: str,
-        source_counts: dict[str, int],
-    ) -> None:
-        self._parts = parts
-        self._orders: dict[int, NDArray[np.int64]] = {}
-        self.batch_size, self.seed, self._pad = batch_size, seed, pad
-        self.fingerprint = fingerprint
-        """Hash of the tokens and their division into rows (not of batch size and seed)."""
-        self.counts = dict(source_counts)
-        """rows_read, rows_skipped and skipped/<reason>, then per part: rows, tokens, tokens_cut (left over at the end
-        of the stream), rows_masked (dropped: no label counts)."""
-        for name, rows in parts.items():
-            self.counts |= {
-                f"{name}/rows": len(rows),
-                f"{name}/tokens": int(rows.lengths.sum()),
-                f"{name}/tokens_cut": rows.tokens_cut,
-                f"{name}/rows_masked": rows.rows_masked,
-            }
-
-    def __len__(self) -> int:
-        """Micro-batches of one epoch."""
-        return math.ceil(self.rows("train") / self.batch_size)
-
-    def rows(self, split: Part) -> int:
-        """Rows of ``train`` or ``validation``."""
-        return len(self._parts[split])
-
-    def train_batch(self, index: int) -> Batch:
-        """Training batch ``index`` >= 0, over as many epochs as it takes; [b, T]."""
-        rows = self.rows("train")
-        chosen = [
-            self._order(position // rows)[position % rows]
-            for position in range(index * self.batch_size, (index + 1) * self.batch_size)
-        ]
-        return self._parts["train"].batch(np.array(chosen), self._pad)
-
-    def validation(self, limit: int | None = None) -> Iterator[Batch]:
-        """The validation rows in their own order, at most ``limit`` batches; the last one may have fewer rows."""
-        rows = np.arange(self.rows("validation"))
-        for start in itertools.islice(range(0, len(rows), self.batch_size), limit):
-            yield self._parts["validation"].batch(rows[start : start + self.batch_size], self._pad)
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.rows("train"))
-        return self._orders[epoch]
-
-
-def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int) -> Batches:
-    """Batches of ``batch_size`` rows of ``cfg.seq_len`` tokens, tokenized now or read from the cache.
+def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int, rank: Rank | None = None) -> Batches:
+    """Batches of ``batch_size`` rows of ``cfg.seq_len`` tokens, tokenized now, read from the cache, or streamed.
 
     Validation rows are, in this order of preference: ``validation_path``; the ``validation`` split of a data set;
     the first ``validation_rows`` rows, or the first ``validation_fraction`` of them; of a ``.txt`` file its end.
+    ``rank`` is needed for ``cfg.select`` (``trenchcoat.esl`` has one).
     Raises ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
     """
+    check_data(cfg)
     _check(cfg, batch_size, seed)
+    pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
+    if cfg.streaming:
+        return _stream(cfg, tokenizer, batch_size, seed, pad)
     train, validation, hold = _sources(cfg)
     limit = cfg.max_rows
     if validation is None and limit is not None:
         limit += hold if isinstance(hold, int) else max(1, round(limit * hold / (1 - hold)))
-    key, table = _table(train, cfg, tokenizer, limit)
-    tables = [table]
-    spans: dict[Part, tuple[TokenTable, int, int]]
+    key, table = token_table(train, cfg, tokenizer, limit)
     if validation is not None:
-        other_key, other = _table(validation, cfg, tokenizer, None)
-        tables.append(other)
-        spans = {"train": (table, 0, table.rows), "validation": (other, 0, other.rows)}
+        other_key, other = token_table(validation, cfg, tokenizer, None)
+        spans = {"train": _Span(table, 0, table.rows, cfg), "validation": _Span(other, 0, other.rows, cfg)}
     else:
         held = hold if isinstance(hold, int) else max(1, round(table.rows * hold))
         if table.rows <= held:
@@ -139,15 +72,68 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int)
                 f"{train.name} has {table.rows} rows, too few to hold out {held} for validation and train on the "
                 "rest: set data.validation_fraction=0.1, a smaller data.validation_rows, or data.validation_path"
             )
-        other_key, spans = str(held), {"train": (table, held, table.rows), "validation": (table, 0, held)}
+        other_key = str(held)
+        spans = {"train": _Span(table, held, table.rows, cfg), "validation": _Span(table, 0, held, cfg)}
+    selected = spans["train"].select(rank, key, cfg)
+    tables = [table] if validation is None else [table, other]
     return Batches(
-        {part: _packed(part, cfg, *span) for part, span in spans.items()},
+        {"train": _packed("train", cfg, spans["train"]), "validation": _packed("validation", cfg, spans["validation"])},
         batch_size=batch_size,
         seed=seed,
-        pad=next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0),
-        fingerprint=_hash(key, other_key, cfg.packing, cfg.seq_len),
-        source_counts=_source_counts(tables),
+        pad=pad,
+        fingerprint=content_hash(
+            key, other_key, cfg.packing, cfg.seq_len, *(mark for span in spans.values() for mark in span.mark())
+        ),
+        source_counts=_source_counts(tables, list(spans.values())) | selected,
     )
+
+
+def _stream(cfg: DataConfig, tokenizer: Any, batch_size: int, seed: int, pad: int) -> Batches:
+    train, held = open_stream(cfg)
+    validation = held if cfg.validation_path is None else _validation_source(cfg.validation_path, cfg)
+    key, table = token_table(validation, cfg, tokenizer, None)
+    span = _Span(table, 0, table.rows, cfg)
+    return StreamedBatches(
+        train,
+        cfg,
+        tokenizer,
+        validation=_packed("validation", cfg, span),
+        batch_size=batch_size,
+        seed=seed,
+        pad=pad,
+        validation_key=key,
+        source_counts=_source_counts([table], [span]),
+    )
+
+
+class _Span:
+    """Rows ``first`` to ``stop`` of a table, and which of its samples are used."""
+
+    def __init__(self, table: TokenTable, first: int, stop: int, cfg: DataConfig) -> None:
+        self.table, self.first, self.stop = table, first, stop
+        self.lengths = np.diff(table.offsets[first : stop + 1])
+        self.keep = np.ones(stop - first, dtype=np.bool_)
+        self.left_out: Counter[str] = Counter()
+        for reason, unwanted in unwanted_lengths(self.lengths, cfg).items():
+            self.keep &= ~unwanted
+            self.left_out[reason] = int(unwanted.sum())
+
+    def select(self, rank: Rank | None, key: str, cfg: DataConfig) -> dict[str, int]:
+        """Keep the ``cfg.select_rows`` best samples, in the order of the source; what to count."""
+        if cfg.select == "none" or cfg.select_rows is None:
+            return {}
+        if rank is None:
+            raise ValueError(f"data.select={cfg.select} needs a ranking: give load_batches its `rank`")
+        candidates = np.flatnonzero(self.keep & (self.lengths > 0))
+        scores = rank(key, self.table, candidates + self.first)
+        best = candidates[np.argsort(-scores, kind="stable")[: cfg.select_rows]]
+        self.keep[:] = False
+        self.keep[best] = True
+        return {"train/samples_selected": len(best)}
+
+    def mark(self) -> list[str]:
+        """Which samples are left out, as part of a hash; nothing when none is."""
+        return [] if self.keep.all() else [np.packbits(self.keep).tobytes().hex()]
 
 
 def _check(cfg: DataConfig, batch_size: int, seed: int) -> None:
@@ -172,111 +158,63 @@ def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:
         validation = _validation_source(cfg.validation_path, cfg)
     if cfg.path == "embedded":
         return embedded_source("train"), validation or embedded_source("validation"), 0
-    if is_text_path(cfg.path) and validation is None:
-        return split_text_source(cfg.path, cfg.validation_fraction or TEXT_HELD_OUT), None, 1
+    path, rows = split_sample(cfg.path)
+    if is_text_path(path) and validation is None:
+        return split_text_source(path, cfg.validation_fraction or TEXT_HELD_OUT), None, 1
     hold = cfg.validation_rows if cfg.validation_fraction is None else cfg.validation_fraction
-    if is_file_path(cfg.path):
-        return file_source(cfg.path), validation, hold
-    splits = dataset_splits(cfg.path, cfg.subset)
+    if is_file_path(path):
+        return subsampled(file_source(path), rows), validation, hold
+    splits = dataset_splits(path, cfg.subset)
     if validation is None and "validation" in splits and cfg.split != "validation":
-        validation = dataset_source(cfg.path, splits, "validation")
-    return dataset_source(cfg.path, splits, cfg.split), validation, hold
+        validation = dataset_source(path, splits, "validation")
+    return subsampled(dataset_source(path, splits, cfg.split), rows), validation, hold
 
 
 def _validation_source(path: str, cfg: DataConfig) -> Source:
     if path == "embedded":
         return embedded_source("validation")
+    path, rows = split_sample(path)
     if is_file_path(path):
-        return file_source(path)
+        return subsampled(file_source(path), rows)
     splits = dataset_splits(path, None)
-    return dataset_source(path, splits, "validation" if "validation" in splits else cfg.split)
+    return subsampled(dataset_source(path, splits, "validation" if "validation" in splits else cfg.split), rows)
 
 
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what decides the tokens of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        state.update(padding=None, truncation=None)  # set by whoever called the tokenizer last
-    else:
-        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return _hash(state, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
-
-
-def _table(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> tuple[str, TokenTable]:
-    """(cache key, tokens of the first ``limit`` rows), from the cache when it holds them undamaged."""
-    settings = (cfg.format, cfg.text_column, cfg.mask_prompt, cfg.eos, cfg.on_bad_row, limit)
-    key = _hash(_VERSION, source.fingerprint, _tokenizer_hash(tokenizer), *settings)
-    folder = Path(cfg.cache_dir).expanduser() if cfg.cache_dir else Path.home() / ".cache" / "trenchcoat"
-    path = folder / "tokens" / f"{key}.safetensors"
-    table = load_table(path)
-    if table is None:
-        table = _tokenize(source, cfg, tokenizer, limit)
-        try:
-            save_table(path, table)
-        except SaveError as error:  # tokens can be made again; say why they will be
-            warnings.warn(f"tokenized data is not kept, set data.cache_dir: {error}", stacklevel=3)
-    return key, table
-
-
-def _samples(source: Source, cfg: DataConfig, tokenizer: Any) -> Iterator[list[Segment] | BadSample]:
-    """The segments of every row, or, where bad rows are skipped, what is wrong with it and where it is."""
-    for where, row in source.rows():
-        try:
-            if isinstance(row, UserError):
-                raise BadSample("unreadable", str(row))
-            yield segments(row, cfg, tokenizer)
-        except BadSample as error:
-            problem = f"{source.name}, {where}: {error}"
-            if cfg.on_bad_row == "error":
-                raise UserError(f"{problem}; mend the row, or skip such rows with data.on_bad_row=skip") from error
-            yield BadSample(error.reason, problem)
-
-
-def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> TokenTable:
-    builder = TableBuilder()
-    chunk: list[list[Segment]] = []
-    characters = 0
-    first_problem = ""
-    for sample in itertools.islice(_samples(source, cfg, tokenizer), limit):
-        if isinstance(sample, BadSample):
-            first_problem = first_problem or f"; the first problem: {sample}"
-            builder.skipped[sample.reason] += 1
-            sample = []
-        chunk.append(sample)
-        characters += sum(len(text) for text, _ in sample)
-        if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
-            builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
-            chunk, characters = [], 0
-    builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
-    if not builder.tokens:
-        raise UserError(f"{source.name} has no usable row{first_problem or ': it is empty'}")
-    return builder.table()
-
-
-def _packed(part: Part, cfg: DataConfig, table: TokenTable, first: int, stop: int) -> PackedRows:
-    offsets = table.offsets[first : stop + 1]
-    packed = pack(table.tokens, table.counted, offsets, seq_len=cfg.seq_len, contiguous=cfg.packing == "contiguous")
+def _packed(part: Part, cfg: DataConfig, span: _Span) -> PackedRows:
+    table = span.table
+    offsets = table.offsets[span.first : span.stop + 1]
+    packed = pack(
+        table.tokens,
+        table.counted,
+        offsets,
+        seq_len=cfg.seq_len,
+        contiguous=cfg.packing == "contiguous",
+        keep=None if span.keep.all() else span.keep,
+    )
     if packed.rows_masked and not len(packed):
         raise UserError(
             f"no {part} row has a label that counts ({packed.rows_masked} rows of at most {cfg.seq_len} tokens, all "
             "masked): set data.mask_prompt=false, raise data.seq_len, or give rows with longer answers"
         )
+    if not len(packed) and span.left_out and not (span.keep & (span.lengths > 0)).any():
+        raise UserError(
+            f"no {part} sample has between data.min_tokens={cfg.min_tokens} and data.max_tokens={cfg.max_tokens} "
+            f"tokens ({span.left_out['too short']} are shorter, {span.left_out['too long']} longer; the longest has "
+            f"{span.lengths.max()}): choose other limits, or give longer text"
+        )
     if not len(packed):
         raise UserError(
-            f"data.seq_len={cfg.seq_len} is longer than all the {part} text, {offsets[-1] - offsets[0]} tokens in "
-            f"{stop - first} rows: lower data.seq_len, use data.packing=contiguous, or give more {part} data"
+            f"data.seq_len={cfg.seq_len} is longer than all the {part} text, {span.lengths[span.keep].sum()} tokens in "
+            f"{span.keep.sum()} rows: lower data.seq_len, use data.packing=contiguous, or give more {part} data"
         )
     return packed
 
 
-def _source_counts(tables: Sequence[TokenTable]) -> dict[str, int]:
+def _source_counts(tables: Sequence[TokenTable], spans: Sequence[_Span]) -> dict[str, int]:
     skipped: Counter[str] = Counter()
     for table in tables:
         skipped.update(table.skipped)
+    for span in spans:
+        skipped.update(span.left_out)
     reasons = {f"skipped/{reason}": number for reason, number in sorted(skipped.items())}
     return {"rows_read": sum(table.rows for table in tables), "rows_skipped": skipped.total(), **reasons}

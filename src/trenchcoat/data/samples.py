@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
+from trenchcoat.data.packing import Encoded
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -29,8 +30,6 @@ PROMPT_WITHOUT_INPUT = (
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 Segment = tuple[str, bool]
-Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
-"""Token ids [n] and whether each counts in the labels [n]."""
 
 
 class BadSample(UserError):
@@ -44,7 +43,8 @@ class BadSample(UserError):
 def segments(row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
     """The segments of one row, by ``cfg.format``; ``auto`` looks for alpaca, then text, then chat columns.
 
-    Raises ``BadSample`` when columns are missing, of the wrong type or empty, and ``UserError`` for chat rows when
+    A row of the Long-LLM schema is "text", or "conversations" where that is absent or null; one with neither is a bad
+    row. Raises ``BadSample`` when columns are missing, of the wrong type or empty, and ``UserError`` for chat rows when
     the tokenizer has no chat template.
     """
     columns = {name for name, value in row.items() if value is not None}
@@ -87,12 +87,15 @@ def _alpaca(row: Mapping[str, Any], mask_prompt: bool) -> list[Segment]:
 
 def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
     """The conversation as ``{role, content}`` turns; also reads ``{from, value}``, and drops what an assistant says
-    before the first user's turn."""
+    before the first user's turn. Of ``conversations`` in ``{role, content}`` (Long-LLM), the first turn is skipped
+    when it is not the user's, a system prompt too."""
     found = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
         raise BadSample(
             "missing column", f"expected a list of turns in messages or conversations; found the columns {_listed(row)}"
         )
+    if row.get("messages") is None and found and found[0].get("role") not in (None, "user", "human"):
+        found = found[1:]
     turns: list[dict[str, str]] = []
     for turn in found:
         role = _string(turn, "role" if turn.get("role") is not None else "from")

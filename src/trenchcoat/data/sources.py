@@ -9,16 +9,22 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trenchcoat.config import UserError
 from trenchcoat.embedded import Split, stdlib_documents
 
 FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
-
+SAMPLE_SEED = 42
+"""Decides which rows ``path[N]`` takes: the same in every run, whatever ``run.seed`` is, so that runs can be compared
+and tokens are read from the cache."""
 
 Row = Mapping[str, Any] | UserError
 
@@ -33,6 +39,48 @@ class Source:
     """Changes when the content does."""
     rows: Callable[[], Iterator[tuple[str, Row]]]
     """A fresh pass over all rows."""
+    count: Callable[[], int] | None = None
+    """Number of rows, where there is a quicker way than a pass."""
+
+
+def split_sample(path: str) -> tuple[str, int | None]:
+    """``file.json[5000]`` as ``("file.json", 5000)``; a path without such an end, or that exists as it is, unchanged.
+
+    Raises ``UserError`` for a number below 1, and for a ``.txt`` file, which is one document.
+    """
+    found = re.fullmatch(r"(.+)\[(\d+)\]", path)
+    if found is None or Path(path).exists():
+        return path, None
+    file, rows = found.group(1), int(found.group(2))
+    if rows < 1:
+        raise UserError(f"{path}: [{rows}] takes no row; give a number of at least 1")
+    if is_text_path(file):
+        raise UserError(f"{path}: a .txt file is one document, so [{rows}] cannot choose rows of it; give {file} alone")
+    return file, rows
+
+
+def subsampled(source: Source, rows: int | None) -> Source:
+    """``rows`` of a source, drawn without replacement by ``SAMPLE_SEED``, in the source's order; null or more than it
+    has: all of them."""
+    if rows is None:
+        return source
+
+    def chosen() -> Iterator[tuple[str, Row]]:
+        total = source.count() if source.count is not None else sum(1 for _ in source.rows())
+        if total <= rows:
+            yield from source.rows()
+            return
+        drawn = np.random.default_rng(SAMPLE_SEED).choice(total, rows, replace=False, shuffle=False)
+        wanted = iter(np.sort(drawn).tolist())
+        following = next(wanted)
+        for number, row in enumerate(source.rows()):
+            if number == following:
+                yield row
+                following = next(wanted, -1)
+                if following < 0:
+                    return
+
+    return Source(f"{source.name}[{rows}]", f"{source.fingerprint} {rows} {SAMPLE_SEED}", chosen)
 
 
 def embedded_source(split: Split) -> Source:
@@ -74,8 +122,9 @@ def file_source(path: str) -> Source:
         text = _text_of(path)
         return Source(path, _sha256(file), lambda: iter([("the document", {"text": text})]))
     readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    _check_file(file)
-    return Source(path, _sha256(file), lambda: readers[kind](file))
+    check_file(file)
+    count = {".jsonl": lambda: _count_lines(file), ".parquet": lambda: _count_parquet(file)}.get(kind)
+    return Source(path, _sha256(file), lambda: readers[kind](file), count)
 
 
 def split_text_source(path: str, share: float) -> Source:
@@ -118,10 +167,12 @@ def dataset_source(path: str, splits: Mapping[str, Any], split: str) -> Source:
         f"{path} ({split})",
         rows._fingerprint,  # the library has no public name for it
         lambda: ((f"row {i}", row) for i, row in enumerate(rows, 1)),
+        lambda: len(rows),
     )
 
 
-def _check_file(file: Path) -> None:
+def check_file(file: Path) -> None:
+    """Raise ``UserError`` for a data file that is missing or empty."""
     if not file.is_file():
         raise UserError(f"there is no data file {file}; check data.path (relative to the current folder)")
     if file.stat().st_size == 0:
@@ -148,7 +199,7 @@ def _decode(content: bytes, offset: int = 0) -> str:
 
 def _text_of(path: str) -> str:
     file = Path(path)
-    _check_file(file)
+    check_file(file)
     try:
         text = _decode(file.read_bytes())
     except UserError as error:
@@ -162,7 +213,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """A JSON list of objects, or (as many ``.json`` files are) one object a line."""
     with open(file, "rb") as stream:
         first_line = stream.readline()
-    if isinstance(_json_line(first_line, 0), dict):
+    if isinstance(json_line(first_line, 0), dict):
         yield from _jsonl_rows(file)
         return
     text = _text_of(str(file))
@@ -184,11 +235,17 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
     with open(file, "rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield f"line {number}", _json_line(line, offset)
+                yield f"line {number}", json_line(line, offset)
             offset += len(line)
 
 
-def _json_line(line: bytes, offset: int) -> Row:
+def _count_lines(file: Path) -> int:
+    with open(file, "rb") as stream:
+        return sum(1 for line in stream if line.strip())
+
+
+def json_line(line: bytes, offset: int) -> Row:
+    """The row that one line of JSON, at byte ``offset`` of its file, holds."""
     try:
         return _object(json.loads(_decode(line, offset)))
     except json.JSONDecodeError as error:
@@ -203,16 +260,30 @@ def _object(row: object) -> Row:
     return UserError(f"expected an object with columns, found a JSON {type(row).__name__}")
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
+def _count_parquet(file: Path) -> int:
     import pyarrow.parquet
 
+    with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
+        return int(table.metadata.num_rows)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow.parquet
+
+    number = 0
+    with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+
+
+@contextmanager
+def parquet_errors(file: Path) -> Iterator[None]:
+    """Turn what goes wrong inside the block into a ``UserError`` that names the file."""
+    import pyarrow
+
     try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
+        yield
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} is not a readable Parquet file ({' '.join(str(error).split())})") from error

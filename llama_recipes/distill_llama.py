@@ -1,0 +1,12 @@
+"""Stage 1, attention transfer, with the command line of the original research code; see docs/COMPAT.md.
+
+torchrun --nnodes 1 --nproc_per_node 8 llama_recipes/distill_llama.py --model_config ... --distill_config ...
+"""
+
+import sys
+from pathlib import Path
+
+from trenchcoat import compat
+
+if __name__ == "__main__":
+    sys.exit(compat.main("transfer", configs=Path(__file__).resolve().parents[1] / "configs"))

@@ -1,0 +1,327 @@
+"""Where a stream's rows come from: the source cut into shards that are read one by one, each from any of its rows on.
+
+Shards depend on the source alone, never on the number of processes, so that every process agrees on them:
+
+* JSON lines: equal ranges of bytes of all files together; a line belongs to the shard in which it begins;
+* Parquet: runs of whole row groups of all files together;
+* a data set saved by ``datasets`` (memory-mapped): equal ranges of rows;
+* a hub data set, or a folder of another kind: its own files, through ``datasets`` (``streaming=True``).
+
+A process opens only the shards it needs. Their number is the largest of ``SHARD_COUNTS`` that the source is big enough
+for, and most numbers of processes divide one of those.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trenchcoat.config import DataConfig, UserError
+from trenchcoat.data.sources import (
+    Row,
+    Source,
+    check_file,
+    is_file_path,
+    json_line,
+    parquet_errors,
+    split_sample,
+)
+
+SHARD_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192)
+SHARD_BYTES, SHARD_ROWS = 1 << 20, 1024
+"""Least size of a shard of JSON lines, and of a saved data set."""
+_PROBE = 1 << 16
+"""Bytes of the beginning, middle and end of a file that its fingerprint looks at."""
+
+
+class RowReader(Protocol):
+    """Rows of a shard, in order."""
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        """(where, row) as a ``Source`` gives them."""
+
+    @property
+    def position(self) -> Any:
+        """Where to go on after the row given last; plain JSON."""
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A source in shards."""
+
+    name: str
+    """For messages."""
+    fingerprint: str
+    """Changes when the content does, as far as sizes and samples of it show."""
+    shards: int
+    """How many."""
+    open: Callable[[int, Any], RowReader]
+    """(shard, position or None for its beginning) -> reader."""
+
+
+def open_stream(cfg: DataConfig) -> tuple[StreamSource, Source]:
+    """The training rows as a stream, and the rows held out from it (or its ``validation`` split).
+
+    Raises ``UserError`` for what cannot be streamed or is too small.
+    """
+    path, sample = split_sample(cfg.path)
+    if sample is not None or path == "embedded" or Path(path).suffix.lower() == ".txt":
+        raise UserError(
+            f"data.path={cfg.path} cannot be streamed: data.streaming reads JSON lines, Parquet, folders and hub data "
+            "sets as a whole; leave data.streaming out, it is for data larger than memory"
+        )
+    hold = cfg.validation_rows if cfg.validation_path is None else 0
+    if is_file_path(path):
+        return _file_stream([Path(path)], path, hold)
+    if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
+        return _saved_stream(path, cfg.split, hold)
+    return _dataset_stream(path, cfg, hold)
+
+
+def most_shards(size: int) -> int:
+    """The largest of ``SHARD_COUNTS`` that is at most ``size``; at least 1."""
+    return SHARD_COUNTS[max(0, bisect.bisect_right(SHARD_COUNTS, size) - 1)]
+
+
+def _file_stream(files: Sequence[Path], name: str, hold: int) -> tuple[StreamSource, Source]:
+    for file in files:
+        check_file(file)
+    kind = files[0].suffix.lower()
+    if kind not in (".json", ".jsonl", ".parquet"):
+        raise UserError(f"{name}: files of kind {kind!r} are not streamed; use .jsonl or .parquet")
+    space: _Lines | _Groups = _Groups(files, hold) if kind == ".parquet" else _Lines(files, hold)
+    if space.held < hold or space.empty:
+        raise UserError(
+            f"{name} has no more than {space.held} rows, too few to hold out {hold} for validation and train on the "
+            "rest: set a smaller data.validation_rows, or data.validation_path"
+        )
+    mark = _files_fingerprint(files)
+    held = Source(
+        f"the first {hold} rows of {name}", f"{mark} first {hold}", lambda: itertools.islice(space.all(), hold)
+    )
+    return StreamSource(name, f"{mark} from {hold}", space.shards, space.open), held
+
+
+def _files_fingerprint(files: Iterable[Path]) -> str:
+    """Hash of the files' sizes and of three samples of each: a terabyte is not read before it is used."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as stream:
+            for place in (0, size // 2, max(0, size - _PROBE)):
+                stream.seek(place)
+                digest.update(stream.read(_PROBE))
+    return digest.hexdigest()
+
+
+class _Lines:
+    """Files of JSON lines as one space of bytes."""
+
+    def __init__(self, files: Sequence[Path], hold: int) -> None:
+        self.files = files
+        self.starts = [0, *itertools.accumulate(file.stat().st_size for file in files)]
+        for file in files:
+            self._refuse_list(file)
+        reader = _LineReader(self, 0, self.starts[-1])
+        self.held = sum(1 for _ in itertools.islice(reader, hold))
+        begin, end = reader.position, self.starts[-1]
+        shards = most_shards((end - begin) // SHARD_BYTES)
+        while True:
+            self.cuts = [self.line_start(begin + (end - begin) * i // shards) for i in range(shards)] + [end]
+            if shards == 1 or all(a < b for a, b in itertools.pairwise(self.cuts)):
+                break
+            shards = most_shards(shards - 1)
+        self.shards = shards
+        self.empty = begin >= end
+
+    @staticmethod
+    def _refuse_list(file: Path) -> None:
+        with open(file, "rb") as stream:
+            first = stream.readline()
+        if file.suffix.lower() == ".json" and not isinstance(json_line(first, 0), dict):
+            raise UserError(
+                f"{file} is not one JSON object a line, so it cannot be streamed; convert it, for example with: "
+                "jq -c .[] FILE.json > FILE.jsonl"
+            )
+
+    def line_start(self, place: int) -> int:
+        """The first beginning of a line at or after ``place``."""
+        number = bisect.bisect_right(self.starts, place) - 1
+        if number == len(self.files) or place == self.starts[number]:
+            return place
+        with open(self.files[number], "rb") as stream:
+            stream.seek(place - self.starts[number] - 1)
+            stream.readline()
+            return self.starts[number] + stream.tell()
+
+    def open(self, shard: int, position: Any) -> RowReader:
+        """The lines of a shard."""
+        return _LineReader(self, self.cuts[shard] if position is None else int(position), self.cuts[shard + 1])
+
+    def all(self) -> Iterator[tuple[str, Row]]:
+        """Every line."""
+        return iter(_LineReader(self, 0, self.starts[-1]))
+
+
+class _LineReader:
+    def __init__(self, space: _Lines, start: int, stop: int) -> None:
+        self.space, self.position, self.stop = space, start, stop
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        while self.position < self.stop:
+            number = bisect.bisect_right(self.space.starts, self.position) - 1
+            base = self.space.starts[number]
+            with open(self.space.files[number], "rb") as stream:
+                stream.seek(self.position - base)
+                name = f"{self.space.files[number].name}, " if len(self.space.files) > 1 else ""
+                while self.position < min(self.stop, self.space.starts[number + 1]):
+                    line = stream.readline()
+                    offset = self.position - base
+                    self.position += len(line)
+                    if line.strip():
+                        yield f"{name}byte {offset}", json_line(line, offset)
+
+
+class _Groups:
+    """Parquet files as one space of rows, cut at row groups."""
+
+    def __init__(self, files: Sequence[Path], hold: int) -> None:
+        import pyarrow.parquet
+
+        self.groups: list[tuple[Path, int]] = []
+        sizes: list[int] = []
+        for file in files:
+            with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
+                counts = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+            self.groups += [(file, i) for i, count in enumerate(counts) if count]
+            sizes += [count for count in counts if count]
+        self.starts = [0, *itertools.accumulate(sizes)]
+        self.hold = hold
+        self.held = min(hold, self.starts[-1])
+        self.empty = self.starts[-1] <= hold
+        first = max(0, bisect.bisect_right(self.starts, hold) - 1)
+        count = len(sizes) - first
+        self.shards = most_shards(count)
+        self.cuts = [self.starts[first + count * i // self.shards] for i in range(self.shards)] + [self.starts[-1]]
+
+    def open(self, shard: int, position: Any) -> RowReader:
+        """The rows of a shard."""
+        start = max(self.cuts[shard], self.hold) if position is None else int(position)
+        return _GroupReader(self, start, self.cuts[shard + 1])
+
+    def all(self) -> Iterator[tuple[str, Row]]:
+        """Every row."""
+        return iter(_GroupReader(self, 0, self.starts[-1]))
+
+
+class _GroupReader:
+    def __init__(self, space: _Groups, start: int, stop: int) -> None:
+        self.space, self.position, self.stop = space, start, stop
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        import pyarrow.parquet
+
+        while self.position < self.stop:
+            number = bisect.bisect_right(self.space.starts, self.position) - 1
+            file, group = self.space.groups[number]
+            skip = self.position - self.space.starts[number]
+            with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=256, row_groups=[group]):
+                    rows = batch.slice(skip) if skip < len(batch) else batch.slice(len(batch))
+                    skip = max(0, skip - len(batch))
+                    for row in rows.to_pylist():
+                        self.position += 1
+                        yield f"{file.name}, row {self.position} of the stream", row
+
+
+class _IterableReader:
+    """Rows of an iterable data set, which keeps its own position."""
+
+    def __init__(self, rows: Any, position: Any) -> None:
+        self.rows = rows
+        if position is not None:
+            rows.load_state_dict(position)
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        return ((f"row {number} read", row) for number, row in enumerate(self.rows, 1))
+
+    @property
+    def position(self) -> Any:
+        return json.loads(json.dumps(self.rows.state_dict()))
+
+
+def _saved_stream(path: str, split: str, hold: int) -> tuple[StreamSource, Source]:
+    """A data set saved by ``datasets``: memory-mapped, any row at once."""
+    import datasets
+
+    loaded = datasets.load_from_disk(path)
+    splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
+    rows = _split_of(path, splits, split)
+    own = splits.get("validation") if split != "validation" and hold else None
+    hold = hold if own is None else 0
+    if len(rows) <= hold:
+        raise UserError(
+            f"{path} has {len(rows)} rows, too few to hold out {hold} for validation and train on the rest: set a "
+            "smaller data.validation_rows, or data.validation_path"
+        )
+    shards = most_shards((len(rows) - hold) // SHARD_ROWS)
+    training = rows.select(range(hold, len(rows))).to_iterable_dataset(num_shards=shards)
+    held = rows.select(range(hold)) if own is None else own
+    mark = f"{rows._fingerprint} {hold}"  # the library has no public name for it
+    return (
+        StreamSource(path, mark, shards, lambda shard, at: _IterableReader(training.shard(shards, shard), at)),
+        _held_source(path, f"{mark} {held._fingerprint}", held),
+    )
+
+
+def _dataset_stream(path: str, cfg: DataConfig, hold: int) -> tuple[StreamSource, Source]:
+    """A folder or a hub data set through ``datasets``; its JSON lines and Parquet files on this disk without it."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(path, cfg.subset)
+        found = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+        splits = builder.as_streaming_dataset()
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise UserError(
+            f"cannot read data.path={path!r} (neither a file here nor loadable as a folder or hub data set): {reason}"
+        ) from error
+    rows = _split_of(path, splits, cfg.split)
+    mark = hashlib.sha256(json.dumps([builder.hash, cfg.subset, cfg.split, found]).encode()).hexdigest()
+    own = splits["validation"] if hold and cfg.split != "validation" and "validation" in splits else None
+    files = [Path(file) for file in found.get(cfg.split, ())]
+    local = {file.suffix for file in files} in ({".jsonl"}, {".parquet"}) and all(file.is_file() for file in files)
+    if local:
+        stream, held = _file_stream(files, f"{path} ({cfg.split})", hold if own is None else 0)
+        return stream, held if own is None else _held_source(path, f"{mark} validation", own)
+    shards = most_shards(rows.num_shards)
+    skipped = 0 if own is not None else hold
+
+    def reader(shard: int, position: Any) -> RowReader:
+        part = rows.shard(shards, shard)
+        return _IterableReader(part.skip(skipped) if shard == 0 and skipped else part, position)
+
+    held_rows = rows.shard(shards, 0).take(hold) if own is None else own
+    return StreamSource(path, f"{mark} {skipped}", shards, reader), _held_source(path, f"{mark} {skipped}", held_rows)
+
+
+def _split_of(path: str, splits: Mapping[str, Any], split: str) -> Any:
+    if split not in splits:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(splits)}: set data.split to one of them")
+    return splits[split]
+
+
+def _held_source(path: str, fingerprint: str, rows: Iterable[Any]) -> Source:
+    return Source(
+        f"the validation rows of {path}",
+        fingerprint,
+        lambda: ((f"row {number}", row) for number, row in enumerate(rows, 1)),
+    )

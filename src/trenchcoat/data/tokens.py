@@ -1,0 +1,115 @@
+"""From a source to its tokens: every row read, bad ones refused or counted, tokenized in pieces, kept on disk.
+
+Tokens are kept under a hash of everything they depend on: the source's content, the tokenizer and the settings that
+make a sample out of a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trenchcoat.config import DataConfig, UserError
+from trenchcoat.data.samples import BadSample, Segment, encode, segments
+from trenchcoat.data.sources import Row, Source
+from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
+from trenchcoat.files import SaveError
+
+_VERSION = 2
+"""Part of the cache key: raise it when the same source and settings come to give other tokens."""
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 1_000_000
+
+
+def content_hash(*parts: object) -> str:
+    """32 hexadecimal digits for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what decides the tokens of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        state.update(padding=None, truncation=None)  # set by whoever called the tokenizer last
+    else:
+        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return content_hash(state, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
+
+
+def sample_settings(cfg: DataConfig) -> tuple[Any, ...]:
+    """The settings that make a sample out of a row."""
+    return (cfg.format, cfg.text_column, cfg.mask_prompt, cfg.eos, cfg.on_bad_row)
+
+
+def cache_folder(cfg: DataConfig) -> Path:
+    """Where everything that can be made again from the data is kept."""
+    return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else Path.home() / ".cache" / "trenchcoat"
+
+
+def token_table(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> tuple[str, TokenTable]:
+    """(cache key, tokens of the first ``limit`` rows), from the cache when it holds them undamaged."""
+    key = content_hash(_VERSION, source.fingerprint, tokenizer_hash(tokenizer), *sample_settings(cfg), limit)
+    path = cache_folder(cfg) / "tokens" / f"{key}.safetensors"
+    table = load_table(path)
+    if table is None:
+        table = _tokenize(source, cfg, tokenizer, limit)
+        try:
+            save_table(path, table)
+        except SaveError as error:  # tokens can be made again; say why they will be
+            warnings.warn(f"tokenized data is not kept, set data.cache_dir: {error}", stacklevel=3)
+    return key, table
+
+
+def read_samples(
+    name: str, rows: Iterable[tuple[str, Row]], cfg: DataConfig, tokenizer: Any
+) -> Iterator[list[Segment] | BadSample]:
+    """The segments of every row, or, where bad rows are skipped, what is wrong with it and where it is."""
+    for where, row in rows:
+        try:
+            if isinstance(row, UserError):
+                raise BadSample("unreadable", str(row))
+            yield segments(row, cfg, tokenizer)
+        except BadSample as error:
+            problem = f"{name}, {where}: {error}"
+            if cfg.on_bad_row == "error":
+                raise UserError(f"{problem}; mend the row, or skip such rows with data.on_bad_row=skip") from error
+            yield BadSample(error.reason, problem)
+
+
+def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> TokenTable:
+    builder = TableBuilder()
+    chunk: list[list[Segment]] = []
+    characters = 0
+    first_problem = ""
+    for sample in itertools.islice(read_samples(source.name, source.rows(), cfg, tokenizer), limit):
+        if isinstance(sample, BadSample):
+            first_problem = first_problem or f"; the first problem: {sample}"
+            builder.skipped[sample.reason] += 1
+            sample = []
+        chunk.append(sample)
+        characters += sum(len(text) for text, _ in sample)
+        if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
+            builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
+            chunk, characters = [], 0
+    builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
+    if not builder.tokens:
+        raise UserError(f"{source.name} has no usable row{first_problem or ': it is empty'}")
+    return builder.table()
+
+
+def unwanted_lengths(lengths: NDArray[np.int64], cfg: DataConfig) -> dict[str, NDArray[np.bool_]]:
+    """Which samples of ``lengths`` tokens [n] are left out [n], by what they are counted under (0: no sample)."""
+    found = {}
+    if cfg.min_tokens is not None:
+        found["too short"] = (lengths > 0) & (lengths < cfg.min_tokens)
+    if cfg.max_tokens is not None:
+        found["too long"] = lengths > cfg.max_tokens
+    return found

@@ -1,0 +1,319 @@
+"""The processes of a run: joining those that torchrun started, the few collectives the rest needs, and who failed.
+
+    with joined(recipe.parallel, recipe.model.device):     # nothing happens without torchrun, or with one process
+        ...
+        if is_main(): ...
+
+Everything else in the package asks this file how many processes there are; with one, every function here is the
+identity. Numbers are exchanged as float64 over the host's collectives (gloo), gradients and weights elsewhere
+(:mod:`trenchcoat.sharding`). What a process dies of is left in the store that torchrun keeps, and every process beats
+there once a second, so that the others can name the one that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from trenchcoat.config import ParallelConfig, UserError
+
+T = TypeVar("T")
+
+BEAT_SECONDS = 1.0
+"""Time between two signs of life."""
+SILENT_SECONDS = 4.0
+"""A process without a sign of life for so long, after a collective failed, is named as the one that is gone."""
+
+
+class ProcessLost(UserError):
+    """Another process of the job failed or disappeared; the message names it."""
+
+
+class FailedElsewhere(UserError):
+    """What the main process alone did has failed there; every process raises it with the same message."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device_type: str = "cpu"
+
+
+_world = World()
+
+
+def world() -> World:
+    """Who this process is; ``World()`` outside :func:`joined`."""
+    return _world
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return _world.rank
+
+
+def size() -> int:
+    """Number of processes."""
+    return _world.size
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks to the user."""
+    return _world.rank == 0
+
+
+@contextmanager
+def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started, for the time of the block; ``device`` is the recipe's model.device.
+
+    Raises ``UserError`` for a backend that cannot run here, and ``ProcessLost`` naming the process that is gone when a
+    collective fails for it. Inside another ``joined`` block it changes nothing.
+    """
+    global _world
+    if _world.size > 1 or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield _world
+        return
+    found = _from_environment(device)
+    store = _join(cfg, found)
+    _world = found
+    life = _Life(store, found)
+    try:
+        yield found
+    except (RuntimeError, ValueError, ArithmeticError, OSError, LookupError, TypeError) as error:
+        lost = life.explain(error)
+        if lost is not None:
+            raise ProcessLost(lost) from error
+        raise
+    finally:
+        life.stop()
+        _world = World()
+        _leave()
+
+
+def _from_environment(device: str) -> World:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"WORLD_SIZE is set but {missing[0]} is not: start the processes with torchrun")
+    rank_, size_, local, local_size = (int(os.environ[name]) for name in names)
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"process {rank_} is number {local} on its node, which has {count} GPU(s): start torchrun with "
+                f"--nproc_per_node {max(count, 1)}, or set model.device=cpu"
+            )
+        torch.cuda.set_device(local)
+    return World(rank_, size_, local, local_size, "cuda" if on_gpu else "cpu")
+
+
+def _join(cfg: ParallelConfig, found: World) -> dist.Store:
+    backend = cfg.backend
+    if backend == "nccl" and found.device_type != "cuda":
+        raise UserError("parallel.backend=nccl needs GPUs; use parallel.backend=gloo (or auto) on CPUs")
+    chosen = "cpu:gloo,cuda:nccl" if found.device_type == "cuda" and backend != "gloo" else "gloo"
+    timeout = timedelta(seconds=cfg.timeout_seconds)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            chosen, store=dist.PrefixStore("group", store), rank=found.rank, world_size=found.size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"process {found.rank} could not join the others: {' '.join(str(error).split())}") from error
+    return dist.PrefixStore("trenchcoat", store)
+
+
+def _leave() -> None:
+    with suppress(RuntimeError):  # a broken group cannot be taken apart in good order
+        dist.destroy_process_group()
+
+
+class _Life:
+    """Signs of life of this process, and a look at those of the others."""
+
+    def __init__(self, store: dist.Store, found: World) -> None:
+        self.store, self.world = store, found
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="trenchcoat-life")
+        store.set(f"host/{found.rank}", platform.node())
+        self._thread.start()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.is_set():
+            count += 1
+            try:
+                self.store.set(f"beat/{self.world.rank}", str(count))
+            except RuntimeError:
+                return  # the store is gone, and torchrun with it
+            self._ended.wait(BEAT_SECONDS)
+
+    def stop(self) -> None:
+        """No more signs of life."""
+        self._ended.set()
+        self._thread.join(timeout=2 * BEAT_SECONDS)
+
+    def explain(self, error: BaseException) -> str | None:
+        """Who is to blame, in words, when ``error`` may be that of a broken collective; None when it is our own."""
+        if isinstance(error, FailedElsewhere):
+            return None
+        own = isinstance(error, UserError | ArithmeticError) or not isinstance(error, RuntimeError)
+        try:
+            if own:
+                self.store.set(f"failed/{self.world.rank}", f"{type(error).__name__}: {error}"[:2000])
+                return None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors: first say why
+            return self._blame(error)
+        except RuntimeError:
+            return f"process {self.world.rank} lost contact with the job ({_first_line(error)})"
+
+    def _blame(self, error: BaseException) -> str | None:
+        others = [r for r in range(self.world.size) if r != self.world.rank]
+        before = {r: self._read(f"beat/{r}") for r in others}
+        deadline = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < deadline:
+            told = {r: text for r in others if (text := self._read(f"failed/{r}"))}
+            if told:
+                where, text = next(iter(told.items()))
+                return f"process {where} of {self.world.size} failed ({text}), so process {self.world.rank} stops too"
+            time.sleep(0.2)
+        silent = [r for r in others if self._read(f"beat/{r}") == before[r]]
+        if not silent:
+            return None
+        names = ", ".join(f"{r} (on {self._read(f'host/{r}') or 'an unknown node'})" for r in silent)
+        return (
+            f"process {names} of {self.world.size} is gone, so process {self.world.rank} stops too "
+            f"({_first_line(error)}). Run the same command again, or start torchrun with --max-restarts, to continue "
+            "from the newest checkpoint"
+        )
+
+    def _read(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+# Collectives over the host's group
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if size() > 1:
+        all_sum([0.0])
+
+
+def all_sum(values: Sequence[float]) -> list[float]:
+    """Sums over processes, in float64; NaN and infinity travel too."""
+    if size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def sum_metrics(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Sum of each number over processes; the names are the same on all."""
+    return dict(zip(numbers, all_sum(list(numbers.values())), strict=True))
+
+
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of a host tensor over processes, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return all_sum([float(flag)])[0] > 0
+
+
+def share(items: Sequence[T]) -> list[T | None]:
+    """Every ``size``-th item from number ``rank`` on; None where there is none left, so that all lists are as long."""
+    rounds = -(-len(items) // size())
+    places = [number * size() + rank() for number in range(rounds)]
+    return [items[place] if place < len(items) else None for place in places]
+
+
+def from_main(work: Callable[[], T]) -> T:
+    """What ``work`` gives on the main process, on every process (so it must be plain data); its error too."""
+    if size() == 1:
+        return work()
+    box: list[Any] = [None, None]
+    failure: Exception | None = None
+    if is_main():
+        try:
+            box[0] = work()
+        except (UserError, OSError, ValueError, RuntimeError) as error:
+            failure, box[1] = error, f"{error}"
+    dist.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
+    if box[1] is not None:
+        raise FailedElsewhere(box[1])
+    result: T = box[0]
+    return result
+
+
+def first_of(text: str | None) -> str | None:
+    """The text of the first process that has one."""
+    if size() == 1:
+        return text
+    found: list[str | None] = [None] * size()
+    dist.all_gather_object(found, text)
+    return next((one for one in found if one), None)
+
+
+def in_turns_per_node(work: Callable[[], T]) -> T:
+    """``work`` on the first process of each node before the others: what it downloads or caches is then there."""
+    if size() == 1:
+        return work()
+    if world().local_rank == 0:
+        try:
+            return work()
+        finally:
+            barrier()
+    barrier()
+    return work()
+
+
+def mesh(cfg: ParallelConfig) -> DeviceMesh:
+    """The processes as FSDP wants them: one row, or nodes by processes of a node (``parallel.shard: node``)."""
+    if cfg.shard != "node":
+        return flat_mesh()
+    per_node = cfg.node_size or world().local_size
+    if size() % per_node:
+        raise UserError(f"parallel.node_size={per_node} does not divide the {size()} processes of this job")
+    return init_device_mesh(world().device_type, (size() // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+
+
+def flat_mesh() -> DeviceMesh:
+    """All processes in one row."""
+    return init_device_mesh(world().device_type, (size(),))
+
+
+def side_group() -> Any:
+    """A group of its own for work in the background."""
+    return dist.new_group(backend="gloo")

@@ -1,0 +1,219 @@
+"""Effective sequence length: how far back a model's attention looks in a text (LoLCATs, arXiv 2410.10254, equation 9).
+
+    ESL(q_i) = sum_j (i - j) a_ij        averaged over heads, layers and positions: one number a text, in tokens
+
+A pass of the untouched model over the text, layer by layer. Each layer's attention rows are made again in blocks of
+queries, in float32, and summed up at once: no attention map is ever held as a whole, and the pass itself runs the
+model's own attention. ``EslRanking`` does it for the samples of a data set and keeps the numbers on disk.
+
+Shapes: B rows, H query heads, G key/value heads, n queries of a block, T tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from trenchcoat.data import TokenTable
+from trenchcoat.families import decoder_of
+from trenchcoat.files import CorruptFileError, SaveError, load_tensors, save_tensors
+from trenchcoat.interface import LazyMask, Output, mask, own_attention
+from trenchcoat.runlog import RunLog
+from trenchcoat.surgery import attention_through
+
+NAME = "trenchcoat_esl"
+"""Name under which the observing attention function is registered."""
+BLOCK_ELEMENTS = 1 << 22
+"""Attention weights held at once (16 MiB in float32)."""
+BATCH_TOKENS = 4096
+"""Tokens of a forward pass over short samples."""
+SAVE_EVERY = 1024
+"""Samples between two saves of the ranking."""
+_VERSION = 1
+
+
+def layer_esl(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    seen: Callable[[int, int], Tensor],
+    real_BT: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logit_H: Tensor | None = None,
+) -> Tensor:
+    """Mean ESL over heads and real positions of one layer, float64 [B].
+
+    ``seen(start, stop)`` tells which keys those queries see (bool, broadcastable to [B, H, n, T]); ``real_BT`` is False
+    at padding. A sink logit takes its share of each row's weight and lies at no distance.
+    """
+    batch, heads, tokens, _ = q_BHTD.shape
+    key = k_BGTD.float().repeat_interleave(heads // k_BGTD.shape[1], dim=1).transpose(2, 3)
+    place = torch.arange(tokens, device=q_BHTD.device)
+    total_B = torch.zeros(batch, dtype=torch.float64, device=q_BHTD.device)
+    step = max(1, BLOCK_ELEMENTS // (batch * heads * tokens))
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        score = torch.matmul(q_BHTD[:, :, start:stop].float() * scale, key[..., :stop])  # none sees a later key
+        if softcap is not None:
+            score = score.div_(softcap).tanh_().mul_(softcap)
+        score = score.masked_fill_(~seen(start, stop)[..., :stop], torch.finfo(torch.float32).min)
+        if sink_logit_H is None:
+            weight = score.softmax(-1)
+        else:
+            sink = sink_logit_H.float()[:, None, None].expand(batch, heads, stop - start, 1)
+            weight = torch.cat([score, sink], dim=-1).softmax(-1)[..., :-1]
+        distance = (place[start:stop, None] - place[:stop]).float()
+        esl_Bn = torch.einsum("bhnt,nt->bn", weight, distance)
+        total_B += esl_Bn.double().masked_fill(~real_BT[:, start:stop], 0.0).sum(1)
+    return total_B / (heads * real_BT.sum(1).clamp_min(1))
+
+
+class _Observer:
+    """Collects the layers' numbers of one forward pass."""
+
+    def __init__(self, real_BT: Tensor) -> None:
+        self.real_BT = real_BT
+        self.layers: list[Tensor] = []
+
+    def see(self, query: Tensor, key: Tensor, seen: LazyMask, scale: float, kwargs: dict[str, Any]) -> None:
+        device = query.device
+        found = layer_esl(
+            query,
+            key,
+            lambda start, stop: seen.block(start, stop).to(device),
+            self.real_BT.to(device),
+            scale=scale,
+            softcap=kwargs.get("softcap"),
+            sink_logit_H=kwargs.get("s_aux"),
+        )
+        self.layers.append(found.cpu())
+
+
+def _observe(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Output:
+    """The registered attention function: the model's own, with the observer looking on."""
+    observer: Any = module.esl_observer
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    observer.see(query.detach(), key.detach(), attention_mask, scale, kwargs)
+    return own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """ESL of each row, averaged over all layers, heads and real positions: float64 [B], in tokens.
+
+    ``ids_BT`` int64; ``mask_BT`` is 0 at padding (either side), null for none. The model must have no students; it is
+    put into evaluation mode. Raises ``UnsupportedFamilyError`` for a model without softmax attention to observe.
+    """
+    device = next(model.parameters()).device
+    ids_BT = ids_BT.to(device)
+    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT.to(device)
+    observer = _Observer(mask_BT.bool())
+    model.eval()
+    with attention_through(model, NAME) as sites, torch.no_grad():
+        for site in sites:
+            site.module.esl_observer = observer
+        try:
+            decoder_of(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+        finally:
+            for site in sites:
+                del site.module.esl_observer
+    if len(observer.layers) != len(sites):
+        raise RuntimeError(f"the forward pass ran {len(observer.layers)} attentions of {len(sites)}")
+    return torch.stack(observer.layers).mean(0)
+
+
+class EslRanking:
+    """Scores of samples for ``data.select``: ESL over each one's first ``seq_len`` tokens, kept in ``folder``.
+
+    ``model`` gives the untouched model and is called only when a score is missing; ``base`` is its fingerprint. Scores
+    are saved every ``SAVE_EVERY`` samples, so a stopped pass goes on where it was.
+    """
+
+    def __init__(self, model: Callable[[], Any], base: str, *, seq_len: int, folder: Path, log: RunLog) -> None:
+        self._model, self._base, self._seq_len, self._folder, self._log = model, base, seq_len, folder, log
+        self._scores: dict[str, NDArray[np.float64]] = {}
+
+    def __call__(self, key: str, table: TokenTable, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Scores of ``rows`` [r] of the table with content hash ``key``."""
+        path = self._folder / "esl" / f"{key}-{self._base}-{self._seq_len}-{_VERSION}.safetensors"
+        scores = self._scores[key] if key in self._scores else _read(path, table.rows)
+        self._scores[key] = scores
+        missing = rows[np.isnan(scores[rows])]
+        if len(missing):
+            self._score(path, table, scores, missing, len(rows))
+        return scores[rows]
+
+    def _score(
+        self, path: Path, table: TokenTable, scores: NDArray[np.float64], missing: NDArray[np.int64], total: int
+    ) -> None:
+        model = self._model()
+        done = saved = total - len(missing)
+        self._log.info(f"ranking {len(missing)} samples by effective sequence length, with the model's own attention")
+        with self._log.progress("esl", total, done) as display:
+            for batch in _batches(table, missing, self._seq_len):
+                scores[batch] = effective_lengths(model, *_padded(table, batch, self._seq_len)).numpy()
+                done += len(batch)
+                display.update(done, mean=float(np.nanmean(scores)))
+                if done - saved >= SAVE_EVERY or done == total:
+                    self._save(path, scores)
+                    saved = done
+
+    def _save(self, path: Path, scores: NDArray[np.float64]) -> None:
+        try:
+            save_tensors(path, {"esl": torch.from_numpy(scores)})
+        except SaveError as error:
+            self._log.warning(f"the ranking is not kept, set data.cache_dir: {error}")
+
+
+def _read(path: Path, rows: int) -> NDArray[np.float64]:
+    """Scores kept before; NaN where there is none."""
+    try:
+        kept: NDArray[np.float64] = load_tensors(path)["esl"].numpy().copy()
+        if kept.shape == (rows,):
+            return kept
+    except (FileNotFoundError, NotADirectoryError, CorruptFileError, KeyError):
+        pass
+    return np.full(rows, np.nan)
+
+
+def _batches(table: TokenTable, rows: NDArray[np.int64], seq_len: int) -> Iterator[NDArray[np.int64]]:
+    """Rows of similar length together, the longest first; a batch has one row, or at most ``BATCH_TOKENS`` tokens."""
+    lengths = np.minimum(np.diff(table.offsets)[rows], seq_len)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(rows):
+        count = max(1, BATCH_TOKENS // max(1, int(lengths[order[start]])))
+        yield rows[order[start : start + count]]
+        start += count
+
+
+def _padded(table: TokenTable, rows: NDArray[np.int64], seq_len: int) -> tuple[Tensor, Tensor]:
+    """ids [B, T] and mask [B, T] of the first tokens of ``rows``, padded on the right."""
+    firsts, stops = table.offsets[rows], table.offsets[rows + 1]
+    lengths = np.minimum(stops - firsts, seq_len)
+    ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+    real = np.arange(ids.shape[1]) < lengths[:, None]
+    for i, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
+        ids[i, :length] = table.tokens[first : first + length]
+    return torch.from_numpy(ids), torch.from_numpy(real.astype(np.int64))
+
+
+AttentionInterface.register(NAME, _observe)
+AttentionMaskInterface.register(NAME, mask)

