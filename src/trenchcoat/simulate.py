@@ -65,6 +65,15 @@ class _CausalMask(LazyMask):
         return None
 
 
+class _PeakTracker(FSDPMemTracker):
+    """PyTorch's tracker, with the peak of the whole alone: it looks at every FSDP unit after every operation."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        for device, now in self._curr_mem_snap.items():
+            if now["Total"] > self._peak_mem.get(device, 0):
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+
 def simulate(
     config: Any,
     student: StudentConfig,
@@ -170,7 +179,7 @@ def _step(
             _run(model, stage, ids)
         return {"Total": held + memory.peak, "Parameters and optimizer": held, "Activations and gradients": memory.peak}
     shard_units(model, root, mesh, outside)
-    tracker = FSDPMemTracker(root)
+    tracker = _PeakTracker(root)
     tracker.track_inputs((ids, *optimizer, *outside, *_unseen(model, root)))
     with tracker:
         _run(model, stage, ids)
