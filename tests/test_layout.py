@@ -11,10 +11,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
-    {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"},
+    {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
+    | {"distributed", "trackers"},
+    {"sharding", "shapes"},
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
-    {"surgery", "verdicts"},
-    {"auto", "train", "plots", "esl"},
+    {"surgery", "verdicts", "flops", "keeper", "loading"},
+    {"auto", "plots", "esl", "sums"},
+    {"train"},
     {"hub"},
     {"workshop", "evaluate", "generate", "report", "bench"},
     {"comparison", "estimate"},
@@ -29,7 +32,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
-    "torch.distributed": {"distributed.py", "checkpoint.py"},
+    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py"},
 }
 """The only files that may import these libraries."""
 

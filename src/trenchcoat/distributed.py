@@ -79,6 +79,11 @@ def is_main() -> bool:
     return _world.rank == 0
 
 
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if _world.device_type == "cuda" else torch.device("cpu")
+
+
 @contextmanager
 def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started, for the time of the block; ``device`` is the recipe's model.device.
@@ -243,6 +248,15 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest(value: float) -> float:
+    """The largest of the processes' values."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
 
 
 def any_of(flag: bool) -> bool:

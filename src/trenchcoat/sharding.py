@@ -24,7 +24,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trenchcoat import distributed
 from trenchcoat.config import ParallelConfig, UserError
 
-__all__ = ["MasterCopies", "fill_from_files", "first_elements", "is_sharded", "shard_base", "tensor_files", "to_device"]
+__all__ = [
+    "MasterCopies",
+    "fill_from_files",
+    "first_elements",
+    "is_sharded",
+    "run_decoder",
+    "shard_base",
+    "tensor_files",
+    "to_device",
+    "whole",
+]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -129,6 +139,26 @@ def first_elements(tensor: Tensor, count: int) -> Tensor:
     return distributed.sum_tensor(found)
 
 
+def compute_device(model: nn.Module) -> torch.device:
+    """Where the layers of ``model`` compute (their weights may wait elsewhere)."""
+    return distributed.device() if is_sharded(model) else next(model.parameters()).device
+
+
+def run_decoder(model: nn.Module, **inputs: Any) -> None:
+    """The forward pass of the layers, for what they do on the way, without the vocabulary head where possible."""
+    hub: Any = model
+    if is_sharded(model):  # FSDP wants its root to be called; of the head's work one token is left
+        hub(**inputs, logits_to_keep=1)
+        return
+    decoder = hub.get_decoder() if hasattr(hub, "get_decoder") else None
+    (decoder if isinstance(decoder, nn.Module) else hub)(**inputs)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (a collective); others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class MasterCopies:
     """The trained parameters as the optimizer sees them: themselves, or with several processes a shard of each.
 
@@ -170,5 +200,4 @@ class MasterCopies:
         if not self.sharded:
             return
         for name, parameter in self.trainable.items():
-            shards: Any = self.parameters[name]
-            parameter.copy_(shards.full_tensor())
+            parameter.copy_(whole(self.parameters[name]))

@@ -1,0 +1,167 @@
+"""How many floating-point operations a token costs in each stage, and how many a device can do: together, the MFU.
+
+MFU (model FLOPs utilization, PaLM, https://arxiv.org/abs/2204.02311, appendix B) counts the operations that the step is
+defined by, two a multiply-add, whatever the implementation does again: recomputation under gradient checkpointing, the
+window's scores computed twice, padding. Softmax rows, norms, activations and rotations are not counted. Two things
+differ from the usual 6 N: nothing of the frozen base gets weight gradients, and causal attention is counted causally
+((T + 1) / 2 keys a query).
+
+Letters: H query heads, G key/value heads, K key maps, D head dim, P columns of a map, F features, W window, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from trenchcoat.config import LoraConfig, StudentConfig
+from trenchcoat.shapes import Shapes
+from trenchcoat.students import StudentAttention, build_student
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs a token."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        """Of a training step."""
+        return self.forward + self.backward
+
+
+def transfer_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, seq_len: int, *, xent: bool = False) -> Cost:
+    """Attention transfer: the teacher's forward without its vocabulary head, and the layer-local step of each student.
+
+    ``xent``: the cross-entropy of the attention maps has a weight; it is quadratic in ``seq_len``.
+    """
+    student = layer_student(shapes, student_cfg)
+    linear = shapes.layers - len(set(student_cfg.keep_softmax))
+    teacher = shapes.layers * (2.0 * shapes.used_parameters + _softmax_forward(shapes, seq_len))
+    maps, near = _maps(student), _near(shapes, student, seq_len)
+    sums, read = _far(shapes, student, seq_len)
+    # q, k and v are constants: gradients of the query features, the later queries' sums, those of the key features
+    forward, backward = maps + sums + read + near, 2.0 * read + sums + maps
+    if xent and student.has_far:
+        pairs = shapes.heads * (seq_len + 1) / 2
+        features = _features(student)
+        forward += pairs * 2.0 * (shapes.head_dim + features)
+        backward += pairs * 4.0 * features + maps
+    return Cost(teacher + linear * forward, linear * backward)
+
+
+def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: LoraConfig, seq_len: int) -> Cost:
+    """LoRA with next-token loss: activations' gradients through the base, parameters' gradients of LoRA alone.
+
+    With ``lora_cfg.train_feature_maps`` the maps' parameters get theirs too.
+    """
+    student = layer_student(shapes, student_cfg)
+    kept = len(set(student_cfg.keep_softmax))
+    linear = shapes.layers - kept
+    base = 2.0 * (shapes.layers * shapes.used_parameters + shapes.vocab * shapes.hidden)
+    lora = 2.0 * shapes.lora_parameters(lora_cfg)
+    maps, near, far = _maps(student), _near(shapes, student, seq_len), sum(_far(shapes, student, seq_len))
+    softmax = _softmax_forward(shapes, seq_len)
+    forward = base + lora + linear * (maps + far + near) + kept * softmax
+    learned_maps = maps if lora_cfg.train_feature_maps else 0.0
+    # two products for each of the forward: gradients of features and values, of weights, values, queries and keys
+    backward = base + 2.0 * lora + linear * (maps + learned_maps + 2.0 * (far + near)) + kept * 2.0 * softmax
+    return Cost(forward, backward)
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
+    """Share of the devices' peak that a run uses: tokens/s of all devices together, FLOP/s of one."""
+    return tokens_per_second * flops_per_token / (peak * devices)
+
+
+def layer_student(shapes: Shapes, cfg: StudentConfig) -> StudentAttention:
+    """The student of one layer on the meta device; its parameters can be counted. ValueError when it does not fit."""
+    with torch.device("meta"):
+        return build_student(cfg, num_heads=shapes.heads, num_kv_heads=shapes.kv_heads, head_dim=shapes.head_dim)
+
+
+def student_parameters(shapes: Shapes, cfg: StudentConfig) -> int:
+    """Trainable parameters of the students of all linear layers."""
+    one = sum(p.numel() for p in layer_student(shapes, cfg).parameters())
+    return one * (shapes.layers - len(set(cfg.keep_softmax)))
+
+
+def _softmax_forward(shapes: Shapes, seq_len: int) -> float:
+    return 4.0 * shapes.heads * shapes.head_dim * (seq_len + 1) / 2
+
+
+def _features(student: StudentAttention) -> int:
+    return 0 if student.query_map is None else student.query_map.features
+
+
+def _maps(student: StudentAttention) -> float:
+    """phi of a token's queries and keys, in every head: 2 D P each (and an adapter's)."""
+    total = 0.0
+    for phi in (student.query_map, student.keys_phi):
+        if phi is not None:
+            total += 2.0 * sum(p.numel() for p in phi.parameters() if p.ndim == 3)
+    return total
+
+
+def _far(shapes: Shapes, student: StudentAttention, seq_len: int) -> tuple[float, float]:
+    """A token's key joins the sums (2 K F D), and its query reads them (2 H F D), where there is something far."""
+    if student.keys_phi is None or (student.kind != "linear" and seq_len <= student.cfg.window):
+        return 0.0, 0.0
+    each = 2.0 * _features(student) * shapes.head_dim
+    return each * student.keys_phi.num_heads, each * shapes.heads
+
+
+def _near(shapes: Shapes, student: StudentAttention, seq_len: int) -> float:
+    """Scores and values of the near keys: on average 1.5 W (terrace) or W (sliding) of them, and the sinks."""
+    if student.kind == "linear":
+        return 0.0
+    window = student.cfg.window
+    keys = (1.5 if student.kind == "terrace" else 1.0) * window + student.cfg.sinks
+    return 4.0 * shapes.heads * shapes.head_dim * min(keys, (seq_len + 1) / 2)
+
+
+# Devices
+
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    (r"GB200", 2500.0, 80.0),
+    (r"B200", 2250.0, 75.0),
+    (r"B100", 1750.0, 60.0),
+    (r"H200 NVL", 835.5, 60.0),
+    (r"H100 NVL", 835.5, 60.0),
+    (r"H100 PCIe", 756.0, 51.0),
+    (r"GH200|H200|H100|H800", 989.4, 66.9),
+    (r"H20\b", 148.0, 44.0),
+    (r"A100|A800", 312.0, 19.5),
+    (r"L40S", 362.1, 91.6),
+    (r"L40\b", 181.0, 90.5),
+    (r"L4\b", 121.0, 30.3),
+    (r"A40\b", 149.7, 37.4),
+    (r"A10G", 70.0, 35.0),
+    (r"A10\b", 125.0, 31.2),
+    (r"RTX 6000 Ada", 364.2, 91.1),
+    (r"RTX A6000|A6000", 154.8, 38.7),
+    (r"RTX 5090\b", 209.5, 104.8),
+    (r"RTX 4090\b", 165.2, 82.6),
+    (r"RTX 3090\b", 71.0, 35.6),
+    (r"MI300X", 1307.4, 163.4),
+    (r"MI250X", 383.0, 47.9),
+)
+"""(pattern in the device's name, dense bfloat16 TFLOP/s with float32 sums, float32 TFLOP/s without tensor cores)."""
+
+
+def device_peak(name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
+    """Peak FLOP/s of a device by its name (``torch.cuda.get_device_name()``, ``H100``), dense; None when not known.
+
+    bfloat16 and float16 by the makers' data sheets, without sparsity; float32 on the ordinary cores, which is what
+    PyTorch uses unless TF32 is allowed.
+    """
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return None
+    for pattern, half, single in _PEAKS:
+        if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})", name, flags=re.IGNORECASE):
+            return (single if dtype == torch.float32 else half) * 1e12
+    return None

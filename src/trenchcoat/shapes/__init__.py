@@ -1,0 +1,184 @@
+"""Sizes of a model without its weights: how many parameters a layer has, how many heads, how large the vocabulary.
+
+They are read off the model that Transformers builds from a config on the meta device, so every supported family counts
+right. Configs of the Llama 3 family and of Mistral 7B ship beside this file (public facts, in the format of a hub
+`config.json`), so planning a run needs neither weights nor a network.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.embedded import TEACHER_DIR
+from trenchcoat.families import attention_sites, decoder_of
+
+FOLDER = Path(__file__).parent
+
+SHIPPED: dict[str, str] = {
+    "meta-llama/llama-3.1-8b": "llama3_1_8b",
+    "meta-llama/meta-llama-3.1-8b": "llama3_1_8b",
+    "meta-llama/llama-3.1-70b": "llama3_1_70b",
+    "meta-llama/meta-llama-3.1-70b": "llama3_1_70b",
+    "meta-llama/llama-3.1-405b": "llama3_1_405b",
+    "meta-llama/meta-llama-3.1-405b": "llama3_1_405b",
+    "meta-llama/meta-llama-3-8b": "llama3_8b",
+    "mistralai/mistral-7b-v0.1": "mistral_7b",
+}
+"""Hub id in lower case, without `-instruct`, -> name of the config beside this file."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a decoder. Parameters are counted, not bytes; a layer's are the largest layer's."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    """Columns of the widest linear layer of the MLP (of the chosen experts together, in a mixture)."""
+    vocab: int
+    layer_parameters: int
+    """Parameters of one layer, every expert included."""
+    used_parameters: int
+    """Entries of one layer's matrices that a token meets: the chosen experts only."""
+    embedding_parameters: int
+    head_parameters: int
+    """0 when the head shares the embedding."""
+    other_parameters: int
+    """Final norm and the like."""
+    projections: tuple[tuple[str, int, int], ...]
+    """(name, inputs, outputs) of the linear layers of `self_attn`."""
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model."""
+        body = self.layers * self.layer_parameters + self.embedding_parameters
+        return body + self.head_parameters + self.other_parameters
+
+    @property
+    def tied(self) -> bool:
+        """The vocabulary head is the embedding."""
+        return self.head_parameters == 0
+
+    def lora_layers(self, cfg: LoraConfig) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of one attention that `cfg.targets` gives a LoRA.
+
+        Families with one fused `qkv_proj` get it there, as in `surgery.add_lora`. UserError for a target that the
+        model does not have.
+        """
+        known = {name: (inputs, outputs) for name, inputs, outputs in self.projections}
+        wanted, fused = set(cfg.targets), {"q_proj", "k_proj", "v_proj"}
+        if "qkv_proj" in known and wanted & fused:
+            wanted = (wanted - fused) | {"qkv_proj"}
+        missing = sorted(wanted - set(known))
+        if missing:
+            raise UserError(
+                f"lora.targets names {missing[0]!r}, which the model's attention does not have; its linear layers are "
+                f"{', '.join(known)}"
+            )
+        return [known[name] for name in sorted(wanted)]
+
+    def lora_parameters(self, cfg: LoraConfig) -> int:
+        """Parameters of LoRA in the whole model."""
+        return self.layers * sum(cfg.rank * (inputs + outputs) for inputs, outputs in self.lora_layers(cfg))
+
+
+def shapes_of(config: Any) -> Shapes:
+    """Sizes of the model of a Transformers config; UserError (`UnsupportedFamilyError`) for one that cannot work."""
+    model = meta_model(config)
+    sites = attention_sites(model)
+    first, layers = sites[0], list(decoder_of(model).layers)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    head_parameters = 0 if head is None or head.weight is embedding else sum(p.numel() for p in head.parameters())
+    in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
+    largest = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters()))
+    share = _expert_share(config)
+    linear = [(name, m) for name, m in first.module.named_children() if isinstance(m, nn.Linear)]
+    return Shapes(
+        family=str(config.model_type),
+        layers=len(layers),
+        hidden=embedding.shape[1],
+        heads=first.num_heads,
+        kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        mlp_width=_mlp_width(config),
+        vocab=embedding.shape[0],
+        layer_parameters=sum(p.numel() for p in largest.parameters()),
+        used_parameters=round(
+            sum(
+                p.numel() * (share if ".experts." in name else 1.0)
+                for name, p in largest.named_parameters()
+                if p.ndim >= 2
+            )
+        ),
+        embedding_parameters=embedding.numel(),
+        head_parameters=head_parameters,
+        other_parameters=sum(p.numel() for p in model.parameters()) - in_layers - embedding.numel() - head_parameters,
+        projections=tuple((name, m.in_features, m.out_features) for name, m in linear),
+    )
+
+
+def meta_model(config: Any) -> Any:
+    """The causal language model of a config on the meta device: real modules, no memory."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def _experts(config: Any) -> tuple[int, int]:
+    """(experts, experts that a token meets); (1, 1) without a mixture."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 1)
+    return count, min(count, int(getattr(config, "num_experts_per_tok", None) or 1))
+
+
+def _expert_share(config: Any) -> float:
+    count, chosen = _experts(config)
+    return chosen / count
+
+
+def _mlp_width(config: Any) -> int:
+    width = int(getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0) or 0)
+    return width * _experts(config)[1]
+
+
+def find_config(path: str, revision: str | None = None) -> Any:
+    """The Transformers config of `model.path`: `embedded`, a local folder, or a hub id.
+
+    A hub id is looked for in the local cache, then among the shipped configs, and only then on the hub. Raises
+    ``UserError`` when it is found nowhere.
+    """
+    local = TEACHER_DIR if path == "embedded" else Path(path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise UserError(f"model.path={path!r} has no config.json; give a model folder in Hugging Face format")
+        return AutoConfig.from_pretrained(str(local))
+    if path.startswith((".", "/", "~")):
+        raise UserError(f"model.path={path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        shipped = SHIPPED.get(path.lower().removesuffix("-instruct"))
+    if shipped is not None:
+        return AutoConfig.from_pretrained(str(FOLDER / f"{shipped}.json"))
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path={path!r}: its config.json is neither in the local cache nor among the shipped ones "
+            f"({', '.join(sorted(set(SHIPPED.values())))}), and the hub did not give it; a folder that holds nothing "
+            "but the model's config.json is enough to plan with"
+        ) from error
