@@ -139,12 +139,14 @@ def _join(cfg: ParallelConfig, found: World) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=timeout))
         store.set_timeout(timeout)
+        # torchrun keeps one store over its restarts
+        store = dist.PrefixStore(f"trenchcoat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             chosen, store=dist.PrefixStore("group", store), rank=found.rank, world_size=found.size, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {found.rank} could not join the others: {' '.join(str(error).split())}") from error
-    return dist.PrefixStore("trenchcoat", store)
+    return store
 
 
 def _leave() -> None:

@@ -47,6 +47,8 @@ def shard_base(model: nn.Module, layers: Sequence[nn.Module], cfg: ParallelConfi
 
     Call it before students and LoRA are attached: what comes later is left whole.
     """
+    if cfg.cpu_offload and distributed.world().device_type == "cpu":
+        raise UserError("parallel.cpu_offload=true needs GPUs: without one, everything is in host memory already")
     policy = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
     settings: dict[str, Any] = {"mesh": distributed.mesh(cfg), "offload_policy": policy}
     for layer in layers:
@@ -99,14 +101,9 @@ def fill_from_files(model: nn.Module, folder: Path) -> None:
             f"{folder} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing): the family's "
             "tensors are renamed or joined when it is loaded whole, or the model is incomplete. Set parallel.shard=none"
         )
-    by_file: dict[Path, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(where[name], []).append(name)
-    with torch.no_grad():
-        for file, names in by_file.items():
-            with safe_open(str(file), framework="pt") as opened:
-                for name in names:
-                    _fill(wanted[name], opened.get_slice(name), f"{name} in {file}")
+    for name, parameter in wanted.items():  # opened anew for each, so that what was read does not stay mapped
+        with torch.no_grad(), safe_open(str(where[name]), framework="pt") as opened:
+            _fill(parameter, opened.get_slice(name), f"{name} in {where[name]}")
 
 
 def _fill(parameter: nn.Parameter, stored: Any, what: str) -> None:
