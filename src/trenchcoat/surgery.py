@@ -243,6 +243,7 @@ def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
         r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
     )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    model.train(model.training)  # what was put in starts in training mode, with its dropout
     device = compute_device(model) if is_sharded(model) else None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
