@@ -12,11 +12,12 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
-    | {"distributed"},
+    | {"distributed", "trackers"},
     {"sharding", "shapes"},
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
-    {"surgery", "verdicts", "flops"},
-    {"auto", "train", "plots", "esl", "footprint", "simulate"},
+    {"surgery", "verdicts", "flops", "keeper", "loading"},
+    {"auto", "plots", "esl", "sums"},
+    {"train", "footprint", "simulate"},
     {"hub", "plan"},
     {"workshop", "evaluate", "generate", "report", "bench", "advice"},
     {"comparison", "estimate", "plan_report"},

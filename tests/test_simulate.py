@@ -189,7 +189,7 @@ def test_the_units_of_the_simulation_are_those_of_a_run(tied: bool, monkeypatch:
             if way == "run":
                 sharding.shard_base(model, decoder_of(model).layers, ParallelConfig())
             else:
-                shard_units(model, model, distributed.flat_mesh(), [])
+                shard_units(model, distributed.flat_mesh(), [])
             found.append({name for name, module in model.named_modules() if isinstance(module, FSDPModule)})
         assert found[0] == found[1]
         assert "model.layers.5" in found[0]

@@ -398,3 +398,13 @@ def test_adapters_load_strictly() -> None:
     assert all(torch.equal(t, before[name]) for name, t in adapter_state(plain).items())
     load_adapter_state(plain, maps)
     assert all(torch.equal(t, maps[name]) for name, t in adapter_state(plain).items())
+
+
+def test_lora_is_in_the_mode_of_its_model() -> None:
+    model = tiny_model("llama")
+    attach_students(model, StudentConfig(window=4))
+    for training in (False, True):
+        model.train(training)
+        add_lora(model, LoraConfig(dropout=0.5))
+        assert {module.training for module in model.modules()} == {training}
+        remove_lora(model)

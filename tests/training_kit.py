@@ -125,7 +125,7 @@ def numbers_of(run_dir: Path) -> list[dict[str, Any]]:
     """The log's train and eval lines without clock readings."""
     clocks = ("time", "seconds")
     return [
-        {key: value for key, value in line.items() if key not in clocks}
+        {key: value for key, value in line.items() if key not in clocks and not key.startswith("speed/")}
         for line in read_metrics(run_dir)
         if line["kind"] in ("train", "eval")
     ]

@@ -7,37 +7,48 @@ checksum, and the newest sound checkpoint before it is used. Nothing is ever unp
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trenchcoat import distributed
 from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.embedded import teacher_dir
 from trenchcoat.files import (
+    PARTIAL_PREFIX,
     CorruptFileError,
     SaveError,
     atomic_directory,
     atomic_file,
+    is_disk_full,
     load_tensors,
+    publish_directory,
     read_json,
     remove_partials,
     save_tensors,
+    saving,
     separate_storage,
     sha256,
     write_json,
     write_text,
 )
+from trenchcoat.sharding import first_elements
 
 __all__ = [
     "ADAPTER_FILE",
@@ -50,6 +61,8 @@ __all__ = [
     "fingerprint",
     "load_model",
     "load_tensors",
+    "load_tokenizer",
+    "model_source",
     "newest_checkpoint",
     "prune_checkpoints",
     "read_adapter",
@@ -75,6 +88,8 @@ _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is the GPU when there is one; an impossible device is a ``UserError``."""
+    if distributed.size() > 1:
+        return distributed.device()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -96,7 +111,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def _model_source(cfg: ModelConfig) -> str:
+def model_source(cfg: ModelConfig) -> str:
+    """Folder or hub id of a model; raises ``UserError`` for what can be neither."""
     if cfg.path == "embedded":
         try:
             return str(teacher_dir())
@@ -115,20 +131,21 @@ def _model_source(cfg: ModelConfig) -> str:
     return cfg.path
 
 
-def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
-    """Load the pretrained model (evaluation mode, nothing trainable) and its tokenizer.
+def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
+    """Load the whole pretrained model (evaluation mode, nothing trainable) and its tokenizer.
 
     Raises ``UserError`` for an unknown path or id, a folder that is no causal language model, a missing tokenizer,
     an attention implementation that cannot run here, or an impossible device.
     """
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
-    source = _model_source(cfg)
+    source = model_source(cfg)
     attention = None if cfg.attention == "auto" else cfg.attention
+    options: dict[str, Any] = {"revision": cfg.revision, "dtype": dtype, "attn_implementation": attention}
+    if quantization_config is not None:
+        options |= {"quantization_config": quantization_config, "device_map": {"": device}}
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            source, revision=cfg.revision, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
@@ -140,11 +157,18 @@ def load_model(cfg: ModelConfig) -> tuple[nn.Module, Any]:
             f"model.path={cfg.path!r} lacks {len(missing)} weights ({missing[0]}, ...), so it would "
             "run with random ones; give a complete causal language model"
         )
+    tokenizer = load_tokenizer(cfg, source)
+    if quantization_config is None:
+        model = model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
+    """The tokenizer beside a model; raises ``UserError`` when there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision)
+        return AutoTokenizer.from_pretrained(source, revision=cfg.revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {_one_line(error)}") from error
-    return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def _one_line(error: BaseException, limit: int = 300) -> str:
@@ -195,7 +219,7 @@ def fingerprint(model: nn.Module, *, samples: int = 8, elements: int = 4096) -> 
         name, parameter = named[index]
         if parameter.is_meta:
             raise ValueError(f"fingerprint: {name} is on the meta device; load the weights first")
-        part = parameter.detach().flatten()[:elements].to("cpu", torch.bfloat16).view(torch.int16)
+        part = first_elements(parameter, elements).to(torch.bfloat16).view(torch.int16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(part.numpy().tobytes())
     return digest.hexdigest()[:32]
@@ -244,9 +268,20 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
 
-    def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of one group (``weights``, ``optimizer``, ...), on the CPU."""
-        return load_tensors(self.path / f"{group}.safetensors")
+    def names(self) -> list[str]:
+        """Names of all tensors in it."""
+        found: set[str] = set()
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as opened:
+                found |= set(opened.keys())
+        return sorted(found)
+
+    def load_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill ``tensors``, whole or sharded, whatever the number of processes that wrote them; a collective."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            reader = HuggingFaceStorageReader(str(self.path))
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=distributed.size() == 1)
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -254,18 +289,90 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return Path(root) / f"step-{step:08d}"
 
 
+class CheckpointWriter:
+    """One checkpoint on its way to disk: nothing but ``finish`` makes it count.
+
+    One process writes ``tensors`` (by group, whose names must not clash) at once; several write their shards together,
+    through torch's distributed checkpoints, in the background when there is a ``side_group`` for it. Raises
+    ``SaveError`` when the disk is full, leaving the older checkpoints as they were.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        step: int,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        side_group: Any = None,
+    ) -> None:
+        self.target, self.step, self.state = checkpoint_path(root, step), step, dict(state)
+        self.partial = Path(root) / f"{PARTIAL_PREFIX}{self.target.name}"
+        self._future: Any = None
+        distributed.from_main(self._prepare)
+        with saving(self.target), self._whole_or_nothing():
+            if distributed.size() == 1:
+                for group, tensors in groups.items():
+                    save_file(separate_storage(tensors), self.partial / f"{group}.safetensors")
+                return
+            together = {name: tensor for tensors in groups.values() for name, tensor in tensors.items()}
+            writer = HuggingFaceStorageWriter(str(self.partial), save_distributed=True)
+            if side_group is None:
+                dcp.save(together, storage_writer=writer)
+            else:
+                self._future = dcp.async_save(together, storage_writer=writer, process_group=side_group)
+
+    def finish(self) -> Path:
+        """Wait until all is written, add state and checksums, and put the checkpoint in its place."""
+        with saving(self.target), self._whole_or_nothing():
+            if self._future is not None:
+                self._future.result()
+        distributed.from_main(self._publish)
+        return self.target
+
+    def _prepare(self) -> None:
+        with saving(self.target):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+
+    def _publish(self) -> None:
+        with saving(self.target), self._whole_or_nothing():
+            (self.partial / STATE).write_text(json.dumps(self.state, indent=2) + "\n", encoding="utf-8")
+            files = {path.name: sha256(path) for path in sorted(self.partial.iterdir())}
+            manifest = json.dumps({"step": self.step, "sha256": files}, indent=2) + "\n"
+            (self.partial / MANIFEST).write_text(manifest, encoding="utf-8")
+            publish_directory(self.partial, self.target)
+
+    @contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        """Take the unfinished folder away when the block fails."""
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            self._take_away()
+            raise OSError(*_system_error(error)) from error
+        except (OSError, SafetensorError):
+            self._take_away()
+            raise
+
+    def _take_away(self) -> None:
+        if distributed.is_main():
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _system_error(error: dcp.CheckpointException) -> tuple[int, str]:
+    """(errno, words) of the first process's failure."""
+    for rank, (failure, _) in error.failures.items():
+        full = is_disk_full(failure)
+        code = errno.ENOSPC if full else getattr(failure, "errno", None) or errno.EIO
+        return code, f"process {rank}: {failure}"
+    return errno.EIO, str(error)
+
+
 def write_checkpoint(
     root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
-    """Write one complete checkpoint; raises ``SaveError`` when it cannot, leaving the older ones as they were."""
-    target = checkpoint_path(root, step)
-    with atomic_directory(target) as partial:
-        for group, tensors in groups.items():
-            save_file(separate_storage(tensors), partial / f"{group}.safetensors")
-        (partial / STATE).write_text(json.dumps(dict(state), indent=2) + "\n", encoding="utf-8")
-        files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps({"step": step, "sha256": files}, indent=2) + "\n", encoding="utf-8")
-    return target
+    """Write one complete checkpoint now; see :class:`CheckpointWriter`."""
+    return CheckpointWriter(root, step, groups, state).finish()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trenchcoat import results, surgery
+from trenchcoat import distributed, results, surgery
 from trenchcoat.config import Recipe
 from trenchcoat.data import Batches
 from trenchcoat.evaluate import EvalRows, decode_curve, gather_rows, score
@@ -128,13 +128,17 @@ class Comparison:
         return {k: v for k, v in {**base, **stage, **text, **more, "far": row.far}.items() if k not in free}
 
     def _kept(self, name: str, key: Mapping[str, Any]) -> Results | None:
-        path = self.shop.folder.kept(name, key)
+        path = distributed.from_main(lambda: self.shop.folder.kept(name, key))
         return None if path is None else Results.load(path)
 
     def _keep(self, name: str, key: Mapping[str, Any], **found: Any) -> None:
         part = Results(self.recipe.student.window, self.seq_len, **found)
-        part.save(self.shop.folder.evaluation_path(name))
-        self.shop.folder.keep(name, key)
+
+        def keep() -> None:
+            part.save(self.shop.folder.evaluation_path(name))
+            self.shop.folder.keep(name, key)
+
+        distributed.from_main(keep)
 
     def scores(self, row: Row) -> Scores:
         """Scores of one row."""

@@ -79,6 +79,11 @@ def is_main() -> bool:
     return _world.rank == 0
 
 
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if _world.device_type == "cuda" else torch.device("cpu")
+
+
 @contextmanager
 def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
     """Join the processes that torchrun started, for the time of the block; ``device`` is the recipe's model.device.
@@ -134,12 +139,14 @@ def _join(cfg: ParallelConfig, found: World) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=timeout))
         store.set_timeout(timeout)
+        # torchrun keeps one store over its restarts
+        store = dist.PrefixStore(f"trenchcoat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             chosen, store=dist.PrefixStore("group", store), rank=found.rank, world_size=found.size, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(f"process {found.rank} could not join the others: {' '.join(str(error).split())}") from error
-    return dist.PrefixStore("trenchcoat", store)
+    return store
 
 
 def _leave() -> None:
@@ -243,6 +250,15 @@ def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest(value: float) -> float:
+    """The largest of the processes' values."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
 
 
 def any_of(flag: bool) -> bool:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from trenchcoat import distributed
 from trenchcoat.data import TokenTable
-from trenchcoat.families import decoder_of
 from trenchcoat.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.interface import LazyMask, Output, mask, own_attention
 from trenchcoat.runlog import RunLog
+from trenchcoat.sharding import compute_device, run_decoder
 from trenchcoat.surgery import attention_through
 
 NAME = "trenchcoat_esl"
@@ -121,7 +122,7 @@ def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None)
     ``ids_BT`` int64; ``mask_BT`` is 0 at padding (either side), null for none. The model must have no students; it is
     put into evaluation mode. Raises ``UnsupportedFamilyError`` for a model without softmax attention to observe.
     """
-    device = next(model.parameters()).device
+    device = compute_device(model)
     ids_BT = ids_BT.to(device)
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT.to(device)
     observer = _Observer(mask_BT.bool())
@@ -130,7 +131,7 @@ def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None)
         for site in sites:
             site.module.esl_observer = observer
         try:
-            decoder_of(model)(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+            run_decoder(model, input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         finally:
             for site in sites:
                 del site.module.esl_observer
@@ -153,8 +154,9 @@ class EslRanking:
     def __call__(self, key: str, table: TokenTable, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of ``rows`` [r] of the table with content hash ``key``."""
         path = self._folder / "esl" / f"{key}-{self._base}-{self._seq_len}-{_VERSION}.safetensors"
-        scores = self._scores[key] if key in self._scores else _read(path, table.rows)
-        self._scores[key] = scores
+        if key not in self._scores:  # all processes go by what one of them has read
+            self._scores[key] = distributed.from_main(lambda: _read(path, table.rows))
+        scores = self._scores[key]
         missing = rows[np.isnan(scores[rows])]
         if len(missing):
             self._score(path, table, scores, missing, len(rows))
@@ -176,6 +178,8 @@ class EslRanking:
                     saved = done
 
     def _save(self, path: Path, scores: NDArray[np.float64]) -> None:
+        if not distributed.is_main():
+            return
         try:
             save_tensors(path, {"esl": torch.from_numpy(scores)})
         except SaveError as error:

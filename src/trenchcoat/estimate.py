@@ -7,9 +7,11 @@ import time
 
 import torch
 
+from trenchcoat import distributed
 from trenchcoat.config import LoraConfig, StageConfig
 from trenchcoat.data import Batches
 from trenchcoat.runfolder import TRANSFER
+from trenchcoat.sharding import compute_device
 from trenchcoat.workshop import Workshop
 
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
@@ -29,7 +31,7 @@ def stage_tokens(cfg: StageConfig, batches: Batches, seq_len: int) -> tuple[int,
 def seconds_per_token(shop: Workshop, batches: Batches, repeats: int = 2) -> float:
     """Time of a teacher forward pass, per token; the fastest of ``repeats`` after one to warm up."""
     model = shop.assemble_teacher()
-    device = next(model.parameters()).device
+    device = compute_device(model)
     ids = batches.train_batch(0)["input_ids"].to(device)
     times = []
     with torch.no_grad():
@@ -38,7 +40,7 @@ def seconds_per_token(shop: Workshop, batches: Batches, repeats: int = 2) -> flo
             logits = model(input_ids=ids, use_cache=False).logits
             float(logits[0, -1, 0])  # waits for the device
             times.append(time.perf_counter() - began)
-    return min(times[1:]) / ids.numel()
+    return distributed.largest(min(times[1:])) / ids.numel() / distributed.size()
 
 
 def estimate(shop: Workshop, stages: list[str], rows: int) -> float:

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trenchcoat import distributed
 from trenchcoat.results import DecodePoint, RowSums, Scores
+from trenchcoat.sharding import compute_device
 
 IGNORED = -100
 """Label of a token that does not count."""
@@ -157,7 +159,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return compute_device(model)
 
 
 def score(
@@ -174,11 +176,15 @@ def score(
         raise ValueError(f"window and batch_size must be at least 1; got window={window}, batch_size={batch_size}")
     text = rows if isinstance(rows, EvalRows) else gather_rows(rows)
     started = time.perf_counter()
-    pieces = []
+    losses = torch.zeros(len(text.ids), text.ids.shape[1] - 1, dtype=torch.float64)
+    hits = torch.zeros_like(losses)
     with _evaluating(model):
-        for first in range(0, len(text.ids), batch_size):
-            pieces.append(_token_losses(model, text.ids[first : first + batch_size]))
-    losses, hits = (torch.cat(column) for column in zip(*pieces, strict=True))
+        for first in distributed.share(range(0, len(text.ids), batch_size)):
+            part = slice(first or 0, (first or 0) + batch_size)  # None: the others need company, not another result
+            found = _token_losses(model, text.ids[part])
+            if first is not None:
+                losses[part], hits[part] = found
+    losses, hits = distributed.sum_tensor(losses), distributed.sum_tensor(hits).bool()
     counted, probes = text.counted[:, 1:], recall_probes(text, window)[:, 1:]
     far = counted & (torch.arange(losses.shape[1]) >= 2 * window)
     rows_counted = counted.sum(0)

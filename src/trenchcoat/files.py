@@ -100,16 +100,21 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            for path in sorted(partial.rglob("*")):
-                if path.is_file():
-                    sync(path)
-            sync(partial)
-            if target.exists():
-                _remove(target)
-            os.replace(partial, target)
-            sync(target.parent)
+            publish_directory(partial, target)
         finally:
             _remove(partial)
+
+
+def publish_directory(partial: Path, target: Path) -> None:
+    """Flush the files of a finished folder and give it its name; an existing ``target`` is replaced."""
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            sync(path)
+    sync(partial)
+    if target.exists():
+        _remove(target)
+    os.replace(partial, target)
+    sync(target.parent)
 
 
 def remove_partials(directory: Path) -> list[str]:

@@ -134,9 +134,10 @@ class _Step:
         return self.stage.batch_size * self.seq_len
 
     def transfer_moments(self) -> dict[str, dict[str, float]]:
-        """Nothing is kept from layer to layer, and there is no vocabulary head."""
+        """Nothing is kept from layer to layer; a sharded head is gathered too (for one token: the root must be run)."""
         hidden = float(self.size * self.shapes.hidden * self.tokens)
         return {
+            "head gathered": {"gathered layers": self._gathered(layers=1, heads=2), "activations": hidden},
             "embedding": {"gathered layers": self._gathered(embeddings=2), "activations": hidden},
             "first layer gathered": {
                 "gathered layers": self._gathered(layers=2, embeddings=1),

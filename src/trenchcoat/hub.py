@@ -56,11 +56,13 @@ def save_adapter(
     base: ModelConfig | None = None,
     student: StudentConfig | None = None,
     lora: LoraConfig | None = None,
+    base_fingerprint: str | None = None,
 ) -> None:
     """Write what was learned, without the base model, to an adapter folder.
 
     `base`, `student` and `lora` say what the model was made with; for a model that came from :func:`load` they are
-    known. Raises UserError when they are needed and not given, and SaveError when the disk is full.
+    known. `base_fingerprint` is the base weights' identity, when it is at hand. Raises UserError when the settings are
+    needed and not given, and SaveError when the disk is full.
     """
     known: dict[str, Any] = getattr(model, "trenchcoat_adapter", {})
     if base is None and "base" not in known:
@@ -71,7 +73,7 @@ def save_adapter(
     shape = known.get("lora") if lora is None else {name: getattr(lora, name) for name in _LORA}
     meta = {
         "version": ADAPTER_VERSION,
-        "base": {**source, "config": _shape(model), "fingerprint": fingerprint(model)},
+        "base": {**source, "config": _shape(model), "fingerprint": base_fingerprint or fingerprint(model)},
         "student": asdict(student if student is not None else student_config(model)),
         "lora": shape if has_lora(model) else None,
     }

@@ -19,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trenchcoat.config import TransferConfig, UserError
+from trenchcoat.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest
 
 Batch = dict[str, Tensor]
 """input_ids [b, T] int64, attention_mask [b, T] int64, labels [b, T] int64 (not shifted; -100 does not count)."""
+
+IDLE = "idle"
+"""Key of a batch that only keeps the processes' collectives in step: it runs like any other, its gradients are 0."""
 
 Metrics = dict[str, float]
 Objective = Callable[[nn.Module, Batch], Metrics]
@@ -36,13 +40,6 @@ def layer_key(name: str, index: int) -> str:
 def _mask_if_padded(batch: Batch) -> Tensor | None:
     mask = batch.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask
-
-
-def _body(model: nn.Module) -> nn.Module:
-    """The decoder without its vocabulary head, which transfer has no use for; the whole model if it has none."""
-    get_decoder: Any = getattr(model, "get_decoder", None)
-    body = get_decoder() if callable(get_decoder) else None
-    return body if isinstance(body, nn.Module) else model
 
 
 def transfer_objective(cfg: TransferConfig) -> Objective:
@@ -60,7 +57,10 @@ def transfer_objective(cfg: TransferConfig) -> Objective:
             raise UserError("attention transfer needs layers in transfer mode: attach students, then set_mode(...)")
         learning = torch.is_grad_enabled()
         request = TransferRequest(
-            mse_weight=cfg.mse_weight, xent_weight=cfg.xent_weight, normalize=cfg.normalize, backward=learning
+            mse_weight=cfg.mse_weight,
+            xent_weight=cfg.xent_weight,
+            normalize=cfg.normalize,
+            backward=learning and IDLE not in batch,
         )
         _forward_transfer(model, batch, students, request)
         mask = batch.get("attention_mask")
@@ -91,7 +91,8 @@ def _forward_transfer(
         model.eval()
     try:
         with torch.no_grad():
-            _body(model)(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
+            mask = _mask_if_padded(batch)
+            run_decoder(model, input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
     finally:
         for student in students:
             student.request = None
@@ -138,8 +139,8 @@ def next_token_objective() -> Objective:
             model.train(learning)
         output = model(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
         loss, count = next_token_loss(output.logits, batch["labels"])
-        if learning and count:
-            loss.backward()
+        if learning and (count or IDLE in batch):
+            (loss * 0.0 if IDLE in batch else loss).backward()
         return {"loss": loss.item(), "tokens": float(count)}
 
     return objective

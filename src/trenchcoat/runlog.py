@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trenchcoat.files import saving, write_json, write_text
+from trenchcoat.trackers import open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY_SECONDS = 10.0
@@ -148,10 +149,19 @@ class RunLog:
     """Writes the record of one run under ``directory`` and shows progress on standard error.
 
     ``progress``: ``auto`` (a bar on a terminal, plain lines otherwise), ``bar``, ``plain`` or ``off`` (nothing shown
-    but warnings; everything is still recorded). Raises ``SaveError`` when the folder cannot be written.
+    but warnings; everything is still recorded). ``trackers`` (``tensorboard``, ``wandb``) get the numbers too. Raises
+    ``SaveError`` when the folder cannot be written, ``UserError`` for a tracker that is not installed.
     """
 
-    def __init__(self, directory: Path | str, *, progress: str = "auto", console: Console | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        progress: str = "auto",
+        console: Console | None = None,
+        trackers: Sequence[str] = (),
+        project: str = "trenchcoat",
+    ) -> None:
         self.directory = Path(directory)
         self.console = console if console is not None else Console(stderr=True)
         if progress not in ("auto", "bar", "plain", "off"):
@@ -161,6 +171,7 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._end_cut_line()
             self._file = self._append()
+        self._trackers = open_trackers(trackers, self.directory, project)
 
     @property
     def metrics_path(self) -> Path:
@@ -192,6 +203,10 @@ class RunLog:
         with saving(self.metrics_path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
+        if kind in ("train", "eval"):
+            numbers = {name: float(value) for name, value in content.items() if isinstance(value, int | float)}
+            for tracker in self._trackers:
+                tracker.add(str(content["stage"]), kind, int(content["step"]), numbers)
 
     def info(self, text: str) -> None:
         """Record a sentence and show it."""
@@ -258,14 +273,48 @@ class RunLog:
                 yield _Bar(bar, bar.add_task(title, total=total, completed=start, numbers=""))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and what the trackers keep open."""
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class SilentLog(RunLog):
+    """The log of a process that is not the main one: nothing is written or shown."""
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory, self.display = Path(directory), "off"
+
+    def log(self, kind: str, **content: Any) -> None:
+        """Nothing."""
+
+    def info(self, text: str) -> None:
+        """Nothing."""
+
+    def warning(self, text: str) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> int:
+        """Nothing; 0 lines dropped."""
+        return 0
+
+    def write_environment(self, **more: Any) -> None:
+        """Nothing."""
+
+    def write_recipe(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _jsonable(value: Any) -> Any:

@@ -24,7 +24,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trenchcoat import distributed
 from trenchcoat.config import ParallelConfig, UserError
 
-__all__ = ["MasterCopies", "fill_from_files", "first_elements", "is_sharded", "shard_base", "tensor_files", "to_device"]
+__all__ = [
+    "MasterCopies",
+    "fill_from_files",
+    "first_elements",
+    "is_sharded",
+    "run_decoder",
+    "shard_base",
+    "tensor_files",
+    "to_device",
+    "whole",
+]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -37,6 +47,8 @@ def shard_base(model: nn.Module, layers: Sequence[nn.Module], cfg: ParallelConfi
 
     Call it before students and LoRA are attached: what comes later is left whole.
     """
+    if cfg.cpu_offload and distributed.world().device_type == "cpu":
+        raise UserError("parallel.cpu_offload=true needs GPUs: without one, everything is in host memory already")
     policy = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
     settings: dict[str, Any] = {"mesh": distributed.mesh(cfg), "offload_policy": policy}
     for layer in layers:
@@ -89,14 +101,9 @@ def fill_from_files(model: nn.Module, folder: Path) -> None:
             f"{folder} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing): the family's "
             "tensors are renamed or joined when it is loaded whole, or the model is incomplete. Set parallel.shard=none"
         )
-    by_file: dict[Path, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(where[name], []).append(name)
-    with torch.no_grad():
-        for file, names in by_file.items():
-            with safe_open(str(file), framework="pt") as opened:
-                for name in names:
-                    _fill(wanted[name], opened.get_slice(name), f"{name} in {file}")
+    for name, parameter in wanted.items():  # opened anew for each, so that what was read does not stay mapped
+        with torch.no_grad(), safe_open(str(where[name]), framework="pt") as opened:
+            _fill(parameter, opened.get_slice(name), f"{name} in {where[name]}")
 
 
 def _fill(parameter: nn.Parameter, stored: Any, what: str) -> None:
@@ -127,6 +134,26 @@ def first_elements(tensor: Tensor, count: int) -> Tensor:
         part = local.detach().flatten()[: len(found) - start].to("cpu", torch.float32)
         found[start : start + len(part)] = part
     return distributed.sum_tensor(found)
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where the layers of ``model`` compute (their weights may wait elsewhere)."""
+    return distributed.device() if is_sharded(model) else next(model.parameters()).device
+
+
+def run_decoder(model: nn.Module, **inputs: Any) -> None:
+    """The forward pass of the layers, for what they do on the way, without the vocabulary head where possible."""
+    hub: Any = model
+    if is_sharded(model):  # FSDP wants its root to be called; of the head's work one token is left
+        hub(**inputs, logits_to_keep=1)
+        return
+    decoder = hub.get_decoder() if hasattr(hub, "get_decoder") else None
+    (decoder if isinstance(decoder, nn.Module) else hub)(**inputs)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (a collective); others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class MasterCopies:
@@ -170,5 +197,4 @@ class MasterCopies:
         if not self.sharded:
             return
         for name, parameter in self.trainable.items():
-            shards: Any = self.parameters[name]
-            parameter.copy_(shards.full_tensor())
+            parameter.copy_(whole(self.parameters[name]))

@@ -36,6 +36,7 @@ from trenchcoat.interface import LazyMask
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.ops import chunkwise, closed_form
 from trenchcoat.ops.tiles import Scratch
+from trenchcoat.sharding import run_decoder
 from trenchcoat.students import TransferRequest
 
 MOST_TILES = 2
@@ -173,28 +174,21 @@ def _step(
     copies = 2 if ranks == 1 else 4  # both moments; of a shard the parameter and gradient that are stepped too
     optimizer = [torch.empty(-(-p.numel() // ranks), dtype=torch.float32) for p in trained for _ in range(copies)]
     ids = torch.zeros(stage.batch_size, seq_len, dtype=torch.int64)
-    root = model if isinstance(stage, LoraConfig) else decoder_of(model)
     if mesh is None:
         held = sum(t.nbytes for t in (*{id(p): p for p in model.parameters()}.values(), ids, *optimizer))
         with live_tensor_memory() as memory:
             _run(model, stage, ids)
         return {"Total": held + memory.peak, "Parameters and optimizer": held, "Activations and gradients": memory.peak}
-    shard_units(model, root, mesh, outside)
-    tracker = _PeakTracker(root)
-    tracker.track_inputs((ids, *optimizer, *outside, *_unseen(model, root)))
+    shard_units(model, mesh, outside)
+    tracker = _PeakTracker(model)
+    tracker.track_inputs((ids, *optimizer, *outside))
     with tracker:
         _run(model, stage, ids)
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return dict(snapshot)
 
 
-def _unseen(model: nn.Module, root: nn.Module) -> list[Tensor]:
-    """Parameters that are held but lie outside the module that runs: the vocabulary head in transfer."""
-    inside = {id(p) for p in root.parameters()}
-    return [p for p in model.parameters() if id(p) not in inside]
-
-
-def shard_units(model: Any, root: Any, mesh: DeviceMesh, outside: Sequence[nn.Parameter]) -> None:
+def shard_units(model: Any, mesh: DeviceMesh, outside: Sequence[nn.Parameter]) -> None:
     """FSDP2 units as in a run (`sharding.shard_base`): every layer, embedding, head, the rest; ``outside`` is whole."""
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(outside)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -204,7 +198,7 @@ def shard_units(model: Any, root: Any, mesh: DeviceMesh, outside: Sequence[nn.Pa
         units.append(head)
     for unit in units:
         fully_shard(unit, **options)
-    fully_shard(root, **options)
+    fully_shard(model, **options)
 
 
 def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
@@ -233,4 +227,4 @@ def _transfer_step(model: Any, stage: TransferConfig, ids: Tensor) -> None:
         surgery.set_mode(model, "teacher")
     mask = _CausalMask(*ids.shape) if simulated else None
     with torch.no_grad():
-        decoder_of(model)(input_ids=ids, attention_mask=mask, use_cache=False)
+        run_decoder(model, input_ids=ids, attention_mask=mask, use_cache=False)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trenchcoat import hub, report, surgery
+from trenchcoat import distributed, hub, report, surgery
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.data import load_batches
@@ -53,7 +54,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
     if recipe.transfer is None and recipe.lora is None:
         raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
     began = time.monotonic()
-    with Workshop(recipe, stages_of(recipe)) as shop:
+    with _workshop(recipe, stages_of(recipe)) as shop:
         _open(shop, opening)
         _announce_time(shop)
         own = _own_stages(recipe)
@@ -64,7 +65,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
 
 def transfer(recipe: Recipe) -> Outcome:
     """Stage 1 alone, and the adapter folder of what it learned."""
-    with Workshop(recipe, [TRANSFER]) as shop:
+    with _workshop(recipe, [TRANSFER]) as shop:
         _open(shop)
         facts = _train(shop, TRANSFER)
         if shop.folder.result(shop.main_lora_stage) is None:
@@ -76,7 +77,7 @@ def transfer(recipe: Recipe) -> Outcome:
 
 def finetune(recipe: Recipe) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, where the recipe has transfer=null)."""
-    with Workshop(recipe, _own_stages(recipe)) as shop:
+    with _workshop(recipe, _own_stages(recipe)) as shop:
         shop.require_transfer()
         _open(shop)
         facts = _train(shop, shop.main_lora_stage)
@@ -89,7 +90,7 @@ def finetune(recipe: Recipe) -> Outcome:
 def evaluate_run(recipe: Recipe) -> Outcome:
     """Score a finished run (comparison rows are trained when the recipe asks for them) and write its report."""
     began = time.monotonic()
-    with Workshop(recipe, stages_of(recipe)) as shop:
+    with _workshop(recipe, stages_of(recipe)) as shop:
         missing = [stage for stage in _own_stages(recipe) if shop.folder.result(stage) is None]
         if missing:
             raise UserError(
@@ -99,6 +100,13 @@ def evaluate_run(recipe: Recipe) -> Outcome:
 
 
 # Parts of the commands
+
+
+@contextmanager
+def _workshop(recipe: Recipe, stages: list[str]) -> Iterator[Workshop]:
+    """The workshop of this process, after joining the others that torchrun may have started."""
+    with distributed.joined(recipe.parallel, recipe.model.device), Workshop(recipe, stages) as shop:
+        yield shop
 
 
 def _own_stages(recipe: Recipe) -> list[str]:
@@ -153,7 +161,7 @@ def _report(shop: Workshop, facts: dict[str, StageFacts], began: float) -> Outco
             f"scored {ROW_LABELS[row.name]}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"
         )
     results = comparison.results(scores, list(facts.values()), began)
-    written = report.write_report(shop.recipe.run.dir, results)
+    written = distributed.from_main(lambda: report.write_report(shop.recipe.run.dir, results))
     samples = [text for sample in results.samples for text in _side_by_side(sample)]
     shown = (
         *samples,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trenchcoat.config import LoraConfig, StudentConfig, UserError
 from trenchcoat.families import AttentionSite, attention_sites, decoder_of
 from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
+from trenchcoat.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student
 
 _ADAPTER = "default"
@@ -38,7 +39,7 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
     if students_of(model):
         raise UserError("this model has students already; use replace_students, or detach_students first")
     linear = _linear_sites(sites, cfg.keep_softmax)
-    students = {site.index: _build(site, cfg) for site in linear}
+    students = {site.index: _build(site, cfg).to(_device_of(model, site)) for site in linear}
     for site in sites:
         site.module.teacher_attention = _implementation(site)
         if site.index in students:
@@ -163,8 +164,13 @@ def _build(site: AttentionSite, cfg: StudentConfig) -> StudentAttention:
         raise UserError(f"the student does not fit layer {site.index}: {error}") from error
     student.layer_idx = site.index
     student.train(site.module.training)
+    return student
+
+
+def _device_of(model: nn.Module, site: AttentionSite) -> torch.device:
+    """Where a layer computes."""
     weight = next(site.module.parameters(), None)
-    return student if weight is None else student.to(weight.device)
+    return compute_device(model) if weight is None or is_sharded(model) else weight.device
 
 
 def _implementation(site: AttentionSite) -> str:
@@ -237,9 +243,11 @@ def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
         r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
     )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    model.train(model.training)  # what was put in starts in training mode, with its dropout
+    device = compute_device(model) if is_sharded(model) else None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(device, torch.float32)
     freeze_for_lora(model, cfg)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -2,38 +2,41 @@
 
 It steps AdamW over the parameters that require gradients, the schedule, clipping, evaluation, best-checkpoint keeping,
 early stopping, saving and resuming. A run killed at any moment and started again ends with the numbers of an
-uninterrupted one: weights, optimizer, schedule, data position and random state are restored, and the log is rewound.
+uninterrupted one: weights, optimizer, schedule and data position are restored, the log is rewound, and every
+micro-batch seeds the random generators by its own index.
+
+Several processes divide the micro-batches of each optimizer step among them; the step itself is the same, so a run may
+be continued with another number of processes. They stop together, whichever of them is asked to, or finds a NaN.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import checkpoint
+from trenchcoat import distributed
 from trenchcoat.checkpoint import Checkpoint, CorruptFileError
 from trenchcoat.config import StageConfig, UserError
 from trenchcoat.gradients import NonFiniteGradient, average_and_clip, clip_groups
 from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
-from trenchcoat.objectives import Batch, Metrics, Objective, first_nonfinite
+from trenchcoat.keeper import Keeper, identity
+from trenchcoat.objectives import IDLE, Batch, Objective, first_nonfinite
 from trenchcoat.runlog import RunLog, Tracker
 from trenchcoat.schedules import Schedule
-from trenchcoat.students import StudentAttention
+from trenchcoat.sharding import MasterCopies
+from trenchcoat.sums import Meter, Sums
 from trenchcoat.trainstate import (
     Counters,
-    load_optimizer,
+    optimizer_room,
     optimizer_tensors,
-    random_state,
     require_same_identity,
-    set_random_state,
 )
 
 _FREE_TO_CHANGE = (
@@ -91,15 +94,26 @@ class FitResult:
 
 
 def fit(
-    model: nn.Module, batches: Batches, objective: Objective, cfg: StageConfig, run: RunLog, *, stage: str
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    cfg: StageConfig,
+    run: RunLog,
+    *,
+    stage: str,
+    background_saves: bool = False,
+    flops_per_token: float | None = None,
 ) -> FitResult:
     """Train the parameters of ``model`` that require gradients (float32) and leave the best of them in it.
 
-    ``stage`` names the checkpoint folder and the log lines. A finished stage is loaded, not trained again. Raises
-    ``UserError`` for nothing to train or a checkpoint of other settings, ``NonFiniteLoss`` naming layer and step,
-    ``SaveError`` for a full disk. After Ctrl-C it saves and returns with ``stopped`` set.
+    ``stage`` names the checkpoint folder and the log lines; ``background_saves`` lets several processes write
+    checkpoints while they train; ``flops_per_token`` of a step is for the logged utilization. A finished stage is
+    loaded, not trained again. Raises ``UserError`` for nothing to train or a checkpoint of other settings,
+    ``NonFiniteLoss`` naming layer and step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with
+    ``stopped`` set.
     """
-    loop = _Loop(model, batches, objective, cfg, run, stage)
+    loop = _Loop(model, batches, objective, cfg, run, stage, background_saves)
+    loop.meter = Meter(flops_per_token)
     loop.resume()
     stopped = False
     with stop_on_signals() as stop, run.progress(stage, loop.total, loop.at.step) as display:
@@ -108,32 +122,42 @@ def fit(
         except Interrupted:
             stopped = True
             loop.abandon_step()
+        loop.keeper.finish()
     return loop.finish(stopped)
 
 
 class _Loop:
     def __init__(
-        self, model: nn.Module, batches: Batches, objective: Objective, cfg: StageConfig, log: RunLog, stage: str
+        self,
+        model: nn.Module,
+        batches: Batches,
+        objective: Objective,
+        cfg: StageConfig,
+        log: RunLog,
+        stage: str,
+        background_saves: bool = False,
     ) -> None:
         self.model, self.batches, self.objective = model, batches, objective
         self.cfg, self.log, self.stage = cfg, log, stage
         self.trainable = _trainable(model, stage)
         self.device = next(iter(self.trainable.values())).device
         self.micro_batches, self.total = _length(cfg, len(batches))
-        self.groups = clip_groups(model, self.trainable, cfg.clip_scope)
+        self.masters = MasterCopies(self.trainable)
+        self.groups = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
         self.optimizer = torch.optim.AdamW(
-            list(self.trainable.values()), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+            list(self.masters.parameters.values()),
+            lr=cfg.lr,
+            betas=(cfg.beta1, cfg.beta2),
+            weight_decay=cfg.weight_decay,
         )
         self.schedule = Schedule(cfg, self.total)
-        self.root = log.checkpoints(stage)
-        self.identity = _identity(model, self.trainable, batches, cfg)
+        self.keeper = Keeper(log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=background_saves)
+        self.identity = identity(model, self.trainable, batches, _settings(cfg))
         self.at = Counters()
         self.saved_step = -1
-        self.saved: dict[int, int] = {}
-        """Step of every sound checkpoint on disk -> the best step it refers to."""
         self.resumed_from: int | None = None
         self.seconds_before, self.began = 0.0, time.monotonic()
-        self.random = random_state()
+        self.meter = Meter(None)
 
     # The way through
 
@@ -165,19 +189,38 @@ class _Loop:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
+    def _run_all(self, given: Iterable[Batch | None], spare: Callable[[], Batch], step: int, stop: StopSignal) -> Sums:
+        """The objective on this process's micro-batches, and the sums over all processes.
+
+        None stands for a micro-batch that only other processes have: the model's collectives still want everyone, so
+        ``spare`` is run through it and counts for nothing.
+        """
+        sums = Sums()
+        for place in given:
+            if distributed.size() == 1:
+                stop.check()
+            batch = self._to_device(spare() if place is None else place)
+            if place is None:
+                batch[IDLE] = torch.ones(())
+            metrics = self.objective(self.model, batch)
+            sums.add(metrics, batch, counts=place is not None)
+            if distributed.size() == 1:
+                self._require_finite(sums, step)
+        sums.reduce(stop.requested)
+        self._require_finite(sums, step)
+        return sums
+
     def train_step(self, stop: StopSignal, display: Tracker) -> None:
         """One optimizer step: accumulate, check, clip, update, log."""
         at = self.at
+        began = time.monotonic()
         first = at.step * self.cfg.accumulation
         indices = range(first, min(first + self.cfg.accumulation, self.micro_batches))
-        collected: list[Metrics] = []
-        for index in indices:
-            stop.check()
-            batch = self._to_device(self.batches.train_batch(index))
-            with torch.enable_grad():
-                collected.append(self.objective(self.model, batch))
-            self._require_finite(collected[-1], at.step + 1, batch)
+        mine = (None if index is None else self._train_batch(index) for index in distributed.share(indices))
+        with torch.enable_grad():
+            sums = self._run_all(mine, lambda: self.batches.train_batch(first), at.step + 1, stop)
         rate = self.schedule.lr(at.step)
+        self.masters.reduce()
         try:
             norm = average_and_clip(self.groups, len(indices), self.cfg.clip)
         except NonFiniteGradient as error:
@@ -186,40 +229,45 @@ class _Loop:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
         at.step += 1
-        self.random = random_state()
-        numbers = _mean(collected)
-        at.tokens += round(sum(metrics.get("tokens", 0.0) for metrics in collected))
+        numbers = sums.means(weighted=False)
+        at.tokens += round(sums.tokens)
+        speed = self.meter.read(self.device, round(sums.tokens), time.monotonic() - began)
         line = {**numbers, "lr": rate, "grad_norm": norm, "tokens": at.tokens, "seconds": round(self.seconds, 3)}
-        self.log.log("train", stage=self.stage, step=at.step, **line)
+        self.log.log("train", stage=self.stage, step=at.step, **line, **speed)
         display.update(at.step, loss=numbers["loss"], eval=at.last_loss, lr=rate)
+        if sums.stop:
+            raise Interrupted
 
-    def _require_finite(self, metrics: Metrics, step: int, batch: Batch) -> None:
-        if all(math.isfinite(value) for value in metrics.values()):
+    def _train_batch(self, index: int) -> Batch:
+        """Micro-batch ``index``, after seeding the generators (of dropout) by it: the same in any process."""
+        torch.manual_seed(hash((getattr(self.batches, "seed", 0), index)) % (1 << 62))
+        return self.batches.train_batch(index)
+
+    def _require_finite(self, sums: Sums, step: int) -> None:
+        if sums.finite():
             return
-        layers = sorted(name for name in metrics if "/layer_" in name and not math.isfinite(metrics[name]))
+        layers = sorted(name for name in sums.broken() if "/layer_" in name)
         if layers:
             where = _readable(layers[0].split("/", 1)[1])
         else:
-            where = _readable(first_nonfinite(self.model, self.objective, batch) or "the loss itself")
+            assert sums.suspect is not None
+            found = first_nonfinite(self.model, self.objective, sums.suspect)
+            where = _readable(distributed.first_of(found) or "the loss itself")
         raise NonFiniteLoss(self.stage, step, where, "loss")
 
     def evaluate(self, stop: StopSignal) -> None:
         """Mean loss over the validation batches (weighted by their tokens); feeds schedule, best and early stopping."""
         began, at = time.monotonic(), self.at
-        collected: list[Metrics] = []
-        with torch.no_grad():
-            for batch in self.batches.validation(self.cfg.eval_batches):
-                stop.check()
-                moved = self._to_device(batch)
-                collected.append(self.objective(self.model, moved))
-                self._require_finite(collected[-1], at.step, moved)
-        if not collected:
+        rows = list(self.batches.validation(self.cfg.eval_batches))
+        if not rows:
             raise UserError(f"{self.stage}: there are no validation rows; set data.validation_rows above 0")
-        numbers = _mean(collected, weights=[metrics.get("tokens", 1.0) for metrics in collected])
+        with torch.no_grad():
+            sums = self._run_all(distributed.share(rows), lambda: rows[0], at.step, stop)
+        numbers = sums.means(weighted=True)
         loss = numbers["loss"]
         at.last_loss, at.evaluated_step = loss, at.step
-        self.random = random_state()
         self.schedule.observe(loss)
         if at.step == 0:
             at.initial_loss = loss
@@ -230,6 +278,8 @@ class _Loop:
         self.saved_step = -1
         spent = round(time.monotonic() - began, 3)
         self.log.log("eval", stage=self.stage, step=at.step, **numbers, tokens=at.tokens, seconds=spent)
+        if sums.stop:
+            raise Interrupted
 
     def abandon_step(self) -> None:
         """After an interruption: forget the unfinished step and save the last finished one."""
@@ -241,7 +291,6 @@ class _Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step, then delete those no longer needed."""
-        step = self.at.step
         self.at.seconds = self.seconds
         state = {
             "stage": self.stage,
@@ -250,22 +299,16 @@ class _Loop:
             "identity": self.identity,
         }
         groups: dict[str, Mapping[str, Tensor]] = {
-            "weights": self.trainable,
-            "optimizer": optimizer_tensors(self.optimizer, self.trainable),
-            "random": self.random,
+            "weights": self.masters.parameters,
+            "optimizer": optimizer_tensors(self.optimizer, self.masters.parameters),
         }
         self.log.sync()
-        checkpoint.write_checkpoint(self.root, step, groups, state)
-        self.saved_step = step
-        self.saved[step] = self.at.best_step
-        newest = sorted(self.saved)[-max(self.cfg.keep_checkpoints, 1) :]
-        keep = {*newest, *(self.saved[kept] for kept in newest)}
-        checkpoint.prune_checkpoints(self.root, keep)
-        self.saved = {kept: best for kept, best in self.saved.items() if kept in keep}
+        self.keeper.write(self.at.step, self.at.best_step, groups, state)
+        self.saved_step = self.at.step
 
     def resume(self) -> None:
         """Continue from the newest sound checkpoint of this stage, if there is one."""
-        found = checkpoint.newest_checkpoint(self.root, self.log.warning)
+        found = self.keeper.newest()
         if found is None:
             self.log.rewind(self.stage, -1)
             return
@@ -275,30 +318,21 @@ class _Loop:
                 f"{found.path} is already past the {self.total} steps asked for: use another run.dir, ask for more "
                 "steps, or delete that folder"
             )
-        self._load_weights(found)
-        load_optimizer(self.optimizer, self.trainable, found.tensors("optimizer"))
+        room = optimizer_room(self.optimizer, self.masters.parameters, found.names())
+        self._load(found, room)
         self.schedule.load_state(found.state["schedule"])
         self.at = Counters.from_json(found.state["counters"])
         self.seconds_before, self.saved_step, self.resumed_from = self.at.seconds, found.step, found.step
-        self._know_saved(found)
+        self._forget_lost_best()
         evaluated = self.at.evaluated_step == self.at.step
         dropped = self.log.rewind(self.stage, self.at.step, evaluated=evaluated)
-        self.random = found.tensors("random")
-        set_random_state(self.random)
         more = f", {dropped} log lines after it dropped" if dropped else ""
         self.log.info(f"{self.stage}: continuing from step {self.at.step} of {self.total} ({found.path.name}{more})")
 
-    def _know_saved(self, found: Checkpoint) -> None:
-        """List the sound checkpoints up to the one in use; forget a best one that is damaged."""
+    def _forget_lost_best(self) -> None:
+        """Count the best anew when its checkpoint is damaged."""
         at = self.at
-        for path in checkpoint.checkpoint_folders(self.root):
-            try:
-                older = found if path == found.path else checkpoint.read_checkpoint(path)
-            except CorruptFileError:
-                continue
-            if older.step <= found.step:
-                self.saved[older.step] = older.state["counters"]["best_step"]
-        if at.best_step >= 0 and at.best_step not in self.saved:
+        if at.best_step >= 0 and at.best_step not in self.keeper.best:
             self.log.warning(
                 f"{self.stage}: the best checkpoint (step {at.best_step}) is missing or damaged; the best is counted "
                 f"anew from step {at.step}"
@@ -306,11 +340,11 @@ class _Loop:
             evaluated = at.evaluated_step == at.step
             at.best_step, at.best_loss = (at.step, at.last_loss) if evaluated else (-1, math.inf)
 
-    def _load_weights(self, source: Checkpoint) -> None:
-        weights = source.tensors("weights")
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(weights[name])
+    def _load(self, source: Checkpoint, room: Mapping[str, Tensor]) -> None:
+        """Weights, and what ``room`` names, out of a checkpoint."""
+        weights = {name: parameter.detach() for name, parameter in self.masters.parameters.items()}
+        source.load_into({**weights, **room})
+        self.masters.publish()
 
     def finish(self, stopped: bool) -> FitResult:
         """Restore the best weights, log and return the result."""
@@ -332,7 +366,7 @@ class _Loop:
             return result
         if self.cfg.restore_best and at.best_step not in (-1, at.step):
             try:
-                self._load_weights(checkpoint.read_checkpoint(checkpoint.checkpoint_path(self.root, at.best_step)))
+                self._load(self.keeper.read(at.best_step), {})
             except CorruptFileError as error:
                 self.log.warning(f"{self.stage}: {error}; the weights of the last step are kept instead of the best")
         self.log.log("result", stage=self.stage, step=at.step, **asdict(result))
@@ -361,17 +395,6 @@ def _length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
     return micro_batches, math.ceil(micro_batches / cfg.accumulation)
 
 
-def _mean(collected: list[Metrics], weights: list[float] | None = None) -> Metrics:
-    """Weighted mean of every number; ``tokens`` is left out (it is a count)."""
-    shares = weights if weights is not None and sum(weights) > 0 else [1.0] * len(collected)
-    total = sum(shares)
-    names = [name for name in collected[0] if name != "tokens"]
-    return {
-        name: sum(share * metrics[name] for share, metrics in zip(shares, collected, strict=True)) / total
-        for name in names
-    }
-
-
 def _readable(place: str) -> str:
     """``layer_03`` and ``model.layers.3.mlp`` as words that name the layer."""
     if match := re.fullmatch(r"layer_(\d+)", place):
@@ -381,22 +404,6 @@ def _readable(place: str) -> str:
     return place
 
 
-def _identity(
-    model: nn.Module, trainable: dict[str, nn.Parameter], batches: Batches, cfg: StageConfig
-) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: settings, data, trained names, base and frozen students."""
-    shapes = hashlib.sha256(str(sorted((name, tuple(p.shape)) for name, p in trainable.items())).encode())
-    frozen = hashlib.sha256()
-    for module in model.modules():
-        if isinstance(module, StudentAttention):
-            for parameter in module.parameters():
-                if not parameter.requires_grad:
-                    frozen.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
-    return {
-        "settings": {name: value for name, value in asdict(cfg).items() if name not in _FREE_TO_CHANGE},
-        "data": getattr(batches, "fingerprint", None),
-        "micro_batches_an_epoch": len(batches),
-        "trained_parameters": shapes.hexdigest()[:16],
-        "frozen_students": frozen.hexdigest()[:16],
-        "base_model": checkpoint.fingerprint(model) if hasattr(model, "config") else None,
-    }
+def _settings(cfg: StageConfig) -> dict[str, Any]:
+    """The settings that a run and its continuation must share."""
+    return {name: value for name, value in asdict(cfg).items() if name not in _FREE_TO_CHANGE}

@@ -1,9 +1,12 @@
-"""What a training run must remember to continue as if nothing had happened: counters, optimizer, random state."""
+"""What a training run must remember to continue as if nothing had happened: counters and the optimizer's state.
+
+There is no random state to remember: every micro-batch seeds the generators by its own index.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -53,31 +56,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, 
     }
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
-) -> None:
-    """Fill an unused optimizer from ``optimizer_tensors``; scalars (step counts) stay on the CPU, as torch has them."""
-    for key, value in tensors.items():
-        slot, name = key.split("/", 1)
-        parameter = trainable[name]
-        place = value.device if value.dim() == 0 else parameter.device
-        optimizer.state[parameter][slot] = value.to(place, copy=True)
+def optimizer_room(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Zeros for those of ``names`` that are slots (as in ``optimizer_tensors``), put into the unused optimizer.
 
-
-def random_state() -> dict[str, Tensor]:
-    """The generators' states of the CPU and of every GPU in use."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state |= {f"cuda:{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Back from ``random_state``; GPUs that are not here are passed over."""
-    torch.set_rng_state(state["cpu"].clone())
-    for name, value in state.items():
-        if name.startswith("cuda:") and int(name.removeprefix("cuda:")) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(value.clone(), name)
+    Scalars (step counts) stay on the CPU, as torch has them; other slots are shaped and sharded as their parameter is.
+    """
+    room: dict[str, Tensor] = {}
+    for key in names:
+        slot, _, name = key.partition("/")
+        parameter = trainable.get(name)
+        if parameter is not None:
+            room[key] = torch.zeros(()) if slot == "step" else torch.zeros_like(parameter, requires_grad=False)
+            optimizer.state[parameter][slot] = room[key]
+    return room
 
 
 def require_same_identity(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import checkpoint, surgery
-from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, UserError
+from trenchcoat import checkpoint, distributed, surgery
+from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
 from trenchcoat.esl import EslRanking
+from trenchcoat.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.hub import save_adapter
+from trenchcoat.loading import load_base
 from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
-from trenchcoat.runlog import RunLog
+from trenchcoat.runlog import RunLog, SilentLog
+from trenchcoat.shapes import shapes_of
+from trenchcoat.sharding import compute_device
 from trenchcoat.students import student_class
 from trenchcoat.train import FitResult, fit
 
@@ -54,11 +58,11 @@ class Workshop:
             torch.set_num_threads(recipe.run.threads)
         self._trained: set[str] = set()
         self._batches: dict[tuple[int, int], Batches] = {}
-        self.log = RunLog(recipe.run.dir, progress=recipe.run.progress)
+        self.log = _log(recipe)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        model, tokenizer = checkpoint.load_model(self.recipe.model)
+        model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
         attention = surgery.teacher_implementation(model)
         self.log.write_environment(implementation=self.recipe.student.impl, teacher_attention=attention)
         return model, tokenizer
@@ -86,9 +90,11 @@ class Workshop:
         size = (batch_size, data.seq_len)
         if size not in self._batches:
             rank = None if data.select == "none" else self._ranking
-            self._batches[size] = load_batches(
-                data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank
+            load = partial(
+                load_batches, data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank
             )
+            # what the first process of a node tokenizes, the others read from the cache; a ranking needs all at once
+            self._batches[size] = distributed.in_turns_per_node(load) if rank is None else load()
         return self._batches[size]
 
     @cached_property
@@ -131,7 +137,8 @@ class Workshop:
         if weights is None and any(one.starts_from_text for one in students.values()):
             surgery.set_mode(self.model, "transfer")
             batch = self.batches(LANDMARK_ROWS).train_batch(0)
-            initialise_from_text(self.model, {name: t.to(self.model.device) for name, t in batch.items()})
+            device = compute_device(self.model)
+            initialise_from_text(self.model, {name: t.to(device) for name, t in batch.items()})
         if lora:
             torch.manual_seed(self.recipe.run.seed)
             surgery.add_lora(self.model, self._lora)
@@ -172,14 +179,35 @@ class Workshop:
         batches = self.batches(cfg.batch_size)
         self._tell(batches)
         identity = {"base weights": self.base_fingerprint, "text": batches.fingerprint}
-        self.folder.begin(stage, self.recipe, identity)
-        result = fit(self.model, batches, objective, cfg, self.log, stage=stage)
+        distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
+        result = fit(
+            self.model,
+            batches,
+            objective,
+            cfg,
+            self.log,
+            stage=stage,
+            background_saves=self.recipe.parallel.async_save,
+            flops_per_token=self._flops_per_token(cfg),
+        )
         if result.stopped:
             raise Stopped
         facts = _stage_facts(stage, result)
         self._trained.add(stage)
-        self.folder.finish(stage, surgery.adapter_state(self.model), dataclasses.asdict(facts))
+        learned = surgery.adapter_state(self.model)
+        distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
         return facts
+
+    def _flops_per_token(self, cfg: StageConfig) -> float | None:
+        """FLOPs of a training step a token; None where the config does not say enough of the model's sizes."""
+        try:
+            shapes = shapes_of(self.model.config)
+        except UserError:
+            return None
+        if isinstance(cfg, LoraConfig):
+            return lora_flops_per_token(shapes, self.recipe.student, cfg, self.recipe.data.seq_len).total
+        xent = isinstance(cfg, TransferConfig) and cfg.xent_weight > 0
+        return transfer_flops_per_token(shapes, self.recipe.student, self.recipe.data.seq_len, xent=xent).total
 
     def _tell(self, batches: Batches) -> None:
         """Say how much text there is and what was left out of it."""
@@ -244,8 +272,25 @@ class Workshop:
         ):
             return
         self.assemble(lora=lora, weights=stage)
-        recipe = self.recipe
-        save_adapter(self.model, self.adapter, base=recipe.model, student=recipe.student, lora=recipe.lora)
+        recipe, known = self.recipe, self.base_fingerprint
+        distributed.from_main(
+            lambda: save_adapter(
+                self.model,
+                self.adapter,
+                base=recipe.model,
+                student=recipe.student,
+                lora=recipe.lora,
+                base_fingerprint=known,
+            )
+        )
+
+
+def _log(recipe: Recipe) -> RunLog:
+    if distributed.is_main():
+        return RunLog(
+            recipe.run.dir, progress=recipe.run.progress, trackers=recipe.run.trackers, project=recipe.run.project
+        )
+    return SilentLog(recipe.run.dir)
 
 
 def _stage_facts(stage: str, result: FitResult) -> StageFacts:

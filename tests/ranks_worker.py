@@ -1,0 +1,154 @@
+"""One of several processes under torchrun: does the jobs of a JSON file in order, and writes what came of them.
+
+    torchrun --nproc_per_node 2 ranks_worker.py JOBS OUT [DELAY]
+
+A job is ``{"do": name, "overrides": [...]}`` with the name of a command in ``stages`` or of a function below. ``OUT``
+gets ``rank-<r>.json``: for each job its result, or the error that every process must have raised. DELAY slows every
+training micro-batch, so that a test can kill a process in the middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from trenchcoat import data, distributed, stages, surgery, train
+from trenchcoat.config import ParallelConfig, Recipe, UserError
+from trenchcoat.interrupts import StopSignal
+from trenchcoat.loading import load_base
+from trenchcoat.objectives import next_token_objective, transfer_objective
+from trenchcoat.recipe_io import load_recipe
+from trenchcoat.sharding import is_sharded
+from trenchcoat.workshop import Workshop
+
+
+def collectives(recipe: Recipe) -> dict[str, Any]:
+    """Names of the collectives of one micro-batch of each stage, before any optimizer step."""
+    assert recipe.transfer is not None
+    assert recipe.lora is not None
+    found: dict[str, Any] = {}
+    with Workshop(recipe, []) as shop:
+        model = shop.assemble()
+        batch = shop.batches(1).train_batch(0)
+        surgery.set_mode(model, "transfer")
+        surgery.freeze_for_transfer(model)
+        with CommDebugMode() as seen:
+            transfer_objective(recipe.transfer)(model, batch)
+        found["transfer"] = {str(op): count for op, count in seen.get_comm_counts().items()}
+        model = shop.assemble(lora=True)
+        surgery.freeze_for_lora(model, recipe.lora)
+        with CommDebugMode() as seen:
+            next_token_objective()(model, batch)
+        found["lora"] = {str(op): count for op, count in seen.get_comm_counts().items()}
+        found["sharded"] = is_sharded(model)
+        found["student parameters whole"] = all(
+            type(p.data) is torch.Tensor for s in surgery.students_of(model).values() for p in s.parameters()
+        )
+    return found
+
+
+def poisoned(recipe: Recipe) -> None:
+    """Stage 1 with a NaN in the second layer's student of the last process alone."""
+    whole = Workshop._prepare
+
+    def prepare(shop: Workshop, stage: str) -> Any:
+        prepared = whole(shop, stage)
+        if distributed.rank() == distributed.size() - 1:
+            with torch.no_grad():
+                next(surgery.students_of(shop.model)[1].parameters()).fill_(float("nan"))
+        return prepared
+
+    Workshop._prepare = prepare  # type: ignore[method-assign]
+    try:
+        stages.transfer(recipe)
+    finally:
+        Workshop._prepare = whole  # type: ignore[method-assign]
+
+
+def stopped(recipe: Recipe) -> str:
+    """Both stages, with the last process asked to stop (as by Ctrl-C) during the second step of the second."""
+    whole = train._Loop.train_step
+
+    def step(loop: train._Loop, stop: StopSignal, display: Any) -> None:
+        if loop.stage == "lora" and loop.at.step == 1 and distributed.rank() == distributed.size() - 1:
+            stop.requested = distributed.size() > 1
+        whole(loop, stop, display)
+        if loop.stage == "lora" and loop.at.step == 2:
+            stop.requested = True
+
+    train._Loop.train_step = step  # type: ignore[method-assign]
+    try:
+        stages.linearize(recipe)
+    except KeyboardInterrupt:
+        return "stopped"
+    finally:
+        train._Loop.train_step = whole  # type: ignore[method-assign]
+    return "done"
+
+
+def loading(recipe: Recipe) -> dict[str, Any]:
+    """Bytes of resident memory that loading added at its peak, of this process's shards, and of one layer."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    model, _ = load_base(recipe.model, recipe.parallel)
+    layers: Any = model
+    one = layers.model.layers[0]
+    return {
+        "added": _status("VmHWM") - before,
+        "shards": sum(p.to_local().nbytes for p in model.parameters()),  # type: ignore[attr-defined]
+        "layer": sum(p.nbytes for p in one.parameters()),
+        "whole": sum(p.nbytes for p in model.parameters()),
+    }
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+OWN = {"collectives": collectives, "poisoned": poisoned, "stopped": stopped, "loading": loading}
+
+
+def do(job: dict[str, Any]) -> Any:
+    """One job; what it gives must be plain data."""
+    recipe = load_recipe("demo", job["overrides"])
+    if job["do"] in OWN:
+        return OWN[job["do"]](recipe)
+    getattr(stages, job["do"])(recipe)
+    return "done"
+
+
+def main(jobs: Path, out: Path, delay: float) -> None:
+    """All jobs, within one group of processes."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"pid-{os.environ['RANK']}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}").write_text(str(os.getpid()))
+    if delay:
+        quick = data.Batches.train_batch
+
+        def slow(self: data.Batches, index: int) -> data.Batch:
+            time.sleep(delay)
+            return quick(self, index)
+
+        data.Batches.train_batch = slow  # type: ignore[method-assign]
+    results: list[Any] = []
+    with distributed.joined(ParallelConfig(timeout_seconds=60)):
+        for job in json.loads(jobs.read_text()):
+            try:
+                results.append(do(job))
+            except UserError as error:
+                results.append(f"{type(error).__name__}: {error}")
+    (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]) if len(sys.argv) > 3 else 0.0)
