@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trenchcoat import distributed, objectives, sharding, surgery
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.families import decoder_of
-from trenchcoat.footprint import Layout, base_bytes, footprint, state_bytes
+from trenchcoat.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
 from trenchcoat.machine import GIB
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.shapes import find_config, shapes_of
@@ -137,7 +137,8 @@ def test_what_layouts_change() -> None:
     assert counted["one"].parts["weights"] == 2 * shapes.parameters
     assert counted["full"].parts["weights"] == 2 * shapes.parameters / 4
     in_layers = shapes.layers * shapes.layer_parameters
-    assert counted["nf4"].parts["weights"] == base_bytes(shapes) - (2 - 0.5625) * in_layers
+    assert pytest.approx(0.5159, abs=1e-4) == NF4_BYTES
+    assert counted["nf4"].parts["weights"] == base_bytes(shapes) - (2 - NF4_BYTES) * in_layers
     assert counted["offload"].parts["weights"] == 0
     assert counted["offload"].host == counted["full"].parts["weights"]
     trained = counted["one"].parts["optimizer"] / 8

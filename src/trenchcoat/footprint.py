@@ -26,8 +26,8 @@ from trenchcoat.ops.layout import TILE_TOKENS
 from trenchcoat.shapes import Shapes
 from trenchcoat.students import StudentAttention
 
-NF4_BYTES = 0.5 + 4 / 64
-"""A weight in 4 bits, and one float32 constant for every 64 of them (QLoRA, https://arxiv.org/abs/2305.14314)."""
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight in 4 bits, a constant of 8 bits for 64 of them, one of 32 for 256 constants (QLoRA, arXiv 2305.14314)."""
 MOMENTS, MASTER_COPY = 8, 8
 """Bytes of a trained parameter: AdamW's two moments; with several processes, the parameter and gradient it steps."""
 
