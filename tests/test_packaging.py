@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -48,8 +49,9 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
 
 def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    extras = {name: listed for name, listed in project["optional-dependencies"].items() if name != "dev"}
-    declared = {re.split("[>=;]", one)[0] for one in [*project["dependencies"], *sum(extras.values(), [])]}
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
+    listed = itertools.chain(project["dependencies"], *extras.values())
+    declared = {re.split("[>=;]", one)[0] for one in listed}
     names = {"pyyaml": "yaml"}
     known = {names.get(name, name.replace("-", "_")) for name in declared} | {"trenchcoat"} | sys.stdlib_module_names
     for path in (REPOSITORY / "src").rglob("*.py"):
