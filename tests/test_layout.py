@@ -17,10 +17,10 @@ FLOORS: list[set[str]] = [
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
     {"auto", "plots", "esl", "sums"},
-    {"train"},
-    {"hub"},
-    {"workshop", "evaluate", "generate", "report", "bench"},
-    {"comparison", "estimate"},
+    {"train", "footprint", "simulate"},
+    {"hub", "plan"},
+    {"workshop", "evaluate", "generate", "report", "bench", "advice"},
+    {"comparison", "estimate", "plan_report"},
     {"stages"},
     {"cli"},
     {"compat"},
@@ -32,7 +32,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
-    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py"},
+    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
 }
 """The only files that may import these libraries."""
 

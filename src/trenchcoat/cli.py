@@ -123,10 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
-    def recipe_command(name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = None) -> None:
+    def recipe_command(
+        name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = None
+    ) -> argparse.ArgumentParser:
         sub = add(name, run, short, more, sections)
         sub.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+        return sub
 
     demo = add("demo", _demo, "the whole pipeline on the embedded model, minutes on two CPU cores", _DEMO, None)
     demo.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
@@ -134,6 +137,9 @@ def build_parser() -> argparse.ArgumentParser:
     both = ["model", "student", "data", "run"]
     recipe_command("transfer", _transfer, "stage 1 alone: attention transfer", _TRANSFER, [*both, "transfer"])
     recipe_command("finetune", _finetune, "stage 2 alone: LoRA on the transferred model", _FINETUNE, [*both, "lora"])
+    _add_plan(
+        recipe_command("plan", _plan, "what a recipe needs: memory, time and disk, before anything runs", _PLAN, ())
+    )
     _add_eval(add("eval", _eval, "score a run, an adapter or a merged folder", _EVAL, ["data", "eval"]))
     _add_generate(add("generate", _generate, "write text with a linearized model", _GENERATE))
     _add_bench(add("bench", _bench, "measure the operator or a transfer step on this machine", _BENCH))
@@ -158,6 +164,12 @@ _FINETUNE = """\
 Stage 2: LoRA on the attention projections with next-token loss. It takes up the transfer found in the run's folder
 (made by `trenchcoat transfer` with the same recipe); with transfer=null it is the baseline without transfer.
 """
+_PLAN = """\
+Say which ways of running a recipe fit a machine: one GPU, a copy on each, sharded over all (FSDP) or in each node
+(HSDP), shards in host memory, a 4-bit base; with the memory of one GPU part by part, tokens/s and hours at a stated
+MFU, and the disk. It is arithmetic on the model's sizes: no weights, no GPU, and no network for the models of the
+shipped recipes.
+"""
 _EVAL = """\
 Score a run again (with other eval.* settings, say) and write its report, or score an adapter or merged folder on the
 text named by data.path.
@@ -174,6 +186,24 @@ _EXPORT = """\
 Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
 --merge, a complete model that AutoModelForCausalLM loads after `import trenchcoat`.
 """
+
+
+def _add_plan(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (1)")
+    sub.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="memory of one GPU (80GB; GB is 2^30 here)")
+    sub.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a node (8)")
+    sub.add_argument("--gpu", default="H100", metavar="NAME", help="which GPU, for its peak FLOP/s (H100)")
+    sub.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
+    sub.add_argument(
+        "--link", default=None, metavar="RATE", help="what a GPU receives from others (300GB/s in a node, else 50GB/s)"
+    )
+    sub.add_argument("--disk", default=None, metavar="SIZE", help="free disk, to compare with (2TB)")
+    sub.add_argument("--bandwidth", default=None, metavar="RATE", help="reading from that disk (3GB/s)")
+    sub.add_argument("--tokens", default=None, metavar="N", help="tokens of one pass over the training data (10M)")
+    sub.add_argument(
+        "--simulate", action="store_true", help="also run a step of the real shapes on fake tensors: minutes, one CPU"
+    )
+    sub.add_argument("--json", default=None, metavar="FILE", help="also write everything as JSON")
 
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
@@ -245,6 +275,33 @@ def _finetune(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
     show(stages.finetune(_recipe(args, args.recipe)))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from trenchcoat.files import write_json
+    from trenchcoat.plan import Machine, parse_size
+    from trenchcoat.plan_report import report_plan
+
+    recipe = _recipe(args, args.recipe)
+    try:
+        given = {name: getattr(args, name) for name in ("link", "disk", "bandwidth", "tokens")}
+        sizes = {name: None if text is None else parse_size(text, f"--{name}") for name, text in given.items()}
+        tokens = sizes.pop("tokens")
+        machine = Machine(
+            gpus=args.gpus,
+            gpu_memory=parse_size(args.gpu_memory, "--gpu-memory", binary=True),
+            gpus_per_node=args.gpus_per_node,
+            gpu=args.gpu,
+            mfu=args.mfu,
+            **sizes,
+        )
+    except UserError as error:
+        raise UsageError(str(error)) from error
+    report = report_plan(recipe, machine, tokens=tokens, simulated=args.simulate)
+    show(report)
+    if args.json is not None:
+        write_json(Path(args.json), report.document)
+        print(f"all of it: {args.json}")
 
 
 def _eval(args: argparse.Namespace) -> None:

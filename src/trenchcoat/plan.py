@@ -1,0 +1,315 @@
+"""`trenchcoat plan`: which ways of running a recipe fit a machine, how fast they are, and what they need on disk.
+
+Nothing is downloaded and nothing of the model is loaded: sizes come from its config (:mod:`trenchcoat.shapes`), memory
+from :mod:`trenchcoat.footprint`, operations from :mod:`trenchcoat.flops`. A step takes the longer of its arithmetic (at
+the stated MFU) and its transfers (the frozen base gathered over the links once a forward and once a backward pass).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
+from trenchcoat.flops import device_peak, lora_flops_per_token, student_parameters, transfer_flops_per_token
+from trenchcoat.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
+from trenchcoat.machine import GIB
+from trenchcoat.shapes import Shapes, find_config, shapes_of
+
+RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
+"""Kept free on a GPU: CUDA context and NCCL buffers, and a share of the peak for the allocator's fragmentation."""
+NODE_LINK, NETWORK_LINK, HOST_LINK = 300e9, 50e9, 25e9
+"""Bytes a second that one GPU receives: from its node (NVLink), from other nodes (400 Gbit/s each), from the host."""
+KNOWN_TOKENS = {"yahma/alpaca-cleaned": 10e6}
+"""Tokens of one pass, with its template (LoLCATs, arXiv 2410.10254: 40 million in two passes of each stage)."""
+BYTES_A_TOKEN = 5
+"""Of the token cache: an int32 and a flag."""
+
+Stage = TransferConfig | LoraConfig
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What there is to run on."""
+
+    gpus: int = 1
+    gpu_memory: float = 80 * GIB
+    """Bytes of one GPU."""
+    gpus_per_node: int = 8
+    gpu: str = "H100"
+    """Name of the GPU, for its peak FLOP/s."""
+    mfu: float = 0.4
+    """Share of the peak that the arithmetic reaches."""
+    link: float | None = None
+    """Bytes a second that a GPU receives from the others; None: by whether they are in one node."""
+    disk: float | None = None
+    """Free bytes."""
+    bandwidth: float | None = None
+    """Bytes a second read from the disk."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.gpus_per_node < 1:
+            raise UserError(f"--gpus and --gpus-per-node must be at least 1, got {self.gpus} and {self.gpus_per_node}")
+        if not 0.0 < self.mfu <= 1.0:
+            raise UserError(f"--mfu must be above 0 and at most 1, got {self.mfu:g}")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, run one way."""
+
+    memory: Footprint
+    tokens_per_second: float
+    bound_by: str
+    """What a step waits for: `arithmetic`, `links` or `host`."""
+    tokens: float | None
+    """Tokens that the stage trains on; None when the size of the data is not known."""
+
+    @property
+    def hours(self) -> float | None:
+        """Training time without evaluation."""
+        return None if self.tokens is None else self.tokens / self.tokens_per_second / 3600
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the recipe."""
+
+    name: str
+    settings: str
+    """Overrides that choose it."""
+    layout: Layout
+    stages: dict[str, StagePlan]
+    fits: bool
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the worst stage on one GPU."""
+        return max(stage.memory.total for stage in self.stages.values())
+
+    @property
+    def seconds_a_token(self) -> float:
+        """Of all stages together, for comparing ways."""
+        return sum((s.tokens or 1.0) / s.tokens_per_second for s in self.stages.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer; bytes, seconds, tokens."""
+
+    model: str
+    shapes: Shapes
+    machine: Machine
+    ways: list[Way]
+    best: str | None
+    """Name of the quickest way that fits."""
+    disk: dict[str, float]
+    state: tuple[float, float]
+    """(far sums, window) of one sequence while text is written."""
+
+    @property
+    def chosen(self) -> Way | None:
+        """The quickest way that fits."""
+        return next((way for way in self.ways if way.name == self.best), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = dataclasses.asdict(self)
+        for way, entry in zip(self.ways, plain["ways"], strict=True):
+            for name, stage in way.stages.items():
+                entry["stages"][name] |= {"total_bytes": stage.memory.total, "hours": stage.hours}
+        return plain
+
+
+def parse_size(text: str, what: str, *, binary: bool = False) -> float:
+    """`80GB`, `1.5 TB`, `3GB/s`, `640MiB`, `10M` as a number; ``binary`` takes GB as 2^30 (makers of GPUs mean that).
+
+    ``UserError`` for anything else, naming the option ``what``.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgtp]?)(i?)(?:b|bytes)?(?:/s)?\s*", text, flags=re.IGNORECASE)
+    try:
+        number = float(match.group(1)) if match else math.nan
+    except ValueError:
+        number = math.nan
+    if match is None or not number > 0:
+        raise UserError(f"{what} must be a size such as 80GB, 2TB or 3GB/s, got {text!r}")
+    decimal = _UNITS[match.group(2).lower()]
+    return number * (2.0 ** (10 * round(math.log10(decimal) / 3)) if binary or match.group(3) else decimal)
+
+
+def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> tuple[Planner, Plan]:
+    """Every way of running ``recipe`` on ``machine``; ``tokens`` is the size of one pass over the training data.
+
+    Raises ``UserError`` for a model whose config is not to be had, a family or student that cannot work, an unknown
+    GPU.
+    """
+    if recipe.transfer is None and recipe.lora is None:
+        raise UserError("transfer=null and lora=null together leave nothing to plan; leave one of them out")
+    shapes = shapes_of(find_config(recipe.model.path, recipe.model.revision))
+    planner = Planner(recipe, machine, shapes, tokens)
+    ways = [planner.way(name, settings, layout) for name, settings, layout in layouts(machine)]
+    fitting = [way for way in ways if way.fits]
+    best = min(fitting, key=lambda way: way.seconds_a_token).name if fitting else None
+    disk = planner.disk()
+    state = state_bytes(shapes, recipe.student, planner.dtype_bytes)
+    return planner, Plan(recipe.model.path, shapes, machine, ways, best, disk, state)
+
+
+def layouts(machine: Machine) -> list[tuple[str, str, Layout]]:
+    """(name, settings, layout) of the ways that ``machine`` allows."""
+    gpus, node = machine.gpus, machine.gpus_per_node
+    found = [
+        ("one GPU", "", Layout()),
+        ("one GPU, 4-bit base", "model.quantize=nf4", Layout(nf4=True)),
+    ]
+    if gpus > 1:
+        found += [
+            ("a copy on each GPU", "parallel.shard=none", Layout(ranks=gpus)),
+            ("sharded over all (FSDP)", "parallel.shard=full", Layout(ranks=gpus, shared_by=gpus)),
+        ]
+        if gpus > node and gpus % node == 0:
+            found.append(
+                ("sharded in each node (HSDP)", "parallel.shard=node", Layout(ranks=gpus, shared_by=node)),
+            )
+        offloaded = Layout(ranks=gpus, shared_by=gpus, offload=True)
+        found.append(("FSDP, shards in host memory", "parallel.shard=full parallel.cpu_offload=true", offloaded))
+    return found
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The recipe, the machine and the sizes of the model."""
+
+    recipe: Recipe
+    machine: Machine
+    shapes: Shapes
+    tokens: float | None = None
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Of a base weight on a GPU."""
+        return 4 if self.recipe.model.dtype == "float32" else 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base on a GPU."""
+        return torch.float32 if self.dtype_bytes == 4 else torch.bfloat16
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The recipe's stages by name."""
+        found = {"transfer": self.recipe.transfer, "lora": self.recipe.lora}
+        return {name: stage for name, stage in found.items() if stage is not None}
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of one GPU."""
+        peak = device_peak(self.machine.gpu, self.dtype)
+        if peak is None:
+            raise UserError(
+                f"--gpu {self.machine.gpu!r} is not known; try H100, H200, A100, L40S, RTX 4090, B200, MI300X"
+            )
+        return peak
+
+    def way(self, name: str, settings: str, layout: Layout) -> Way:
+        """Memory, speed and fit of one layout."""
+        stages = {key: self.stage(stage, layout) for key, stage in self.stages.items()}
+        return Way(name, settings, layout, stages, all(self.fits(s.memory) for s in stages.values()))
+
+    def fits(self, memory: Footprint) -> bool:
+        """With the reserve."""
+        return memory.total * (1 + RESERVE_SHARE) + RESERVE_BYTES <= self.machine.gpu_memory
+
+    def stage(self, stage: Stage, layout: Layout) -> StagePlan:
+        """One stage under ``layout``."""
+        memory = self.memory(stage, layout)
+        waits = self.seconds(stage, layout)
+        bound = max(waits, key=lambda name: waits[name])
+        rows = layout.ranks * stage.batch_size * self.recipe.data.seq_len
+        return StagePlan(memory, rows / waits[bound], bound, self.stage_tokens(stage))
+
+    def memory(self, stage: Stage, layout: Layout) -> Footprint:
+        """Of one process."""
+        try:
+            return footprint(
+                self.shapes,
+                self.recipe.student,
+                stage,
+                layout,
+                seq_len=self.recipe.data.seq_len,
+                dtype_bytes=self.dtype_bytes,
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"the student does not fit {self.recipe.model.path}: {error}") from error
+
+    def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
+        """Seconds of a micro-batch by what it waits for; they overlap, so the longest counts."""
+        seq_len, student = self.recipe.data.seq_len, self.recipe.student
+        if isinstance(stage, LoraConfig):
+            flops, passes = lora_flops_per_token(self.shapes, student, stage, seq_len).total, 2
+        else:
+            xent = stage.xent_weight > 0
+            flops, passes = transfer_flops_per_token(self.shapes, student, seq_len, xent=xent).total, 1
+        rows = stage.batch_size * seq_len
+        found = {"arithmetic": rows * flops / (self.peak * self.machine.mfu)}
+        if layout.shared_by > 1:
+            base = base_bytes(self.shapes, self.dtype_bytes, nf4=layout.nf4)
+            inside = layout.shared_by <= self.machine.gpus_per_node
+            link = self.machine.link or (NODE_LINK if inside else NETWORK_LINK)
+            found["links"] = passes * base * (1 - 1 / layout.shared_by) / link
+            if layout.offload:
+                found["host"] = passes * base / layout.shared_by / HOST_LINK
+        return found
+
+    def stage_tokens(self, stage: Stage) -> float | None:
+        """Tokens that ``stage`` trains on; None when that depends on data of unknown size."""
+        if stage.max_steps is not None:
+            return float(stage.max_steps * stage.accumulation * stage.batch_size * self.recipe.data.seq_len)
+        once = self.tokens_a_pass()
+        return None if once is None else stage.epochs * once
+
+    def tokens_a_pass(self) -> float | None:
+        """As said, or known, or a fourth of a text file's bytes."""
+        data = self.recipe.data
+        if self.tokens is not None:
+            return self.tokens
+        if data.max_rows is not None:
+            return None
+        local = Path(data.path).expanduser()
+        if local.is_file() and local.suffix in (".txt", ".json", ".jsonl"):
+            return local.stat().st_size / 4
+        return KNOWN_TOKENS.get(data.path)
+
+    def disk(self) -> dict[str, float]:
+        """Bytes on disk by what they are."""
+        maps = student_parameters(self.shapes, self.recipe.student)
+        adapters = 0 if self.recipe.lora is None else self.shapes.lora_parameters(self.recipe.lora)
+        found = {"weights of the base": float(self.dtype_bytes * self.shapes.parameters)}
+        for name, stage in self.stages.items():
+            trained = maps if isinstance(stage, TransferConfig) else adapters
+            if isinstance(stage, LoraConfig) and stage.train_feature_maps:
+                trained += maps
+            # parameters and both moments, the kept ones, the best, and one being written
+            found[f"checkpoints of {name}"] = 12.0 * trained * (stage.keep_checkpoints + 2)
+        found["adapter"] = 4.0 * (maps + adapters)
+        found["token cache"] = BYTES_A_TOKEN * (self.tokens_a_pass() or 0.0)
+        return found
+
+
+def gib(size: float) -> str:
+    """`23.3 GiB`."""
+    return f"{size / GIB:.1f} GiB"
+
+
+def tera(size: float) -> str:
+    """`812 GB` or `1.62 TB`."""
+    return f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"

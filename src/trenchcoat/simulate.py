@@ -1,0 +1,230 @@
+"""A training step of the real shapes without the machine: real modules, real sharding, tensors that hold nothing.
+
+The model is built on the meta device, its parameters become fake tensors (PyTorch's FakeTensorMode), a fake process
+group answers every collective at once, FSDP2 shards and gathers as it does in earnest, and PyTorch's memory tracker
+follows every allocation. So one CPU tells what one of many GPUs would hold at its worst moment: parameters, gathered
+layers, activations, gradients, optimizer shards. Not in it: the CUDA context, the buffers of NCCL, the fragmentation of
+the allocator, and what a kernel allocates and frees within one call. Softmax attention is PyTorch's fused one.
+
+The step of attention transfer is simulated whole when its loss is the squared error alone (its gradients are in closed
+form, so nothing runs backwards); with a weight on the cross-entropy only the teacher's forward pass is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
+
+from trenchcoat import surgery
+from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig, UserError
+from trenchcoat.families import decoder_of
+from trenchcoat.interface import LazyMask
+from trenchcoat.memory import live_tensor_memory
+from trenchcoat.ops import chunkwise, closed_form
+from trenchcoat.ops.tiles import Scratch
+from trenchcoat.sharding import run_decoder
+from trenchcoat.students import TransferRequest
+
+MOST_TILES = 2
+"""Tiles of a layer: the operator's own size cuts a large model into so many that simulating them takes hours. The
+scratch of larger tiles is some 0.1 GiB for 8B and 0.4 GiB for 405B, at a moment that is not the worst one there."""
+
+Sharding = Literal["full", "node", "none"]
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """Bytes on one rank at the worst moment of the step, by kind (as PyTorch's tracker names them)."""
+
+    peak: int
+    parts: dict[str, int]
+    seconds: float
+
+
+class _CausalMask(LazyMask):
+    """The mask of one unpadded row: nothing to look at, so that no fake number has to be read."""
+
+    def __init__(self, batch: int, tokens: int) -> None:
+        super().__init__({"q_length": tokens})
+        self.shape = (batch, tokens)
+
+    def teacher(self, implementation: str) -> Any:
+        """None: the fused attention is causal by itself."""
+        return None
+
+
+class _PeakTracker(FSDPMemTracker):
+    """PyTorch's tracker, with the peak of the whole alone: it looks at every FSDP unit after every operation."""
+
+    def _update_peak_stats(self, peak_state: Any) -> None:
+        for device, now in self._curr_mem_snap.items():
+            if now["Total"] > self._peak_mem.get(device, 0):
+                self._peak_mem[device], self._peak_mem_snap[device] = now["Total"], dict(now)
+
+
+def simulate(
+    config: Any,
+    student: StudentConfig,
+    stage: TransferConfig | LoraConfig,
+    *,
+    seq_len: int,
+    ranks: int = 1,
+    shard: Sharding = "full",
+    node_size: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Simulated:
+    """Memory of rank 0 in one step of ``stage``: ``stage.batch_size`` rows of ``seq_len`` tokens a rank.
+
+    ``config`` is a Transformers config, ``shard`` as in ``parallel.shard``. Raises ``UserError`` inside a process group
+    and for a family whose attention cannot be fused.
+    """
+    began = time.monotonic()
+    if dist.is_initialized():
+        raise UserError("--simulate makes a process group of its own: run `trenchcoat plan` without torchrun")
+    model = _build(config, student, stage, dtype)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        sharded = shard != "none" and ranks > 1
+        mesh = _mesh(ranks, shard, node_size) if sharded else None
+        with ExitStack() as stack:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(_few_tiles(config, stage.batch_size * seq_len))
+            snapshot = _step(model, stage, mesh, ranks=ranks, seq_len=seq_len)
+    finally:
+        dist.destroy_process_group()
+    parts = {str(getattr(kind, "value", kind)): int(size) for kind, size in snapshot.items() if size}
+    peak = parts.pop("Total")
+    return Simulated(peak, parts, time.monotonic() - began)
+
+
+def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConfig, dtype: torch.dtype) -> Any:
+    """The model of the stage on the meta device, ready but for its memory."""
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        except ValueError as error:
+            raise UserError(f"--simulate needs a family with fused attention (sdpa): {error}") from error
+        surgery.attach_students(model, student)
+        if isinstance(stage, LoraConfig):
+            surgery.add_lora(model, stage)
+        else:
+            surgery.freeze_for_transfer(model)
+    surgery.set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
+    return model
+
+
+def _mesh(ranks: int, shard: Sharding, node_size: int) -> DeviceMesh:
+    if shard == "node" and ranks > node_size:
+        if ranks % node_size:
+            raise UserError(f"{ranks} processes do not divide into nodes of {node_size}")
+        return init_device_mesh("cpu", (ranks // node_size, node_size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",))
+
+
+@contextmanager
+def _few_tiles(config: Any, tokens: int) -> Iterator[None]:
+    """Few tiles, and nothing remembered of what earlier ones needed."""
+    rows = int(config.num_attention_heads) * tokens
+    before, needed = (chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS), dict(Scratch._needed)
+    Scratch._needed.clear()
+    chunkwise.TILE_TOKENS = max(before[0], -(-rows // MOST_TILES))
+    closed_form.TILE_TOKENS = max(before[1], -(-rows // MOST_TILES))
+    try:
+        yield
+    finally:
+        chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS = before
+        Scratch._needed.clear()
+        Scratch._needed.update(needed)
+
+
+def _materialise(model: nn.Module) -> None:
+    """Every parameter and buffer as a tensor of the surrounding fake mode."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def _step(
+    model: Any, stage: TransferConfig | LoraConfig, mesh: DeviceMesh | None, *, ranks: int, seq_len: int
+) -> dict[Any, int]:
+    """The tracker's snapshot of the peak."""
+    _materialise(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = [p for s in surgery.students_of(model).values() for p in s.parameters()]
+    outside = list(dict.fromkeys([*trained, *own]))
+    copies = 2 if ranks == 1 else 4  # both moments; of a shard the parameter and gradient that are stepped too
+    optimizer = [torch.empty(-(-p.numel() // ranks), dtype=torch.float32) for p in trained for _ in range(copies)]
+    ids = torch.zeros(stage.batch_size, seq_len, dtype=torch.int64)
+    if mesh is None:
+        held = sum(t.nbytes for t in (*{id(p): p for p in model.parameters()}.values(), ids, *optimizer))
+        with live_tensor_memory() as memory:
+            _run(model, stage, ids)
+        return {"Total": held + memory.peak, "Parameters and optimizer": held, "Activations and gradients": memory.peak}
+    shard_units(model, mesh, outside)
+    tracker = _PeakTracker(model)
+    tracker.track_inputs((ids, *optimizer, *outside))
+    with tracker:
+        _run(model, stage, ids)
+    (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return dict(snapshot)
+
+
+def shard_units(model: Any, mesh: DeviceMesh, outside: Sequence[nn.Parameter]) -> None:
+    """FSDP2 units as in a run (`sharding.shard_base`): every layer, embedding, head, the rest; ``outside`` is whole."""
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(outside)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    units = [*([] if tied else [embedding]), *decoder_of(model).layers]
+    if head is not None and not tied:
+        units.append(head)
+    for unit in units:
+        fully_shard(unit, **options)
+    fully_shard(model, **options)
+
+
+def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
+    if isinstance(stage, LoraConfig):
+        _lora_step(model, ids)
+    else:
+        _transfer_step(model, stage, ids)
+
+
+def _lora_step(model: Any, ids: Tensor) -> None:
+    """What `objectives.next_token_objective` does, without reading numbers."""
+    model.train()
+    logits = model(input_ids=ids, attention_mask=_CausalMask(*ids.shape), use_cache=False).logits
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100).reshape(-1)
+    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=-100, reduction="sum")
+    (total / ids.numel()).backward()
+
+
+def _transfer_step(model: Any, stage: TransferConfig, ids: Tensor) -> None:
+    """What `objectives.transfer_objective` does."""
+    model.eval()
+    simulated = stage.xent_weight == 0 and stage.normalize == "none"
+    for student in surgery.students_of(model).values():
+        student.request = TransferRequest(mse_weight=stage.mse_weight)
+    if not simulated:
+        surgery.set_mode(model, "teacher")
+    mask = _CausalMask(*ids.shape) if simulated else None
+    with torch.no_grad():
+        run_decoder(model, input_ids=ids, attention_mask=mask, use_cache=False)
