@@ -31,6 +31,8 @@ from trenchcoat.sharding import compute_device
 from trenchcoat.students import student_class
 from trenchcoat.train import FitResult, fit
 
+BASE_WEIGHTS = "base weights"
+"""Under this name the identity of the base stands in a stage's record."""
 LANDMARK_ROWS = 4
 """Training rows whose keys are the landmarks of ``init: landmarks``."""
 
@@ -175,10 +177,12 @@ class Workshop:
         kept = distributed.from_main(lambda: self.folder.result(stage))
         if kept is not None:
             return _facts(kept)
+        if stage == LORA:
+            distributed.from_main(partial(self.folder.require_identity, TRANSFER, BASE_WEIGHTS, self.base_fingerprint))
         objective, cfg = self._prepare(stage)
         batches = self.batches(cfg.batch_size)
         self._tell(batches)
-        identity = {"base weights": self.base_fingerprint, "text": batches.fingerprint}
+        identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
         result = fit(
             self.model,
