@@ -14,15 +14,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from trenchcoat.ops import crew
 
 REPOSITORY = Path(__file__).parents[1]
 SENTENCES = [
@@ -124,13 +122,3 @@ def trenchcoat_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
 
     return run
-
-
-@pytest.fixture(params=[1, 3], ids=["alone", "crew"])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Run a test on one thread, and with three threads side by side however small its tensors are."""
-    monkeypatch.setattr(crew, "WORTH_IT", 1)
-    torch.set_num_threads(request.param)
-    yield request.param
-    assert torch.get_num_threads() == request.param, "the operator left another number of threads behind"
-    torch.set_num_threads(1)

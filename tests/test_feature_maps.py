@@ -48,7 +48,6 @@ def _map(name: str, **options: object) -> FeatureMap:
     return phi
 
 
-pytestmark = pytest.mark.usefixtures("threads")
 OPTIONS = [
     {"feature_dim": 5},
     {"feature_dim": 9, "bias": True},

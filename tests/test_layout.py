@@ -14,6 +14,7 @@ FLOORS: list[set[str]] = [
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
     | {"distributed", "trackers"},
     {"sharding", "shapes"},
+    {"identity"},
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
     {"auto", "plots", "esl", "sums"},

@@ -13,7 +13,6 @@ from trenchcoat.ops import IMPLEMENTATIONS, chunkwise, layout, linear_window_att
 KINDS = ("terrace", "sliding", "linear")
 ALL = [case for kind in KINDS for case in variants(kind)]
 LENGTHS = (1, 3, 4, 5, 9, 40)
-pytestmark = pytest.mark.usefixtures("threads")
 
 
 @pytest.fixture

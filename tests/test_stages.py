@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import save_tiny_model
 from trenchcoat import comparison, machine, results, stages, workshop
 from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
@@ -67,6 +69,18 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     second = stages.linearize(recipe).results
     assert second is not None
     assert _losses(second) == _losses(outcome.results)
+
+
+def test_a_transfer_over_other_weights_is_not_taken_up(make: Make, tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    recipe = make(f"model.path={model}", "eval.baselines=false")
+    stages.transfer(recipe)
+    save_tiny_model(model, seed=1)
+    with pytest.raises(UserError, match="was made with other base weights"):
+        stages.finetune(recipe)
+    save_tiny_model(model, seed=0)
+    stages.finetune(recipe)
 
 
 def test_the_two_stages_alone_give_what_linearize_gives(make: Make, tmp_path: Path) -> None:

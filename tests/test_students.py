@@ -25,7 +25,6 @@ from trenchcoat.students import (
 HEADS, KV, DIM, SCALE = 4, 2, 6, 0.4
 SIZES = {"num_heads": HEADS, "num_kv_heads": KV, "head_dim": DIM}
 LEARNING = [name for name in STUDENTS if name != "window_sinks"]
-pytestmark = pytest.mark.usefixtures("threads")
 
 
 def _student(name: str = "terrace", *, feature: dict[str, Any] | None = None, **options: Any) -> StudentAttention:

@@ -8,7 +8,6 @@ checksum, and the newest sound checkpoint before it is used. Nothing is ever unp
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -48,7 +47,7 @@ from trenchcoat.files import (
     write_json,
     write_text,
 )
-from trenchcoat.sharding import first_elements
+from trenchcoat.identity import fingerprint
 
 __all__ = [
     "ADAPTER_FILE",
@@ -174,55 +173,6 @@ def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
 def _one_line(error: BaseException, limit: int = 300) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-# The identity of a base model
-
-_CONFIG_ESSENTIALS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
-
-
-def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's own parameters under their original names: no students, no LoRA, no PEFT prefixes."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name or ".student." in name or ".modules_to_save." in name:
-            continue
-        plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        found[plain] = parameter
-    return found
-
-
-def fingerprint(model: nn.Module, *, samples: int = 8, elements: int = 4096) -> str:
-    """Identity of the base weights, the same before and after students and (unmerged) LoRA are attached.
-
-    A hash of the config's sizes and of the first ``elements`` values of ``samples`` matrices spread over the model,
-    rounded to bfloat16, so that loading in float32 or bfloat16 gives the same answer. (Loading float32 weights as
-    float16 rounds twice and may differ.) Raises ``ValueError`` for weights on the meta device.
-    """
-    config: Any = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    essentials: dict[str, Any] = {"model_type": str(config.model_type).removeprefix("linearized_")}
-    essentials |= {name: getattr(config, name, None) for name in _CONFIG_ESSENTIALS}
-    digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
-    named = sorted((name, p) for name, p in base_tensors(model).items() if p.dim() >= 2)
-    if not named:
-        raise ValueError("fingerprint: the model has no weight matrices")
-    for index in sorted({round(i * (len(named) - 1) / max(samples - 1, 1)) for i in range(samples)}):
-        name, parameter = named[index]
-        if parameter.is_meta:
-            raise ValueError(f"fingerprint: {name} is on the meta device; load the weights first")
-        part = first_elements(parameter, elements).to(torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(part.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 # Adapters: what was learned, without the base model

@@ -49,6 +49,8 @@ def guarded(action: Callable[[], None], *, debug: bool) -> int:
     except UsageError as error:
         return _failed(str(error), 2, debug)
     except UserError as error:
+        if error.told and not debug:
+            return 1
         return _failed(str(error), 1, debug)
     except (ValueError, OSError) as error:
         return _failed(f"{error} ({type(error).__name__}; --debug shows where)", 1, debug)
@@ -64,7 +66,9 @@ def warn(message: str) -> None:
 def _failed(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"trenchcoat: {' '.join(message.split())}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "trenchcoat" if rank == "0" else f"trenchcoat, process {rank}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -19,6 +19,9 @@ FeatureMapName = Literal["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", 
 class UserError(ValueError):
     """A mistake of the user's: the message names the value, what was expected and the mend, in one line."""
 
+    told = False
+    """Whether another process has told the user already."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -44,6 +44,8 @@ class ProcessLost(UserError):
 class FailedElsewhere(UserError):
     """What the main process alone did has failed there; every process raises it with the same message."""
 
+    told = True
+
 
 @dataclass(frozen=True)
 class World:

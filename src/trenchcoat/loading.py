@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from trenchcoat import checkpoint, distributed
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
 from trenchcoat.families import decoder_of
+from trenchcoat.identity import bear_fingerprint
+from trenchcoat.shapes import meta_model
 from trenchcoat.sharding import fill_from_files, shard_base, to_device
 
 _FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -88,4 +90,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return checkpoint.load_model(cfg, quantization_config=settings)
+    model, tokenizer = checkpoint.load_model(cfg, quantization_config=settings)
+    folder = _folder(checkpoint.model_source(cfg), cfg.revision)
+    bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+    return model, tokenizer

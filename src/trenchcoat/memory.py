@@ -20,9 +20,6 @@ class LiveMemory(TorchDispatchMode):
     frees within one call. Works on any device; forward and backward; costs a few microseconds an operation.
     """
 
-    follows_threads = True
-    """Threads that work for the measured code enter it too (see `ops.crew`)."""
-
     def __init__(self) -> None:
         super().__init__()
         self.live = 0

@@ -98,6 +98,16 @@ class RunFolder:
                 "Give this run a folder of its own (run.dir=...), delete that folder, or use its settings"
             )
 
+    def require_identity(self, stage: str, name: str, value: str) -> None:
+        """Raise ``UserError`` when ``stage`` was begun here with another ``name`` (of ``identity`` in `begin`)."""
+        path = self.stage_dir(stage) / "settings.json"
+        before = read_json(path).get(name) if path.is_file() else None
+        if before not in (None, value):
+            raise UserError(
+                f"stage {stage!r} in {self.directory} was made with other {name} ({before}) than these ({value}): give "
+                "the model that it was made with, or run it again in a folder of its own (run.dir=...)"
+            )
+
     def begun(self, stage: str) -> bool:
         """Whether the stage was begun here."""
         return (self.stage_dir(stage) / "settings.json").is_file()

@@ -170,8 +170,9 @@ class RunLog:
         with saving(self.metrics_path):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._end_cut_line()
-            self._file = self._append()
         self._trackers = open_trackers(trackers, self.directory, project)
+        with saving(self.metrics_path):
+            self._file = self._append()
 
     @property
     def metrics_path(self) -> Path:

@@ -31,6 +31,8 @@ from trenchcoat.sharding import compute_device
 from trenchcoat.students import student_class
 from trenchcoat.train import FitResult, fit
 
+BASE_WEIGHTS = "base weights"
+"""Under this name the identity of the base stands in a stage's record."""
 LANDMARK_ROWS = 4
 """Training rows whose keys are the landmarks of ``init: landmarks``."""
 
@@ -172,13 +174,15 @@ class Workshop:
 
     def train(self, stage: str) -> StageFacts:
         """Run ``stage`` to its end, or read what an earlier call made of it. Raises ``Stopped`` after Ctrl-C."""
-        kept = self.folder.result(stage)
+        kept = distributed.from_main(lambda: self.folder.result(stage))
         if kept is not None:
             return _facts(kept)
+        if stage == LORA:
+            distributed.from_main(partial(self.folder.require_identity, TRANSFER, BASE_WEIGHTS, self.base_fingerprint))
         objective, cfg = self._prepare(stage)
         batches = self.batches(cfg.batch_size)
         self._tell(batches)
-        identity = {"base weights": self.base_fingerprint, "text": batches.fingerprint}
+        identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
         result = fit(
             self.model,
@@ -261,15 +265,15 @@ class Workshop:
         """The run's adapter folder."""
         return self.folder.directory / "adapter"
 
+    def _exported(self, lora: bool) -> bool:
+        """Whether the adapter folder is there already, with or without a LoRA."""
+        meta = self.adapter / checkpoint.ADAPTER_META
+        return meta.is_file() and (checkpoint.read_json(meta).get("lora") is not None) == lora
+
     def export(self, stage: str) -> None:
         """Write the adapter folder from a finished stage, unless it is there already."""
         lora = stage != TRANSFER
-        meta = self.adapter / checkpoint.ADAPTER_META
-        if (
-            stage not in self._trained
-            and meta.is_file()
-            and (checkpoint.read_json(meta).get("lora") is not None) == lora
-        ):
+        if stage not in self._trained and distributed.from_main(lambda: self._exported(lora)):
             return
         self.assemble(lora=lora, weights=stage)
         recipe, known = self.recipe, self.base_fingerprint

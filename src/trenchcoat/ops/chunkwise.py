@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.crew import LONG_OPERATIONS, crew_size, run
 from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, grouped, parts
 from trenchcoat.ops.maps import Learner, fill
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch, bmm_shared
+from trenchcoat.ops.tiles import Scratch, bmm_shared, run
 
 W = TypeVar("W")
 
@@ -77,13 +76,12 @@ def attend(x: Inputs, query: Learner[W], key: Learner[W], *, rule: Rule) -> Tens
     return _forward(x, rule, keep=False, maps=(query, key))[0]
 
 
-def _chains(x: Inputs, rule: Rule) -> tuple[list[list[Part]], int]:
-    """Tiles of the same rows together (each starts from the sums of the one before), and how many to run at once."""
+def _chains(x: Inputs, rule: Rule) -> list[list[Part]]:
+    """Tiles of the same rows together: each starts from the sums of the one before."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
-    crew = crew_size(batch * heads * tokens, x.q_BHTD.device, least=LONG_OPERATIONS)
-    tiles = parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS, split=crew)
-    return grouped(tiles, lambda part: (part.b.start, part.g.start)), crew
+    tiles = parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS)
+    return grouped(tiles, lambda part: (part.b.start, part.g.start))
 
 
 def _forward(
@@ -110,28 +108,25 @@ def _forward(
                 tile.pack.unpack(tile_den, den)
         return starts
 
-    chains, crew = _chains(x, rule)
-    starts = run(chains, work, crew=crew, device=y.device, dtype=wide, purpose="forward")
+    starts = run(_chains(x, rule), work, device=y.device, dtype=wide, purpose="forward")
     return y, _Kept(exact, den, list(chain.from_iterable(starts))) if keep else None
 
 
 def _backward(x: Inputs, rule: Rule, dy: Tensor, kept: _Kept, grads: list[Tensor | None]) -> None:
-    """Adds to `grads`, in the order of `aligned_attention`. Chains of the same heads share gradients: one thread."""
-    (chains, crew), taken = _chains(x, rule), 0
-    by_heads: dict[int, list[tuple[list[Part], list[Tensor]]]] = {}
-    for tiles in chains:
+    """Adds to `grads`, in the order of `aligned_attention`."""
+    taken = 0
+
+    def work(tiles: list[Part], scratch: Scratch) -> None:
+        nonlocal taken
         count = 2 * (len(tiles) - 1) if rule.far else 0
-        by_heads.setdefault(tiles[0].g.start, []).append((tiles, kept.starts[taken : taken + count]))
+        starts = kept.starts[taken : taken + count]
         taken += count
+        after: tuple[Tensor, Tensor] | None = None
+        for part in reversed(tiles):
+            tile = Work(x, rule, part, scratch)
+            after = _backward_tile(tile, dy, kept.y_BHTE, kept.den_BHT, starts, after, grads)
 
-    def work(group: list[tuple[list[Part], list[Tensor]]], scratch: Scratch) -> None:
-        for tiles, starts in group:
-            after: tuple[Tensor, Tensor] | None = None
-            for part in reversed(tiles):
-                tile = Work(x, rule, part, scratch)
-                after = _backward_tile(tile, dy, kept.y_BHTE, kept.den_BHT, starts, after, grads)
-
-    run(list(by_heads.values()), work, crew=crew, device=dy.device, dtype=kept.y_BHTE.dtype, purpose="backward")
+    run(_chains(x, rule), work, device=dy.device, dtype=kept.y_BHTE.dtype, purpose="backward")
 
 
 def _forward_tile(

@@ -9,24 +9,22 @@ in :mod:`trenchcoat.ops.tiles`; A heads and N tokens of a feature-map block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.crew import LONG_OPERATIONS, crew_size, run
-from trenchcoat.ops.layout import Inputs, Part, Work, grouped, parts
+from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, parts
 from trenchcoat.ops.maps import Learner, by_group, clear_sinks, fill, picked
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared
+from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared, run
 
 W = TypeVar("W")
 
-TILE_TOKENS = 1024
-"""Query rows (heads x tokens) of a tile, unless one head has more; rows are never cut here."""
-ALONE_TOKENS = 8192
-"""The same for `attend` where its tiles run one after the other: few, long operations, which the threads share."""
+ATTEND_TOKENS = 8192
+"""Query rows (heads x tokens) of a tile where nothing is kept for a backward pass."""
 
 
 def transfer(
@@ -52,38 +50,32 @@ def transfer(
     first_B = torch.zeros(q_BHTD.shape[0], dtype=torch.int64, device=q_BHTD.device)
     sinks = _sinks(k_BGTD, rule), _sinks(v_BGTE, rule)
     x = Inputs(q_BHTD, k_BGTD, v_BGTE, None, None, log_ratio_H, sink_logit_H, *sinks, first_B, None)
-    crew = crew_size(q_BHTD.shape[:3].numel(), q_BHTD.device)
-    tiles = _tiles(x, rule, TILE_TOKENS, crew)
 
-    def work(group: list[Part], scratch: Scratch) -> Tensor:
-        total = torch.zeros((), dtype=wide, device=scratch.device)
-        for part in group:
-            tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
-            y_hat = scratch("y", tile.tile.n, tile.tile.total, rule.window, v_BGTE.shape[-1])
-            far = _forward(tile, query, key, y_hat)
-            error = _error(tile, y_hat, y_BHTE, length_B)
-            total += torch.dot(error.flatten(), error.flatten())
-            if far is not None and far.query.grads is not None:
-                _backward(tile, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
-        return total
+    def work(part: Part, scratch: Scratch) -> Tensor:
+        tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
+        y_hat = scratch("y", tile.tile.n, tile.tile.total, rule.window, v_BGTE.shape[-1])
+        far = _forward(tile, query, key, y_hat)
+        error = _error(tile, y_hat, y_BHTE, length_B)
+        squares = torch.dot(error.flatten(), error.flatten())
+        if far is not None and far.query.grads is not None:
+            _backward(tile, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
+        return squares
 
-    by_heads = grouped(tiles, lambda part: part.g.start)
-    sums = run(by_heads, work, crew=crew, device=q_BHTD.device, dtype=wide, purpose="transfer")
-    return torch.stack(sums).sum()
+    squares = run(_tiles(x, rule, TILE_TOKENS), work, device=q_BHTD.device, dtype=wide, purpose="transfer")
+    return torch.stack(squares).sum()
 
 
-def _tiles(x: Inputs, rule: Rule, budget: int, crew: int) -> list[Part]:
+def _tiles(x: Inputs, rule: Rule, budget: int) -> Iterator[Part]:
+    """Tiles of about `budget` query rows, unless one head has more; rows are never cut here."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
-    return list(parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, budget, whole_rows=True, split=crew))
+    return parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, budget, whole_rows=True)
 
 
 def attend(x: Inputs, query: Learner[W] | None, key: Learner[W] | None, *, rule: Rule) -> Tensor:
     """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles; short rows only are quick."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
-    crew = crew_size(batch * heads * tokens, y.device, least=LONG_OPERATIONS)
-    tiles = _tiles(x, rule, ALONE_TOKENS if crew == 1 else TILE_TOKENS, crew)
 
     def work(part: Part, scratch: Scratch) -> None:
         tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
@@ -92,7 +84,7 @@ def attend(x: Inputs, query: Learner[W] | None, key: Learner[W] | None, *, rule:
         tile.pack.unpack(y_hat, y)
 
     wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
-    run(tiles, work, crew=crew, device=y.device, dtype=wide, purpose="attend")
+    run(_tiles(x, rule, ATTEND_TOKENS), work, device=y.device, dtype=wide, purpose="attend")
     return y
 
 

@@ -40,11 +40,10 @@ def parts(
     budget: int,
     *,
     whole_rows: bool = False,
-    split: int = 1,
 ) -> Iterator[Part]:
     """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together.
 
-    `whole_rows`: never cut a row, however long. `split`: divide the heads among at least so many tiles.
+    `whole_rows`: never cut a row, however long.
     """
     row = shared * chunks * window
     if row >= budget:
@@ -56,7 +55,7 @@ def parts(
                     yield Part(slice(b, b + 1), slice(g, g + 1), c, min(c + size, chunks), c + size >= chunks)
         return
     fit = max(1, budget // row)
-    heads = min(fit, -(-kv_heads // split))
+    heads = min(fit, kv_heads)
     rows = max(1, fit // heads)
     for b in range(0, batch, rows):
         for g in range(0, kv_heads, heads):

@@ -13,9 +13,9 @@ of the tile (a row is one key/value head of one batch row) in order, W tokens of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,25 @@ class Scratch:
         return self._flat[name]
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@torch.no_grad()
+def run(
+    tasks: Iterable[T], work: Callable[[T, Scratch], R], *, device: torch.device, dtype: torch.dtype, purpose: str
+) -> list[R]:
+    """`work(task, scratch)` for every task, with one scratch of this `purpose`. Nothing is recorded for autograd.
+
+    One tile after the other: the threads share its operations. (One tile a thread was slower, at any size measured on
+    two cores: Python's lock is taken at every operation, and each tile wants its own scratch.)
+    """
+    scratch = Scratch(device, dtype, purpose)
+    results = [work(task, scratch) for task in tasks]
+    scratch.close()
+    return results
+
+
 def _near_bias(kind: str, window: int, extra: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """0 where the key in column j of [previous chunk | own chunk | extra] is near for the query in row i, else -inf."""
     row = torch.arange(window, device=device)[:, None]
@@ -105,7 +124,7 @@ def running_sums(
 ) -> None:
     """out[c] = carry + the sum of own[c'] over c' <= c (backwards: c' >= c), in products of SCAN chunks at a time.
 
-    A loop of additions costs as little arithmetic, but a call a chunk, and calls are where threads wait for each other.
+    A loop of additions costs as little arithmetic, but a call a chunk.
     """
     rows, chunks = own_RCN.shape[:2]
     starts = range(0, chunks, SCAN)

@@ -10,7 +10,6 @@ inside, A heads of a block and N tokens of it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.config import FeatureMapConfig
-from trenchcoat.ops.crew import LONG_OPERATIONS, crew_size, run
-from trenchcoat.ops.tiles import Scratch
 
 BLOCK_ROWS = 4096
 """Heads x tokens handled at once, so that a block's arrays stay in cache."""
@@ -259,9 +256,9 @@ Block = tuple[int, slice, slice]
 """(row, input heads, tokens)."""
 
 
-def _blocks(batch: int, inputs: int, tokens: int, share: int, split: int) -> list[Block]:
-    """Blocks of about BLOCK_ROWS output rows each, the heads divided among at least `split` of them."""
-    heads = min(max(1, BLOCK_ROWS // max(1, share * tokens)), -(-inputs // split))
+def _blocks(batch: int, inputs: int, tokens: int, share: int) -> list[Block]:
+    """Blocks of about BLOCK_ROWS output rows each."""
+    heads = min(max(1, BLOCK_ROWS // max(1, share * tokens)), inputs)
     length = max(1, BLOCK_ROWS // share) if heads == 1 else max(1, tokens)
     return [
         (b, slice(x, min(x + heads, inputs)), slice(t, min(t + length, tokens)))
@@ -291,15 +288,11 @@ class _Phi(torch.autograd.Function):
         share = phi.num_heads // inputs
         f = w.weight.new_empty(batch, phi.num_heads, tokens, phi.features)
 
-        def work(block: Block, scratch: Scratch) -> None:
-            b, heads, span = block
+        for b, heads, span in _blocks(batch, inputs, tokens, share):
             rows = slice(heads.start * share, heads.stop * share)
             x = _input(x_BXTD, b, heads, span, share, f.dtype)
             phi.block(x, _pick(w, heads, share), f[b, rows, span])
 
-        crew = crew_size(batch * phi.num_heads * tokens, f.device, least=LONG_OPERATIONS)
-        blocks = _blocks(batch, inputs, tokens, share, crew)
-        run(blocks, work, crew=crew, device=f.device, dtype=f.dtype, purpose="features")
         ctx.phi = phi
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(x_BXTD, f, *params)
@@ -317,21 +310,15 @@ class _Phi(torch.autograd.Function):
         grads = Weights(*(None if p is None else torch.zeros_like(p) for p in params)) if need_w else None  # type: ignore[arg-type]
         dx_BXTD = f.new_empty(batch, inputs, tokens, dim) if need_dx else None
 
-        def work(group: list[Block], scratch: Scratch) -> None:
-            for b, heads, span in group:
-                rows = slice(heads.start * share, heads.stop * share)
-                x = _input(x_BXTD, b, heads, span, share, f.dtype)
-                df = df_BMTF[b, rows, span].clone(memory_format=torch.contiguous_format)
-                picked = None if grads is None else _pick(grads, heads, share)
-                f_block = f[b, rows, span].contiguous()
-                dx = phi.block_backward(x, _pick(w, heads, share), f_block, df, picked, need_dx)
-                if dx_BXTD is not None and dx is not None:
-                    torch.sum(dx.unflatten(0, (-1, share)), 1, out=dx_BXTD[b, heads, span])
-
-        crew = crew_size(batch * phi.num_heads * tokens, f.device, least=LONG_OPERATIONS)
-        blocks = _blocks(batch, inputs, tokens, share, crew)
-        by_heads = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block[1].start)]
-        run(by_heads, work, crew=crew, device=f.device, dtype=f.dtype, purpose="features")
+        for b, heads, span in _blocks(batch, inputs, tokens, share):
+            rows = slice(heads.start * share, heads.stop * share)
+            x = _input(x_BXTD, b, heads, span, share, f.dtype)
+            df = df_BMTF[b, rows, span].clone(memory_format=torch.contiguous_format)
+            picked = None if grads is None else _pick(grads, heads, share)
+            f_block = f[b, rows, span].contiguous()
+            dx = phi.block_backward(x, _pick(w, heads, share), f_block, df, picked, need_dx)
+            if dx_BXTD is not None and dx is not None:
+                torch.sum(dx.unflatten(0, (-1, share)), 1, out=dx_BXTD[b, heads, span])
         dx_out = None if dx_BXTD is None else dx_BXTD.to(x_BXTD.dtype)
         out = (None,) * 4 if grads is None else (grads.weight, grads.bias, grads.down, grads.up)
         return None, dx_out, *out

@@ -1,0 +1,74 @@
+"""Metrics sent on: TensorBoard's own reader finds them, wandb is called as documented, nothing is contacted unasked."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trenchcoat import trackers
+from trenchcoat.config import UserError
+from trenchcoat.runlog import RunLog
+
+
+def _two_lines(log: RunLog) -> None:
+    log.log("train", stage="transfer", step=1, loss=2.5, tokens=64)
+    log.log("eval", stage="transfer", step=1, loss=2.25)
+    log.info("words are not numbers")
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `track` is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path, progress="off", trackers=("tensorboard",)) as log:
+        _two_lines(log)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    read = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    assert read["transfer/train/loss"] == [(1, 2.5)]
+    assert read["transfer/eval/loss"] == [(1, 2.25)]
+    assert read["transfer/train/tokens"] == [(1, 64.0)]
+
+
+def test_wandb_is_called_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, which is not among the pinned ones: it notes how it is called."""
+    calls: list[tuple[str, Any]] = []
+    run = types.SimpleNamespace(
+        log=lambda numbers: calls.append(("log", numbers)), finish=lambda: calls.append(("finish", None))
+    )
+    stand_in: Any = types.ModuleType("wandb")
+    stand_in.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
+    stand_in.init = lambda **settings: calls.append(("init", settings)) or run
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with RunLog(tmp_path / "mine", progress="off", trackers=("wandb",), project="coats") as log:
+        _two_lines(log)
+    assert calls[0][1]["project"] == "coats"
+    assert calls[0][1]["name"] == "mine"
+    assert calls[1:] == [
+        (
+            "log",
+            {"transfer/train/step": 1.0, "transfer/train/loss": 2.5, "transfer/train/tokens": 64.0, "transfer/step": 1},
+        ),
+        ("log", {"transfer/eval/step": 1.0, "transfer/eval/loss": 2.25, "transfer/step": 1}),
+        ("finish", None),
+    ]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=rf"run.trackers names {name}, but {name} is not installed: pip install"):
+        RunLog(tmp_path, progress="off", trackers=(name,))
+
+
+def test_nothing_is_opened_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in trackers.TRACKERS:
+        monkeypatch.setitem(trackers.TRACKERS, name, lambda *_: pytest.fail("a tracker was opened"))
+    with RunLog(tmp_path, progress="off") as log:
+        _two_lines(log)
+    assert not (tmp_path / "tensorboard").exists()
