@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -229,10 +228,6 @@ def torchrun() -> Callable[[list[str]], subprocess.CompletedProcess[str]]:
     return run
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("trenchcoat.distributed") is None,
-    reason="trenchcoat.distributed is not there yet: the stages do not join the processes of torchrun",
-)
 def test_the_sample_commands_on_two_processes(
     torchrun: Callable[[list[str]], subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
