@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from trenchcoat import cli
-from trenchcoat.config import Recipe
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.distributed import FailedElsewhere
 from trenchcoat.recipe_io import field_paths
 
 
@@ -173,3 +174,20 @@ def test_the_whole_way_in_processes_of_its_own(
     assert refused.returncode == 1
     assert "transfer.lr was 0.01, now 0.5" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_each_process_says_who_it_is_and_what_the_main_one_said_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: UserError) -> int:
+        def action() -> None:
+            raise error
+
+        return cli.guarded(action, debug=False)
+
+    assert fail(UserError("no such file")) == 1
+    monkeypatch.setenv("RANK", "3")
+    assert fail(UserError("this node has no such file")) == 1
+    assert fail(FailedElsewhere("the disk is full")) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["trenchcoat: no such file", "trenchcoat, process 3: this node has no such file"]

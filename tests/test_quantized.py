@@ -49,6 +49,16 @@ def test_both_stages_over_four_bits_and_the_adapter_over_sixteen(
 
 
 @QUIET
+def test_lora_is_not_merged_into_four_bits(base: ModelConfig) -> None:
+    model, _ = load_base(base, ParallelConfig())
+    surgery.attach_students(model, StudentConfig(window=8, feature_map=FeatureMapConfig(feature_dim=8)))
+    surgery.add_lora(model, LoraConfig(rank=4))
+    for merge in (surgery.merge_lora, surgery.merged_state):
+        with pytest.raises(UserError, match="merge it over the ordinary base"):
+            merge(model)
+
+
+@QUIET
 def test_a_quantized_base_has_the_identity_of_its_files(base: ModelConfig) -> None:
     quantized, _ = load_base(base, ParallelConfig())
     plain, _ = load_model(ModelConfig(path=base.path, device="cpu"))

@@ -42,6 +42,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def is_sharded_tensor(tensor: Tensor) -> bool:
+    """Whether each process holds a part of ``tensor``."""
+    return isinstance(tensor, DTensor)
+
+
 def shard_base(model: nn.Module, layers: Sequence[nn.Module], cfg: ParallelConfig) -> None:
     """Make FSDP units of ``layers``, of the embedding and the head, and of what is left; the model may be on meta.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trenchcoat.config import LoraConfig, StudentConfig, UserError
 from trenchcoat.families import AttentionSite, attention_sites, decoder_of
 from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
-from trenchcoat.sharding import compute_device, is_sharded
+from trenchcoat.sharding import compute_device, is_sharded, is_sharded_tensor
 from trenchcoat.students import Mode, StudentAttention, build_student
 
 _ADAPTER = "default"
@@ -277,10 +277,21 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     state = {name: t for name, t in model.state_dict(keep_vars=False).items() if "lora_" not in name}
     state = {name.replace(".base_layer.", "."): t for name, t in state.items()}
     for path, layer in _lora_layers(model):
-        weight = layer.get_base_layer().weight
+        weight = _whole_weight(path, layer)
         update = layer.get_delta_weight(_ADAPTER)
         state[f"{path}.weight"] = (weight.float() + update.float()).to(weight.dtype).detach()
     return state
+
+
+def _whole_weight(path: str, layer: Any) -> Tensor:
+    """The base weight under a LoRA; UserError for one that cannot take the update: quantized, or spread."""
+    weight: Tensor = layer.get_base_layer().weight
+    if not weight.is_floating_point() or is_sharded_tensor(weight):
+        raise UserError(
+            f"LoRA cannot be merged into {path}, whose weight is quantized or spread over processes: save the adapter, "
+            "and merge it over the ordinary base with `trenchcoat export --merge`"
+        )
+    return weight
 
 
 def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
@@ -312,6 +323,7 @@ def _take_out_lora(model: nn.Module, *, merge: bool) -> None:
     for path, layer in _lora_layers(model):
         base = layer.get_base_layer()
         if merge:
+            _whole_weight(path, layer)
             update = layer.get_delta_weight(_ADAPTER)
             base.weight.data = (base.weight.data.float() + update.float()).to(base.weight.dtype)
         parent, _, name = path.rpartition(".")
