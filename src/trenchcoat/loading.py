@@ -92,5 +92,24 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
     )
     model, tokenizer = checkpoint.load_model(cfg, quantization_config=settings)
     folder = _folder(checkpoint.model_source(cfg), cfg.revision)
-    bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+    try:
+        bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+    except KeyError as error:
+        raise UserError(
+            f"model.quantize=nf4: {folder} has no tensor {error}: the family's tensors are renamed when it is loaded, "
+            "so the identity of its weights cannot be read. Set model.quantize=none"
+        ) from error
+    _keep_backward(model)
     return model, tokenizer
+
+
+def _keep_backward(model: nn.Module) -> None:
+    """Keep bitsandbytes from its kernel for CPUs with AVX512-BF16, which has no backward.
+
+    A 4-bit layer once called without gradients repacks its weight for that kernel, for good: whatever is trained below
+    it would get wrong gradients in silence after the first evaluation.
+    """
+    layers: list[Any] = list(model.modules())
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False

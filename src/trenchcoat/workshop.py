@@ -104,9 +104,9 @@ class Workshop:
         """Scores for `data.select`, of the untouched model; those of `data.seq_len` also where rows are longer."""
         data = self.recipe.data
         folder = cache_folder(data)
-        return EslRanking(
-            self.assemble_teacher, self.base_fingerprint, seq_len=data.seq_len, folder=folder, log=self.log
-        )
+        quantize = self.recipe.model.quantize  # a base in 4 bits has the fingerprint of its files, and other scores
+        base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
+        return EslRanking(self.assemble_teacher, base, seq_len=data.seq_len, folder=folder, log=self.log)
 
     def close(self) -> None:
         """Close the log, and streams."""
