@@ -263,11 +263,6 @@ def largest(value: float) -> float:
     return float(found)
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any process."""
-    return all_sum([float(flag)])[0] > 0
-
-
 def share(items: Sequence[T]) -> list[T | None]:
     """Every ``size``-th item from number ``rank`` on; None where there is none left, so that all lists are as long."""
     rounds = -(-len(items) // size())

@@ -8,7 +8,7 @@ about the model is changed. The checks read the model's structure; `KNOWN_FAMILI
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,9 @@ class UnsupportedFamilyError(UserError):
     """The model's family cannot be linearized; the message says why."""
 
 
+_FUSED = {"q_proj", "k_proj", "v_proj"}
+
+
 @dataclass(frozen=True)
 class AttentionSite:
     """One layer's attention: where it is and how it is shaped."""
@@ -130,6 +133,22 @@ def decoder_of(model: Any) -> Any:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else getattr(model, "base_model", model)
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+
+def choose_lora_targets(targets: Iterable[str], linear: Iterable[str], where: str) -> list[str]:
+    """Those of an attention's ``linear`` layers that ``lora.targets`` means, in their order.
+
+    Families with one fused `qkv_proj` get it there. UserError for a target that ``where`` (in words) does not have.
+    """
+    known, wanted = list(linear), set(targets)
+    if "qkv_proj" in known and wanted & _FUSED:
+        wanted = (wanted - _FUSED) | {"qkv_proj"}
+    missing = sorted(wanted - set(known))
+    if missing:
+        raise UserError(
+            f"lora.targets names {missing[0]!r}, which {where} does not have; its linear layers are {', '.join(known)}"
+        )
+    return [name for name in known if name in wanted]
 
 
 def _family(model: nn.Module) -> str:

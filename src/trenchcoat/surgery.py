@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, StudentConfig, UserError
-from trenchcoat.families import AttentionSite, attention_sites, decoder_of
+from trenchcoat.families import AttentionSite, attention_sites, choose_lora_targets, decoder_of
 from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
 from trenchcoat.sharding import compute_device, is_sharded, is_sharded_tensor
 from trenchcoat.students import Mode, StudentAttention, build_student
 
 _ADAPTER = "default"
-_FUSED = {"q_proj", "k_proj", "v_proj"}
 
 
 def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
@@ -298,16 +297,8 @@ def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
     paths = []
     for site in attention_sites(model):
         linear = [name for name, m in site.module.named_children() if isinstance(m, nn.Linear)]
-        wanted = set(targets)
-        if "qkv_proj" in linear and wanted & _FUSED:
-            wanted = (wanted - _FUSED) | {"qkv_proj"}
-        missing = sorted(wanted - set(linear))
-        if missing:
-            raise UserError(
-                f"lora.targets names {missing[0]!r}, which the attention of layer {site.index} does not have; its "
-                f"linear layers are {', '.join(linear)}"
-            )
-        paths += [f"{site.name}.{name}" for name in linear if name in wanted]
+        chosen = choose_lora_targets(targets, linear, f"the attention of layer {site.index}")
+        paths += [f"{site.name}.{name}" for name in chosen]
     return paths
 
 

@@ -112,8 +112,7 @@ def fit(
     ``NonFiniteLoss`` naming layer and step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with
     ``stopped`` set.
     """
-    loop = _Loop(model, batches, objective, cfg, run, stage, background_saves)
-    loop.meter = Meter(flops_per_token)
+    loop = _Loop(model, batches, objective, cfg, run, stage, background_saves, Meter(flops_per_token))
     loop.resume()
     stopped = False
     with stop_on_signals() as stop, run.progress(stage, loop.total, loop.at.step) as display:
@@ -135,7 +134,8 @@ class _Loop:
         cfg: StageConfig,
         log: RunLog,
         stage: str,
-        background_saves: bool = False,
+        background_saves: bool,
+        meter: Meter,
     ) -> None:
         self.model, self.batches, self.objective = model, batches, objective
         self.cfg, self.log, self.stage = cfg, log, stage
@@ -157,7 +157,7 @@ class _Loop:
         self.saved_step = -1
         self.resumed_from: int | None = None
         self.seconds_before, self.began = 0.0, time.monotonic()
-        self.meter = Meter(None)
+        self.meter = meter
 
     # The way through
 

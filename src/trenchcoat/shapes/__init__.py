@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.embedded import TEACHER_DIR
-from trenchcoat.families import attention_sites, decoder_of
+from trenchcoat.families import attention_sites, choose_lora_targets, decoder_of
 
 FOLDER = Path(__file__).parent
 
@@ -78,16 +78,7 @@ class Shapes:
         model does not have.
         """
         known = {name: (inputs, outputs) for name, inputs, outputs in self.projections}
-        wanted, fused = set(cfg.targets), {"q_proj", "k_proj", "v_proj"}
-        if "qkv_proj" in known and wanted & fused:
-            wanted = (wanted - fused) | {"qkv_proj"}
-        missing = sorted(wanted - set(known))
-        if missing:
-            raise UserError(
-                f"lora.targets names {missing[0]!r}, which the model's attention does not have; its linear layers are "
-                f"{', '.join(known)}"
-            )
-        return [known[name] for name in sorted(wanted)]
+        return [known[name] for name in choose_lora_targets(cfg.targets, known, "the model's attention")]
 
     def lora_parameters(self, cfg: LoraConfig) -> int:
         """Parameters of LoRA in the whole model."""
