@@ -164,7 +164,7 @@ class StageConfig:
     clip_scope: Literal["layer", "global"] = "global"
     """Clip every layer's student by its own norm, or all trainable parameters by one norm."""
     schedule: Literal["plateau", "cosine", "linear", "constant"] = "plateau"
-    """Learning-rate schedule; plateau is stepped on the evaluation loss."""
+    """Learning-rate schedule; plateau is stepped on the evaluation loss (of each layer, with `clip_scope: layer`)."""
     warmup_steps: int = 0
     """Linear warm-up, in optimizer steps (any schedule)."""
     min_lr: float = 1e-5
@@ -180,11 +180,14 @@ class StageConfig:
     save_every: int = 100
     """Write a resumable checkpoint every this many optimizer steps (and at the end)."""
     keep_checkpoints: int = 2
-    """Complete checkpoints kept, beside the best one."""
+    """Complete checkpoints kept; each holds the best weights so far too."""
     early_stopping: int | None = None
-    """Stop after this many evaluations without improvement; null for never."""
+    """Stop after this many evaluations without improvement; null for never. With `clip_scope: layer` every layer stops
+    by itself."""
+    early_stopping_threshold: float = 0.0
+    """early_stopping: an evaluation is an improvement when it is below the best one by this share."""
     restore_best: bool = True
-    """End with the weights of the best evaluation loss."""
+    """End with the weights of the best evaluation loss (with `clip_scope: layer`, of each layer's own)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +197,8 @@ class TransferConfig(StageConfig):
     lr: float = 1e-2
     """Peak learning rate of AdamW."""
     clip_scope: Literal["layer", "global"] = "layer"
-    """Clip every layer's student by its own norm (the layers are independent), or all by one norm."""
+    """The layers are independent: clip each student by its own norm, and schedule, keep and stop it by its own loss
+    (`layer`); or clip all by one norm and judge them by their mean (`global`)."""
     mse_weight: float = 1000.0
     """Weight of the squared error of the attention outputs, before the output projection."""
     xent_weight: float = 0.0
@@ -240,6 +244,35 @@ class ParallelConfig:
     """A collective that waits longer than this ends the job."""
     async_save: bool = True
     """Write checkpoints while training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksConfig:
+    """Attention transfer block by block (`trenchcoat blocks`), for models larger than the machine."""
+
+    size: int | None = None
+    """Layers a block, k (the last block may have fewer); null is as many as the device's memory takes, for streaming
+    at most the number that lets the next block be read meanwhile."""
+    pass_tokens: str = "auto"
+    """Tokens of one pass through the blocks: a number (`1M` is 1000000), `all` (the weights are read once), or `auto`:
+    what is quickest with this machine's memory, disk and bandwidths."""
+    hidden: Literal["auto", "memory", "disk"] = "auto"
+    """Where a pass keeps the hidden states between two blocks; `auto`: in memory where they fit."""
+    hidden_dir: str | None = None
+    """Folder of hidden states on disk; null is `blocks/hidden` in the run's folder."""
+    shard_mib: int = 256
+    """Size of a file of hidden states at most, in MiB."""
+    epochs: tuple[float, ...] = ()
+    """Passes over the training rows of each block, in order; empty is `transfer.epochs` for all of them."""
+    ranks: Literal["data", "pipeline"] = "data"
+    """What several processes under torchrun do: `data`, all train the same block on their share of the micro-batches;
+    `pipeline`, each holds a range of the blocks for good and hands its outputs to the next."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Who runs `blocks run --parallel`: this machine's devices, or a Slurm job array (extra `cluster`)."""
+    jobs: int | None = None
+    """Blocks trained at once by the launcher; null is one a GPU (one without GPUs) for `local`, all for `slurm`."""
+    slurm: tuple[str, ...] = ()
+    """Further sbatch options as `name=value`: [partition=gpu, account=lab, time=240]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +327,8 @@ class Recipe:
     """Stage 2; null skips it."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Processes, when there are several."""
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    """Transfer block by block."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation and report."""
     run: RunConfig = field(default_factory=RunConfig)

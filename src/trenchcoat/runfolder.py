@@ -23,8 +23,8 @@ from trenchcoat.files import load_tensors, read_json, save_tensors, write_json
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
 
 _DEPENDS: dict[str, tuple[str, ...]] = {
-    TRANSFER: ("model", "student", "data", "transfer", "run"),
-    LORA: ("model", "student", "data", "transfer", "lora", "run"),
+    TRANSFER: ("model", "student", "data", "transfer", "blocks.epochs", "run"),
+    LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
     LORA_ONLY: ("model", "student", "data", "lora", "run"),
     WINDOW_SINKS_LORA: ("model", "student.window", "student.keep_softmax", "data", "lora", "run", "eval.sinks"),
 }
