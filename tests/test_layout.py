@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
+    {"units"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
     | {"distributed", "trackers"},
     {"sharding", "shapes"},
@@ -20,9 +21,13 @@ FLOORS: list[set[str]] = [
     {"auto", "plots", "esl", "sums"},
     {"train", "footprint", "simulate"},
     {"hub", "plan"},
-    {"workshop", "evaluate", "generate", "report", "bench", "advice"},
+    {"blockpass", "blocksize"},
+    {"blockways"},
+    {"blockplan"},
+    {"workshop", "evaluate", "generate", "report", "bench", "advice"} | {"blockplan_report"},
     {"comparison", "estimate", "plan_report"},
     {"stages"},
+    {"cli_blocks"},
     {"cli"},
     {"compat"},
     {"__init__", "__main__"},
