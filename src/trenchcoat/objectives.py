@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.sharding import run_decoder
-from trenchcoat.students import StudentAttention, TransferRequest
+from trenchcoat.students import StudentAttention, TransferRequest, layer_key
 
 Batch = dict[str, Tensor]
 """input_ids [b, T] int64, attention_mask [b, T] int64, labels [b, T] int64 (not shifted; -100 does not count)."""
@@ -30,11 +30,6 @@ IDLE = "idle"
 
 Metrics = dict[str, float]
 Objective = Callable[[nn.Module, Batch], Metrics]
-
-
-def layer_key(name: str, index: int) -> str:
-    """Key of a per-layer number, e.g. ``loss/layer_03``."""
-    return f"{name}/layer_{index:02d}"
 
 
 def _mask_if_padded(batch: Batch) -> Tensor | None:
