@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"identity"},
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
-    {"auto", "plots", "esl", "sums", "units"},
+    {"auto", "plots", "esl", "sums", "units", "blockmodel"},
     {"train", "footprint", "simulate"},
     {"hub", "plan"},
     {"workshop", "evaluate", "generate", "report", "bench", "advice"},
