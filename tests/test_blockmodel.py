@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import FAMILIES, tiny_model, tokens
 from torch import Tensor
 
+from tiny_families import FAMILIES, tiny_model, tokens
 from trenchcoat import checkpoint, surgery
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names, local_names
 from trenchcoat.config import ModelConfig, StudentConfig, UserError

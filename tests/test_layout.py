@@ -15,7 +15,7 @@ FLOORS: list[set[str]] = [
     | {"distributed", "trackers"},
     {"sharding", "shapes"},
     {"identity"},
-    {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
+    {"interface", "runlog", "results", "data", "hidden", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
     {"auto", "plots", "esl", "sums", "units", "blockmodel"},
     {"train", "footprint", "simulate"},
