@@ -65,12 +65,19 @@ def test_files_are_safetensors_of_bounded_size_and_are_taken_up_again(tmp_path: 
 
 
 def test_several_writers_fill_one_folder(tmp_path: Path) -> None:
+    """Each is given everything and writes the shards that are its own; then each sees what the others wrote."""
     wanted = states()
-    for writer in (0, 1):
-        part = files(tmp_path, writer=writer)
-        rows = [row for row in range(11) if row // 4 % 2 == writer]
-        part.write(rows, wanted[rows])
+    parts = [files(tmp_path, writer=writer, writers=2) for writer in (0, 1)]
+    assert parts[1].missing() == [4, 5, 6, 7]
+    for part in parts:
+        part.write(range(11), wanted)
+        assert part.missing() == []
         part.finish()
+    with pytest.raises(KeyError, match="row 4"):
+        parts[0].read([4])
+    for part in parts:
+        part.refresh()
+        assert torch.equal(part.read(range(11)), wanted)
     assert torch.equal(files(tmp_path).read(range(11)), wanted)
 
 

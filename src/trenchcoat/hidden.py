@@ -87,6 +87,9 @@ class HiddenStates:
     def finish(self) -> None:
         """Return when everything written is where it belongs."""
 
+    def refresh(self) -> None:
+        """See what other processes have written."""
+
     def remove(self) -> None:
         """Forget everything, on disk too."""
         self.present[:] = False
@@ -135,34 +138,54 @@ class HiddenFiles(HiddenStates):
         *,
         shard_bytes: int = 256 << 20,
         writer: int = 0,
+        writers: int = 1,
         verify: bool = True,
         warn: Callable[[str], None] = lambda text: None,
     ) -> None:
         super().__init__(shape)
-        self.folder, self.identity, self.writer = Path(folder), dict(identity), writer
+        self.folder, self.identity = Path(folder), dict(identity)
+        self.writer, self.writers, self.warn = writer, writers, warn
         self.shard_rows = max(1, min(shape.rows, shard_bytes // shape.row_bytes))
         self._shards: dict[int, dict[str, Any]] = {}
         self._open: dict[int, _Writing] = {}
         self._maps: dict[int, Tensor] = {}
         self._finishing: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, "trenchcoat-states")
-        for path in sorted(self.folder.glob("manifest-*.json")) if self.folder.is_dir() else []:
-            self._take_up(path, verify, warn)
-        own = self.folder / f"manifest-{writer:02d}.json"
-        self._own = {i: shard for i, shard in self._shards.items() if shard["manifest"] == own.name}
+        self._look(verify)
+        self._own = {i: shard for i, shard in self._shards.items() if shard["manifest"] == self._manifest.name}
 
-    def _take_up(self, path: Path, verify: bool, warn: Callable[[str], None]) -> None:
+    @property
+    def _manifest(self) -> Path:
+        """This writer's own."""
+        return self.folder / f"manifest-{self.writer:02d}.json"
+
+    def _look(self, verify: bool) -> None:
+        for path in sorted(self.folder.glob("manifest-*.json")) if self.folder.is_dir() else []:
+            self._take_up(path, verify)
+
+    def refresh(self) -> None:
+        """See what other processes have finished since."""
+        self._look(verify=False)
+
+    def missing(self) -> list[int]:
+        """Rows that are not there, in order; of several writers, those that are this one's to write."""
+        return [row for row in super().missing() if self._mine(row // self.shard_rows)]
+
+    def _mine(self, shard: int) -> bool:
+        return shard % self.writers == self.writer
+
+    def _take_up(self, path: Path, verify: bool) -> None:
         try:
             manifest = read_json(path)
         except CorruptFileError as error:
-            warn(f"{error}; the states it lists are made again")
+            self.warn(f"{error}; the states it lists are made again")
             return
         _require_same(path, manifest["header"], self._header())
         for name, shard in manifest["shards"].items():
             index = int(name)
             problem = self._problem(index, shard, verify)
             if problem is not None:
-                warn(f"{problem}; its rows are computed again")
+                self.warn(f"{problem}; its rows are computed again")
                 continue
             self._shards[index] = {**shard, "manifest": path.name}
             self.present[self._rows_of(index)] = True
@@ -212,6 +235,8 @@ class HiddenFiles(HiddenStates):
         self._raise_failures()
         for row, states in zip(rows, hidden_bTd, strict=True):
             index = row // self.shard_rows
+            if not self._mine(index):
+                continue
             with saving(self._path(index)):
                 if index not in self._open:
                     self._open[index] = self._begin(index)
@@ -238,7 +263,7 @@ class HiddenFiles(HiddenStates):
             sync(self.folder)
         self._own[index] = {"crc32": checksum}
         shards = {str(i): {"crc32": one["crc32"]} for i, one in sorted(self._own.items())}
-        write_json(self.folder / f"manifest-{self.writer:02d}.json", {"header": self._header(), "shards": shards})
+        write_json(self._manifest, {"header": self._header(), "shards": shards})
 
     def _raise_failures(self) -> None:
         waiting = [job for job in self._finishing if not job.done()]
@@ -308,7 +333,8 @@ class _Writing:
         try:
             self._file.write(prefix)
             self._file.flush()
-            os.posix_fallocate(self._file.fileno(), len(prefix), rows * row_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), len(prefix), rows * row_bytes)
         except OSError:
             self.give_up()
             raise

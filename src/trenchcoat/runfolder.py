@@ -74,7 +74,7 @@ class RunFolder:
         for stage in stages:
             self._compare(stage, stage_settings(recipe, stage))
 
-    def begin(self, stage: str, recipe: Recipe, identity: Mapping[str, str]) -> None:
+    def begin(self, stage: str, recipe: Recipe, identity: Mapping[str, Any]) -> None:
         """Note the settings of a stage that begins, with ``identity`` of what the recipe only names.
 
         Raises ``UserError`` when it was begun here with others.

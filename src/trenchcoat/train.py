@@ -11,7 +11,6 @@ be continued with another number of processes. They stop together, whichever of 
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,8 +25,10 @@ from trenchcoat.config import StageConfig, UserError
 from trenchcoat.gradients import NonFiniteGradient, average_and_clip, clip_groups
 from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.keeper import Keeper, identity
+from trenchcoat.layerwise import BEST, Units
 from trenchcoat.objectives import IDLE, Batch, Objective, first_nonfinite
 from trenchcoat.runlog import RunLog, Tracker
+from trenchcoat.schedules import training_length
 from trenchcoat.sharding import MasterCopies
 from trenchcoat.sums import Meter, Sums
 from trenchcoat.trainstate import (
@@ -36,7 +37,6 @@ from trenchcoat.trainstate import (
     optimizer_tensors,
     require_same_identity,
 )
-from trenchcoat.units import BEST, Units
 
 _FREE_TO_CHANGE = (
     "epochs",
@@ -149,7 +149,7 @@ class _Loop:
         self.cfg, self.log, self.stage = cfg, log, stage
         self.trainable = _trainable(model, stage)
         self.device = next(iter(self.trainable.values())).device
-        self.micro_batches, self.total = _length(cfg, len(batches))
+        self.micro_batches, self.total = training_length(cfg, len(batches))
         self.masters = MasterCopies(self.trainable)
         self.until = self.total if until is None else min(until, self.total)
         groups = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
@@ -372,14 +372,6 @@ def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{stage}: {name} is {parameter.dtype}; trained parameters must be float32")
     return found
-
-
-def _length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
-    """(micro-batches, optimizer steps) of the whole stage; the last step of an epoch count may be a short one."""
-    if cfg.max_steps is not None:
-        return cfg.max_steps * cfg.accumulation, cfg.max_steps
-    micro_batches = math.ceil(cfg.epochs * epoch)
-    return micro_batches, math.ceil(micro_batches / cfg.accumulation)
 
 
 def _readable(place: str) -> str:

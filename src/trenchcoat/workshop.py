@@ -196,7 +196,7 @@ class Workshop:
         )
         if result.stopped:
             raise Stopped
-        facts = _stage_facts(stage, result)
+        facts = stage_facts(stage, result)
         self._trained.add(stage)
         learned = surgery.adapter_state(self.model)
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
@@ -297,7 +297,8 @@ def _log(recipe: Recipe) -> RunLog:
     return SilentLog(recipe.run.dir)
 
 
-def _stage_facts(stage: str, result: FitResult) -> StageFacts:
+def stage_facts(stage: str, result: FitResult) -> StageFacts:
+    """The figures of a finished stage."""
     return StageFacts(stage, result.steps, result.tokens, result.seconds, result.best_loss)
 
 
