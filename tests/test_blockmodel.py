@@ -94,8 +94,8 @@ def test_reading_ahead_gives_the_same_block(tmp_path: Path) -> None:
 def test_a_copied_block_stands_in_for_the_model(tmp_path: Path) -> None:
     saved("mixtral", tmp_path / "model")
     whole = BlockSource(ModelConfig(path=str(tmp_path / "model")))
-    written = whole.copy_block(1, 3, tmp_path / "part")
-    assert written > whole.layer_bytes(1, 3) / 2
+    whole.copy_block(1, 3, tmp_path / "part")
+    assert sum(file.stat().st_size for file in (tmp_path / "part").iterdir()) > whole.layer_bytes(1, 3)
     part = BlockSource(whole.cfg, tmp_path / "part")
     assert part.fingerprint == whole.fingerprint
     built, wanted = part.build(1, 3, part.read(1, 3)), whole.build(1, 3, whole.read(1, 3))

@@ -38,6 +38,11 @@ class Span:
     first: int
     until: int
 
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its hidden states."""
+        return f"pass-{self.first:08d}-{self.until:08d}"
+
 
 def spans(total_steps: int, steps_a_pass: int) -> list[Span]:
     """All passes of a stage."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from trenchcoat import checkpoint, distributed
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.runfolder import TRANSFER, RunFolder
-from trenchcoat.runlog import RunLog, SilentLog
+from trenchcoat.runlog import RunLog, SilentLog, read_metrics
 
 FOLDER = "blocks"
 _NAME = re.compile(r"layers-(\d+)-(\d+)")
@@ -79,19 +79,23 @@ class BlockFolder:
             log.label = f"{self.block}, "
             yield log
 
+    @contextmanager
+    def own_log(self) -> Iterator[RunLog]:
+        """Its log as that of the whole command."""
+        if not distributed.is_main():
+            yield SilentLog(self.directory)
+            return
+        with RunLog(self.directory, progress=self.recipe.run.progress) as log:
+            yield log
+
     def begin(self) -> None:
         """Note what its training depends on; ``UserError`` when it was begun with something else."""
         assert self.identity is not None
         layers = {"layers": [self.block.first, self.block.stop]}
         self._stage.begin(TRANSFER, self.recipe, {**self.identity.as_dict(), **layers})
 
-    def settings(self) -> dict[str, Any] | None:
-        """What it was begun with; None when it was not."""
-        path = self._stage.stage_dir(TRANSFER) / "settings.json"
-        return dict(checkpoint.read_json(path)) if path.is_file() else None
-
     def finish(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep what it learned, under the whole model's names; its checkpoints are no longer needed."""
+        """Keep what it learned, under the whole model's names."""
         self._stage.finish(TRANSFER, tensors, facts)
 
     @property
@@ -102,6 +106,21 @@ class BlockFolder:
     def result(self) -> dict[str, Any] | None:
         """Its figures when it is finished."""
         return self._stage.result(TRANSFER)
+
+    def require_finished(self) -> dict[str, Any]:
+        """Its figures; ``UserError`` when it is not finished, or was trained on something else."""
+        self.begin()
+        result = self.result()
+        if result is None:
+            raise UserError(
+                f"{self.block} is not finished: run `blocks train --block {self.block.number}`, or `blocks run`"
+            )
+        return result
+
+    def last_evaluation(self) -> dict[str, Any] | None:
+        """The newest line of its log that tells of an evaluation."""
+        lines = [line for line in read_metrics(self.directory) if line["kind"] == "eval"]
+        return lines[-1] if lines else None
 
     def weights(self) -> dict[str, Tensor]:
         """What it learned."""

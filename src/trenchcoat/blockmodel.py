@@ -102,6 +102,10 @@ class BlockSource:
         names = [(name, p) for name, p in self.plain.named_parameters() if _layer_in(name, first, stop)]
         return sum(p.numel() for _, p in names) * self.dtype.itemsize
 
+    def files(self) -> list[Path]:
+        """The files that hold weights."""
+        return sorted(set(self._files.values()))
+
     # Reading
 
     def read(self, first: int, stop: int) -> Tensors:
@@ -204,8 +208,8 @@ class BlockSource:
 
     # Copying
 
-    def copy_block(self, first: int, stop: int, out: Path) -> int:
-        """Copy the tensors of layers [first, stop), the config and their identity to a folder; returns bytes written.
+    def copy_block(self, first: int, stop: int, out: Path, tokenizer: Any = None) -> None:
+        """Copy the tensors of layers [first, stop), the config and their identity to a folder.
 
         The folder can stand in for the model wherever only this block is worked on.
         """
@@ -213,11 +217,12 @@ class BlockSource:
         with checkpoint.atomic_directory(out) as partial:
             checkpoint.save_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
             self.config.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
             write_json(
                 partial / BLOCK_FILE,
                 {"first": first, "stop": stop, "layers": self.layers, "base_fingerprint": self.fingerprint},
             )
-        return sum(file.stat().st_size for file in out.iterdir())
 
 
 class ReadAhead:

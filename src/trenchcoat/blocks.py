@@ -143,7 +143,7 @@ class BlockRun:
     def train(self, number: int, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates | None) -> FitResult:
         """Train a block on a pass; its outputs go to ``out`` on the way. Raises ``Stopped`` after Ctrl-C."""
         block, folder, cfg = self.blocks[number], self.folders[number], self.stage(self.blocks[number])
-        self._attach(model, block)
+        self.attach(model, block)
         surgery.set_mode(model, "transfer")
         surgery.freeze_for_transfer(model)
         if rows.start and self.steps_done[number] < 0:
@@ -180,7 +180,8 @@ class BlockRun:
             distributed.from_main(lambda: folder.finish(learned, facts))
         return result
 
-    def _attach(self, model: Any, block: Block) -> None:
+    def attach(self, model: Any, block: Block) -> None:
+        """Put fresh students into a block's model, the same that the whole model would get."""
         student = self.recipe.student
         kept = tuple(index for index in student.keep_softmax if block.first <= index < block.stop)
         torch.manual_seed(self.recipe.run.seed)
@@ -231,7 +232,7 @@ class Stream:
         self.run, self.place = run, place
 
     def _pass_folder(self, span: Span) -> Path | None:
-        return None if self.place is None else self.place / f"pass-{span.number:04d}"
+        return None if self.place is None else self.place / span.folder
 
     def _states(self, rows: Pass, boundary: int) -> HiddenStates:
         """Hidden states before a block in a pass, with what there is of them already."""
@@ -241,6 +242,15 @@ class Stream:
                 folder / f"boundary-{boundary:03d}" / f"process-{distributed.rank():03d}-of-{distributed.size():03d}"
             )
         return self.run.states(rows, boundary, folder)
+
+    def remove_stale(self, passes: Sequence[Span]) -> None:
+        """Delete hidden states of passes that are none of ``passes``."""
+        if self.place is None or not self.place.is_dir() or not distributed.is_main():
+            return
+        names = {span.folder for span in passes}
+        for path in self.place.glob("pass-*"):
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
 
     def go(self, span: Span) -> None:
         """Train every block on one pass, or what is left of it. Raises ``Stopped`` after Ctrl-C."""
@@ -300,7 +310,7 @@ class Collection:
     """Hidden states before every block, of all rows, kept on disk for blocks that are trained apart."""
 
     def __init__(self, run: BlockRun, place: Path) -> None:
-        self.run, self.place = run, place
+        self.run, self.folder = run, place / COLLECTED
         self.span = Span(0, 0, max(run.totals))
 
     @cached_property
@@ -310,8 +320,13 @@ class Collection:
 
     def states(self, boundary: int, *, share: bool = True) -> HiddenStates:
         """Those before a block, with what there is of them already."""
-        folder = self.place / COLLECTED / f"boundary-{boundary:03d}"
-        return self.run.states(self.rows, boundary, folder, share=share)
+        return self.run.states(self.rows, boundary, self.folder / f"boundary-{boundary:03d}", share=share)
+
+    @property
+    def bytes(self) -> int:
+        """Of all the hidden states."""
+        shape = Shape(self.rows.rows, self.rows.tokens, self.run.source.hidden, self.run.source.dtype)
+        return len(self.run.blocks) * shape.bytes
 
     def fill(self, until: int) -> HiddenStates:
         """Compute what is missing of the states before the blocks up to ``until``; returns the last of them."""

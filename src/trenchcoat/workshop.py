@@ -60,7 +60,7 @@ class Workshop:
             torch.set_num_threads(recipe.run.threads)
         self._trained: set[str] = set()
         self._batches: dict[tuple[int, int], Batches] = {}
-        self.log = _log(recipe)
+        self.log = run_log(recipe)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -289,7 +289,8 @@ class Workshop:
         )
 
 
-def _log(recipe: Recipe) -> RunLog:
+def run_log(recipe: Recipe) -> RunLog:
+    """The log of a run, silent on all processes but the main one."""
     if distributed.is_main():
         return RunLog(
             recipe.run.dir, progress=recipe.run.progress, trackers=recipe.run.trackers, project=recipe.run.project
