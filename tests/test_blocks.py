@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny_model
 from torch import Tensor
 
+from conftest import save_tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.config import Recipe
 from trenchcoat.files import load_tensors
