@@ -49,23 +49,27 @@ HOST_SHARE = 0.8
 
 def run(recipe: Recipe) -> Outcome:
     """Stream the whole transfer, one block in memory at a time, then stitch. The same command continues."""
-    with _opened(recipe) as work:
-        if not all(work.folders[n].finished for n in range(len(work.blocks)) if work.learns(n)):
-            choice = _choose_pass(work)
-            work.log.info(choice.why)
-            place = hidden_folder(recipe) if choice.hidden == "disk" else None
-            steps = max(1, choice.pass_tokens // _step_tokens(work))
-            passes = spans(max(work.totals), steps)
-            stream = Stream(work, place)
-            stream.remove_stale(passes)
-            for span in passes:
-                stream.go(span)
+    with opened(recipe) as work:
+        transfer(work)
         return _stitched(work)
+
+
+def transfer(work: BlockRun) -> None:
+    """Stream all that is left of the transfer."""
+    if all(work.folders[number].finished for number in range(len(work.blocks)) if work.learns(number)):
+        return
+    choice = _choose_pass(work)
+    work.log.info(choice.why)
+    stream = Stream(work, hidden_folder(work.recipe) if choice.hidden == "disk" else None)
+    passes = spans(max(work.totals), max(1, choice.pass_tokens // _step_tokens(work)))
+    stream.remove_stale(passes)
+    for span in passes:
+        stream.go(span)
 
 
 def collect(recipe: Recipe) -> Outcome:
     """Keep the inputs of every block on disk, for `train`: one pass of the teacher alone."""
-    with _opened(recipe) as work:
+    with opened(recipe) as work:
         collection = Collection(work, hidden_folder(recipe))
         _require_disk(recipe, collection)
         collection.fill(len(work.blocks) - 1).close()
@@ -74,7 +78,7 @@ def collect(recipe: Recipe) -> Outcome:
 
 def train(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
     """Train one block from collected inputs, alone; ``weights`` is a folder that `shard` made of it."""
-    with _opened(recipe, block=number, weights=weights) as work:
+    with opened(recipe, block=number, weights=weights) as work:
         block = work.blocks[number]
         if not work.learns(number):
             return Outcome((f"{block} has only layers that student.keep_softmax leaves as they are",))
@@ -101,7 +105,7 @@ def shard(recipe: Recipe, out: Path) -> Outcome:
 
 def stitch(recipe: Recipe) -> Outcome:
     """Make one adapter of all blocks, as the joint run leaves it, and score it."""
-    with _opened(recipe) as work:
+    with opened(recipe) as work:
         return _stitched(work)
 
 
@@ -122,7 +126,7 @@ def status(recipe: Recipe) -> Outcome:
 
 
 @contextmanager
-def _opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = None) -> Iterator[BlockRun]:
+def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = None) -> Iterator[BlockRun]:
     """The blocks of a recipe, their text and log, with the folder locked: of the run, or of one ``block``."""
     transfer = recipe.transfer
     if transfer is None:
