@@ -82,6 +82,7 @@ def train(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
         block = work.blocks[number]
         if not work.learns(number):
             return Outcome((f"{block} has only layers that student.keep_softmax leaves as they are",))
+        distributed.from_main(work.folders[number].begin)
         Collection(work, hidden_folder(recipe)).train(number)
         facts = work.folders[number].result()
         assert facts is not None
@@ -154,6 +155,7 @@ def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = N
         _check_blocks(recipe, source, blocks)
         log = stack.enter_context(run_log(recipe) if block is None else BlockFolder(recipe, blocks[block]).own_log())
         if block is None:
+            distributed.from_main(lambda: RunFolder(recipe.run.dir).begin(TRANSFER, recipe, {}))
             log.write_recipe(dump_recipe(recipe))
             log.write_environment(implementation=recipe.student.impl, teacher_attention=recipe.model.attention)
             log.info(

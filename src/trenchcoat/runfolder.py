@@ -81,7 +81,9 @@ class RunFolder:
         """
         settings = {**stage_settings(recipe, stage), **identity}
         self._compare(stage, settings)
-        write_json(self.stage_dir(stage) / "settings.json", settings)
+        path = self.stage_dir(stage) / "settings.json"
+        known = read_json(path) if path.is_file() else {}
+        write_json(path, {**known, **settings})
 
     def _compare(self, stage: str, now: Mapping[str, Any]) -> None:
         path = self.stage_dir(stage) / "settings.json"
