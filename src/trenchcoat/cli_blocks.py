@@ -88,6 +88,59 @@ def _plan(recipe: Recipe, args: argparse.Namespace) -> Any:
     return kept(args, report_blocks_plan(recipe, machine, tokens=tokens))
 
 
+def _run(recipe: Recipe, args: argparse.Namespace) -> Any:
+    from trenchcoat import blockstages
+
+    return blockstages.run(recipe)
+
+
+def _collect(recipe: Recipe, args: argparse.Namespace) -> Any:
+    from trenchcoat import blockstages
+
+    return blockstages.collect(recipe)
+
+
+def _train(recipe: Recipe, args: argparse.Namespace) -> Any:
+    from trenchcoat import blockstages
+
+    return blockstages.train(recipe, args.block, None if args.weights is None else Path(args.weights))
+
+
+def _shard(recipe: Recipe, args: argparse.Namespace) -> Any:
+    from trenchcoat import blockstages
+
+    return blockstages.shard(recipe, Path(args.out))
+
+
+def _stitch(recipe: Recipe, args: argparse.Namespace) -> Any:
+    from trenchcoat import blockstages
+
+    return blockstages.stitch(recipe)
+
+
+def _status(recipe: Recipe, args: argparse.Namespace) -> Any:
+    from trenchcoat import blockstages
+
+    return blockstages.status(recipe)
+
+
+def _nothing(sub: argparse.ArgumentParser) -> None:
+    """No options beside the recipe."""
+
+
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--block", type=int, required=True, metavar="I", help="number of the block, from 0")
+    sub.add_argument(
+        "--weights", default=None, metavar="DIR", help="read its weights from a folder that `blocks shard` made of it"
+    )
+
+
+def _add_shard(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", required=True, metavar="DIR", help="where the blocks' folders are made")
+
+
+_SECTIONS = ("model", "student", "data", "transfer", "parallel", "blocks", "run")
+
 ACTIONS = {
     "plan": Action(
         "layers a block, memory, disk and hours of each way, before anything runs",
@@ -99,6 +152,64 @@ model's sizes: no weights, no GPU.
 """,
         add_machine,
         _plan,
+        ("blocks",),
+    ),
+    "run": Action(
+        "the whole transfer on this machine, one block in memory at a time",
+        """\
+Stream the training rows through the blocks: load a block, train its students on a pass of rows, hand the teacher's
+outputs to the next block. Hidden states wait in memory or on disk, whichever is quicker here. At the end the blocks are
+stitched into one adapter and scored. Killed or stopped, the same command continues. Under torchrun the processes share
+the micro-batches. `trenchcoat finetune` with the same recipe goes on from there.
+""",
+        _nothing,
+        _run,
+        _SECTIONS,
+    ),
+    "collect": Action(
+        "keep the inputs of every block on disk, to train blocks apart",
+        """\
+One pass of the teacher alone through all rows, one block in memory at a time. What stands before each block is kept in
+checked files; `blocks train` reads it, on any machine that sees the folder.
+""",
+        _nothing,
+        _collect,
+        _SECTIONS,
+    ),
+    "train": Action(
+        "train one block from collected inputs, alone",
+        """\
+Train the students of one block on the inputs that `blocks collect` kept. Blocks depend on nothing but their inputs, so
+any number of these commands may run at once.
+""",
+        _add_train,
+        _train,
+        _SECTIONS,
+    ),
+    "stitch": Action(
+        "make one adapter of all blocks, and score it",
+        """\
+Check that every layer is in exactly one finished block and that all blocks come from the same weights, recipe and text;
+leave in the run's folder what the joint run leaves there; score teacher and students block by block.
+""",
+        _nothing,
+        _stitch,
+        _SECTIONS,
+    ),
+    "shard": Action(
+        "copy each block's tensors into a folder of its own",
+        """\
+For machines without a shared file system: a block's folder is all that `blocks train --weights` reads of the model.
+""",
+        _add_shard,
+        _shard,
+        ("model", "blocks"),
+    ),
+    "status": Action(
+        "a table of the blocks: state, steps, loss, time, disk",
+        "Show how far each block of a run is.\n",
+        _nothing,
+        _status,
         ("blocks",),
     ),
 }
