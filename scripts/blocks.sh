@@ -6,7 +6,7 @@
 #   RUN_DIR           the run's folder, where it is not the recipe's; every node must see it
 #   HIDDEN_DIR        where hidden states go (blocks/hidden in the run's folder)
 #   QUEUE             options of every Slurm job, as names and values: partition=gpu,account=lab
-#   GPUS              GPUs a node, for LoRA (8)
+#   GPUS              GPUs a node, for the inputs of the blocks and for LoRA (8)
 #   TRENCHCOAT, TORCHRUN   the commands (trenchcoat, torchrun)
 #   STEPS             which steps to take, where it is not all of a script's
 #   DRY_RUN=1         print the commands and run nothing
@@ -49,8 +49,8 @@ step() {
     plan) run "$TRENCHCOAT" blocks plan "$RECIPE" "${overrides[@]}" ;;
     transfer) run "$TRENCHCOAT" blocks run "$RECIPE" "${overrides[@]}" ;;
     collect)
-      run srun --job-name=trenchcoat-collect --nodes=1 --ntasks=1 --gpus-per-node=1 "${queue[@]}" \
-        "$TRENCHCOAT" blocks collect "$RECIPE" "${overrides[@]}"
+      run srun --job-name=trenchcoat-collect --nodes=1 --ntasks=1 "--gpus-per-node=$GPUS" "${queue[@]}" \
+        "$TORCHRUN" --nproc_per_node "$GPUS" -m trenchcoat blocks collect "$RECIPE" "${overrides[@]}"
       ;;
     blocks)
       run "$TRENCHCOAT" blocks run "$RECIPE" --parallel --launcher slurm "blocks.slurm=[${QUEUE:-}]" "${overrides[@]}"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 from trenchcoat import cli
 from trenchcoat.cli_blocks import ACTIONS
 from trenchcoat.config import Recipe
 from trenchcoat.recipe_io import load_recipe
-
-PLANNED = {"shard", "collect", "train", "stitch", "run", "status"}
-"""Actions of `trenchcoat blocks` beside `plan`; one that `ACTIONS` lacks is parsed without its own options."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,17 @@ def parse_trenchcoat(words: list[str]) -> Seen:
     """``[launcher ...] trenchcoat command recipe ...``; fails where the command line would refuse it."""
     place = next(i for i, word in enumerate(words) if word == "trenchcoat")
     own = words[place + 1 :]
-    accepted = own
-    if own[0] == "blocks" and own[1] not in ACTIONS:
-        assert own[1] in PLANNED, own
-        accepted = ["blocks", "plan", own[2], *(word for word in own[3:] if "=" in word and not word.startswith("-"))]
+    accepted = own if own[:2] != ["blocks", "run"] else _without_unknown(own)
     args = cli._parse(accepted)
     return Seen(" ".join(words[:place]), own, load_recipe(args.recipe, args.overrides))
+
+
+def _without_unknown(words: list[str]) -> list[str]:
+    """Of `blocks run`, without `--parallel` and `--launcher NAME` as long as the action does not take them."""
+    known = argparse.ArgumentParser()
+    ACTIONS["run"].options(known)
+    if "--parallel" in known.format_help() or "--parallel" not in words:
+        return words
+    launcher = words.index("--launcher") if "--launcher" in words else len(words)
+    assert words[launcher + 1 : launcher + 2] in ([], ["local"], ["slurm"])
+    return [word for i, word in enumerate(words) if word != "--parallel" and i not in (launcher, launcher + 1)]

@@ -81,15 +81,17 @@ def _walked(run: Streamed, choice: PassChoice) -> tuple[float, float, float, flo
     while left > 0:
         tokens = min(left, choice.pass_tokens)
         left -= tokens
-        for _ in range(run.blocks):
+        for number in range(run.blocks):
             block = run.weights / run.blocks
+            following = block if number < run.blocks - 1 else 0.0
             inputs = (tokens + run.validation) * run.bytes_a_token if choice.hidden == "disk" else 0.0
             outputs = (
                 (min(tokens, run.distinct) + run.validation) * run.bytes_a_token if choice.hidden == "disk" else 0.0
             )
-            disk = block / run.read + (inputs / run.read + outputs / run.write) / run.nodes
+            disk = following / run.read + (inputs / run.read + outputs / run.write) / run.nodes
             computing = (tokens + run.validation) * (run.compute or 0.0) / run.blocks
             seconds += max(disk, computing) + (0.0 if run.copy is None else block / run.copy)
+            seconds += block / run.read if number == 0 else 0.0
             weights, read, written = weights + block, read + inputs, written + outputs
     return seconds, weights, read, written
 
@@ -212,9 +214,8 @@ def test_the_largest_blocks_that_fit_are_taken(shapes: Shapes) -> None:
     assert chosen(80, 1000, size=9) == (9, 14)
     assert chosen(80, 115.2) == (9, 14)  # half of the host's memory holds the next nine layers
     assert chosen(80, 10) == (1, 126)  # the least, although it takes more than half
-    assert chosen(80, 10, streaming=False) == (12, 11)
-    assert chosen(1000, 1) == (126, 1)  # nothing is read ahead of the only block
-    assert chosen(None, 2000) == (126, 1)
+    assert chosen(1000, 2000) == (126, 1)
+    assert chosen(None, 2000) == (126, 1)  # nothing is read ahead of the only block
     layers = [chosen(gpu, 2000)[0] for gpu in (10, 16, 24, 40, 48, 80, 141, 192)]
     assert layers == sorted(layers)
     host = chosen(None, 64)[0]
@@ -229,9 +230,14 @@ def test_the_largest_blocks_that_fit_are_taken(shapes: Shapes) -> None:
     [
         (5.0, 100.0, None, "a block of one layer needs 6.5 GiB on the GPU, .* and 5.0 GiB are there: lower transfer"),
         (80.0, 100.0, 14, r"blocks.size=14 needs 84.\d GiB on the GPU, .* take blocks of fewer layers"),
-        (80.0, 40.0, 9, "blocks.size=9 needs 53.4 GiB of host memory, with the next block .* and 40.0 GiB can be had"),
-        (80.0, 4.0, None, "a block of one layer needs 5.9 GiB of host memory, .*: free memory"),
-        (None, 8.0, None, "a block of one layer needs 12.5 GiB of host memory, .*: lower transfer.batch_size"),
+        (80.0, 40.0, 9, "blocks.size=9 needs 53.4 GiB of host memory a process, .* and 40.0 GiB can be had"),
+        (80.0, 4.0, None, "a block of one layer needs 5.9 GiB of host memory a process, .*: free memory"),
+        (
+            None,
+            8.0,
+            None,
+            "a block of one layer needs 12.5 GiB of host memory a process, .*: lower transfer.batch_size",
+        ),
     ],
 )
 def test_blocks_that_do_not_fit_are_said(
@@ -269,7 +275,7 @@ def test_the_known_figures_of_405b() -> None:
 
 def test_passes_of_a_million_tokens_read_405b_twenty_times_in_an_hour_and_a_half() -> None:
     settings = ["blocks.pass_tokens=1000000", "blocks.hidden=memory", "transfer.eval_batches=1"]
-    way = _plan("llama3_1_405b_blocks", *settings, bandwidth=3e9, tokens=10e6).chosen
+    way = _plan("llama3_1_405b_blocks", *settings, bandwidth=3e9, host_memory=256 * GIB, tokens=10e6).chosen
     assert way.passes == 20 + 1  # of whole optimizer steps of 8192 tokens, below a million
     assert way.read_bytes / way.passes == pytest.approx(0.81e12, rel=0.01)
     assert way.disk_hours / way.passes * 20 == pytest.approx(1.5, rel=0.01)
@@ -278,14 +284,15 @@ def test_passes_of_a_million_tokens_read_405b_twenty_times_in_an_hour_and_a_half
     assert way.limit == "compute"
     # "about 14 hours" are those of one H100 at a third of its peak; at 40 % they are 11.5
     assert way.compute_hours == pytest.approx(11.5, rel=0.01)
-    slower = _plan("llama3_1_405b_blocks", *settings, bandwidth=3e9, tokens=10e6, mfu=0.33).chosen
+    slower = _plan("llama3_1_405b_blocks", *settings, tokens=10e6, mfu=0.33, host_memory=256 * GIB).chosen
     assert slower.compute_hours == pytest.approx(14, rel=0.01)
-    assert way.hours == pytest.approx(way.compute_hours + way.passes * 808e9 / HOST_LINK / 3600, rel=0.01)
+    waited = way.passes * 808e9 * (1 / HOST_LINK + 1 / 14 / 3e9)  # copies to the GPU, and the first block of each pass
+    assert way.hours == pytest.approx(way.compute_hours + waited / 3600, rel=0.01)
 
 
 def test_a_slow_disk_is_the_limit_and_moves_the_choice() -> None:
-    quick = _plan("llama3_1_405b_blocks", gpus=8, host_memory=256 * GIB)
-    slow = _plan("llama3_1_405b_blocks", gpus=8, host_memory=256 * GIB, bandwidth=0.2e9)
+    quick = _plan("llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB)
+    slow = _plan("llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB, bandwidth=0.2e9)
     assert (quick.chosen.name, quick.chosen.limit) == ("streaming, disk", "compute")
     assert (slow.chosen.name, slow.chosen.limit) == ("streaming, memory", "disk")
     assert slow.chosen.hours > slow.chosen.compute_hours
@@ -359,7 +366,7 @@ def test_the_notes_say_what_is_quicker_and_what_does_not_divide() -> None:
     said = notes(gpus=16)
     assert "quicker: pipeline" in said
     assert "transfer.accumulation=8 micro-batches a step do not divide among 16 processes" in said
-    assert "the teacher's pass on one GPU" in said
+    assert "the teacher's pass on the GPUs of one node" in said
     assert "--disk says how much" in said
     assert "--disk" not in notes(disk=20e12)
     assert "not with model.quantize=nf4" in notes("model.quantize=nf4")
@@ -394,8 +401,8 @@ def test_the_pass_in_the_plan_is_the_one_the_runner_would_take() -> None:
     plan = _plan("llama3_1_70b_blocks", host_memory=64 * GIB)
     assert plan.shapes.layers == 80
     way = _way(plan, "streaming, memory")
-    free = 0.9 * 64 * GIB - 5 * layer_bytes(plan.shapes)
-    assert way.host_bytes <= 0.9 * 64 * GIB
+    free = 0.8 * 64 * GIB - 5 * layer_bytes(plan.shapes)
+    assert way.host_bytes <= 0.8 * 64 * GIB
     rows = way.pass_tokens or 0
     step = 8 * 2048
     assert 2 * 2 * 8192 * (rows + plan.validation) <= free

@@ -207,7 +207,7 @@ def test_the_block_commands_are_accepted_and_share_one_run(size: str) -> None:
         assert seen.recipe.transfer is not None
         assert seen.recipe.transfer.epochs == 3
     collect, blocks = found["slurm.sh"]
-    assert "--gpus-per-node=1 --partition=gpu --account=lab" in collect.launcher
+    assert "--gpus-per-node=8 --partition=gpu --account=lab torchrun --nproc_per_node 8 -m" in collect.launcher
     assert blocks.recipe.blocks.slurm == ("partition=gpu", "account=lab")
     assert blocks.words[3:6] == ["--parallel", "--launcher", "slurm"]
 

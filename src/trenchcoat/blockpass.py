@@ -12,9 +12,9 @@ a token's hidden state, w bytes of all blocks' weights.
     states written   n b (min(P, D) + V)      on disk: a pass
     computed         N + V ceil(N / P)        tokens
 
-The next block is read, and hidden states are read and written, while this one computes, so a pass takes the longer of
-the two; only the copy of a block's weights from the host to the device is waited for. Further evaluations of the
-validation rows inside a pass are not counted.
+The next block is read, and hidden states are read and written, while this one computes, so a block takes the longer of
+the two; waited for are the reading of a pass's first block and the copy of weights from the host to the device. Further
+evaluations of the validation rows inside a pass are not counted.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class PassChoice:
     copy_seconds: float
     """Copying weights from the host to the device: nothing else happens meanwhile."""
     seconds: float
-    """In all: in each pass the longer of computing and of the disk, and the copies. Without ``compute``: all but it."""
+    """In all: for each block the longer of computing and of the disk, and what is waited for. Without ``compute``: all
+    but computing."""
     why: str
 
     @property
@@ -164,7 +165,10 @@ def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
             "read": read,
             "written": written,
         }
-        one["overlapped"] = max(one["compute"], one["weights"] + one["states"])
+        block = {name: one[name] / run.blocks for name in ("compute", "weights", "states")}
+        last = max(block["compute"], block["states"])
+        others = max(block["compute"], block["states"] + block["weights"])  # the next one's
+        one["overlapped"] = block["weights"] + (run.blocks - 1) * others + last
         sums = {name: total + count * one[name] for name, total in sums.items()}
     copies = 0.0 if run.copy is None else passes * run.weights / run.copy
     return PassChoice(

@@ -77,8 +77,8 @@ def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
     parallel = plan.best(gpus, PARALLEL)
     if parallel is not None:
         found.append(
-            f"parallel: {parallel.collect_hours:.3g} of its {parallel.hours:.3g} h are the teacher's pass on one GPU, "
-            "which keeps the inputs of all blocks"
+            f"parallel: {parallel.collect_hours:.3g} of its {parallel.hours:.3g} h are the teacher's pass on the "
+            "GPUs of one node, which keeps the inputs of all blocks"
         )
     if chosen.kind == STREAMING and transfer.accumulation % gpus:
         whole = gpus * math.ceil(transfer.accumulation / gpus)

@@ -2,8 +2,8 @@
 
 On the device, at the worst moment: the weights of the block's k layers, the activations of one of them (layers learn by
 themselves, nothing is kept from layer to layer), and the students of all k in float32 with gradient, AdamW's moments
-and the best weights so far. On the host, in streaming: the weights of the next block, which are read meanwhile; where
-the host is the device, both.
+and the best weights so far. On the host, for each process: the weights of a block on their way to the GPU, the next
+block's while this one is at work; where the host is the device, both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BlockSize:
     device_bytes: float
     """On a GPU at its worst moment, without reserve; without a GPU, of the host."""
     host_bytes: float
-    """Of the host's memory: weights read ahead, and, without a GPU, the block at work."""
+    """Of the host's memory, a process: weights on their way or read ahead, and, without a GPU, the block at work."""
 
 
 def layer_bytes(shapes: Shapes, dtype_bytes: int = 2) -> float:
@@ -69,14 +69,13 @@ def measure_block(
     seq_len: int,
     gpu: bool,
     dtype_bytes: int = 2,
-    streaming: bool = True,
 ) -> BlockSize:
     """Blocks of ``layers`` layers, whether they fit or not; ``gpu``: there is one beside the host."""
     layers = min(layers, shapes.layers)
     blocks = math.ceil(shapes.layers / layers)
     device = block_bytes(shapes, student, transfer, layers, seq_len=seq_len, dtype_bytes=dtype_bytes)
-    ahead = layers * layer_bytes(shapes, dtype_bytes) if streaming and blocks > 1 else 0.0
-    host = ahead if gpu else ahead + device
+    weights = layers * layer_bytes(shapes, dtype_bytes)
+    host = weights if gpu else device + (weights if blocks > 1 else 0.0)
     return BlockSize(layers=layers, blocks=blocks, device_bytes=device, host_bytes=host)
 
 
@@ -89,19 +88,18 @@ def choose_block_size(
     gpu_memory: float | None,
     host_memory: float,
     dtype_bytes: int = 2,
-    streaming: bool = True,
     size: int | None = None,
 ) -> BlockSize:
     """The largest blocks that fit, all of about the same size; ``size`` layers where that is given (`blocks.size`).
 
-    ``gpu_memory`` and ``host_memory`` are bytes that can be had; without a GPU the former is None. ``streaming`` keeps
-    room on the host for the next block, at most ``HOST_SHARE`` of it unless a single layer needs more. Raises
-    ``UserError`` with the figures when the given size, or a single layer, does not fit.
+    ``gpu_memory`` and ``host_memory`` are bytes that a process can have; without a GPU the former is None. Weights take
+    at most ``HOST_SHARE`` of the host's, unless a single layer needs more. Raises ``UserError`` with the figures when
+    the given size, or a single layer, does not fit.
     """
 
     def measured(layers: int) -> BlockSize:
         gpu, size = gpu_memory is not None, {"seq_len": seq_len, "dtype_bytes": dtype_bytes}
-        return measure_block(shapes, student, transfer, layers, gpu=gpu, streaming=streaming, **size)
+        return measure_block(shapes, student, transfer, layers, gpu=gpu, **size)
 
     def fits(block: BlockSize, share: float) -> bool:
         on_gpu = gpu_memory is None or with_reserve(block.device_bytes) <= gpu_memory
@@ -134,6 +132,6 @@ def _too_large(block: BlockSize, gpu_memory: float | None, host_memory: float, w
     if block.layers == 1 and gpu_memory is not None:
         mend = "free memory"
     return (
-        f"{what} needs {gib(block.host_bytes)} of host memory, with the next block that is read meanwhile, and "
+        f"{what} needs {gib(block.host_bytes)} of host memory a process, with what is read ahead, and "
         f"{gib(host_memory)} can be had: {mend}"
     )

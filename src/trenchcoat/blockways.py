@@ -3,12 +3,13 @@
 * *streaming*: one block after another, every process on its share of the micro-batches; hidden states of two boundaries
   wait in memory or on disk, the weights are read once a pass;
 * *pipeline*: each GPU holds a range of layers for good and hands its outputs on; weights are read once, nothing waits;
-* *parallel*: one pass of the teacher alone (on one GPU) keeps the inputs of all blocks on disk, then every block is
-  trained by itself on one GPU; a block's weights and its inputs come from the disk, which the jobs of a node share.
+* *parallel*: one pass of the teacher alone (by the GPUs of one node) keeps the inputs of all blocks on disk, then every
+  block is trained by itself on one GPU; its weights and its inputs come from the disk, which the jobs of a node share.
 
 Hours are bounds: computing at the stated share of the peak, and the disk at the stated bandwidth. They overlap, but for
-the copy of a block's weights from the host to its GPU and, in all ways but streaming, for the first reading of the
-weights. Evaluations are not in them, but for the one look at the validation rows that a pass takes.
+the copy of a block's weights from the host to its GPU, the reading of a pass's first block and, in all ways but
+streaming, the first reading of the weights. Evaluations are not in them, but for the one look at the validation rows
+that a pass takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.plan import DISK_RATE, HOST_LINK, HOST_MEMORY, Machine, Planner, layouts, with_reserve
 from trenchcoat.units import tera
 
-HOST_USABLE = 0.9
+HOST_USABLE = 0.8
 """Share of a node's host memory that a plan counts on."""
 JOINT, STREAMING, PIPELINE, PARALLEL = "joint", "streaming", "pipeline", "parallel"
 _PLACES: dict[Place, str] = {"memory": "host memory", "disk": "disk space"}
@@ -150,7 +151,7 @@ class Ways:
         """FLOP that one GPU does in a second."""
         return self.planner.peak * self.machine.mfu
 
-    def size(self, *, streaming: bool) -> tuple[BlockSize, str]:
+    def size(self) -> tuple[BlockSize, str]:
         """Blocks, and why they do not fit, if the recipe's do not."""
         recipe, asked = self.planner.recipe, self.planner.recipe.blocks.size
         try:
@@ -160,21 +161,20 @@ class Ways:
                 self.transfer,
                 seq_len=recipe.data.seq_len,
                 gpu_memory=self.machine.gpu_memory,
-                host_memory=self.host,
+                host_memory=self.host / self.node_gpus,
                 dtype_bytes=self.planner.dtype_bytes,
-                streaming=streaming,
                 size=asked,
             )
         except UserError as error:
             if asked is None:
                 raise
-            return self._measured(asked, streaming=streaming), str(error)
+            return self._measured(asked), str(error)
         return found, ""
 
-    def _measured(self, layers: int, *, streaming: bool = False) -> BlockSize:
+    def _measured(self, layers: int) -> BlockSize:
         recipe, size = self.planner.recipe, self.planner.dtype_bytes
         parts = (self.planner.shapes, recipe.student, self.transfer, layers)
-        return measure_block(*parts, seq_len=recipe.data.seq_len, gpu=True, dtype_bytes=size, streaming=streaming)
+        return measure_block(*parts, seq_len=recipe.data.seq_len, gpu=True, dtype_bytes=size)
 
     def joint(self) -> BlockWay:
         """The quickest joint run that fits, or the one that needs least."""
@@ -212,7 +212,7 @@ class Ways:
     def streaming(self) -> list[BlockWay]:
         """As much as fits in memory, all on disk, and what the recipe asks for where that is neither."""
         settings = self.planner.recipe.blocks
-        size, wrong = self.size(streaming=True)
+        size, wrong = self.size()
         if settings.epochs and len(settings.epochs) != size.blocks:
             raise UserError(
                 f"blocks.epochs has {len(settings.epochs)} numbers for {size.blocks} blocks of {size.layers} layers: "
@@ -244,7 +244,7 @@ class Ways:
             bytes_a_token=self.work.bytes_a_token,
             weights=self.weights,
             blocks=size.blocks,
-            memory=self.host - size.host_bytes,
+            memory=self.host - self.node_gpus * size.host_bytes,
             disk=self.disk / self.nodes,
             read=self.read,
             write=self.write,
@@ -264,11 +264,10 @@ class Ways:
             "device_bytes": size.device_bytes,
             "place": place,
         }
+        host = self.node_gpus * size.host_bytes
         if isinstance(choice, str):
             limit = self._short(size) if wrong else _PLACES[place]
-            return BlockWay(
-                **common, fits=False, limit=limit, host_bytes=size.host_bytes, passes=0, why=wrong or choice
-            )
+            return BlockWay(**common, fits=False, limit=limit, host_bytes=host, passes=0, why=wrong or choice)
         in_memory = choice.held if place == "memory" else 0.0
         computing, disk = choice.compute_seconds or 0.0, choice.disk_seconds
         return BlockWay(
@@ -276,7 +275,7 @@ class Ways:
             settings=f"blocks.hidden={place} blocks.pass_tokens={choice.pass_tokens if choice.passes > 1 else 'all'}",
             fits=not wrong,
             limit=self._short(size) if wrong else _slower(computing, disk),
-            host_bytes=size.host_bytes + in_memory,
+            host_bytes=host + in_memory,
             disk_bytes=choice.held * self.nodes if place == "disk" else 0.0,
             read_bytes=choice.weights_read * self.nodes + choice.states_read,
             written_bytes=choice.states_written,
@@ -305,7 +304,7 @@ class Ways:
         computing = tokens * self.work.flops * held / shapes.layers / self.second
         reading = self.weights / self.nodes / self.read
         total = reading + held * one / HOST_LINK + computing
-        host = self.node_gpus * one
+        host = self.node_gpus * size.host_bytes
         fits = with_reserve(size.device_bytes) <= self.machine.gpu_memory
         return BlockWay(
             kind=PIPELINE,
@@ -327,23 +326,23 @@ class Ways:
         )
 
     def parallel(self) -> BlockWay:
-        """The teacher once on one GPU, then every block by itself; jobs of a node share its disk."""
-        size, wrong = self.size(streaming=False)
-        work, n, one = self.work, size.blocks, size.layers * layer_bytes(self.planner.shapes, self.planner.dtype_bytes)
+        """The teacher once on the GPUs of a node, then every block by itself; jobs of a node share its disk."""
+        size, wrong = self.size()
+        work, n, one = self.work, size.blocks, size.host_bytes
         jobs = min(self.gpus, n, self.planner.recipe.blocks.jobs or n)
         together, rounds = min(jobs, self.node_gpus), math.ceil(n / jobs)
         boundary = (work.distinct + work.validation) * work.bytes_a_token
         share = (n - 1) / n  # nobody needs the outputs of the last block
         collect_read = share * self.weights + (n - 1) * boundary
         collect_disk = collect_read / self.read + n * boundary / self.write
-        collect_compute = share * (work.distinct + work.validation) * work.teacher_flops / self.second
+        collect_compute = share * (work.distinct + work.validation) * work.teacher_flops / self.second / self.node_gpus
         collect = max(collect_compute, collect_disk) + share * self.weights / HOST_LINK
         inputs = (work.tokens + work.validation) * work.bytes_a_token
         computing = (work.tokens + work.validation) * work.flops / n / self.second
         loading, states = together * one / self.read, together * inputs / self.read
         block = loading + one / HOST_LINK + max(computing, states)
         compute, disk = collect_compute + rounds * computing, collect_disk + rounds * (loading + states)
-        kept, host = n * boundary, together * one
+        kept, host = n * boundary, max(together, self.node_gpus) * one
         short = "host memory" if host > self.host else "disk space" if kept > self.disk else ""
         return BlockWay(
             kind=PARALLEL,
@@ -362,7 +361,7 @@ class Ways:
             compute_hours=compute / 3600,
             disk_hours=disk / 3600,
             hours=(collect + rounds * block) / 3600,
-            gpu_hours=(collect + n * block) / 3600,
+            gpu_hours=(self.node_gpus * collect + n * block) / 3600,
             collect_hours=collect / 3600,
             why=wrong
             or (f"{tera(kept)} of hidden states, {tera(max(0.0, self.disk))} free" if kept > self.disk else ""),
