@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"auto", "plots", "esl", "sums"},
     {"train", "footprint", "simulate"},
     {"hub", "plan"},
-    {"lolcats"},
+    {"lolcats", "serving"},
     {"workshop", "evaluate", "generate", "report", "bench", "advice"},
     {"comparison", "estimate", "plan_report"},
     {"stages"},
@@ -35,6 +35,9 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
+    "fastapi": {"serving/parts.py"},
+    "starlette": {"serving/parts.py"},
+    "uvicorn": {"serving/parts.py"},
     "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
 }
 """The only files that may import these libraries."""

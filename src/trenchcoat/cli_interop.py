@@ -16,6 +16,10 @@ Take over a checkpoint of the original LoLCATs code as an adapter: its feature m
 LoRA (--lora). The files are read without executing anything in them, and checked against the base model. What the keys
 do not tell (the window, the activation) is the original's default unless said here. docs/LOLCATS.md has the rest.
 """
+_SERVE = """\
+Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), by Transformers' own server (extra
+`serve`). Requests wait for one another; each holds a state of constant size. docs/SERVE.md says what a client can ask.
+"""
 
 
 def add_commands(add: Add, show: Callable[[Any], None]) -> None:
@@ -44,6 +48,40 @@ def add_commands(add: Add, show: Callable[[Any], None]) -> None:
         "--keep-softmax", default=None, metavar="N,N", help="layers that kept their softmax attention (none)"
     )
     sub.add_argument("--lora-alpha", type=float, default=None, metavar="A", help="alpha of the LoRA (twice the rank)")
+    _add_serve(add("serve", lambda args: _serve(args, show), "serve a linearized model over HTTP", _SERVE))
+
+
+def _add_serve(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("target", metavar="DIR", help="a run's folder, an adapter folder or a merged folder")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    sub.add_argument("--name", default=None, help="name that clients give as `model` (the folder's)")
+    sub.add_argument(
+        "--context",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens of a prompt and its answer together (the positions that the base model was made for)",
+    )
+    sub.add_argument(
+        "--grace", type=float, default=30.0, metavar="SECONDS", help="what running requests get after Ctrl-C (30)"
+    )
+    sub.add_argument(
+        "--chat-template", default=None, metavar="FILE", help="a Jinja chat template, where the tokenizer has none"
+    )
+    sub.add_argument("--base", default=None, metavar="DIR", help="adapters: where the base model is, if it has moved")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
+    sub.add_argument("--dtype", default="auto", help="of the base weights: auto, float32, bfloat16, float16 (auto)")
+    sub.add_argument("--log-level", default="warning", help="debug, info, warning or error (warning)")
+
+
+def _serve(args: argparse.Namespace, show: Callable[[Any], None]) -> None:
+    from trenchcoat.serving import ServeSettings, serve
+    from trenchcoat.stages import Outcome
+
+    names = ("host", "port", "name", "context", "grace", "chat_template", "base", "device", "dtype", "log_level")
+    settings = ServeSettings(**{name: getattr(args, name) for name in names})
+    serve(Path(args.target), settings, lambda line: show(Outcome((line,))))
 
 
 def _import_lolcats(args: argparse.Namespace) -> Any:
