@@ -18,6 +18,7 @@ FLOORS: list[set[str]] = [
     {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
     {"auto", "plots", "esl", "sums"},
+    {"vllm_plugin"},
     {"train", "footprint", "simulate"},
     {"hub", "plan"},
     {"lolcats", "serving"},
@@ -37,6 +38,7 @@ FENCES: dict[str, set[str]] = {
     "omegaconf": {"recipe_io.py"},
     "fastapi": {"serving/parts.py"},
     "starlette": {"serving/parts.py"},
+    "vllm": {"vllm_plugin/__init__.py", "vllm_plugin/models.py"},
     "uvicorn": {"serving/parts.py"},
     "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
 }
