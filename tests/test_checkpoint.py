@@ -134,12 +134,12 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_named(tmp_path:
     assert "manifest.json is not valid JSON" in warnings[-1]
 
 
-def test_pruning_keeps_what_is_asked_for(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (0, 5, 10):
         checkpoint.write_checkpoint(tmp_path, step, GROUP, {})
     (tmp_path / ".partial-1234-step-00000030").mkdir()
-    checkpoint.prune_checkpoints(tmp_path, keep=[0, 10])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000000", "step-00000010"]
+    checkpoint.prune_checkpoints(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
     assert checkpoint.newest_checkpoint(tmp_path / "absent", pytest.fail) is None
 
 

@@ -27,7 +27,7 @@ from training_kit import (
     transfer_settings,
 )
 from trenchcoat import checkpoint, surgery
-from trenchcoat.config import StageConfig, UserError
+from trenchcoat.config import StageConfig, TransferConfig, UserError
 from trenchcoat.files import SaveError
 from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.objectives import Batch, Metrics, transfer_objective
@@ -69,9 +69,9 @@ class Scripted:
 class OneBatch(RandomBatches):
     """One validation batch."""
 
-    def validation(self, limit: int | None = None) -> Any:
+    def validation_batches(self) -> int:
         """Only the first."""
-        return super().validation(1)
+        return 1
 
 
 def settings(**changes: Any) -> StageConfig:
@@ -170,15 +170,17 @@ def test_clipping_by_layer_and_by_all() -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for scope, expected in (("layer", {"layer 0", "layer 1"}), ("global", {"the model"})):
         groups = clip_groups(model, trainable, scope)
-        assert groups.keys() == expected
-        assert sum(map(len, groups.values())) == len(trainable)
+        assert {group.name for group in groups} == expected
+        assert sum(len(group.parameters) for group in groups) == len(trainable)
     groups = clip_groups(model, trainable, "layer")
-    for name, parameters in groups.items():
-        for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 4.0 if name == "layer 0" else 2e-4)
+    assert [group.loss for group in groups] == ["loss/layer_00", "loss/layer_01"]
+    for group in groups:
+        for parameter in group.parameters.values():
+            parameter.grad = torch.full_like(parameter, 4.0 if group.name == "layer 0" else 2e-4)
 
     def norms() -> list[float]:
-        return [torch.nn.utils.get_total_norm([p.grad for p in group]).item() for group in groups.values()]
+        found = [[p.grad for p in group.parameters.values()] for group in groups]
+        return [torch.nn.utils.get_total_norm(gradients).item() for gradients in found]
 
     before = norms()
     norm = average_and_clip(groups, 2, 1.0)
@@ -223,10 +225,10 @@ def kept(run_dir: Path, stage: str = "stage") -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints" / stage).iterdir())
 
 
-def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     cfg = settings(max_steps=8, save_every=2, keep_checkpoints=2)
     run_fit(tmp_path, Point(), Scripted([5.0, 1.0, 4.0, 3.0, 2.0]), cfg)
-    assert kept(tmp_path) == ["step-00000002", "step-00000006", "step-00000008"]
+    assert kept(tmp_path) == ["step-00000006", "step-00000008"]
 
 
 def test_a_finished_stage_is_loaded_not_trained(tmp_path: Path) -> None:
@@ -313,16 +315,55 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(tmp
         assert torch.equal(tensor, surgery.adapter_state(mended)[name]), name
 
 
-def test_a_damaged_best_checkpoint_is_named_and_forgotten(tmp_path: Path) -> None:
+def test_the_best_weights_are_in_every_checkpoint(tmp_path: Path) -> None:
+    """Stopped after the best evaluation, with one checkpoint kept, the run still ends with the best weights."""
     cfg = settings(max_steps=8, save_every=2, keep_checkpoints=1)
-    run_fit(tmp_path, Point(), Scripted([5.0, 1.0, 4.0, 3.0, 2.0]), cfg)
-    damage(tmp_path / "checkpoints" / "stage" / "step-00000002" / "weights.safetensors")
+    run_fit(tmp_path, Point(), Scripted([5.0, 1.0, 4.0, 3.0]), dataclasses.replace(cfg, max_steps=6))
+    assert kept(tmp_path) == ["step-00000006"]
     model = Point()
-    result = run_fit(tmp_path, model, Scripted([]), cfg)
-    assert (result.best_step, result.best_loss) == (8, 2.0)
-    assert model.x.item() == pytest.approx(0.8, rel=1e-4)
-    warnings = [line["text"] for line in read_metrics(tmp_path) if line["kind"] == "warning"]
-    assert any("the best checkpoint (step 2) is missing or damaged" in text for text in warnings)
+    result = run_fit(tmp_path, model, Scripted([2.0]), cfg)
+    assert (result.resumed_from, result.best_step, result.best_loss) == (6, 2, 1.0)
+    assert model.x.item() == pytest.approx(0.2, rel=1e-4)
+
+
+def test_a_stage_run_in_pieces_is_the_stage(tmp_path: Path) -> None:
+    """``until`` ends a call in the middle; the next one goes on, with no evaluation more or less."""
+    cfg = transfer_settings(schedule="plateau", plateau_patience=0, lr=0.3)
+    whole, pieces = transfer_model(), transfer_model()
+    fit_transfer(whole, tmp_path / "whole", cfg, RandomBatches())
+    for until in (1, 4, 9):
+        result = fit_transfer(pieces, tmp_path / "pieces", cfg, RandomBatches(), until=until)
+        assert (result.steps, result.finished) == (until, False)
+        pieces = transfer_model()
+    assert fit_transfer(pieces, tmp_path / "pieces", cfg, RandomBatches()).finished
+    assert numbers_of(tmp_path / "pieces") == numbers_of(tmp_path / "whole")
+    for name, tensor in surgery.adapter_state(whole).items():
+        assert torch.equal(tensor, surgery.adapter_state(pieces)[name]), name
+
+
+def test_layers_are_scheduled_kept_and_stopped_each_by_its_own_loss(tmp_path: Path) -> None:
+    """Layer 1's loss never improves: it stops, at the weights it had, while layer 0 learns on."""
+
+    class Lopsided:
+        def __init__(self) -> None:
+            self.inner, self.calls = transfer_objective(TransferConfig()), 0
+
+        def __call__(self, model: nn.Module, batch: Batch) -> Metrics:
+            found = self.inner(model, batch)
+            if not torch.is_grad_enabled():
+                self.calls += 1
+                found |= {"loss/layer_00": 9.0 - self.calls, "loss/layer_01": 9.0 + self.calls}
+            return found
+
+    model = transfer_model()
+    before = {name: tensor.clone() for name, tensor in surgery.adapter_state(model).items()}
+    cfg = transfer_settings(max_steps=12, eval_every=2, early_stopping=2, schedule="plateau", plateau_patience=0)
+    result = fit_transfer(model, tmp_path, cfg, RandomBatches(), objective=Lopsided())
+    assert (result.steps, result.early, result.best_step) == (12, False, 12)
+    for name, tensor in surgery.adapter_state(model).items():
+        assert torch.equal(tensor, before[name]) == (".layers.1." in name), name
+    both = fit_transfer(transfer_model(), tmp_path / "whole", cfg, RandomBatches())
+    assert both.best_loss <= both.initial_loss
 
 
 def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,8 +453,8 @@ def test_nothing_to_train_wrong_precision_and_no_validation(tmp_path: Path) -> N
         run_fit(tmp_path, Point().bfloat16(), distance, settings())
 
     class NoValidation(RandomBatches):
-        def validation(self, limit: int | None = None) -> Any:
-            return iter(())
+        def validation_batches(self) -> int:
+            return 0
 
     with pytest.raises(UserError, match=r"data\.validation_rows"):
         run_fit(tmp_path, Point(), distance, settings(), NoValidation())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trenchcoat import surgery
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
-from trenchcoat.objectives import next_token_objective, transfer_objective
+from trenchcoat.objectives import Objective, next_token_objective, transfer_objective
 from trenchcoat.runlog import RunLog, read_metrics
 from trenchcoat.train import FitResult, fit
 
@@ -56,10 +55,13 @@ class RandomBatches:
         time.sleep(self.delay)
         return self._make(index % self.epoch)
 
-    def validation(self, limit: int | None = None) -> Iterator[dict[str, Tensor]]:
-        """Two batches."""
-        for index in range(2 if limit is None else min(limit, 2)):
-            yield self._make(10_000 + index)
+    def validation_batches(self) -> int:
+        """Two."""
+        return 2
+
+    def validation_batch(self, index: int) -> dict[str, Tensor]:
+        """One of the two."""
+        return self._make(10_000 + index)
 
 
 def transfer_model(*, layers: int = 2, **changes: Any) -> LlamaForCausalLM:
@@ -89,10 +91,18 @@ def lora_settings(**changes: Any) -> LoraConfig:
     return LoraConfig(**{**settings, **changes})
 
 
-def fit_transfer(model: nn.Module, run_dir: Path, cfg: TransferConfig, batches: RandomBatches) -> FitResult:
+def fit_transfer(
+    model: nn.Module,
+    run_dir: Path,
+    cfg: TransferConfig,
+    batches: RandomBatches,
+    *,
+    objective: Objective | None = None,
+    until: int | None = None,
+) -> FitResult:
     """Stage 1 in ``run_dir``."""
     with RunLog(run_dir, progress="off") as run:
-        return fit(model, batches, transfer_objective(cfg), cfg, run, stage="transfer")
+        return fit(model, batches, objective or transfer_objective(cfg), cfg, run, stage="transfer", until=until)
 
 
 def start_lora(model: nn.Module, cfg: LoraConfig) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from trenchcoat.blocksize import block_bytes
 from trenchcoat.config import Recipe
 from trenchcoat.footprint import Layout
-from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Plan, Planner, Way, gib, layouts, tera
+from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Plan, Planner, Way, layouts
+from trenchcoat.units import gib, tera
 
 MOST_GPUS = 1024
 """More are not looked at."""
@@ -42,9 +44,8 @@ def one_layer_bytes(planner: Planner) -> float:
     """Attention transfer with a single layer of the model in memory; the recipe must have that stage."""
     recipe = planner.recipe
     assert recipe.transfer is not None
-    alone = dataclasses.replace(planner.shapes, layers=1, embedding_parameters=0, head_parameters=0, other_parameters=0)
-    linear = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, keep_softmax=()))
-    return dataclasses.replace(planner, shapes=alone, recipe=linear).memory(recipe.transfer, Layout()).total
+    parts = (planner.shapes, recipe.student, recipe.transfer)
+    return block_bytes(*parts, 1, seq_len=recipe.data.seq_len, dtype_bytes=planner.dtype_bytes)
 
 
 def _what_would_fit(planner: Planner, plan: Plan) -> list[str]:
@@ -63,8 +64,8 @@ def _what_would_fit(planner: Planner, plan: Plan) -> list[str]:
         found.append("more GPUs alone would not do: use GPUs with more memory, or a smaller data.seq_len")
     if planner.recipe.transfer is not None:
         found.append(
-            "attention transfer needs only one layer at a time: read from disk layer by layer it would take "
-            f"{gib(one_layer_bytes(planner))} on one GPU; no command does that yet"
+            "attention transfer needs only one layer at a time: block by block it would take "
+            f"{gib(one_layer_bytes(planner))} or more on one GPU; `trenchcoat blocks plan` says how"
         )
     return found
 

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,10 +360,8 @@ def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
     return None
 
 
-def prune_checkpoints(root: Path, keep: Iterable[int]) -> None:
-    """Delete the checkpoints of all other steps, and what an interrupted save left behind."""
-    wanted = set(keep)
-    for path in checkpoint_folders(root):
-        if int(path.name.removeprefix("step-")) not in wanted:
-            shutil.rmtree(path, ignore_errors=True)
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints, and what an interrupted save left behind."""
+    for path in checkpoint_folders(root)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
     remove_partials(Path(root))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -11,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trenchcoat import cli_interop
-from trenchcoat.config import Recipe, UserError
+from trenchcoat import cli_blocks, cli_interop
+from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.recipe_io import builtin_recipes, load_recipe, settings_help
 
 DESCRIPTION = """\
@@ -27,10 +28,6 @@ Turn a pretrained softmax Transformer into a linear-time, constant-memory model.
 
 RECIPE_HELP = f"a YAML file, a run's folder, or a recipe that ships: {', '.join(builtin_recipes())}"
 OVERRIDE_HELP = "settings that override the recipe's, by path: transfer.lr=5e-3 student.name=linear transfer=null"
-
-
-class UsageError(UserError):
-    """The command line or the recipe is wrong; nothing was started."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,18 +117,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = ()) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = (), *, to: Any = commands
+    ) -> argparse.ArgumentParser:
         settings = "" if sections is not None and not sections else "settings:\n" + settings_help(sections)
-        sub = commands.add_parser(
+        sub: argparse.ArgumentParser = to.add_parser(
             name, help=short, description=more, epilog=settings, formatter_class=_Formatter, parents=[common]
         )
         sub.set_defaults(command=run)
         return sub
 
     def recipe_command(
-        name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = None
+        name: str, run: Any, short: str, more: str, sections: Sequence[str] | None = None, *, to: Any = commands
     ) -> argparse.ArgumentParser:
-        sub = add(name, run, short, more, sections)
+        sub = add(name, run, short, more, sections, to=to)
         sub.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
         sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
         return sub
@@ -142,9 +141,18 @@ def build_parser() -> argparse.ArgumentParser:
     both = ["model", "student", "data", "run"]
     recipe_command("transfer", _transfer, "stage 1 alone: attention transfer", _TRANSFER, [*both, "transfer"])
     recipe_command("finetune", _finetune, "stage 2 alone: LoRA on the transferred model", _FINETUNE, [*both, "lora"])
-    _add_plan(
-        recipe_command("plan", _plan, "what a recipe needs: memory, time and disk, before anything runs", _PLAN, ())
+    plan = recipe_command("plan", _plan, "what a recipe needs: memory, time and disk, before anything runs", _PLAN, ())
+    cli_blocks.add_machine(plan)
+    plan.add_argument(
+        "--simulate", action="store_true", help="also run a step of the real shapes on fake tensors: minutes, one CPU"
     )
+    blocks = commands.add_parser(
+        "blocks", help=cli_blocks.SHORT, description=cli_blocks.MORE, formatter_class=_Formatter
+    )
+    actions = blocks.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, action in cli_blocks.ACTIONS.items():
+        run = functools.partial(_block_action, action)
+        action.options(recipe_command(name, run, action.short, action.more, action.sections, to=actions))
     _add_eval(add("eval", _eval, "score a run, an adapter or a merged folder", _EVAL, ["data", "eval"]))
     _add_generate(add("generate", _generate, "write text with a linearized model", _GENERATE))
     _add_bench(add("bench", _bench, "measure the operator or a transfer step on this machine", _BENCH))
@@ -186,30 +194,14 @@ held while writing has a constant size.
 """
 _BENCH = """\
 Measure on this machine. ops: the attention operator against the quadratic reference and PyTorch's own attention.
-transfer: time and memory of an attention-transfer step against the bare teacher forward and the naive way.
+transfer: time and memory of an attention-transfer step against the bare teacher forward and the naive way. blocks:
+memory and throughput of block-wise transfer against the joint run. clip: one gradient clip for all layers against one
+for each, where the layers' scales differ 1000-fold.
 """
 _EXPORT = """\
 Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
 --merge, a complete model that AutoModelForCausalLM loads after `import trenchcoat`.
 """
-
-
-def _add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (1)")
-    sub.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="memory of one GPU (80GB; GB is 2^30 here)")
-    sub.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a node (8)")
-    sub.add_argument("--gpu", default="H100", metavar="NAME", help="which GPU, for its peak FLOP/s (H100)")
-    sub.add_argument("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
-    sub.add_argument(
-        "--link", default=None, metavar="RATE", help="what a GPU receives from others (300GB/s in a node, else 50GB/s)"
-    )
-    sub.add_argument("--disk", default=None, metavar="SIZE", help="free disk, to compare with (2TB)")
-    sub.add_argument("--bandwidth", default=None, metavar="RATE", help="reading from that disk (3GB/s)")
-    sub.add_argument("--tokens", default=None, metavar="N", help="tokens of one pass over the training data (10M)")
-    sub.add_argument(
-        "--simulate", action="store_true", help="also run a step of the real shapes on fake tensors: minutes, one CPU"
-    )
-    sub.add_argument("--json", default=None, metavar="FILE", help="also write everything as JSON")
 
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
@@ -235,7 +227,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", choices=["ops", "transfer"], help="what to measure")
+    sub.add_argument("what", choices=["ops", "transfer", "blocks", "clip"], help="what to measure")
     sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
     sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
@@ -286,30 +278,15 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from trenchcoat.files import write_json
-    from trenchcoat.plan import Machine, parse_size
     from trenchcoat.plan_report import report_plan
 
     recipe = _recipe(args, args.recipe)
-    try:
-        given = {name: getattr(args, name) for name in ("link", "disk", "bandwidth", "tokens")}
-        sizes = {name: None if text is None else parse_size(text, f"--{name}") for name, text in given.items()}
-        tokens = sizes.pop("tokens")
-        machine = Machine(
-            gpus=args.gpus,
-            gpu_memory=parse_size(args.gpu_memory, "--gpu-memory", binary=True),
-            gpus_per_node=args.gpus_per_node,
-            gpu=args.gpu,
-            mfu=args.mfu,
-            **sizes,
-        )
-    except UserError as error:
-        raise UsageError(str(error)) from error
-    report = report_plan(recipe, machine, tokens=tokens, simulated=args.simulate)
-    show(report)
-    if args.json is not None:
-        write_json(Path(args.json), report.document)
-        print(f"all of it: {args.json}")
+    machine, tokens = cli_blocks.machine_of(args)
+    show(cli_blocks.kept(args, report_plan(recipe, machine, tokens=tokens, simulated=args.simulate)))
+
+
+def _block_action(action: cli_blocks.Action, args: argparse.Namespace) -> None:
+    show(action.run(_recipe(args, args.recipe), args))
 
 
 def _eval(args: argparse.Namespace) -> None:

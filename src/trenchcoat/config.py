@@ -23,6 +23,10 @@ class UserError(ValueError):
     """Whether another process has told the user already."""
 
 
+class UsageError(UserError):
+    """The command line or the recipe is wrong; nothing was started."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The pretrained softmax Transformer to start from."""

@@ -58,10 +58,3 @@ def estimate(shop: Workshop, stages: list[str], rows: int) -> float:
         trained, evaluated = stage_tokens(cfg, batches, seq_len)
         total += unit * (trained * (LORA_COST if isinstance(cfg, LoraConfig) else TRANSFER_COST) + evaluated * 1.5)
     return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or seq_len)
-
-
-def in_words(seconds: float) -> str:
-    """``40 s``, ``4 min``, ``7.5 h``."""
-    if seconds < 90:
-        return f"{max(5, round(seconds / 5) * 5)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from trenchcoat.sharding import whole
-from trenchcoat.students import StudentAttention
+from trenchcoat.students import StudentAttention, layer_key
 
-Groups = dict[str, list[nn.Parameter]]
-"""Name of a group, for messages -> its parameters."""
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are clipped by one norm."""
+
+    name: str
+    """For messages."""
+    loss: str
+    """Name of the metric that is their loss, where the objective gives it; else it is ``loss``."""
+    parameters: dict[str, nn.Parameter]
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -28,31 +37,32 @@ def clip_groups(
     trainable: Mapping[str, nn.Parameter],
     scope: str,
     stand_ins: Mapping[str, nn.Parameter] | None = None,
-) -> Groups:
+) -> list[Group]:
     """``layer``: parameters by the student (so, layer) they belong to, the rest together; ``global``: one group.
 
     ``stand_ins`` (by name) take the parameters' places in the groups.
     """
     members = trainable if stand_ins is None else stand_ins
     if scope == "global":
-        return {"the model": list(members.values())}
-    owner: dict[int, str] = {}
+        return [Group("the model", "loss", dict(members))]
+    owner: dict[int, Group] = {}
     for module in model.modules():
         if isinstance(module, StudentAttention):
-            owner |= {id(parameter): f"layer {module.layer_idx}" for parameter in module.parameters()}
-    groups: Groups = {}
+            group = Group(f"layer {module.layer_idx}", layer_key("loss", module.layer_idx), {})
+            owner |= {id(parameter): group for parameter in module.parameters()}
+    rest = Group("the parameters outside students", "loss", {})
     for name, parameter in trainable.items():
-        groups.setdefault(owner.get(id(parameter), "the parameters outside students"), []).append(members[name])
-    return groups
+        owner.get(id(parameter), rest).parameters[name] = members[name]
+    return [group for group in [*{id(one): one for one in owner.values()}.values(), rest] if group.parameters]
 
 
-def average_and_clip(groups: Groups, micro_batches: int, clip: float | None) -> float:
+def average_and_clip(groups: Sequence[Group], micro_batches: int, clip: float | None) -> float:
     """Divide all gradients by ``micro_batches``, clip every group by its own norm; the norm of all before clipping.
 
     Gradients may be sharded; norms are then those of the whole. Raises ``NonFiniteGradient`` naming the first group
     whose norm is not finite, ``RuntimeError`` when there is no gradient at all.
     """
-    gradients = {name: [p.grad for p in group if p.grad is not None] for name, group in groups.items()}
+    gradients = {one.name: [p.grad for p in one.parameters.values() if p.grad is not None] for one in groups}
     gradients = {name: found for name, found in gradients.items() if found}
     if not gradients:
         raise RuntimeError("the objective left no gradient on any trainable parameter")

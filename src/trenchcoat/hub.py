@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat import auto
@@ -45,6 +46,9 @@ ADAPTER_VERSION = 1
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
 """What of the base model's config is written beside the adapter, to say in words how another base differs."""
 
+_SOURCE = ("path", "revision", "attention")
+"""Fields of ModelConfig that say what the adapter stands on."""
+
 _LORA = ("rank", "alpha", "dropout", "targets")
 """Fields of LoraConfig that shape the adapter (the others are about training)."""
 
@@ -69,15 +73,53 @@ def save_adapter(
         raise UserError("save_adapter needs base=ModelConfig(...): this model does not know what it was loaded from")
     if has_lora(model) and lora is None and not known.get("lora"):
         raise UserError("save_adapter needs lora=LoraConfig(...): the model has a LoRA whose settings are not known")
-    source = known["base"] if base is None else {n: getattr(base, n) for n in ("path", "revision", "attention")}
+    source = known["base"] if base is None else {n: getattr(base, n) for n in _SOURCE}
     shape = known.get("lora") if lora is None else {name: getattr(lora, name) for name in _LORA}
+    _write_adapter(
+        Path(directory),
+        adapter_state(model),
+        model.config,
+        source=source,
+        student=student if student is not None else student_config(model),
+        lora=shape if has_lora(model) else None,
+        base_fingerprint=base_fingerprint or fingerprint(model),
+    )
+
+
+def write_students(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    *,
+    base: ModelConfig,
+    student: StudentConfig,
+    base_fingerprint: str,
+) -> None:
+    """An adapter folder of students alone (as `surgery.adapter_state` names them), for a model that is not loaded;
+    ``config`` is its Transformers config."""
+    source = {name: getattr(base, name) for name in _SOURCE}
+    _write_adapter(
+        directory, tensors, config, source=source, student=student, lora=None, base_fingerprint=base_fingerprint
+    )
+
+
+def _write_adapter(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    config: Any,
+    *,
+    source: Mapping[str, Any],
+    student: StudentConfig,
+    lora: Mapping[str, Any] | None,
+    base_fingerprint: str,
+) -> None:
     meta = {
         "version": ADAPTER_VERSION,
-        "base": {**source, "config": _shape(model), "fingerprint": base_fingerprint or fingerprint(model)},
-        "student": asdict(student if student is not None else student_config(model)),
-        "lora": shape if has_lora(model) else None,
+        "base": {**source, "config": _shape(config), "fingerprint": base_fingerprint},
+        "student": asdict(student),
+        "lora": lora,
     }
-    write_adapter(Path(directory), adapter_state(model), meta)
+    write_adapter(directory, tensors, meta)
 
 
 def save_merged(model: Any, directory: Path | str, tokenizer: Any = None) -> None:
@@ -168,7 +210,7 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
 
 def _check_base(folder: Path, cfg: ModelConfig, model: Any, source: Mapping[str, Any]) -> None:
     """Raise UserError when `model` is not the base that the adapter was made for."""
-    path, wanted, found = cfg.path, dict(source.get("config") or {}), _shape(model)
+    path, wanted, found = cfg.path, dict(source.get("config") or {}), _shape(model.config)
     for name, value in wanted.items():
         if found.get(name) != value:
             raise UserError(
@@ -233,7 +275,7 @@ def _fill(whole: Any, state: Mapping[str, torch.Tensor]) -> None:
     assert not result.unexpected_keys, f"not in the linearized class: {result.unexpected_keys[:3]}"
 
 
-def _shape(model: Any) -> dict[str, Any]:
-    found = {name: getattr(model.config, name, None) for name in _SHAPE}
+def _shape(config: Any) -> dict[str, Any]:
+    found = {name: getattr(config, name, None) for name in _SHAPE}
     found["model_type"] = str(found["model_type"]).removeprefix(auto.PREFIX)
     return found

@@ -60,15 +60,17 @@ def fingerprint(model: nn.Module) -> str:
     return _digest(model.config, {name: tuple(p.shape) for name, p in tensors.items()}, first)
 
 
-def bear_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> None:
-    """Give ``model``, whose weights are not those of its files, the fingerprint that they have in ``folder``.
+def file_fingerprint(plain: nn.Module, folder: Path, other: Callable[[str, int], Tensor]) -> str:
+    """The fingerprint that the model of a folder has when it is loaded, read from its safetensors files alone.
 
-    ``plain`` is the same model as the files describe it, on the meta device. Raises ``UserError`` for a folder without
-    safetensors files.
+    ``plain`` is that model on the meta device; ``other`` gives the first elements [count] of a parameter whose name
+    the files do not have. Raises ``UserError`` for a folder without safetensors files.
     """
     where = tensor_files(folder)
 
     def first(name: str) -> Tensor:
+        if name not in where:
+            return other(name, ELEMENTS)
         with safe_open(str(where[name]), framework="pt") as opened:
             stored = opened.get_slice(name)
             columns = 1
@@ -77,9 +79,21 @@ def bear_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> None:
             part: Tensor = stored[: -(-ELEMENTS // columns)]
             return first_elements(part, ELEMENTS)
 
-    known = {name: tuple(p.shape) for name, p in base_tensors(plain).items()}
+    return _digest(plain.config, {name: tuple(p.shape) for name, p in base_tensors(plain).items()}, first)
+
+
+def bear_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> None:
+    """Give ``model``, whose weights are not those of its files, the fingerprint that they have in ``folder``.
+
+    ``plain`` is the same model as the files describe it, on the meta device. Raises ``UserError`` for a folder without
+    safetensors files, ``KeyError`` for a parameter whose name they do not have.
+    """
+
+    def unknown(name: str, count: int) -> Tensor:
+        raise KeyError(name)
+
     marked: Any = model
-    marked.trenchcoat_fingerprint = _digest(plain.config, known, first)
+    marked.trenchcoat_fingerprint = file_fingerprint(plain, folder, unknown)
 
 
 def _digest(config: Any, shapes: Mapping[str, tuple[int, ...]], first: Callable[[str], Tensor]) -> str:

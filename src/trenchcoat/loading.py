@@ -44,7 +44,7 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     device = checkpoint.resolve_device(cfg.device)
     dtype = checkpoint.resolve_dtype(cfg.dtype, device)
     source = checkpoint.model_source(cfg)
-    folder = distributed.in_turns_per_node(lambda: model_folder(source, cfg.revision))
+    folder = distributed.in_turns_per_node(lambda: base_folder(source, cfg.revision))
     attention = None if cfg.attention == "auto" else cfg.attention
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -62,8 +62,8 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     return model, checkpoint.load_tokenizer(cfg, str(folder))
 
 
-def model_folder(source: str, revision: str | None) -> Path:
-    """The folder with the files of a model: `source`, or where the hub's files are kept. Raises ``UserError``."""
+def base_folder(source: str, revision: str | None) -> Path:
+    """The local folder of a model (of :func:`trenchcoat.checkpoint.model_source`), fetched from the hub if need be."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -92,7 +92,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model, tokenizer = checkpoint.load_model(cfg, quantization_config=settings)
-    folder = model_folder(checkpoint.model_source(cfg), cfg.revision)
+    folder = base_folder(checkpoint.model_source(cfg), cfg.revision)
     try:
         bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
     except KeyError as error:

@@ -12,8 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from trenchcoat.config import UserError
-
-GIB = 1 << 30
+from trenchcoat.units import GIB
 
 
 def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float = 0.5) -> list[str]:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.sharding import run_decoder
-from trenchcoat.students import StudentAttention, TransferRequest
+from trenchcoat.students import StudentAttention, TransferRequest, layer_key
 
 Batch = dict[str, Tensor]
-"""input_ids [b, T] int64, attention_mask [b, T] int64, labels [b, T] int64 (not shifted; -100 does not count)."""
+"""input_ids [b, T] int64, attention_mask [b, T] int64, labels [b, T] int64 (not shifted; -100 does not count); for some
+layers alone, inputs_embeds [b, T, d] in place of input_ids."""
 
 IDLE = "idle"
 """Key of a batch that only keeps the processes' collectives in step: it runs like any other, its gradients are 0."""
@@ -32,22 +33,32 @@ Metrics = dict[str, float]
 Objective = Callable[[nn.Module, Batch], Metrics]
 
 
-def layer_key(name: str, index: int) -> str:
-    """Key of a per-layer number, e.g. ``loss/layer_03``."""
-    return f"{name}/layer_{index:02d}"
-
-
 def _mask_if_padded(batch: Batch) -> Tensor | None:
     mask = batch.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask
 
 
-def transfer_objective(cfg: TransferConfig) -> Objective:
+def batch_tokens(batch: Batch) -> int:
+    """Positions of a batch, padding included."""
+    given = batch["inputs_embeds" if "inputs_embeds" in batch else "input_ids"]
+    return given.shape[0] * given.shape[1]
+
+
+def forward_decoder(model: nn.Module, batch: Batch) -> Tensor:
+    """The decoder's layers on a batch's tokens, or hidden states, without gradients: [b, T, d] after the last one."""
+    name = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
+    inputs: dict[str, Any] = {name: batch[name], "attention_mask": _mask_if_padded(batch), "use_cache": False}
+    with torch.no_grad():
+        return run_decoder(model, **inputs)
+
+
+def transfer_objective(cfg: TransferConfig, outputs: Callable[[Batch, Tensor], None] | None = None) -> Objective:
     """Attention transfer (LoLCATs, arXiv 2410.10254, section 3.1), every layer on its own.
 
     Each ``StudentAttention`` in ``transfer`` mode computes its loss and its parameters' gradients inside the forward
     pass, which itself runs without gradients, so nothing of one layer is kept while the next one runs. ``loss`` is the
-    mean over layers; gradients are those of each layer's own loss. Raises ``UserError`` when no layer is in transfer
+    mean over layers; gradients are those of each layer's own loss. ``outputs`` is given every batch (but idle ones) and
+    the hidden states [b, T, d] after the last layer. Raises ``UserError`` when no layer is in transfer
     mode, ``RuntimeError`` when the forward pass did not reach one.
     """
 
@@ -62,9 +73,11 @@ def transfer_objective(cfg: TransferConfig) -> Objective:
             normalize=cfg.normalize,
             backward=learning and IDLE not in batch,
         )
-        _forward_transfer(model, batch, students, request)
+        hidden_bTd = _forward_transfer(model, batch, students, request)
+        if outputs is not None and IDLE not in batch:
+            outputs(batch, hidden_bTd)
         mask = batch.get("attention_mask")
-        tokens = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        tokens = batch_tokens(batch) if mask is None else int(mask.sum())
         return _collect(students, detailed=not learning, xent=cfg.xent_weight > 0) | {"tokens": float(tokens)}
 
     return objective
@@ -83,16 +96,14 @@ def initialise_from_text(model: nn.Module, batch: Batch) -> None:
 
 def _forward_transfer(
     model: nn.Module, batch: Batch, students: list[StudentAttention], request: TransferRequest
-) -> None:
-    """The decoder's forward pass, in which each of ``students`` (in transfer mode) meets ``request``."""
+) -> Tensor:
+    """The decoder's forward pass, in which each of ``students`` (in transfer mode) meets ``request``; its output."""
     for student in students:
         student.request, student.metrics = request, {}
     if model.training:
         model.eval()
     try:
-        with torch.no_grad():
-            mask = _mask_if_padded(batch)
-            run_decoder(model, input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+        return forward_decoder(model, batch)
     finally:
         for student in students:
             student.request = None

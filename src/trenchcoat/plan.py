@@ -8,8 +8,6 @@ the stated MFU) and its transfers (the frozen base gathered over the links once 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import torch
 from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.flops import device_peak, lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
-from trenchcoat.machine import GIB
 from trenchcoat.shapes import Shapes, find_config, shapes_of
+from trenchcoat.units import GIB
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
 """Kept free on a GPU: CUDA context and NCCL buffers, and a share of the peak for the allocator's fragmentation."""
@@ -28,11 +26,14 @@ NODE_LINK, NETWORK_LINK, HOST_LINK = 300e9, 50e9, 25e9
 """Bytes a second that one GPU receives: from its node (NVLink), from other nodes (400 Gbit/s each), from the host."""
 KNOWN_TOKENS = {"yahma/alpaca-cleaned": 10e6}
 """Tokens of one pass, with its template (LoLCATs, arXiv 2410.10254: 40 million in two passes of each stage)."""
+KNOWN_ROWS = {"yahma/alpaca-cleaned": 51_760}
+"""Samples of one pass."""
 BYTES_A_TOKEN = 5
 """Of the token cache: an int32 and a flag."""
+HOST_MEMORY, DISK_RATE = 128 * GIB, 3e9
+"""Assumed where nothing is said: host memory for each GPU in use; bytes a second that a node reads from its disk."""
 
 Stage = TransferConfig | LoraConfig
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,25 @@ class Machine:
     disk: float | None = None
     """Free bytes."""
     bandwidth: float | None = None
-    """Bytes a second read from the disk."""
+    """Bytes a second that a node reads from the disk."""
+    write_bandwidth: float | None = None
+    """Bytes a second that a node writes; None: as many as it reads."""
+    host_memory: float | None = None
+    """Bytes of host memory of a node; None: `HOST_MEMORY` for each GPU in use."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpus_per_node < 1:
             raise UserError(f"--gpus and --gpus-per-node must be at least 1, got {self.gpus} and {self.gpus_per_node}")
         if not 0.0 < self.mfu <= 1.0:
             raise UserError(f"--mfu must be above 0 and at most 1, got {self.mfu:g}")
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """``shown`` for the terminal (texts and tables, in order), ``document`` for JSON."""
+
+    shown: tuple[Any, ...]
+    document: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -128,22 +141,6 @@ class Plan:
         return plain
 
 
-def parse_size(text: str, what: str, *, binary: bool = False) -> float:
-    """`80GB`, `1.5 TB`, `3GB/s`, `640MiB`, `10M` as a number; ``binary`` takes GB as 2^30 (makers of GPUs mean that).
-
-    ``UserError`` for anything else, naming the option ``what``.
-    """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgtp]?)(i?)(?:b|bytes)?(?:/s)?\s*", text, flags=re.IGNORECASE)
-    try:
-        number = float(match.group(1)) if match else math.nan
-    except ValueError:
-        number = math.nan
-    if match is None or not number > 0:
-        raise UserError(f"{what} must be a size such as 80GB, 2TB or 3GB/s, got {text!r}")
-    decimal = _UNITS[match.group(2).lower()]
-    return number * (2.0 ** (10 * round(math.log10(decimal) / 3)) if binary or match.group(3) else decimal)
-
-
 def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> tuple[Planner, Plan]:
     """Every way of running ``recipe`` on ``machine``; ``tokens`` is the size of one pass over the training data.
 
@@ -160,6 +157,11 @@ def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) 
     disk = planner.disk()
     state = state_bytes(shapes, recipe.student, planner.dtype_bytes)
     return planner, Plan(recipe.model.path, shapes, machine, ways, best, disk, state)
+
+
+def with_reserve(size: float) -> float:
+    """Memory that a GPU must have to hold ``size`` bytes."""
+    return size * (1 + RESERVE_SHARE) + RESERVE_BYTES
 
 
 def layouts(machine: Machine) -> list[tuple[str, str, Layout]]:
@@ -210,7 +212,7 @@ class Planner:
 
     @property
     def peak(self) -> float:
-        """FLOP/s of one GPU."""
+        """FLOP/s of one GPU in the base's precision; UserError for a GPU that is not known."""
         peak = device_peak(self.machine.gpu, self.dtype)
         if peak is None:
             raise UserError(
@@ -225,7 +227,7 @@ class Planner:
 
     def fits(self, memory: Footprint) -> bool:
         """With the reserve."""
-        return memory.total * (1 + RESERVE_SHARE) + RESERVE_BYTES <= self.machine.gpu_memory
+        return with_reserve(memory.total) <= self.machine.gpu_memory
 
     def stage(self, stage: Stage, layout: Layout) -> StagePlan:
         """One stage under ``layout``."""
@@ -303,13 +305,3 @@ class Planner:
         found["adapter"] = 4.0 * (maps + adapters)
         found["token cache"] = BYTES_A_TOKEN * (self.tokens_a_pass() or 0.0)
         return found
-
-
-def gib(size: float) -> str:
-    """`23.3 GiB`."""
-    return f"{size / GIB:.1f} GiB"
-
-
-def tera(size: float) -> str:
-    """`812 GB` or `1.62 TB`."""
-    return f"{size / 1e12:.2f} TB" if size >= 1e12 else f"{size / 1e9:.3g} GB"

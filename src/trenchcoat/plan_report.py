@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
 from trenchcoat.advice import notes_on
-from trenchcoat.config import Recipe
+from trenchcoat.blockplan import BlocksPlan, blocks_of
+from trenchcoat.blockplan_report import side_by_side
+from trenchcoat.config import Recipe, UserError
 from trenchcoat.footprint import PARTS, Layout
-from trenchcoat.machine import GIB
-from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Machine, Plan, Planner, StagePlan, Way, gib, make_plan, tera
+from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Machine, Plan, Planner, PlanReport, StagePlan, Way, make_plan
 from trenchcoat.shapes import find_config
 from trenchcoat.simulate import Sharding, Simulated, simulate
+from trenchcoat.units import GIB, gib, tera
 
 STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """``shown`` for the terminal (texts and tables, in order), ``document`` for JSON."""
-
-    shown: tuple[Any, ...]
-    document: dict[str, Any]
 
 
 def report_plan(
@@ -37,8 +30,12 @@ def report_plan(
     notes = notes_on(planner, plan)
     shown: list[Any] = [_headline(recipe, plan), _ways_table(plan)]
     shown += [_parts_table(plan, stage) for stage in planner.stages]
-    shown += [_disk_line(plan), _state_line(plan), *(f"- {note}" for note in notes)]
     document = plan.as_dict() | {"notes": notes}
+    if recipe.transfer is not None:
+        blocks = blocks_beside(planner, plan)
+        shown.append(blocks if isinstance(blocks, str) else side_by_side(blocks))
+        document["blocks"] = blocks if isinstance(blocks, str) else blocks.as_dict()
+    shown += [_disk_line(plan), _state_line(plan), *(f"- {note}" for note in notes)]
     if simulated:
         way = _way_to_simulate(plan)
         measured = {name: _simulate(planner, way, name) for name in planner.stages}
@@ -54,6 +51,14 @@ def report_plan(
             for name, found in measured.items()
         }
     return PlanReport(tuple(shown), document)
+
+
+def blocks_beside(planner: Planner, plan: Plan) -> BlocksPlan | str:
+    """Transfer block by block with all GPUs of the machine, or why it cannot be planned."""
+    try:
+        return blocks_of(planner, plan, gpus=[plan.machine.gpus])
+    except UserError as error:
+        return f"block by block: {error}"
 
 
 def _headline(recipe: Recipe, plan: Plan) -> str:

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trenchcoat.config import DataConfig, Recipe, StageConfig, StudentConfig, UserError
+from trenchcoat.units import parse_tokens
 
 
 def builtin_recipes() -> list[str]:
@@ -252,6 +253,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise UserError(f"{path} must be {check[1]}, got {value!r}")
     _check_window(recipe.student, recipe.data)
     check_data(recipe.data)
+    parse_tokens(recipe.blocks.pass_tokens)
     for name, stage in (("transfer", recipe.transfer), ("lora", recipe.lora)):
         if stage is not None:
             _check_stage(name, stage)

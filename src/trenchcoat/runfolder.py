@@ -74,14 +74,16 @@ class RunFolder:
         for stage in stages:
             self._compare(stage, stage_settings(recipe, stage))
 
-    def begin(self, stage: str, recipe: Recipe, identity: Mapping[str, str]) -> None:
+    def begin(self, stage: str, recipe: Recipe, identity: Mapping[str, Any]) -> None:
         """Note the settings of a stage that begins, with ``identity`` of what the recipe only names.
 
         Raises ``UserError`` when it was begun here with others.
         """
         settings = {**stage_settings(recipe, stage), **identity}
         self._compare(stage, settings)
-        write_json(self.stage_dir(stage) / "settings.json", settings)
+        path = self.stage_dir(stage) / "settings.json"
+        known = read_json(path) if path.is_file() else {}
+        write_json(path, {**known, **settings})
 
     def _compare(self, stage: str, now: Mapping[str, Any]) -> None:
         path = self.stage_dir(stage) / "settings.json"

@@ -166,6 +166,8 @@ class RunLog:
         self.console = console if console is not None else Console(stderr=True)
         if progress not in ("auto", "bar", "plain", "off"):
             raise ValueError(f"progress={progress!r}; expected auto, bar, plain or off")
+        self.label = ""
+        """What progress is headed with, before its title."""
         self.display = ("bar" if self.console.is_terminal else "plain") if progress == "auto" else progress
         with saving(self.metrics_path):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -256,6 +258,7 @@ class RunLog:
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Tracker]:
         """Show the way from ``start`` to ``total`` steps while the block runs."""
+        title = f"{self.label}{title}"
         if self.display == "off":
             yield _Silent()
         elif self.display == "plain":
@@ -290,7 +293,7 @@ class SilentLog(RunLog):
     """The log of a process that is not the main one: nothing is written or shown."""
 
     def __init__(self, directory: Path | str) -> None:
-        self.directory, self.display = Path(directory), "off"
+        self.directory, self.display, self.label = Path(directory), "off", ""
 
     def log(self, kind: str, **content: Any) -> None:
         """Nothing."""

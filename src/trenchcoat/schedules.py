@@ -59,3 +59,11 @@ class Schedule:
         """Continue from ``state()``."""
         self.rate, self.bad = state["rate"], state["bad"]
         self.best = math.inf if state["best"] is None else state["best"]
+
+
+def training_length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
+    """(micro-batches, optimizer steps) of the whole stage; the last step of an epoch count may be a short one."""
+    if cfg.max_steps is not None:
+        return cfg.max_steps * cfg.accumulation, cfg.max_steps
+    micro_batches = math.ceil(cfg.epochs * epoch)
+    return micro_batches, math.ceil(micro_batches / cfg.accumulation)

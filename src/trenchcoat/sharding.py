@@ -146,14 +146,16 @@ def compute_device(model: nn.Module) -> torch.device:
     return distributed.device() if is_sharded(model) else next(model.parameters()).device
 
 
-def run_decoder(model: nn.Module, **inputs: Any) -> None:
-    """The forward pass of the layers, for what they do on the way, without the vocabulary head where possible."""
+def run_decoder(model: nn.Module, **inputs: Any) -> Tensor:
+    """The forward pass of the layers, without the vocabulary head where possible: hidden states, or of a spread model
+    the logits of one token."""
     hub: Any = model
     if is_sharded(model):  # FSDP wants its root to be called; of the head's work one token is left
-        hub(**inputs, logits_to_keep=1)
-        return
+        found: Tensor = hub(**inputs, logits_to_keep=1).logits
+        return found
     decoder = hub.get_decoder() if hasattr(hub, "get_decoder") else None
-    (decoder if isinstance(decoder, nn.Module) else hub)(**inputs)
+    output = (decoder if isinstance(decoder, nn.Module) else hub)(**inputs)
+    return output[0]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -19,12 +19,13 @@ from trenchcoat import distributed, hub, report, surgery
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.data import load_batches
-from trenchcoat.estimate import estimate, in_words
+from trenchcoat.estimate import estimate
 from trenchcoat.evaluate import score
 from trenchcoat.generate import generate_text
 from trenchcoat.machine import check_machine
 from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.units import in_words
 from trenchcoat.workshop import Workshop
 
 _TITLES = {

@@ -157,10 +157,14 @@ def _linear_sites(sites: list[AttentionSite], keep: Iterable[int]) -> list[Atten
 
 
 def _build(site: AttentionSite, cfg: StudentConfig) -> StudentAttention:
-    try:
-        student = build_student(cfg, num_heads=site.num_heads, num_kv_heads=site.num_kv_heads, head_dim=site.head_dim)
-    except ValueError as error:
-        raise UserError(f"the student does not fit layer {site.index}: {error}") from error
+    """A student whose random initial values depend on torch's seed and its layer, not on which others are built."""
+    sizes = {"num_heads": site.num_heads, "num_kv_heads": site.num_kv_heads, "head_dim": site.head_dim}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash((torch.initial_seed(), site.index)) % (1 << 62))
+        try:
+            student = build_student(cfg, **sizes)
+        except ValueError as error:
+            raise UserError(f"the student does not fit layer {site.index}: {error}") from error
     student.layer_idx = site.index
     student.train(site.module.training)
     return student

@@ -11,7 +11,6 @@ be continued with another number of processes. They stop together, whichever of 
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat import distributed
-from trenchcoat.checkpoint import Checkpoint, CorruptFileError
 from trenchcoat.config import StageConfig, UserError
 from trenchcoat.gradients import NonFiniteGradient, average_and_clip, clip_groups
 from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.keeper import Keeper, identity
+from trenchcoat.layerwise import BEST, Units
 from trenchcoat.objectives import IDLE, Batch, Objective, first_nonfinite
 from trenchcoat.runlog import RunLog, Tracker
-from trenchcoat.schedules import Schedule
+from trenchcoat.schedules import training_length
 from trenchcoat.sharding import MasterCopies
 from trenchcoat.sums import Meter, Sums
 from trenchcoat.trainstate import (
@@ -45,7 +44,7 @@ _FREE_TO_CHANGE = (
     "save_every",
     "keep_checkpoints",
     "early_stopping",
-    "restore_best",
+    "early_stopping_threshold",
     "gradient_checkpointing",
 )
 """Settings that may differ between a run and its continuation."""
@@ -71,8 +70,11 @@ class Batches(Protocol):
     def train_batch(self, index: int) -> Batch:
         """Micro-batch ``index``, counted over epochs; always the same for the same index."""
 
-    def validation(self, limit: int | None = None) -> Iterable[Batch]:
-        """The first ``limit`` validation micro-batches (None: all)."""
+    def validation_batches(self) -> int:
+        """Validation micro-batches."""
+
+    def validation_batch(self, index: int) -> Batch:
+        """Validation micro-batch ``index``."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class FitResult:
     steps: int
     initial_loss: float
     best_loss: float
+    """Of the weights it ends with (under ``restore_best``): where layers are judged alone, the mean of their best."""
     best_step: int
+    """The latest, where layers are judged alone."""
     final_loss: float
     seconds: float
     tokens: int
@@ -91,6 +95,8 @@ class FitResult:
     """Ctrl-C (or SIGTERM) ended it: a checkpoint was saved and the caller must stop too."""
     early: bool
     """Early stopping ended it."""
+    finished: bool
+    """Nothing is left to do; False when it was stopped, or has come to ``until``."""
 
 
 def fit(
@@ -103,16 +109,17 @@ def fit(
     stage: str,
     background_saves: bool = False,
     flops_per_token: float | None = None,
+    until: int | None = None,
 ) -> FitResult:
     """Train the parameters of ``model`` that require gradients (float32) and leave the best of them in it.
 
     ``stage`` names the checkpoint folder and the log lines; ``background_saves`` lets several processes write
-    checkpoints while they train; ``flops_per_token`` of a step is for the logged utilization. A finished stage is
-    loaded, not trained again. Raises ``UserError`` for nothing to train or a checkpoint of other settings,
-    ``NonFiniteLoss`` naming layer and step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with
-    ``stopped`` set.
+    checkpoints while they train; ``flops_per_token`` of a step is for the logged utilization; after the optimizer step
+    ``until`` it saves and returns, to be continued by another call. A finished stage is loaded, not trained again.
+    Raises ``UserError`` for nothing to train or a checkpoint of other settings, ``NonFiniteLoss`` naming layer and
+    step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with ``stopped`` set.
     """
-    loop = _Loop(model, batches, objective, cfg, run, stage, background_saves, Meter(flops_per_token))
+    loop = _Loop(model, batches, objective, cfg, run, stage, background_saves, Meter(flops_per_token), until)
     loop.resume()
     stopped = False
     with stop_on_signals() as stop, run.progress(stage, loop.total, loop.at.step) as display:
@@ -136,21 +143,20 @@ class _Loop:
         stage: str,
         background_saves: bool,
         meter: Meter,
+        until: int | None,
     ) -> None:
         self.model, self.batches, self.objective = model, batches, objective
         self.cfg, self.log, self.stage = cfg, log, stage
         self.trainable = _trainable(model, stage)
         self.device = next(iter(self.trainable.values())).device
-        self.micro_batches, self.total = _length(cfg, len(batches))
+        self.micro_batches, self.total = training_length(cfg, len(batches))
         self.masters = MasterCopies(self.trainable)
-        self.groups = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
+        self.until = self.total if until is None else min(until, self.total)
+        groups = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
+        self.units = Units(groups, cfg, self.total)
         self.optimizer = torch.optim.AdamW(
-            list(self.masters.parameters.values()),
-            lr=cfg.lr,
-            betas=(cfg.beta1, cfg.beta2),
-            weight_decay=cfg.weight_decay,
+            self.units.parameter_groups(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        self.schedule = Schedule(cfg, self.total)
         self.keeper = Keeper(log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=background_saves)
         self.identity = identity(model, self.trainable, batches, _settings(cfg))
         self.at = Counters()
@@ -165,21 +171,19 @@ class _Loop:
         """Evaluate, save and step until done."""
         at, cfg = self.at, self.cfg
         while True:
-            ended = at.step >= self.total or self.early
-            if at.evaluated_step != at.step and (at.step % cfg.eval_every == 0 or ended):
+            if at.evaluated_step != at.step and (at.step % cfg.eval_every == 0 or self.ended):
                 self.evaluate(stop)
-                ended = ended or self.early
-            wanted = ended or at.best_step == at.step or at.step % cfg.save_every == 0
-            if wanted and self.saved_step != at.step:
+            over = self.ended or at.step >= self.until
+            if (over or at.step % cfg.save_every == 0) and self.saved_step != at.step:
                 self.save()
-            if ended:
+            if over:
                 return
             self.train_step(stop, display)
 
     @property
-    def early(self) -> bool:
-        """Whether early stopping has had enough."""
-        return self.cfg.early_stopping is not None and self.at.bad >= self.cfg.early_stopping
+    def ended(self) -> bool:
+        """Whether all steps are done, or early stopping has had enough."""
+        return self.at.step >= self.total or self.units.stopped
 
     @property
     def seconds(self) -> float:
@@ -219,14 +223,12 @@ class _Loop:
         mine = (None if index is None else self._train_batch(index) for index in distributed.share(indices))
         with torch.enable_grad():
             sums = self._run_all(mine, lambda: self.batches.train_batch(first), at.step + 1, stop)
-        rate = self.schedule.lr(at.step)
+        rate = self.units.set_rates(self.optimizer, at.step)
         self.masters.reduce()
         try:
-            norm = average_and_clip(self.groups, len(indices), self.cfg.clip)
+            norm = average_and_clip(self.units.active(), len(indices), self.cfg.clip)
         except NonFiniteGradient as error:
             raise NonFiniteLoss(self.stage, at.step + 1, error.group, "gradient norm") from error
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.masters.publish()
@@ -260,21 +262,19 @@ class _Loop:
     def evaluate(self, stop: StopSignal) -> None:
         """Mean loss over the validation batches (weighted by their tokens); feeds schedule, best and early stopping."""
         began, at = time.monotonic(), self.at
-        rows = list(self.batches.validation(self.cfg.eval_batches))
+        rows = self.batches.validation_batches()
+        rows = rows if self.cfg.eval_batches is None else min(rows, self.cfg.eval_batches)
         if not rows:
             raise UserError(f"{self.stage}: there are no validation rows; set data.validation_rows above 0")
+        look = self.batches.validation_batch
+        mine = (None if place is None else look(place) for place in distributed.share(range(rows)))
         with torch.no_grad():
-            sums = self._run_all(distributed.share(rows), lambda: rows[0], at.step, stop)
+            sums = self._run_all(mine, lambda: look(0), at.step, stop)
         numbers = sums.means(weighted=True)
-        loss = numbers["loss"]
-        at.last_loss, at.evaluated_step = loss, at.step
-        self.schedule.observe(loss)
+        at.last_loss, at.evaluated_step = numbers["loss"], at.step
         if at.step == 0:
-            at.initial_loss = loss
-        if loss < at.best_loss:
-            at.best_loss, at.best_step, at.bad = loss, at.step, 0
-        else:
-            at.bad += 1
+            at.initial_loss = at.last_loss
+        self.units.observe(numbers, at.step)
         self.saved_step = -1
         spent = round(time.monotonic() - began, 3)
         self.log.log("eval", stage=self.stage, step=at.step, **numbers, tokens=at.tokens, seconds=spent)
@@ -295,15 +295,16 @@ class _Loop:
         state = {
             "stage": self.stage,
             "counters": self.at.to_json(),
-            "schedule": self.schedule.state(),
+            "units": self.units.state(),
             "identity": self.identity,
         }
         groups: dict[str, Mapping[str, Tensor]] = {
             "weights": self.masters.parameters,
             "optimizer": optimizer_tensors(self.optimizer, self.masters.parameters),
+            "best": self.units.best_tensors(self.at.step),
         }
         self.log.sync()
-        self.keeper.write(self.at.step, self.at.best_step, groups, state)
+        self.keeper.write(self.at.step, {name: group for name, group in groups.items() if group}, state)
         self.saved_step = self.at.step
 
     def resume(self) -> None:
@@ -318,33 +319,19 @@ class _Loop:
                 f"{found.path} is already past the {self.total} steps asked for: use another run.dir, ask for more "
                 "steps, or delete that folder"
             )
-        room = optimizer_room(self.optimizer, self.masters.parameters, found.names())
-        self._load(found, room)
-        self.schedule.load_state(found.state["schedule"])
+        slots = [name for name in found.names() if not name.startswith(BEST)]
+        room = optimizer_room(self.optimizer, self.masters.parameters, slots)
+        room |= self.units.room_for_best(found.state["units"], found.step)
+        weights = {name: parameter.detach() for name, parameter in self.masters.parameters.items()}
+        found.load_into({**weights, **room})
+        self.units.adopt_weights(found.step)
+        self.masters.publish()
         self.at = Counters.from_json(found.state["counters"])
         self.seconds_before, self.saved_step, self.resumed_from = self.at.seconds, found.step, found.step
-        self._forget_lost_best()
         evaluated = self.at.evaluated_step == self.at.step
         dropped = self.log.rewind(self.stage, self.at.step, evaluated=evaluated)
         more = f", {dropped} log lines after it dropped" if dropped else ""
         self.log.info(f"{self.stage}: continuing from step {self.at.step} of {self.total} ({found.path.name}{more})")
-
-    def _forget_lost_best(self) -> None:
-        """Count the best anew when its checkpoint is damaged."""
-        at = self.at
-        if at.best_step >= 0 and at.best_step not in self.keeper.best:
-            self.log.warning(
-                f"{self.stage}: the best checkpoint (step {at.best_step}) is missing or damaged; the best is counted "
-                f"anew from step {at.step}"
-            )
-            evaluated = at.evaluated_step == at.step
-            at.best_step, at.best_loss = (at.step, at.last_loss) if evaluated else (-1, math.inf)
-
-    def _load(self, source: Checkpoint, room: Mapping[str, Tensor]) -> None:
-        """Weights, and what ``room`` names, out of a checkpoint."""
-        weights = {name: parameter.detach() for name, parameter in self.masters.parameters.items()}
-        source.load_into({**weights, **room})
-        self.masters.publish()
 
     def finish(self, stopped: bool) -> FitResult:
         """Restore the best weights, log and return the result."""
@@ -352,23 +339,23 @@ class _Loop:
         result = FitResult(
             steps=at.step,
             initial_loss=at.initial_loss,
-            best_loss=at.best_loss,
-            best_step=at.best_step,
+            best_loss=self.units.best_loss,
+            best_step=self.units.best_step,
             final_loss=at.last_loss,
             seconds=self.seconds,
             tokens=at.tokens,
             resumed_from=self.resumed_from,
             stopped=stopped,
-            early=self.early,
+            early=self.units.stopped,
+            finished=self.ended and not stopped,
         )
         if stopped:
             self.log.info(f"{self.stage}: stopped after step {at.step}; run the same command again to go on")
+        if not result.finished:
             return result
-        if self.cfg.restore_best and at.best_step not in (-1, at.step):
-            try:
-                self._load(self.keeper.read(at.best_step), {})
-            except CorruptFileError as error:
-                self.log.warning(f"{self.stage}: {error}; the weights of the last step are kept instead of the best")
+        if self.cfg.restore_best:
+            self.units.restore_best()
+            self.masters.publish()
         self.log.log("result", stage=self.stage, step=at.step, **asdict(result))
         self.log.sync()
         return result
@@ -385,14 +372,6 @@ def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{stage}: {name} is {parameter.dtype}; trained parameters must be float32")
     return found
-
-
-def _length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
-    """(micro-batches, optimizer steps) of the whole stage; the last step of an epoch count may be a short one."""
-    if cfg.max_steps is not None:
-        return cfg.max_steps * cfg.accumulation, cfg.max_steps
-    micro_batches = math.ceil(cfg.epochs * epoch)
-    return micro_batches, math.ceil(micro_batches / cfg.accumulation)
 
 
 def _readable(place: str) -> str:

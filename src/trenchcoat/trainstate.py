@@ -24,13 +24,9 @@ class Counters:
     """Optimizer steps done."""
     tokens: int = 0
     """Tokens the objective counted in them."""
-    bad: int = 0
-    """Evaluations since the best one."""
     evaluated_step: int = -1
-    best_step: int = -1
     initial_loss: float = math.inf
     last_loss: float = math.inf
-    best_loss: float = math.inf
     seconds: float = 0.0
     """Spent in this stage up to the checkpoint."""
 

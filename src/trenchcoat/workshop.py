@@ -60,7 +60,7 @@ class Workshop:
             torch.set_num_threads(recipe.run.threads)
         self._trained: set[str] = set()
         self._batches: dict[tuple[int, int], Batches] = {}
-        self.log = _log(recipe)
+        self.log = run_log(recipe)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -196,7 +196,7 @@ class Workshop:
         )
         if result.stopped:
             raise Stopped
-        facts = _stage_facts(stage, result)
+        facts = stage_facts(stage, result)
         self._trained.add(stage)
         learned = surgery.adapter_state(self.model)
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
@@ -289,7 +289,8 @@ class Workshop:
         )
 
 
-def _log(recipe: Recipe) -> RunLog:
+def run_log(recipe: Recipe) -> RunLog:
+    """The log of a run, silent on all processes but the main one."""
     if distributed.is_main():
         return RunLog(
             recipe.run.dir, progress=recipe.run.progress, trackers=recipe.run.trackers, project=recipe.run.project
@@ -297,7 +298,8 @@ def _log(recipe: Recipe) -> RunLog:
     return SilentLog(recipe.run.dir)
 
 
-def _stage_facts(stage: str, result: FitResult) -> StageFacts:
+def stage_facts(stage: str, result: FitResult) -> StageFacts:
+    """The figures of a finished stage."""
     return StageFacts(stage, result.steps, result.tokens, result.seconds, result.best_loss)
 
 

@@ -6,7 +6,6 @@ padding) and ``labels`` (-100 where no loss is taken, else equal to ``input_ids`
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -69,18 +68,27 @@ class Batches:
 
     def train_batch(self, index: int) -> Batch:
         """Training batch ``index`` >= 0, over as many epochs as it takes; [b, T]."""
+        return self._parts["train"].batch(np.array(self.train_rows(index)), self._pad)
+
+    def train_rows(self, index: int) -> list[int]:
+        """Names of the rows of training batch ``index`` [b]: the same row has the same name in every epoch."""
         rows = self.rows("train")
-        chosen = [
-            self._order(position // rows)[position % rows]
-            for position in range(index * self.batch_size, (index + 1) * self.batch_size)
-        ]
-        return self._parts["train"].batch(np.array(chosen), self._pad)
+        places = range(index * self.batch_size, (index + 1) * self.batch_size)
+        return [int(self._order(place // rows)[place % rows]) for place in places]
+
+    def validation_batches(self) -> int:
+        """Validation batches."""
+        return math.ceil(self.rows("validation") / self.batch_size)
+
+    def validation_batch(self, index: int) -> Batch:
+        """Validation batch ``index``, in the rows' own order; the last one may have fewer rows."""
+        rows = np.arange(self.rows("validation"))[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._parts["validation"].batch(rows, self._pad)
 
     def validation(self, limit: int | None = None) -> Iterator[Batch]:
-        """The validation rows in their own order, at most ``limit`` batches; the last one may have fewer rows."""
-        rows = np.arange(self.rows("validation"))
-        for start in itertools.islice(range(0, len(rows), self.batch_size), limit):
-            yield self._parts["validation"].batch(rows[start : start + self.batch_size], self._pad)
+        """The validation batches, at most ``limit``."""
+        number = self.validation_batches()
+        return (self.validation_batch(index) for index in range(number if limit is None else min(number, limit)))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:

@@ -291,6 +291,10 @@ class StreamedBatches(Batches):
                 found["rows_skipped"] += sum(skipped)
         return dict(found)
 
+    def train_rows(self, index: int) -> list[int]:
+        """Names of the rows of training batch ``index`` [b]; in a stream none comes again."""
+        return list(range(index * self.batch_size, (index + 1) * self.batch_size))
+
     def train_batch(self, index: int) -> Batch:
         """Training batch ``index`` >= 0; [b, T]."""
         if index not in self._ahead:

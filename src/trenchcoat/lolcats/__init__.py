@@ -21,7 +21,7 @@ from trenchcoat.checkpoint import ADAPTER_META, model_source, read_adapter
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.families import attention_sites
 from trenchcoat.identity import bear_fingerprint, fingerprint
-from trenchcoat.loading import model_folder
+from trenchcoat.loading import base_folder
 from trenchcoat.lolcats.files import Key, StateFile, read_state, write_states
 from trenchcoat.lolcats.settings import (
     FAMILIES,
@@ -67,7 +67,7 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
     if lora is not None and lora_cfg is None:
         raise UserError(f"{lora} holds no LoRA; leave --lora out, or give the file of stage 2")
     cfg = ModelConfig(path=str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base)
-    folder = model_folder(model_source(cfg), None)
+    folder = base_folder(model_source(cfg), None)
     model = _empty_model(folder, found, student, lora_cfg)
     tensors = {**_maps(model, found, student), **_lora_tensors(model, found, lora_cfg)}
     known = {name.replace(".weight", ".default.weight") if "lora_" in name else name: t for name, t in tensors.items()}

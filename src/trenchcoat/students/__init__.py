@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from trenchcoat.config import StudentConfig
-from trenchcoat.students.base import Mode, StudentAttention, TransferRequest
+from trenchcoat.students.base import Mode, StudentAttention, TransferRequest, layer_key
 from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
 from trenchcoat.students.linear import LinearAttention
 from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
@@ -18,6 +18,7 @@ __all__ = [
     "StudentAttention",
     "TransferRequest",
     "build_student",
+    "layer_key",
     "register_student",
     "student_class",
 ]

@@ -34,6 +34,11 @@ TINY = 1e-30
 """Floor of a layer's mean squared target where the loss is divided by it."""
 
 
+def layer_key(name: str, index: int) -> str:
+    """Key of a per-layer number, e.g. ``loss/layer_03``."""
+    return f"{name}/layer_{index:02d}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransferRequest:
     """What the objective asks of every student during a transfer step."""

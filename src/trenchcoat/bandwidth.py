@@ -1,0 +1,76 @@
+"""How quick this machine is, for choosing between ways of work: bytes a second of its disks, FLOP a second."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from trenchcoat.files import PARTIAL_PREFIX, saving
+from trenchcoat.flops import device_peak
+
+PROBE_BYTES = 64 << 20
+SHARE_OF_PEAK = 0.4
+"""What training reaches of a device's peak, or of a large matrix product's speed."""
+
+
+def _forget(descriptor: int) -> None:
+    """Ask the system to drop what it has cached of a file, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_rate(folder: Path, size: int = PROBE_BYTES) -> float:
+    """Bytes a second that reach the disk of ``folder``; raises ``SaveError`` where it cannot be written."""
+    path = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-probe"
+    piece = os.urandom(1 << 20)
+    with saving(path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            began = time.perf_counter()
+            with open(path, "wb") as file:
+                for _ in range(max(1, size >> 20)):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            return size / max(time.perf_counter() - began, 1e-9)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def read_rate(files: Sequence[Path], size: int = PROBE_BYTES) -> float:
+    """Bytes a second read from the start of ``files``, past the system's cache where it can be told to drop it."""
+    left, seconds, done = size, 0.0, 0
+    for file in files:
+        if left <= 0:
+            break
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            _forget(descriptor)
+            began = time.perf_counter()
+            while left > 0 and (piece := os.read(descriptor, min(left, 4 << 20))):
+                left, done = left - len(piece), done + len(piece)
+            seconds += time.perf_counter() - began
+        finally:
+            os.close(descriptor)
+    return done / max(seconds, 1e-9)
+
+
+def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second that training reaches on ``device``: a share of its known peak, or of a large matrix product."""
+    if device.type == "cuda":
+        peak = device_peak(torch.cuda.get_device_name(device), dtype)
+        if peak is not None:
+            return SHARE_OF_PEAK * peak
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(3):
+        product = a @ a
+    float(product[0, 0])
+    return SHARE_OF_PEAK * 3 * 2.0 * size**3 / max(time.perf_counter() - began, 1e-9)

@@ -1,0 +1,116 @@
+"""One gradient clip for all layers against one for each, on a model whose layers differ 1000-fold in scale.
+
+The teacher is the embedded model with the values of its layers multiplied by 1024, 128, 8 and 1 and its output
+projections divided by the same: powers of two, so it computes the same function to the last bit, while the attention
+outputs that students learn, and so their losses and gradients, differ. (Those of Llama 3.1 405B span 0.02 to 48.)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from trenchcoat.checkpoint import load_model
+from trenchcoat.comparison import evaluation_rows
+from trenchcoat.config import ModelConfig
+from trenchcoat.evaluate import score
+from trenchcoat.families import decoder_of
+from trenchcoat.recipe_io import load_recipe
+from trenchcoat.runfolder import TRANSFER
+from trenchcoat.runlog import environment, read_metrics
+from trenchcoat.workshop import Workshop
+
+SCALES = (1024.0, 128.0, 8.0, 1.0)
+SCOPES = ("layer", "global")
+STEPS, QUICK_STEPS = 200, 2
+
+
+def _write_scaled(folder: Path) -> None:
+    model, tokenizer = load_model(ModelConfig(path="embedded", device="cpu", dtype="float32"))
+    with torch.no_grad():
+        for layer, scale in zip(decoder_of(model).layers, SCALES, strict=True):
+            layer.self_attn.v_proj.weight.mul_(scale)
+            layer.self_attn.o_proj.weight.div_(scale)
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """({layer: relative error}, {``teacher`` and ``scope``: perplexity after the swap}) of one run."""
+    recipe = load_recipe(
+        "demo",
+        [
+            f"model.path={folder / 'model'}", f"run.dir={folder / scope}", "run.progress=off", "lora=null",
+            f"transfer.clip_scope={scope}", "transfer.normalize=none", "transfer.mse_weight=1000", "transfer.clip=1.0",
+            f"transfer.max_steps={steps}", "transfer.warmup_steps=0", "transfer.schedule=plateau",
+            "transfer.plateau_patience=2", f"transfer.eval_every={max(1, steps // 20)}", "transfer.eval_batches=4",
+            "transfer.save_every=1000", "eval.rows=16", "data.seq_len=512",
+        ],
+    )  # fmt: skip
+    with Workshop(recipe, [TRANSFER]) as shop:
+        shop.train(TRANSFER)
+        text = evaluation_rows(shop.batches(2), recipe.eval.rows)
+        models = {"teacher": shop.assemble_teacher, scope: lambda: shop.assemble(weights=TRANSFER)}
+        found = {
+            name: score(make(), text, window=recipe.student.window, batch_size=2).perplexity
+            for name, make in models.items()
+        }
+    evaluations = [line for line in read_metrics(folder / scope) if line["kind"] == "eval"]
+    best = min(evaluations, key=lambda line: line["loss"])
+    errors = {name.removeprefix("relative/"): best[name] for name in best if name.startswith("relative/layer_")}
+    return errors, found
+
+
+def measure(
+    *, threads: int | None = None, quick: bool = False, repeats: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """Train with both; JSON-ready. ``quick``: two steps, a check that it runs."""
+    if device != "cpu":
+        raise ValueError(f"device={device!r}: the embedded model is small; use --device cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    steps = QUICK_STEPS if quick else STEPS
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_scaled(folder / "model")
+        runs = {scope: _run(folder, scope, steps) for scope in SCOPES}
+    return {
+        "benchmark": "clip",
+        "scales": list(SCALES),
+        "steps": steps,
+        "relative_error": {scope: errors for scope, (errors, _) in runs.items()},
+        "perplexity": {name: value for _, found in runs.values() for name, value in found.items()},
+        "environment": environment(implementation="chunkwise", threads=threads or torch.get_num_threads()),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as text."""
+    lines = [f"Attention transfer, {result['steps']} steps, layers' values scaled by {result['scales']}"]
+    lines.append(f"{'':10} {'one clip a layer':>18} {'one for all':>14}   (squared error / mean square of the output)")
+    for layer, error in result["relative_error"]["layer"].items():
+        lines.append(f"{layer:10} {error:>18.4f} {result['relative_error']['global'][layer]:>14.4f}")
+    found = result["perplexity"]
+    lines.append(f"perplexity {found['layer']:>18.3f} {found['global']:>14.3f}   (teacher {found['teacher']:.3f})")
+    return "\n".join(lines)
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """The errors layer by layer as a PNG file."""
+    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for scope, label, marker in (("layer", "one clip a layer", "o"), ("global", "one clip for all", "s")):
+        values = list(result["relative_error"][scope].values())
+        axes.plot(range(len(values)), values, marker=marker, label=label)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(result["scales"])), [f"{i}\nx {scale:g}" for i, scale in enumerate(result["scales"])])
+    axes.set_xlabel("layer, and the scale of its attention outputs")
+    axes.set_ylabel("relative squared error")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)

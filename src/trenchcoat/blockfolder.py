@@ -1,0 +1,166 @@
+"""What a run's folder remembers of its blocks: one folder each, with the record of a stage and its log in it.
+
+blocks/layers-003-005/stages/transfer/   settings, and when it is finished what it learned and its figures
+blocks/layers-003-005/checkpoints/       resumable checkpoints
+blocks/layers-003-005/metrics.jsonl      its log, as a run's own
+blocks/hidden/                           hidden states between blocks
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trenchcoat import checkpoint, distributed
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runlog import RunLog, SilentLog, read_metrics
+
+FOLDER = "blocks"
+_NAME = re.compile(r"layers-(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers [first, stop) of a model."""
+
+    number: int
+    first: int
+    stop: int
+
+    def __str__(self) -> str:
+        last = self.stop - 1
+        layers = f"layer {last}" if last == self.first else f"layers {self.first} to {last}"
+        return f"block {self.number} ({layers})"
+
+
+def cut(layers: int, size: int) -> list[Block]:
+    """Blocks of ``size`` layers; the last one may have fewer."""
+    return [Block(n, first, min(first + size, layers)) for n, first in enumerate(range(0, layers, size))]
+
+
+@dataclass(frozen=True)
+class BlockIdentity:
+    """What the blocks of a run must have in common to be stitched."""
+
+    base: str
+    """Identity of the base weights."""
+    text: str
+    """Of the tokens and their division into rows."""
+    layers: int
+    """Of the whole model."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return asdict(self)
+
+
+class BlockFolder:
+    """The record of one block in the run's folder."""
+
+    def __init__(self, recipe: Recipe, block: Block, identity: BlockIdentity | None = None) -> None:
+        self.recipe, self.block, self.identity = recipe, block, identity
+        self.directory = blocks_folder(recipe) / f"layers-{block.first:03d}-{block.stop - 1:03d}"
+        self._stage = RunFolder(self.directory)
+
+    @contextmanager
+    def log(self, parent: RunLog) -> Iterator[RunLog]:
+        """Its log, shown as the run's own is."""
+        if not distributed.is_main():
+            yield SilentLog(self.directory)
+            return
+        with RunLog(self.directory, progress=parent.display) as log:
+            log.label = f"{self.block}, "
+            yield log
+
+    @contextmanager
+    def own_log(self) -> Iterator[RunLog]:
+        """Its log as that of the whole command."""
+        if not distributed.is_main():
+            yield SilentLog(self.directory)
+            return
+        with RunLog(self.directory, progress=self.recipe.run.progress) as log:
+            yield log
+
+    def begin(self) -> None:
+        """Note what its training depends on; ``UserError`` when it was begun with something else."""
+        assert self.identity is not None
+        layers = {"layers": [self.block.first, self.block.stop]}
+        self._stage.begin(TRANSFER, self.recipe, {**self.identity.as_dict(), **layers})
+
+    def finish(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep what it learned, under the whole model's names."""
+        self._stage.finish(TRANSFER, tensors, facts)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has learned all it will."""
+        return self.result() is not None
+
+    def result(self) -> dict[str, Any] | None:
+        """Its figures when it is finished."""
+        return self._stage.result(TRANSFER)
+
+    def require_finished(self) -> dict[str, Any]:
+        """Its figures; ``UserError`` when it is not finished, or was trained on something else."""
+        self.begin()
+        result = self.result()
+        if result is None:
+            raise UserError(
+                f"{self.block} is not finished: run `blocks train --block {self.block.number}`, or `blocks run`"
+            )
+        return result
+
+    def last_evaluation(self) -> dict[str, Any] | None:
+        """The newest line of its log that tells of an evaluation."""
+        lines = [line for line in read_metrics(self.directory) if line["kind"] == "eval"]
+        return lines[-1] if lines else None
+
+    def weights(self) -> dict[str, Tensor]:
+        """What it learned."""
+        return self._stage.weights(TRANSFER)
+
+    def steps_done(self, warn: Callable[[str], None]) -> int:
+        """Optimizer steps in its newest sound checkpoint; -1 when there is none."""
+        found = checkpoint.newest_checkpoint(self.directory / "checkpoints" / TRANSFER, warn)
+        return -1 if found is None else found.step
+
+
+def blocks_folder(recipe: Recipe) -> Path:
+    """Where the blocks of a run are."""
+    return Path(recipe.run.dir) / FOLDER
+
+
+def hidden_folder(recipe: Recipe) -> Path:
+    """Where hidden states wait on disk."""
+    own = recipe.blocks.hidden_dir
+    return blocks_folder(recipe) / "hidden" if own is None else Path(own).expanduser()
+
+
+def found_blocks(recipe: Recipe) -> list[Block]:
+    """The blocks that a run's folder holds, in order of their layers, however they were cut."""
+    names = (_NAME.fullmatch(path.name) for path in blocks_folder(recipe).glob("layers-*"))
+    spans = sorted((int(name.group(1)), int(name.group(2)) + 1) for name in names if name)
+    return [Block(number, first, stop) for number, (first, stop) in enumerate(spans)]
+
+
+def require_cover(blocks: list[Block], wanted: set[int]) -> None:
+    """Raise ``UserError`` unless ``blocks`` hold each of the layers ``wanted`` exactly once."""
+    held: dict[int, Block] = {}
+    for block in blocks:
+        for layer in range(block.first, block.stop):
+            if layer in held:
+                raise UserError(
+                    f"layer {layer} is in two blocks, layers {held[layer].first} to {held[layer].stop - 1} and layers "
+                    f"{block.first} to {block.stop - 1}: delete the folder of the one that is not wanted"
+                )
+            held[layer] = block
+    missing = sorted(wanted - held.keys())
+    if missing:
+        raise UserError(f"layer {missing[0]} is in no block ({len(missing)} layers are not): run `blocks train` for it")

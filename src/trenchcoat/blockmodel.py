@@ -1,0 +1,294 @@
+"""A model in pieces: some consecutive layers, its embedding, or its head, each read from the files alone.
+
+A block is a model of the same Hugging Face class with fewer layers, filled by Transformers' own loader from just the
+tensors of those layers, so families whose tensors are renamed or joined on loading work too. It is fed hidden states
+[b, T, hidden] in place of tokens and returns those after its last layer. No modelling file is edited.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers.utils import logging
+
+from trenchcoat import checkpoint
+from trenchcoat.config import ModelConfig, UserError
+from trenchcoat.families import check_family, decoder_of
+from trenchcoat.files import read_json, write_json
+from trenchcoat.identity import file_fingerprint
+from trenchcoat.loading import base_folder
+from trenchcoat.shapes import meta_model
+from trenchcoat.sharding import first_elements, tensor_files
+
+BLOCK_FILE = "trenchcoat_block.json"
+"""Beside the tensors of one block copied by ``blocks shard``: which layers of which model they are."""
+
+_LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
+_EMBEDDING_SCALES = ("embedding_multiplier",)
+"""Attributes of decoders by which they multiply embeddings, and would multiply hidden states given in their place."""
+
+Tensors = dict[str, Tensor]
+
+
+class BlockSource:
+    """The files of a model, from which any of its layers can be built alone.
+
+    ``folder`` overrides where they are (a folder that ``blocks shard`` made). Raises ``UserError`` for a model without
+    safetensors files, a family that cannot be linearized, and 4-bit bases.
+    """
+
+    def __init__(self, cfg: ModelConfig, folder: Path | None = None) -> None:
+        self.cfg = cfg
+        self.folder = base_folder(checkpoint.model_source(cfg), cfg.revision) if folder is None else folder
+        self.device = checkpoint.resolve_device(cfg.device)
+        self.dtype = checkpoint.resolve_dtype(cfg.dtype, self.device)
+        try:
+            self.config = AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"model.path={cfg.path!r}: {' '.join(str(error).split())[:300]}") from error
+        self._class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
+        if self._class is None:
+            raise UserError(f"model.path={cfg.path!r} ({self.config.model_type}) is not a causal language model")
+        self._files = tensor_files(self.folder)
+        part = self.folder / BLOCK_FILE
+        self.part: dict[str, Any] | None = read_json(part) if part.is_file() else None
+
+    @cached_property
+    def plain(self) -> Any:
+        """The whole model on the meta device."""
+        model = meta_model(self.config)
+        check_family(model)
+        return model
+
+    @property
+    def layers(self) -> int:
+        """Layers of the whole model."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def hidden(self) -> int:
+        """Entries of a hidden state."""
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the whole base model, the same as :func:`trenchcoat.identity.fingerprint` of it loaded."""
+        if self.part is not None:
+            return str(self.part["base_fingerprint"])
+        return file_fingerprint(self.plain, self.folder, self._first_elements_when_loaded)
+
+    def _first_elements_when_loaded(self, name: str, count: int) -> Tensor:
+        """Of a parameter that the files have under other names."""
+        found = _LAYER.search(name)
+        if found is None:
+            raise UserError(f"{self.folder} has no tensor {name!r}; the model is incomplete")
+        index = int(found.group(1))
+        block = self.build(index, index + 1, self.read(index, index + 1))
+        return first_elements(dict(block.named_parameters())[_moved(name, -index)], count)
+
+    def layer_bytes(self, first: int, stop: int) -> int:
+        """Bytes of the layers [first, stop) in the model's dtype."""
+        names = [(name, p) for name, p in self.plain.named_parameters() if _layer_in(name, first, stop)]
+        return sum(p.numel() for _, p in names) * self.dtype.itemsize
+
+    def files(self) -> list[Path]:
+        """The files that hold weights."""
+        return sorted(set(self._files.values()))
+
+    # Reading
+
+    def read(self, first: int, stop: int) -> Tensors:
+        """The stored tensors of layers [first, stop), numbered from 0, in host memory of their own."""
+        if not 0 <= first < stop <= self.layers:
+            raise ValueError(f"layers [{first}, {stop}) of {self.layers}")
+        names = [name for name in self._files if _layer_in(name, first, stop)]
+        if not names:
+            raise UserError(f"{self.folder} has no tensors of layers {first} to {stop - 1}")
+        return {_moved(name, -first): tensor for name, tensor in self._load(names)}
+
+    def _load(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:  # opened anew for each, so that what was read does not stay mapped
+            try:
+                with safe_open(str(self._files[name]), framework="pt") as opened:
+                    yield name, opened.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{self._files[name]} cannot be read ({error}); when the disk is back, run the same command again"
+                ) from error
+
+    # Building
+
+    def build(self, first: int, stop: int, tensors: Tensors) -> Any:
+        """The layers [first, stop) as a model that takes ``inputs_embeds`` [b, T, hidden]; frozen, on the device.
+
+        ``tensors`` (of :meth:`read`) become its weights. Its layers keep the numbers they have in the whole model.
+        """
+        model = self._filled(self._config(first, stop, vocabulary=1), tensors)
+        model.set_output_embeddings(nn.Identity())
+        decoder = decoder_of(model)
+        for name, child in list(decoder.named_children()):
+            if name != "layers" and next(child.parameters(), None) is not None:
+                setattr(decoder, name, nn.Identity())
+        _unscale(decoder)
+        for module in decoder.layers.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx += first
+        return model.to(self.device)
+
+    def embedding(self) -> Any:
+        """The model without layers, whose ``last_hidden_state`` is what its first layer is given; on the host."""
+        name = _name_of(self.plain, self.plain.get_input_embeddings().weight)
+        model = self._filled(self._config(0, 0), dict(self._load([name])))
+        decoder = decoder_of(model)
+        for child_name, child in list(decoder.named_children()):
+            if child_name != "layers" and not isinstance(child, nn.Embedding):
+                has_weights = next(child.parameters(), None) is not None
+                setattr(decoder, child_name, nn.Identity() if has_weights else child)
+        return model
+
+    def head(self) -> Any:
+        """The model without layers, fed hidden states after the last one: its final norm and its head."""
+        plain = self.plain
+        embedding = _name_of(plain, plain.get_input_embeddings().weight)
+        head = plain.get_output_embeddings().weight
+        shared = head is plain.get_input_embeddings().weight
+        source = embedding if shared or (name := _name_of(plain, head)) not in self._files else name
+        others = [name for name in self._files if not _LAYER.search(name) and name not in (embedding, source)]
+        tensors = dict(self._load([source, *others]))
+        model = self._filled(self._config(0, 0), {**tensors, embedding: tensors.pop(source)})
+        _unscale(decoder_of(model))
+        return model.to(self.device)
+
+    def _config(self, first: int, stop: int, vocabulary: int | None = None) -> Any:
+        """The config of layers [first, stop); lists with an entry a layer are cut with them."""
+        config = copy.deepcopy(self.config)
+        for name, value in vars(self.config).items():
+            if isinstance(value, list | tuple) and len(value) == self.layers and name != "architectures":
+                setattr(config, name, type(value)(value[first:stop]))
+        config.num_hidden_layers = stop - first
+        config.tie_word_embeddings = True
+        if vocabulary is not None:
+            config.vocab_size = vocabulary
+            config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        return config
+
+    def _filled(self, config: Any, tensors: Mapping[str, Tensor]) -> Any:
+        attention = None if self.cfg.attention == "auto" else self.cfg.attention
+        with _quiet(), torch.random.fork_rng(devices=[]):  # what is missing is drawn at random, and dropped
+            try:
+                model, found = self._class.from_pretrained(
+                    None,
+                    config=config,
+                    state_dict=dict(tensors),
+                    dtype=self.dtype,
+                    attn_implementation=attention,
+                    output_loading_info=True,
+                )
+            except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+                text = " ".join(str(error).split())[:300]
+                raise UserError(f"cannot build layers of model.path={self.cfg.path!r}: {text}") from error
+        missing = sorted(name for name in found["missing_keys"] if _LAYER.search(name))
+        if missing or found["mismatched_keys"]:
+            wrong = missing or sorted(str(one) for one in found["mismatched_keys"])
+            raise UserError(
+                f"{self.folder} does not hold {wrong[0]} as the model wants it; it is incomplete or damaged"
+            )
+        return model.eval().requires_grad_(False)
+
+    # Copying
+
+    def copy_block(self, first: int, stop: int, out: Path, tokenizer: Any = None) -> None:
+        """Copy the tensors of layers [first, stop), the config and their identity to a folder.
+
+        The folder can stand in for the model wherever only this block is worked on.
+        """
+        tensors = dict(self._load([name for name in self._files if _layer_in(name, first, stop)]))
+        with checkpoint.atomic_directory(out) as partial:
+            checkpoint.save_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
+            self.config.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            write_json(
+                partial / BLOCK_FILE,
+                {"first": first, "stop": stop, "layers": self.layers, "base_fingerprint": self.fingerprint},
+            )
+
+
+class ReadAhead:
+    """Reads the tensors of one block while another is worked on."""
+
+    def __init__(self, source: BlockSource) -> None:
+        self.source = source
+        self._thread = ThreadPoolExecutor(1, "trenchcoat-weights")
+        self._next: tuple[tuple[int, int], Future[Tensors]] | None = None
+
+    def start(self, first: int, stop: int) -> None:
+        """Begin to read layers [first, stop)."""
+        if self._next is None or self._next[0] != (first, stop):
+            self._next = (first, stop), self._thread.submit(self.source.read, first, stop)
+
+    def block(self, first: int, stop: int) -> Any:
+        """The model of layers [first, stop), from what was read ahead where that is it."""
+        self.start(first, stop)
+        assert self._next is not None
+        (_, reading), self._next = self._next, None
+        return self.source.build(first, stop, reading.result())
+
+    def close(self) -> None:
+        """Wait for what is being read, and forget it."""
+        self._thread.shutdown(cancel_futures=True)
+        self._next = None
+
+
+def global_names(tensors: Mapping[str, Tensor], first: int) -> Tensors:
+    """Tensors of a block that begins at layer ``first`` under the names they have in the whole model."""
+    return {_moved(name, first): tensor for name, tensor in tensors.items()}
+
+
+def local_names(tensors: Mapping[str, Tensor], first: int, stop: int) -> Tensors:
+    """Those of the whole model's tensors that belong to layers [first, stop), numbered from 0."""
+    return {_moved(name, -first): tensor for name, tensor in tensors.items() if _layer_in(name, first, stop)}
+
+
+def _layer_in(name: str, first: int, stop: int) -> bool:
+    found = _LAYER.search(name)
+    return found is not None and first <= int(found.group(1)) < stop
+
+
+def _moved(name: str, by: int) -> str:
+    return _LAYER.sub(lambda found: f"layers.{int(found.group(1)) + by}.", name, count=1)
+
+
+def _name_of(model: nn.Module, wanted: Tensor) -> str:
+    return next(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is wanted)
+
+
+def _unscale(decoder: Any) -> None:
+    for name in _EMBEDDING_SCALES:
+        if hasattr(decoder, name):
+            setattr(decoder, name, 1.0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loader's report of what a block does not have, and must not."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,248 @@
+"""How many tokens a pass through the blocks holds, and where their hidden states wait: arithmetic, no I/O.
+
+Streaming takes a *pass* of training rows through all blocks, one block at a time: it reads the block's weights, trains
+its students on the pass's micro-batches and writes the teacher's outputs, which are the next block's inputs. A long
+pass reads the weights seldom and holds many hidden states; a short one the other way round. Letters: N tokens that the
+stage trains on (all epochs), D of them in distinct rows, V validation tokens, P tokens of a pass, n blocks, b bytes of
+a token's hidden state, w bytes of all blocks' weights.
+
+    held             2 b (min(P, D) + V)      inputs and outputs of one block; a row is held once, whatever the epochs
+    weights read     w ceil(N / P)            once a pass, by every node
+    states read      n b (N + V ceil(N / P))  on disk: by every epoch, and the validation rows once a pass
+    states written   n b (min(P, D) + V)      on disk: a pass
+    computed         N + V ceil(N / P)        tokens
+
+The next block is read, and hidden states are read and written, while this one computes, so a pass takes the longer of
+the two; only the copy of a block's weights from the host to the device is waited for. Further evaluations of the
+validation rows inside a pass are not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from trenchcoat.config import UserError
+from trenchcoat.units import in_words, parse_tokens, tera
+
+Place = Literal["memory", "disk"]
+
+MARGIN = 0.05
+"""Hidden states stay in memory unless the disk is quicker by more than this share: bandwidths are not that exact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """What a streaming run has to do, and what it can do it with."""
+
+    tokens: int
+    """N: that the stage trains on, all epochs."""
+    distinct: int
+    """D: in distinct training rows."""
+    validation: int
+    """V: in the validation rows that evaluations use; they are part of every pass."""
+    step_tokens: int
+    """Of one optimizer step, over all processes: a pass is a whole number of them."""
+    bytes_a_token: float
+    """b: hidden size times bytes of a number."""
+    weights: float
+    """w: bytes of all blocks' weights."""
+    blocks: int
+    memory: float
+    """Bytes of one node's host memory that hidden states may take (after what is read ahead)."""
+    disk: float
+    """Bytes of one node's disk that hidden states may take."""
+    read: float
+    """Bytes a second that one node reads from the disk of the weights and of the hidden states."""
+    write: float
+    """Bytes a second that one node writes."""
+    compute: float | None
+    """Seconds a token, all blocks and all processes together; None when not known."""
+    copy: float | None = None
+    """Bytes a second from the host to a device; None where the host computes."""
+    nodes: int = 1
+    """Machines that share the rows; each reads all weights (its processes share the page cache)."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return math.ceil(self.tokens / self.step_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassChoice:
+    """A length of the passes, and what it costs."""
+
+    pass_tokens: int
+    """P, a multiple of an optimizer step's tokens; the last pass may be shorter."""
+    passes: int
+    hidden: Place
+    held: float
+    """Bytes of hidden states on one node, in memory or on disk."""
+    weights_read: float
+    """Bytes, of every node."""
+    states_read: float
+    """Bytes, of all nodes together; 0 in memory."""
+    states_written: float
+    compute_seconds: float | None
+    weights_seconds: float
+    states_seconds: float
+    copy_seconds: float
+    """Copying weights from the host to the device: nothing else happens meanwhile."""
+    seconds: float
+    """In all: in each pass the longer of computing and of the disk, and the copies. Without ``compute``: all but it."""
+    why: str
+
+    @property
+    def disk_seconds(self) -> float:
+        """Weights and hidden states together."""
+        return self.weights_seconds + self.states_seconds
+
+
+def held_bytes(run: Streamed, steps: int) -> float:
+    """Bytes of hidden states on one node in a pass of ``steps`` optimizer steps."""
+    rows = min(steps * run.step_tokens, run.tokens, run.distinct) + run.validation
+    return 2.0 * run.bytes_a_token * rows / run.nodes
+
+
+def choose_pass(
+    run: Streamed, *, pass_tokens: str = "auto", hidden: Literal["auto", "memory", "disk"] = "auto"
+) -> PassChoice:
+    """The pass that `blocks.pass_tokens` and `blocks.hidden` ask for; what is `auto` becomes whatever is quickest.
+
+    Raises ``UserError`` for a ``pass_tokens`` that is no number, and, with the figures, when hidden states do not fit.
+    """
+    asked = parse_tokens(pass_tokens)
+    places: tuple[Place, ...] = ("memory", "disk") if hidden == "auto" else (hidden,)
+    found: dict[Place, PassChoice] = {}
+    for place in places:
+        steps = _most_steps(run, place) if asked == "auto" else _steps(run, asked)
+        if steps > 0 and held_bytes(run, steps) <= _room(run, place):
+            found[place] = _cost(run, steps, place)
+    if not found:
+        raise UserError(_too_large(run, asked, places))
+    best: Place = min(found, key=lambda place: found[place].seconds)
+    if "memory" in found and found["memory"].seconds <= found[best].seconds * (1 + MARGIN):
+        best = "memory"
+    return dataclasses.replace(found[best], why=_why(run, found, best, asked, places))
+
+
+def _room(run: Streamed, place: Place) -> float:
+    return run.memory if place == "memory" else run.disk
+
+
+def _steps(run: Streamed, asked: int | Literal["all"]) -> int:
+    """Optimizer steps of a pass of about so many tokens: at least one, at most all."""
+    return run.steps if asked == "all" else min(run.steps, max(1, asked // run.step_tokens))
+
+
+def _most_steps(run: Streamed, place: Place) -> int:
+    """The longest passes that fit, all of about the same length; 0 when not even one step fits."""
+    room = _room(run, place)
+    if held_bytes(run, run.steps) <= room:
+        return run.steps
+    rows = room * run.nodes / (2.0 * run.bytes_a_token) - run.validation
+    most = int(rows // run.step_tokens)
+    return 0 if most < 1 else math.ceil(run.steps / math.ceil(run.steps / most))
+
+
+def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
+    """Sums over the passes, which are equal but for the last."""
+    length, passes = steps * run.step_tokens, math.ceil(run.steps / steps)
+    kinds = [(passes - 1, length), (1, run.tokens - (passes - 1) * length)]
+    boundary = run.blocks * run.bytes_a_token if place == "disk" else 0.0
+    sums = {"compute": 0.0, "weights": 0.0, "states": 0.0, "overlapped": 0.0, "read": 0.0, "written": 0.0}
+    for count, tokens in kinds:
+        read = boundary * (tokens + run.validation)
+        written = boundary * (min(tokens, run.distinct) + run.validation)
+        one = {
+            "compute": (tokens + run.validation) * (run.compute or 0.0),
+            "weights": run.weights / run.read,
+            "states": (read / run.read + written / run.write) / run.nodes,
+            "read": read,
+            "written": written,
+        }
+        one["overlapped"] = max(one["compute"], one["weights"] + one["states"])
+        sums = {name: total + count * one[name] for name, total in sums.items()}
+    copies = 0.0 if run.copy is None else passes * run.weights / run.copy
+    return PassChoice(
+        pass_tokens=length,
+        passes=passes,
+        hidden=place,
+        held=held_bytes(run, steps),
+        weights_read=passes * run.weights,
+        states_read=sums["read"],
+        states_written=sums["written"],
+        compute_seconds=None if run.compute is None else sums["compute"],
+        weights_seconds=sums["weights"],
+        states_seconds=sums["states"],
+        copy_seconds=copies,
+        seconds=sums["overlapped"] + copies,
+        why="",
+    )
+
+
+def _why(
+    run: Streamed,
+    found: dict[Place, PassChoice],
+    best: Place,
+    asked: int | Literal["all", "auto"],
+    places: tuple[Place, ...],
+) -> str:
+    """One sentence: what was chosen, at what cost, and what became of the other place."""
+    told = _told(found[best], run.tokens)
+    others = [place for place in places if place != best]
+    if not others:
+        return told if asked == "auto" else f"{told} (as blocks.pass_tokens and blocks.hidden say)"
+    (other,) = others
+    if other in found:
+        return f"{told}; the alternative: {_told(found[other], run.tokens)}"
+    least = 1 if asked == "auto" else _steps(run, asked)
+    return f"{told}; {_where(other)} {tera(held_bytes(run, least))} would be needed and {_free(run, other)} are free"
+
+
+def _told(choice: PassChoice, tokens: int) -> str:
+    count = f"{choice.passes} passes" if choice.passes > 1 else "one pass"
+    compute = "an unknown time" if choice.compute_seconds is None else _time(choice.compute_seconds)
+    parts = [f"weights {_time(choice.weights_seconds)}"]
+    if choice.hidden == "disk":
+        parts.append(f"hidden states {_time(choice.states_seconds)}")
+    total = "" if choice.compute_seconds is None else f", {_time(choice.seconds)} in all"
+    states = f"{tera(choice.held)} of hidden states {_where(choice.hidden)}"
+    return (
+        f"{count} of {min(choice.pass_tokens, tokens):,} tokens, {states}: "
+        f"{' and '.join(parts)} of reading and writing beside {compute} of computing{total}"
+    )
+
+
+def _where(place: Place) -> str:
+    return "in memory" if place == "memory" else "on disk"
+
+
+def _free(run: Streamed, place: Place) -> str:
+    return tera(max(0.0, _room(run, place)))
+
+
+def _time(seconds: float) -> str:
+    return in_words(seconds) if seconds >= 5 else f"{seconds:.2g} s"
+
+
+def _too_large(run: Streamed, asked: int | Literal["all", "auto"], places: tuple[Place, ...]) -> str:
+    steps = 1 if asked == "auto" else _steps(run, asked)
+    rows = min(steps * run.step_tokens, run.tokens, run.distinct)
+    mends = ["take fewer validation rows (transfer.eval_batches)"]
+    if steps > 1:
+        mends.insert(0, "lower blocks.pass_tokens")
+    if "disk" in places:
+        mends.append("point blocks.hidden_dir at a larger disk")
+    else:
+        mends.append("set blocks.hidden=disk")
+    a_node = " of each node" if run.nodes > 1 else ""
+    return (
+        f"the hidden states of a pass do not fit: {rows:,} training and {run.validation:,} validation tokens are "
+        f"{tera(held_bytes(run, steps))} as inputs and outputs of a block, and "
+        f"{' and '.join(f'{_free(run, place)} {_where(place)}' for place in places)}{a_node} can be had: "
+        f"{', '.join(mends[:-1])} or {mends[-1]}"
+    )

@@ -1,0 +1,364 @@
+"""Attention transfer block by block: a pass of rows through the blocks, one block of layers in memory at a time.
+
+    for each pass over the rows:
+        embed them
+        for each block:      load it (the next one is read meanwhile); all its optimizer steps on this pass's
+                             micro-batches; its outputs, the teacher's, are the next block's inputs; free it
+
+The transfer is teacher-forced and layers learn alone, so this gives the students of the joint run, bit for bit on one
+device in float32. Students and their optimizer wait in the stage's checkpoints while other blocks are at work, which is
+also how a killed run goes on: what is on disk says which block is next in which pass, and hidden states that are lost
+are computed again. This module does one command's work; :mod:`trenchcoat.blockstages` has the commands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trenchcoat import distributed, surgery
+from trenchcoat.blockdata import ROWS, HiddenBatches, Pass, Span
+from trenchcoat.blockfolder import Block, BlockFolder, BlockIdentity
+from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names
+from trenchcoat.config import Recipe, TransferConfig, UserError
+from trenchcoat.data import Batches
+from trenchcoat.flops import transfer_flops_per_token
+from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
+from trenchcoat.runfolder import TRANSFER
+from trenchcoat.runlog import RunLog
+from trenchcoat.schedules import training_length
+from trenchcoat.shapes import shapes_of
+from trenchcoat.train import FitResult, fit
+from trenchcoat.workshop import Stopped, stage_facts
+
+COLLECTED = "collected"
+"""Folder, among those of hidden states, of the boundaries that ``blocks collect`` keeps."""
+
+
+class BlockRun:
+    """The blocks of one recipe, at work in its run folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: BlockSource,
+        text: Batches,
+        blocks: Sequence[Block],
+        log: RunLog,
+        *,
+        start: Batch | None = None,
+    ) -> None:
+        """``start``: the batch that initial values come from, for students that want one."""
+        if recipe.transfer is None:
+            raise UserError("transfer=null: without attention transfer there are no blocks to train")
+        self.recipe, self.cfg = recipe, recipe.transfer
+        self.source, self.text, self.blocks, self.log = source, text, list(blocks), log
+        self.start = start
+        self.ahead = ReadAhead(source)
+        self.folders = [BlockFolder(recipe, block, self.identity) for block in self.blocks]
+        self.steps_done = distributed.from_main(lambda: [folder.steps_done(log.warning) for folder in self.folders])
+
+    @cached_property
+    def identity(self) -> BlockIdentity:
+        """What the blocks of this run have in common."""
+        return BlockIdentity(
+            base=self.source.fingerprint,
+            text=self.text.fingerprint,
+            layers=self.source.layers,
+        )
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Optimizer steps of every block."""
+        return [training_length(self.stage(block), len(self.text))[1] for block in self.blocks]
+
+    def stage(self, block: Block) -> TransferConfig:
+        """The settings of one block's training."""
+        epochs = self.recipe.blocks.epochs
+        return dataclasses.replace(self.cfg, epochs=epochs[block.number]) if epochs else self.cfg
+
+    def close(self) -> None:
+        """End reading ahead."""
+        self.ahead.close()
+
+    def __enter__(self) -> BlockRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # Rows and where their hidden states are
+
+    def rows(self, span: Span, *, of_all: bool = False) -> Pass:
+        """The rows of a pass on this process; ``of_all``: those of the other processes too."""
+        start = self.start if span.first == 0 else None
+        return Pass(span, self.text, self.cfg, totals=self.totals, start=start, of_all=of_all)
+
+    def states(self, rows: Pass, boundary: int, folder: Path | None, *, share: bool = False) -> HiddenStates:
+        """Hidden states before block ``boundary``: in memory, or in ``folder``, where earlier ones are taken up.
+
+        ``share``: the processes fill the folder together, each some of its files.
+        """
+        shape = Shape(rows.rows, rows.tokens, self.source.hidden, self.source.dtype)
+        if folder is None:
+            return HiddenMemory(shape)
+        identity = {
+            **self.identity.as_dict(),
+            "before_layer": self.blocks[boundary].first,
+            "attention": self.recipe.model.attention,
+            "batch_size": self.cfg.batch_size,
+            "optimizer_steps": [rows.span.first, rows.span.until],
+        }
+        return HiddenFiles(
+            folder,
+            shape,
+            identity,
+            shard_bytes=self.recipe.blocks.shard_mib << 20,
+            writer=distributed.rank() if share else 0,
+            writers=distributed.size() if share else 1,
+            warn=self.log.warning,
+        )
+
+    # A block at work
+
+    @contextmanager
+    def loaded(self, number: int, following: int | None) -> Iterator[Any]:
+        """The model of a block; that of ``following`` is read meanwhile."""
+        block = self.blocks[number]
+        model = self.ahead.block(block.first, block.stop)
+        if following is not None:
+            after = self.blocks[following]
+            self.ahead.start(after.first, after.stop)
+        yield model
+
+    def train(self, number: int, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates | None) -> FitResult:
+        """Train a block on a pass; its outputs go to ``out`` on the way. Raises ``Stopped`` after Ctrl-C."""
+        block, folder, cfg = self.blocks[number], self.folders[number], self.stage(self.blocks[number])
+        self.attach(model, block)
+        surgery.set_mode(model, "transfer")
+        surgery.freeze_for_transfer(model)
+        if rows.start and self.steps_done[number] < 0:
+            batch = rows.hidden(rows.start, states)
+            initialise_from_text(model, {name: t.to(self.source.device) for name, t in batch.items()})
+        batches = HiddenBatches(self.text, rows, states, pin=self.source.device.type == "cuda")
+
+        def keep(batch: Batch, hidden_bTd: Tensor) -> None:
+            if out is not None:
+                out.write(batch[ROWS].tolist(), hidden_bTd)
+
+        try:
+            with folder.log(self.log) as log:
+                distributed.from_main(lambda: folder.begin())
+                result = fit(
+                    model,
+                    batches,
+                    transfer_objective(self.cfg, keep),
+                    cfg,
+                    log,
+                    stage=TRANSFER,
+                    background_saves=self.recipe.parallel.async_save,
+                    flops_per_token=self._flops_per_token(model),
+                    until=rows.span.until,
+                )
+        finally:
+            batches.close()
+        if result.stopped:
+            raise Stopped
+        self.steps_done[number] = result.steps
+        if result.finished:
+            learned = global_names(surgery.adapter_state(model), block.first)
+            facts = dataclasses.asdict(stage_facts(TRANSFER, result)) | {"early": result.early}
+            distributed.from_main(lambda: folder.finish(learned, facts))
+        return result
+
+    def attach(self, model: Any, block: Block) -> None:
+        """Put fresh students into a block's model, the same that the whole model would get."""
+        student = self.recipe.student
+        kept = tuple(index for index in student.keep_softmax if block.first <= index < block.stop)
+        torch.manual_seed(self.recipe.run.seed)
+        surgery.attach_students(model, dataclasses.replace(student, keep_softmax=kept))
+
+    def _flops_per_token(self, model: Any) -> float:
+        xent = self.cfg.xent_weight > 0
+        student = dataclasses.replace(self.recipe.student, keep_softmax=())
+        return transfer_flops_per_token(shapes_of(model.config), student, self.recipe.data.seq_len, xent=xent).total
+
+    def fill(self, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates, groups: list[list[int]]) -> None:
+        """Put into ``out`` what a block makes of ``groups`` of rows, with the model's own attention."""
+        if surgery.students_of(model):
+            surgery.set_mode(model, "teacher")
+        for group in groups:
+            batch = {name: t.to(self.source.device) for name, t in rows.hidden(group, states).items()}
+            out.write(group, forward_decoder(model, batch))
+
+    def embed(self, rows: Pass, out: HiddenStates, wanted: list[list[int]]) -> None:
+        """Put the hidden states of ``wanted`` groups before the first layer into ``out``."""
+        groups = rows.groups_missing(out, wanted)
+        if groups:
+            model = self.source.embedding()
+            for group in groups:
+                out.write(group, forward_decoder(model, rows.text(group)))
+        out.finish()
+
+    # Which blocks a pass still has to train
+
+    def trained(self, number: int, span: Span) -> bool:
+        """Whether a block has done its steps of a pass."""
+        return self.folders[number].finished or self.steps_done[number] >= min(span.until, self.totals[number])
+
+    def learns(self, number: int) -> bool:
+        """Whether a block has a layer that is linearized."""
+        block, kept = self.blocks[number], set(self.recipe.student.keep_softmax)
+        return any(index not in kept for index in range(block.first, block.stop))
+
+    def to_train(self, span: Span) -> list[int]:
+        """Blocks that have steps of a pass left, in order."""
+        return [n for n in range(len(self.blocks)) if self.learns(n) and not self.trained(n, span)]
+
+
+class Stream:
+    """Passes through the blocks; ``place`` is the folder of hidden states, None to keep them in memory."""
+
+    def __init__(self, run: BlockRun, place: Path | None) -> None:
+        self.run, self.place = run, place
+
+    def _pass_folder(self, span: Span) -> Path | None:
+        return None if self.place is None else self.place / span.folder
+
+    def _states(self, rows: Pass, boundary: int) -> HiddenStates:
+        """Hidden states before a block in a pass, with what there is of them already."""
+        folder = self._pass_folder(rows.span)
+        if folder is not None:
+            folder = (
+                folder / f"boundary-{boundary:03d}" / f"process-{distributed.rank():03d}-of-{distributed.size():03d}"
+            )
+        return self.run.states(rows, boundary, folder)
+
+    def remove_stale(self, passes: Sequence[Span]) -> None:
+        """Delete hidden states of passes that are none of ``passes``."""
+        if self.place is None or not self.place.is_dir() or not distributed.is_main():
+            return
+        names = {span.folder for span in passes}
+        for path in self.place.glob("pass-*"):
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def go(self, span: Span) -> None:
+        """Train every block on one pass, or what is left of it. Raises ``Stopped`` after Ctrl-C."""
+        run = self.run
+        wanted = run.to_train(span)
+        if wanted:
+            rows = run.rows(span)
+            run.log.info(
+                f"pass {span.number + 1}: optimizer steps {span.first + 1} to {span.until}, {rows.rows} rows of "
+                f"{rows.tokens} tokens, blocks {wanted[0]} to {wanted[-1]}"
+            )
+            states = self._inputs(rows, wanted[0])
+            for number in range(wanted[0], wanted[-1] + 1):
+                states = self._block(rows, number, states, last=wanted[-1], train=number in wanted)
+            states.remove()
+            distributed.barrier()
+        folder = self._pass_folder(span)
+        if folder is not None and distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _block(self, rows: Pass, number: int, states: HiddenStates, *, last: int, train: bool) -> HiddenStates:
+        """One block; returns the states after it (those before it when it is the last)."""
+        run = self.run
+        out = None if number == last else self._states(rows, number + 1)
+        with run.loaded(number, number + 1 if number < last else None) as model:
+            if train:
+                run.train(number, model, rows, states, out)
+            if out is None:
+                return states
+            run.fill(model, rows, states, out, rows.groups_missing(out))
+        out.finish()
+        states.remove()
+        return out
+
+    def _inputs(self, rows: Pass, boundary: int) -> HiddenStates:
+        """The hidden states before a block: found on disk, or computed from the nearest ones that are."""
+        below = self._states(rows, boundary)
+        wanted = rows.groups_missing(below)
+        start = boundary
+        while start > 0 and rows.groups_missing(below, wanted):
+            below.close()
+            start = start - 1 if self.place is not None else 0
+            below = self._states(rows, start)
+        if rows.groups_missing(below, wanted):
+            self.run.embed(rows, below, wanted)
+        for number in range(start, boundary):
+            out = self._states(rows, number + 1)
+            with self.run.loaded(number, number + 1) as model:
+                self.run.fill(model, rows, below, out, rows.groups_missing(out, wanted))
+            out.finish()
+            below.remove()
+            below = out
+        return below
+
+
+class Collection:
+    """Hidden states before every block, of all rows, kept on disk for blocks that are trained apart."""
+
+    def __init__(self, run: BlockRun, place: Path) -> None:
+        self.run, self.folder = run, place / COLLECTED
+        self.span = Span(0, 0, max(run.totals))
+
+    @cached_property
+    def rows(self) -> Pass:
+        """All rows of the stage."""
+        return self.run.rows(self.span, of_all=True)
+
+    def states(self, boundary: int, *, share: bool = True) -> HiddenStates:
+        """Those before a block, with what there is of them already."""
+        return self.run.states(self.rows, boundary, self.folder / f"boundary-{boundary:03d}", share=share)
+
+    @property
+    def bytes(self) -> int:
+        """Of all the hidden states."""
+        shape = Shape(self.rows.rows, self.rows.tokens, self.run.source.hidden, self.run.source.dtype)
+        return len(self.run.blocks) * shape.bytes
+
+    def fill(self, until: int) -> HiddenStates:
+        """Compute what is missing of the states before the blocks up to ``until``; returns the last of them."""
+        run, rows = self.run, self.rows
+        states = self.states(0)
+        run.embed(rows, states, rows.groups)
+        for number in range(until):
+            out = self.states(number + 1)
+            distributed.barrier()
+            states.refresh()
+            missing = rows.groups_missing(out)
+            run.log.info(f"collecting what {run.blocks[number]} makes of {len(missing)} micro-batches")
+            if missing:
+                with run.loaded(number, number + 1 if number + 1 < until else None) as model:
+                    run.fill(model, rows, states, out, missing)
+            out.finish()
+            states.close()
+            states = out
+        distributed.barrier()
+        states.refresh()
+        return states
+
+    def train(self, number: int) -> None:
+        """Train one block from what was collected; what is lost or damaged of its inputs is computed again."""
+        run, span = self.run, self.span
+        if run.trained(number, span) and run.folders[number].finished:
+            return
+        states = self.states(number, share=False)
+        if self.rows.groups_missing(states):
+            states.close()
+            run.log.warning(f"the inputs of {run.blocks[number]} are not complete: they are collected first")
+            states = self.fill(number)
+        with run.loaded(number, None) as model:
+            run.train(number, model, self.rows, states, None)
+        states.close()

@@ -1,0 +1,64 @@
+"""Scores of the teacher and of its linearized students, block by block: one block of a model of any size in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trenchcoat import distributed, surgery
+from trenchcoat.blockmodel import local_names
+from trenchcoat.blocks import BlockRun
+from trenchcoat.evaluate import EvalRows, score
+from trenchcoat.objectives import forward_decoder
+from trenchcoat.results import Scores
+
+
+def score_blocks(
+    run: BlockRun, weights: Mapping[str, Tensor], text: EvalRows, *, batch_size: int
+) -> tuple[Scores, Scores]:
+    """(teacher, students) on N rows of text; ``weights`` are the students' parameters of the whole model.
+
+    Both runs go through the blocks together, so weights are read once; 2 N T d hidden states are in memory.
+    """
+    window = run.recipe.student.window
+    teacher = torch.cat([forward_decoder(run.source.embedding(), {"input_ids": text.ids})])
+    student = teacher.clone()
+    parts = [slice(first, first + batch_size) for first in range(0, len(text.ids), batch_size)]
+    for block in run.blocks:
+        following = block.number + 1 if block.number + 1 < len(run.blocks) else None
+        with run.loaded(block.number, following) as model:
+            _through(model, teacher, parts, run.source.device)
+            if run.learns(block.number):
+                run.attach(model, block)
+                surgery.load_adapter_state(model, local_names(weights, block.first, block.stop))
+                surgery.set_mode(model, "student")
+            _through(model, student, parts, run.source.device)
+    head = run.source.head()
+    found = [score(_Head(head, states, batch_size), text, window=window, batch_size=batch_size)
+             for states in (teacher, student)]  # fmt: skip
+    return found[0], found[1]
+
+
+def _through(model: nn.Module, states_NTd: Tensor, parts: list[slice], device: torch.device) -> None:
+    """Put every row through the layers of ``model``, in place."""
+    for part in parts:
+        states_NTd[part] = forward_decoder(model, {"inputs_embeds": states_NTd[part].to(device)}).to("cpu")
+
+
+class _Head(nn.Module):
+    """The vocabulary head as a model of tokens, for :func:`trenchcoat.evaluate.score`: states are at hand, in order."""
+
+    def __init__(self, head: Any, states_NTd: Tensor, batch_size: int) -> None:
+        super().__init__()
+        self.head, self.states = head, states_NTd
+        self._places: Iterator[int | None] = iter(distributed.share(range(0, len(states_NTd), batch_size)))
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        """Logits [b, T, V] of the next rows."""
+        first = next(self._places) or 0
+        states = self.states[first : first + len(input_ids)].to(input_ids.device)
+        return SimpleNamespace(logits=self.head(inputs_embeds=states, use_cache=use_cache).logits)

@@ -1,0 +1,372 @@
+"""What each of the `trenchcoat blocks` commands does; see :mod:`trenchcoat.blocks` for how."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from trenchcoat import distributed, hub, report, results
+from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
+from trenchcoat.blockdata import spans
+from trenchcoat.blockfolder import Block, BlockFolder, blocks_folder, cut, found_blocks, hidden_folder, require_cover
+from trenchcoat.blockmerge import merge_logs
+from trenchcoat.blockmodel import BlockSource
+from trenchcoat.blockpass import PassChoice, Streamed, choose_pass
+from trenchcoat.blocks import BlockRun, Collection, Stream
+from trenchcoat.blockscore import score_blocks
+from trenchcoat.blocksize import choose_block_size
+from trenchcoat.checkpoint import load_tokenizer, model_source
+from trenchcoat.comparison import evaluation_rows
+from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.data import StreamedBatches, load_batches
+from trenchcoat.flops import transfer_flops_per_token
+from trenchcoat.lock import locked
+from trenchcoat.machine import free_disk, free_memory
+from trenchcoat.plan import HOST_LINK
+from trenchcoat.results import Results, StageFacts
+from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.schedules import training_length
+from trenchcoat.shapes import shapes_of
+from trenchcoat.stages import Outcome
+from trenchcoat.students import student_class
+from trenchcoat.units import in_words, tera
+from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
+
+HOST_SHARE = 0.8
+"""Of the memory that is free, what hidden states and weights read ahead may take."""
+
+
+# The commands
+
+
+def run(recipe: Recipe) -> Outcome:
+    """Stream the whole transfer, one block in memory at a time, then stitch. The same command continues."""
+    with opened(recipe) as work:
+        transfer(work)
+        return _stitched(work)
+
+
+def transfer(work: BlockRun) -> None:
+    """Stream all that is left of the transfer."""
+    if all(work.folders[number].finished for number in range(len(work.blocks)) if work.learns(number)):
+        return
+    choice = _choose_pass(work)
+    work.log.info(choice.why)
+    stream = Stream(work, hidden_folder(work.recipe) if choice.hidden == "disk" else None)
+    passes = spans(max(work.totals), max(1, choice.pass_tokens // _step_tokens(work)))
+    stream.remove_stale(passes)
+    for span in passes:
+        stream.go(span)
+
+
+def collect(recipe: Recipe) -> Outcome:
+    """Keep the inputs of every block on disk, for `train`: one pass of the teacher alone."""
+    with opened(recipe) as work:
+        collection = Collection(work, hidden_folder(recipe))
+        _require_disk(recipe, collection)
+        collection.fill(len(work.blocks) - 1).close()
+        return Outcome((f"the inputs of {len(work.blocks)} blocks are in {collection.folder}",))
+
+
+def train(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
+    """Train one block from collected inputs, alone; ``weights`` is a folder that `shard` made of it."""
+    with opened(recipe, block=number, weights=weights) as work:
+        block = work.blocks[number]
+        if not work.learns(number):
+            return Outcome((f"{block} has only layers that student.keep_softmax leaves as they are",))
+        distributed.from_main(work.folders[number].begin)
+        Collection(work, hidden_folder(recipe)).train(number)
+        facts = work.folders[number].result()
+        assert facts is not None
+        return Outcome((f"{block}: {facts['steps']} steps, best evaluation loss {facts['best_loss']:.4g}",))
+
+
+def shard(recipe: Recipe, out: Path) -> Outcome:
+    """Copy each block's tensors, the tokenizer and the config into a folder of its own."""
+    source = BlockSource(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, model_source(recipe.model))
+    blocks = cut(source.layers, _size(recipe, source))
+    lines = []
+    for block in blocks:
+        folder = out / f"layers-{block.first:03d}-{block.stop - 1:03d}"
+        if not (folder / "config.json").is_file():
+            source.copy_block(block.first, block.stop, folder, tokenizer)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        lines.append(f"{folder}: {block}, {tera(size)}")
+    return Outcome(tuple(lines))
+
+
+def stitch(recipe: Recipe) -> Outcome:
+    """Make one adapter of all blocks, as the joint run leaves it, and score it."""
+    with opened(recipe) as work:
+        return _stitched(work)
+
+
+def status(recipe: Recipe) -> Outcome:
+    """A table of the blocks in the run's folder."""
+    source = BlockSource(recipe.model)
+    blocks = found_blocks(recipe) or cut(source.layers, _size(recipe, source))
+    table = Table(title=f"blocks of {recipe.run.dir}")
+    for name in ("block", "layers", "state", "steps", "loss", "time", "disk"):
+        table.add_column(name, justify="left" if name in ("layers", "state") else "right")
+    for block in blocks:
+        table.add_row(*_status_row(BlockFolder(recipe, block), block))
+    hidden = _size_of(hidden_folder(recipe))
+    return Outcome((table, f"hidden states on disk: {tera(hidden)}"))
+
+
+# Opening a run
+
+
+@contextmanager
+def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = None) -> Iterator[BlockRun]:
+    """The blocks of a recipe, their text and log, with the folder locked: of the run, or of one ``block``."""
+    transfer = recipe.transfer
+    if transfer is None:
+        raise UserError("transfer=null: without attention transfer there are no blocks to train")
+    if recipe.data.select != "none":
+        raise UserError(
+            f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
+            "it out, or give the selected rows as a file"
+        )
+    try:
+        student_class(recipe.student.name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.joined(recipe.parallel, recipe.model.device))
+        RunFolder(recipe.run.dir).refuse_other_recipe(recipe, [TRANSFER])
+        source = BlockSource(recipe.model, weights)
+        blocks = cut(source.layers, distributed.from_main(lambda: _size(recipe, source)))
+        if block is not None and not 0 <= block < len(blocks):
+            raise UserError(f"--block {block}: the blocks of {recipe.run.dir} are 0 to {len(blocks) - 1}")
+        folder = Path(recipe.run.dir) if block is None else BlockFolder(recipe, blocks[block]).directory
+        distributed.from_main(lambda: _hold(stack, folder))
+        _check_blocks(recipe, source, blocks)
+        log = stack.enter_context(run_log(recipe) if block is None else BlockFolder(recipe, blocks[block]).own_log())
+        if block is None:
+            distributed.from_main(lambda: RunFolder(recipe.run.dir).begin(TRANSFER, recipe, {}))
+            log.write_recipe(dump_recipe(recipe))
+            log.write_environment(implementation=recipe.student.impl, teacher_attention=recipe.model.attention)
+            log.info(
+                f"run folder {recipe.run.dir}; model {recipe.model.path}, {source.layers} layers in {len(blocks)} "
+                f"blocks; student {recipe.student.name} ({recipe.student.impl} operator); weights in {source.dtype}"
+            )
+        tokenizer = load_tokenizer(recipe.model, model_source(recipe.model) if weights is None else str(weights))
+        load = partial(load_batches, recipe.data, tokenizer, seed=recipe.run.seed)
+        text = distributed.in_turns_per_node(lambda: load(batch_size=transfer.batch_size))
+        if isinstance(text, StreamedBatches):
+            stack.callback(text.close)
+        start = None
+        if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
+            start = load(batch_size=LANDMARK_ROWS).train_batch(0)
+        yield stack.enter_context(BlockRun(recipe, source, text, blocks, log, start=start))
+
+
+def _hold(stack: ExitStack, folder: Path) -> None:
+    stack.enter_context(locked(folder))
+
+
+def _size(recipe: Recipe, source: BlockSource) -> int:
+    """Layers a block: as asked for, as the run's folder has them, or as many as the device takes."""
+    found = found_blocks(recipe)
+    if found and recipe.blocks.size is None:
+        return max(block.stop - block.first for block in found)
+    assert recipe.transfer is not None
+    gpu = torch.cuda.mem_get_info(source.device)[0] if source.device.type == "cuda" else None
+    chosen = choose_block_size(
+        shapes_of(source.config),
+        recipe.student,
+        recipe.transfer,
+        seq_len=recipe.data.seq_len,
+        gpu_memory=gpu,
+        host_memory=_host_memory(),
+        dtype_bytes=source.dtype.itemsize,
+        size=recipe.blocks.size,
+    )
+    return chosen.layers
+
+
+def _host_memory() -> float:
+    """Bytes that one process may use."""
+    free = free_memory()
+    return math.inf if free is None else HOST_SHARE * free / distributed.world().local_size
+
+
+def _check_blocks(recipe: Recipe, source: BlockSource, blocks: list[Block]) -> None:
+    epochs, kept = recipe.blocks.epochs, recipe.student.keep_softmax
+    if epochs and len(epochs) != len(blocks):
+        raise UserError(
+            f"blocks.epochs has {len(epochs)} entries, and there are {len(blocks)} blocks: give one for each"
+        )
+    if kept and max(kept) >= source.layers:
+        raise UserError(f"student.keep_softmax names layer {max(kept)}, but the layers are 0..{source.layers - 1}")
+    if len(set(kept)) == source.layers:
+        raise UserError(f"student.keep_softmax names all {source.layers} layers; leave out the ones to linearize")
+    known = {(block.first, block.stop) for block in blocks}
+    for found in found_blocks(recipe):
+        if (found.first, found.stop) not in known:
+            raise UserError(
+                f"{blocks_folder(recipe)} holds a block of layers {found.first} to {found.stop - 1}, which is none of "
+                f"those that blocks.size={recipe.blocks.size} gives: use its size, another run.dir, or delete it"
+            )
+
+
+# Choosing the passes
+
+
+def _step_tokens(work: BlockRun) -> int:
+    return work.cfg.accumulation * work.cfg.batch_size * work.recipe.data.seq_len
+
+
+def _choose_pass(work: BlockRun) -> PassChoice:
+    """What `blocks.pass_tokens` and `blocks.hidden` come to on this machine; the same on every process."""
+    recipe = work.recipe
+
+    def choose() -> PassChoice:
+        place = hidden_folder(recipe)
+        bytes_a_token = float(work.source.hidden * work.source.dtype.itemsize)
+        seq_len, batch = recipe.data.seq_len, work.cfg.batch_size
+        held_out = work.text.validation_batches()
+        held_out = held_out if work.cfg.eval_batches is None else min(held_out, work.cfg.eval_batches)
+        blocks = 2 * max(work.source.layer_bytes(b.first, b.stop) for b in work.blocks)
+        on_host = blocks if work.source.device.type == "cpu" else blocks / 2
+        rate = flop_rate(work.source.device, work.source.dtype) * distributed.size()
+        shapes = shapes_of(work.source.config)
+        xent = work.cfg.xent_weight > 0
+        flops = transfer_flops_per_token(shapes, recipe.student, seq_len, xent=xent).total
+        world = distributed.world()
+        return choose_pass(
+            Streamed(
+                tokens=max(training_length(work.stage(b), len(work.text))[0] for b in work.blocks) * batch * seq_len,
+                distinct=min(len(work.text) * batch, work.text.rows("train")) * seq_len,
+                validation=held_out * batch * seq_len,
+                step_tokens=_step_tokens(work),
+                bytes_a_token=bytes_a_token,
+                weights=float(sum(work.source.layer_bytes(b.first, b.stop) for b in work.blocks)),
+                blocks=len(work.blocks),
+                memory=max(0.0, (_host_memory() - on_host) * world.local_size),
+                disk=float(free_disk(place)) - recipe.blocks.shard_mib * 2.0**20,
+                read=read_rate(work.source.files()),
+                write=write_rate(place),
+                compute=flops / rate,
+                copy=HOST_LINK if work.source.device.type == "cuda" else None,
+                nodes=max(1, world.size // world.local_size),
+            ),
+            pass_tokens=recipe.blocks.pass_tokens,
+            hidden=recipe.blocks.hidden,
+        )
+
+    return distributed.from_main(choose)
+
+
+def _require_disk(recipe: Recipe, collection: Collection) -> None:
+    """Raise ``UserError`` when what `collect` has still to write does not fit the disk."""
+
+    def check() -> None:
+        have = _size_of(collection.folder)
+        needed = collection.bytes - have
+        free = free_disk(collection.folder)
+        if needed > free:
+            raise UserError(
+                f"the inputs of all blocks take {tera(collection.bytes)} in {collection.folder}, {tera(needed)} of "
+                f"them are still to be written and {tera(free)} are free: set blocks.hidden_dir to a larger disk, take "
+                "larger blocks (blocks.size), or use `blocks run`, which keeps the states of two boundaries at most"
+            )
+
+    distributed.from_main(check)
+
+
+# Stitching
+
+
+def _stitched(work: BlockRun) -> Outcome:
+    recipe, folder = work.recipe, RunFolder(work.recipe.run.dir)
+    weights = distributed.from_main(lambda: _merged(work, folder))
+    merged = RunFolder(recipe.run.dir).result(TRANSFER)
+    assert merged is not None
+    facts = StageFacts(**merged)
+    work.log.info("scoring the teacher and the transferred students, block by block")
+    text = evaluation_rows(work.text, recipe.eval.rows)
+    teacher, student = score_blocks(work, weights, text, batch_size=recipe.eval.batch_size)
+    found = Results(
+        recipe.student.window,
+        text.ids.shape[1],
+        rows={results.TEACHER: teacher, results.TRANSFER_ONLY: student},
+        recipe=dataclasses.asdict(recipe),
+    )
+    distributed.from_main(lambda: found.save(blocks_folder(recipe) / "evaluation.json"))
+    told = f"{facts.steps} steps, {facts.tokens} tokens, best evaluation loss {facts.best_loss:.4g}"
+    return Outcome(
+        (
+            report.terminal_table(found),
+            f"{len(work.blocks)} blocks stitched: {told}",
+            f"the adapter is in {recipe.run.dir}/adapter; the next stage is: trenchcoat finetune, same recipe",
+        ),
+        found,
+    )
+
+
+def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
+    """What all blocks learned, checked, and left in the run's folder as the joint run leaves it."""
+    recipe = work.recipe
+    blocks = found_blocks(recipe)
+    wanted = set(range(work.source.layers)) - set(recipe.student.keep_softmax)
+    require_cover(blocks, wanted)
+    weights: dict[str, Tensor] = {}
+    figures = []
+    for block in blocks:
+        record = BlockFolder(recipe, block, work.identity)
+        figures.append((record.require_finished(), block))
+        weights |= record.weights()
+    folder.begin(TRANSFER, recipe, {BASE_WEIGHTS: work.source.fingerprint, "text": work.text.fingerprint})
+    linear = [len(wanted & set(range(block.first, block.stop))) for _, block in figures]
+    facts = StageFacts(
+        TRANSFER,
+        max(one["steps"] for one, _ in figures),
+        max(one["tokens"] for one, _ in figures),
+        sum(one["seconds"] for one, _ in figures),
+        sum(one["best_loss"] * count for (one, _), count in zip(figures, linear, strict=True)) / sum(linear),
+    )
+    merge_logs([BlockFolder(recipe, block).directory for block in blocks], work.log)
+    hub.write_students(
+        Path(recipe.run.dir) / "adapter",
+        weights,
+        work.source.config,
+        base=recipe.model,
+        student=recipe.student,
+        base_fingerprint=work.source.fingerprint,
+    )
+    folder.finish(TRANSFER, weights, dataclasses.asdict(facts))
+    return weights
+
+
+# The table
+
+
+def _status_row(record: BlockFolder, block: Block) -> list[str]:
+    layers = f"{block.first}-{block.stop - 1}" if block.stop - block.first > 1 else str(block.first)
+    result, at = record.result(), record.last_evaluation()
+    if result is not None:
+        state = "stopped early" if result.get("early") else "finished"
+        steps, loss, seconds = str(result["steps"]), f"{result['best_loss']:.4g}", in_words(result["seconds"])
+    elif at is not None:
+        state, steps, loss, seconds = "begun", str(at["step"]), f"{at['loss']:.4g}", in_words(at["seconds"])
+    else:
+        state, steps, loss, seconds = "waiting", "", "", ""
+    return [str(block.number), layers, state, steps, loss, seconds, tera(_size_of(record.directory))]
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
