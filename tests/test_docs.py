@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from block_commands import parse_trenchcoat
 from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.recipe_io import builtin_recipes, load_recipe
@@ -37,6 +38,10 @@ def _commands() -> list[str]:
 @pytest.mark.parametrize("line", [line for line in _commands() if line.startswith("trenchcoat ")])
 def test_the_commands_shown_parse(line: str) -> None:
     words = shlex.split(line, comments=True)[1:]
+    if words[0] == "blocks":
+        line = re.sub(r" \([^()]*\)$", "", line)  # a remark behind the command
+        parse_trenchcoat(shlex.split(line, comments=True))
+        return
     args = cli._parse(words)
     if getattr(args, "recipe", None) in builtin_recipes():
         overrides = [item for item in args.overrides if "terrace_sinks" not in item]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from block_commands import parse_trenchcoat
 from trenchcoat import compat
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,7 +28,15 @@ SETTINGS = (
     "PORT",
     "NODES",
     "ACCUMULATION",
+    "RECIPE",
+    "RUN_DIR",
+    "HIDDEN_DIR",
+    "QUEUE",
+    "STEPS",
+    "TRENCHCOAT",
+    "TORCHRUN",
 )
+BLOCK_SCRIPTS = sorted((REPOSITORY / "scripts").glob("*/trenchcoat/*.sh"))
 
 
 def _bash(script: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +85,9 @@ def test_shellcheck_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *BLOCK_SCRIPTS], ids=lambda path: f"{path.parent.parent.name}-{path.name}"
+)
 def test_a_script_is_strict_and_names_no_absolute_path(script: Path) -> None:
     lines = script.read_text().splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
@@ -158,3 +169,89 @@ def test_the_batch_file_meets_at_the_first_node(tmp_path: Path) -> None:
     alone = _bash(_script("405b_e2e_xent1_mse1000.sh"))
     assert alone.returncode == 2
     assert "sbatch --nodes=N" in alone.stderr
+
+
+# Block by block
+
+
+def test_the_block_scripts_are_there() -> None:
+    for size in ("405b", "70b"):
+        names = [path.name for path in BLOCK_SCRIPTS if path.parents[1].name == f"llama3_1_{size}"]
+        assert names == ["finetune.sh", "one_gpu.sh", "slurm.sh"]
+    assert len(BLOCK_SCRIPTS) == 6
+
+
+@pytest.mark.parametrize("size", ["405b", "70b"])
+def test_the_block_commands_are_accepted_and_share_one_run(size: str) -> None:
+    folder = REPOSITORY / "scripts" / f"llama3_1_{size}" / "trenchcoat"
+    settings = {"QUEUE": "partition=gpu,account=lab", "RUN_DIR": "a run", "HIDDEN_DIR": "h", "MODEL": "a model"}
+    found = {
+        name: [
+            parse_trenchcoat(words)
+            for words in _commands(folder / name, "transfer.epochs=3", **settings)
+            if words[0] != "sbatch"
+        ]
+        for name in ("one_gpu.sh", "slurm.sh", "finetune.sh")
+    }
+    assert [seen.words[:2] for seen in found["one_gpu.sh"]] == [["blocks", "plan"], ["blocks", "run"]]
+    assert [seen.words[:2] for seen in found["slurm.sh"]] == [["blocks", "collect"], ["blocks", "run"]]
+    (lora,) = found["finetune.sh"]
+    assert lora.words[0] == "finetune"
+    assert lora.launcher.startswith("srun ")
+    assert "--rdzv_endpoint first-node:29500" in lora.launcher
+    assert f"--nnodes {3 if size == '405b' else 1} --nproc_per_node 8" in lora.launcher
+    for seen in (seen for commands in found.values() for seen in commands):
+        assert seen.recipe.model.path == "a model"
+        assert (seen.recipe.run.dir, seen.recipe.blocks.hidden_dir) == ("a run", "h")
+        assert seen.recipe.blocks.size == (9 if size == "405b" else 5)
+        assert seen.recipe.transfer is not None
+        assert seen.recipe.transfer.epochs == 3
+    collect, blocks = found["slurm.sh"]
+    assert "--gpus-per-node=1 --partition=gpu --account=lab" in collect.launcher
+    assert blocks.recipe.blocks.slurm == ("partition=gpu", "account=lab")
+    assert blocks.words[3:6] == ["--parallel", "--launcher", "slurm"]
+
+
+@pytest.mark.parametrize("size", ["405b", "70b"])
+def test_the_last_step_submits_a_batch_file_that_finds_the_repository(size: str, tmp_path: Path) -> None:
+    script = REPOSITORY / "scripts" / f"llama3_1_{size}" / "trenchcoat" / "slurm.sh"
+    (words,) = _commands(script, "lora.epochs=1", STEPS="finetune", QUEUE="account=lab")
+    assert words[:2] == ["sbatch", "--wait"]
+    assert words[3:] == ["--account=lab", str(script.parent / "finetune.sh"), "lora.epochs=1"]
+    exported = dict(item.split("=") for item in words[2].removeprefix("--export=ALL,").split(","))
+    copy = tmp_path / "slurm_script"
+    copy.write_text(Path(words[4]).read_text())
+    (run,) = _commands(copy, *words[5:], **exported)
+    seen = parse_trenchcoat(run)
+    assert seen.recipe.lora is not None
+    assert seen.recipe.lora.epochs == 1
+    lost = _bash(copy, DRY_RUN="1")
+    assert lost.returncode == 2
+    assert "is not the repository" in lost.stderr
+
+
+def test_a_step_that_is_none_and_a_batch_file_outside_a_job_are_said() -> None:
+    folder = REPOSITORY / "scripts" / "llama3_1_70b" / "trenchcoat"
+    wrong = _bash(folder / "one_gpu.sh", STEPS="plan train", DRY_RUN="1")
+    assert wrong.returncode == 2
+    assert "STEPS has 'train'; expected plan, transfer" in wrong.stderr
+    alone = _bash(folder / "finetune.sh")
+    assert alone.returncode == 2
+    assert "sbatch" in alone.stderr
+
+
+@pytest.mark.parametrize("size", ["405b", "70b"])
+def test_the_commands_of_the_block_readmes_are_accepted(size: str) -> None:
+    folder = REPOSITORY / "scripts" / f"llama3_1_{size}" / "trenchcoat"
+    lines = [
+        line
+        for block in (folder / "README.md").read_text(encoding="utf-8").split("```sh\n")[1:]
+        for line in block.split("```")[0].splitlines()
+    ]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[0] == "sbatch":
+            assert (REPOSITORY / words[1]).is_file()
+        else:
+            assert parse_trenchcoat(words).recipe.run.dir == f"runs/llama3_1_{size}_blocks"

@@ -87,7 +87,9 @@ def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
             f"transfer.accumulation={whole} does"
         )
     if recipe.model.quantize != "none":
-        found.append(f"blocks are counted in their own precision; model.quantize={recipe.model.quantize} is for LoRA")
+        found.append(
+            f"blocks are counted in the weights' own precision, not with model.quantize={recipe.model.quantize}"
+        )
     if plan.machine.disk is None:
         found.append("--disk says how much there is, to compare with")
     return found

@@ -1,0 +1,91 @@
+# Sourced by the scripts in llama3_1_*/trenchcoat: attention transfer block by block, then LoRA, in one run's folder, from
+# settings that the environment overrides.
+#
+#   RECIPE            a recipe with blocks: one that ships, or a file
+#   MODEL             the pretrained model, where it is not the recipe's: a hub id or a folder
+#   RUN_DIR           the run's folder, where it is not the recipe's; every node must see it
+#   HIDDEN_DIR        where hidden states go (blocks/hidden in the run's folder)
+#   QUEUE             options of every Slurm job, as names and values: partition=gpu,account=lab
+#   GPUS              GPUs a node, for LoRA (8)
+#   TRENCHCOAT, TORCHRUN   the commands (trenchcoat, torchrun)
+#   STEPS             which steps to take, where it is not all of a script's
+#   DRY_RUN=1         print the commands and run nothing
+#
+# Arguments are overrides (transfer.xent_weight=0), handed on to every command. A script that is called again continues.
+# shellcheck shell=bash
+
+TRENCHCOAT=${TRENCHCOAT:-trenchcoat}
+TORCHRUN=${TORCHRUN:-torchrun}
+GPUS=${GPUS:-8}
+
+# run COMMAND ...: run it, or print it
+run() {
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+# settings OVERRIDE ...: what all commands are given goes into `overrides`, Slurm's options into `queue`
+settings() {
+  overrides=()
+  queue=()
+  [[ -z ${MODEL:-} ]] || overrides+=("model.path=$MODEL")
+  [[ -z ${RUN_DIR:-} ]] || overrides+=("run.dir=$RUN_DIR")
+  [[ -z ${HIDDEN_DIR:-} ]] || overrides+=("blocks.hidden_dir=$HIDDEN_DIR")
+  overrides+=("$@")
+  local option options=()
+  IFS=, read -ra options <<<"${QUEUE:-}"
+  for option in "${options[@]}"; do
+    queue+=("--$option")
+  done
+}
+
+# step NAME: one step of a script, by the name that STEPS takes
+step() {
+  case $1 in
+    plan) run "$TRENCHCOAT" blocks plan "$RECIPE" "${overrides[@]}" ;;
+    transfer) run "$TRENCHCOAT" blocks run "$RECIPE" "${overrides[@]}" ;;
+    collect)
+      run srun --job-name=trenchcoat-collect --nodes=1 --ntasks=1 --gpus-per-node=1 "${queue[@]}" \
+        "$TRENCHCOAT" blocks collect "$RECIPE" "${overrides[@]}"
+      ;;
+    blocks)
+      run "$TRENCHCOAT" blocks run "$RECIPE" --parallel --launcher slurm "blocks.slurm=[${QUEUE:-}]" "${overrides[@]}"
+      ;;
+    finetune)
+      run sbatch --wait "--export=ALL,ROOT=${root:?}" "${queue[@]}" "${here:?}/finetune.sh" "${overrides[@]}"
+      ;;
+    *)
+      echo "STEPS has '$1'; expected plan, transfer, collect, blocks or finetune" >&2
+      return 2
+      ;;
+  esac
+}
+
+# steps DEFAULT: those that STEPS names, in its order, until one fails
+steps() {
+  local name
+  for name in ${STEPS:-$1}; do
+    step "$name"
+  done
+}
+
+# finetune OVERRIDE ...: LoRA by all GPUs of this Slurm job; one torchrun a node, which meet at the first under its number
+finetune() {
+  local hosts nodes=${SLURM_NNODES:-${NODES:-1}} job=${SLURM_JOB_ID:-0}
+  if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  elif [[ ${DRY_RUN:-0} == 1 ]]; then
+    hosts=(first-node)
+  else
+    echo "this is a Slurm batch file: sbatch $0 (or DRY_RUN=1 to see its command)" >&2
+    return 2
+  fi
+  run srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    "$TORCHRUN" --nnodes "$nodes" --nproc_per_node "$GPUS" --max_restarts "${MAX_RESTARTS:-3}" \
+    --rdzv_id "$job" --rdzv_backend c10d --rdzv_endpoint "${hosts[0]}:${PORT:-$((29500 + job % 1000))}" \
+    -m trenchcoat finetune "$RECIPE" "$@"
+}

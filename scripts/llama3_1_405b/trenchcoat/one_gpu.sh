@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Llama 3.1 405B on one GPU: what it will take, then attention transfer, one block after another.
+#
+#   scripts/llama3_1_405b/trenchcoat/one_gpu.sh
+#   HIDDEN_DIR=hidden scripts/llama3_1_405b/trenchcoat/one_gpu.sh blocks.hidden=disk
+#
+# Settings: scripts/blocks.sh. STEPS="plan transfer" by default. LoRA then takes GPUs that hold the model: finetune.sh.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd -- "$here/../../.." && pwd)
+RECIPE=${RECIPE:-llama3_1_405b_blocks}
+# shellcheck source=scripts/blocks.sh
+source "$root/scripts/blocks.sh"
+
+settings "$@"
+steps "plan transfer"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Llama 3.1 405B under Slurm, from a node that may submit jobs: the inputs of all blocks, a job for each block, then LoRA.
+#
+#   QUEUE=partition=gpu,account=lab scripts/llama3_1_405b/trenchcoat/slurm.sh
+#
+# Settings: scripts/blocks.sh. STEPS="collect blocks finetune" by default; each waits for the one before.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd -- "$here/../../.." && pwd)
+RECIPE=${RECIPE:-llama3_1_405b_blocks}
+# shellcheck source=scripts/blocks.sh
+source "$root/scripts/blocks.sh"
+
+settings "$@"
+steps "collect blocks finetune"
