@@ -21,7 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trenchcoat import data, distributed, stages, surgery, train
+from trenchcoat import blockstages, data, distributed, stages, surgery, train
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.interrupts import StopSignal
 from trenchcoat.loading import load_base
@@ -115,7 +115,29 @@ def _status(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
-OWN = {"collectives": collectives, "poisoned": poisoned, "stopped": stopped, "loading": loading}
+def blocks(recipe: Recipe) -> str:
+    """The transfer block by block, streamed."""
+    blockstages.run(recipe)
+    return "done"
+
+
+def blocks_apart(recipe: Recipe) -> str:
+    """Inputs collected together, every block trained together."""
+    blockstages.collect(recipe)
+    for number in (1, 0):
+        blockstages.train(recipe, number)
+    blockstages.stitch(recipe)
+    return "done"
+
+
+OWN = {
+    "blocks": blocks,
+    "blocks_apart": blocks_apart,
+    "collectives": collectives,
+    "poisoned": poisoned,
+    "stopped": stopped,
+    "loading": loading,
+}
 
 
 def do(job: dict[str, Any]) -> Any:

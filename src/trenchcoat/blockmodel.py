@@ -8,6 +8,7 @@ tensors of those layers, so families whose tensors are renamed or joined on load
 from __future__ import annotations
 
 import copy
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,7 +122,7 @@ class BlockSource:
         for name in names:  # opened anew for each, so that what was read does not stay mapped
             try:
                 with safe_open(str(self._files[name]), framework="pt") as opened:
-                    yield name, opened.get_tensor(name).clone()
+                    yield name, _own_memory(opened.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"{self._files[name]} cannot be read ({error}); when the disk is back, run the same command again"
@@ -278,6 +279,14 @@ def _unscale(decoder: Any) -> None:
     for name in _EMBEDDING_SCALES:
         if hasattr(decoder, name):
             setattr(decoder, name, 1.0)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """A copy in memory of its own, which goes back to the system when the tensor goes (a heap would keep it)."""
+    if not tensor.numel():
+        return tensor.clone()
+    room = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)
+    return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @contextmanager

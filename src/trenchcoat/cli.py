@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trenchcoat import cli_blocks
+from trenchcoat import cli_blocks, cli_interop
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.recipe_io import builtin_recipes, load_recipe, settings_help
 
@@ -157,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(add("generate", _generate, "write text with a linearized model", _GENERATE))
     _add_bench(add("bench", _bench, "measure the operator or a transfer step on this machine", _BENCH))
     _add_export(add("export", _export, "write the adapter, or a merged model, of a run", _EXPORT))
+    cli_interop.add_commands(add, show)
     return parser
 
 
@@ -237,7 +238,9 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
 def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("target", metavar="DIR", help="a run's folder or an adapter folder")
     sub.add_argument("--out", metavar="DIR", required=True, help="folder to write")
-    sub.add_argument("--merge", action="store_true", help="a complete model instead of an adapter")
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--merge", action="store_true", help="a complete model instead of an adapter")
+    form.add_argument("--to", choices=["lolcats"], default=None, help="the .pt files of the original LoLCATs code")
 
 
 # The commands
@@ -344,6 +347,9 @@ def _bench(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
+    if args.to is not None:
+        show(cli_interop.export_lolcats(args))
+        return
     show(stages.export(Path(args.target), Path(args.out), merge=args.merge))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trenchcoat.esl import EslRanking
 from trenchcoat.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.hub import save_adapter
 from trenchcoat.loading import load_base
+from trenchcoat.lock import locked
 from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
@@ -44,8 +46,8 @@ class Stopped(KeyboardInterrupt):
 class Workshop:
     """The recipe, the run's folder and log, and the loaded model of one command.
 
-    Nothing is loaded before it is needed. Raises ``UserError`` at once for a student that does not exist and for a
-    folder that holds ``stages`` of another recipe.
+    Nothing is loaded before it is needed. Raises ``UserError`` at once for a student that does not exist, for a folder
+    that holds ``stages`` of another recipe, and for one that another command is at work in.
     """
 
     def __init__(self, recipe: Recipe, stages: list[str]) -> None:
@@ -56,6 +58,8 @@ class Workshop:
         self.recipe = recipe
         self.folder = RunFolder(recipe.run.dir)
         self.folder.refuse_other_recipe(recipe, stages)
+        self._held = ExitStack()
+        distributed.from_main(lambda: _hold(self._held, Path(recipe.run.dir)))
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
         self._trained: set[str] = set()
@@ -114,6 +118,7 @@ class Workshop:
             if isinstance(batches, StreamedBatches):
                 batches.close()
         self.log.close()
+        self._held.close()
 
     def __enter__(self) -> Workshop:
         return self
@@ -287,6 +292,10 @@ class Workshop:
                 base_fingerprint=known,
             )
         )
+
+
+def _hold(stack: ExitStack, folder: Path) -> None:
+    stack.enter_context(locked(folder))
 
 
 def run_log(recipe: Recipe) -> RunLog:

@@ -2,7 +2,12 @@
 
 The teacher is the embedded model with the values of its layers multiplied by 1024, 128, 8 and 1 and its output
 projections divided by the same: powers of two, so it computes the same function to the last bit, while the attention
-outputs that students learn, and so their losses and gradients, differ. (Those of Llama 3.1 405B span 0.02 to 48.)
+outputs that students learn, and so their losses and gradients, differ. (Losses of Llama 3.1 405B span 0.02 to 48.)
+
+AdamW divides the scale of a gradient out again, as long as it is large against its epsilon of 1e-8. So what one clip
+for all takes from the small layers shows only where it leaves them next to nothing, which depends on how many
+parameters share the norm: clipping the 264 million students' parameters of a 405B to a norm of 1 is, a parameter,
+clipping the embedded model's to ``CLIP``.
 """
 
 from __future__ import annotations
@@ -27,7 +32,9 @@ from trenchcoat.workshop import Workshop
 
 SCALES = (1024.0, 128.0, 8.0, 1.0)
 SCOPES = ("layer", "global")
-STEPS, QUICK_STEPS = 200, 2
+STEPS, QUICK_STEPS = 120, 2
+CLIP = (4 * 4 * 2 * 64 * 64 / (126 * 128 * 2 * 128 * 64)) ** 0.5
+"""A norm of 1, for as many parameters as there are here: layers, heads, two maps, head and feature dimension."""
 
 
 def _write_scaled(folder: Path) -> None:
@@ -46,10 +53,11 @@ def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[s
         "demo",
         [
             f"model.path={folder / 'model'}", f"run.dir={folder / scope}", "run.progress=off", "lora=null",
-            f"transfer.clip_scope={scope}", "transfer.normalize=none", "transfer.mse_weight=1000", "transfer.clip=1.0",
-            f"transfer.max_steps={steps}", "transfer.warmup_steps=0", "transfer.schedule=plateau",
-            "transfer.plateau_patience=2", f"transfer.eval_every={max(1, steps // 20)}", "transfer.eval_batches=4",
-            "transfer.save_every=1000", "eval.rows=16", "data.seq_len=512",
+            f"transfer.clip_scope={scope}", "transfer.normalize=none", "transfer.mse_weight=1000",
+            f"transfer.clip={CLIP}", f"transfer.max_steps={steps}", "transfer.lr=1e-3", "transfer.warmup_steps=0",
+            "transfer.schedule=constant", f"transfer.eval_every={max(1, steps // 4)}", "transfer.eval_batches=4",
+            "transfer.save_every=1000", "student.feature_map.name=hedgehog", "student.feature_map.feature_dim=64",
+            "student.feature_map.init=identity", "eval.rows=16", "data.seq_len=512",
         ],
     )  # fmt: skip
     with Workshop(recipe, [TRANSFER]) as shop:
@@ -83,6 +91,7 @@ def measure(
         "benchmark": "clip",
         "scales": list(SCALES),
         "steps": steps,
+        "clip": CLIP,
         "relative_error": {scope: errors for scope, (errors, _) in runs.items()},
         "perplexity": {name: value for _, found in runs.values() for name, value in found.items()},
         "environment": environment(implementation="chunkwise", threads=threads or torch.get_num_threads()),
@@ -91,7 +100,7 @@ def measure(
 
 def table(result: Mapping[str, Any]) -> str:
     """The result as text."""
-    lines = [f"Attention transfer, {result['steps']} steps, layers' values scaled by {result['scales']}"]
+    lines = [f"Attention transfer, {result['steps']} steps, clip {CLIP:.3f}, layers' values x {result['scales']}"]
     lines.append(f"{'':10} {'one clip a layer':>18} {'one for all':>14}   (squared error / mean square of the output)")
     for layer, error in result["relative_error"]["layer"].items():
         lines.append(f"{layer:10} {error:>18.4f} {result['relative_error']['global'][layer]:>14.4f}")

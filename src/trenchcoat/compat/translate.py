@@ -7,31 +7,20 @@ are refused.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trenchcoat.compat.configs import OldConfig
 from trenchcoat.config import StageConfig, UserError
 from trenchcoat.data.sources import FILE_KINDS
+from trenchcoat.lolcats.settings import ATTENTIONS, FEATURE_MAPS, HALVED, expected, one_of
 from trenchcoat.students import STUDENTS
 
 Section = dict[str, Any]
 
-_ATTENTIONS = {
-    "lolcats_llama": "linear",
-    "lolcats_llama_window_tk": "terrace",
-    "lolcats_long_llama_window_tk": "terrace",
-    "lolcats_llama_window_tk_gen": "terrace",
-    "lolcats_llama_window_sw": "sliding",
-    "lolcats_long_llama_window_sw": "sliding",
-}
-"""Attention types of the original; those for long inputs computed the same function piece by piece."""
-_MAPS = {"softmax_dim": "hedgehog", "exp_dim": "exp", "relu": "t2r", "pos_elu": "elu"}
-_HALVED = ("softmax_dim", "exp_dim")
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw")
 _SCHEDULES = {
     **dict.fromkeys(("reduce_lr_on_plateau", "plateau"), "plateau"),
@@ -42,17 +31,6 @@ _SCHEDULES = {
 _TRANSFER_TRAINERS = ("distill_attention_xent_mse", "distill_attention_mse")
 _ALPACA = ("alpaca_clean", "alpaca")
 _REDPAJAMA = {"redpajama_sample": "across", "redpajama_sample_contig": "contiguous"}
-
-
-def _one_of(word: Any, known: Mapping[str, str], what: str) -> str:
-    if word in known:
-        return known[word]
-    raise UserError(f"{what} is {word!r}; {_expected(word, known)}")
-
-
-def _expected(word: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
-    return f"known: {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _set(values: Mapping[str, Any]) -> Section:
@@ -89,7 +67,7 @@ def student_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
             f"{config.file} is a model with its own softmax attention (attention_type: {word}): there is nothing to "
             "transfer to. Give a configuration with a linear attention, one named distill_..., or --attention_type"
         )
-    name = _one_of(word, {**_ATTENTIONS, **{own: own for own in STUDENTS}}, "attention.attention_type")
+    name = one_of(word, {**ATTENTIONS, **{own: own for own in STUDENTS}}, "attention.attention_type")
     windowed = name != "linear"
     # the original's own default is sigmoid(0)
     factor = float(config.at("attention.init_window_factor", 0.0))
@@ -107,12 +85,12 @@ def student_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
 def _feature_map(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     kwargs = "attention.learned_kernel_kwargs"
     word = config.at("attention.feature_map", "softmax_dim")
-    name = _one_of(word, _MAPS, "attention.feature_map")
-    if not config.at("attention.feature_map_kwargs.fullspace", True) and word in _HALVED:
+    name = one_of(word, FEATURE_MAPS, "attention.feature_map")
+    if not config.at("attention.feature_map_kwargs.fullspace", True) and word in HALVED:
         name = f"{name}_half"
     kernel = flags.get("learned_kernel") or config.at("attention.learned_kernel")
     known = {"untied_head_einsum": "map", "untied_head_adapter": "adapter"}
-    adapter = _one_of(kernel, known, "attention.learned_kernel") == "adapter"
+    adapter = one_of(kernel, known, "attention.learned_kernel") == "adapter"
     width = config.at(f"{kwargs}.hidden_dim")
     if adapter and width is None:
         raise UserError(f"{config.file}: untied_head_adapter needs {kwargs}.hidden_dim, the width of its bottleneck")
@@ -134,7 +112,7 @@ def data_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     """``data.*`` of one experiment. Raises ``UserError`` for a data set that has no counterpart."""
     name = config.at("dataset.name", "alpaca_clean")
     if name not in (*_ALPACA, *_REDPAJAMA):
-        raise UserError(f"{config.file}: dataset.name is {name!r}; {_expected(name, (*_ALPACA, *_REDPAJAMA))}")
+        raise UserError(f"{config.file}: dataset.name is {name!r}; {expected(name, (*_ALPACA, *_REDPAJAMA))}")
     section = _alpaca(config) if name in _ALPACA else _redpajama(config, _REDPAJAMA[name])
     section["seq_len"] = flags.get("dataset_chunk_size", config.at("dataset.dataset_config.chunk_size"))
     split = config.at("trainer.train_split")
@@ -217,7 +195,7 @@ def stage_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     }
     optimizer = flags.get("optim") or config.at("optimizer.optim", "adamw_torch")
     if optimizer not in _OPTIMIZERS:
-        raise UserError(f"optimizer {optimizer!r} is not available; {_expected(optimizer, _OPTIMIZERS)}")
+        raise UserError(f"optimizer {optimizer!r} is not available; {expected(optimizer, _OPTIMIZERS)}")
     return {**_set(section), **_clip(config), **_schedule(config, flags)}
 
 
@@ -237,7 +215,7 @@ def _clip(config: OldConfig) -> Section:
 
 def _schedule(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     word = flags.get("scheduler") or config.at("lr_scheduler.lr_scheduler_type", "none")
-    schedule = _one_of(word, _SCHEDULES, "lr_scheduler.lr_scheduler_type")
+    schedule = one_of(word, _SCHEDULES, "lr_scheduler.lr_scheduler_type")
     if config.at("lr_scheduler.mode", "min") != "min":
         raise UserError(f"{config.file}: lr_scheduler.mode must be min: the rate falls when the loss does not")
     section = {"schedule": schedule, "warmup_steps": config.at("lr_scheduler.num_warmup_steps")}
@@ -257,10 +235,10 @@ def transfer_section(config: OldConfig, flags: Mapping[str, Any]) -> Section | N
     name = config.at("trainer.name")
     if name is None:
         if not config.named("trainer.name"):
-            raise UserError(f"{config.file} has no trainer.name; {_expected('', _TRANSFER_TRAINERS)}, or null for none")
+            raise UserError(f"{config.file} has no trainer.name; {expected('', _TRANSFER_TRAINERS)}, or null for none")
         return None
     if name not in _TRANSFER_TRAINERS:
-        raise UserError(f"{config.file}: trainer.name is {name!r}; {_expected(name, _TRANSFER_TRAINERS)}")
+        raise UserError(f"{config.file}: trainer.name is {name!r}; {expected(name, _TRANSFER_TRAINERS)}")
     if config.at("trainer.reverse_kl", False):
         raise UserError(
             f"{config.file}: trainer.reverse_kl is not available; the cross-entropy is the teacher's to the student's"

@@ -1,0 +1,30 @@
+"""The vLLM plugin: linearized Llama and Mistral models, as vLLM 0.33.0 loads them (entry point `vllm.general_plugins`).
+
+`pages` is the tensor code, shared with the operator and tested without vLLM; `models` is the glue, which is imported by
+vLLM only. What has been run and what has not is in `docs/SERVE.md`.
+"""
+
+from __future__ import annotations
+
+VLLM_VERSION = "0.33.0"
+"""The version whose sources the glue was written against."""
+
+MODELS = {
+    "LinearizedLlamaForCausalLM": "trenchcoat.vllm_plugin.models:LinearizedLlamaForCausalLM",
+    "LinearizedMistralForCausalLM": "trenchcoat.vllm_plugin.models:LinearizedMistralForCausalLM",
+}
+"""`architectures` of a merged folder's config -> where vLLM finds the class, imported when it is needed."""
+
+
+def register() -> None:
+    """Tell vLLM of the model classes, and that their caches are set up as those of its Mamba models.
+
+    vLLM calls it in every process, perhaps more than once. Importing trenchcoat has made the config classes known to
+    Transformers by then.
+    """
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
+
+    for architecture, place in MODELS.items():
+        ModelRegistry.register_model(architecture, place)
+        MODELS_CONFIG_MAP[architecture] = MambaModelConfig

@@ -1,0 +1,111 @@
+"""A request's state as one page of a server's cache, and attention of many requests' tokens against such pages.
+
+A page is what :class:`trenchcoat.ops.StudentState` holds for one row: a few tensors of fixed shapes. The tokens of a
+step come in one flat row, those of requests that decode (one token each) before those of requests that prefill.
+
+Shape legend: P pages, T tokens of a step, R requests of it, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops import StudentState
+from trenchcoat.students import StudentAttention
+
+_SEEN = "seen_B"
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """The tensors of a page, in their order: the widest numbers first, so that each begins at a multiple of its own."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Without the axis of pages; tensors without elements (no sinks, no buffer) are left out."""
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, student: StudentAttention, dtype: torch.dtype) -> PageLayout:
+        """For a student in a model of `dtype`: far sums float32, tokens seen int32, keys and values `dtype`."""
+        state = student.empty_state(1, dtype=dtype, device="meta").tensors()
+        kept = [(name, t) for name, t in state.items() if t.numel()]
+        kept.sort(key=lambda item: (item[0] != _SEEN, -item[1].element_size()))
+        return cls(
+            names=tuple(name for name, _ in kept),
+            shapes=tuple(tuple(t.shape[1:]) or (1,) for _, t in kept),
+            dtypes=tuple(torch.int32 if name == _SEEN else t.dtype for name, t in kept),
+        )
+
+    def read(
+        self, pages: Sequence[Tensor], slots: Tensor, student: StudentAttention, dtype: torch.dtype
+    ) -> StudentState:
+        """The states in `slots` (int [R]); copies."""
+        state = student.empty_state(slots.shape[0], dtype=dtype, device=slots.device)
+        for name, page in zip(self.names, pages, strict=True):
+            tensor: Tensor = getattr(state, name)
+            tensor.copy_(page[slots.long()].view(tensor.shape))
+        return state
+
+    def write(self, pages: Sequence[Tensor], slots: Tensor, state: StudentState) -> None:
+        """Put `state` into `slots`."""
+        for name, page in zip(self.names, pages, strict=True):
+            tensor: Tensor = getattr(state, name)
+            page[slots.long()] = tensor.view(-1, *page.shape[1:]).to(page.dtype)
+
+
+def attend(
+    student: StudentAttention,
+    layout: PageLayout,
+    pages: Sequence[Tensor],
+    q_TX: Tensor,
+    k_TX: Tensor,
+    v_TX: Tensor,
+    *,
+    scale: float,
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    slots: Tensor,
+    decodes: int,
+) -> Tensor:
+    """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are brought up to date.
+
+    Args:
+        q_TX, k_TX, v_TX: [T, H * D], [T, G * D], [T, G * D].
+        starts: where each request's tokens begin, and where the last one's end; R + 1 numbers.
+        lengths: tokens of each request so far, these included.
+        slots: page of each request, int [R]. What a page held before a request's first token is forgotten.
+        decodes: how many requests, the first ones, bring one token each.
+    """
+    dim, kv_heads = student.head_dim, student.num_kv_heads
+    q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in ((q_TX, -1), (k_TX, kv_heads), (v_TX, kv_heads)))
+    y_TX = torch.empty_like(q_TX)
+    if decodes:
+        state = layout.read(pages, slots[:decodes], student, q_TX.dtype)
+        first = torch.tensor([length == 1 for length in lengths[:decodes]], device=slots.device)
+        for tensor in state.tensors().values():
+            tensor[first] = 0
+        now = (x[:decodes, :, None] for x in (q, k, v))
+        y_TX[:decodes] = student.decode(*now, state=state, scale=scale).flatten(1)
+        layout.write(pages, slots[:decodes], state)
+    for request in range(decodes, len(lengths)):
+        begin, end = starts[request], starts[request + 1]
+        slot, before = slots[request : request + 1], lengths[request] - (end - begin)
+        known = layout.read(pages, slot, student, q_TX.dtype) if before else None
+        row = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
+        y, after = student(*row, scale=scale, state=known, return_state=True)
+        y_TX[begin:end] = y[0].transpose(0, 1).flatten(1)
+        layout.write(pages, slot, after)
+    return y_TX
+
+
+def heads_of_rank(whole: Tensor, rank: int, ranks: int) -> Tensor:
+    """The heads (first axis) of one of `ranks` processes; with fewer heads than processes, neighbours share one."""
+    heads = whole.shape[0]
+    if heads >= ranks:
+        return whole.narrow(0, rank * (heads // ranks), heads // ranks)
+    return whole.narrow(0, rank // (ranks // heads), 1)
