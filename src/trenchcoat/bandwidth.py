@@ -12,6 +12,7 @@ import torch
 
 from trenchcoat.files import PARTIAL_PREFIX, saving
 from trenchcoat.flops import device_peak
+from trenchcoat.machine import free_disk
 
 PROBE_BYTES = 64 << 20
 SHARE_OF_PEAK = 0.4
@@ -27,13 +28,14 @@ def _forget(descriptor: int) -> None:
 def write_rate(folder: Path, size: int = PROBE_BYTES) -> float:
     """Bytes a second that reach the disk of ``folder``; raises ``SaveError`` where it cannot be written."""
     path = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-probe"
-    piece = os.urandom(1 << 20)
+    size = max(1, min(size, free_disk(folder) // 4))  # a quarter of what is free is enough to measure with
+    piece = os.urandom(min(1 << 20, size))
     with saving(path):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
             with open(path, "wb") as file:
-                for _ in range(max(1, size >> 20)):
+                for _ in range(size // len(piece)):
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())

@@ -137,6 +137,11 @@ def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = N
             f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
             "it out, or give the selected rows as a file"
         )
+    if recipe.model.quantize != "none":
+        raise UserError(
+            f"model.quantize={recipe.model.quantize}: blocks are read as they are stored. Leave it out here, and set "
+            "it for `trenchcoat finetune`, which goes on over a 4-bit base"
+        )
     try:
         student_class(recipe.student.name)
     except ValueError as error:
@@ -258,7 +263,7 @@ def _choose_pass(work: BlockRun) -> PassChoice:
                 memory=max(0.0, (_host_memory() - on_host) * world.local_size),
                 disk=float(free_disk(place)) - recipe.blocks.shard_mib * 2.0**20,
                 read=read_rate(work.source.files()),
-                write=write_rate(place),
+                write=math.inf if recipe.blocks.hidden == "memory" else write_rate(place),
                 compute=flops / rate,
                 copy=HOST_LINK if work.source.device.type == "cuda" else None,
                 nodes=max(1, world.size // world.local_size),

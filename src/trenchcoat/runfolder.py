@@ -92,6 +92,8 @@ class RunFolder:
         before = read_json(path)
         changed = [name for name in now if name in before and before[name] != now[name]]
         changed += [name for name in before if name not in now and name.split(".")[0] in {n.split(".")[0] for n in now}]
+        if stage == TRANSFER and self.result(stage) is not None:  # LoRA may go on over the same weights in 4 bits
+            changed = [name for name in changed if name != "model.quantize"]
         if changed:
             shown = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
