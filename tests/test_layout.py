@@ -14,19 +14,19 @@ FLOORS: list[set[str]] = [
     {"units"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
     | {"distributed", "trackers"},
-    {"sharding", "shapes", "lock"},
+    {"sharding", "shapes", "lock", "chain"},
     {"identity"},
     {"interface", "runlog", "results", "data", "hidden", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
     {"auto", "plots", "esl", "sums", "layerwise", "blockmodel", "blockdata", "blockfolder", "blockmerge", "bandwidth"},
     {"train", "footprint", "simulate"},
     {"hub", "plan"},
-    {"blockpass", "blocksize"},
+    {"blockpass", "blocksize", "blockchecks"},
     {"blockways"},
     {"blockplan"},
     {"workshop", "evaluate", "generate", "report", "advice", "blockplan_report"},
     {"comparison", "estimate", "plan_report", "blocks"},
-    {"blockscore"},
+    {"blockscore", "pipeline"},
     {"stages"},
     {"blockstages"},
     {"bench"},
@@ -41,7 +41,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
-    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
+    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py", "chain.py"},
 }
 """The only files that may import these libraries."""
 
