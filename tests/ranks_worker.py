@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,7 +23,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trenchcoat import blockstages, data, distributed, stages, surgery, train
+from trenchcoat import blockstages, data, distributed, pipeline, stages, surgery, train
+from trenchcoat.blockfolder import Block, found_blocks
+from trenchcoat.blocks import BlockRun
+from trenchcoat.chain import TRAIN, Item
+from trenchcoat.checkpoint import checkpoint_folders
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.interrupts import StopSignal
 from trenchcoat.loading import load_base
@@ -95,6 +101,61 @@ def stopped(recipe: Recipe) -> str:
     return "done"
 
 
+def blocks(recipe: Recipe) -> str:
+    """The transfer block by block."""
+    blockstages.run(recipe)
+    return "done"
+
+
+def blocks_poisoned(recipe: Recipe) -> None:
+    """The same with a NaN in the last layer's student of the second process."""
+    whole = BlockRun.make_ready
+
+    def make_ready(work: BlockRun, model: Any, block: Block) -> None:
+        whole(work, model, block)
+        if block.number == 1:
+            with torch.no_grad():
+                next(surgery.students_of(model)[block.stop - 1].parameters()).fill_(float("nan"))
+
+    BlockRun.make_ready = make_ready  # type: ignore[method-assign]
+    try:
+        blockstages.run(recipe)
+    finally:
+        BlockRun.make_ready = whole  # type: ignore[method-assign]
+
+
+def blocks_stopped(recipe: Recipe) -> list[list[str]] | str:
+    """The same with a SIGTERM for the last process alone before micro-batch 13; the checkpoints of every block."""
+    whole = pipeline.Feed._take
+
+    def take(feed: pipeline.Feed, item: Item) -> data.Batch:
+        if feed.chain.last and item == Item(TRAIN, 13):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(feed, item)
+
+    pipeline.Feed._take = take  # type: ignore[method-assign]
+    try:
+        blockstages.run(recipe)
+    except KeyboardInterrupt:
+        distributed.barrier()
+        return [[path.name for path in folders] for folders in _block_checkpoints(recipe)]
+    finally:
+        pipeline.Feed._take = whole  # type: ignore[method-assign]
+    return "done"
+
+
+def blocks_behind(recipe: Recipe) -> None:
+    """The last block loses its newest checkpoint."""
+    if distributed.is_main():
+        shutil.rmtree(_block_checkpoints(recipe)[-1][-1])
+    distributed.barrier()
+
+
+def _block_checkpoints(recipe: Recipe) -> list[list[Path]]:
+    places = (Path(recipe.run.dir) / "blocks" / f"layers-{b.first:03d}-{b.stop - 1:03d}" for b in found_blocks(recipe))
+    return [checkpoint_folders(place / "checkpoints" / "transfer") for place in places]
+
+
 def loading(recipe: Recipe) -> dict[str, Any]:
     """Bytes of resident memory that loading added at its peak, of this process's shards, and of one layer."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -115,12 +176,6 @@ def _status(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
-def blocks(recipe: Recipe) -> str:
-    """The transfer block by block, streamed."""
-    blockstages.run(recipe)
-    return "done"
-
-
 def blocks_apart(recipe: Recipe) -> str:
     """Inputs collected together, every block trained together."""
     blockstages.collect(recipe)
@@ -131,13 +186,10 @@ def blocks_apart(recipe: Recipe) -> str:
 
 
 OWN = {
-    "blocks": blocks,
-    "blocks_apart": blocks_apart,
-    "collectives": collectives,
-    "poisoned": poisoned,
-    "stopped": stopped,
-    "loading": loading,
-}
+    "collectives": collectives, "poisoned": poisoned, "stopped": stopped, "loading": loading, "blocks": blocks,
+    "blocks_apart": blocks_apart, "blocks_poisoned": blocks_poisoned, "blocks_stopped": blocks_stopped,
+    "blocks_behind": blocks_behind,
+}  # fmt: skip
 
 
 def do(job: dict[str, Any]) -> Any:

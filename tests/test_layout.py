@@ -14,7 +14,7 @@ FLOORS: list[set[str]] = [
     {"units"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
     | {"distributed", "trackers"},
-    {"sharding", "shapes", "lock"},
+    {"sharding", "shapes", "lock", "chain"},
     {"identity"},
     {"interface", "runlog", "results", "data", "hidden", "objectives", "gradients", "checkpoint", "runfolder"},
     {"surgery", "verdicts", "flops", "keeper", "loading"},
@@ -23,12 +23,12 @@ FLOORS: list[set[str]] = [
     {"train", "footprint", "simulate"},
     {"hub", "plan"},
     {"lolcats", "serving"},
-    {"blockpass", "blocksize"},
+    {"blockpass", "blocksize", "blockchecks"},
     {"blockways"},
     {"blockplan"},
     {"workshop", "evaluate", "generate", "report", "advice", "blockplan_report"},
     {"comparison", "estimate", "plan_report", "blocks"},
-    {"blockscore"},
+    {"blockscore", "pipeline"},
     {"stages"},
     {"blockstages"},
     {"bench"},
@@ -47,7 +47,7 @@ FENCES: dict[str, set[str]] = {
     "starlette": {"serving/parts.py"},
     "vllm": {"vllm_plugin/__init__.py", "vllm_plugin/models.py"},
     "uvicorn": {"serving/parts.py"},
-    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
+    "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py", "chain.py"},
 }
 """The only files that may import these libraries."""
 

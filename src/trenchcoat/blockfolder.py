@@ -9,7 +9,7 @@ blocks/hidden/                           hidden states between blocks
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +43,21 @@ class Block:
 def cut(layers: int, size: int) -> list[Block]:
     """Blocks of ``size`` layers; the last one may have fewer."""
     return [Block(n, first, min(first + size, layers)) for n, first in enumerate(range(0, layers, size))]
+
+
+def divide(blocks: Sequence[Block], processes: int) -> list[Block]:
+    """Consecutive blocks joined into one for each process, the largest with as few layers as can be; ``UserError``
+    when there are more processes than blocks. Only the last of ``blocks`` may be smaller than the others."""
+    if processes > len(blocks):
+        raise UserError(
+            f"{processes} processes, and {len(blocks)} blocks for them: start at most {len(blocks)} (torchrun "
+            "--nproc_per_node), or lower blocks.size"
+        )
+    each, more = divmod(len(blocks), processes)
+    starts = [number * each + max(0, number - (processes - more)) for number in range(processes)]
+    stops = [*starts[1:], len(blocks)]
+    pairs = zip(starts, stops, strict=True)
+    return [Block(number, blocks[a].first, blocks[b - 1].stop) for number, (a, b) in enumerate(pairs)]
 
 
 @dataclass(frozen=True)

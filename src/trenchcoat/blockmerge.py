@@ -10,11 +10,12 @@ from trenchcoat.runfolder import TRANSFER
 from trenchcoat.runlog import RunLog, read_metrics
 
 
-def merge_logs(folders: Sequence[Path], log: RunLog) -> int:
+def merge_logs(folders: Sequence[Path], log: RunLog, *, at_once: bool = False) -> int:
     """Write one line a step of the blocks' training and evaluation lines to ``log``; returns how many.
 
     Per-layer numbers stand side by side; ``loss`` and the like are means over the layers that the step still trained,
-    the gradient's norm that of all, seconds the blocks' together. What an earlier call wrote is dropped first.
+    the gradient's norm that of all, seconds the blocks' together, or the most of one where they were trained
+    ``at_once``. What an earlier call wrote is dropped first.
     """
     lines: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for folder in folders:
@@ -24,12 +25,12 @@ def merge_logs(folders: Sequence[Path], log: RunLog) -> int:
                 lines.setdefault((line["step"], int(line["kind"] == "eval")), []).append(line)
     log.rewind(TRANSFER, -1)
     for (step, evaluation), parts in sorted(lines.items()):
-        log.log("eval" if evaluation else "train", stage=TRANSFER, step=step, **dict(_together(parts)))
+        log.log("eval" if evaluation else "train", stage=TRANSFER, step=step, **dict(_together(parts, at_once)))
     log.sync()
     return len(lines)
 
 
-def _together(parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _together(parts: Sequence[Mapping[str, Any]], at_once: bool) -> Iterator[tuple[str, Any]]:
     layers = [max(1, sum(name.startswith("loss/layer_") for name in part)) for part in parts]
     names = dict.fromkeys(name for part in parts for name in part)
     for name in names:
@@ -44,6 +45,6 @@ def _together(parts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
         elif name == "tokens":
             yield name, max(values)
         elif name == "seconds":
-            yield name, round(sum(values), 3)
+            yield name, round(max(values) if at_once else sum(values), 3)
         else:
             yield name, sum(value * weight for value, weight in found) / sum(weight for _, weight in found)

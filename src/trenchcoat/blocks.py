@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -32,11 +32,13 @@ from trenchcoat.config import Recipe, TransferConfig, UserError
 from trenchcoat.data import Batches
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.interrupts import StopSignal
 from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
 from trenchcoat.runfolder import TRANSFER
 from trenchcoat.runlog import RunLog
 from trenchcoat.schedules import training_length
 from trenchcoat.shapes import shapes_of
+from trenchcoat.train import Batches as FitBatches
 from trenchcoat.train import FitResult, fit
 from trenchcoat.workshop import Stopped, stage_facts
 
@@ -142,10 +144,8 @@ class BlockRun:
 
     def train(self, number: int, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates | None) -> FitResult:
         """Train a block on a pass; its outputs go to ``out`` on the way. Raises ``Stopped`` after Ctrl-C."""
-        block, folder, cfg = self.blocks[number], self.folders[number], self.stage(self.blocks[number])
-        self.attach(model, block)
-        surgery.set_mode(model, "transfer")
-        surgery.freeze_for_transfer(model)
+        block, folder = self.blocks[number], self.folders[number]
+        self.make_ready(model, block)
         if rows.start and self.steps_done[number] < 0:
             batch = rows.hidden(rows.start, states)
             initialise_from_text(model, {name: t.to(self.source.device) for name, t in batch.items()})
@@ -156,28 +156,52 @@ class BlockRun:
                 out.write(batch[ROWS].tolist(), hidden_bTd)
 
         try:
-            with folder.log(self.log) as log:
-                distributed.from_main(lambda: folder.begin())
-                result = fit(
-                    model,
-                    batches,
-                    transfer_objective(self.cfg, keep),
-                    cfg,
-                    log,
-                    stage=TRANSFER,
-                    background_saves=self.recipe.parallel.async_save,
-                    flops_per_token=self._flops_per_token(model),
-                    until=rows.span.until,
-                )
+            result = self.train_layers(folder, model, batches, self.stage(block), keep, until=rows.span.until)
         finally:
             batches.close()
+        self.steps_done[number] = result.steps
+        return result
+
+    def make_ready(self, model: Any, block: Block) -> None:
+        """Fresh students in transfer mode; nothing else of the model is trained."""
+        self.attach(model, block)
+        surgery.set_mode(model, "transfer")
+        surgery.freeze_for_transfer(model)
+
+    def train_layers(
+        self,
+        folder: BlockFolder,
+        model: Any,
+        batches: FitBatches,
+        cfg: TransferConfig,
+        outputs: Callable[[Batch, Tensor], None],
+        *,
+        until: int | None = None,
+        stop: StopSignal | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> FitResult:
+        """Train a model of layers and keep its record in ``folder``, with ``facts`` beside its figures; ``outputs``
+        gets the hidden states after the last layer. Raises ``Stopped`` after Ctrl-C, or when ``stop`` says so."""
+        with folder.log(self.log) as log:
+            distributed.from_main(lambda: folder.begin())
+            result = fit(
+                model,
+                batches,
+                transfer_objective(self.cfg, outputs),
+                cfg,
+                log,
+                stage=TRANSFER,
+                background_saves=self.recipe.parallel.async_save,
+                flops_per_token=self._flops_per_token(model),
+                until=until,
+                stop=stop,
+            )
         if result.stopped:
             raise Stopped
-        self.steps_done[number] = result.steps
         if result.finished:
-            learned = global_names(surgery.adapter_state(model), block.first)
-            facts = dataclasses.asdict(stage_facts(TRANSFER, result)) | {"early": result.early}
-            distributed.from_main(lambda: folder.finish(learned, facts))
+            learned = global_names(surgery.adapter_state(model), folder.block.first)
+            figures = dataclasses.asdict(stage_facts(TRANSFER, result)) | {"early": result.early} | dict(facts or {})
+            distributed.from_main(lambda: folder.finish(learned, figures))
         return result
 
     def attach(self, model: Any, block: Block) -> None:

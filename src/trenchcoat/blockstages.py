@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.table import Table
@@ -15,8 +16,18 @@ from torch import Tensor
 
 from trenchcoat import distributed, hub, report, results
 from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
+from trenchcoat.blockchecks import check_blocks, check_found, require_ranks
 from trenchcoat.blockdata import spans
-from trenchcoat.blockfolder import Block, BlockFolder, blocks_folder, cut, found_blocks, hidden_folder, require_cover
+from trenchcoat.blockfolder import (
+    Block,
+    BlockFolder,
+    blocks_folder,
+    cut,
+    divide,
+    found_blocks,
+    hidden_folder,
+    require_cover,
+)
 from trenchcoat.blockmerge import merge_logs
 from trenchcoat.blockmodel import BlockSource
 from trenchcoat.blockpass import PassChoice, Streamed, choose_pass
@@ -30,6 +41,7 @@ from trenchcoat.data import StreamedBatches, load_batches
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.lock import locked
 from trenchcoat.machine import free_disk, free_memory
+from trenchcoat.pipeline import Pipeline
 from trenchcoat.plan import HOST_LINK
 from trenchcoat.results import Results, StageFacts
 from trenchcoat.runfolder import TRANSFER, RunFolder
@@ -48,7 +60,12 @@ HOST_SHARE = 0.8
 
 
 def run(recipe: Recipe) -> Outcome:
-    """Stream the whole transfer, one block in memory at a time, then stitch. The same command continues."""
+    """The whole transfer, then stitch: streamed, one block in memory at a time, or (`blocks.ranks=pipeline`) every
+    process with layers of its own. The same command continues."""
+    if recipe.blocks.ranks == "pipeline":
+        with opened(recipe, cut_for="ranges") as work:
+            Pipeline(work, divide(work.blocks, distributed.size()), host_memory=_host_memory()).go()
+            return _stitched(work)
     with opened(recipe) as work:
         transfer(work)
         return _stitched(work)
@@ -106,7 +123,7 @@ def shard(recipe: Recipe, out: Path) -> Outcome:
 
 def stitch(recipe: Recipe) -> Outcome:
     """Make one adapter of all blocks, as the joint run leaves it, and score it."""
-    with opened(recipe) as work:
+    with opened(recipe, cut_for="any") as work:
         return _stitched(work)
 
 
@@ -127,9 +144,19 @@ def status(recipe: Recipe) -> Outcome:
 
 
 @contextmanager
-def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = None) -> Iterator[BlockRun]:
-    """The blocks of a recipe, their text and log, with the folder locked: of the run, or of one ``block``."""
+def opened(
+    recipe: Recipe,
+    *,
+    block: int | None = None,
+    weights: Path | None = None,
+    cut_for: Literal["blocks", "ranges", "any"] = "blocks",
+) -> Iterator[BlockRun]:
+    """The blocks of a recipe, their text and log, with the folder locked: of the run, or of one ``block``.
+
+    ``cut_for``: the run's folder may hold these blocks, the processes' ``ranges`` of them, or ``any``.
+    """
     transfer = recipe.transfer
+    require_ranks(recipe, cut_for)
     if transfer is None:
         raise UserError("transfer=null: without attention transfer there are no blocks to train")
     if recipe.data.select != "none":
@@ -157,7 +184,8 @@ def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = N
             raise UserError(f"--block {block}: the blocks of {recipe.run.dir} are 0 to {len(blocks) - 1}")
         folder = Path(recipe.run.dir) if block is None else BlockFolder(recipe, blocks[block]).directory
         distributed.from_main(lambda: _hold(stack, folder))
-        _check_blocks(recipe, source, blocks)
+        check_blocks(recipe, source, blocks)
+        distributed.from_main(lambda: check_found(recipe, blocks, cut_for))
         log = stack.enter_context(run_log(recipe) if block is None else BlockFolder(recipe, blocks[block]).own_log())
         if block is None:
             distributed.from_main(lambda: RunFolder(recipe.run.dir).begin(TRANSFER, recipe, {}))
@@ -183,8 +211,10 @@ def _hold(stack: ExitStack, folder: Path) -> None:
 
 
 def _size(recipe: Recipe, source: BlockSource) -> int:
-    """Layers a block: as asked for, as the run's folder has them, or as many as the device takes."""
+    """Layers a block: as asked for, one in a pipeline, as the run's folder has them, or as many as the device takes."""
     found = found_blocks(recipe)
+    if recipe.blocks.ranks == "pipeline" and recipe.blocks.size is None:
+        return 1
     if found and recipe.blocks.size is None:
         return max(block.stop - block.first for block in found)
     assert recipe.transfer is not None
@@ -206,25 +236,6 @@ def _host_memory() -> float:
     """Bytes that one process may use."""
     free = free_memory()
     return math.inf if free is None else HOST_SHARE * free / distributed.world().local_size
-
-
-def _check_blocks(recipe: Recipe, source: BlockSource, blocks: list[Block]) -> None:
-    epochs, kept = recipe.blocks.epochs, recipe.student.keep_softmax
-    if epochs and len(epochs) != len(blocks):
-        raise UserError(
-            f"blocks.epochs has {len(epochs)} entries, and there are {len(blocks)} blocks: give one for each"
-        )
-    if kept and max(kept) >= source.layers:
-        raise UserError(f"student.keep_softmax names layer {max(kept)}, but the layers are 0..{source.layers - 1}")
-    if len(set(kept)) == source.layers:
-        raise UserError(f"student.keep_softmax names all {source.layers} layers; leave out the ones to linearize")
-    known = {(block.first, block.stop) for block in blocks}
-    for found in found_blocks(recipe):
-        if (found.first, found.stop) not in known:
-            raise UserError(
-                f"{blocks_folder(recipe)} holds a block of layers {found.first} to {found.stop - 1}, which is none of "
-                f"those that blocks.size={recipe.blocks.size} gives: use its size, another run.dir, or delete it"
-            )
 
 
 # Choosing the passes
@@ -336,14 +347,15 @@ def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
         weights |= record.weights()
     folder.begin(TRANSFER, recipe, {BASE_WEIGHTS: work.source.fingerprint, "text": work.text.fingerprint})
     linear = [len(wanted & set(range(block.first, block.stop))) for _, block in figures]
+    at_once = all(one.get("at_once") for one, _ in figures)
     facts = StageFacts(
         TRANSFER,
         max(one["steps"] for one, _ in figures),
         max(one["tokens"] for one, _ in figures),
-        sum(one["seconds"] for one, _ in figures),
+        (max if at_once else sum)(one["seconds"] for one, _ in figures),
         sum(one["best_loss"] * count for (one, _), count in zip(figures, linear, strict=True)) / sum(linear),
     )
-    merge_logs([BlockFolder(recipe, block).directory for block in blocks], work.log)
+    merge_logs([BlockFolder(recipe, block).directory for block in blocks], work.log, at_once=at_once)
     hub.write_students(
         Path(recipe.run.dir) / "adapter",
         weights,

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -59,6 +59,7 @@ class World:
 
 
 _world = World()
+_store: dist.Store | None = None
 
 
 def world() -> World:
@@ -93,13 +94,13 @@ def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
     Raises ``UserError`` for a backend that cannot run here, and ``ProcessLost`` naming the process that is gone when a
     collective fails for it. Inside another ``joined`` block it changes nothing.
     """
-    global _world
-    if _world.size > 1 or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+    global _world, _store
+    if _store is not None or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield _world
         return
     found = _from_environment(device)
     store = _join(cfg, found)
-    _world = found
+    _world, _store = found, store
     life = _Life(store, found)
     try:
         yield found
@@ -110,8 +111,20 @@ def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
         raise
     finally:
         life.stop()
-        _world = World()
+        _world, _store = World(), None
         _leave()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process counts as the only one: it writes its own files, and joins no collective."""
+    global _world
+    before = _world
+    _world = replace(before, rank=0, size=1)
+    try:
+        yield
+    finally:
+        _world = before
 
 
 def _from_environment(device: str) -> World:
@@ -310,6 +323,28 @@ def in_turns_per_node(work: Callable[[], T]) -> T:
             barrier()
     barrier()
     return work()
+
+
+def one_by_one_per_node(work: Callable[[], T]) -> T:
+    """``work`` on one process of each node after the other: what it holds on the way, the node holds once."""
+    for turn in range(round(largest(float(world().local_size)))):
+        if turn == world().local_rank:
+            result = work()
+        barrier()
+    return result
+
+
+def leave_note(name: str, text: str) -> None:
+    """Leave a note for the other processes, who find it when they look."""
+    assert _store is not None, "notes are for the processes of a job"
+    _store.set(f"note/{name}", text)
+
+
+def look_for_notes(*names: str) -> list[str] | None:
+    """The texts of these notes when all of them are there, else None; it does not wait."""
+    assert _store is not None, "notes are for the processes of a job"
+    keys = [f"note/{name}" for name in names]
+    return [_store.get(key).decode() for key in keys] if _store.check(keys) else None
 
 
 def mesh(cfg: ParallelConfig) -> DeviceMesh:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -110,21 +111,24 @@ def fit(
     background_saves: bool = False,
     flops_per_token: float | None = None,
     until: int | None = None,
+    stop: StopSignal | None = None,
 ) -> FitResult:
     """Train the parameters of ``model`` that require gradients (float32) and leave the best of them in it.
 
     ``stage`` names the checkpoint folder and the log lines; ``background_saves`` lets several processes write
     checkpoints while they train; ``flops_per_token`` of a step is for the logged utilization; after the optimizer step
-    ``until`` it saves and returns, to be continued by another call. A finished stage is loaded, not trained again.
+    ``until`` it saves and returns, to be continued by another call; ``stop`` is heeded in place of Ctrl-C and SIGTERM,
+    which are then the caller's. A finished stage is loaded, not trained again.
     Raises ``UserError`` for nothing to train or a checkpoint of other settings, ``NonFiniteLoss`` naming layer and
     step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with ``stopped`` set.
     """
     loop = _Loop(model, batches, objective, cfg, run, stage, background_saves, Meter(flops_per_token), until)
     loop.resume()
     stopped = False
-    with stop_on_signals() as stop, run.progress(stage, loop.total, loop.at.step) as display:
+    listening = stop_on_signals() if stop is None else nullcontext(stop)
+    with listening as asked, run.progress(stage, loop.total, loop.at.step) as display:
         try:
-            loop.run(stop, display)
+            loop.run(asked, display)
         except Interrupted:
             stopped = True
             loop.abandon_step()

@@ -1,0 +1,194 @@
+"""Processes in a row: each receives micro-batches of hidden states from the one before it and sends to the one after.
+
+    chain = Chain(hidden, dtype)
+    batch = chain.receive(item)                 the next micro-batch, which must be ``item``
+    chain.send(item, hidden_bTd, padding_bT)    returns before it has arrived
+    chain.close(END)                            every process, once; the row is empty afterwards
+
+Data only travels downwards, through the host's group (gloo), so nothing here differs between CPUs and GPUs. A message
+is a head of five numbers (what it is, which micro-batch, its rows and tokens), followed, where it is a micro-batch, by
+its bytes: hidden states [b, T, d], then the padding [b, T]. Receiving runs ahead in a thread and sending behind, each
+by ``AHEAD`` micro-batches at most, so a process holds no more than 2 ``AHEAD`` of them beside the one at work; who
+waits for a neighbour waits without bound to the group's timeout. What concerns everybody (a wish to stop, a failure)
+goes to the first process as a note in the job's store, and from there down the row in place of a micro-batch: all stop
+before the same one.
+
+Shapes: b rows of a micro-batch, T tokens, d entries of a hidden state.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Sequence
+from itertools import count
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trenchcoat import distributed
+
+AHEAD = 2
+"""Micro-batches that wait before a process, and that wait to be taken by the next one."""
+DATA, END, STOP, FAILED = range(4)
+"""What a message is: a micro-batch; the end of all; a stop that somebody asked for; the end because of a failure."""
+START, VALIDATION, TRAIN = range(3)
+"""Kinds of micro-batches: rows that initial values come from, validation rows, training rows."""
+
+_ROUNDS = count()
+
+
+class Item(NamedTuple):
+    """A micro-batch by its kind and its number among them."""
+
+    kind: int
+    number: int
+
+
+class Arrived(NamedTuple):
+    """A micro-batch on the host: hidden states [b, T, d] and padding [b, T] (int64, 1 for tokens)."""
+
+    item: Item
+    hidden_bTd: Tensor
+    padding_bT: Tensor
+
+
+class Closed(Exception):
+    """Nothing more comes: ``code`` is ``END``, ``STOP`` or ``FAILED``."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        super().__init__(("data", "the end", "a stop", "a failure elsewhere")[code])
+
+
+class Chain:
+    """This process in the row; ``hidden`` is d, ``pin`` makes what is received quick to copy to a GPU."""
+
+    def __init__(self, hidden: int, dtype: torch.dtype, *, pin: bool = False) -> None:
+        self.rank, self.size = distributed.rank(), distributed.size()
+        self.hidden, self.dtype, self.pin = hidden, dtype, pin
+        self.first, self.last = self.rank == 0, self.rank == self.size - 1
+        self._name = f"chain-{next(_ROUNDS)}"
+        self._on_their_way: deque[Sequence[tuple[dist.Work, Tensor]]] = deque()
+        self._arrived: queue.Queue[Arrived | int | RuntimeError] = queue.Queue(AHEAD - 1)
+        self._code: int | None = None
+        self._over = threading.Event()
+        if not self.first:
+            threading.Thread(target=self._listen, daemon=True, name="trenchcoat-chain").start()
+
+    # Downwards
+
+    def send(self, item: Item, hidden_bTd: Tensor, padding_bT: Tensor) -> None:
+        """Send a micro-batch to the next process; waits when ``AHEAD`` have not been taken yet. ``RuntimeError`` when
+        the next process is gone."""
+        rows, tokens, _ = hidden_bTd.shape
+        states = hidden_bTd.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).flatten()
+        payload = torch.cat([states, padding_bT.to("cpu", torch.uint8).flatten()])
+        self._post([DATA, *item, rows, tokens], payload)
+
+    def receive(self, item: Item) -> Arrived:
+        """The next micro-batch from the process before; raises ``Closed`` when there is none, ``RuntimeError`` when
+        that process is gone or is not where this one is."""
+        found = self._next()
+        if isinstance(found, int):
+            raise Closed(found)
+        if found.item != item:
+            raise RuntimeError(f"process {self.rank} waits for micro-batch {item} and is given {found.item}")
+        return found
+
+    def close(self, code: int) -> None:
+        """Tell the next process that nothing more comes, and take what the one before still sends.
+
+        ``code`` is ``END``, or why this process ends early; where it is ``END``, what the one before says is told on.
+        """
+        if code != END and not self.last:
+            self._post([code, 0, 0, 0, 0])
+        while not self.first and self._code is None:
+            self._next()
+        if code == END and not self.last:
+            self._post([END if self._code is None else self._code, 0, 0, 0, 0])
+        while self._on_their_way:
+            self._wait_for_oldest()
+
+    def abandon(self) -> None:
+        """Let go of the thread; for a process that leaves without :meth:`close`."""
+        self._over.set()
+
+    def _next(self) -> Arrived | int:
+        if self._code is not None:
+            return self._code
+        found = self._arrived.get()
+        if isinstance(found, RuntimeError):
+            raise found
+        if isinstance(found, int):
+            self._code = found
+        return found
+
+    def _post(self, head: list[int], payload: Tensor | None = None) -> None:
+        while len(self._on_their_way) >= AHEAD:
+            self._wait_for_oldest()
+        parts = [torch.tensor(head, dtype=torch.int64), *([] if payload is None else [payload])]
+        self._on_their_way.append([(self._started(part), part) for part in parts])
+
+    def _started(self, part: Tensor) -> dist.Work:
+        work = dist.isend(part, self.rank + 1)
+        assert work is not None
+        return work
+
+    def _wait_for_oldest(self) -> None:
+        for work, _ in self._on_their_way.popleft():
+            work.wait()
+
+    def _listen(self) -> None:
+        """Receive until the row is closed, in a thread of its own."""
+        try:
+            while True:
+                found = self._read()
+                self._put(found)
+                if isinstance(found, int) or self._over.is_set():
+                    return
+        except RuntimeError as error:
+            self._put(error)
+
+    def _put(self, found: Arrived | int | RuntimeError) -> None:
+        while not self._over.is_set():
+            try:
+                self._arrived.put(found, timeout=1.0)
+            except queue.Full:
+                continue
+            return
+
+    def _read(self) -> Arrived | int:
+        head = torch.empty(5, dtype=torch.int64)
+        dist.recv(head, self.rank - 1)
+        code, kind, number, rows, tokens = head.tolist()
+        if code != DATA:
+            return int(code)
+        width = self.hidden * self.dtype.itemsize
+        payload = torch.empty(rows * tokens * (width + 1), dtype=torch.uint8, pin_memory=self.pin)
+        dist.recv(payload, self.rank - 1)
+        states, padding = payload.split([rows * tokens * width, rows * tokens])
+        hidden_bTd = states.view(self.dtype).view(rows, tokens, self.hidden)
+        return Arrived(Item(kind, number), hidden_bTd, padding.view(rows, tokens).long())
+
+    # To the first process, and from everybody
+
+    def ask(self, code: int) -> None:
+        """Ask the first process to close the row with ``STOP`` or ``FAILED``."""
+        distributed.leave_note(f"{self._name}/halt", str(code))
+
+    def asked(self) -> int | None:
+        """What somebody has asked for; one question to the job's store."""
+        found = distributed.look_for_notes(f"{self._name}/halt")
+        return None if found is None else int(found[0])
+
+    def done(self) -> None:
+        """Tell that this process needs nothing more for itself."""
+        distributed.leave_note(f"{self._name}/done-{self.rank}", "")
+
+    def all_done(self) -> bool:
+        """Whether all processes have said so."""
+        return distributed.look_for_notes(*(f"{self._name}/done-{rank}" for rank in range(self.size))) is not None

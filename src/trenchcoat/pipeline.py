@@ -1,0 +1,332 @@
+"""Attention transfer over processes that each hold a range of layers for good: a pipeline that only runs forwards.
+
+    process 0      embeds a micro-batch, runs it through its layers, whose students learn, and sends the outputs on
+    process 1      receives them, runs them through the layers that follow, sends the outputs on
+    the last one   sends nothing
+
+Weights are read once. No gradient travels, so nothing waits for an answer, and no hidden state is kept: a process holds
+a few micro-batches of them (:mod:`trenchcoat.chain`). All processes go through the same micro-batches in the same
+order, those of the joint run, which follows from the recipe alone; each trains its layers with the one training loop,
+as if it were the only process, in a block folder of its own. What a process need not learn from (it is ahead of the
+others after a kill, or finished, or has stopped early) it runs forward and hands on.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trenchcoat import checkpoint, distributed, surgery
+from trenchcoat.blockfolder import Block, BlockFolder
+from trenchcoat.blocks import BlockRun
+from trenchcoat.blocksize import measure_block
+from trenchcoat.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
+from trenchcoat.config import TransferConfig, UserError
+from trenchcoat.data import Batches
+from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
+from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text
+from trenchcoat.plan import with_reserve
+from trenchcoat.runfolder import TRANSFER
+from trenchcoat.schedules import training_length
+from trenchcoat.shapes import shapes_of
+from trenchcoat.units import gib, tera
+from trenchcoat.workshop import Stopped
+
+
+class Position(NamedTuple):
+    """How far a process is: optimizer steps done (-1 before the first checkpoint), and whether the evaluation that may
+    be due after them is done."""
+
+    step: int
+    evaluated: bool
+
+
+FINISHED = Position(1 << 40, True)
+"""Of a process that has nothing to learn any more."""
+
+
+class Pipeline:
+    """The transfer of a run whose blocks are divided among the processes into ``ranges``, one for each."""
+
+    def __init__(self, run: BlockRun, ranges: Sequence[Block], *, host_memory: float) -> None:
+        """``host_memory``: bytes that this process may use. ``UserError``, the same on all processes, when a range
+        does not fit, or has blocks with different numbers of epochs."""
+        self.run, self.ranges = run, list(ranges)
+        self.block = self.ranges[distributed.rank()]
+        self.folder = BlockFolder(run.recipe, self.block, run.identity)
+        distributed.from_main(self._require_common_epochs)
+        self._require_room(host_memory)
+
+    def go(self) -> None:
+        """Train what is left. Raises ``Stopped`` after Ctrl-C on any process, ``ProcessLost`` when another failed."""
+        run = self.run
+        positions = self._positions()
+        if min(positions) == FINISHED:
+            return
+        self._announce(positions)
+        block = self.block
+        read = run.source.read
+        model = distributed.one_by_one_per_node(
+            lambda: run.source.build(block.first, block.stop, read(block.first, block.stop))
+        )
+        start = run.start is not None and min(positions).step < 0
+        items = schedule(run.text, [self._settings(one) for one in self.ranges], min(positions), start=start)
+        with stop_on_signals() as stop:
+            chain = Chain(run.source.hidden, run.source.dtype, pin=run.source.device.type == "cuda")
+            feed = Feed(run, chain, model, items, stop)
+            try:
+                code, failure = self._work(feed, positions[distributed.rank()], start=start)
+                chain.close(code)
+            finally:
+                chain.abandon()
+            self._settle(failure, stopped=code == STOP or stop.requested)
+        del model, feed
+        gc.collect()
+        if run.source.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _work(self, feed: Feed, position: Position, *, start: bool) -> tuple[int, UserError | None]:
+        """This process's part; how it ended, and with what failure of its own."""
+        try:
+            with distributed.alone():
+                self._train(feed, position, start=start)
+        except (Stopped, Interrupted):
+            return STOP, None
+        except Closed as closed:
+            return closed.code, None
+        except UserError as error:
+            feed.chain.ask(FAILED)
+            return FAILED, error
+        return END, None
+
+    def _train(self, feed: Feed, position: Position, *, start: bool) -> None:
+        learning = position != FINISHED
+        if learning:
+            self.run.make_ready(feed.model, self.block)
+        if start:
+            feed.start(learning and position.step < 0)
+        if learning:
+            cfg = self._settings(self.block)
+            alone = {"at_once": True}
+            self.run.train_layers(self.folder, feed.model, feed, cfg, feed.hand_on, stop=StopSignal(), facts=alone)
+        feed.rest()
+
+    def _settle(self, failure: UserError | None, *, stopped: bool) -> None:
+        """Let all processes end alike; a collective."""
+        rank, size = distributed.rank(), distributed.size()
+        text = None if failure is None else f"process {rank} of {size} failed ({type(failure).__name__}: {failure})"
+        told = distributed.first_of(text)
+        anybody = distributed.largest(float(stopped)) > 0
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise distributed.ProcessLost(f"{told}, so process {rank} stops too")
+        if anybody:
+            raise Stopped
+
+    # Before it begins
+
+    def _settings(self, block: Block) -> TransferConfig:
+        """Of a range's training: those of its first block."""
+        return self.run.stage(next(one for one in self.run.blocks if one.first == block.first))
+
+    def _require_common_epochs(self) -> None:
+        epochs = self.run.recipe.blocks.epochs
+        for held in self.ranges if epochs else []:
+            members = [one.number for one in self.run.blocks if held.first <= one.first < held.stop]
+            given = {epochs[number] for number in members}
+            if len(given) > 1:
+                raise UserError(
+                    f"blocks.epochs gives blocks {members[0]} to {members[-1]} {sorted(given)} epochs, and with "
+                    f"blocks.ranks=pipeline process {held.number} trains them together: give them one number, or set "
+                    "blocks.ranks=data"
+                )
+
+    def _require_room(self, host_memory: float) -> None:
+        run, on_gpu = self.run, self.run.source.device.type == "cuda"
+        layers = max(block.stop - block.first for block in self.ranges)
+        needed = measure_block(
+            shapes_of(run.source.config),
+            run.recipe.student,
+            run.cfg,
+            layers,
+            seq_len=run.recipe.data.seq_len,
+            gpu=on_gpu,
+            dtype_bytes=run.source.dtype.itemsize,
+        ).device_bytes
+        free = torch.cuda.mem_get_info(run.source.device)[0] if on_gpu else host_memory
+        short = (with_reserve(needed) if on_gpu else needed) > free
+        told = distributed.first_of(
+            f"{layers} layers a process need {gib(needed)}, and process {distributed.rank()} has {gib(free)} free: "
+            "start more processes (torchrun --nproc_per_node), lower transfer.batch_size, or set blocks.ranks=data, "
+            "which holds one block at a time"
+            if short
+            else None
+        )
+        if told is not None:
+            raise UserError(told)
+
+    def _positions(self) -> list[Position]:
+        """How far each process is; a collective."""
+        mine, size, rank = self._position(), distributed.size(), distributed.rank()
+        numbers = [0.0] * (2 * size)
+        numbers[2 * rank : 2 * rank + 2] = float(mine.step), float(mine.evaluated)
+        told = distributed.all_sum(numbers)
+        return [Position(round(told[2 * i]), told[2 * i + 1] > 0) for i in range(size)]
+
+    def _position(self) -> Position:
+        kept = set(self.run.recipe.student.keep_softmax)
+        if self.folder.finished or kept.issuperset(range(self.block.first, self.block.stop)):
+            return FINISHED
+        # fit takes up the same one, and tells of those that are damaged
+        found = checkpoint.newest_checkpoint(self.folder.directory / "checkpoints" / TRANSFER, lambda text: None)
+        if found is None:
+            return Position(-1, False)
+        return Position(found.step, found.state["counters"]["evaluated_step"] == found.step)
+
+    def _announce(self, positions: Sequence[Position]) -> None:
+        run = self.run
+        ranges = "; ".join(f"{one.first} to {one.stop - 1}" for one in self.ranges)
+        row = run.recipe.data.seq_len * run.source.hidden * run.source.dtype.itemsize
+        run.log.info(
+            f"pipeline: {len(self.ranges)} processes hold the layers {ranges}, and hand hidden states on, of which at "
+            f"most {2 * AHEAD + 1} micro-batches ({tera((2 * AHEAD + 1) * run.cfg.batch_size * row)}) wait in a process"
+        )
+        if max(positions).step >= 0:
+            steps = [
+                "finished" if one == FINISHED else f"step {one.step}" if one.step >= 0 else "new" for one in positions
+            ]
+            run.log.info(f"pipeline: continuing; the processes are at: {', '.join(steps)}. Who is ahead hands on")
+
+
+def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position, *, start: bool) -> Iterator[Item]:
+    """All micro-batches after ``first`` that a process with one of ``settings`` (which differ in epochs alone) asks
+    for, in the order in which it does; ``start``: first the rows that initial values come from."""
+    cfg = settings[0]
+    lengths = [training_length(one, len(text)) for one in settings]
+    micro_batches, ends = max(number for number, _ in lengths), {steps for _, steps in lengths}
+    validation = text.validation_batches()
+    validation = validation if cfg.eval_batches is None else min(validation, cfg.eval_batches)
+    if start:
+        yield Item(START, 0)
+    for step in range(max(first.step, 0), max(ends) + 1):
+        due = step % cfg.eval_every == 0 or step in ends
+        if due and not (step == first.step and first.evaluated):
+            yield from (Item(VALIDATION, index) for index in range(validation))
+        begin = step * cfg.accumulation
+        yield from (Item(TRAIN, index) for index in range(begin, min(begin + cfg.accumulation, micro_batches)))
+
+
+class Feed:
+    """What ``train.fit`` asks of the data, answered with what comes down the row.
+
+    Micro-batches of the schedule that are not asked for are run forward and handed on. ``Interrupted`` is raised when
+    the processes stop, ``Closed`` when one of them has failed or all are done.
+    """
+
+    def __init__(self, run: BlockRun, chain: Chain, model: Any, items: Iterator[Item], stop: StopSignal) -> None:
+        self.run, self.chain, self.model = run, chain, model
+        self.seed, self.fingerprint = run.text.seed, run.text.fingerprint
+        self._items, self._stop = items, stop
+        self._embedding = run.source.embedding() if chain.first else None
+        self._at: Item | None = None
+        self._asked = self._resting = False
+
+    def __len__(self) -> int:
+        """Micro-batches of one epoch."""
+        return len(self.run.text)
+
+    def train_batch(self, index: int) -> Batch:
+        """Micro-batch ``index``."""
+        return self._get(Item(TRAIN, index))
+
+    def validation_batches(self) -> int:
+        """Validation micro-batches."""
+        return self.run.text.validation_batches()
+
+    def validation_batch(self, index: int) -> Batch:
+        """Validation micro-batch ``index``."""
+        return self._get(Item(VALIDATION, index))
+
+    def start(self, fresh: bool) -> None:
+        """The rows that initial values come from; ``fresh``: this process's students want them."""
+        batch = self._on_device(self._take(next(self._items)))
+        if fresh:
+            initialise_from_text(self.model, batch)
+        self._pass_on(Item(START, 0), batch)
+
+    def hand_on(self, batch: Batch, hidden_bTd: Tensor) -> None:
+        """Send what the layers make of the micro-batch that was asked for last, once."""
+        if self._at is not None and not self.chain.last:
+            self.chain.send(self._at, hidden_bTd, batch["attention_mask"])
+        self._at = None
+
+    def rest(self) -> None:
+        """Hand on all that is left."""
+        self._resting = True
+        self.chain.done()
+        for item in self._items:
+            self._pass_on(item, self._on_device(self._take(item)))
+
+    def _get(self, wanted: Item) -> Batch:
+        for item in self._items:
+            batch = self._take(item)
+            if item == wanted:
+                self._at = item
+                return batch
+            self._pass_on(item, self._on_device(batch))
+        raise RuntimeError(f"micro-batch {wanted} is not among those that the processes have agreed on")
+
+    def _take(self, item: Item) -> Batch:
+        try:
+            self._look_around()
+            if self._embedding is not None:
+                return self._embedded(item)
+            found = self.chain.receive(item)
+        except Closed as closed:
+            if closed.code == STOP:
+                raise Interrupted from closed
+            raise
+        return {"inputs_embeds": found.hidden_bTd, "attention_mask": found.padding_bT}
+
+    def _look_around(self) -> None:
+        """On the first process: whether all should end here. On the others: tell it of a wish to stop."""
+        if not self.chain.first:
+            if self._stop.requested and not self._asked:
+                self._asked = True
+                self.chain.ask(STOP)
+            return
+        code = STOP if self._stop.requested else self.chain.asked()
+        if code is None and self._resting and self.chain.all_done():
+            code = END
+        if code is not None:
+            raise Closed(code)
+
+    def _embedded(self, item: Item) -> Batch:
+        text = self.run.text
+        assert self._embedding is not None
+        if item.kind == START:
+            assert self.run.start is not None
+            batch = self.run.start
+        else:
+            batch = text.train_batch(item.number) if item.kind == TRAIN else text.validation_batch(item.number)
+        tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return {"inputs_embeds": forward_decoder(self._embedding, tokens), "attention_mask": batch["attention_mask"]}
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.run.source.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _pass_on(self, item: Item, batch: Batch) -> None:
+        """Run a micro-batch forward and send it, where there is somebody to send it to."""
+        if self.chain.last:
+            return
+        students = bool(surgery.students_of(self.model))
+        if students:
+            surgery.set_mode(self.model, "teacher")
+        self.chain.send(item, forward_decoder(self.model, batch), batch["attention_mask"])
+        if students:
+            surgery.set_mode(self.model, "transfer")

@@ -1,0 +1,262 @@
+"""A pipeline of processes, each with layers of its own, gives the students of the joint run: torchrun with gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import save_tiny_model
+from ranks_kit import run, start
+from trenchcoat import blockstages, stages
+from trenchcoat.blockfolder import Block, BlockFolder, cut, divide, found_blocks
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.pipeline import FINISHED, Position, schedule
+from trenchcoat.recipe_io import load_recipe
+from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runlog import read_metrics
+
+LAYERS = 5
+EPOCHS = ["blocks.size=2", "blocks.epochs=[0.5,1,0.25]", "transfer.schedule=constant"]
+FLAT = [
+    "blocks.size=1", "transfer.schedule=constant", "transfer.early_stopping=1",
+    "transfer.early_stopping_threshold=0.3", "transfer.eval_every=1",
+]  # fmt: skip
+FROM_TEXT = ["student.feature_map.init=landmarks", "student.keep_softmax=[0]", "data.packing=contiguous"]
+PIPELINE = "blocks.ranks=pipeline"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> list[str]:
+    """Overrides of every run here: an epoch, a schedule and clipping that listen to each layer, random weights."""
+    model = save_tiny_model(tmp_path_factory.mktemp("five-layers"), seed=0, num_hidden_layers=LAYERS)
+    return [
+        f"model.path={model}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
+        "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "data.max_rows=14", "student.window=8", "student.feature_map.feature_dim=8",
+        "student.feature_map.init=kaiming", "transfer.batch_size=2", "transfer.accumulation=3",
+        "transfer.max_steps=null", "transfer.epochs=1", "transfer.eval_every=4", "transfer.eval_batches=2",
+        "transfer.save_every=2", "transfer.warmup_steps=0", "transfer.schedule=plateau",
+        "transfer.plateau_patience=0", "transfer.lr=0.05", "transfer.early_stopping=null", "eval.rows=4",
+        "eval.batch_size=2", "run.threads=1", "run.progress=off",
+    ]  # fmt: skip
+
+
+def recipe(base: list[str], folder: Path, *more: str) -> Recipe:
+    return load_recipe("demo", [*base, f"run.dir={folder}", *more])
+
+
+@pytest.fixture(scope="module")
+def single(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes: the joint run, with initial values from text too, and streams that end block by block."""
+    root = tmp_path_factory.mktemp("single")
+    stages.transfer(recipe(base, root / "whole"))
+    stages.transfer(recipe(base, root / "text", *FROM_TEXT))
+    blockstages.run(recipe(base, root / "epochs", *EPOCHS))
+    blockstages.run(recipe(base, root / "flat", *FLAT))
+    return root
+
+
+@pytest.fixture(scope="module")
+def three(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
+    """Three processes, jobs in order; the folder and what every process reports."""
+    root = tmp_path_factory.mktemp("three")
+    jobs: list[tuple[str, str, list[str]]] = [
+        ("blocks", "whole", []),
+        ("blocks_stopped", "stopped", []),
+        ("blocks_behind", "stopped", []),
+        ("blocks", "stopped", []),
+        ("blocks", "text", FROM_TEXT),
+        ("blocks", "epochs", EPOCHS),
+        ("blocks", "flat", FLAT),
+        ("blocks_poisoned", "poisoned", []),
+        ("blocks", "few", ["blocks.size=3"]),
+        ("blocks", "uneven", ["blocks.epochs=[1,1,2,2,2]"]),
+    ]
+    listed = [
+        {"do": name, "overrides": [*base, PIPELINE, f"run.dir={root / folder}", *more]} for name, folder, more in jobs
+    ]
+    return root, run(3, listed, root / "out")
+
+
+def require_same(found: Path, wanted: Path) -> None:
+    """Bit for bit: weights, and every per-layer number of the log."""
+    weights, joint = RunFolder(found).weights(TRANSFER), RunFolder(wanted).weights(TRANSFER)
+    assert weights.keys() == joint.keys()
+    for name, tensor in joint.items():
+        assert torch.equal(weights[name], tensor), name
+    assert lines(found) == lines(wanted)
+    assert len(lines(found)) > 3
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What the log says of the training, without clocks and what sums in another order."""
+    leave = ("time", "seconds", "loss", "grad_norm", "mse", "relative", "lr")
+    return [
+        {k: v for k, v in line.items() if k not in leave and not k.startswith("speed/")}
+        for line in read_metrics(folder)
+        if line["kind"] in ("train", "eval")
+    ]
+
+
+def said(folder: Path) -> str:
+    return "\n".join(line["text"] for line in read_metrics(folder) if line["kind"] == "info")
+
+
+def test_three_processes_give_the_joint_runs_students(single: Path, three: tuple[Path, list[list[Any]]]) -> None:
+    root, reports = three
+    assert [report[0] for report in reports] == ["done"] * 3
+    require_same(root / "whole", single / "whole")
+    assert "pipeline: 3 processes hold the layers 0 to 0; 1 to 2; 3 to 4" in said(root / "whole")
+    made = load_recipe("demo", [f"run.dir={root / 'whole'}"])
+    assert found_blocks(made) == [Block(0, 0, 1), Block(1, 1, 3), Block(2, 3, 5)]
+    results = [BlockFolder(made, block).result() for block in found_blocks(made)]
+    whole = RunFolder(root / "whole").result(TRANSFER)
+    assert whole is not None
+    assert whole["seconds"] == max(one["seconds"] for one in results if one)
+
+
+def test_it_is_scored_and_stitched_again_like_any_other(
+    base: list[str], single: Path, three: tuple[Path, list[list[Any]]]
+) -> None:
+    root, _ = three
+    found = blockstages.stitch(recipe(base, root / "whole")).results
+    joint = stages.evaluate_run(
+        recipe(base, single / "whole", "lora=null", "eval.baselines=false", "eval.decode_lengths=[]")
+    )
+    assert found is not None
+    assert joint.results is not None
+    for row, scores in found.rows.items():
+        assert scores.all.sums == pytest.approx(joint.results.rows[row].all.sums, rel=1e-6), row
+    state = blockstages.status(recipe(base, root / "whole")).shown[0].columns[2].cells
+    assert list(state) == ["finished"] * 3
+
+
+def test_a_stop_of_one_process_stops_all_at_one_step(single: Path, three: tuple[Path, list[list[Any]]]) -> None:
+    """And then one has lost that step: it is made up for, while the others hand on."""
+    root, reports = three
+    for report in reports:
+        steps = report[1]
+        assert len(steps) == 3
+        assert len({each[-1] for each in steps}) == 1, steps
+        assert report[3] == "done"
+    require_same(root / "stopped", single / "whole")
+    last = int(reports[0][1][0][-1].removeprefix("step-"))
+    before = int(reports[0][1][0][-2].removeprefix("step-"))
+    assert 4 <= last <= 8, "the first process is a few micro-batches ahead of the last one"
+    assert f"the processes are at: step {last}, step {last}, step {before}" in said(root / "stopped")
+
+
+def test_initial_values_from_text_and_a_process_that_only_hands_on(
+    single: Path, three: tuple[Path, list[list[Any]]]
+) -> None:
+    root, reports = three
+    assert reports[2][4] == "done"
+    require_same(root / "text", single / "text")
+    assert not (root / "text" / "blocks" / "layers-000-000").exists()
+
+
+@pytest.mark.parametrize(("name", "job"), [("epochs", 5), ("flat", 6)])
+def test_processes_that_end_before_the_others_hand_on(
+    name: str, job: int, single: Path, three: tuple[Path, list[list[Any]]]
+) -> None:
+    root, reports = three
+    assert [report[job] for report in reports] == ["done"] * 3
+    weights, streamed = (RunFolder(folder / name).weights(TRANSFER) for folder in (root, single))
+    for key, tensor in streamed.items():
+        assert torch.equal(weights[key], tensor), key
+    made = load_recipe("demo", [f"run.dir={root / name}"])
+    steps = [result["steps"] for block in found_blocks(made) if (result := BlockFolder(made, block).result())]
+    assert len(steps) == 3
+    if name == "epochs":
+        assert steps == [6, 12, 3]
+
+
+def test_a_nan_in_one_process_stops_all_naming_the_layer(three: tuple[Path, list[list[Any]]]) -> None:
+    _, reports = three
+    assert reports[1][7].startswith("NonFiniteLoss: transfer: the loss is not finite at step 0, first in layer 2")
+    for rank in (0, 2):
+        assert reports[rank][7].startswith("ProcessLost: process 1 of 3 failed (NonFiniteLoss: ")
+        assert "first in layer 2" in reports[rank][7]
+
+
+def test_what_cannot_be_divided_is_refused(three: tuple[Path, list[list[Any]]]) -> None:
+    for report in three[1]:
+        assert "3 processes, and 2 blocks for them: start at most 2" in report[8]
+        assert "blocks.epochs gives blocks 1 to 2 [1.0, 2.0] epochs" in report[9]
+
+
+def test_a_killed_process_is_named_and_the_run_goes_on(base: list[str], single: Path, tmp_path: Path) -> None:
+    """Two processes, of which the second dies in the middle; then another number of processes is refused."""
+    folder = tmp_path / "run"
+    job = {"do": "blocks", "overrides": [*base, PIPELINE, f"run.dir={folder}"]}
+    process = start(2, [job], tmp_path / "out", delay=0.15, restarts=1)
+    deadline = time.monotonic() + 120
+    while len(lines(folder / "blocks" / "layers-002-004")) < 6:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int((tmp_path / "out" / "pid-1-0").read_text()), signal.SIGKILL)
+    heard, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, heard
+    assert "process 1 (on " in heard
+    assert "is gone" in heard
+    require_same(folder, single / "whole")
+    assert "pipeline: continuing" in said(folder)
+    with pytest.raises(UserError, match="holds a block of layers 0 to 1, which is none of those"):
+        blockstages.run(recipe(base, folder))
+
+
+def test_where_it_is_not_for(base: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is for several processes: start them with torchrun"):
+        blockstages.run(recipe(base, tmp_path / "run", PIPELINE))
+    with pytest.raises(UserError, match=r"blocks\.ranks=pipeline is a way of `blocks run`"):
+        blockstages.collect(recipe(base, tmp_path / "run", PIPELINE))
+
+
+def test_blocks_are_divided_by_layers() -> None:
+    assert [(one.first, one.stop) for one in divide(cut(9, 2), 2)] == [(0, 4), (4, 9)]
+    assert [(one.first, one.stop) for one in divide(cut(7, 1), 3)] == [(0, 2), (2, 4), (4, 7)]
+    assert [one.number for one in divide(cut(126, 9), 14)] == list(range(14))
+    for layers, size, processes in ((126, 1, 8), (32, 3, 4), (31, 5, 6), (5, 2, 3)):
+        held = divide(cut(layers, size), processes)
+        assert [one.first for one in held] == [0, *(one.stop for one in held[:-1])]
+        assert held[-1].stop == layers
+        sizes = [one.stop - one.first for one in held]
+        assert max(sizes) - min(sizes) <= size
+
+
+def test_the_order_goes_on_from_the_one_who_is_most_behind() -> None:
+    """Evaluations come where any of the processes wants one, and the one that all have done is left out."""
+    from trenchcoat.config import TransferConfig
+
+    class Text:
+        def __len__(self) -> int:
+            return 4
+
+        def validation_batches(self) -> int:
+            return 3
+
+    settings = [
+        TransferConfig(epochs=epochs, max_steps=None, accumulation=2, eval_every=4, eval_batches=1)
+        for epochs in (1.25, 3.0)
+    ]
+    text: Any = Text()
+
+    def order(first: Position) -> list[tuple[int, int]]:
+        return [tuple(item) for item in schedule(text, settings, first, start=False)]
+
+    whole = order(Position(-1, False))
+    assert whole == [
+        (1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4), (2, 5), (1, 0), (2, 6), (2, 7), (1, 0), (2, 8), (2, 9),
+        (2, 10), (2, 11), (1, 0),
+    ]  # fmt: skip
+    assert order(Position(4, False)) == whole[10:]
+    assert order(Position(4, True)) == whole[11:]
+    assert order(Position(6, True)) == []
+    assert max(Position(6, True), Position(6, False), Position(-1, False)) == (6, True) < FINISHED
