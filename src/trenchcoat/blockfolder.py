@@ -87,6 +87,9 @@ class BlockFolder:
     @contextmanager
     def log(self, parent: RunLog) -> Iterator[RunLog]:
         """Its log, shown as the run's own is."""
+        if parent.directory == self.directory:
+            yield parent
+            return
         if not distributed.is_main():
             yield SilentLog(self.directory)
             return
