@@ -11,18 +11,31 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
-    {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
+    {
+        "students",
+        "cache",
+        "files",
+        "local_tasks",
+        "families",
+        "recipe_io",
+        "interrupts",
+        "schedules",
+        "trainstate",
+        "machine",
+    }
     | {"distributed", "trackers"},
     {"sharding", "shapes"},
     {"identity"},
-    {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"},
-    {"surgery", "verdicts", "flops", "keeper", "loading"},
-    {"auto", "plots", "esl", "sums"},
-    {"train", "footprint", "simulate"},
+    {"interface", "runlog", "results", "data", "objectives", "gradients", "checkpoint", "runfolder"}
+    | {"continuations"},
+    {"surgery", "verdicts", "flops", "keeper", "loading", "task_results", "pages"},
+    {"auto", "plots", "esl", "sums", "letters", "probes"},
+    {"train", "footprint", "simulate", "task_report"},
     {"hub", "plan"},
-    {"workshop", "evaluate", "generate", "report", "bench", "advice"},
-    {"comparison", "estimate", "plan_report"},
+    {"workshop", "evaluate", "generate", "report", "bench", "advice", "harness", "compare_runs"},
+    {"comparison", "estimate", "plan_report", "tasks"},
     {"stages"},
+    {"cli_eval"},
     {"cli"},
     {"compat"},
     {"__init__", "__main__"},
@@ -32,6 +45,7 @@ FLOORS: list[set[str]] = [
 FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
+    "lm_eval": {"harness.py"},
     "omegaconf": {"recipe_io.py"},
     "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
 }
