@@ -152,6 +152,8 @@ class ContinuationScorer:
         rows = _distinct_rows(requests)
         answers: list[Answer | None] = [None] * len(requests)
         done = 0
+        if self.progress is not None:
+            self.progress(0, len(requests))
         with torch.no_grad():
             for members, logp_bKV in self._calls(rows):
                 for place, row in enumerate(members):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from typing import Any
 
 import lm_eval.api.model
 import lm_eval.api.task
+import torch
 from accelerate import Accelerator
 from lm_eval import simple_evaluate
 from lm_eval.__main__ import cli_evaluate
@@ -35,6 +37,8 @@ from trenchcoat.task_results import Estimate, ModelScore, TaskRecord
 NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The harness's own defaults."""
+HARNESS_DEVICE = "cuda:0"
+"""What the harness's command line asks for when no device is given."""
 RECENT = 16
 """Texts whose tokens are remembered."""
 CPU_ROWS = 16
@@ -80,7 +84,7 @@ class TrenchcoatLM(HFLM):
         if model is None:
             if path is None:
                 raise UserError("--model trenchcoat needs --model_args path=DIR (a run, an adapter or a merged folder)")
-            where = str(accelerator.device) if accelerator is not None else device or "auto"
+            where = str(accelerator.device) if accelerator is not None else _usable(device)
             model, tokenizer = hub.load(path, device=where, dtype=dtype, base=base)
             if teacher:
                 become_teacher(model)
@@ -149,6 +153,14 @@ class TrenchcoatLM(HFLM):
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
         }
+
+
+def _usable(device: str | None) -> str:
+    """The device asked for; the harness's command line asks for its default, cuda:0, also where there is no GPU."""
+    if device == HARNESS_DEVICE and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("%s is not there; the model runs on the CPU", device)
+        return "cpu"
+    return device or "auto"
 
 
 if NAME not in model_registry:
@@ -221,7 +233,7 @@ def score_tasks(
     manager = task_manager(names, task_dir=task_dir, data_dir=data_dir)
     before = lm.scorer.work
     lm.scorer.work = work = Work()
-    with _without_bars():
+    with _quietly():
         found = simple_evaluate(
             model=lm,
             tasks=load_tasks(manager, names),
@@ -283,17 +295,25 @@ def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the harness's bars (one a subject) off the terminal; ours shows the whole way."""
+def _quietly() -> Iterator[None]:
+    """Keep the harness's bars (one a subject) and notes (two a subject) off the terminal; its errors stay."""
     modules = (lm_eval.api.task, lm_eval.api.model)
     bars = [module.tqdm for module in modules]
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     for module, bar in zip(modules, bars, strict=True):
-        module.tqdm = functools.partial(bar, disable=True)
+        module.tqdm = functools.partial(_no_bar, bar)
     try:
         yield
     finally:
+        logger.setLevel(level)
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
+
+
+def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
+    return bar(*args, **{**kwargs, "disable": True})
 
 
 def main() -> None:

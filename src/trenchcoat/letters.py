@@ -63,7 +63,7 @@ def score_letters(
     members = [*records]
     every = [row for name in members for row in records[name].scores[model_name].rows["acc"]]
     whole = TaskRecord(
-        name=NAME, alias="MMLU, four letters", count=len(every), members=members,
+        name=NAME, alias=NAME, count=len(every), members=members,
         settings={**settings, "too_long": sum(one.settings["too_long"] for one in records.values())},
         scores={model_name: ModelScore({"acc": mean_estimate(every)})},
     )  # fmt: skip

@@ -86,7 +86,7 @@ class Haystack:
 def needle_row(hay: Haystack, rng_seed: str, length: int, depth: float | None) -> _Question:
     """A needle at ``depth`` of a row of ``length`` tokens; None leaves it out (the control)."""
     rng = random.Random(rng_seed)
-    room = length - len(hay.opening) - 2 * CUE - ANSWER
+    room = length - len(hay.opening) - 2 * (CUE + ANSWER)
     text, start = hay.filler(rng, room + CUE + ANSWER)
     needle = hay.passage(rng, CUE + ANSWER, start, len(text))
     if depth is not None:

@@ -30,7 +30,7 @@ from trenchcoat.task_results import (
 
 TASKS_FILE = "tasks.json"
 PROBES_PICTURE = "probes.png"
-HEADINGS = ("task", "examples", "rows", "metric", "linear", "teacher", "linear - teacher")
+HEADINGS = ("task", "shots", "rows", "metric", "linear %", "teacher %", "difference")
 WORDS = {
     "needle": "a passage hidden at some depth, its next tokens asked for at the end",
     "recall": "one of eight scattered pairs asked for at the end",
@@ -39,11 +39,11 @@ WORDS = {
 
 
 def percent(estimate: Estimate | None) -> str:
-    """``43.2 ± 0.4 %``: the value with one standard error, or a dash."""
+    """``43.2 ± 0.4``, in per cent: the value with one standard error, or a dash."""
     if estimate is None or not math.isfinite(estimate.value):
         return "–"
     error = estimate.error
-    return f"{100 * estimate.value:.1f}" + (f" ± {100 * error:.1f} %" if error is not None else " %")
+    return f"{100 * estimate.value:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
 
 
 def shown_tasks(results: TaskResults) -> list[TaskRecord]:
@@ -83,7 +83,7 @@ def terminal_tables(results: TaskResults) -> list[Table]:
     if results.tasks:
         table = Table(title="Tasks (± one standard error)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for number, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="right" if number else "left")
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
         for row in task_cells(results):
             table.add_row(*row)
         tables.append(table)
@@ -92,7 +92,7 @@ def terminal_tables(results: TaskResults) -> list[Table]:
             title=f"{record.name}: {WORDS[record.name]}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
         )
         for number, heading in enumerate(["model", *(f"{length:,}" for length in record.lengths)]):
-            table.add_column(heading, justify="right" if number else "left")
+            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
         for name, values in probe_rows(record):
             table.add_row(name, *values)
         tables.append(table)
@@ -124,8 +124,10 @@ def markdown_sections(results: TaskResults, *, drawn: bool) -> list[str]:
         lines += [f"| {' | '.join(row)} |" for row in task_cells(results)]
         lines += [
             "",
-            "± is one standard error over the rows. The last column is over the same rows, compared one by one; its "
-            "error is that of the difference. 95 % intervals: " + (_intervals(results) or "none") + ".",
+            "In per cent, ± one standard error over the rows. The last column is linear minus teacher over the same "
+            "rows, compared one by one; its error is that of the difference. 95 % intervals: "
+            + (_intervals(results) or "none")
+            + ".",
             "",
         ]
     if results.probes:
