@@ -158,3 +158,16 @@ def test_saved_is_loaded(tmp_path: Path) -> None:
     again = TaskResults.load(tmp_path / "tasks.json")
     assert again.tasks["piqa"].scores["student"].rows == tasks.tasks["piqa"].scores["student"].rows
     assert again.probes == tasks.probes
+
+
+def test_scores_of_the_same_rows_join_and_others_replace() -> None:
+    before, student = made_tasks(0.6), made_tasks(0.5, seed=1)
+    del student.tasks["piqa"].scores["teacher"]
+    rows = student.tasks["piqa"].scores["student"].rows
+    before.add(student)
+    assert before.tasks["piqa"].scores["student"].rows == rows
+    assert "teacher" in before.tasks["piqa"].scores
+    other = made_tasks(0.5, rows_id="others")
+    del other.tasks["piqa"].scores["teacher"]
+    before.add(other)
+    assert "teacher" not in before.tasks["piqa"].scores

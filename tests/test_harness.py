@@ -163,7 +163,7 @@ def test_the_four_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
     assert scorer.work.beginnings == 57
     short = score_letters(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2, max_length=10)
     assert short["mmlu_letters"].scores[STUDENT].metrics["acc"].value == 0
-    assert short["mmlu_letters"].settings["too_long"] == 57 * 3
+    assert short["mmlu_letters"].scores[STUDENT].too_long == 57 * 3
 
 
 def torch_row(ids: list[int]) -> Any:

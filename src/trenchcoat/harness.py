@@ -89,13 +89,14 @@ class TrenchcoatLM(HFLM):
             if teacher:
                 become_teacher(model)
             surgery.set_far(model, far)
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=self._harness_batch(batch_size, model),
-            max_batch_size=max_batch_size,
-            max_length=max_length,
-        )
+        with _quietly():  # its warnings about ready-made models and several processes are met below
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=self._harness_batch(batch_size, model),
+                max_batch_size=max_batch_size,
+                max_length=max_length,
+            )
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes

@@ -57,15 +57,15 @@ def score_letters(
             alias=subject.replace("_", " "),
             count=len(rows),
             rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-            settings={**settings, "too_long": too_long},
-            scores={model_name: ModelScore({"acc": mean_estimate(rows)}, {"acc": rows})},
+            settings=settings,
+            scores={model_name: ModelScore({"acc": mean_estimate(rows)}, {"acc": rows}, too_long)},
         )
     members = [*records]
     every = [row for name in members for row in records[name].scores[model_name].rows["acc"]]
     whole = TaskRecord(
         name=NAME, alias=NAME, count=len(every), members=members,
-        settings={**settings, "too_long": sum(one.settings["too_long"] for one in records.values())},
-        scores={model_name: ModelScore({"acc": mean_estimate(every)})},
+        settings=settings,
+        scores={model_name: ModelScore({"acc": mean_estimate(every)}, too_long=len(fits) - sum(fits))},
     )  # fmt: skip
     return {NAME: whole, **records}
 

@@ -81,18 +81,28 @@ def terminal_tables(results: TaskResults) -> list[Table]:
     """Tasks and probes, to print with rich."""
     tables = []
     if results.tasks:
-        table = Table(title="Tasks (± one standard error)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title="Tasks (± one standard error)",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for number, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
         for row in task_cells(results):
             table.add_row(*row)
         tables.append(table)
     for record in results.probes.values():
         table = Table(
-            title=f"{record.name}: {WORDS[record.name]}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+            title=f"{record.name}: {WORDS[record.name]}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
         )
         for number, heading in enumerate(["model", *(f"{length:,}" for length in record.lengths)]):
-            table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0)
+            table.add_column(heading, justify="right" if number else "left", no_wrap=True)
         for name, values in probe_rows(record):
             table.add_row(name, *values)
         tables.append(table)

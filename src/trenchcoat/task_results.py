@@ -40,6 +40,8 @@ class ModelScore:
     metrics: dict[str, Estimate] = field(default_factory=dict)
     rows: dict[str, list[float]] = field(default_factory=dict)
     """Metric to its value on every row, in the task's order; empty for groups and for metrics that are no mean."""
+    too_long: int = 0
+    """Rows counted as wrong because their prompts were over a limit (``mmlu_letters`` with a ``max_length``)."""
 
 
 @dataclass
@@ -95,9 +97,24 @@ class TaskResults:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: TaskResults) -> None:
-        """Take over what ``other`` has; its records replace those of the same name."""
-        self.tasks |= other.tasks
-        self.probes |= other.probes
+        """Take over what ``other`` has: scores join a record of the same rows and settings, else they replace it."""
+        for name, task in other.tasks.items():
+            known = self.tasks.get(name)
+            if known is not None and (known.rows_id, known.members, known.settings) == (
+                task.rows_id,
+                task.members,
+                task.settings,
+            ):
+                known.scores |= task.scores
+            else:
+                self.tasks[name] = task
+        for name, probe in other.probes.items():
+            before = self.probes.get(name)
+            if before is not None and _same_probe(before, probe):
+                before.shares |= probe.shares
+                before.controls |= probe.controls
+            else:
+                self.probes[name] = probe
         self.made += other.made
         self.environment = other.environment
 
@@ -134,9 +151,13 @@ class TaskResults:
             ) from error
 
 
+def _same_probe(a: ProbeRecord, b: ProbeRecord) -> bool:
+    return (a.lengths, a.depths, a.trained, a.settings) == (b.lengths, b.depths, b.trained, b.settings)
+
+
 def _task(raw: dict[str, Any]) -> TaskRecord:
     scores = {
-        model: ModelScore({metric: Estimate(**one) for metric, one in score["metrics"].items()}, score["rows"])
+        model: ModelScore(**{**score, "metrics": {name: Estimate(**one) for name, one in score["metrics"].items()}})
         for model, score in raw["scores"].items()
     }
     return TaskRecord(**{**raw, "scores": scores})

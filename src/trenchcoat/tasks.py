@@ -25,7 +25,7 @@ from trenchcoat.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
 from trenchcoat.results import Results
 from trenchcoat.runlog import Tracker, environment, show_progress
 from trenchcoat.task_report import TASKS_FILE, terminal_tables
-from trenchcoat.task_results import FAR_OFF, MODEL_LABELS, STUDENT, TEACHER, ProbeRecord, TaskRecord, TaskResults
+from trenchcoat.task_results import FAR_OFF, MODEL_LABELS, STUDENT, TEACHER, ProbeRecord, TaskResults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,8 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
             f"--tasks {','.join(others)} needs the evaluation harness: pip install 'trenchcoat[eval]' (without it "
             f"there are {LETTERS}, {', '.join(PROBES)})"
         )
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
     is_run = (target / "recipe.yaml").is_file()
     path = out if out is not None else target / TASKS_FILE if is_run else None
     before = TaskResults.load(path) if path is not None and path.is_file() else None
@@ -149,8 +151,8 @@ def _score_harness(found: TaskResults, name: str, model: Any, tokenizer: Any, ta
             task_dir=plan.task_dir,
             data_dir=plan.data_dir,
         )
-    _join(found.tasks, records)
-    found.made.append(_made(name, tasks, began, work, lm.scorer))
+    made = _made(name, tasks, began, work, lm.scorer)
+    found.add(TaskResults(found.model, tasks=records, made=[made], environment=found.environment))
 
 
 def _score_own(
@@ -176,10 +178,12 @@ def _score_own(
                     limit=plan.limit,
                     max_length=plan.max_length,
                 )
-                _join(found.tasks, records)
+                part = TaskResults(found.model, tasks=records, environment=found.environment)
             else:
-                _join_probe(found, _probe(task, scorer, tokenizer, plan, recipe, name))
-        found.made.append(_made(name, [task], began, scorer.work, scorer))
+                record = _probe(task, scorer, tokenizer, plan, recipe, name)
+                part = TaskResults(found.model, probes={task: record}, environment=found.environment)
+        part.made.append(_made(name, [task], began, scorer.work, scorer))
+        found.add(part)
 
 
 def _probe(
@@ -232,18 +236,3 @@ def _made(name: str, tasks: Sequence[str], began: float, work: Work, scorer: Con
         "beginnings_shared": scorer.share,
         **({} if scorer.share else {"not_shared_because": scorer.why_not}),
     }
-
-
-def _join(records: dict[str, TaskRecord], more: Mapping[str, TaskRecord]) -> None:
-    """Scores of another model on tasks that may be there already."""
-    for name, record in more.items():
-        if name in records:
-            records[name].scores |= record.scores
-        else:
-            records[name] = record
-
-
-def _join_probe(found: TaskResults, record: ProbeRecord) -> None:
-    known = found.probes.setdefault(record.name, record)
-    known.shares |= record.shares
-    known.controls |= record.controls
