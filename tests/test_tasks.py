@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ def test_mistakes_are_one_line(
         [*base, "mmlu_letters", "--num-fewshot", "9", "--data-dir", str(data_dir)], 1, capsys
     )
     assert "twice their length" in _fails([*base, "copy", "--probe-lengths", "4000"], 1, capsys)
+    assert "give --trained-length" in _fails(["eval", str(run / "adapter"), "--tasks", "copy"], 1, capsys)
     assert "no results.json" in _fails(["report", str(run), str(tmp_path)], 1, capsys)
     (tmp_path / "tasks.json").write_text('{"format": 99}')
     assert "not a task results file" in _fails(["report", str(run), str(tmp_path)], 1, capsys)
@@ -150,3 +152,11 @@ def test_eval_without_tasks_scores_text_as_before(
     assert cli.main(["eval", str(run)]) == 0
     shown: Any = capsys.readouterr().out
     assert "Perplexity (ppl)" in shown
+
+
+def test_the_commands_of_the_page_parse() -> None:
+    page = (Path(cli.__file__).parents[2] / "docs" / "EVALUATE.md").read_text()
+    lines = [line for line in page.splitlines() if re.match(r"trenchcoat (eval|report) ", line)]
+    assert len(lines) >= 5
+    for line in lines:
+        cli._parse(shlex.split(line, comments=True)[1:])

@@ -76,6 +76,7 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     is_run = (target / "recipe.yaml").is_file()
+    plan = dataclasses.replace(plan, trained=plan.trained or _trained(plan, recipe if is_run else None))
     path = out if out is not None else target / TASKS_FILE if is_run else None
     before = TaskResults.load(path) if path is not None and path.is_file() else None
     found = TaskResults(str(target), environment=environment())
@@ -95,6 +96,18 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
         written = report.write_report(target, Results.load(target / report.RESULTS_FILE))
         shown.append(f"the report, with them: {written}")
     return TaskOutcome(tuple(shown), found)
+
+
+def _trained(plan: TaskPlan, recipe: Recipe | None) -> int | None:
+    if recipe is not None:
+        return recipe.data.seq_len
+    asked = [name for name in plan.tasks if name in PROBES]
+    if asked:
+        raise UserError(
+            f"--tasks {','.join(asked)}: only a run's recipe says how long the training rows were; give "
+            "--trained-length N"
+        )
+    return None
 
 
 def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
@@ -189,12 +202,14 @@ def _score_own(
 def _probe(
     task: str, scorer: ContinuationScorer, tokenizer: Any, plan: TaskPlan, recipe: Recipe, name: str
 ) -> ProbeRecord:
-    trained = plan.trained or recipe.data.seq_len
+    assert plan.trained is not None, "settled before a probe is made"
     data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # of training rows, which it needs not
     rows = [ids for batch in load_batches(data, tokenizer, batch_size=1, seed=0).validation() for ids in _ids(batch)]
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    hay = Haystack(corpus_tokens(rows, tokenizer), opening, round(trained * max(plan.probe_lengths)))
-    return probe(task, scorer, hay, trained=trained, lengths=plan.probe_lengths, rows=plan.probe_rows, model_name=name)
+    hay = Haystack(corpus_tokens(rows, tokenizer), opening, round(plan.trained * max(plan.probe_lengths)))
+    return probe(
+        task, scorer, hay, trained=plan.trained, lengths=plan.probe_lengths, rows=plan.probe_rows, model_name=name
+    )
 
 
 def _ids(batch: Mapping[str, Any]) -> list[int]:
