@@ -185,12 +185,13 @@ def _estimate(
 
 
 def terminal_table(runs: Sequence[Run]) -> Table:
-    """The table of losses, to print with rich."""
-    table = Table(title="Runs (95 % intervals)", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    """The table of losses without its intervals, to print with rich."""
+    title = "Runs (the files have 95 % intervals, tasks and probes)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if number else "left")
     for cells in loss_rows(runs):
-        table.add_row(*cells)
+        table.add_row(*(cell.partition(" [")[0] for cell in cells))
     return table
 
 
