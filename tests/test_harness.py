@@ -106,7 +106,7 @@ def test_its_likelihoods_are_the_harness_models_own(mode: Any, student: Any, tok
     assert found["mmlu"].count == 57 * 2
     assert len(found["mmlu"].members) == 57
     assert found["mmlu_humanities"].count == 13 * 2
-    assert found["mmlu_anatomy"].settings["fewshot"] == 3
+    assert found["mmlu_anatomy"].settings["fewshot"] == found["mmlu"].settings["fewshot"] == 3
     assert found["mmlu_anatomy"].settings["harness"]
 
 

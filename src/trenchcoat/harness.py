@@ -275,14 +275,14 @@ def _record(name: str, found: Mapping[str, Any], model_name: str, more: Mapping[
             rows[shown] = [float(one) for one in values]
     members = _leaves(name, found["group_subtasks"])
     identity = "".join(f"{sample['doc_hash']}{sample['prompt_hash']}" for sample in samples)
-    fewshot = found["n-shot"].get(name)
+    shots = {found["n-shot"].get(leaf) for leaf in members or [name]}
     return TaskRecord(
         name=name,
         alias=str(numbers.get("alias", name)).strip(" -"),
         count=sum(int(found["n-samples"][leaf]["effective"]) for leaf in members or [name]),
         rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16] if identity else "",
         members=members,
-        settings={"fewshot": fewshot, "version": found["versions"].get(name), **more},
+        settings={"fewshot": shots.pop() if len(shots) == 1 else None, "version": found["versions"].get(name), **more},
         scores={model_name: ModelScore(metrics, rows)},
     )
 

@@ -78,7 +78,8 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     is_run = (target / "recipe.yaml").is_file()
     plan = dataclasses.replace(plan, trained=plan.trained or _trained(plan, recipe if is_run else None))
     path = out if out is not None else target / TASKS_FILE if is_run else None
-    before = TaskResults.load(path) if path is not None and path.is_file() else None
+    if path is not None and path.is_file():
+        TaskResults.load(path)  # a damaged file is an error before the work, not after it
     found = TaskResults(str(target), environment=environment())
     for name, model, tokenizer in _models(target, plan):
         _score_harness(found, name, model, tokenizer, others, plan)
@@ -88,9 +89,9 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     shown: list[Any] = terminal_tables(found)
     if path is None:
         return TaskOutcome((*shown, "not kept; give --out FILE to keep them"), found)
-    if before is not None:
-        before.add(found)
-    (before or found).save(path)
+    kept = TaskResults.load(path) if path.is_file() else TaskResults(found.model)  # as it is now: others may write too
+    kept.add(found)
+    kept.save(path)
     shown.append(f"the results: {path}")
     if path == target / TASKS_FILE and (target / report.RESULTS_FILE).is_file():
         written = report.write_report(target, Results.load(target / report.RESULTS_FILE))
