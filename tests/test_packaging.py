@@ -37,7 +37,7 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
     source = REPOSITORY / "src" / "trenchcoat"
     kept = [
         path
-        for pattern in ("*.py", "recipes/*.yaml", "embedded/teacher/*", "py.typed")
+        for pattern in ("*.py", "recipes/*.yaml", "embedded/teacher/*", "harness_tasks/*/*", "py.typed")
         for path in source.rglob(pattern)
     ]
     for path in kept:
@@ -52,7 +52,7 @@ def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
     listed = itertools.chain(project["dependencies"], *extras.values())
     declared = {re.split("[>=;]", one)[0] for one in listed}
-    names = {"pyyaml": "yaml"}
+    names = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
     known = {names.get(name, name.replace("-", "_")) for name in declared} | {"trenchcoat"} | sys.stdlib_module_names
     for path in (REPOSITORY / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trenchcoat import cli_blocks, cli_interop
+from trenchcoat import cli_blocks, cli_eval, cli_interop
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.recipe_io import builtin_recipes, load_recipe, settings_help
 
@@ -33,6 +33,8 @@ OVERRIDE_HELP = "settings that override the recipe's, by path: transfer.lr=5e-3 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["lm-eval"]:  # what follows is the harness's grammar
+        return guarded(lambda: cli_eval.run_lm_eval(arguments[1:]), debug=False)
     args = _parse(arguments)
     return guarded(lambda: args.command(args), debug=args.debug)
 
@@ -154,6 +156,8 @@ def build_parser() -> argparse.ArgumentParser:
         run = functools.partial(_block_action, action)
         action.options(recipe_command(name, run, action.short, action.more, action.sections, to=actions))
     _add_eval(add("eval", _eval, "score a run, an adapter or a merged folder", _EVAL, ["data", "eval"]))
+    cli_eval.add_report(add("report", _runs, "any number of runs side by side", cli_eval.REPORT))
+    add("lm-eval", _eval, "the evaluation harness's own command line, with our models", cli_eval.LM_EVAL)
     _add_generate(add("generate", _generate, "write text with a linearized model", _GENERATE))
     _add_bench(add("bench", _bench, "measure the operator or a transfer step on this machine", _BENCH))
     _add_export(add("export", _export, "write the adapter, or a merged model, of a run", _EXPORT))
@@ -186,7 +190,8 @@ shipped recipes.
 """
 _EVAL = """\
 Score a run again (with other eval.* settings, say) and write its report, or score an adapter or merged folder on the
-text named by data.path.
+text named by data.path. With --tasks: benchmarks through lm-evaluation-harness (piqa, mmlu, ...; --data-dir for local
+files), mmlu_letters, and the long-context probes needle, recall and copy.
 """
 _GENERATE = """\
 Continue one or more prompts with a linearized model: a run's folder, an adapter folder or a merged folder. The state
@@ -207,6 +212,7 @@ Write what a run learned to a folder of its own: the adapter (feature maps, mixe
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("target", metavar="RUN_OR_DIR", help="a run's folder, an adapter folder or a merged folder")
     sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    cli_eval.add_eval(sub)
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -292,15 +298,20 @@ def _block_action(action: cli_blocks.Action, args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from trenchcoat import stages
 
-    if (Path(args.target) / "recipe.yaml").is_file():
-        show(stages.evaluate_run(_recipe(args, args.target)))
-        return
     try:
-        overrides = list(args.overrides)
-        recipe = load_recipe("demo", ["transfer=null", "lora=null", "data.path=embedded", *overrides])
+        recipe = cli_eval.text_recipe(args.target, args.overrides)
     except UserError as error:
         raise UsageError(str(error)) from error
-    show(stages.evaluate_folder(Path(args.target), recipe))
+    if args.tasks is not None:
+        show(cli_eval.run_tasks(args, recipe))
+    elif (Path(args.target) / "recipe.yaml").is_file():
+        show(stages.evaluate_run(recipe))
+    else:
+        show(stages.evaluate_folder(Path(args.target), recipe))
+
+
+def _runs(args: argparse.Namespace) -> None:
+    show(cli_eval.run_report(args))
 
 
 def show(outcome: Any) -> None:

@@ -16,12 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from trenchcoat.files import write_text
+from trenchcoat.pages import write_page
 from trenchcoat.plots import plot_decode, plot_positions, plot_rows, plot_training
 from trenchcoat.results import TEACHER, DecodePoint, Difference, Results, RowSums
 from trenchcoat.runlog import read_metrics
+from trenchcoat.task_report import PROBES_PICTURE, TASKS_FILE, markdown_sections, plot_probes
+from trenchcoat.task_results import TaskResults
 from trenchcoat.verdicts import Verdict, bytes_text, headline, label, percent, verdicts
 
 REPORT_FILE = "report.md"
+PAGE_FILE = "report.html"
 RESULTS_FILE = "results.json"
 HEADINGS = (
     "row",
@@ -96,28 +100,33 @@ def terminal_verdicts(results: Results) -> Table:
 
 
 def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Write ``report.md``, its PNG pictures and ``results.json`` into ``run_dir``; returns the report's path.
+    """Write ``report.md``, its PNG pictures, ``report.html`` with all of it, and ``results.json`` into ``run_dir``.
 
-    ``metrics``: the lines of the run's log, read from ``run_dir`` when left out. A picture whose numbers were not
-    measured is left out, and the report says so. Raises ``SaveError`` when the folder cannot be written.
+    Returns the report's path. ``metrics``: the lines of the run's log, read from ``run_dir`` when left out; tasks and
+    probes come from its ``tasks.json``, where there is one. A picture whose numbers were not measured is left out, and
+    the report says so. Raises ``SaveError`` when the folder cannot be written.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lines = read_metrics(folder) if metrics is None else metrics
+    tasks = TaskResults.load(folder / TASKS_FILE) if (folder / TASKS_FILE).is_file() else None
     drawn = {
         "rows.png": plot_rows(results, folder / "rows.png"),
         "positions.png": plot_positions(results, folder / "positions.png"),
         "training.png": plot_training(lines, folder / "training.png"),
         "decode.png": plot_decode(results, folder / "decode.png"),
+        PROBES_PICTURE: tasks is not None and plot_probes(tasks, folder / PROBES_PICTURE),
     }
     for name in (name for name, done in drawn.items() if not done):
         (folder / name).unlink(missing_ok=True)
     results.save(folder / RESULTS_FILE)
-    write_text(folder / REPORT_FILE, report_text(results, drawn))
+    text = report_text(results, drawn, tasks)
+    write_text(folder / REPORT_FILE, text)
+    write_page(folder / PAGE_FILE, text, folder)
     return folder / REPORT_FILE
 
 
-def report_text(results: Results, drawn: Mapping[str, bool]) -> str:
+def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults | None = None) -> str:
     """The report in Markdown; ``drawn`` says which pictures exist."""
     parts = [
         *_opening(results),
@@ -125,6 +134,7 @@ def report_text(results: Results, drawn: Mapping[str, bool]) -> str:
         *_table(results, drawn),
         *_words(results),
         *_pictures(drawn),
+        *([] if tasks is None else markdown_sections(tasks, drawn=drawn.get(PROBES_PICTURE, False))),
         *_samples(results),
         *_making(results),
         *_limits(results),

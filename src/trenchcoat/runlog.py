@@ -145,6 +145,28 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
+@contextmanager
+def show_progress(
+    title: str, total: int, start: int = 0, *, console: Console | None = None, display: str = "auto"
+) -> Iterator[Tracker]:
+    """Show the way from ``start`` to ``total`` steps on standard error: a bar on a terminal, else plain lines."""
+    console = console if console is not None else Console(stderr=True)
+    if display == "plain" or (display == "auto" and not console.is_terminal):
+        yield _Plain(console, title, total, start)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield _Bar(bar, bar.add_task(title, total=total, completed=start, numbers=""))
+
+
 class RunLog:
     """Writes the record of one run under ``directory`` and shows progress on standard error.
 
@@ -261,20 +283,9 @@ class RunLog:
         title = f"{self.label}{title}"
         if self.display == "off":
             yield _Silent()
-        elif self.display == "plain":
-            yield _Plain(self.console, title, total, start)
-        else:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
-            )
-            with Progress(*columns, console=self.console) as bar:
-                yield _Bar(bar, bar.add_task(title, total=total, completed=start, numbers=""))
+            return
+        with show_progress(title, total, start, console=self.console, display=self.display) as tracker:
+            yield tracker
 
     def close(self) -> None:
         """Close the file, and what the trackers keep open."""

@@ -1,0 +1,310 @@
+"""Log-probabilities of continuations, what their contexts share computed once.
+
+Few-shot prompts of one subject begin alike: the model reads that beginning once and its cache, copied for every row of
+a batch, is the start of the rest. The cache of a linearized layer has a constant size, so this costs the same whatever
+the length of the beginning; softmax layers work too, with a cache that grows.
+
+Shape legend: b rows of a batch, T columns of a call, K columns whose logits are kept, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trenchcoat.config import UserError
+from trenchcoat.sharding import compute_device
+from trenchcoat.students import StudentAttention
+
+Ids = NDArray[np.int64]
+
+LEAST_SAVED = {"cpu": 256}
+"""Tokens that sharing a beginning must save before it is worth a call of its own, by device; else LEAST_SAVED_GPU."""
+LEAST_SAVED_GPU = 8192
+MOST_KEPT = 64
+"""Positions of a row whose logits may be kept for requests that read only its beginning."""
+BATCH_TOKENS = {"cpu": 1 << 14}
+"""Tokens of a call when the batch size is automatic, by device; else BATCH_TOKENS_GPU, halved when memory is short."""
+BATCH_TOKENS_GPU = 1 << 17
+
+
+class Request(NamedTuple):
+    """Token ids of a context (at least one) and of the continuation to score (at least one)."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Answer(NamedTuple):
+    """How likely a continuation is."""
+
+    logprob: float
+    """Sum over its tokens of log p, in nats."""
+    greedy: bool
+    """Each of its tokens is the model's first choice."""
+    hits: int
+    """Its tokens that are the model's first choice."""
+    tokens: int
+    """Its tokens."""
+
+
+@dataclass
+class Work:
+    """What scoring cost."""
+
+    rows: int = 0
+    """Different rows scored (one-token continuations of one context are one row)."""
+    tokens_given: int = 0
+    """Tokens of those rows."""
+    tokens_read: int = 0
+    """Tokens that the model read for them, padding apart."""
+    beginnings: int = 0
+    """Shared beginnings that were read once."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share their first ``shared`` tokens; 0: they are read whole."""
+
+    shared: int
+    members: list[int]
+
+
+@dataclass
+class _Row:
+    ids: Ids
+    """The tokens that the model reads: context and continuation without its last token."""
+    kept: int
+    """Trailing positions whose logits are needed."""
+    askers: list[tuple[int, int]]
+    """(request, tokens of the row behind what the request reads)."""
+
+    @property
+    def shareable(self) -> Ids:
+        """What another call may read: all but the positions whose logits are needed."""
+        return self.ids[: len(self.ids) - self.kept]
+
+
+def _distinct_rows(requests: Sequence[Request]) -> list[_Row]:
+    """What must be read, sorted: requests that read the same, or the beginning of what another reads, share a row."""
+    rows: dict[bytes, _Row] = {}
+    for number, (context, continuation) in enumerate(requests):
+        if not len(context) or not len(continuation):
+            raise ValueError(f"request {number} has an empty context or continuation; each needs a token")
+        ids = np.asarray([*context, *continuation[:-1]], dtype=np.int64)
+        row = rows.setdefault(ids.astype(">u4").tobytes(), _Row(ids, 0, []))  # such bytes sort as the ids do
+        row.kept = max(row.kept, len(continuation))
+        row.askers.append((number, 0))
+    found: list[_Row] = []
+    longer, key_of_longer = None, b""
+    for key in sorted(rows, reverse=True):
+        row = rows[key]
+        behind = len(key_of_longer) // 4 - len(row.ids)
+        if longer is not None and key_of_longer.startswith(key) and behind + row.kept <= MOST_KEPT:
+            longer.kept = max(longer.kept, behind + row.kept)
+            longer.askers += [(number, behind) for number, _ in row.askers]
+        else:
+            longer, key_of_longer = row, key
+            found.append(row)
+    return found[::-1]
+
+
+class ContinuationScorer:
+    """Scores requests on a model that is ready (mode, LoRA and far part are the caller's business).
+
+    Args:
+        batch_size: rows of a call; None: as many as make up ``BATCH_TOKENS``, halved when the GPU's memory is short.
+        share: read a shared beginning once. Ignored, and ``why_not`` says why, for models whose rotary embedding
+            depends on the length of the whole text.
+        progress: called with the number of requests answered so far, and of all.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch_size: int | None = None,
+        share: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model, self.device = model, compute_device(model)
+        self.batch_size, self.progress = batch_size, progress
+        self.why_not = "" if share else "it was not asked for"
+        if share and _rotary_type(model) in ("dynamic", "longrope"):
+            self.why_not = f"its rotary embedding is {_rotary_type(model)!r}, which depends on the length of the text"
+        self.share = not self.why_not
+        self.budget = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_GPU)
+        self.work = Work()
+        self._least_columns = _least_columns(model)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def scores(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer a request, in their order. Raises ``ValueError`` for an empty context or continuation."""
+        rows = _distinct_rows(requests)
+        answers: list[Answer | None] = [None] * len(requests)
+        done = 0
+        if self.progress is not None:
+            self.progress(0, len(requests))
+        with torch.no_grad():
+            for members, logp_bKV in self._calls(rows):
+                for place, row in enumerate(members):
+                    for number, before_end in rows[row].askers:
+                        answers[number] = _answer(logp_bKV[place], requests[number].continuation, before_end)
+                        done += 1
+                if self.progress is not None:
+                    self.progress(done, len(requests))
+        return [answer for answer in answers if answer is not None]
+
+    def _calls(self, rows: list[_Row]) -> Iterator[tuple[list[int], Tensor]]:
+        """(members, log-probabilities [b, K, V] float32, aligned at the last column) of each call."""
+        least = LEAST_SAVED.get(self.device.type, LEAST_SAVED_GPU)
+        groups = plan_groups([row.shareable for row in rows], least) if self.share else [Group(0, [*range(len(rows))])]
+        self.work.rows += len(rows)
+        self.work.tokens_given += sum(len(row.ids) for row in rows)
+        for group in groups:
+            beginning = self._read(rows[group.members[0]].ids[: group.shared]) if group.shared else None
+            left = sorted(group.members, key=lambda i: -len(rows[i].ids))
+            while left:
+                members = left[: self._rows_of_a_call(len(rows[left[0]].ids) - group.shared)]
+                logits = self._try(beginning, group.shared, [rows[i] for i in members])
+                if logits is None:  # memory was short: the limit is lower now
+                    continue
+                left = left[len(members) :]
+                yield members, logits
+
+    def _rows_of_a_call(self, longest: int) -> int:
+        columns = max(longest, self._least_columns)
+        return self.batch_size if self.batch_size is not None else max(1, self.budget // columns)
+
+    def _try(self, beginning: Any, shared: int, rows: list[_Row]) -> Tensor | None:
+        try:
+            return self._forward(beginning, shared, rows)
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise UserError(
+                    f"memory is too short for a single row of {len(rows[0].ids)} tokens: use a larger device, or "
+                    "shorter contexts (--max-length, fewer --num-fewshot)"
+                ) from error
+            self.budget = max(1, self.budget // 2)
+            self.batch_size = None if self.batch_size is None else max(1, len(rows) // 2)
+            torch.cuda.empty_cache()
+            return None
+
+    def _read(self, ids: Ids) -> Any:
+        """The cache after a beginning."""
+        self.work.tokens_read += len(ids)
+        self.work.beginnings += 1
+        ids_1T = torch.from_numpy(ids)[None].to(self.device)
+        return self.model(input_ids=ids_1T, use_cache=True, **self._keep(1)).past_key_values
+
+    def _forward(self, beginning: Any, shared: int, rows: list[_Row]) -> Tensor:
+        """Log-probabilities [b, K, V] float32 at the last columns; rows are left-padded."""
+        rests = [row.ids[shared:] for row in rows]
+        columns = max(self._least_columns, *(len(rest) for rest in rests))
+        kept = max(row.kept for row in rows)
+        ids_bT = torch.zeros(len(rows), columns, dtype=torch.int64)
+        mask_bT = torch.zeros(len(rows), columns, dtype=torch.int64)
+        for place, rest in enumerate(rests):
+            ids_bT[place, columns - len(rest) :] = torch.from_numpy(rest)
+            mask_bT[place, columns - len(rest) :] = 1
+        placed: dict[str, Tensor] = {}
+        if not mask_bT.all():
+            whole = torch.cat([torch.ones(len(rows), shared, dtype=torch.int64), mask_bT], dim=1)
+            position_bT = shared + (mask_bT.cumsum(1) - 1).clamp_min(0)
+            placed = {"attention_mask": whole.to(self.device), "position_ids": position_bT.to(self.device)}
+        cache = None
+        if beginning is not None:
+            cache = copy.deepcopy(beginning)
+            cache.batch_repeat_interleave(len(rows))
+        out = self.model(
+            input_ids=ids_bT.to(self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **placed,
+            **self._keep(kept),
+        )
+        self.work.tokens_read += int(mask_bT.sum())
+        return out.logits[:, -kept:].float().log_softmax(-1)
+
+    def _keep(self, positions: int) -> dict[str, int]:
+        return {"logits_to_keep": positions} if self._keeps else {}
+
+
+def _answer(logp_KV: Tensor, continuation: Sequence[int], before_end: int) -> Answer:
+    tokens = torch.as_tensor(continuation, device=logp_KV.device)
+    end = logp_KV.shape[0] - before_end
+    logp_nV = logp_KV[end - len(tokens) : end]
+    hits = logp_nV.argmax(-1) == tokens
+    logprob = logp_nV.gather(1, tokens[:, None]).double().sum()
+    return Answer(float(logprob), bool(hits.all()), int(hits.sum()), len(tokens))
+
+
+def _rotary_type(model: Any) -> str:
+    config = model.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return str(rotary.get("rope_type", "default"))
+
+
+def _least_columns(model: Any) -> int:
+    """Columns below which a call with a cache would go through the decoding step, one token after the other."""
+    windows = [m.cfg.window for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "student"]
+    return 1 + max(windows, default=0)
+
+
+@dataclass
+class _Node:
+    """Rows that have their first ``depth`` tokens in common; ``pool``: those not yet in a group."""
+
+    depth: int
+    pool: list[int] = field(default_factory=list)
+
+
+def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[Group]:
+    """Which rows to read after a beginning of their own; ``rows`` are sorted.
+
+    Going up the tree of common beginnings, rows become a group where reading their beginning once saves more than
+    ``least_saved`` tokens against leaving them to the next shorter common beginning. O(total tokens).
+    """
+    groups: list[Group] = []
+    stack = [_Node(0)]
+    common = [0, *(_common(a, b) for a, b in pairwise(rows)), 0]
+    for i in range(len(rows) + 1):
+        before = common[i]
+        while stack[-1].depth > before:
+            node = stack.pop()
+            above = max(stack[-1].depth, before)
+            if _saved(node, above) > least_saved:
+                groups.append(Group(node.depth, node.pool))
+                node.pool = []
+            if stack[-1].depth < before:
+                stack.append(_Node(before, node.pool))
+            else:
+                stack[-1].pool += node.pool
+        if i < len(rows):
+            if common[i + 1] > stack[-1].depth:
+                stack.append(_Node(common[i + 1]))
+            stack[-1].pool.append(i)
+    if stack[0].pool:
+        groups.append(Group(0, stack[0].pool))
+    return groups
+
+
+def _saved(node: _Node, above: int) -> int:
+    """Tokens saved by reading this node's beginning once, against reading its rows after ``above`` shared tokens."""
+    return len(node.pool) * (node.depth - above) - node.depth
+
+
+def _common(a: Ids, b: Ids) -> int:
+    """Length of the common beginning."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

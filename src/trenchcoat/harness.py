@@ -1,0 +1,326 @@
+"""lm-evaluation-harness 0.4.13 over linearized models: a harness model, and scores of its tasks as records.
+
+The model is registered under the name ``trenchcoat``. The harness has no discovery of models in other packages, so its
+command line learns of it by being started from here: ``trenchcoat lm-eval ...`` or ``python -m trenchcoat.harness``,
+with the harness's own arguments. Several processes (``accelerate launch -m trenchcoat.harness ...``) each score a share
+of the rows: the harness's own data parallelism.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval.api.model
+import lm_eval.api.task
+import torch
+from accelerate import Accelerator
+from lm_eval import simple_evaluate
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import model_registry
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from trenchcoat import hub, surgery
+from trenchcoat.config import UserError
+from trenchcoat.continuations import ContinuationScorer, Request, Work
+from trenchcoat.local_tasks import task_folder
+from trenchcoat.task_results import Estimate, ModelScore, TaskRecord
+
+NAME = "trenchcoat"
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+"""The harness's own defaults."""
+HARNESS_DEVICE = "cuda:0"
+"""What the harness's command line asks for when no device is given."""
+RECENT = 16
+"""Texts whose tokens are remembered."""
+CPU_ROWS = 16
+"""Rows of a call for generation and rolling likelihood on a CPU, whose memory the harness does not probe."""
+
+
+class TrenchcoatLM(HFLM):
+    """A linearized model in the harness. Likelihoods go through :class:`ContinuationScorer`: contexts are read whole
+    unless ``max_length`` is given (the harness would cut them at the trained length), shared beginnings once.
+
+    Args (as ``--model_args path=DIR,teacher=true``):
+        path: run, adapter or merged folder.
+        teacher: score the base model's own softmax attention, without LoRA, instead.
+        far: False switches the far part off.
+        base: where the base model is, when not where it was.
+        batch_size: rows of a call, or `auto`.
+        max_length: tokens of context and continuation to keep, cut from the left.
+        share: read shared beginnings once.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        teacher: bool = False,
+        far: bool = True,
+        base: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = "auto",
+        max_batch_size: int = 64,
+        max_length: int | None = None,
+        share: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            known = "path, teacher, far, base, device, dtype, batch_size, max_batch_size, max_length, share"
+            raise UserError(f"--model_args has {', '.join(unknown)}, which {NAME} does not know; expected {known}")
+        accelerator = Accelerator() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+        if model is None:
+            if path is None:
+                raise UserError("--model trenchcoat needs --model_args path=DIR (a run, an adapter or a merged folder)")
+            where = str(accelerator.device) if accelerator is not None else _usable(device)
+            model, tokenizer = hub.load(path, device=where, dtype=dtype, base=base)
+            if teacher:
+                become_teacher(model)
+            surgery.set_far(model, far)
+        with _quietly():  # its warnings about ready-made models and several processes are met below
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=self._harness_batch(batch_size, model),
+                max_batch_size=max_batch_size,
+                max_length=max_length,
+            )
+        if accelerator is not None:
+            self.accelerator = accelerator
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        rows = None if str(batch_size).startswith("auto") else int(batch_size)
+        self._recent: dict[str, list[int]] = {}
+        self.path, self.scorer = path, ContinuationScorer(model, batch_size=rows, share=share, progress=progress)
+
+    @staticmethod
+    def _harness_batch(batch_size: int | str, model: Any) -> int | str:
+        """What the harness's own calls (generation, rolling likelihood) get: its automatic batch needs a GPU."""
+        on_cpu = str(batch_size).startswith("auto") and model.device.type == "cpu"
+        return CPU_ROWS if on_cpu else batch_size
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
+    ) -> list[int]:
+        """As the harness's; the last few plain texts are remembered, for the choices of a question ask in turn."""
+        plain = add_special_tokens is None and left_truncate_len is None and not kwargs
+        if plain and string in self._recent:
+            return self._recent[string]
+        found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+        if plain:
+            if len(self._recent) > RECENT:
+                self._recent.clear()
+            self._recent[string] = found
+        return found
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(sum of log p, every token is the first choice) of each (strings, context ids, continuation ids)."""
+        asked = [self._cut(context, continuation) for _, context, continuation in requests]
+        answers = [(answer.logprob, answer.greedy) for answer in self.scorer.scores(asked)]
+        for (strings, _, _), answer in zip(requests, answers, strict=True):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, answer)
+        return answers
+
+    def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        """At most ``max_length`` tokens read, and the one they predict; cut from the left."""
+        if self._max_length is None:
+            return Request(context, continuation)
+        room = self._max_length + 1 - len(continuation)
+        if room < 1:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens does not fit max_length={self._max_length}; raise it"
+            )
+        return Request(context[-room:], continuation)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What was scored, for the harness's results."""
+        return {
+            "path": self.path,
+            "mode": surgery.mode_of(self.model),
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype),
+        }
+
+
+def _usable(device: str | None) -> str:
+    """The device asked for; the harness's command line asks for its default, cuda:0, also where there is no GPU."""
+    if device == HARNESS_DEVICE and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("%s is not there; the model runs on the CPU", device)
+        return "cpu"
+    return device or "auto"
+
+
+if NAME not in model_registry:
+    model_registry.register(NAME, target=TrenchcoatLM)
+
+
+def become_teacher(model: Any) -> None:
+    """From a run or adapter: the base model as it was, its own attention, no LoRA. Raises ``UserError`` for others."""
+    if not hasattr(model, "trenchcoat_adapter"):
+        raise UserError(
+            "a merged folder no longer holds its teacher's weights: give the teacher's own folder (--teacher DIR), or "
+            "score the run or adapter folder"
+        )
+    surgery.remove_lora(model)
+    surgery.set_mode(model, "teacher")
+
+
+def task_manager(names: Sequence[str], *, task_dir: Path | None, data_dir: Path | None) -> TaskManager:
+    """The harness's index with our task files (given ``data_dir``) and the user's; the harness's own where needed.
+
+    Raises ``UserError`` for a name that nobody knows.
+    """
+    paths: list[Path] = []
+    metadata = {}
+    if data_dir is not None:
+        paths.append(task_folder())
+        metadata["data_dir"] = str(data_dir)
+    if task_dir is not None:
+        if not task_dir.is_dir() or not any(task_dir.glob("**/*.yaml")):
+            raise UserError(f"--task-dir {task_dir}: no task file (*.yaml) there")
+        paths.append(task_dir)
+    manager = TaskManager(include_path=[*paths], include_defaults=False, metadata=metadata) if paths else None
+    if manager is None or not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=[*paths] or None, metadata=metadata)
+    for name in names:
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise UserError(f"--tasks has {name!r}, which neither the harness nor your files know{hint}")
+    return manager
+
+
+def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
+    """The harness's groups and tasks of these names, with their data. Raises ``UserError`` when it cannot be had."""
+    try:
+        loaded = manager.load([*names])
+        groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
+        inside = {task.task_name for group in groups for task in group.get_all_tasks()}
+        return [*groups, *(task for name, task in loaded["tasks"].items() if name not in inside)]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot load --tasks {','.join(names)}: {' '.join(str(error).split())[:300]}. Without a network give the "
+            "files: --data-dir DIR (MMLU's CSV files, the commonsense JSONL files), or --task-dir with your own"
+        ) from error
+
+
+def score_tasks(
+    lm: TrenchcoatLM,
+    names: Sequence[str],
+    *,
+    model_name: str,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    task_dir: Path | None = None,
+    data_dir: Path | None = None,
+) -> tuple[dict[str, TaskRecord], Work]:
+    """Score tasks; records with the scores of this one model under ``model_name``. Empty on all processes but one."""
+    manager = task_manager(names, task_dir=task_dir, data_dir=data_dir)
+    before = lm.scorer.work
+    lm.scorer.work = work = Work()
+    with _quietly():
+        found = simple_evaluate(
+            model=lm,
+            tasks=load_tasks(manager, names),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            random_seed=SEEDS["random"],
+            numpy_random_seed=SEEDS["numpy"],
+            torch_random_seed=SEEDS["torch"],
+            fewshot_random_seed=SEEDS["fewshot"],
+        )
+    lm.scorer.work = before
+    if found is None:
+        return {}, work
+    more = {
+        "limit": limit,
+        "max_length": lm._max_length,
+        "seeds": SEEDS,
+        "data": "local" if data_dir or task_dir else "hub",
+        "harness": found["lm_eval_version"],
+    }
+    return {name: _record(name, found, model_name, more) for name in found["results"]}, work
+
+
+def _record(name: str, found: Mapping[str, Any], model_name: str, more: Mapping[str, Any]) -> TaskRecord:
+    metrics, rows = {}, {}
+    numbers = found["results"][name]
+    samples = sorted(found["samples"].get(name, []), key=lambda sample: int(sample["doc_id"]))
+    for key, value in numbers.items():
+        metric, comma, kind = str(key).partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = numbers.get(f"{metric}_stderr,{kind}")
+        shown = metric if kind == "none" else str(key)
+        metrics[shown] = Estimate(float(value), float(error) if isinstance(error, int | float) else None)
+        values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+        if values and all(isinstance(one, int | float) for one in values):
+            rows[shown] = [float(one) for one in values]
+    members = _leaves(name, found["group_subtasks"])
+    identity = "".join(f"{sample['doc_hash']}{sample['prompt_hash']}" for sample in samples)
+    shots = {found["n-shot"].get(leaf) for leaf in members or [name]}
+    return TaskRecord(
+        name=name,
+        alias=str(numbers.get("alias", name)).strip(" -"),
+        count=sum(int(found["n-samples"][leaf]["effective"]) for leaf in members or [name]),
+        rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16] if identity else "",
+        members=members,
+        settings={"fewshot": shots.pop() if len(shots) == 1 else None, "version": found["versions"].get(name), **more},
+        scores={model_name: ModelScore(metrics, rows)},
+    )
+
+
+def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks under a group, in order; empty for a task."""
+    found: list[str] = []
+    for child in subtasks.get(name, []):
+        found += _leaves(child, subtasks) or [child]
+    return found
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the harness's bars (one a subject) and notes (two a subject) off the terminal; its errors stay."""
+    modules = (lm_eval.api.task, lm_eval.api.model)
+    bars = [module.tqdm for module in modules]
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    for module, bar in zip(modules, bars, strict=True):
+        module.tqdm = functools.partial(_no_bar, bar)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar
+
+
+def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
+    return bar(*args, **{**kwargs, "disable": True})
+
+
+def main() -> None:
+    """The harness's own command line, which now knows ``--model trenchcoat``."""
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

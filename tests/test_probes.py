@@ -1,0 +1,115 @@
+"""Probes ask for what they hide: a model that looks it up is right, one that sees only a window is not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from trenchcoat.config import UserError
+from trenchcoat.continuations import Answer, Request
+from trenchcoat.probes import ANSWER, CUE, DEPTHS, PAIRS, Haystack, copy_row, needle_row, probe, recall_row
+from trenchcoat.task_report import plot_probes, probe_rows
+from trenchcoat.task_results import TaskResults
+
+OPENING = [0]
+
+
+class LooksUp:
+    """Predicts what followed the last occurrence of the present two tokens among the ``sight`` newest ones."""
+
+    def __init__(self, sight: int) -> None:
+        self.sight = sight
+
+    def scores(self, requests: Sequence[Request]) -> list[Answer]:
+        found = []
+        for context, continuation in requests:
+            text, hits = [*context, *continuation], 0
+            for n in range(len(context), len(text)):
+                seen = text[max(0, n - self.sight) : n]
+                places = [i for i in range(len(seen) - 2) if seen[i : i + 2] == seen[-2:]]
+                hits += bool(places) and seen[places[-1] + 2] == text[n]
+            found.append(Answer(float(hits), hits == len(continuation), hits, len(continuation)))
+        return found
+
+
+@pytest.fixture(scope="module")
+def hay() -> Haystack:
+    rng = random.Random(0)
+    return Haystack([rng.randrange(1, 400) for _ in range(9000)], OPENING, 2048)
+
+
+@pytest.mark.parametrize("length", [64, 129, 1000])
+@pytest.mark.parametrize("depth", [*DEPTHS, None])
+def test_a_needle_row(length: int, depth: float | None, hay: Haystack) -> None:
+    question = needle_row(hay, "a", length, depth)
+    (context, answer) = question.requests[0]
+    assert len(context) + len(answer) == length
+    assert len(answer) == ANSWER
+    needle = [*context[-CUE:], *answer]
+    places = [i for i in range(len(context) - CUE) if [*context, *answer][i : i + len(needle)] == needle]
+    if depth is None:
+        assert not places
+    else:
+        room = length - 1 - 2 * (CUE + ANSWER)
+        assert places == [1 + round(depth * room)]
+
+
+def test_a_recall_row(hay: Haystack) -> None:
+    question = recall_row(hay, "b", 500)
+    context = question.requests[0].context
+    assert len(context) == 500
+    assert len(question.requests) == PAIRS
+    values = [request.continuation[0] for request in question.requests]
+    assert len(set(values)) == PAIRS
+    answers = [Answer(-1.0, False, 0, 1)] * PAIRS
+    key = context[-2:]
+    right = next(context[i + 2] for i in range(len(context) - 2) if context[i : i + 2] == key)
+    for i, value in enumerate(values):
+        assert question.share([*answers[:i], Answer(0.0, True, 1, 1), *answers[i + 1 :]]) == float(value == right)
+
+
+def test_a_copy_row(hay: Haystack) -> None:
+    (context, answer) = copy_row(hay, "c", 401).requests[0]
+    text = [*context, *answer][1:]
+    assert text[:200] == text[200:]
+    assert len(answer) == 64
+    (other, same) = copy_row(hay, "c", 401, present=False).requests[0]
+    assert same == answer
+    assert other[-100:] == context[-100:]
+    assert other[1:201] != context[1:201]
+
+
+def test_looking_up_finds_everything_and_a_window_does_not(hay: Haystack) -> None:
+    for name in ("needle", "recall", "copy"):
+        found = TaskResults("made-up")
+        for model, sight in (("student", 10_000), ("far_off", 48)):
+            record = probe(name, LooksUp(sight), hay, trained=256, lengths=(0.5, 4.0), rows=6, model_name=model)  # type: ignore[arg-type]
+            known = found.probes.setdefault(name, record)
+            known.shares |= record.shares
+            known.controls |= record.controls
+        whole, window = known.shares["student"], known.shares["far_off"]
+        assert all(sum(cell) / 6 > 0.9 for cells in whole for cell in cells)
+        assert sum(window[1][0]) / 6 < 0.4  # at the greatest distance
+        if name != "recall":
+            assert all(sum(rows) / 6 < 0.2 for rows in known.controls["student"])
+        assert known.lengths == [128, 1024]
+        assert len(probe_rows(known)) == (3 if name == "recall" else 4)
+
+
+def test_the_heat_map_is_drawn(tmp_path: Path, hay: Haystack) -> None:
+    record = probe("needle", LooksUp(99), hay, trained=128, lengths=(1.0, 2.0), rows=2, model_name="student")  # type: ignore[arg-type]
+    assert plot_probes(TaskResults("x", probes={"needle": record}), tmp_path / "probes.png")
+    assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot_probes(TaskResults("x"), tmp_path / "none.png")
+
+
+def test_too_little_text_and_too_short_rows_are_named(hay: Haystack) -> None:
+    with pytest.raises(UserError, match=r"9 tokens; probes of 2,048 tokens"):
+        Haystack(range(1, 10), OPENING, 2048)
+    with pytest.raises(UserError, match="different tokens"):
+        Haystack([1, 2, 3] * 100, OPENING, 64)
+    with pytest.raises(UserError, match=r"0\.1 x 128 tokens"):
+        probe("copy", LooksUp(9), hay, trained=128, lengths=(0.1, 1.0), rows=2, model_name="student")  # type: ignore[arg-type]
