@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
-    {"units"},
+    {"units", "slurmoptions"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
     | {"distributed", "trackers"},
     {"sharding", "shapes", "lock"},
@@ -29,6 +29,9 @@ FLOORS: list[set[str]] = [
     {"blockscore"},
     {"stages"},
     {"blockstages"},
+    {"jobtask"},
+    {"jobs"},
+    {"launch"},
     {"bench"},
     {"cli_blocks"},
     {"cli"},
@@ -41,6 +44,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton.py"},
     "peft": {"surgery.py"},
     "omegaconf": {"recipe_io.py"},
+    "submitit": {"jobs.py", "jobtask.py"},
     "torch.distributed": {"distributed.py", "sharding.py", "checkpoint.py", "simulate.py"},
 }
 """The only files that may import these libraries."""

@@ -25,7 +25,7 @@ from trenchcoat.blockscore import score_blocks
 from trenchcoat.blocksize import choose_block_size
 from trenchcoat.checkpoint import load_tokenizer, model_source
 from trenchcoat.comparison import evaluation_rows
-from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.config import Recipe, TransferConfig, UserError, dump_recipe
 from trenchcoat.data import StreamedBatches, load_batches
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.lock import locked
@@ -110,6 +110,19 @@ def stitch(recipe: Recipe) -> Outcome:
         return _stitched(work)
 
 
+def blocks_of(recipe: Recipe, share: int = 1) -> list[Block]:
+    """The blocks of a recipe, checked against its settings and the run's folder; nothing is locked or written.
+
+    ``share``: how many processes will share this machine's memory, where that decides the size.
+    """
+    _check_recipe(recipe)
+    RunFolder(recipe.run.dir).refuse_other_recipe(recipe, [TRANSFER])
+    source = BlockSource(recipe.model)
+    blocks = cut(source.layers, _size(recipe, source, share))
+    _check_blocks(recipe, source, blocks)
+    return blocks
+
+
 def status(recipe: Recipe) -> Outcome:
     """A table of the blocks in the run's folder."""
     source = BlockSource(recipe.model)
@@ -129,18 +142,7 @@ def status(recipe: Recipe) -> Outcome:
 @contextmanager
 def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = None) -> Iterator[BlockRun]:
     """The blocks of a recipe, their text and log, with the folder locked: of the run, or of one ``block``."""
-    transfer = recipe.transfer
-    if transfer is None:
-        raise UserError("transfer=null: without attention transfer there are no blocks to train")
-    if recipe.data.select != "none":
-        raise UserError(
-            f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
-            "it out, or give the selected rows as a file"
-        )
-    try:
-        student_class(recipe.student.name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    transfer = _check_recipe(recipe)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     with ExitStack() as stack:
@@ -173,12 +175,31 @@ def opened(recipe: Recipe, *, block: int | None = None, weights: Path | None = N
         yield stack.enter_context(BlockRun(recipe, source, text, blocks, log, start=start))
 
 
+def _check_recipe(recipe: Recipe) -> TransferConfig:
+    """Its transfer; ``UserError`` for what blocks cannot do."""
+    if recipe.transfer is None:
+        raise UserError("transfer=null: without attention transfer there are no blocks to train")
+    if recipe.data.select != "none":
+        raise UserError(
+            f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
+            "it out, or give the selected rows as a file"
+        )
+    try:
+        student_class(recipe.student.name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return recipe.transfer
+
+
 def _hold(stack: ExitStack, folder: Path) -> None:
     stack.enter_context(locked(folder))
 
 
-def _size(recipe: Recipe, source: BlockSource) -> int:
-    """Layers a block: as asked for, as the run's folder has them, or as many as the device takes."""
+def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
+    """Layers a block: as asked for, as the run's folder has them, or as many as the device takes.
+
+    ``share`` processes divide the host's memory.
+    """
     found = found_blocks(recipe)
     if found and recipe.blocks.size is None:
         return max(block.stop - block.first for block in found)
@@ -190,7 +211,7 @@ def _size(recipe: Recipe, source: BlockSource) -> int:
         recipe.transfer,
         seq_len=recipe.data.seq_len,
         gpu_memory=gpu,
-        host_memory=_host_memory(),
+        host_memory=_host_memory() / share,
         dtype_bytes=source.dtype.itemsize,
         size=recipe.blocks.size,
     )
