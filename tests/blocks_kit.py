@@ -1,0 +1,41 @@
+"""A small block-wise transfer, and how to compare what two of them learned; shared by the tests of blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trenchcoat.config import Recipe
+from trenchcoat.recipe_io import load_recipe
+from trenchcoat.runfolder import TRANSFER, RunFolder
+
+LAYERS = 5
+
+
+def block_overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
+    """Two epochs over a few rows, a schedule and clipping that listen to each layer, weights drawn at random."""
+    return [
+        *tiny_overrides, f"model.path={model_dir}", "data.max_rows=14", "transfer.max_steps=null", "transfer.epochs=2",
+        "transfer.accumulation=3", "transfer.eval_every=3", "transfer.save_every=2", "transfer.schedule=plateau",
+        "transfer.plateau_patience=0", "transfer.lr=0.05", "student.feature_map.init=kaiming",
+        "blocks.shard_mib=1", "run.progress=off",
+    ]  # fmt: skip
+
+
+def recipe(overrides: list[str], folder: Path, *more: str) -> Recipe:
+    """The recipe of a run in ``folder``."""
+    return load_recipe("llama3_1_8b", [*overrides, f"run.dir={folder}", *more])
+
+
+def learned(folder: Path) -> dict[str, Tensor]:
+    """What the transfer in a run's folder learned."""
+    return RunFolder(folder).weights(TRANSFER)
+
+
+def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """The same tensors, to the last bit."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
