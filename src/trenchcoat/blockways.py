@@ -304,7 +304,7 @@ class Ways:
         computing = tokens * self.work.flops * held / shapes.layers / self.second
         reading = self.weights / self.nodes / self.read
         total = reading + held * one / HOST_LINK + computing
-        host = self.node_gpus * size.host_bytes
+        host = size.host_bytes  # the processes of a node load one after the other
         fits = with_reserve(size.device_bytes) <= self.machine.gpu_memory
         return BlockWay(
             kind=PIPELINE,

@@ -180,8 +180,9 @@ model's sizes: no weights, no GPU.
 Stream the training rows through the blocks: load a block, train its students on a pass of rows, hand the teacher's
 outputs to the next block. Hidden states wait in memory or on disk, whichever is quicker here. At the end the blocks are
 stitched into one adapter and scored. Killed or stopped, the same command continues. Under torchrun the processes share
-the micro-batches. With --parallel the inputs of all blocks are collected on disk first, then every block is trained by
-a job of its own. `trenchcoat finetune` with the same recipe goes on from there.
+the micro-batches or, with blocks.ranks=pipeline, the layers. With --parallel the inputs of all blocks are collected on
+disk first, then every block is trained by a job of its own. `trenchcoat finetune` with the same recipe goes on from
+there.
 """,
         _add_run,
         _run,

@@ -256,7 +256,7 @@ class BlocksConfig:
 
     size: int | None = None
     """Layers a block, k (the last block may have fewer); null is as many as the device's memory takes, for streaming
-    at most the number that lets the next block be read meanwhile."""
+    at most the number that lets the next block be read meanwhile, and 1 where `ranks` is `pipeline`."""
     pass_tokens: str = "auto"
     """Tokens of one pass through the blocks: a number (`1M` is 1000000), `all` (the weights are read once), or `auto`:
     what is quickest with this machine's memory, disk and bandwidths."""
@@ -270,7 +270,7 @@ class BlocksConfig:
     """Passes over the training rows of each block, in order; empty is `transfer.epochs` for all of them."""
     ranks: Literal["data", "pipeline"] = "data"
     """What several processes under torchrun do: `data`, all train the same block on their share of the micro-batches;
-    `pipeline`, each holds a range of the blocks for good and hands its outputs to the next."""
+    `pipeline` (for `blocks run`), each holds a range of the blocks for good and hands its outputs to the next."""
     launcher: Literal["local", "slurm"] = "local"
     """Who runs `blocks run --parallel`: this machine's devices, or a Slurm job array (extra `cluster`)."""
     jobs: int | None = None

@@ -205,7 +205,10 @@ class _Life:
                 return None
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors: first say why
-            return self._blame(error)
+            found = self._blame(error)
+            if found is not None:
+                self.store.set(f"left/{self.world.rank}", "on account of another")
+            return found
         except RuntimeError:
             return f"process {self.world.rank} lost contact with the job ({_first_line(error)})"
 
@@ -222,6 +225,7 @@ class _Life:
         silent = [r for r in others if self._read(f"beat/{r}") == before[r]]
         if not silent:
             return None
+        silent = [r for r in silent if not self._read(f"left/{r}")] or silent
         names = ", ".join(f"{r} (on {self._read(f'host/{r}') or 'an unknown node'})" for r in silent)
         return (
             f"process {names} of {self.world.size} is gone, so process {self.world.rank} stops too "

@@ -193,8 +193,8 @@ class Pipeline:
         ranges = "; ".join(f"{one.first} to {one.stop - 1}" for one in self.ranges)
         row = run.recipe.data.seq_len * run.source.hidden * run.source.dtype.itemsize
         run.log.info(
-            f"pipeline: {len(self.ranges)} processes hold the layers {ranges}, and hand hidden states on, of which at "
-            f"most {2 * AHEAD + 1} micro-batches ({tera((2 * AHEAD + 1) * run.cfg.batch_size * row)}) wait in a process"
+            f"pipeline: {len(self.ranges)} processes hold the layers {ranges}, and hand hidden states on; one has at "
+            f"most {2 * AHEAD + 1} micro-batches of them at a time ({tera((2 * AHEAD + 1) * run.cfg.batch_size * row)})"
         )
         if max(positions).step >= 0:
             steps = [
