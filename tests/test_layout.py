@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "trenchcoat"
 
 FLOORS: list[set[str]] = [
     {"config", "ops", "embedded", "memory"},
-    {"units"},
+    {"units", "slurmoptions"},
     {"students", "cache", "files", "families", "recipe_io", "interrupts", "schedules", "trainstate", "machine"}
     | {"local_tasks"}
     | {"distributed", "trackers"},
@@ -34,6 +34,9 @@ FLOORS: list[set[str]] = [
     {"blockscore", "pipeline"},
     {"stages"},
     {"blockstages"},
+    {"jobtask"},
+    {"jobs"},
+    {"launch"},
     {"bench"},
     {"cli_blocks", "cli_interop", "cli_eval"},
     {"cli"},
@@ -47,6 +50,7 @@ FENCES: dict[str, set[str]] = {
     "peft": {"surgery.py"},
     "lm_eval": {"harness.py"},
     "omegaconf": {"recipe_io.py"},
+    "submitit": {"jobs.py", "jobtask.py"},
     "fastapi": {"serving/parts.py"},
     "starlette": {"serving/parts.py"},
     "vllm": {"vllm_plugin/__init__.py", "vllm_plugin/models.py"},

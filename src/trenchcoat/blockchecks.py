@@ -7,7 +7,29 @@ import os
 from trenchcoat import distributed
 from trenchcoat.blockfolder import Block, blocks_folder, divide, found_blocks
 from trenchcoat.blockmodel import BlockSource
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import Recipe, TransferConfig, UserError
+from trenchcoat.students import student_class
+
+
+def check_recipe(recipe: Recipe) -> TransferConfig:
+    """The recipe's transfer; raises ``UserError`` for settings with which nothing can be done by blocks."""
+    if recipe.transfer is None:
+        raise UserError("transfer=null: without attention transfer there are no blocks to train")
+    if recipe.data.select != "none":
+        raise UserError(
+            f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
+            "it out, or give the selected rows as a file"
+        )
+    if recipe.model.quantize != "none":
+        raise UserError(
+            f"model.quantize={recipe.model.quantize}: blocks are read as they are stored. Leave it out here, and set "
+            "it for `trenchcoat finetune`, which goes on over a 4-bit base"
+        )
+    try:
+        student_class(recipe.student.name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return recipe.transfer
 
 
 def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[Block]) -> None:

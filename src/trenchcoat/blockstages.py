@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trenchcoat import distributed, hub, report, results
 from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
-from trenchcoat.blockchecks import check_blocks, check_found, require_ranks
+from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_ranks
 from trenchcoat.blockdata import spans
 from trenchcoat.blockfolder import (
     Block,
@@ -127,6 +127,21 @@ def stitch(recipe: Recipe) -> Outcome:
         return _stitched(work)
 
 
+def blocks_of(recipe: Recipe, share: int = 1) -> list[Block]:
+    """The blocks of a recipe, checked against its settings and the run's folder; nothing is locked or written.
+
+    ``share``: how many processes will share this machine's memory, where that decides the size.
+    """
+    require_ranks(recipe, "blocks")
+    check_recipe(recipe)
+    RunFolder(recipe.run.dir).refuse_other_recipe(recipe, [TRANSFER])
+    source = BlockSource(recipe.model)
+    blocks = cut(source.layers, _size(recipe, source, share))
+    check_blocks(recipe, source, blocks)
+    check_found(recipe, blocks, "blocks")
+    return blocks
+
+
 def status(recipe: Recipe) -> Outcome:
     """A table of the blocks in the run's folder."""
     source = BlockSource(recipe.model)
@@ -155,24 +170,8 @@ def opened(
 
     ``cut_for``: the run's folder may hold these blocks, the processes' ``ranges`` of them, or ``any``.
     """
-    transfer = recipe.transfer
     require_ranks(recipe, cut_for)
-    if transfer is None:
-        raise UserError("transfer=null: without attention transfer there are no blocks to train")
-    if recipe.data.select != "none":
-        raise UserError(
-            f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
-            "it out, or give the selected rows as a file"
-        )
-    if recipe.model.quantize != "none":
-        raise UserError(
-            f"model.quantize={recipe.model.quantize}: blocks are read as they are stored. Leave it out here, and set "
-            "it for `trenchcoat finetune`, which goes on over a 4-bit base"
-        )
-    try:
-        student_class(recipe.student.name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    transfer = check_recipe(recipe)
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
     with ExitStack() as stack:
@@ -210,8 +209,11 @@ def _hold(stack: ExitStack, folder: Path) -> None:
     stack.enter_context(locked(folder))
 
 
-def _size(recipe: Recipe, source: BlockSource) -> int:
-    """Layers a block: as asked for, one in a pipeline, as the run's folder has them, or as many as the device takes."""
+def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
+    """Layers a block: as asked for, one in a pipeline, as the run's folder has them, or as many as the device takes.
+
+    ``share`` processes divide the host's memory.
+    """
     found = found_blocks(recipe)
     if recipe.blocks.ranks == "pipeline" and recipe.blocks.size is None:
         return 1
@@ -225,7 +227,7 @@ def _size(recipe: Recipe, source: BlockSource) -> int:
         recipe.transfer,
         seq_len=recipe.data.seq_len,
         gpu_memory=gpu,
-        host_memory=_host_memory(),
+        host_memory=_host_memory() / share,
         dtype_bytes=source.dtype.itemsize,
         size=recipe.blocks.size,
     )

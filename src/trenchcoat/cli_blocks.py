@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,16 @@ def _plan(recipe: Recipe, args: argparse.Namespace) -> Any:
 def _run(recipe: Recipe, args: argparse.Namespace) -> Any:
     from trenchcoat import blockstages
 
-    return blockstages.run(recipe)
+    if not args.parallel:
+        if args.launcher is not None:
+            raise UsageError(f"--launcher {args.launcher} is for `blocks run --parallel`: add it, or leave this out")
+        return blockstages.run(recipe)
+    if find_spec("submitit") is None:
+        raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
+    from trenchcoat import launch
+
+    launcher = args.launcher or recipe.blocks.launcher
+    return launch.run(dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, launcher=launcher)))
 
 
 def _collect(recipe: Recipe, args: argparse.Namespace) -> Any:
@@ -128,6 +138,16 @@ def _nothing(sub: argparse.ArgumentParser) -> None:
     """No options beside the recipe."""
 
 
+def _add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--parallel", action="store_true", help="every block a job of its own, several at a time (docs/CLUSTER.md)"
+    )
+    sub.add_argument(
+        "--launcher", choices=["local", "slurm"], default=None,
+        help="who runs the jobs of --parallel: this machine's devices, or Slurm (blocks.launcher)",
+    )  # fmt: skip
+
+
 def _add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--block", type=int, required=True, metavar="I", help="number of the block, from 0")
     sub.add_argument(
@@ -160,9 +180,10 @@ model's sizes: no weights, no GPU.
 Stream the training rows through the blocks: load a block, train its students on a pass of rows, hand the teacher's
 outputs to the next block. Hidden states wait in memory or on disk, whichever is quicker here. At the end the blocks are
 stitched into one adapter and scored. Killed or stopped, the same command continues. Under torchrun the processes share
-the micro-batches. `trenchcoat finetune` with the same recipe goes on from there.
+the micro-batches. With --parallel the inputs of all blocks are collected on disk first, then every block is trained by
+a job of its own. `trenchcoat finetune` with the same recipe goes on from there.
 """,
-        _nothing,
+        _add_run,
         _run,
         _SECTIONS,
     ),

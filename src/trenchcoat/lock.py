@@ -17,9 +17,13 @@ from trenchcoat.files import saving
 LOCK_FILE = ".lock"
 
 
+class InUse(UserError):
+    """A folder that another command holds."""
+
+
 @contextmanager
 def locked(directory: Path | str) -> Iterator[None]:
-    """Hold ``directory`` (made if need be) while the block runs; ``UserError`` naming the holder when it is taken."""
+    """Hold ``directory`` (made if need be) while the block runs; ``InUse`` naming the holder when it is taken."""
     path = Path(directory) / LOCK_FILE
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,7 +33,7 @@ def locked(directory: Path | str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(descriptor, 4096).decode("utf-8", errors="replace").strip() or "another process"
-            raise UserError(
+            raise InUse(
                 f"{directory} is in use by {holder}. Wait for it, stop it, or give this run a folder of its own "
                 "(run.dir=...)"
             ) from error
@@ -39,5 +43,25 @@ def locked(directory: Path | str) -> Iterator[None]:
         os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {since}: {command}".encode())
         yield
         os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def holder(directory: Path | str) -> str | None:
+    """Who holds ``directory``, in words; None when nobody does. Nothing is taken, and nothing is made."""
+    path = Path(directory) / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        told = os.read(descriptor, 4096).decode("utf-8", errors="replace").strip()
+        if not told:  # given back in good order; asking the system would itself take it for a moment
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return told
+        return None
     finally:
         os.close(descriptor)

@@ -1,0 +1,347 @@
+"""The jobs of a launcher: processes of this machine, or Slurm's, both through submitit.
+
+:class:`LocalJobs` and :class:`SlurmJobs` start tasks (:mod:`trenchcoat.jobtask`) and watch them. What is running is
+written down in the run's folder, so that a later launcher takes it up instead of starting it twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import submitit
+
+from trenchcoat.config import UserError
+from trenchcoat.files import read_json, write_json
+from trenchcoat.jobtask import Task
+from trenchcoat.runlog import RunLog
+from trenchcoat.slurmoptions import SlurmOptions
+
+SIGNAL_SECONDS = 120
+"""How long before its time limit a Slurm job gets the preemption signal."""
+STOP_SECONDS = 120.0
+"""Time local jobs have for a checkpoint when their launcher is stopped."""
+MAX_TIMEOUTS = 50
+"""How often a Slurm job is queued again because its time was over."""
+FOREVER_MINUTES = 10 * 365 * 24 * 60
+"""Time limit of local jobs, which submitit wants to have."""
+
+
+@dataclass
+class Job:
+    """A job that was started, by this launcher or by one before it."""
+
+    name: str
+    """Of what it works at."""
+    id: str
+    folder: str
+    """Submitit's, for the call, the log and the result."""
+    device: str | None = None
+    handle: Any = None
+    """Submitit's job."""
+    missed: int = 0
+    """How often in a row the scheduler did not list it."""
+
+    @property
+    def paths(self) -> Any:
+        """Submitit's files."""
+        return self.handle.paths
+
+    @property
+    def log(self) -> Path:
+        """What it wrote."""
+        return Path(self.paths.stdout)
+
+    def record(self) -> dict[str, Any]:
+        """What a later launcher has to know of it."""
+        return {"name": self.name, "id": self.id, "folder": self.folder, "device": self.device}
+
+    def has_result(self) -> bool:
+        """Whether it came to its end, well or not."""
+        return bool(self.paths.result_pickle.is_file())
+
+    def error(self) -> str | None:
+        """The last line of what it raised, as its result says; None when it ended well."""
+        error = self.handle.exception()
+        if error is None:
+            return None
+        parts = str(error).split("-" * 22)  # submitit puts the traceback between two such lines
+        lines = [line for line in parts[min(1, len(parts) - 1)].splitlines() if line.strip()]
+        return re.sub(r"^(?:\w+\.)*(\w+): ", r"\1: ", lines[-1]) if lines else "no reason given"
+
+
+class Jobs(ABC):
+    """The jobs of one run that are under way."""
+
+    kind: ClassVar[str]
+    poll_seconds: ClassVar[float]
+    """Between two looks at them."""
+    settle_seconds: ClassVar[float]
+    """How long the file system may take to show this machine what a job wrote."""
+    _handle_class: ClassVar[Any]
+
+    def __init__(self, folder: Path, log: RunLog) -> None:
+        self.folder, self.log = folder.absolute(), log
+        self.running: dict[str, Job] = {}
+
+    @abstractmethod
+    def room(self) -> int | None:
+        """How many more may be started now; None for any number."""
+
+    @abstractmethod
+    def start(self, tasks: Mapping[str, Task]) -> None:
+        """Start tasks under their names, at most as many as there is room for."""
+
+    @abstractmethod
+    def _alive(self) -> dict[str, bool]:
+        """Whether each of those under way still is."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """The launcher stops: end what would be left alone, and say what goes on."""
+
+    def ended(self) -> list[Job]:
+        """Those that have ended since the last look; they are under way no more."""
+        alive = self._alive()
+        gone = [job for name, job in self.running.items() if not alive[name]]
+        for job in gone:
+            del self.running[job.name]
+        if gone:
+            self._save()
+        return gone
+
+    def take_up(self) -> None:
+        """Find the jobs of an earlier launcher that are still under way."""
+        if self._record.is_file():
+            record = read_json(self._record)
+            if self._same_place(record["host"]):
+                for one in record["jobs"]:
+                    job = Job(**one, handle=self._handle_class(folder=one["folder"], job_id=one["id"]))
+                    self.running[job.name] = job
+                alive = self._alive()
+                self.running = {n: job for n, job in self.running.items() if alive[n] and not job.missed}
+            self._save()
+
+    def failure(self, job: Job) -> str | None:
+        """What an ended job failed of, in a line; None when it ended well."""
+        if self.appears(job.has_result, Path(job.folder)):
+            return job.error()
+        return f"it ended without a result{self._state(job)}: killed, or out of memory"
+
+    def appears(self, check: Callable[[], bool], folder: Path) -> bool:
+        """Whether ``check``, of a file in ``folder``, is true, or becomes so while the file system settles."""
+        until = time.monotonic() + self.settle_seconds
+        while not check():
+            if time.monotonic() >= until:
+                return False
+            with suppress(OSError):
+                folder.chmod(folder.stat().st_mode)  # makes NFS ask its server again
+            time.sleep(0.5)
+        return True
+
+    def _state(self, job: Job) -> str:
+        return ""
+
+    def _same_place(self, host: str) -> bool:
+        return True
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / f"{self.kind}.json"
+
+    def _save(self) -> None:
+        write_json(self._record, {"host": platform.node(), "jobs": [job.record() for job in self.running.values()]})
+
+
+class LocalJobs(Jobs):
+    """Processes of this machine, one on each of ``devices`` at most (names for CUDA_VISIBLE_DEVICES; "" is the CPU).
+
+    They are started so that Ctrl-C reaches the launcher alone, which then ends them. When it is killed itself, they go
+    on to the end of their block.
+    """
+
+    kind = "local"
+    poll_seconds = 0.5
+    settle_seconds = 0.0
+    _handle_class = submitit.LocalJob
+
+    def __init__(self, folder: Path, log: RunLog, devices: Sequence[str]) -> None:
+        super().__init__(folder, log)
+        self.devices = list(devices)
+
+    def _free(self) -> list[str]:
+        free = list(self.devices)
+        for job in self.running.values():
+            if job.device in free:
+                free.remove(job.device)
+        return free
+
+    def room(self) -> int:
+        """Free devices."""
+        return len(self._free())
+
+    def start(self, tasks: Mapping[str, Task]) -> None:
+        """A process each."""
+        for device, (name, task) in zip(self._free(), tasks.items(), strict=False):
+            number = sum(1 for _ in self.folder.glob(f"{name}-*"))
+            folder = self.folder / f"{name}-{number}"
+            executor = submitit.LocalExecutor(folder)
+            executor.update_parameters(timeout_min=FOREVER_MINUTES, stderr_to_stdout=True)
+            with _interrupts_held():
+                handle = executor.submit(dataclasses.replace(task, device=device))
+                self.running[name] = job = Job(name, handle.job_id, str(folder), device, handle)
+                self._save()
+            where = f" on GPU {device}" if device else ""
+            self.log.info(f"{name}: process {job.id}{where}, log {job.log}")
+
+    def _same_place(self, host: str) -> bool:
+        return host == platform.node()
+
+    def _alive(self) -> dict[str, bool]:
+        return {name: self._lives(job) for name, job in self.running.items()}
+
+    def _lives(self, job: Job) -> bool:
+        """Whether its controller does; a process number may be another's by now, so the command is looked at."""
+        if not job.handle.done():
+            return True
+        try:
+            return job.folder.encode() in Path(f"/proc/{job.id}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    def _living(self) -> list[Job]:
+        alive = self._alive()
+        return [job for name, job in self.running.items() if alive[name]]
+
+    def stop(self) -> None:
+        """End them: each has ``STOP_SECONDS`` for a checkpoint, or until Ctrl-C is pressed again."""
+        living = self._living()
+        if living:
+            self.log.info(f"ending {len(living)} jobs, which save a checkpoint first (Ctrl-C again: at once)")
+            self._signal(living, signal.SIGTERM)
+            try:
+                until = time.monotonic() + STOP_SECONDS
+                while self._living() and time.monotonic() < until:
+                    time.sleep(0.1)
+            except KeyboardInterrupt:
+                pass
+            late = self._living()
+            if late:
+                self._signal(late, signal.SIGKILL)
+                self.log.warning(f"{len(late)} jobs were killed; they go on from the checkpoint before")
+                while self._living():
+                    time.sleep(0.1)
+        self.running.clear()
+        self._save()
+
+    @staticmethod
+    def _signal(jobs: Sequence[Job], number: signal.Signals) -> None:
+        for job in jobs:
+            try:
+                os.kill(int(job.id), number)
+            except ProcessLookupError:
+                continue
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C; one pressed meanwhile reaches this process afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class SlurmJobs(Jobs):
+    """Jobs of Slurm, several at a time as one array. They outlive their launcher; the next one finds them."""
+
+    kind = "slurm"
+    poll_seconds = 10.0
+    settle_seconds = 15.0
+    _handle_class = submitit.SlurmJob
+
+    def __init__(self, folder: Path, log: RunLog, options: SlurmOptions, *, name: str, at_once: int | None) -> None:
+        super().__init__(folder, log)
+        self.options, self.name, self.at_once = options, name, at_once
+        missing = [tool for tool in ("sbatch", "srun", "squeue") if shutil.which(tool) is None]
+        if missing:
+            raise UserError(
+                f"--launcher slurm: there is no `{missing[0]}` on this machine; start it on a login node of the "
+                "cluster, or use --launcher local"
+            )
+
+    def room(self) -> int | None:
+        """Slurm queues an array of any size; what comes after it counts."""
+        if self.at_once is None or not self.running:
+            return None
+        return max(0, self.at_once - len(self.running))
+
+    def start(self, tasks: Mapping[str, Task]) -> None:
+        """One job, or one array of jobs, ``at_once`` of which run at a time."""
+        folder = self.folder / "slurm"
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
+        options, further = self.options, dict(self.options.further)
+        settings: dict[str, Any] = {"gpus_per_node": options.gpus, "setup": list(options.setup) or None}
+        if options.cpus is not None:  # srun does not take it over from sbatch
+            settings |= {"cpus_per_task": options.cpus, "srun_args": [f"--cpus-per-task={options.cpus}"]}
+        executor.update_parameters(
+            job_name=further.pop("job-name", self.name),
+            time=options.minutes,
+            signal_delay_s=SIGNAL_SECONDS,
+            array_parallelism=self.at_once or len(tasks),
+            stderr_to_stdout=True,
+            additional_parameters={"requeue": True, **further},
+            **{name: value for name, value in settings.items() if value is not None},
+        )
+        try:
+            handles = executor.submit_array(list(tasks.values()))
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+            last = [line for line in str(error).splitlines() if line.strip()][-1:]
+            raise UserError(
+                f"sbatch refused the job: {' '.join(last) or 'it said nothing'} (see blocks.slurm)"
+            ) from error
+        for name, handle in zip(tasks, handles, strict=True):
+            self.running[name] = Job(name, handle.job_id, str(folder), None, handle)
+        self._save()
+        told = handles[0].job_id.split("_")[0]
+        self.log.info(f"{', '.join(tasks)}: Slurm job {told}, logs {folder}/{told}*")
+
+    def _state(self, job: Job) -> str:
+        return f" (Slurm says {job.handle.state})"
+
+    def _alive(self) -> dict[str, bool]:
+        open_ = [job for job in self.running.values() if not job.has_result()]
+        listed = self._listed(open_) if open_ else set()
+        for job in open_:
+            if listed is not None:
+                job.missed = 0 if job.id in listed else job.missed + 1
+        return {job.name: not job.has_result() and job.missed < 2 for job in self.running.values()}
+
+    def _listed(self, jobs: Sequence[Job]) -> set[str] | None:
+        """Ids among those of ``jobs`` that Slurm has queued or running; None when it does not answer."""
+        ids = sorted({job.id.split("_")[0] for job in jobs})
+        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(ids)}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
+            self.log.warning(f"squeue does not answer, waiting on: {' '.join(done.stderr.split())[:200]}")
+            return None
+        return set(done.stdout.split())
+
+    def stop(self) -> None:
+        """They go on; nothing is cancelled."""
+        if self.running:
+            ids = " ".join(sorted({job.id.split("_")[0] for job in self.running.values()}))
+            self.log.info(f"Slurm jobs {ids} go on: the same command waits for them again, `scancel {ids}` ends them")
