@@ -9,17 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from blocks_kit import LAYERS, block_overrides, learned, recipe, require_same
 from conftest import save_tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.blockfolder import BlockFolder, cut
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import UserError
 from trenchcoat.files import load_tensors
 from trenchcoat.lock import locked
-from trenchcoat.recipe_io import load_recipe
-from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runfolder import RunFolder
 from trenchcoat.runlog import read_metrics
-
-LAYERS = 5
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +27,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
-    """Two epochs over a few rows, a schedule and clipping that listen to each layer, weights drawn at random."""
-    return [
-        *tiny_overrides, f"model.path={model_dir}", "data.max_rows=14", "transfer.max_steps=null", "transfer.epochs=2",
-        "transfer.accumulation=3", "transfer.eval_every=3", "transfer.save_every=2", "transfer.schedule=plateau",
-        "transfer.plateau_patience=0", "transfer.lr=0.05", "student.feature_map.init=kaiming",
-        "blocks.shard_mib=1", "run.progress=off",
-    ]  # fmt: skip
-
-
-def recipe(overrides: list[str], folder: Path, *more: str) -> Recipe:
-    return load_recipe("llama3_1_8b", [*overrides, f"run.dir={folder}", *more])
-
-
-def learned(folder: Path) -> dict[str, Tensor]:
-    return RunFolder(folder).weights(TRANSFER)
-
-
-def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
+    return block_overrides(model_dir, tiny_overrides)
 
 
 @pytest.fixture
