@@ -12,7 +12,7 @@ from trenchcoat.students import student_class
 
 
 def check_recipe(recipe: Recipe) -> TransferConfig:
-    """Its transfer; ``UserError`` for what blocks cannot do."""
+    """The recipe's transfer; raises ``UserError`` for settings with which nothing can be done by blocks."""
     if recipe.transfer is None:
         raise UserError("transfer=null: without attention transfer there are no blocks to train")
     if recipe.data.select != "none":

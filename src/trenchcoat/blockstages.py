@@ -132,6 +132,7 @@ def blocks_of(recipe: Recipe, share: int = 1) -> list[Block]:
 
     ``share``: how many processes will share this machine's memory, where that decides the size.
     """
+    require_ranks(recipe, "blocks")
     check_recipe(recipe)
     RunFolder(recipe.run.dir).refuse_other_recipe(recipe, [TRANSFER])
     source = BlockSource(recipe.model)
