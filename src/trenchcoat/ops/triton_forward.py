@@ -97,6 +97,29 @@ def far_chunk(k, v, ok, before_k, before_v, before_ok, KIND: tl.constexpr):
 
 
 @triton.jit
+def far_token(token, before, KIND: tl.constexpr):
+    """Token numbers of `far_chunk`."""
+    if KIND == "linear":
+        return token
+    else:
+        return before
+
+
+@triton.jit
+def near_chunk(
+    q, k, v, before_k, before_v, SINK_K, SINK_V, r, kv, logit, ratio, c, position, scale, cap, C: tl.constexpr
+):  # fmt: skip
+    """(numerator, denominator, largest score) of the near part of a chunk's queries."""
+    sink_k, sink_v = k, v
+    if C.sinks > 0:
+        sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
+        sink_v = load_sinks(SINK_V, r, kv, C, C.values, C.block_e)
+    s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
+    num, den = window_read(s_before, s_own, s_sink, logit, top, ratio, v, before_v, sink_v, C)
+    return num, den, top
+
+
+@triton.jit
 def outputs(
     Q, K, V, Y, QUERY, KEY, START, SAVED, ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS,
     heads, kv_heads, maps, span, scale, cap, C: tl.constexpr, SAVE: tl.constexpr,
@@ -129,25 +152,26 @@ def outputs(
         if C.kind != "linear":
             before_k = load_tile(k_base, K[3], before, before_ok, C.dim, C.block_d)
             before_v = load_tile(v_base, V[3], before, before_ok, C.values, C.block_e)
-            sink_k, sink_v = k, v
-            if C.sinks > 0:
-                sink_k = load_sinks(SINK_K, r, h * kv_heads // heads, C, C.dim, C.block_d)
-                sink_v = load_sinks(SINK_V, r, h * kv_heads // heads, C, C.values, C.block_e)
-            s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, first + token, scale, cap, C)
-            num, den = window_read(s_before, s_own, s_sink, logit, top, ratio, v, before_v, sink_v, C)
+            kv = h * kv_heads // heads
+            num, den, top = near_chunk(
+                q, k, v, before_k, before_v, SINK_K, SINK_V, r, kv, logit, ratio, c, first + token, scale, cap, C
+            )
         if C.far:
             far_k, far_v, far_ok = far_chunk(k, v, ok, before_k, before_v, before_ok, C.kind)
-            far_token = token if C.kind == "linear" else before
+            far_ok = far_ok & (first + far_token(token, before, C.kind) >= C.sinks)
             fq, gq = features(q, q_matrix, q_remainder, q_bias, ok, C)
-            fk, gk = features(far_k, k_matrix, k_remainder, k_bias, far_ok & (first + far_token >= C.sinks), C)
             far_num, far_den = far_read(fq, gq, s1, s2, z1, z2, C)
             num, den = num + far_num, den + far_den
+            if C.kind == "terrace":
+                store_tile(y_base, Y[3], token, ok, num / den[:, None], C.values, C.block_e)
+            fk, gk = features(far_k, k_matrix, k_remainder, k_bias, far_ok, C)
             if C.kind != "terrace":
                 local = overlap(fq, gq, fk, gk, C)
                 num += product(local, far_v, C.low, C)
                 den += tl.sum(local, 1)
             s1, s2, z1, z2 = fold(s1, s2, z1, z2, fk, gk, far_v, C)
-        store_tile(y_base, Y[3], token, ok, num / den[:, None], C.values, C.block_e)
+        if C.kind != "terrace" or not C.far:
+            store_tile(y_base, Y[3], token, ok, num / den[:, None], C.values, C.block_e)
         if SAVE:
             at = (place(SAVED[0], r, h, start) + token, place(SAVED[1], r, h, start) + token)
             tl.store(at[0], den, mask=ok)

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trenchcoat.ops import triton_forward as forward
 from trenchcoat.ops.state import Rule
+from trenchcoat.ops.triton_forward import far_sums, outputs, running_totals
 from trenchcoat.ops.triton_parts import Constants
 
-INTERPRETED = not isinstance(forward.outputs, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
 """Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET was set)."""
 
 ACTIVATIONS = {
@@ -256,7 +256,7 @@ def grouped_sums(call: Call, place: tuple[Any, ...], shift: int) -> tuple[Tensor
     s = call.q.new_empty(count, call.groups, features, call.v.shape[3], dtype=torch.float32)
     z = call.q.new_empty(count, call.groups, features, dtype=torch.float32)
     c = call.constants()
-    forward.far_sums[(count, call.groups)](
+    far_sums[(count, call.groups)](
         call.tensor(call.k), call.tensor(call.v), call.operands(call.key), (s, z), place,
         call.maps, call.kv_heads, call.span, shift, c, **options(c),
     )  # fmt: skip
@@ -270,7 +270,7 @@ def total(x: Tensor, start: Tensor | None, *, backwards: bool = False) -> None:
     width = min(1024, triton.next_power_of_2(size))
     grid = (rows, triton.cdiv(size, width))
     first = None if start is None else start.contiguous()
-    forward.running_totals[grid](x, first, groups, size, BACKWARDS=backwards, BLOCK=width)
+    running_totals[grid](x, first, groups, size, BACKWARDS=backwards, BLOCK=width)
 
 
 def run_outputs(call: Call, *, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, Any]]:
@@ -282,7 +282,7 @@ def run_outputs(call: Call, *, save: bool) -> tuple[Tensor, Tensor | None, Tenso
     starts = group_starts(call)
     c = call.constants()
     saved = (None, None) if den is None or top is None else (call.tensor(den), call.tensor(top))
-    forward.outputs[(call.rows * heads, call.groups)](
+    outputs[(call.rows * heads, call.groups)](
         call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), call.tensor(y),
         call.operands(call.query), call.operands(call.key), starts, saved, *call.tail(), *call.numbers(),
         c, SAVE=save, **options(c),

@@ -100,22 +100,30 @@ def tokens_of(c, length, C: tl.constexpr):
     """(tokens of chunk c, which of them exist)."""
     i = tl.arange(0, C.block_w)
     token = c * C.window + i
-    return token, (i < C.window) & (token >= 0) & (token < length)
+    ok = (token >= 0) & (token < length)
+    if C.block_w != C.window:
+        ok = ok & (i < C.window)
+    return token, ok
 
 
 @triton.jit
 def load_tile(base, stride, token, ok, N: tl.constexpr, BLOCK: tl.constexpr):
     """[tokens, N], zeros where there is no token."""
     n = tl.arange(0, BLOCK)[None, :]
-    return tl.load(base + token[:, None].to(tl.int64) * stride + n, mask=ok[:, None] & (n < N), other=0.0)
+    there = ok[:, None]
+    if N != BLOCK:
+        there = there & (n < N)
+    return tl.load(base + token[:, None].to(tl.int64) * stride + n, mask=there, other=0.0)
 
 
 @triton.jit
 def store_tile(base, stride, token, ok, x, N: tl.constexpr, BLOCK: tl.constexpr):
     """Write [tokens, N] in the destination's type."""
     n = tl.arange(0, BLOCK)[None, :]
-    at = base + token[:, None].to(tl.int64) * stride + n
-    tl.store(at, x.to(base.dtype.element_ty), mask=ok[:, None] & (n < N))
+    there = ok[:, None]
+    if N != BLOCK:
+        there = there & (n < N)
+    tl.store(base + token[:, None].to(tl.int64) * stride + n, x.to(base.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -145,9 +153,13 @@ def load_map(M, head, C: tl.constexpr):
 @triton.jit
 def activate(u, ok, C: tl.constexpr):
     """One half of the features; zeros where `ok` is false and in padding columns."""
-    column = tl.arange(0, C.block_p)[None, :] < C.columns
+    there = ok[:, None]
+    if C.block_p != C.columns:
+        column = tl.arange(0, C.block_p)[None, :] < C.columns
+        there = there & column
+        if C.act == "softmax" or C.act == "exp":
+            u = tl.where(column, u, float("-inf"))
     if C.act == "softmax" or C.act == "exp":
-        u = tl.where(column, u, float("-inf"))
         f = tl.exp(u - tl.max(u, 1)[:, None])
         if C.act == "softmax":
             f = f / tl.sum(f, 1)[:, None]
@@ -155,7 +167,7 @@ def activate(u, ok, C: tl.constexpr):
         f = tl.maximum(u, 0.0)
     else:
         f = tl.where(u > 0, u + 1.0, tl.exp(tl.minimum(u, 0.0)))
-    return tl.where(ok[:, None] & column, tl.maximum(f, C.floor), 0.0)
+    return tl.where(there, tl.maximum(f, C.floor), 0.0)
 
 
 @triton.jit
@@ -234,7 +246,7 @@ def scores(q, k, seen, scale, cap, C: tl.constexpr):
 def seen_before(c, C: tl.constexpr):
     """Which keys of the chunk before are near: [query row, key column]."""
     i = tl.arange(0, C.block_w)
-    seen = (i[None, :] < C.window) & (c > 0) & (i[:, None] >= 0)
+    seen = (i[None, :] < tl.where(c > 0, C.window, 0)) & (i[:, None] >= 0)
     if C.kind == "sliding":
         seen = seen & (i[None, :] > i[:, None])
     return seen
