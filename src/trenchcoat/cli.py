@@ -185,6 +185,7 @@ held while writing has a constant size.
 _BENCH = """\
 Measure on this machine. ops: the attention operator against the quadratic reference and PyTorch's own attention.
 transfer: time and memory of an attention-transfer step against the bare teacher forward and the naive way.
+kernels: the Triton kernels on a GPU (--device cuda), against the device's own ceilings and other attentions.
 """
 _EXPORT = """\
 Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
@@ -233,7 +234,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", choices=["ops", "transfer"], help="what to measure")
+    sub.add_argument("what", choices=["ops", "transfer", "kernels"], help="what to measure")
     sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
     sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
