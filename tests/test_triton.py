@@ -164,6 +164,7 @@ def test_nothing_uninitialised_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"window": 200}, "window is 200"),
         ({"dim": 300}, "300 key"),
         ({"columns": 256, "values": 256}, "feature_dim"),
+        ({"columns": 64, "dim": 128, "values": 128, "window": 128}, "bytes of shared memory"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(change: dict[str, object], message: str) -> None:

@@ -212,6 +212,22 @@ def options(c: Constants) -> dict[str, int]:
     return {"num_warps": warps(c), "num_stages": 1}
 
 
+def shared_bytes(c: Constants, itemsize: int) -> int:
+    """Shared memory of the hungriest kernel (`query_gradients`): two maps of two parts, four key-side and two
+    value-side tiles. At D = E = 128, P = W = 64 in bfloat16 this is what the compiler reports, but for 256 bytes."""
+    d, e, p, w = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w))
+    return int(itemsize * ((4 if c.split.value else 2) * d * p + w * (4 * d + 2 * e)) + 256)
+
+
+@lru_cache
+def shared_limit(device: torch.device) -> int:
+    """Shared memory a program can have; Hopper's where there is no CUDA device."""
+    if device.type != "cuda":
+        return 227 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run this call, or None."""
     rule, q = call.rule, call.q
@@ -233,6 +249,12 @@ def refusal(call: Call) -> str | None:
             return (
                 f"the far sum has {call.query.features} features x {call.v.shape[3]} values (as powers of two); the "
                 f"kernels hold {LARGEST_SUM} numbers at most, so use a smaller feature_dim"
+            )
+        needed, there = shared_bytes(c, q.element_size()), shared_limit(q.device)
+        if needed > there:
+            return (
+                f"a program would need {needed} bytes of shared memory where there are {there} ({q.dtype}, window "
+                f"{rule.window}, head dim {q.shape[3]}, feature_dim {c.columns.value}); make one of them smaller"
             )
     return None
 
