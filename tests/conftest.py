@@ -32,6 +32,9 @@ SENTENCES = [
 ]
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # before anything imports triton: its kernels then run in its interpreter, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

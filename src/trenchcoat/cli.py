@@ -201,7 +201,8 @@ _BENCH = """\
 Measure on this machine. ops: the attention operator against the quadratic reference and PyTorch's own attention.
 transfer: time and memory of an attention-transfer step against the bare teacher forward and the naive way. blocks:
 memory and throughput of block-wise transfer against the joint run. clip: one gradient clip for all layers against one
-for each, where the layers' scales differ 1000-fold.
+for each, where the layers' scales differ 1000-fold. kernels: the Triton kernels on a GPU (--device cuda), against the
+device's own ceilings and other attentions.
 """
 _EXPORT = """\
 Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
@@ -233,7 +234,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", choices=["ops", "transfer", "blocks", "clip"], help="what to measure")
+    sub.add_argument("what", choices=["ops", "transfer", "blocks", "clip", "kernels"], help="what to measure")
     sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
     sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")

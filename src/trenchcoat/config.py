@@ -89,8 +89,9 @@ class StudentConfig:
     """The first `sinks` tokens of a row stay in the near set of every query."""
     keep_softmax: tuple[int, ...] = ()
     """Indices of layers that keep their softmax attention."""
-    impl: Literal["chunkwise", "reference"] = "chunkwise"
-    """Implementation of the operator."""
+    impl: Literal["chunkwise", "reference", "triton", "auto"] = "chunkwise"
+    """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
+    devices, checked at their first use), or auto (triton on CUDA devices, chunkwise elsewhere)."""
 
 
 @dataclass(frozen=True, kw_only=True)

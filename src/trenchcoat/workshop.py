@@ -31,6 +31,7 @@ from trenchcoat.runlog import RunLog, SilentLog
 from trenchcoat.shapes import shapes_of
 from trenchcoat.sharding import compute_device
 from trenchcoat.students import student_class
+from trenchcoat.students.fused import implementation
 from trenchcoat.train import FitResult, fit
 
 BASE_WEIGHTS = "base weights"
@@ -70,7 +71,8 @@ class Workshop:
     def _loaded(self) -> tuple[Any, Any]:
         model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
         attention = surgery.teacher_implementation(model)
-        self.log.write_environment(implementation=self.recipe.student.impl, teacher_attention=attention)
+        operator = implementation(self.recipe.student.impl, next(model.parameters()).device)
+        self.log.write_environment(implementation=operator, teacher_attention=attention)
         return model, tokenizer
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+import trenchcoat.students.fused as fused
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import (
     Kind,
@@ -135,6 +136,12 @@ class StudentAttention(nn.Module):
     ) -> tuple[Tensor, StudentState | None]:
         """y [B, H, T, E] in q's dtype with autograd, and the state after it when asked for."""
         rule = self._rule(scale, softcap)
+        if self._impl(q_BHTD) == "triton":
+            if return_state and state is None:
+                state = self.empty_state(k_BGTD.shape[0], dtype=k_BGTD.dtype, device=k_BGTD.device)
+            options = {"rule": rule, "sink_logit_H": sink_logit, "mask_BT": mask_BT}
+            maps, mix_H = (self.query_map, self.keys_phi), self._mix(q_BHTD)
+            return fused.attend(q_BHTD, k_BGTD, v_BGTE, maps, mix_H, state=state, return_state=return_state, **options)
         if state is None and not return_state and rule.far and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
             y = self._attend(q_BHTD, k_BGTD, v_BGTE, rule, sink_logit, mask_BT)
             return y, None
@@ -154,12 +161,16 @@ class StudentAttention(nn.Module):
             state=state,
             phi_k=self.keys_phi,
             return_state=return_state,
-            impl=self.cfg.impl,
+            impl=self._impl(q_BHTD),
         )
+
+    def _impl(self, like: Tensor) -> str:
+        """The implementation that runs on the device of `like`."""
+        return fused.implementation(self.cfg.impl, like.device, self.query_map)
 
     def _only_reads(self, *inputs: Tensor) -> bool:
         """Nothing needs a gradient, so features need not outlive their tile."""
-        if self.cfg.impl != "chunkwise":
+        if self._impl(inputs[0]) != "chunkwise":
             return False
         return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
 
@@ -187,6 +198,10 @@ class StudentAttention(nn.Module):
     ) -> Tensor:
         """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
         rule = self._rule(scale, softcap)
+        if self._impl(q_BHTD) == "triton":
+            options = {"rule": rule, "sink_logit_H": sink_logit, "mask_BT": mask_BT}
+            maps, mix_H = (self.query_map, self.keys_phi), self._mix(q_BHTD)
+            return fused.decode(q_BHTD, k_BGTD, v_BGTE, maps, mix_H, state, **options)
         fq, fk = self._features(q_BHTD, k_BGTD, rule)
         return decode_step(
             q_BHTD,
@@ -250,21 +265,8 @@ class StudentAttention(nn.Module):
             weight = request.mse_weight / (power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0)
             learns = request.backward and self.query_map is not None
             log_ratio = rule.log_ratio(self._mix(q))
-            dlog_ratio = torch.zeros_like(log_ratio)
-            error = transfer(
-                q,
-                k,
-                v,
-                y,
-                _learner(self.query_map, learns),
-                _learner(self.keys_phi, learns),
-                log_ratio,
-                rule=rule,
-                sink_logit_H=sink_logit,
-                length_B=rows.length_B,
-                error_scale=weight / count,
-                dlog_ratio_H=dlog_ratio if learns else None,
-            )
+            settings = {"rule": rule, "sink_logit_H": sink_logit, "length_B": rows.length_B}
+            error, dlog_ratio = self._transfer_error((q, k, v, y), log_ratio, weight / count, learns, settings)
             mse, xent = error / count, torch.zeros_like(power)
             if request.xent_weight and rule.far:
                 rows_count = max(1, tokens * self.num_heads)
@@ -274,6 +276,24 @@ class StudentAttention(nn.Module):
                 self._add_mix_gradient(dlog_ratio)
         loss = weight * mse + request.xent_weight * xent
         self.metrics = {"loss": loss, "mse": mse, "xent": xent, "target_power": power}
+
+    def _transfer_error(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        log_ratio_H: Tensor,
+        scale: float,
+        learns: bool,
+        settings: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """(summed squared error, gradient of `scale` times it for log(g / l)); the maps' go to their `.grad`."""
+        if self._impl(tensors[0]) == "triton":
+            maps = (self.query_map, self.keys_phi)
+            return fused.transfer(tensors, maps, log_ratio_H, error_scale=scale, learn=learns, **settings)
+        dlog_ratio = torch.zeros_like(log_ratio_H)
+        learners = _learner(self.query_map, learns), _learner(self.keys_phi, learns)
+        wanted = dlog_ratio if learns else None
+        total = transfer(*tensors, *learners, log_ratio_H, error_scale=scale, dlog_ratio_H=wanted, **settings)
+        return total, dlog_ratio
 
     def _set_landmarks(self, k_BGTD: Tensor, scale: float, mask_BT: Tensor | None) -> None:
         real_BT = torch.ones_like(k_BGTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()

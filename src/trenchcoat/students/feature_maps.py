@@ -230,6 +230,10 @@ class FeatureMap(nn.Module):
         """weight, bias, down, up."""
         return self.weight, self.bias, self.down, self.up
 
+    def matrix(self) -> Tensor:
+        """What x is multiplied with [M, D, P], the skip connection included; differentiable."""
+        return self._matrix(Weights(self.weight))
+
     def _matrix(self, w: Weights) -> Tensor:
         if not self.cfg.skip:
             return w.weight

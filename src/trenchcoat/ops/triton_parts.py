@@ -1,0 +1,345 @@
+"""What the Triton kernels share: a call's constants, products of rounded operands, feature maps, window scores.
+
+A kernel's program works on chunks of W tokens of one row and one query head. Products round their operands to the
+inputs' type (bfloat16 where gradients or far sums enter, whose range float16 lacks) and add up in float32; everything
+else is float32. A paired feature map gives two halves, kept apart: f = act(u) and g = act(-u).
+
+Shape legend: W tokens of a chunk, D key dim, E value dim, P columns of a map, S sinks; `block_*` are these rounded up
+to powers of two. A tensor argument is a tuple (pointer, stride of the batch row, of the head, of the token); the last
+axis is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kernel is compiled for; every field becomes a `tl.constexpr`."""
+
+    kind: Any
+    window: Any
+    block_w: Any
+    dim: Any
+    block_d: Any
+    values: Any
+    block_e: Any
+    columns: Any
+    block_p: Any
+    act: Any
+    """softmax, exp, relu or elu."""
+    paired: Any
+    bias: Any
+    split: Any
+    """The map's matrix comes as the sum of two numbers of the inputs' type."""
+    floor: Any
+    """Features are clamped here."""
+    far: Any
+    softcap: Any
+    sinks: Any
+    block_s: Any
+    sink_logit: Any
+    ragged: Any
+    """Rows have a start, a length and a first position of their own."""
+    dot: Any
+    """Operand type of q k^T, p v and x W."""
+    low: Any
+    """Operand type where far sums, features or gradients enter."""
+    wide: Any
+    """Widen rounded operands before a product: Triton's interpreter cannot multiply bfloat16. The result is the same
+    as that of the hardware, which multiplies exactly."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
+
+
+@triton.jit
+def product(a, b, T: tl.constexpr, C: tl.constexpr):
+    """a @ b in float32, of operands rounded to T."""
+    a = a.to(T)
+    b = b.to(T)
+    if C.wide:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, C: tl.constexpr):
+    """What `product` makes of an operand of type `low`."""
+    return x.to(C.low).to(tl.float32)
+
+
+@triton.jit
+def row_of(ROWS, r, C: tl.constexpr):
+    """(start, length, position of the first token) of row r, in tokens."""
+    start = 0
+    length = ROWS[3]
+    first = 0
+    if C.ragged:
+        start = tl.load(ROWS[0] + r)
+        length = tl.load(ROWS[1] + r)
+        first = tl.load(ROWS[2] + r)
+    return start, length, first
+
+
+@triton.jit
+def place(X, r, h, start):
+    """Address of the first token of row r, head h."""
+    return X[0] + r.to(tl.int64) * X[1] + h.to(tl.int64) * X[2] + (start + tl.zeros([], tl.int64)) * X[3]
+
+
+@triton.jit
+def tokens_of(c, length, C: tl.constexpr):
+    """(tokens of chunk c, which of them exist)."""
+    i = tl.arange(0, C.block_w)
+    token = c * C.window + i
+    ok = (token >= 0) & (token < length)
+    if C.block_w != C.window:
+        ok = ok & (i < C.window)
+    return token, ok
+
+
+@triton.jit
+def load_tile(base, stride, token, ok, N: tl.constexpr, BLOCK: tl.constexpr):
+    """[tokens, N], zeros where there is no token."""
+    n = tl.arange(0, BLOCK)[None, :]
+    there = ok[:, None]
+    if N != BLOCK:
+        there = there & (n < N)
+    return tl.load(base + token[:, None].to(tl.int64) * stride + n, mask=there, other=0.0)
+
+
+@triton.jit
+def store_tile(base, stride, token, ok, x, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Write [tokens, N] in the destination's type."""
+    n = tl.arange(0, BLOCK)[None, :]
+    there = ok[:, None]
+    if N != BLOCK:
+        there = there & (n < N)
+    tl.store(base + token[:, None].to(tl.int64) * stride + n, x.to(base.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def load_sinks(X, r, g, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """[S, N] of row r, key/value head g; X is (pointer, stride of the row, of the head, of the sink)."""
+    s = tl.arange(0, C.block_s)
+    return load_tile(place(X, r, g, 0), X[3], s, s < C.sinks, N, BLOCK)
+
+
+@triton.jit
+def load_map(M, head, C: tl.constexpr):
+    """(matrix, its remainder, bias) of one head; M is (matrix, remainder, bias) of all, [M, D, P] and [M, P]."""
+    d = tl.arange(0, C.block_d)[:, None]
+    p = tl.arange(0, C.block_p)
+    at = head * C.dim * C.columns + d * C.columns + p[None, :]
+    ok = (d < C.dim) & (p[None, :] < C.columns)
+    matrix = tl.load(M[0] + at, mask=ok, other=0.0)
+    remainder = matrix
+    if C.split:
+        remainder = tl.load(M[1] + at, mask=ok, other=0.0)
+    bias = tl.zeros([C.block_p], tl.float32)
+    if C.bias:
+        bias = tl.load(M[2] + head * C.columns + p, mask=p < C.columns, other=0.0)
+    return matrix, remainder, bias
+
+
+@triton.jit
+def activate(u, ok, C: tl.constexpr):
+    """One half of the features; zeros where `ok` is false and in padding columns."""
+    there = ok[:, None]
+    if C.block_p != C.columns:
+        column = tl.arange(0, C.block_p)[None, :] < C.columns
+        there = there & column
+        if C.act == "softmax" or C.act == "exp":
+            u = tl.where(column, u, float("-inf"))
+    if C.act == "softmax" or C.act == "exp":
+        f = tl.exp(u - tl.max(u, 1)[:, None])
+        if C.act == "softmax":
+            f = f / tl.sum(f, 1)[:, None]
+    elif C.act == "relu":
+        f = tl.maximum(u, 0.0)
+    else:
+        f = tl.where(u > 0, u + 1.0, tl.exp(tl.minimum(u, 0.0)))
+    return tl.where(there, tl.maximum(f, C.floor), 0.0)
+
+
+@triton.jit
+def features(x, matrix, remainder, bias, ok, C: tl.constexpr):
+    """(f, g) of tokens x [tokens, D]; g is f where the map is not paired."""
+    u = product(x, matrix, C.dot, C)
+    if C.split:
+        u += product(x, remainder, C.dot, C)
+    if C.bias:
+        u += bias[None, :]
+    f = activate(u, ok, C)
+    g = f
+    if C.paired:
+        g = activate(-u, ok, C)
+    return f, g
+
+
+@triton.jit
+def activate_backward(f, df, C: tl.constexpr):
+    """du of one half, from the features alone."""
+    if C.act == "softmax":
+        du = f * (df - tl.sum(f * df, 1)[:, None])
+    elif C.act == "exp":
+        du = f * df
+        top = tl.where(f == 1.0, 1.0, 0.0)
+        du -= top * (tl.sum(du, 1) / tl.maximum(tl.sum(top, 1), 1.0))[:, None]
+    elif C.act == "relu":
+        du = tl.where(f > C.floor, df, 0.0)
+    else:
+        du = df * tl.minimum(f, 1.0)
+    return du
+
+
+@triton.jit
+def features_backward(f, g, df, dg, C: tl.constexpr):
+    """du of both halves."""
+    du = activate_backward(f, df, C)
+    if C.paired:
+        du -= activate_backward(g, dg, C)
+    return du
+
+
+@triton.jit
+def far_read(f, g, s1, s2, z1, z2, C: tl.constexpr):
+    """(numerator, denominator) of the far keys in the sums."""
+    num = product(f, s1, C.low, C)
+    den = tl.sum(rounded(f, C) * z1[None, :], 1)
+    if C.paired:
+        num += product(g, s2, C.low, C)
+        den += tl.sum(rounded(g, C) * z2[None, :], 1)
+    return num, den
+
+
+@triton.jit
+def overlap(fq, gq, fk, gk, C: tl.constexpr):
+    """phi(q) . phi(k) of far pairs inside a chunk (linear) or across two (sliding): key column <= query row."""
+    i = tl.arange(0, C.block_w)
+    x = product(fq, tl.trans(fk), C.low, C)
+    if C.paired:
+        x += product(gq, tl.trans(gk), C.low, C)
+    return rounded(tl.where(i[None, :] <= i[:, None], x, 0.0), C)
+
+
+@triton.jit
+def scores(q, k, seen, scale, cap, C: tl.constexpr):
+    """Scores after scale and soft-cap, -inf where not seen."""
+    s = product(q, tl.trans(k), C.dot, C) * scale
+    if C.softcap:
+        e = tl.exp(-2.0 * tl.abs(s) / cap)
+        bent = cap * (1.0 - e) / (1.0 + e)
+        s = tl.where(s < 0, -bent, bent)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def seen_before(c, C: tl.constexpr):
+    """Which keys of the chunk before are near: [query row, key column]."""
+    i = tl.arange(0, C.block_w)
+    seen = (i[None, :] < tl.where(c > 0, C.window, 0)) & (i[:, None] >= 0)
+    if C.kind == "sliding":
+        seen = seen & (i[None, :] > i[:, None])
+    return seen
+
+
+@triton.jit
+def seen_sinks(position, C: tl.constexpr):
+    """Which sinks are out of the window of the queries at `position`, and so join the near part apart."""
+    n = tl.arange(0, C.block_s)[None, :]
+    if C.kind == "sliding":
+        near_start = position - C.window + 1
+    else:
+        near_start = (position // C.window - 1) * C.window
+    return (n < C.sinks) & (n < near_start[:, None])
+
+
+@triton.jit
+def window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C: tl.constexpr):
+    """(scores of the chunk before, of the own chunk, of the sinks, largest of all)."""
+    i = tl.arange(0, C.block_w)
+    own = scores(q, k, i[None, :] <= i[:, None], scale, cap, C)
+    before = scores(q, before_k, seen_before(c, C), scale, cap, C)
+    top = tl.maximum(tl.max(own, 1), tl.max(before, 1))
+    sink = own
+    if C.sinks > 0:
+        sink = scores(q, sink_k, seen_sinks(position, C), scale, cap, C)
+        top = tl.maximum(top, tl.max(sink, 1))
+    if C.sink_logit:
+        top = tl.maximum(top, logit)
+    return before, own, sink, top
+
+
+@triton.jit
+def window_read(before, own, sink, logit, top, ratio, v, before_v, sink_v, C: tl.constexpr):
+    """(numerator, denominator) of the near part, with weights r exp(s - c)."""
+    before = tl.exp(before - top[:, None])
+    own = tl.exp(own - top[:, None])
+    total = tl.sum(before, 1) + tl.sum(own, 1)
+    num = product(before, before_v, C.dot, C) + product(own, v, C.dot, C)
+    if C.sinks > 0:
+        sink = tl.exp(sink - top[:, None])
+        total += tl.sum(sink, 1)
+        num += product(sink, sink_v, C.dot, C)
+    if C.sink_logit:
+        total += tl.exp(logit - top)
+    return num * ratio, total * ratio
+
+
+@triton.jit
+def load_sums(START, row, C: tl.constexpr):
+    """(s1, s2, z1, z2) from START = (sums [rows, F, E] or None, [rows, F]); zeros for None."""
+    p = tl.arange(0, C.block_p)
+    e = tl.arange(0, C.block_e)[None, :]
+    s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
+    z1 = tl.zeros([C.block_p], tl.float32)
+    s2 = s1
+    z2 = z1
+    if START[0] is not None:
+        halves: tl.constexpr = 2 if C.paired else 1
+        at = row.to(tl.int64) * (halves * C.columns) + p
+        ok = (p[:, None] < C.columns) & (e < C.values)
+        s1 = tl.load(START[0] + at[:, None] * C.values + e, mask=ok, other=0.0)
+        z1 = tl.load(START[1] + at, mask=p < C.columns, other=0.0)
+        if C.paired:
+            at += C.columns
+            s2 = tl.load(START[0] + at[:, None] * C.values + e, mask=ok, other=0.0)
+            z2 = tl.load(START[1] + at, mask=p < C.columns, other=0.0)
+    return s1, s2, z1, z2
+
+
+@triton.jit
+def store_sums(OUT, row, s1, s2, z1, z2, C: tl.constexpr):
+    """The counterpart of `load_sums`."""
+    p = tl.arange(0, C.block_p)
+    e = tl.arange(0, C.block_e)[None, :]
+    halves: tl.constexpr = 2 if C.paired else 1
+    at = row.to(tl.int64) * (halves * C.columns) + p
+    ok = (p[:, None] < C.columns) & (e < C.values)
+    tl.store(OUT[0] + at[:, None] * C.values + e, s1, mask=ok)
+    tl.store(OUT[1] + at, z1, mask=p < C.columns)
+    if C.paired:
+        at += C.columns
+        tl.store(OUT[0] + at[:, None] * C.values + e, s2, mask=ok)
+        tl.store(OUT[1] + at, z2, mask=p < C.columns)
+
+
+@triton.jit
+def store_map(GRADS, row, dmatrix, dbias, C: tl.constexpr):
+    """Write a program's share of a map's gradient, [D, P] and [P], to GRADS = (matrices, biases)."""
+    d = tl.arange(0, C.block_d)[:, None]
+    p = tl.arange(0, C.block_p)
+    ok = (d < C.dim) & (p[None, :] < C.columns)
+    at = row.to(tl.int64) * (C.dim * C.columns) + d * C.columns + p[None, :]
+    tl.store(GRADS[0] + at, dmatrix, mask=ok)
+    if C.bias:
+        tl.store(GRADS[1] + row * C.columns + p, dbias, mask=p < C.columns)

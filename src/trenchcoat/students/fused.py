@@ -1,0 +1,126 @@
+"""Students on the Triton kernels: which implementation runs where, and the feature maps as the kernels take them.
+
+Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, E value dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops import Rule, StudentState
+from trenchcoat.students.feature_maps import FeatureMap
+
+if TYPE_CHECKING:
+    from trenchcoat.ops.triton_launch import FusedMap
+
+log = logging.getLogger("trenchcoat")
+_told: set[tuple[str, str, str]] = set()
+
+
+def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None = None) -> str:
+    """What `student.impl` stands for on `device`; `auto` is `triton` on CUDA devices and `chunkwise` elsewhere.
+
+    `auto` also takes `chunkwise` for a feature map with an adapter, which the kernels do not have, and where triton is
+    not installed. The choice is logged once. Before the first use of `triton` on a device its kernels are checked.
+
+    Raises:
+        ValueError: `triton` cannot run here.
+        RuntimeError: the kernels failed their check.
+    """
+    if impl not in ("auto", "triton"):
+        return impl
+    reason = _obstacle(device, feature_map)
+    if impl == "triton" and reason is not None:
+        raise ValueError(f"student.impl is triton, but {reason}; student.impl=chunkwise can do it")
+    chosen = "triton" if reason is None else "chunkwise"
+    if (impl, chosen, str(device)) not in _told:
+        _told.add((impl, chosen, str(device)))
+        log.info("attention on %s: %s%s", device, chosen, "" if reason is None else f" ({reason})")
+    if chosen == "triton":
+        from trenchcoat.ops.triton_check import check
+
+        check(device)
+    return chosen
+
+
+@lru_cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | None:
+    """Why the kernels cannot run, as far as it is known before a call; None when they can."""
+    if not _installed():
+        return "triton is not installed (pip install 'trenchcoat[kernels]')"
+    if device.type != "cuda":
+        from trenchcoat.ops.triton_launch import INTERPRETED
+
+        if not INTERPRETED:
+            return f"{device} is not a CUDA device"
+    if feature_map is not None and feature_map.down is not None:
+        return "the kernels have no adapter (student.feature_map.adapter_dim)"
+    return None
+
+
+def _fused(phi: FeatureMap | None, rule: Rule) -> FusedMap | None:
+    """A feature map as the kernels take it; gradients flow to its parameters."""
+    if phi is None or not rule.far:
+        return None
+    from trenchcoat.ops.triton_launch import FusedMap
+
+    return FusedMap(phi.cfg.name, phi.matrix(), phi.bias, phi.cfg.eps)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, maps: tuple[FeatureMap | None, FeatureMap | None], mix_H: Tensor, **options: Any
+) -> tuple[Tensor, StudentState | None]:
+    """:func:`trenchcoat.ops.triton.attend` with a student's maps."""
+    from trenchcoat.ops.triton import attend
+
+    rule: Rule = options["rule"]
+    query, key = (_fused(m, rule) for m in maps)
+    return attend(q, k, v, query, key, rule.log_ratio(mix_H), **options)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: tuple[FeatureMap | None, FeatureMap | None],
+    mix_H: Tensor,
+    state: StudentState,
+    **options: Any,
+) -> Tensor:
+    """:func:`trenchcoat.ops.triton_decode.decode` with a student's maps."""
+    from trenchcoat.ops.triton_decode import decode
+
+    rule: Rule = options["rule"]
+    query, key = (_fused(m, rule) for m in maps)
+    return decode(q, k, v, query, key, rule.log_ratio(mix_H), state, **options)
+
+
+def transfer(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    maps: tuple[FeatureMap | None, FeatureMap | None],
+    log_ratio_H: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(summed squared error, gradient for log(g / l)); the maps' gradients are added to their parameters' `.grad`."""
+    from trenchcoat.ops.triton import transfer
+
+    query, key = (_fused(m, options["rule"]) for m in maps)
+    total, grads = transfer(*tensors, query, key, log_ratio_H, **options)
+    for phi, matrix, bias in ((maps[0], grads[0], grads[1]), (maps[1], grads[2], grads[3])):
+        if phi is None or matrix is None:
+            continue
+        gradients = phi.gradients()
+        gradients.weight.add_(matrix)
+        if bias is not None and gradients.bias is not None:
+            gradients.bias.add_(bias)
+    return total, torch.zeros_like(log_ratio_H) if grads[4] is None else grads[4]
