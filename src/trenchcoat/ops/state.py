@@ -9,7 +9,7 @@ W sliding, 0 linear), S sink slots, D key dim, E value dim, F features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -58,6 +58,10 @@ class Rule:
         """log(g / l) with g = sigmoid(mix): all of the mix that the formula depends on."""
         return mix_H if self.affine else torch.nn.functional.logsigmoid(mix_H)
 
+    def ratio(self, mix_H: Tensor) -> Tensor:
+        """g / l."""
+        return mix_H.exp() if self.affine else mix_H.sigmoid()
+
     def near_start(self, position: Tensor) -> Tensor:
         """First position (sinks apart) that is near for the query at `position` (int64, any shape); 0 at least."""
         if self.kind == "terrace":
@@ -93,6 +97,7 @@ class StudentState:
     far_s_BKFE: Tensor
     far_z_BKF: Tensor
     seen_B: Tensor
+    _host: list[int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def empty(
@@ -126,7 +131,18 @@ class StudentState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def positions(self) -> list[int]:
+        """`seen_B` as known to the host, which asks the device only when it has not counted along."""
+        if self._host is None:
+            self._host = self.seen_B.tolist()
+        return self._host
+
+    def count(self, real_B: Tensor | None = None) -> None:
+        """One more token in every row (in those of the bool tensor `real_B`), in place."""
+        self.seen_B += 1 if real_B is None else real_B
+        self._host = None if real_B is not None or self._host is None else [n + 1 for n in self._host]
 
     def nbytes(self) -> int:
         """Bytes held; the same at any number of tokens seen."""
@@ -148,6 +164,7 @@ class StudentState:
         """Forget everything, in place."""
         for t in self.tensors().values():
             t.zero_()
+        self._host = None
         return self
 
     def slot_positions(self) -> Tensor:
@@ -156,3 +173,19 @@ class StudentState:
         last = self.seen_B[:, None] - 1
         slot = torch.arange(slots, device=last.device)
         return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
+
+
+def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tensor, seen_B: Tensor) -> None:
+    """Q keys of each row join the far sums, in place; features that are 0 add nothing.
+
+    `seen_B` are the rows' positions.
+    """
+    wide = torch.promote_types(far_s_BKFE.dtype, far_z_BKF.dtype)
+    rows, maps, features, values = far_s_BKFE.shape
+    fk = fk_BKQF.to(wide).reshape(rows * maps, -1, features)
+    v = v_BGQE.to(wide)
+    if maps != v.shape[1]:
+        v = v[:, :, None].expand(-1, -1, maps // v.shape[1], -1, -1)
+    v = v.reshape(rows * maps, -1, values)
+    far_s_BKFE.view(rows * maps, features, values).baddbmm_(fk.mT, v)
+    far_z_BKF.add_(fk.sum(1).view(rows, maps, features))
