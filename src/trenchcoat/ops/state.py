@@ -84,7 +84,7 @@ class Rule:
 class StudentState:
     """Everything a row must remember, in tensors whose sizes never change.
 
-    `far_s_BKFE` and `far_z_BKF` (float32) hold the keys that were far for the last query; the buffer holds the others
+    `far_s_BKFE` and `far_z_BKF` (float32; the first may be bfloat16) hold the keys that were far for the last query; the buffer holds the others
     and possibly some older ones: the pair of position p lives in slot p modulo N, so what is valid follows from
     `seen_B`. The first S tokens of a row are kept in the sink slots and never become far. Features of buffered keys
     are not stored: they are recomputed when the key becomes far.
@@ -111,9 +111,13 @@ class StudentState:
         value_dim: int,
         features: int,
         dtype: torch.dtype = torch.float32,
+        far_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> StudentState:
-        """The state before the first token; `dtype` is the model's (buffers), the far part is at least float32."""
+        """The state before the first token; `dtype` is the buffers', `far_dtype` that of S (default: at least float32).
+
+        z, which is small, is at least float32 always.
+        """
         wide = torch.promote_types(dtype, torch.float32)
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -124,7 +128,7 @@ class StudentState:
             v_BGNE=zeros(kv_heads, rule.slots, value_dim),
             sink_k_BGSD=zeros(kv_heads, rule.sinks, key_dim),
             sink_v_BGSE=zeros(kv_heads, rule.sinks, value_dim),
-            far_s_BKFE=zeros(key_map_heads, features, value_dim, of=wide),
+            far_s_BKFE=zeros(key_map_heads, features, value_dim, of=far_dtype or wide),
             far_z_BKF=zeros(key_map_heads, features, of=wide),
             seen_B=zeros(of=torch.int64),
         )
@@ -178,14 +182,32 @@ class StudentState:
 def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tensor, seen_B: Tensor) -> None:
     """Q keys of each row join the far sums, in place; features that are 0 add nothing.
 
-    `seen_B` are the rows' positions.
+    `seen_B` are the rows' positions, for the rounding of a bfloat16 S (:func:`round_to_bfloat16`).
     """
-    wide = torch.promote_types(far_s_BKFE.dtype, far_z_BKF.dtype)
+    wide = far_z_BKF.dtype
     rows, maps, features, values = far_s_BKFE.shape
     fk = fk_BKQF.to(wide).reshape(rows * maps, -1, features)
     v = v_BGQE.to(wide)
     if maps != v.shape[1]:
         v = v[:, :, None].expand(-1, -1, maps // v.shape[1], -1, -1)
     v = v.reshape(rows * maps, -1, values)
-    far_s_BKFE.view(rows * maps, features, values).baddbmm_(fk.mT, v)
+    s = far_s_BKFE.to(wide)
+    s.view(rows * maps, features, values).baddbmm_(fk.mT, v)
     far_z_BKF.add_(fk.sum(1).view(rows, maps, features))
+    if far_s_BKFE.dtype == torch.bfloat16:
+        far_s_BKFE.copy_(round_to_bfloat16(s, seen_B))
+
+
+def round_to_bfloat16(x_BX: Tensor, seen_B: Tensor) -> Tensor:
+    """float32 -> bfloat16, up or down in proportion to the distance, by a threshold that varies with the position.
+
+    Rounded to nearest, a sum stops growing once a chunk's share falls below half a unit of its last place: after some
+    256 chunks. Here the thresholds of an element at successive positions are a Weyl sequence modulo 1, so that what
+    rounding takes and gives averages out; nothing is random, the same text gives the same state.
+    """
+    count = x_BX[0].numel()
+    element = torch.arange(count, device=x_BX.device, dtype=torch.int64).view(x_BX.shape[1:]) * 2654435761 >> 8
+    turn = (seen_B.to(x_BX.device) * 40503).view(-1, *[1] * (x_BX.ndim - 1))
+    threshold = (element + turn & 0xFFFF).to(torch.int32)
+    bits = x_BX.float().contiguous().view(torch.int32) + threshold
+    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)

@@ -71,6 +71,7 @@ class StudentAttention(nn.Module):
         self.mode: Mode = "teacher"
         self.layer_idx = -1
         self.far_enabled = True
+        self.state_dtype = torch.float32
         self.request: TransferRequest | None = None
         self.metrics: dict[str, Tensor] = {}
         self.query_map: FeatureMap | None = None
@@ -205,8 +206,12 @@ class StudentAttention(nn.Module):
     def empty_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> StudentState:
-        """The state before the first token, at its final size."""
+        """The state before the first token, at its final size; `dtype` is the keys' and values'.
+
+        With `state_dtype` bfloat16 the far sums and the buffered pairs are bfloat16.
+        """
         keys = self.keys_phi
+        short = self.state_dtype == torch.bfloat16
         return StudentState.empty(
             batch_size,
             rule=self._rule(scale=1.0),
@@ -215,7 +220,8 @@ class StudentAttention(nn.Module):
             key_dim=self.head_dim,
             value_dim=self.value_dim,
             features=0 if keys is None else keys.features,
-            dtype=dtype,
+            dtype=torch.bfloat16 if short else dtype,
+            far_dtype=torch.bfloat16 if short else None,
             device=device,
         )
 
