@@ -20,7 +20,6 @@ from torch import Tensor
 from trenchcoat.ops.state import LINEAR_EPS, PhiK, Rule, StudentState, add_far
 
 
-
 @dataclass(frozen=True)
 class Places:
     """Where a token goes and what it sees, the same in every layer: `slot` int64 [B, 1, 1, 1], and the near set as

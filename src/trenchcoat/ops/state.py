@@ -84,10 +84,10 @@ class Rule:
 class StudentState:
     """Everything a row must remember, in tensors whose sizes never change.
 
-    `far_s_BKFE` and `far_z_BKF` (float32; the first may be bfloat16) hold the keys that were far for the last query; the buffer holds the others
-    and possibly some older ones: the pair of position p lives in slot p modulo N, so what is valid follows from
-    `seen_B`. The first S tokens of a row are kept in the sink slots and never become far. Features of buffered keys
-    are not stored: they are recomputed when the key becomes far.
+    `far_s_BKFE` and `far_z_BKF` (float32; the first may be bfloat16) hold the keys that were far for the last query;
+    the buffer holds the others and possibly some older ones: the pair of position p lives in slot p modulo N, so what
+    is valid follows from `seen_B`. The first S tokens of a row are kept in the sink slots and never become far.
+    Features of buffered keys are not stored: they are recomputed when the key becomes far.
     """
 
     k_BGND: Tensor
