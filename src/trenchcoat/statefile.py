@@ -133,4 +133,4 @@ def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens
         raise CorruptFileError(f"{path} is damaged: layer {index} does not agree with the {tokens} tokens on record")
     weight = next(iter(student.parameters()), None)
     device = torch.device("cpu") if weight is None else weight.device
-    return StudentState(**{name: tensor.to(device) for name, tensor in found.items()})
+    return StudentState(**{name: tensor.to(device, copy=True) for name, tensor in found.items()})
