@@ -59,8 +59,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    layers=2, window=16, lengths=(32, 128), batch=3, batch_length=64, steps=32, batch_steps=16, repeats=1,
-    drift=(64, 256), prompts=(4096, 6144),
+    layers=2, window=16, lengths=(32, 128), batch=3, batch_length=64, steps=16, batch_steps=8, repeats=1,
+    drift=(64, 128), prompts=(4096, 6144),
 )  # fmt: skip
 
 Caches = dict[str, Callable[[], Any]]
