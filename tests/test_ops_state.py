@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -230,3 +232,34 @@ def test_rows_out_of_step_fold_when_their_own_chunk_is_full() -> None:
             one = _decode(alone[0], [x[1:] if x.ndim == 4 else x for x in tensors], alone[1], slice(t, t + 1))  # type: ignore[arg-type]
             assert error(both[1:], one) < TOLERANCE
     assert state.positions() == [37, 35]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    window=st.integers(1, 6),
+    sinks=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    mask=st.sampled_from([None, "left", "odd", "right"]),
+    key_maps=st.sampled_from([2, 4]),
+    pieces=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
+)
+def test_generation_in_any_pieces_equals_recomputation(
+    kind: str, window: int, sinks: int, batch: int, mask: str | None, key_maps: int, pieces: list[tuple[int, bool]]
+) -> None:
+    """Pieces of any lengths, read by the chunkwise operator or token by token, in rows padded anyhow."""
+    options = {"sinks": sinks} if kind != "linear" else {}
+    tokens = sum(length for length, _ in pieces)
+    case = Case(kind=kind, window=window, batch=batch, mask=mask, key_maps=key_maps, tokens=tokens, options=options)
+    tensors, state, start = case.tensors(), _empty(case), 0
+    whole, _ = case.call(tensors, impl="reference")
+    for length, stepwise in pieces:
+        span = slice(start, start + length)
+        if stepwise:
+            y = _decode(case, tensors, state, span)
+        else:
+            y, after = case.call(tensors, impl="chunkwise", span=span, state=state, return_state=True)
+            assert after is not None
+            state = after
+        assert error(y, whole[:, :, span]) < TOLERANCE
+        start += length

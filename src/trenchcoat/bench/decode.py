@@ -9,6 +9,7 @@ Shape legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class Sizes:
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384)
     batch: int = 64
     batch_length: int = 4096
-    steps: int = 192
+    steps: int = 128
     """Timed tokens of one turn, a multiple of the window, so that folds are counted in full."""
     batch_steps: int = 64
     repeats: int = 5
@@ -120,13 +121,12 @@ def _summary(taken: Sequence[Sequence[float]]) -> dict[str, float]:
 def _by_context(bench: Bench, kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Context -> kind -> milliseconds a token and bytes of the cache, one row."""
     sizes, found = bench.sizes, {}
-    room = sizes.steps * (sizes.repeats + 1)
-    caches = {(length, kind): bench.started(kind, length, room=room) for length in sizes.lengths for kind in kinds}
+    caches = {(n, kind): bench.started(kind, n, room=sizes.steps) for n in sizes.lengths for kind in kinds}
     held = {key: cache_nbytes(cache) for key, cache in caches.items()}
     taken: dict[tuple[int, str], list[list[float]]] = {key: [] for key in caches}
     for turn in range(sizes.repeats + 1):
         for (length, kind), cache in caches.items():
-            times = bench.steps(kind, cache, 1, sizes.steps if turn else sizes.window)
+            times = bench.steps(kind, copy.deepcopy(cache), 1, sizes.steps if turn else 8)
             if turn:
                 taken[length, kind].append(times)
     for length in sizes.lengths:
@@ -146,12 +146,13 @@ def _batch(bench: Bench) -> dict[str, Any]:
     fits = max(1, state // row)
     plans = {"student": (sizes.batch, student)}
     plans["teacher, same memory"] = (fits, bench.started("dynamic", context, fits))
-    plans["teacher, same batch"] = (sizes.batch, bench.started("static", context, sizes.batch, room=4 * steps))
+    plans["teacher, same batch"] = (sizes.batch, bench.started("static", context, sizes.batch, room=steps))
     kinds = {"student": "student", "teacher, same memory": "dynamic", "teacher, same batch": "static"}
+    steps_of = dict.fromkeys(plans, steps) | {"teacher, same batch": max(4, steps // 8)}
     taken: dict[str, list[list[float]]] = {name: [] for name in plans}
     for turn in range(min(sizes.repeats, 3) + 1):
         for name, (rows, cache) in plans.items():
-            times = bench.steps(kinds[name], cache, rows, steps if turn else 2)
+            times = bench.steps(kinds[name], cache, rows, steps_of[name] if turn else 2)
             if turn:
                 taken[name].append(times)
     for name, (rows, cache) in plans.items():
