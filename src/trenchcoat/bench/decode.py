@@ -83,16 +83,21 @@ class Bench:
         self.model.to(device).requires_grad_(False)
 
     def started(self, kind: str, context: int, rows: int = 1, room: int = 0) -> Any:
-        """A cache that has read `context` random tokens a row; `kind`: student, dynamic or static."""
+        """A cache that has read `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
         surgery.set_mode(self.model, "student" if kind == "student" else "teacher")
         cache: Any = DynamicCache(config=self.model.config)
-        if kind == "static":
-            cache = StaticCache(config=self.model.config, max_cache_len=context + room)
-        ids = torch.randint(_LLAMA["vocab_size"], (rows, context), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(_LLAMA["vocab_size"], (1, context), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            for piece in ids.to(self.device).split(PREFILL_TOKENS if rows == 1 else 256, 1):
+            for piece in ids.to(self.device).split(PREFILL_TOKENS, 1):
                 self.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        if kind != "static":
+            return cache
+        static = StaticCache(config=self.model.config, max_cache_len=context + room)
+        for index, layer in enumerate(cache.layers):
+            static.update(layer.keys, layer.values, index)
+        return static
 
     def steps(self, kind: str, cache: Any, rows: int, steps: int) -> list[float]:
         """Seconds of each of `steps` more tokens."""
