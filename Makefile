@@ -28,6 +28,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/trenchcoat bench ops --threads 2 --out benchmarks/ops_cpu2.json
 	$(BIN)/trenchcoat bench transfer --threads 2 --out benchmarks/transfer_cpu2.json
+	$(BIN)/trenchcoat bench decode --threads 2 --out benchmarks/decode_cpu2.json
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

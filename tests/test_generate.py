@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.generate import Generation, generate_text
+from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+from trenchcoat.generate import Generation, Session, generate_text
 from trenchcoat.surgery import attach_students, set_mode
 
 PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
@@ -134,3 +134,44 @@ def test_a_prompt_without_tokens_is_named(model: Any, tokenizer: Any) -> None:
 def test_values_out_of_range_are_named(model: Any, tokenizer: Any, option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{option} is {value}"):
         generate_text(model, tokenizer, ["w3"], do_sample=True, **{option: value})
+
+
+def test_a_long_prompt_is_read_in_pieces_of_bounded_memory(
+    student: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [" ".join(f"w{3 + i % 50}" for i in range(length)) for length in (100, 90)]
+    whole = texts(generate_text(student, tokenizer, prompts, max_new_tokens=8))
+    widths: list[int] = []
+    hook = student.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    monkeypatch.setattr("trenchcoat.generate.PREFILL_TOKENS", 16)
+    try:
+        assert texts(generate_text(student, tokenizer, prompts, max_new_tokens=8)) == whole
+    finally:
+        hook.remove()
+    assert max(widths) == 16
+
+
+def test_generation_starts_from_a_session(student: Any, model: Any, tokenizer: Any) -> None:
+    for chosen in (student, model):
+        session = Session.new(chosen)
+        session.read(tokenizer("w3 w4 w5 w6 w7")["input_ids"])
+        ends = ["w8 w9", "w10", "w11 w12 w13"]
+        whole = [f"w3 w4 w5 w6 w7 {end}" for end in ends]
+        found = texts(generate_text(chosen, tokenizer, ends, max_new_tokens=7, start=session))
+        assert found == texts(generate_text(chosen, tokenizer, whole, max_new_tokens=7))
+        beams = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2}
+        after = generate_text(chosen, tokenizer, ends[:2], start=session, **beams)
+        assert texts(after) == texts(generate_text(chosen, tokenizer, whole[:2], **beams))
+        assert [one.prompt for one in after] == ["w8 w9", "w8 w9", "w10", "w10"]
+        assert session.seen == 4
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            generate_text(chosen, tokenizer, [""], start=Session(chosen, session.cache))
+
+
+def test_options_that_do_not_exist_or_fit_are_named(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="did you mean typical_p"):
+        generate_text(model, tokenizer, ["w3"], typicalp=0.5)
+    with pytest.raises(UserError, match="do not go together"):
+        generate_text(model, tokenizer, ["w3"], num_return_sequences=3)
+    with pytest.raises(UserError, match="nothing to"):
+        Session.new(model).read([])

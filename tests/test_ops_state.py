@@ -7,10 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from operator_kit import Case, error, label
 from trenchcoat.ops import IMPLEMENTATIONS, Rule, StudentState, decode_step
+from trenchcoat.ops.decode import Places, step
 
 KINDS = ("terrace", "sliding", "linear")
 TOLERANCE = 1e-10
@@ -184,3 +188,78 @@ def test_low_precision_buffers_keep_float32_sums() -> None:
         phi = lambda keys: case.phi(keys.float())  # noqa: E731
         steps.append(decode_step(q, k, v, fq, fk, tensors[5], state, kind="terrace", window=4, scale=0.7, phi_k=phi))
     assert error(torch.cat(steps, 2), whole) <= torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_step_is_one_graph_at_every_position(kind: str, masked: bool) -> None:
+    """No value is asked for (a whole graph), and no position makes another one (compiled once)."""
+    options = {} if kind == "linear" else {"sinks": 2, "softcap": 2.0}
+    case = Case(kind=kind, tokens=31, batch=3, options=options, mask="odd" if masked else None)
+    rule = Rule(kind=kind, window=case.window, scale=0.7, **options)  # type: ignore[arg-type]
+    tensors, eager, compiled = case.tensors(), _empty(case), _empty(case)
+    real_BT = case.real()
+    counter = CompileCounterWithBackend("aot_eager")
+    one = torch.compile(step, fullgraph=True, backend=counter)
+    for t in range(case.tokens):
+        q, k, v, fq, fk = (x[:, :, t] for x in tensors[:5])
+        real = None if real_BT is None else real_BT[:, t]
+        places = None if kind == "linear" else Places.of(compiled, rule, torch.float64)
+        found = one(q, k, v, fq, fk, tensors[5].sigmoid(), compiled, places, rule=rule, real_B=real)
+        compiled.count(real)
+        # by itself the step does not fold, so the rule below must not either
+        wanted = step(q, k, v, fq, fk, tensors[5].sigmoid(), eager, places, rule=rule, real_B=real)
+        eager.count(real)
+        assert error(found, wanted) < TOLERANCE
+    assert counter.frame_count == 1
+
+
+def test_rows_out_of_step_fold_when_their_own_chunk_is_full() -> None:
+    """Rows 0 and 1 of a batch stand half a chunk apart; each gives what it gives alone."""
+    case = Case(tokens=37, batch=2)
+    tensors = case.tensors()
+    late = torch.ones(2, 37, dtype=torch.bool)
+    late[1, :2] = False
+    state = _empty(case)
+    alone = [replace(case, batch=1), _empty(replace(case, batch=1))]
+    for t in range(37):
+        q, k, v, fq, fk = (x[:, :, t : t + 1] for x in tensors[:5])
+        both = decode_step(
+            q, k, v, fq, fk, tensors[5], state, kind="terrace", window=4, scale=0.7, mask_BT=late[:, t : t + 1],
+            phi_k=case.phi,
+        )  # fmt: skip
+        if t >= 2:
+            one = _decode(alone[0], [x[1:] if x.ndim == 4 else x for x in tensors], alone[1], slice(t, t + 1))  # type: ignore[arg-type]
+            assert error(both[1:], one) < TOLERANCE
+    assert state.positions() == [37, 35]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(KINDS),
+    window=st.integers(1, 6),
+    sinks=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    mask=st.sampled_from([None, "left", "odd", "right"]),
+    key_maps=st.sampled_from([2, 4]),
+    pieces=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
+)
+def test_generation_in_any_pieces_equals_recomputation(
+    kind: str, window: int, sinks: int, batch: int, mask: str | None, key_maps: int, pieces: list[tuple[int, bool]]
+) -> None:
+    """Pieces of any lengths, read by the chunkwise operator or token by token, in rows padded anyhow."""
+    options = {"sinks": sinks} if kind != "linear" else {}
+    tokens = sum(length for length, _ in pieces)
+    case = Case(kind=kind, window=window, batch=batch, mask=mask, key_maps=key_maps, tokens=tokens, options=options)
+    tensors, state, start = case.tensors(), _empty(case), 0
+    whole, _ = case.call(tensors, impl="reference")
+    for length, stepwise in pieces:
+        span = slice(start, start + length)
+        if stepwise:
+            y = _decode(case, tensors, state, span)
+        else:
+            y, after = case.call(tensors, impl="chunkwise", span=span, state=state, return_state=True)
+            assert after is not None
+            state = after
+        assert error(y, whole[:, :, span]) < TOLERANCE
+        start += length

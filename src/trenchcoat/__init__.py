@@ -13,13 +13,16 @@ from trenchcoat import auto as _auto
 
 if TYPE_CHECKING:
     from trenchcoat.config import Recipe, StudentConfig, UserError
+    from trenchcoat.generate import Session
     from trenchcoat.hub import load, save_adapter, save_merged
     from trenchcoat.recipe_io import load_recipe
+    from trenchcoat.statefile import load_state, save_state
     from trenchcoat.students import StudentAttention, register_student
-    from trenchcoat.surgery import add_lora, attach_students, merge_lora, set_mode, students_of
+    from trenchcoat.surgery import add_lora, attach_students, merge_lora, set_mode, set_state_dtype, students_of
 
 __all__ = [
     "Recipe",
+    "Session",
     "StudentAttention",
     "StudentConfig",
     "UserError",
@@ -27,11 +30,14 @@ __all__ = [
     "attach_students",
     "load",
     "load_recipe",
+    "load_state",
     "merge_lora",
     "register_student",
     "save_adapter",
     "save_merged",
+    "save_state",
     "set_mode",
+    "set_state_dtype",
     "students_of",
 ]
 
@@ -46,7 +52,11 @@ _HOME = {
     "attach_students": "surgery",
     "merge_lora": "surgery",
     "set_mode": "surgery",
+    "set_state_dtype": "surgery",
     "students_of": "surgery",
+    "Session": "generate",
+    "load_state": "statefile",
+    "save_state": "statefile",
     "load": "hub",
     "save_adapter": "hub",
     "save_merged": "hub",

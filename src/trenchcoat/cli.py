@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trenchcoat import cli_blocks, cli_eval, cli_interop
+from trenchcoat import cli_generate as writing
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.recipe_io import builtin_recipes, load_recipe, settings_help
 
@@ -158,8 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(add("eval", _eval, "score a run, an adapter or a merged folder", _EVAL, ["data", "eval"]))
     cli_eval.add_report(add("report", _runs, "any number of runs side by side", cli_eval.REPORT))
     add("lm-eval", _eval, "the evaluation harness's own command line, with our models", cli_eval.LM_EVAL)
-    _add_generate(add("generate", _generate, "write text with a linearized model", _GENERATE))
-    _add_bench(add("bench", _bench, "measure the operator or a transfer step on this machine", _BENCH))
+    writing.add_generate(add("generate", writing.generate, "write text with a linearized model", writing.GENERATE))
+    writing.add_chat(add("chat", writing.chat, "talk with a linearized model", writing.CHAT))
+    _add_bench(add("bench", _bench, "measure the operator, a transfer step or decoding here", _BENCH))
     _add_export(add("export", _export, "write the adapter, or a merged model, of a run", _EXPORT))
     cli_interop.add_commands(add, show)
     return parser
@@ -193,16 +195,13 @@ Score a run again (with other eval.* settings, say) and write its report, or sco
 text named by data.path. With --tasks: benchmarks through lm-evaluation-harness (piqa, mmlu, ...; --data-dir for local
 files), mmlu_letters, and the long-context probes needle, recall and copy.
 """
-_GENERATE = """\
-Continue one or more prompts with a linearized model: a run's folder, an adapter folder or a merged folder. The state
-held while writing has a constant size.
-"""
 _BENCH = """\
 Measure on this machine. ops: the attention operator against the quadratic reference and PyTorch's own attention.
 transfer: time and memory of an attention-transfer step against the bare teacher forward and the naive way. blocks:
 memory and throughput of block-wise transfer against the joint run. clip: one gradient clip for all layers against one
-for each, where the layers' scales differ 1000-fold. kernels: the Triton kernels on a GPU (--device cuda), against the
-device's own ceilings and other attentions.
+for each, where the layers' scales differ 1000-fold. decode: time a token and state against the softmax teacher with its
+KV cache, by context; batches; bfloat16 states; a long prompt. kernels: the Triton kernels on a GPU (--device cuda),
+against the device's own ceilings and other attentions.
 """
 _EXPORT = """\
 Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
@@ -216,25 +215,9 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
     cli_eval.add_eval(sub)
 
 
-def _add_generate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("target", metavar="DIR", help="a run's folder, an adapter folder or a merged folder")
-    sub.add_argument("--prompt", action="append", required=True, help="text to continue; repeat it for a batch")
-    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (64)")
-    sub.add_argument(
-        "--temperature", type=float, default=None, metavar="T", help="sample at this temperature (default: greedy)"
-    )
-    sub.add_argument(
-        "--top-p", type=float, default=None, metavar="P", help="sample from the smallest set of this probability"
-    )
-    sub.add_argument("--top-k", type=int, default=None, metavar="K", help="sample from the K likeliest tokens")
-    sub.add_argument("--beams", type=int, default=1, metavar="N", help="beam search with N beams (1)")
-    sub.add_argument("--seed", type=int, default=0, help="seed of sampling (0)")
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
-    sub.add_argument("--compare", action="store_true", help="show the softmax teacher's continuation beside it")
-
-
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("what", choices=["ops", "transfer", "blocks", "clip", "kernels"], help="what to measure")
+    known = ["ops", "transfer", "blocks", "clip", "decode", "kernels"]
+    sub.add_argument("what", choices=known, help="what to measure")
     sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
     sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")
     sub.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
@@ -327,26 +310,6 @@ def show(outcome: Any) -> None:
             print(part)
         else:
             console.print(part)
-
-
-def _generate(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
-
-    sampling = args.temperature is not None or args.top_p is not None or args.top_k is not None
-    outcome = stages.generate(
-        Path(args.target),
-        args.prompt,
-        device=args.device,
-        compare=args.compare,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=sampling,
-        temperature=1.0 if args.temperature is None else args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        num_beams=args.beams,
-        seed=args.seed,
-    )
-    show(outcome)
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 from trenchcoat import distributed, hub, report, surgery
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.conversation import softmax_twin
 from trenchcoat.data import load_batches
 from trenchcoat.estimate import estimate
 from trenchcoat.evaluate import score
-from trenchcoat.generate import generate_text
+from trenchcoat.generate import Session, continue_and_save, generate_text
 from trenchcoat.machine import check_machine
 from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
@@ -197,23 +198,49 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     return Outcome((report.terminal_table(scores),), scores)
 
 
-def generate(path: Path, prompts: list[str], *, device: str = "auto", compare: bool = False, **options: Any) -> Outcome:
-    """Continue prompts with the model of a run, an adapter or a merged folder; ``options`` of ``generate_text``.
+def generate(path: Path, prompts: list[str], *, compare: bool = False, **options: Any) -> Outcome:
+    """Continue prompts with the model of a run, an adapter or a merged folder; see :func:`generate_rows`."""
+    rows = generate_rows(path, prompts, compare=compare, **options)
+    if not compare:
+        return Outcome(tuple(row["prompt"] + row["text"] for row in rows))
+    return Outcome(tuple(f"{row['prompt']}\n  linear: {row['text']}\n  softmax: {row['softmax']}" for row in rows))
 
-    ``compare`` adds the softmax attention of the same weights (mode `teacher`, without LoRA).
+
+def generate_rows(
+    path: Path,
+    prompts: Sequence[str],
+    *,
+    device: str = "auto",
+    compare: bool = False,
+    state_dtype: str = "float32",
+    start: Path | None = None,
+    end: Path | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """What the model writes after each prompt, batch by batch: prompt, text, tokens, seconds (of its batch).
+
+    ``compare`` adds `softmax`: the text of the same weights with softmax attention, without LoRA. ``start`` is a state
+    that is read before every prompt, ``end`` where the state after the one prompt and its continuation is written (no
+    sampling of several, no beams). ``options`` are those of ``generate_text``. Raises ``UserError``.
     """
     model, tokenizer = hub.load(path, device=device)
-    made = generate_text(model, tokenizer, prompts, **options)
-    if not compare:
-        return Outcome(tuple(one.prompt + one.text for one in made))
-    surgery.remove_lora(model)
-    surgery.set_mode(model, "teacher")
-    before = generate_text(model, tokenizer, prompts, **options)
-    return Outcome(
-        tuple(
-            f"{one.prompt}\n  linear: {one.text}\n  softmax: {old.text}" for one, old in zip(made, before, strict=True)
-        )
-    )
+    surgery.set_state_dtype(model, state_dtype)
+    if end is not None:
+        if len(prompts) != 1 or compare:
+            raise UserError(f"a state is saved after one prompt, without comparison; {len(prompts)} prompts are given")
+        yield continue_and_save(model, tokenizer, prompts[0], start=start, end=end, **options)
+        return
+    if compare and start is not None:
+        raise UserError("the softmax model cannot go on from a linearized model's state; leave out one of the two")
+    session = None if start is None else Session.load(start, model)
+    twin = softmax_twin(model) if compare else None
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        made = generate_text(model, tokenizer, batch, batch_size=batch_size, start=session, **options)
+        other = made if twin is None else generate_text(twin, tokenizer, batch, batch_size=batch_size, **options)
+        for one, old in zip(made, other, strict=True):
+            yield dataclasses.asdict(one) | ({} if twin is None else {"softmax": old.text})
 
 
 def export(path: Path, out: Path, *, merge: bool) -> Outcome:

@@ -140,6 +140,17 @@ def set_far(model: nn.Module, enabled: bool) -> None:
         student.far_enabled = enabled
 
 
+def set_state_dtype(model: nn.Module, dtype: str) -> None:
+    """Choose what new generation caches are kept in: `float32` (keys and values: the model's own) or `bfloat16`.
+
+    A cache that has been started keeps its dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"state dtype is {dtype!r}; expected float32 or bfloat16")
+    for student in students_of(model).values():
+        student.state_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+
+
 def teacher_implementation(model: nn.Module) -> str:
     """Name of the attention that the model's softmax layers run (for the log and the run's record)."""
     return ", ".join(sorted({_implementation(site) for site in attention_sites(model)}))

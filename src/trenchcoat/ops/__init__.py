@@ -38,6 +38,7 @@ __all__ = [
     "StudentState",
     "attend_with_maps",
     "attention_cross_entropy",
+    "decode",
     "decode_step",
     "linear_window_attention",
     "transfer",
@@ -178,6 +179,7 @@ def attend_with_maps(
     return rows.restore(attend(x, query, key, rule=rule))
 
 
+@torch.no_grad()
 def decode_step(
     q_BHTD: Tensor,
     k_BGTD: Tensor,
@@ -198,18 +200,22 @@ def decode_step(
     mask_BT: Tensor | None = None,
     phi_k: PhiK | None = None,
 ) -> Tensor:
-    """As :func:`linear_window_attention` for a few tokens, updating `state` in place; no gradients."""
+    """As :func:`linear_window_attention` for a few tokens, updating `state` in place; no gradients.
+
+    `fk_BKTF` may be None but for kind `linear`: other kinds compute a key's features when it leaves the buffer.
+    """
     rule = Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
     _check(q_BHTD, k_BGTD, v_BGTE, mix_H, sink_logit_H, mask_BT)
     if rule.far:
-        _check_features(q_BHTD, k_BGTD, fq_BHTF, fk_BKTF)
+        unused = fk_BKTF is None and kind != "linear"
+        _check_features(q_BHTD, k_BGTD, fq_BHTF, fq_BHTF if unused else fk_BKTF)
     return decode(
         q_BHTD,
         k_BGTD,
         v_BGTE,
         fq_BHTF if far else None,
         fk_BKTF if far else None,
-        rule.log_ratio(mix_H),
+        rule.ratio(mix_H),
         state,
         rule=rule,
         sink_logit_H=sink_logit_H,

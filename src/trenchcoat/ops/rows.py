@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.state import Rule, StudentState
+from trenchcoat.ops.state import Rule, StudentState, add_far
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,7 @@ def state_after(
     if rule.far and fk_BKLF is not None:
         far_from = seen_B if rule.kind == "linear" else torch.minimum(rule.near_start(seen_B - 1), seen_B)
         old = (position_BL < far_from[:, None])[:, None, :, None]
-        folded = fk_BKLF.masked_fill(~old, 0.0).to(far_s.dtype)
-        groups = folded.unflatten(1, (k_BGLD.shape[1], -1))
-        far_s += (groups.mT @ v_BGLE.to(far_s.dtype)[:, :, None]).flatten(1, 2)
-        far_z += folded.sum(2)
+        add_far(far_s, far_z, fk_BKLF.masked_fill(~old, 0.0), v_BGLE, seen_B)
     after = state.clone()
     after.far_s_BKFE, after.far_z_BKF, after.seen_B = far_s, far_z, seen_B.to(state.seen_B.device)
     if rule.slots:

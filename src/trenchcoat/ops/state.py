@@ -9,7 +9,7 @@ W sliding, 0 linear), S sink slots, D key dim, E value dim, F features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -58,6 +58,10 @@ class Rule:
         """log(g / l) with g = sigmoid(mix): all of the mix that the formula depends on."""
         return mix_H if self.affine else torch.nn.functional.logsigmoid(mix_H)
 
+    def ratio(self, mix_H: Tensor) -> Tensor:
+        """g / l."""
+        return mix_H.exp() if self.affine else mix_H.sigmoid()
+
     def near_start(self, position: Tensor) -> Tensor:
         """First position (sinks apart) that is near for the query at `position` (int64, any shape); 0 at least."""
         if self.kind == "terrace":
@@ -80,10 +84,10 @@ class Rule:
 class StudentState:
     """Everything a row must remember, in tensors whose sizes never change.
 
-    `far_s_BKFE` and `far_z_BKF` (float32) hold the keys that were far for the last query; the buffer holds the others
-    and possibly some older ones: the pair of position p lives in slot p modulo N, so what is valid follows from
-    `seen_B`. The first S tokens of a row are kept in the sink slots and never become far. Features of buffered keys
-    are not stored: they are recomputed when the key becomes far.
+    `far_s_BKFE` and `far_z_BKF` (float32; the first may be bfloat16) hold the keys that were far for the last query;
+    the buffer holds the others and possibly some older ones: the pair of position p lives in slot p modulo N, so what
+    is valid follows from `seen_B`. The first S tokens of a row are kept in the sink slots and never become far.
+    Features of buffered keys are not stored: they are recomputed when the key becomes far.
     """
 
     k_BGND: Tensor
@@ -93,6 +97,7 @@ class StudentState:
     far_s_BKFE: Tensor
     far_z_BKF: Tensor
     seen_B: Tensor
+    _host: list[int] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def empty(
@@ -106,9 +111,13 @@ class StudentState:
         value_dim: int,
         features: int,
         dtype: torch.dtype = torch.float32,
+        far_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> StudentState:
-        """The state before the first token; `dtype` is the model's (buffers), the far part is at least float32."""
+        """The state before the first token; `dtype` is the buffers', `far_dtype` that of S (default: at least float32).
+
+        z, which is small, is at least float32 always.
+        """
         wide = torch.promote_types(dtype, torch.float32)
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -119,14 +128,25 @@ class StudentState:
             v_BGNE=zeros(kv_heads, rule.slots, value_dim),
             sink_k_BGSD=zeros(kv_heads, rule.sinks, key_dim),
             sink_v_BGSE=zeros(kv_heads, rule.sinks, value_dim),
-            far_s_BKFE=zeros(key_map_heads, features, value_dim, of=wide),
+            far_s_BKFE=zeros(key_map_heads, features, value_dim, of=far_dtype or wide),
             far_z_BKF=zeros(key_map_heads, features, of=wide),
             seen_B=zeros(of=torch.int64),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def positions(self) -> list[int]:
+        """`seen_B` as known to the host, which asks the device only when it has not counted along."""
+        if self._host is None:
+            self._host = self.seen_B.tolist()
+        return self._host
+
+    def count(self, real_B: Tensor | None = None) -> None:
+        """One more token in every row (in those of the bool tensor `real_B`), in place."""
+        self.seen_B += 1 if real_B is None else real_B
+        self._host = None if real_B is not None or self._host is None else [n + 1 for n in self._host]
 
     def nbytes(self) -> int:
         """Bytes held; the same at any number of tokens seen."""
@@ -148,6 +168,7 @@ class StudentState:
         """Forget everything, in place."""
         for t in self.tensors().values():
             t.zero_()
+        self._host = None
         return self
 
     def slot_positions(self) -> Tensor:
@@ -156,3 +177,37 @@ class StudentState:
         last = self.seen_B[:, None] - 1
         slot = torch.arange(slots, device=last.device)
         return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
+
+
+def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tensor, seen_B: Tensor) -> None:
+    """Q keys of each row join the far sums, in place; features that are 0 add nothing.
+
+    `seen_B` are the rows' positions, for the rounding of a bfloat16 S (:func:`round_to_bfloat16`).
+    """
+    wide = far_z_BKF.dtype
+    rows, maps, features, values = far_s_BKFE.shape
+    fk = fk_BKQF.to(wide).reshape(rows * maps, -1, features)
+    v = v_BGQE.to(wide)
+    if maps != v.shape[1]:
+        v = v[:, :, None].expand(-1, -1, maps // v.shape[1], -1, -1)
+    v = v.reshape(rows * maps, -1, values)
+    s = far_s_BKFE.to(wide)
+    s.view(rows * maps, features, values).baddbmm_(fk.mT, v)
+    far_z_BKF.add_(fk.sum(1).view(rows, maps, features))
+    if far_s_BKFE.dtype == torch.bfloat16:
+        far_s_BKFE.copy_(round_to_bfloat16(s, seen_B))
+
+
+def round_to_bfloat16(x_BX: Tensor, seen_B: Tensor) -> Tensor:
+    """float32 -> bfloat16, up or down in proportion to the distance, by a threshold that varies with the position.
+
+    Rounded to nearest, a sum stops growing once a chunk's share falls below half a unit of its last place: after some
+    256 chunks. Here the thresholds of an element at successive positions are a Weyl sequence modulo 1, so that what
+    rounding takes and gives averages out; nothing is random, the same text gives the same state.
+    """
+    count = x_BX[0].numel()
+    element = torch.arange(count, device=x_BX.device, dtype=torch.int64).view(x_BX.shape[1:]) * 2654435761 >> 8
+    turn = (seen_B.to(x_BX.device) * 40503).view(-1, *[1] * (x_BX.ndim - 1))
+    threshold = (element + turn & 0xFFFF).to(torch.int32)
+    bits = x_BX.float().contiguous().view(torch.int32) + threshold
+    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)

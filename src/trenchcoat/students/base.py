@@ -6,6 +6,7 @@ F features.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -23,7 +24,7 @@ from trenchcoat.ops import (
     StudentState,
     attend_with_maps,
     attention_cross_entropy,
-    decode_step,
+    decode,
     linear_window_attention,
     transfer,
 )
@@ -76,6 +77,7 @@ class StudentAttention(nn.Module):
         self.mode: Mode = "teacher"
         self.layer_idx = -1
         self.far_enabled = True
+        self.state_dtype = torch.float32
         self.request: TransferRequest | None = None
         self.metrics: dict[str, Tensor] = {}
         self.query_map: FeatureMap | None = None
@@ -202,26 +204,34 @@ class StudentAttention(nn.Module):
             options = {"rule": rule, "sink_logit_H": sink_logit, "mask_BT": mask_BT}
             maps, mix_H = (self.query_map, self.keys_phi), self._mix(q_BHTD)
             return fused.decode(q_BHTD, k_BGTD, v_BGTE, maps, mix_H, state, **options)
-        fq, fk = self._features(q_BHTD, k_BGTD, rule)
-        return decode_step(
+        fq = fk = phi_k = None
+        if rule.far and self.query_map is not None and self.keys_phi is not None:
+            fq, phi_k = self.query_map.rows(q_BHTD), self.keys_phi.rows
+            fk = phi_k(k_BGTD) if rule.kind == "linear" else None
+        ratio_H = rule.ratio(self._mix(q_BHTD))
+        return decode(
             q_BHTD,
             k_BGTD,
             v_BGTE,
             fq,
             fk,
-            self._mix(q_BHTD),
+            ratio_H,
             state,
-            **self._keywords(rule),
+            rule=rule,
             sink_logit_H=sink_logit,
             mask_BT=mask_BT,
-            phi_k=self.keys_phi,
+            phi_k=phi_k,
         )
 
     def empty_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> StudentState:
-        """The state before the first token, at its final size."""
+        """The state before the first token, at its final size; `dtype` is the keys' and values'.
+
+        With `state_dtype` bfloat16 the far sums and the buffered pairs are bfloat16.
+        """
         keys = self.keys_phi
+        short = self.state_dtype == torch.bfloat16
         return StudentState.empty(
             batch_size,
             rule=self._rule(scale=1.0),
@@ -230,7 +240,8 @@ class StudentAttention(nn.Module):
             key_dim=self.head_dim,
             value_dim=self.value_dim,
             features=0 if keys is None else keys.features,
-            dtype=dtype,
+            dtype=torch.bfloat16 if short else dtype,
+            far_dtype=torch.bfloat16 if short else None,
             device=device,
         )
 
@@ -344,15 +355,8 @@ class StudentAttention(nn.Module):
         return torch.zeros(self.num_heads, dtype=torch.float32, device=like.device)
 
     def _rule(self, scale: float, softcap: float | None = None) -> Rule:
-        return Rule(
-            kind=self.kind,
-            window=self.cfg.window,
-            scale=scale,
-            softcap=softcap,
-            sinks=self.cfg.sinks,
-            affine=self.cfg.affine,
-            far=self.has_far and self.far_enabled,
-        )
+        far, cfg = self.has_far and self.far_enabled, self.cfg
+        return _known_rule(self.kind, cfg.window, scale, softcap, cfg.sinks, cfg.affine, far)
 
     @staticmethod
     def _keywords(rule: Rule) -> dict[str, Any]:
@@ -369,6 +373,13 @@ class StudentAttention(nn.Module):
     def extra_repr(self) -> str:
         """One line for printing the module."""
         return f"{self.kind}, heads={self.num_heads}/{self.num_kv_heads}, window={self.cfg.window}"
+
+
+@functools.lru_cache(maxsize=256)
+def _known_rule(
+    kind: Kind, window: int, scale: float, softcap: float | None, sinks: int, affine: bool, far: bool
+) -> Rule:
+    return Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
 
 
 def _learner(phi: FeatureMap | None, learns: bool) -> Learner[Weights] | None:

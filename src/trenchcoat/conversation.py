@@ -1,0 +1,157 @@
+"""A conversation with a model: turns in its chat template (or a plain transcript), answers as they are written.
+
+Only what is new is read at each turn; with a linearized model what it remembers has a constant size and goes into a
+file (:mod:`trenchcoat.statefile`), whatever was said before.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from trenchcoat.config import UserError
+from trenchcoat.generate import Session, generation_config
+from trenchcoat.surgery import mode_of, remove_lora, set_mode
+
+USER, ANSWER = "User:", "Assistant:"
+"""Names of the two in a plain transcript."""
+
+_ASKED, _ANSWERED, _NEXT = "first-question", "the-answer-given", "next-question"
+"""Stand-ins, to see what a template puts between an answer and the next question."""
+
+
+def softmax_twin(model: Any) -> Any:
+    """A second model over the same weights (none is copied) whose layers run the softmax attention, without LoRA."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    remove_lora(twin)
+    set_mode(twin, "teacher")
+    return twin
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote, and what that took."""
+
+    text: str
+    tokens: int
+    seconds: float
+    """From the question to the last token, reading included."""
+    seen: int
+    """Tokens of the whole conversation that the model has read."""
+    state_bytes: int
+    stopped: bool
+    """Stopped by the caller before its end."""
+
+    @property
+    def summary(self) -> str:
+        """One line: speed, length and size of the state."""
+        rate = self.tokens / max(self.seconds, 1e-9)
+        size = self.state_bytes / 2**20
+        return f"{self.tokens} tokens, {rate:.1f} tokens/s, {self.seen} tokens seen, state {size:.2f} MiB"
+
+
+class _Pieces(TextStreamer):
+    """Gives text on as soon as whole words are there, and counts tokens."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.on_text(text)
+
+
+class Conversation:
+    """Turns with one model; `options` are those of Transformers' ``GenerationConfig`` for every answer."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], seed: int) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.templated = bool(getattr(tokenizer, "chat_template", None))
+        given = dict(options) if self.templated else {"stop_strings": [f"\n{USER}"], **options}
+        self.config = generation_config(model, tokenizer, given)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.session = Session.new(self.model)
+        self.turns = 0
+        self._asking = False
+
+    def save(self, path: Path | str) -> None:
+        """Write the state; UserError in the softmax mode, whose cache grows with the text."""
+        if mode_of(self.model) != "student":
+            raise UserError("only a linearized model's state has a constant size and can be saved")
+        self.session.save(path)
+
+    def load(self, path: Path | str) -> None:
+        """Go on from a saved state."""
+        self.session = Session.load(path, self.model)
+        self.turns = 1
+        self._asking = False
+
+    def ask(self, text: str, on_text: Callable[[str], None], halt: Callable[[], bool] = lambda: False) -> Reply:
+        """The answer, given to `on_text` piece by piece; `halt` is asked after every token whether to stop."""
+        ids = self._turn(text)
+        written: list[str] = []
+
+        def piece(part: str) -> None:
+            written.append(part)
+            on_text(part)
+
+        started = time.perf_counter()
+        new = self.session.write(
+            ids,
+            self.config,
+            streamer=_Pieces(self.tokenizer, piece),
+            halt=halt,
+            seed=self.seed + self.turns,
+            **({} if self.templated else {"tokenizer": self.tokenizer}),
+        )
+        seconds = time.perf_counter() - started
+        self.turns += 1
+        answer = "".join(written).rstrip()
+        self._asking = not self.templated and answer.endswith(f"\n{USER}")
+        answer = answer.removesuffix(USER).strip()
+        return Reply(answer, len(new), seconds, self.session.seen, self.session.nbytes(), halt())
+
+    def _turn(self, text: str) -> list[int]:
+        """Tokens to be read: the question as the template writes it, and what asks for the answer."""
+        if not self.templated:
+            return self._plain_turn(text)
+        if self.turns == 0:
+            return self._ids(self._render([("user", text)]), special=False)
+        whole = self._render([("user", _ASKED), ("assistant", _ANSWERED), ("user", _NEXT)])
+        _, found, tail = whole.rpartition(_ANSWERED)
+        if not found or _NEXT not in tail:
+            raise UserError("the tokenizer's chat template does not show an answer as it is written; it cannot be used")
+        ends = self.config.eos_token_id or []
+        pending = self.session.pending
+        if pending and pending[-1] in ends:  # the template writes the end of the answer itself
+            del pending[-1]
+        return self._ids(tail.replace(_NEXT, text), special=False)
+
+    def _plain_turn(self, text: str) -> list[int]:
+        if self.turns == 0:
+            return self._ids(f"{USER} {text}\n{ANSWER}", special=True)
+        name = "" if self._asking else f"\n{USER}"
+        return self._ids(f"{name} {text}\n{ANSWER}", special=False)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _render(self, turns: list[tuple[str, str]]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise UserError(f"the tokenizer's chat template refuses this conversation: {error}") from error
