@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from conftest import save_tiny_model
-from test_distributed import run
+from ranks_kit import run
 from trenchcoat import stages
 from trenchcoat.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER, RunFolder
