@@ -200,6 +200,8 @@ def test_a_block_in_other_hands_is_waited_for(
 
     with meanwhile(finish):
         taken.wait()
+        with pytest.raises(UserError, match=r"block 0 \(layers 0 to 4\) is in use by process \d+.*Stop it"):
+            blockstages.run(made)
         launch.run(made)
     assert not list((tmp_path / "run" / "blocks" / "jobs").glob("layers-*"))
 
@@ -221,11 +223,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_slurm_jobs_left_preempted_and_found_again(
     overrides: list[str], streamed: dict[str, Tensor], slurm: Path, tmp_path: Path
 ) -> None:
-    """Collected, trained and stitched by jobs; the launcher stops and another finds them; one is preempted."""
+    """Collected, trained and stitched by jobs; the launcher stops and another finds them; one runs out of time."""
     run = tmp_path / "run"
     made = recipe(
         overrides, run, "blocks.launcher=slurm", "blocks.jobs=2",
-        "blocks.slurm=[partition=gpu,time=1-00,cpus-per-task=4,mail-user=me]",
+        "blocks.slurm=[partition=gpu,time=5,cpus-per-task=4,mail-user=me]",
     )  # fmt: skip
     (slurm / "preempt").write_text(
         f"101_0 {run}/blocks/{FIRST}/checkpoints/transfer/step-*[1-9]/manifest.json TERM USR2"
@@ -246,14 +248,15 @@ def test_slurm_jobs_left_preempted_and_found_again(
     options = {path.stem: json.loads(path.read_text()) for path in slurm.glob("*.options")}
     assert sorted(options) == ["100", "101", "102"]
     assert options["101"]["array"] == "0-1%2"
-    assert all(one["gpus-per-node"] == "1" and one["time"] == "1440" for one in options.values())
+    assert all(one["gpus-per-node"] == "1" and one["time"] == "5" for one in options.values())
     assert options["101"]["partition"] == "gpu"
     assert options["101"]["mail-user"] == "me"
     assert "srun --unbuffered" in (slurm / "101.sh").read_text()
     assert " --cpus-per-task=4 " in (slurm / "101.sh").read_text()
     log = (run / "blocks" / "jobs" / "slurm" / "101_0_0_log.out").read_text()
     assert log.count("Starting with JobEnvironment") == 2
-    assert log.count("Requeued job 101_0") == 1
+    assert "this job is timed-out" in log  # so near its end, as five minutes count for submitit
+    assert log.count("Requeued job 101_0 (49 remaining timeouts)") == 1
     assert not any("failed" in text for text in told(run))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from trenchcoat import distributed
-from trenchcoat.blockfolder import Block, blocks_folder, divide, found_blocks
+from trenchcoat.blockfolder import Block, BlockFolder, blocks_folder, divide, found_blocks
 from trenchcoat.blockmodel import BlockSource
 from trenchcoat.config import Recipe, TransferConfig, UserError
+from trenchcoat.lock import InUse, holder
 from trenchcoat.students import student_class
 
 
@@ -74,3 +76,11 @@ def require_ranks(recipe: Recipe, cut_for: str) -> None:
             "blocks.ranks=pipeline is for several processes: start them with torchrun --nproc_per_node N, or set "
             "blocks.ranks=data"
         )
+
+
+def require_free(folders: Sequence[BlockFolder]) -> None:
+    """Raise ``InUse`` when another process is training one of these blocks: a job of a launcher that is gone, say."""
+    for folder in folders:
+        who = holder(folder.directory)
+        if who is not None:
+            raise InUse(f"{folder.block} is in use by {who}. Stop it, or wait for it, as `blocks run --parallel` does")

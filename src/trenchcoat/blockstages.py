@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trenchcoat import distributed, hub, report, results
 from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
-from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_ranks
+from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_free, require_ranks
 from trenchcoat.blockdata import spans
 from trenchcoat.blockfolder import (
     Block,
@@ -75,6 +75,7 @@ def transfer(work: BlockRun) -> None:
     """Stream all that is left of the transfer."""
     if all(work.folders[number].finished for number in range(len(work.blocks)) if work.learns(number)):
         return
+    distributed.from_main(lambda: require_free(work.folders))
     choice = _choose_pass(work)
     work.log.info(choice.why)
     stream = Stream(work, hidden_folder(work.recipe) if choice.hidden == "disk" else None)
