@@ -202,7 +202,7 @@ def test_the_step_is_one_graph_at_every_position(kind: str, masked: bool) -> Non
     counter = CompileCounterWithBackend("aot_eager")
     one = torch.compile(step, fullgraph=True, backend=counter)
     for t in range(case.tokens):
-        q, k, v, fq, fk = (x[:, :, t] for x in tensors[:5])
+        q, k, v, fq, fk = (x[:, :, t : t + 1] for x in tensors[:5])
         real = None if real_BT is None else real_BT[:, t]
         places = None if kind == "linear" else Places.of(compiled, rule, torch.float64)
         found = one(q, k, v, fq, fk, tensors[5].sigmoid(), compiled, places, rule=rule, real_B=real)

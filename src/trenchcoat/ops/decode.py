@@ -22,10 +22,11 @@ from trenchcoat.ops.state import LINEAR_EPS, PhiK, Rule, StudentState, add_far
 
 @dataclass(frozen=True)
 class Places:
-    """Where a token goes and what it sees, the same in every layer: `slot` int64 [B, 1, 1, 1], and the near set as
-    `bias`, [B * G, 1, N + S] of 0 (near) and -inf."""
+    """Where a token goes and what it sees, the same in every layer: its slot as `key_slot` int64 [B, G, 1, D] and
+    `value_slot` [B, G, 1, E], and the near set as `bias`, [B * G, 1, N + S] of 0 (near) and -inf."""
 
-    slot: Tensor
+    key_slot: Tensor
+    value_slot: Tensor
     bias: Tensor
 
     @classmethod
@@ -41,7 +42,9 @@ class Places:
             visible = torch.cat([visible, sink < seen_B1 - reach], 1)
         bias = torch.zeros((), dtype=wide, device=seen_B1.device).masked_fill(~visible, float("-inf"))
         bias = bias[:, None, None].expand(-1, kv_heads, -1, -1).reshape(batch * kv_heads, 1, -1)
-        return cls((seen_B1 % rule.slots)[:, :, None, None], bias)
+        slot = (seen_B1 % rule.slots)[:, :, None, None]
+        sizes = [(kv_heads, 1, buffer.shape[3]) for buffer in (state.k_BGND, state.v_BGNE)]
+        return cls(slot.expand(-1, *sizes[0]), slot.expand(-1, *sizes[1]), bias)
 
 
 _last: tuple[tuple[object, ...], Places] | None = None
@@ -52,7 +55,8 @@ def _places(state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
     global _last
     known = _last
     window = (rule.kind, rule.window, rule.sinks)
-    key = (state.positions(), window, state.k_BGND.shape[1], state.seen_B.device, wide)
+    sizes = (*state.k_BGND.shape, state.v_BGNE.shape[3])
+    key = (state.positions(), window, sizes, state.seen_B.device, wide)
     if known is not None and known[0] == key:
         return known[1]
     made = Places.of(state, rule, wide)
@@ -80,8 +84,8 @@ def decode(
     buffer, with `phi_k`.
     """
     wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    y = []
-    for t in range(q_BHTD.shape[2]):
+    y, tokens = [], q_BHTD.shape[2]
+    for t in range(tokens):
         real_B = None if mask_BT is None else mask_BT[:, t].to(state.seen_B.device)
         if rule.kind == "linear":
             places = None
@@ -91,31 +95,20 @@ def decode(
             elif rule.far:
                 _fold_oldest(state, rule, phi_k, real_B)
             places = _places(state, rule, wide)
-        y.append(
-            step(
-                q_BHTD.select(2, t),
-                k_BGTD.select(2, t),
-                v_BGTE.select(2, t),
-                None if fq_BHTF is None else fq_BHTF.select(2, t),
-                None if fk_BKTF is None else fk_BKTF.select(2, t),
-                ratio_H,
-                state,
-                places,
-                rule=rule,
-                sink_logit_H=sink_logit_H,
-                real_B=real_B,
-            )
-        )
+        new = (q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF)
+        if tokens > 1:
+            new = tuple(None if x is None else x.narrow(2, t, 1) for x in new)  # type: ignore[assignment]
+        y.append(step(*new, ratio_H, state, places, rule=rule, sink_logit_H=sink_logit_H, real_B=real_B))
         state.count(real_B)
-    return y[0].unsqueeze(2) if len(y) == 1 else torch.stack(y, 2)
+    return y[0] if tokens == 1 else torch.cat(y, 2)
 
 
 def step(
-    q_BHD: Tensor,
-    k_BGD: Tensor,
-    v_BGE: Tensor,
-    fq_BHF: Tensor | None,
-    fk_BKF: Tensor | None,
+    q_BH1D: Tensor,
+    k_BG1D: Tensor,
+    v_BG1E: Tensor,
+    fq_BH1F: Tensor | None,
+    fk_BK1F: Tensor | None,
     ratio_H: Tensor,
     state: StudentState,
     places: Places | None,
@@ -124,21 +117,21 @@ def step(
     sink_logit_H: Tensor | None = None,
     real_B: Tensor | None = None,
 ) -> Tensor:
-    """y [B, H, E] of one token a row, whose pair joins the state; what leaves the buffer has been folded before.
+    """y [B, H, 1, E] of one token a row, whose pair joins the state; what leaves the buffer has been folded before.
 
     The caller counts the token (`StudentState.count`) afterwards. `places` is None for kind `linear` only.
     """
     if places is None:
-        if rule.far and fk_BKF is not None:
-            fk = fk_BKF if real_B is None else fk_BKF * real_B[:, None, None]
-            add_far(state.far_s_BKFE, state.far_z_BKF, fk[:, :, None], v_BGE[:, :, None], state.seen_B)
-        y = _read_linear(q_BHD, fq_BHF, state)
+        if rule.far and fk_BK1F is not None:
+            fk = fk_BK1F if real_B is None else fk_BK1F * real_B[:, None, None, None]
+            add_far(state.far_s_BKFE, state.far_z_BKF, fk, v_BG1E, state.seen_B)
+        y = _read_linear(q_BH1D, fq_BH1F, state)
     else:
-        _store(k_BGD, v_BGE, state, places, rule, real_B)
-        y = _read(q_BHD, fq_BHF, ratio_H, state, places, rule, sink_logit_H)
-    if y.dtype != q_BHD.dtype:
-        y = y.to(q_BHD.dtype)
-    return y if real_B is None else y * real_B[:, None, None]
+        _store(k_BG1D, v_BG1E, state, places, rule, real_B)
+        y = _read(q_BH1D, fq_BH1F, ratio_H, state, places, rule, sink_logit_H)
+    if y.dtype != q_BH1D.dtype:
+        y = y.to(q_BH1D.dtype)
+    return y if real_B is None else y * real_B[:, None, None, None]
 
 
 # What becomes far
@@ -173,8 +166,7 @@ def _fold_oldest(state: StudentState, rule: Rule, phi_k: PhiK | None, real_B: Te
     if real_B is not None:
         far = far & real_B
     slot = (state.seen_B % rule.slots)[:, None, None, None]
-    k = state.k_BGND.gather(2, slot.expand(-1, *_one_slot(state.k_BGND)))
-    v = state.v_BGNE.gather(2, slot.expand(-1, *_one_slot(state.v_BGNE)))
+    k, v = (x.gather(2, slot.expand(-1, x.shape[1], 1, x.shape[3])) for x in (state.k_BGND, state.v_BGNE))
     _fold(state, k, v, far[:, None], phi_k, None)
 
 
@@ -194,21 +186,16 @@ def _fold(
     state.far_s_BKFE[rows], state.far_z_BKF[rows] = s, z
 
 
-def _one_slot(buffer_BGNX: Tensor) -> tuple[int, int, int]:
-    return buffer_BGNX.shape[1], 1, buffer_BGNX.shape[3]
-
-
 # The step
 
 
 def _store(
-    k_BGD: Tensor, v_BGE: Tensor, state: StudentState, places: Places, rule: Rule, real_B: Tensor | None
+    k_BG1D: Tensor, v_BG1E: Tensor, state: StudentState, places: Places, rule: Rule, real_B: Tensor | None
 ) -> None:
     """The new pair takes its slot (and its sink slot)."""
-    for new, buffer in ((k_BGD, state.k_BGND), (v_BGE, state.v_BGNE)):
-        index, pair = places.slot.expand(-1, *_one_slot(buffer)), new.unsqueeze(2)
-        if pair.dtype != buffer.dtype:
-            pair = pair.to(buffer.dtype)
+    slots = (k_BG1D, state.k_BGND, places.key_slot), (v_BG1E, state.v_BGNE, places.value_slot)
+    for new, buffer, index in slots:
+        pair = _in(new, buffer.dtype)
         if real_B is not None:
             pair = torch.where(real_B[:, None, None, None], pair, buffer.gather(2, index))
         buffer.scatter_(2, index, pair)
@@ -217,61 +204,64 @@ def _store(
         if real_B is not None:
             here = here & real_B[:, None]
         here = here[:, None, :, None]
-        for new, sink in ((k_BGD, state.sink_k_BGSD), (v_BGE, state.sink_v_BGSE)):
-            sink.copy_(torch.where(here, new[:, :, None].to(sink.dtype), sink))
+        for new, sink in ((k_BG1D, state.sink_k_BGSD), (v_BG1E, state.sink_v_BGSE)):
+            sink.copy_(torch.where(here, new.to(sink.dtype), sink))
 
 
 def _read(
-    q_BHD: Tensor,
-    fq_BHF: Tensor | None,
+    q_BH1D: Tensor,
+    fq_BH1F: Tensor | None,
     ratio_H: Tensor,
     state: StudentState,
     places: Places,
     rule: Rule,
     sink_logit_H: Tensor | None,
 ) -> Tensor:
-    """y [B, H, E] of the token just stored: with p the softmax over the near set and m its largest weight,
+    """y [B, H, 1, E] of the token just stored: with p the softmax over the near set and m its largest weight,
     y = (r p v + fq S) / (r + fq z) with r = g / (l m), as the sum of exp(s - c) over the near set is 1 / m.
     """
-    batch, heads, _ = q_BHD.shape
-    p, v = _near(q_BHD, state, places, rule, sink_logit_H)
-    if not rule.far or fq_BHF is None:
-        return torch.bmm(p, v).view(batch, heads, -1)
-    s, z, fq = _far(fq_BHF, state, p.dtype)
-    maps = s.shape[0]
-    r = ratio_H.to(p.dtype) / p.amax(-1).view(batch, heads)
+    batch, heads = q_BH1D.shape[:2]
+    p, v = _near(q_BH1D, state, places, rule, sink_logit_H)
+    if not rule.far or fq_BH1F is None:
+        return torch.bmm(p, v).view(batch, heads, 1, -1)
+    s, z, fq = _far(fq_BH1F, state, p.dtype)
+    r = _in(ratio_H, p.dtype).view(-1, p.shape[1]) / p.amax(-1).view(batch, -1, p.shape[1])
     near = torch.bmm(p * r.view(p.shape[0], -1, 1), v)
-    num = torch.baddbmm(near.view(maps, -1, v.shape[2]), fq, s)
-    den = r.view(maps, -1) + (fq * z).sum(-1)
-    return (num / den.unsqueeze(-1)).view(batch, heads, -1)
+    num = torch.baddbmm(near.view(s.shape[0], -1, s.shape[2]), fq, s)
+    den = torch.baddbmm(r.view(s.shape[0], -1, 1), fq, z)
+    return (num / den).view(batch, heads, 1, -1)
 
 
-def _read_linear(q_BHD: Tensor, fq_BHF: Tensor | None, state: StudentState) -> Tensor:
-    batch, heads = q_BHD.shape[:2]
-    if fq_BHF is None:
-        return q_BHD.new_zeros(batch, heads, state.v_BGNE.shape[3])
-    s, z, fq = _far(fq_BHF, state, torch.promote_types(q_BHD.dtype, torch.float32))
-    return (torch.bmm(fq, s) / ((fq * z).sum(-1, keepdim=True) + LINEAR_EPS)).view(batch, heads, -1)
+def _read_linear(q_BH1D: Tensor, fq_BH1F: Tensor | None, state: StudentState) -> Tensor:
+    batch, heads = q_BH1D.shape[:2]
+    if fq_BH1F is None:
+        return q_BH1D.new_zeros(batch, heads, 1, state.v_BGNE.shape[3])
+    s, z, fq = _far(fq_BH1F, state, torch.promote_types(q_BH1D.dtype, torch.float32))
+    return (torch.bmm(fq, s) / (torch.bmm(fq, z) + LINEAR_EPS)).view(batch, heads, 1, -1)
 
 
-def _far(fq_BHF: Tensor, state: StudentState, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums [B * K, F, E] and [B * K, 1, F], and the features of the queries that read them [B * K, H / K, F]."""
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _far(fq_BH1F: Tensor, state: StudentState, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums [B * K, F, E] and [B * K, F, 1], and the features of the queries that read them [B * K, H / K, F]."""
     rows, maps, features, values = state.far_s_BKFE.shape
-    fq = fq_BHF.to(wide).reshape(rows * maps, -1, features)
-    s, z = state.far_s_BKFE.to(wide), state.far_z_BKF.to(wide)
-    return s.view(rows * maps, features, values), z.view(rows * maps, 1, features), fq
+    fq = _in(fq_BH1F, wide).reshape(rows * maps, -1, features)
+    s, z = _in(state.far_s_BKFE, wide), _in(state.far_z_BKF, wide)
+    return s.view(rows * maps, features, values), z.view(rows * maps, features, 1), fq
 
 
 def _near(
-    q_BHD: Tensor, state: StudentState, places: Places, rule: Rule, sink_logit_H: Tensor | None
+    q_BH1D: Tensor, state: StudentState, places: Places, rule: Rule, sink_logit_H: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(softmax [B * G, n, N + S (+ 1)], values [B * G, N + S (+ 1), E]) of the token just stored."""
-    batch, kv_heads, wide = q_BHD.shape[0], state.k_BGND.shape[1], places.bias.dtype
+    batch, kv_heads, wide = q_BH1D.shape[0], state.k_BGND.shape[1], places.bias.dtype
     k, v = state.k_BGND, state.v_BGNE
     if rule.sinks:
         k, v = torch.cat([k, state.sink_k_BGSD], 2), torch.cat([v, state.sink_v_BGSE], 2)
-    k, v = k.to(wide).flatten(0, 1), v.to(wide).flatten(0, 1)
-    q = q_BHD.to(wide).reshape(batch * kv_heads, -1, q_BHD.shape[2])
+    k, v = _in(k, wide).flatten(0, 1), _in(v, wide).flatten(0, 1)
+    q = _in(q_BH1D, wide).reshape(batch * kv_heads, -1, q_BH1D.shape[3])
     if rule.softcap is None:
         scores = torch.baddbmm(places.bias, q, k.mT, alpha=rule.scale)
     else:

@@ -176,7 +176,8 @@ class FeatureMap(nn.Module):
         """As `forward`, under `no_grad` and in one block, all rows together: quicker where tokens are few."""
         batch, inputs, tokens, _ = x_BXTD.shape
         w = Weights(*self.parameter_list())
-        x = x_BXTD.to(w.weight.dtype).transpose(0, 1).reshape(inputs, batch * tokens, -1)
+        x = x_BXTD if x_BXTD.dtype == w.weight.dtype else x_BXTD.to(w.weight.dtype)
+        x = x.transpose(0, 1).reshape(inputs, batch * tokens, -1)
         if inputs != self.num_heads:
             x = x.repeat_interleave(self.num_heads // inputs, dim=0)
         f = self.block(x, w, x.new_empty(self.num_heads, batch * tokens, self.features))
