@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -285,8 +286,13 @@ def _own_memory(tensor: Tensor) -> Tensor:
     """A copy in memory of its own, which goes back to the system when the tensor goes (a heap would keep it)."""
     if not tensor.numel():
         return tensor.clone()
-    room = torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=torch.uint8)
-    return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # matrix products over small pages are slow
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    room = torch.frombuffer(pages, dtype=torch.uint8)
+    # by numpy: torch would start a team of threads for this thread, and with more threads than cores all of them sleep
+    np.copyto(room.numpy(), tensor.contiguous().view(torch.uint8).flatten().numpy())
+    return room.view(tensor.dtype).view(tensor.shape)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class HiddenMemory(HiddenStates):
         first = rows[0]
         if list(rows) == list(range(first, first + len(rows))):  # in order: no copy
             return self._states[first : first + len(rows)]
-        return self._states[torch.tensor(rows)]
+        return _gathered([self._states[row] for row in rows])
 
 
 class HiddenFiles(HiddenStates):
@@ -281,11 +281,8 @@ class HiddenFiles(HiddenStates):
     # Reading
 
     def _read(self, rows: Sequence[int]) -> Tensor:
-        out = torch.empty(len(rows), self.shape.tokens, self.shape.hidden, dtype=self.shape.dtype)
-        for place, row in enumerate(rows):
-            index = row // self.shard_rows
-            out[place] = self._map(index)[row - index * self.shard_rows]
-        return out
+        shards = [row // self.shard_rows for row in rows]
+        return _gathered([self._map(i)[row - i * self.shard_rows] for i, row in zip(shards, rows, strict=True)])
 
     def _map(self, index: int) -> Tensor:
         if index not in self._maps:
@@ -358,6 +355,18 @@ class _Writing:
         """Take the file away."""
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def _gathered(states_Td: Sequence[Tensor]) -> Tensor:
+    """[b, T, d] in memory of its own, copied by numpy.
+
+    Torch would start a team of threads for the thread that reads ahead; where there are more threads than cores, libgomp
+    lets all of them sleep between operations.
+    """
+    out = torch.empty(len(states_Td), *states_Td[0].shape, dtype=states_Td[0].dtype)
+    for place, states in zip(out, states_Td, strict=True):
+        np.copyto(place.view(torch.uint8).numpy(), states.view(torch.uint8).numpy())
+    return out
 
 
 def _mapped(path: Path, offset: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
