@@ -360,8 +360,8 @@ class _Writing:
 def _gathered(states_Td: Sequence[Tensor]) -> Tensor:
     """[b, T, d] in memory of its own, copied by numpy.
 
-    Torch would start a team of threads for the thread that reads ahead; where there are more threads than cores, libgomp
-    lets all of them sleep between operations.
+    Torch would start a team of threads for the thread that reads ahead; where there are more threads than cores,
+    libgomp lets all of them sleep between operations.
     """
     out = torch.empty(len(states_Td), *states_Td[0].shape, dtype=states_Td[0].dtype)
     for place, states in zip(out, states_Td, strict=True):
