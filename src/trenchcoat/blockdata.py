@@ -24,7 +24,7 @@ from trenchcoat.config import StageConfig
 from trenchcoat.data import Batches
 from trenchcoat.hidden import HiddenStates
 from trenchcoat.objectives import Batch
-from trenchcoat.schedules import training_length
+from trenchcoat.schedules import evaluation_batches, step_batches, training_length
 
 ROWS = "rows"
 """Key of a batch of hidden states under which the rows of the pass stand [b]."""
@@ -78,16 +78,14 @@ class Pass:
         if start is not None:
             self.start = self._add(start, [("start", place) for place in range(len(start["input_ids"]))])
         if self._evaluates(cfg, totals):
-            number = text.validation_batches()
-            number = number if cfg.eval_batches is None else min(number, cfg.eval_batches)
-            for index, own in _shared(range(number), of_all):
+            for index, own in _shared(range(evaluation_batches(cfg, text.validation_batches())), of_all):
                 batch = text.validation_batch(index)
                 rows = self._add(batch, [("validation", (index, place)) for place in range(len(batch["input_ids"]))])
                 if own:
                     self.validation[index] = rows
+        micro_batches, _ = training_length(cfg, len(text))
         for step in range(span.first, span.until):
-            last = min((step + 1) * cfg.accumulation, training_length(cfg, len(text))[0])
-            for index, own in _shared(range(step * cfg.accumulation, last), of_all):
+            for index, own in _shared(step_batches(cfg, step, micro_batches), of_all):
                 self._add_training(index, text, own=own)
         if not self.train:  # with more processes than micro-batches a step: something to run for company
             self._add_training(span.first * cfg.accumulation, text, own=True)
@@ -169,7 +167,7 @@ class HiddenBatches:
     def validation_batch(self, index: int) -> Batch:
         """Validation micro-batch ``index``; for one of another process, any."""
         known = self._pass.validation
-        if index not in known and not known:
+        if not known:
             return self.train_batch(next(iter(self._pass.train)))
         return self._get(True, index if index in known else next(iter(known)))
 

@@ -45,7 +45,7 @@ from trenchcoat.pipeline import Pipeline
 from trenchcoat.plan import HOST_LINK
 from trenchcoat.results import Results, StageFacts
 from trenchcoat.runfolder import TRANSFER, RunFolder
-from trenchcoat.schedules import training_length
+from trenchcoat.schedules import evaluation_batches, training_length
 from trenchcoat.shapes import shapes_of
 from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
@@ -256,8 +256,7 @@ def _choose_pass(work: BlockRun) -> PassChoice:
         place = hidden_folder(recipe)
         bytes_a_token = float(work.source.hidden * work.source.dtype.itemsize)
         seq_len, batch = recipe.data.seq_len, work.cfg.batch_size
-        held_out = work.text.validation_batches()
-        held_out = held_out if work.cfg.eval_batches is None else min(held_out, work.cfg.eval_batches)
+        held_out = evaluation_batches(work.cfg, work.text.validation_batches())
         blocks = 2 * max(work.source.layer_bytes(b.first, b.stop) for b in work.blocks)
         on_host = blocks if work.source.device.type == "cpu" else blocks / 2
         rate = flop_rate(work.source.device, work.source.dtype) * distributed.size()

@@ -31,7 +31,7 @@ from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text
 from trenchcoat.plan import with_reserve
 from trenchcoat.runfolder import TRANSFER
-from trenchcoat.schedules import training_length
+from trenchcoat.schedules import evaluation_batches, step_batches, training_length
 from trenchcoat.shapes import shapes_of
 from trenchcoat.units import gib, tera
 from trenchcoat.workshop import Stopped
@@ -209,16 +209,14 @@ def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position,
     cfg = settings[0]
     lengths = [training_length(one, len(text)) for one in settings]
     micro_batches, ends = max(number for number, _ in lengths), {steps for _, steps in lengths}
-    validation = text.validation_batches()
-    validation = validation if cfg.eval_batches is None else min(validation, cfg.eval_batches)
+    validation = evaluation_batches(cfg, text.validation_batches())
     if start:
         yield Item(START, 0)
     for step in range(max(first.step, 0), max(ends) + 1):
         due = step % cfg.eval_every == 0 or step in ends
         if due and not (step == first.step and first.evaluated):
             yield from (Item(VALIDATION, index) for index in range(validation))
-        begin = step * cfg.accumulation
-        yield from (Item(TRAIN, index) for index in range(begin, min(begin + cfg.accumulation, micro_batches)))
+        yield from (Item(TRAIN, index) for index in step_batches(cfg, step, micro_batches))
 
 
 class Feed:

@@ -67,3 +67,14 @@ def training_length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
         return cfg.max_steps * cfg.accumulation, cfg.max_steps
     micro_batches = math.ceil(cfg.epochs * epoch)
     return micro_batches, math.ceil(micro_batches / cfg.accumulation)
+
+
+def step_batches(cfg: StageConfig, step: int, micro_batches: int) -> range:
+    """Indices of the micro-batches of the optimizer step with index ``step``, of so many in the whole stage."""
+    first = step * cfg.accumulation
+    return range(first, min(first + cfg.accumulation, micro_batches))
+
+
+def evaluation_batches(cfg: StageConfig, available: int) -> int:
+    """Validation micro-batches of an evaluation, of so many that there are."""
+    return available if cfg.eval_batches is None else min(available, cfg.eval_batches)

@@ -29,7 +29,7 @@ from trenchcoat.keeper import Keeper, identity
 from trenchcoat.layerwise import BEST, Units
 from trenchcoat.objectives import IDLE, Batch, Objective, first_nonfinite
 from trenchcoat.runlog import RunLog, Tracker
-from trenchcoat.schedules import training_length
+from trenchcoat.schedules import evaluation_batches, step_batches, training_length
 from trenchcoat.sharding import MasterCopies
 from trenchcoat.sums import Meter, Sums
 from trenchcoat.trainstate import (
@@ -222,11 +222,10 @@ class _Loop:
         """One optimizer step: accumulate, check, clip, update, log."""
         at = self.at
         began = time.monotonic()
-        first = at.step * self.cfg.accumulation
-        indices = range(first, min(first + self.cfg.accumulation, self.micro_batches))
+        indices = step_batches(self.cfg, at.step, self.micro_batches)
         mine = (None if index is None else self._train_batch(index) for index in distributed.share(indices))
         with torch.enable_grad():
-            sums = self._run_all(mine, lambda: self.batches.train_batch(first), at.step + 1, stop)
+            sums = self._run_all(mine, lambda: self.batches.train_batch(indices[0]), at.step + 1, stop)
         rate = self.units.set_rates(self.optimizer, at.step)
         self.masters.reduce()
         try:
@@ -266,8 +265,7 @@ class _Loop:
     def evaluate(self, stop: StopSignal) -> None:
         """Mean loss over the validation batches (weighted by their tokens); feeds schedule, best and early stopping."""
         began, at = time.monotonic(), self.at
-        rows = self.batches.validation_batches()
-        rows = rows if self.cfg.eval_batches is None else min(rows, self.cfg.eval_batches)
+        rows = evaluation_batches(self.cfg, self.batches.validation_batches())
         if not rows:
             raise UserError(f"{self.stage}: there are no validation rows; set data.validation_rows above 0")
         look = self.batches.validation_batch
