@@ -152,7 +152,7 @@ def blocks_behind(recipe: Recipe) -> None:
 
 
 def _block_checkpoints(recipe: Recipe) -> list[list[Path]]:
-    places = (Path(recipe.run.dir) / "blocks" / f"layers-{b.first:03d}-{b.stop - 1:03d}" for b in found_blocks(recipe))
+    places = (Path(recipe.run.dir) / "blocks" / b.folder for b in found_blocks(recipe))
     return [checkpoint_folders(place / "checkpoints" / "transfer") for place in places]
 
 

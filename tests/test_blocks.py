@@ -14,7 +14,7 @@ from conftest import save_tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.blockfolder import BlockFolder, cut
 from trenchcoat.config import UserError
-from trenchcoat.files import load_tensors
+from trenchcoat.files import load_tensors, read_json
 from trenchcoat.lock import locked
 from trenchcoat.runfolder import RunFolder
 from trenchcoat.runlog import read_metrics
@@ -59,6 +59,9 @@ def test_streaming_gives_the_students_of_the_joint_run(
     require_same(learned(tmp_path / "blocks"), joint)
     require_same(load_tensors(tmp_path / "blocks" / "adapter" / "adapter.safetensors"), joint)
     assert lines(tmp_path / "blocks") == lines(tmp_path / "joint")
+    for name in ("implementation", "teacher_attention"):
+        recorded = [read_json(tmp_path / run / "environment.json")[name] for run in ("blocks", "joint")]
+        assert recorded[0] == recorded[1], name
     assert found.results is not None
     assert not list((tmp_path / "blocks" / "blocks" / "hidden").glob("pass-*"))
 

@@ -34,6 +34,11 @@ class Block:
     first: int
     stop: int
 
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return f"layers-{self.first:03d}-{self.stop - 1:03d}"
+
     def __str__(self) -> str:
         last = self.stop - 1
         layers = f"layer {last}" if last == self.first else f"layers {self.first} to {last}"
@@ -81,7 +86,7 @@ class BlockFolder:
 
     def __init__(self, recipe: Recipe, block: Block, identity: BlockIdentity | None = None) -> None:
         self.recipe, self.block, self.identity = recipe, block, identity
-        self.directory = blocks_folder(recipe) / f"layers-{block.first:03d}-{block.stop - 1:03d}"
+        self.directory = blocks_folder(recipe) / block.folder
         self._stage = RunFolder(self.directory)
 
     @contextmanager
@@ -90,21 +95,16 @@ class BlockFolder:
         if parent.directory == self.directory:
             yield parent
             return
-        if not distributed.is_main():
-            yield SilentLog(self.directory)
-            return
-        with RunLog(self.directory, progress=parent.display) as log:
+        with self._open(parent.display) as log:
             log.label = f"{self.block}, "
             yield log
 
-    @contextmanager
-    def own_log(self) -> Iterator[RunLog]:
+    def own_log(self) -> RunLog:
         """Its log as that of the whole command."""
-        if not distributed.is_main():
-            yield SilentLog(self.directory)
-            return
-        with RunLog(self.directory, progress=self.recipe.run.progress) as log:
-            yield log
+        return self._open(self.recipe.run.progress)
+
+    def _open(self, progress: str) -> RunLog:
+        return RunLog(self.directory, progress=progress) if distributed.is_main() else SilentLog(self.directory)
 
     def begin(self) -> None:
         """Note what its training depends on; ``UserError`` when it was begun with something else."""

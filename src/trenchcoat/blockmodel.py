@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from trenchcoat import checkpoint
@@ -72,6 +72,14 @@ class BlockSource:
         model = meta_model(self.config)
         check_family(model)
         return model
+
+    @cached_property
+    def attention(self) -> str:
+        """Name of the attention that the layers run, as the whole model would choose it."""
+        asked = None if self.cfg.attention == "auto" else self.cfg.attention
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self._config(0, 0), attn_implementation=asked)
+        return str(model.config._attn_implementation)
 
     @property
     def layers(self) -> int:

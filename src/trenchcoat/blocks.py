@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,7 @@ class BlockRun:
         self.recipe, self.cfg = recipe, recipe.transfer
         self.source, self.text, self.blocks, self.log = source, text, list(blocks), log
         self.start = start
+        self._flops: dict[int, float] = {}
         self.ahead = ReadAhead(source)
         self.folders = [BlockFolder(recipe, block, self.identity) for block in self.blocks]
         self.steps_done = distributed.from_main(lambda: [folder.steps_done(log.warning) for folder in self.folders])
@@ -72,11 +72,7 @@ class BlockRun:
     @cached_property
     def identity(self) -> BlockIdentity:
         """What the blocks of this run have in common."""
-        return BlockIdentity(
-            base=self.source.fingerprint,
-            text=self.text.fingerprint,
-            layers=self.source.layers,
-        )
+        return BlockIdentity(self.source.fingerprint, self.text.fingerprint, self.source.layers)
 
     @cached_property
     def totals(self) -> list[int]:
@@ -132,15 +128,14 @@ class BlockRun:
 
     # A block at work
 
-    @contextmanager
-    def loaded(self, number: int, following: int | None) -> Iterator[Any]:
-        """The model of a block; that of ``following`` is read meanwhile."""
+    def load(self, number: int, following: int | None) -> Any:
+        """The model of a block; the tensors of ``following`` are read while it is at work."""
         block = self.blocks[number]
         model = self.ahead.block(block.first, block.stop)
         if following is not None:
             after = self.blocks[following]
             self.ahead.start(after.first, after.stop)
-        yield model
+        return model
 
     def train(self, number: int, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates | None) -> FitResult:
         """Train a block on a pass; its outputs go to ``out`` on the way. Raises ``Stopped`` after Ctrl-C."""
@@ -183,7 +178,7 @@ class BlockRun:
         """Train a model of layers and keep its record in ``folder``, with ``facts`` beside its figures; ``outputs``
         gets the hidden states after the last layer. Raises ``Stopped`` after Ctrl-C, or when ``stop`` says so."""
         with folder.log(self.log) as log:
-            distributed.from_main(lambda: folder.begin())
+            distributed.from_main(folder.begin)
             result = fit(
                 model,
                 batches,
@@ -212,17 +207,31 @@ class BlockRun:
         surgery.attach_students(model, dataclasses.replace(student, keep_softmax=kept))
 
     def _flops_per_token(self, model: Any) -> float:
-        xent = self.cfg.xent_weight > 0
-        student = dataclasses.replace(self.recipe.student, keep_softmax=())
-        return transfer_flops_per_token(shapes_of(model.config), student, self.recipe.data.seq_len, xent=xent).total
+        """Of a training step; counted once for each number of layers."""
+        layers = int(model.config.num_hidden_layers)
+        if layers not in self._flops:
+            student = dataclasses.replace(self.recipe.student, keep_softmax=())
+            sizes, xent = shapes_of(model.config), self.cfg.xent_weight > 0
+            flops = transfer_flops_per_token(sizes, student, self.recipe.data.seq_len, xent=xent)
+            self._flops[layers] = flops.total
+        return self._flops[layers]
 
-    def fill(self, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates, groups: list[list[int]]) -> None:
-        """Put into ``out`` what a block makes of ``groups`` of rows, with the model's own attention."""
+    def fill(
+        self,
+        model: Any,
+        rows: Pass,
+        states: HiddenStates,
+        out: HiddenStates,
+        wanted: list[list[int]] | None = None,
+    ) -> None:
+        """Put into ``out`` what a block makes of the ``wanted`` groups of rows (all, when not given) that it has not
+        yet, with the model's own attention."""
         if surgery.students_of(model):
             surgery.set_mode(model, "teacher")
-        for group in groups:
+        for group in rows.groups_missing(out, wanted):
             batch = {name: t.to(self.source.device) for name, t in rows.hidden(group, states).items()}
             out.write(group, forward_decoder(model, batch))
+        out.finish()
 
     def embed(self, rows: Pass, out: HiddenStates, wanted: list[list[int]]) -> None:
         """Put the hidden states of ``wanted`` groups before the first layer into ``out``."""
@@ -299,13 +308,12 @@ class Stream:
         """One block; returns the states after it (those before it when it is the last)."""
         run = self.run
         out = None if number == last else self._states(rows, number + 1)
-        with run.loaded(number, number + 1 if number < last else None) as model:
-            if train:
-                run.train(number, model, rows, states, out)
-            if out is None:
-                return states
-            run.fill(model, rows, states, out, rows.groups_missing(out))
-        out.finish()
+        model = run.load(number, number + 1 if number < last else None)
+        if train:
+            run.train(number, model, rows, states, out)
+        if out is None:
+            return states
+        run.fill(model, rows, states, out)
         states.remove()
         return out
 
@@ -322,9 +330,7 @@ class Stream:
             self.run.embed(rows, below, wanted)
         for number in range(start, boundary):
             out = self._states(rows, number + 1)
-            with self.run.loaded(number, number + 1) as model:
-                self.run.fill(model, rows, below, out, rows.groups_missing(out, wanted))
-            out.finish()
+            self.run.fill(self.run.load(number, number + 1), rows, below, out, wanted)
             below.remove()
             below = out
         return below
@@ -364,9 +370,7 @@ class Collection:
             missing = rows.groups_missing(out)
             run.log.info(f"collecting what {run.blocks[number]} makes of {len(missing)} micro-batches")
             if missing:
-                with run.loaded(number, number + 1 if number + 1 < until else None) as model:
-                    run.fill(model, rows, states, out, missing)
-            out.finish()
+                run.fill(run.load(number, number + 1 if number + 1 < until else None), rows, states, out, missing)
             states.close()
             states = out
         distributed.barrier()
@@ -375,14 +379,13 @@ class Collection:
 
     def train(self, number: int) -> None:
         """Train one block from what was collected; what is lost or damaged of its inputs is computed again."""
-        run, span = self.run, self.span
-        if run.trained(number, span) and run.folders[number].finished:
+        run = self.run
+        if run.folders[number].finished:
             return
         states = self.states(number, share=False)
         if self.rows.groups_missing(states):
             states.close()
             run.log.warning(f"the inputs of {run.blocks[number]} are not complete: they are collected first")
             states = self.fill(number)
-        with run.loaded(number, None) as model:
-            run.train(number, model, self.rows, states, None)
+        run.train(number, run.load(number, None), self.rows, states, None)
         states.close()

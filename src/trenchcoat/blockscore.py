@@ -25,18 +25,19 @@ def score_blocks(
     Both runs go through the blocks together, so weights are read once; 2 N T d hidden states are in memory.
     """
     window = run.recipe.student.window
-    teacher = torch.cat([forward_decoder(run.source.embedding(), {"input_ids": text.ids})])
+    teacher = forward_decoder(run.source.embedding(), {"input_ids": text.ids})
     student = teacher.clone()
     parts = [slice(first, first + batch_size) for first in range(0, len(text.ids), batch_size)]
     for block in run.blocks:
         following = block.number + 1 if block.number + 1 < len(run.blocks) else None
-        with run.loaded(block.number, following) as model:
-            _through(model, teacher, parts, run.source.device)
-            if run.learns(block.number):
-                run.attach(model, block)
-                surgery.load_adapter_state(model, local_names(weights, block.first, block.stop))
-                surgery.set_mode(model, "student")
-            _through(model, student, parts, run.source.device)
+        model = run.load(block.number, following)
+        _through(model, teacher, parts, run.source.device)
+        if run.learns(block.number):
+            run.attach(model, block)
+            surgery.load_adapter_state(model, local_names(weights, block.first, block.stop))
+            surgery.set_mode(model, "student")
+        _through(model, student, parts, run.source.device)
+        del model  # before the next one is built
     head = run.source.head()
     found = [score(_Head(head, states, batch_size), text, window=window, batch_size=batch_size)
              for states in (teacher, student)]  # fmt: skip

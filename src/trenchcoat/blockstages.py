@@ -49,6 +49,7 @@ from trenchcoat.schedules import evaluation_batches, training_length
 from trenchcoat.shapes import shapes_of
 from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
+from trenchcoat.students.fused import implementation
 from trenchcoat.units import in_words, tera
 from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 
@@ -114,11 +115,10 @@ def shard(recipe: Recipe, out: Path) -> Outcome:
     blocks = cut(source.layers, _size(recipe, source))
     lines = []
     for block in blocks:
-        folder = out / f"layers-{block.first:03d}-{block.stop - 1:03d}"
+        folder = out / block.folder
         if not (folder / "config.json").is_file():
             source.copy_block(block.first, block.stop, folder, tokenizer)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        lines.append(f"{folder}: {block}, {tera(size)}")
+        lines.append(f"{folder}: {block}, {tera(_size_of(folder))}")
     return Outcome(tuple(lines))
 
 
@@ -190,10 +190,11 @@ def opened(
         if block is None:
             distributed.from_main(lambda: RunFolder(recipe.run.dir).begin(TRANSFER, recipe, {}))
             log.write_recipe(dump_recipe(recipe))
-            log.write_environment(implementation=recipe.student.impl, teacher_attention=recipe.model.attention)
+            operator = implementation(recipe.student.impl, source.device)
+            log.write_environment(implementation=operator, teacher_attention=source.attention)
             log.info(
                 f"run folder {recipe.run.dir}; model {recipe.model.path}, {source.layers} layers in {len(blocks)} "
-                f"blocks; student {recipe.student.name} ({recipe.student.impl} operator); weights in {source.dtype}"
+                f"blocks; student {recipe.student.name} ({operator} operator); weights in {source.dtype}"
             )
         tokenizer = load_tokenizer(recipe.model, model_source(recipe.model) if weights is None else str(weights))
         load = partial(load_batches, recipe.data, tokenizer, seed=recipe.run.seed)
@@ -311,7 +312,7 @@ def _require_disk(recipe: Recipe, collection: Collection) -> None:
 def _stitched(work: BlockRun) -> Outcome:
     recipe, folder = work.recipe, RunFolder(work.recipe.run.dir)
     weights = distributed.from_main(lambda: _merged(work, folder))
-    merged = RunFolder(recipe.run.dir).result(TRANSFER)
+    merged = folder.result(TRANSFER)
     assert merged is not None
     facts = StageFacts(**merged)
     work.log.info("scoring the teacher and the transferred students, block by block")
@@ -342,22 +343,21 @@ def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
     wanted = set(range(work.source.layers)) - set(recipe.student.keep_softmax)
     require_cover(blocks, wanted)
     weights: dict[str, Tensor] = {}
-    figures = []
-    for block in blocks:
-        record = BlockFolder(recipe, block, work.identity)
-        figures.append((record.require_finished(), block))
+    records = [BlockFolder(recipe, block, work.identity) for block in blocks]
+    figures = [record.require_finished() for record in records]
+    for record in records:
         weights |= record.weights()
     folder.begin(TRANSFER, recipe, {BASE_WEIGHTS: work.source.fingerprint, "text": work.text.fingerprint})
-    linear = [len(wanted & set(range(block.first, block.stop))) for _, block in figures]
-    at_once = all(one.get("at_once") for one, _ in figures)
+    linear = [len(wanted & set(range(block.first, block.stop))) for block in blocks]
+    at_once = all(one.get("at_once") for one in figures)
     facts = StageFacts(
         TRANSFER,
-        max(one["steps"] for one, _ in figures),
-        max(one["tokens"] for one, _ in figures),
-        (max if at_once else sum)(one["seconds"] for one, _ in figures),
-        sum(one["best_loss"] * count for (one, _), count in zip(figures, linear, strict=True)) / sum(linear),
+        max(one["steps"] for one in figures),
+        max(one["tokens"] for one in figures),
+        (max if at_once else sum)(one["seconds"] for one in figures),
+        sum(one["best_loss"] * count for one, count in zip(figures, linear, strict=True)) / sum(linear),
     )
-    merge_logs([BlockFolder(recipe, block).directory for block in blocks], work.log, at_once=at_once)
+    merge_logs([record.directory for record in records], work.log, at_once=at_once)
     hub.write_students(
         Path(recipe.run.dir) / "adapter",
         weights,

@@ -146,13 +146,13 @@ class HiddenFiles(HiddenStates):
         self.folder, self.identity = Path(folder), dict(identity)
         self.writer, self.writers, self.warn = writer, writers, warn
         self.shard_rows = max(1, min(shape.rows, shard_bytes // shape.row_bytes))
-        self._shards: dict[int, dict[str, Any]] = {}
         self._open: dict[int, _Writing] = {}
         self._maps: dict[int, Tensor] = {}
         self._finishing: list[Future[None]] = []
         self._thread = ThreadPoolExecutor(1, "trenchcoat-states")
+        self._own: dict[int, dict[str, Any]] = {}
+        """Entries of this writer's manifest, by shard."""
         self._look(verify)
-        self._own = {i: shard for i, shard in self._shards.items() if shard["manifest"] == self._manifest.name}
 
     @property
     def _manifest(self) -> Path:
@@ -187,7 +187,8 @@ class HiddenFiles(HiddenStates):
             if problem is not None:
                 self.warn(f"{problem}; its rows are computed again")
                 continue
-            self._shards[index] = {**shard, "manifest": path.name}
+            if path == self._manifest:
+                self._own[index] = shard
             self.present[self._rows_of(index)] = True
 
     def _header(self) -> dict[str, Any]:
@@ -262,7 +263,7 @@ class HiddenFiles(HiddenStates):
             os.replace(shard.path, path)
             sync(self.folder)
         self._own[index] = {"crc32": checksum}
-        shards = {str(i): {"crc32": one["crc32"]} for i, one in sorted(self._own.items())}
+        shards = {str(i): shard for i, shard in sorted(self._own.items())}
         write_json(self._manifest, {"header": self._header(), "shards": shards})
 
     def _raise_failures(self) -> None:
@@ -302,7 +303,7 @@ class HiddenFiles(HiddenStates):
         """Delete the files of this writer (all, where no other process writes here)."""
         self.close()
         super().remove()
-        self._shards, self._own = {}, {}
+        self._own = {}
         if self.folder.is_dir():
             for path in sorted(self.folder.iterdir()):
                 if path.name.startswith((PARTIAL_PREFIX, "states-", "manifest-")):
