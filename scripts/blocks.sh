@@ -18,15 +18,8 @@ TRENCHCOAT=${TRENCHCOAT:-trenchcoat}
 TORCHRUN=${TORCHRUN:-torchrun}
 GPUS=${GPUS:-8}
 
-# run COMMAND ...: run it, or print it
-run() {
-  if [[ ${DRY_RUN:-0} == 1 ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
+# shellcheck source=scripts/run.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh"
 
 # settings OVERRIDE ...: what all commands are given goes into `overrides`, Slurm's options into `queue`
 settings() {

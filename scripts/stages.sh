@@ -16,15 +16,8 @@
 GPUS=${GPUS:-8}
 TORCHRUN=${TORCHRUN:-torchrun}
 
-# run COMMAND ...: run it, or print it
-run() {
-  if [[ ${DRY_RUN:-0} == 1 ]]; then
-    printf '%q ' "$@"
-    printf '\n'
-  else
-    "$@"
-  fi
-}
+# shellcheck source=scripts/run.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh"
 
 # both_stages ROOT LAUNCHER ... -- ARGUMENTS ...: the scripts of the repository in ROOT, by LAUNCHER
 both_stages() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +11,20 @@ from torch import Tensor
 from trenchcoat.config import Recipe
 from trenchcoat.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runlog import read_metrics
 
 LAYERS = 5
 
 
 def block_overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
-    """Two epochs over a few rows, a schedule and clipping that listen to each layer, weights drawn at random."""
+    """Two epochs over a few rows, a schedule and clipping that listen to each layer, weights drawn at random.
+
+    The rate is so high that losses go up and down: layers then differ in their schedules and in their best weights.
+    """
     return [
         *tiny_overrides, f"model.path={model_dir}", "data.max_rows=14", "transfer.max_steps=null", "transfer.epochs=2",
         "transfer.accumulation=3", "transfer.eval_every=3", "transfer.save_every=2", "transfer.schedule=plateau",
-        "transfer.plateau_patience=0", "transfer.lr=0.05", "student.feature_map.init=kaiming",
+        "transfer.plateau_patience=0", "transfer.lr=0.5", "student.feature_map.init=kaiming",
         "blocks.shard_mib=1", "run.progress=off",
     ]  # fmt: skip
 
@@ -39,3 +44,13 @@ def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What the log says of the training, without clocks and what sums in another order."""
+    leave = ("time", "seconds", "loss", "grad_norm", "mse", "relative", "lr")
+    return [
+        {k: v for k, v in line.items() if k not in leave and not k.startswith("speed/")}
+        for line in read_metrics(folder)
+        if line["kind"] in ("train", "eval")
+    ]

@@ -14,7 +14,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,21 @@ def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> lis
         "eval.rows=4", "eval.batch_size=2", "eval.decode_lengths=[16]",
         "run.progress=plain", f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
+
+
+@contextmanager
+def small_file_system(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of ``size`` (as mount takes it) at ``folder``, which is made; skips where it cannot be had."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system needs privileges")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blocks_kit import LAYERS, block_overrides, learned, recipe, require_same
+from blocks_kit import LAYERS, block_overrides, learned, lines, recipe, require_same
 from conftest import save_tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.blockfolder import BlockFolder, cut
@@ -34,16 +34,6 @@ def overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
 def joint(overrides: list[str], tmp_path: Path) -> dict[str, Tensor]:
     stages.transfer(recipe(overrides, tmp_path / "joint"))
     return learned(tmp_path / "joint")
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """What the log says of the training, without clocks and what sums in another order."""
-    leave = ("time", "seconds", "loss", "grad_norm", "mse", "relative", "lr")
-    return [
-        {k: v for k, v in line.items() if k not in leave and not k.startswith("speed/")}
-        for line in read_metrics(folder)
-        if line["kind"] in ("train", "eval")
-    ]
 
 
 @pytest.mark.parametrize(

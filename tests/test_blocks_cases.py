@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blocks_kit import LAYERS, block_overrides, learned, recipe, require_same
-from conftest import byte_tokenizer, save_tiny_model
+from conftest import byte_tokenizer, save_tiny_model, small_file_system
 from tiny_families import tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.blockdata import HiddenBatches
@@ -66,17 +66,8 @@ def test_lora_goes_on_over_four_bits(overrides: list[str], tmp_path: Path) -> No
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 384 KiB, whose free space lies when asked in advance."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=384k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small file system needs privileges")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", "384k") as folder:
+        yield folder
 
 
 def test_a_disk_that_is_too_small_is_told_before_and_a_full_one_keeps_what_is_finished(

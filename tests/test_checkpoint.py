@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import small_file_system
 from training_kit import STUDENT, lora_settings, start_lora, tiny_llama, transfer_model
 from trenchcoat import checkpoint, files, surgery
 from trenchcoat.checkpoint import CorruptFileError, SaveError
@@ -57,17 +57,8 @@ def test_a_full_disk_is_named_and_the_old_file_survives(tmp_path: Path, monkeypa
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of one megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small file system needs privileges")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 def test_a_really_full_disk(small_disk: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from blocks_kit import lines
 from conftest import save_tiny_model
 from ranks_kit import run, start
 from trenchcoat import blockstages, stages
@@ -92,16 +93,6 @@ def require_same(found: Path, wanted: Path) -> None:
         assert torch.equal(weights[name], tensor), name
     assert lines(found) == lines(wanted)
     assert len(lines(found)) > 3
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """What the log says of the training, without clocks and what sums in another order."""
-    leave = ("time", "seconds", "loss", "grad_norm", "mse", "relative", "lr")
-    return [
-        {k: v for k, v in line.items() if k not in leave and not k.startswith("speed/")}
-        for line in read_metrics(folder)
-        if line["kind"] in ("train", "eval")
-    ]
 
 
 def said(folder: Path) -> str:
