@@ -56,6 +56,18 @@ def test_streaming_gives_the_students_of_the_joint_run(
     assert not list((tmp_path / "blocks" / "blocks" / "hidden").glob("pass-*"))
 
 
+@pytest.mark.parametrize("passes", ["all", "900"])
+def test_a_block_killed_between_its_last_checkpoint_and_its_record_is_finished_by_the_next_run(
+    passes: str, overrides: list[str], joint: dict[str, Tensor], tmp_path: Path
+) -> None:
+    made = recipe(overrides, tmp_path / "blocks", "blocks.size=2", f"blocks.pass_tokens={passes}")
+    blockstages.run(made)
+    for block in cut(LAYERS, 2)[:2]:
+        (BlockFolder(made, block).directory / "stages" / "transfer" / "result.json").unlink()
+    blockstages.run(made)
+    require_same(learned(tmp_path / "blocks"), joint)
+
+
 def test_landmarks_kept_layers_and_padding(overrides: list[str], tmp_path: Path) -> None:
     """Initial values from text, a layer that stays softmax (a block of its own in one cut), rows of unequal length."""
     more = [

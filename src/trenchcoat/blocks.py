@@ -245,8 +245,9 @@ class BlockRun:
     # Which blocks a pass still has to train
 
     def trained(self, number: int, span: Span) -> bool:
-        """Whether a block has done its steps of a pass."""
-        return self.folders[number].finished or self.steps_done[number] >= min(span.until, self.totals[number])
+        """Whether a block has done its steps of a pass; its last ones are done when its record says finished."""
+        before_its_end = span.until < self.totals[number]
+        return self.folders[number].finished or (before_its_end and self.steps_done[number] >= span.until)
 
     def learns(self, number: int) -> bool:
         """Whether a block has a layer that is linearized."""
