@@ -1,9 +1,14 @@
-"""Compile every Triton kernel for sm_90 without a GPU, and print what the assembler says of each.
+"""Compile the Triton kernels for a GPU that need not be there, and print what the compiled programs say of themselves.
 
-    python scripts/compile_kernels.py [--dtype bfloat16] [--out benchmarks/kernels_sm90.json]
+    python scripts/compile_kernels.py [--capability 90] [--dtype bfloat16] [--out benchmarks/kernels_sm90.json]
 
-Columns: registers of a thread, bytes of them spilled to local memory (stores), shared memory of a program, warps, and
-matrix instructions in the program. Shapes: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64.
+The kernels are those that the passes of a layer launch (outputs, gradients, attention transfer, a decode step), recorded
+while these run on empty tensors: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64, 2048 tokens.
+
+Columns: registers of a thread; bytes of them spilled to local memory (stores); shared memory; warps; and of the longest
+loop, a step: cycles that a multiprocessor needs for its matrix instructions, for issuing all instructions (four a
+cycle), and for its traffic with shared and local memory and the first-level cache (128 bytes a cycle). They are lower
+bounds, counted from the machine code, with rates of Hopper: 4096 bfloat16 operations a cycle.
 """
 
 from __future__ import annotations
@@ -13,27 +18,33 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 
-from trenchcoat.ops import triton_backward, triton_decode, triton_forward, triton_transfer
+from trenchcoat.ops import StudentState, triton, triton_decode
 from trenchcoat.ops import triton_launch as launch
 from trenchcoat.ops.state import Rule
 
-HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 8192
+HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
+OPERATIONS, BYTES, ISSUED = 4096, 128, 4
+"""Of a multiprocessor, a cycle."""
 
 
 class Pretended:
     """A driver for a GPU that is not there: enough for compiling."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        """Hopper."""
-        return GPUTarget("cuda", 90, 32)
+        """The GPU compiled for."""
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         """The first."""
@@ -48,119 +59,157 @@ class Pretended:
         return torch.device("cpu")
 
 
-def call_of(kind: str, dtype: torch.dtype) -> launch.Call:
-    """A call of the shapes above, on tensors without storage to speak of."""
-    q = torch.empty(1, HEADS, TOKENS, DIM, dtype=dtype)
-    k, v = (torch.empty(1, KV_HEADS, TOKENS, DIM, dtype=dtype) for _ in range(2))
-    maps = [launch.FusedMap("hedgehog", torch.empty(HEADS, DIM, COLUMNS)) for _ in range(2)]
-    rule = Rule(kind=kind, window=WINDOW, scale=DIM**-0.5)  # type: ignore[arg-type]
-    return launch.Call(rule, q, k, v, maps[0], maps[1], torch.empty(HEADS), None, None, None, None, launch.Spans())
+def recorded(work: Callable[[], object]) -> dict[str, Any]:
+    """Name -> compiled kernel, of all that `work` launches; none is run."""
+    found: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        kernel = run(self, *args, grid=(1,), warmup=True, **keywords)
+        name = self.fn.__name__
+        kept = [k for k in found if k.split(" ")[0] == name]
+        if all(found[k].asm["cubin"] != kernel.asm["cubin"] for k in kept):
+            found[name if not kept else f"{name} ({len(kept) + 1})"] = kernel
+        return kernel
+
+    JITFunction.run = record  # type: ignore[method-assign]
+    try:
+        work()
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+    return found
 
 
-def kernels(call: launch.Call) -> dict[str, Any]:
-    """Name -> compiled kernel."""
-    c, x = call.constants(), call.tensor
-    opts: dict[str, Any] = {**launch.options(c), "grid": (1,)}
-    programs = HEADS * call.groups
-    sums = torch.empty(programs, 2 * COLUMNS, DIM), torch.empty(programs, 2 * COLUMNS)
-    row, y = torch.empty(1, HEADS, TOKENS), torch.empty_like(call.q)
-    wide = torch.empty(1, HEADS, TOKENS, DIM)
-    column = torch.empty(1, HEADS, TOKENS, dtype=torch.int32)
-    shares, share = (torch.empty(programs, DIM, COLUMNS), None), torch.empty(programs)
-    q, k, v, query, key = x(call.q), x(call.k), x(call.v), call.operands(call.query), call.operands(call.key)
-    tail, numbers, none = call.tail(), call.numbers(), (None, 0, 0, 0)
-    result, both = (x(row), x(row), x(column)), (share, share)
-    made = {
-        "far_sums": triton_forward.far_sums.warmup(
-            k, v, key, sums, call.place(), HEADS, KV_HEADS, call.span, 1, c, **opts
-        ),
-        "outputs": triton_forward.outputs.warmup(
-            q, k, v, x(y), query, key, sums, (None, None), *tail, *numbers, c, SAVE=False, **opts
-        ),
-        "query_gradients": triton_backward.query_gradients.warmup(
-            q, k, v, x(y), x(y), query, key, sums, x(row), result, x(wide), shares, both, (None, None),
-            *tail, *numbers, c, **opts,
-        ),
-        "gradient_sums": triton_backward.gradient_sums.warmup(
-            q, x(y), query, x(row), x(row), sums, call.place(), HEADS, call.span, 1, c, GIVEN=False, **opts
-        ),
-        "key_gradients": triton_backward.key_gradients.warmup(
-            q, k, v, x(y), query, key, sums, x(row), x(row), result, x(wide), x(wide), shares,
-            *tail, *numbers, c, INPUTS=True, GIVEN=False, **opts,
-        ),
-        "key_gradients (transfer)": triton_backward.key_gradients.warmup(
-            q, k, v, x(y), query, key, sums, none, none, (x(row), none, none), none, none, shares,
-            *tail, *numbers, c, INPUTS=False, GIVEN=True, **opts,
-        ),
-        "transfer_outputs": triton_transfer.transfer_outputs.warmup(
-            q, k, v, x(y), query, key, sums, x(y), x(row), both, shares, *tail, *numbers, 1.0, c, LEARN=True, **opts
-        ),
-    }  # fmt: skip
-    return {**made, **decoding(call)}
+class Layer:
+    """One layer's attention on empty tensors."""
 
+    def __init__(self, kind: str, dtype: torch.dtype, *, dim: int, columns: int, window: int) -> None:
+        def empty(heads: int) -> torch.Tensor:
+            return torch.empty(1, heads, TOKENS, dim, dtype=dtype).requires_grad_()
 
-def decoding(call: launch.Call) -> dict[str, Any]:
-    """The two kernels of a decode step."""
-    c, x = call.constants(), call.tensor
-    opts: dict[str, Any] = {**launch.options(c), "grid": (1,)}
-    ring = torch.empty(1, KV_HEADS, 2 * WINDOW, DIM, dtype=call.q.dtype)
-    seen, none = torch.empty(1, dtype=torch.int64), (None, 0, 0, 0)
-    far = torch.empty(HEADS, 2 * COLUMNS, DIM), torch.empty(HEADS, 2 * COLUMNS)
-    maps = [(m.matrix, m.matrix, None) for m in (call.query, call.key) if m is not None]
-    slots = call.rule.slots
-    columns = launch.block(DIM) if call.rule.kind == "linear" else triton_decode.VALUES_A_PROGRAM
-    made = {
-        "read_step": triton_decode.read_step.warmup(
-            x(call.q), x(call.k), x(call.v), x(call.q), x(ring), x(ring), none, none, *maps, far, seen, None,
-            call.ratio, None, HEADS, KV_HEADS, HEADS, slots, *call.numbers(), c, SHARED=1, COLUMNS=columns,
-            RING=launch.block(slots), **opts,
-        )
-    }  # fmt: skip
-    if call.rule.kind != "linear":
-        made["fold_leaving"] = triton_decode.fold_leaving.warmup(
-            x(ring), x(ring), call.operands(call.key), far, seen, None, HEADS, KV_HEADS, slots, c,
-            COUNT=WINDOW if call.rule.kind == "terrace" else 1, **opts,
+        self.q, self.k, self.v = empty(HEADS), empty(KV_HEADS), empty(KV_HEADS)
+        self.maps = [launch.FusedMap("hedgehog", torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
+        self.log_ratio = torch.empty(HEADS).requires_grad_()
+        self.rule = Rule(kind=kind, window=window, scale=dim**-0.5)  # type: ignore[arg-type]
+
+    def training(self) -> None:
+        """Outputs and every gradient."""
+        y, _ = triton.attend(self.q, self.k, self.v, *self.maps, self.log_ratio, rule=self.rule)
+        y.backward(torch.empty_like(y))
+
+    def reading(self) -> None:
+        """Outputs without gradients."""
+        with torch.no_grad():
+            triton.attend(self.q, self.k, self.v, *self.maps, self.log_ratio, rule=self.rule)
+
+    def transfer(self) -> None:
+        """Attention transfer."""
+        y = torch.empty_like(self.q)
+        triton.transfer(self.q, self.k, self.v, y, *self.maps, self.log_ratio, rule=self.rule)
+
+    def decoding(self) -> None:
+        """A decode step."""
+        state = StudentState.empty(
+            1, rule=self.rule, kv_heads=KV_HEADS, key_map_heads=HEADS, key_dim=self.q.shape[3],
+            value_dim=self.q.shape[3], features=self.maps[0].features, dtype=self.q.dtype,
         )  # fmt: skip
-    return made
+        new = [x.detach()[:, :, :1] for x in (self.q, self.k, self.v)]
+        triton_decode.decode(*new, *self.maps, self.log_ratio, state, rule=self.rule)
 
 
-def report(kernel: Any) -> dict[str, int]:
-    """What the assembler says."""
+def longest_loop(cubin: bytes) -> list[str]:
+    """Instructions of the longest loop, without their predicates."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    loop = (0, 0)
+    for line in text.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(lines)
+        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        if instruction is None:
+            continue
+        lines.append(instruction[1])
+        target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+        begin = labels.get(target[1]) if target else None
+        if begin is not None and len(lines) - begin > loop[1] - loop[0]:
+            loop = (begin, len(lines))
+    return lines[loop[0] : loop[1]]
+
+
+def cycles(kernel: Any) -> dict[str, int]:
+    """Lower bounds of a step of the longest loop; see the top of this file."""
+    warps = kernel.metadata.num_warps
+    lines = longest_loop(kernel.asm["cubin"])
+    operations = moved = 0
+    for line in lines:
+        matrix = re.match(r"HGMMA\.64x(\d+)x16", line)
+        if matrix:
+            # B comes from shared memory, once a group of four warps
+            operations += 2 * 64 * int(matrix[1]) * 16 * warps // 4
+            moved += 2 * int(matrix[1]) * 16 * warps // 4
+        elif line.startswith("HMMA"):
+            operations += 2 * 16 * 8 * 16 * warps
+        elif re.match(r"(LDS|STS|LDL|STL|LDG|STG|LDSM|STSM|LDGSTS)\b", line):
+            wide = 4 if re.search(r"\.128|\.M88\.4|MT88\.4|\.16\.", line) else 2 if ".64" in line else 1
+            moved += 32 * 4 * wide * warps
+    return {
+        "instructions": len(lines), "matrix": round(operations / OPERATIONS),
+        "issue": round(len(lines) * warps / ISSUED), "traffic": round(moved / BYTES),
+    }  # fmt: skip
+
+
+def report(kernel: Any, capability: int) -> dict[str, int]:
+    """What the assembler says, and `cycles`."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(source) + ".cubin"]
+        name = f"sm_{capability}" + ("a" if capability >= 90 else "")
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", str(source), "-o", str(source) + ".cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     assert registers is not None
     assert spilled is not None
     return {
         "registers": int(registers[1]), "spilled_bytes": int(spilled[1]), "shared_bytes": int(kernel.metadata.shared),
-        "warps": int(kernel.metadata.num_warps), "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
-        "mma": kernel.asm["ptx"].count("mma.sync"),
+        "warps": int(kernel.metadata.num_warps), **cycles(kernel),
     }  # fmt: skip
 
 
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90, help="90 for Hopper, 80 for A100, 89 for Ada")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--kinds", nargs="*", default=["terrace", "sliding", "linear"])
+    parser.add_argument("--dim", type=int, default=DIM)
+    parser.add_argument("--columns", type=int, default=COLUMNS)
+    parser.add_argument("--window", type=int, default=WINDOW)
+    parser.add_argument("--only", nargs="*", default=["training", "reading", "transfer", "decoding"])
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
-    driver.set_active(Pretended())
+    driver.set_active(Pretended(args.capability))
     launch.wanted_programs = lambda device: 264  # type: ignore[assignment]
+    launch.on_gpu = lambda device: True
     found: dict[str, dict[str, dict[str, int]]] = {}
-    print(f"{'kernel':<34}{'registers':>10}{'spilled':>9}{'shared':>8}{'warps':>6}{'wgmma':>7}{'mma':>5}")
+    names = ("registers", "spilled_bytes", "shared_bytes", "warps", "instructions", "matrix", "issue", "traffic")
+    print(f"{'kernel':<34}" + "".join(f"{n:>14}" for n in names))
     for kind in args.kinds:
-        found[kind] = {
-            name: report(kernel) for name, kernel in kernels(call_of(kind, getattr(torch, args.dtype))).items()
-        }
-        for name, row in found[kind].items():
-            numbers = [row[n] for n in ("registers", "spilled_bytes", "shared_bytes", "warps", "wgmma", "mma")]
-            widths = (10, 9, 8, 6, 7, 5)
-            cells = "".join(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True))
-            print(f"{kind + ' ' + name:<34}{cells}", flush=True)
+        layer = Layer(kind, getattr(torch, args.dtype), dim=args.dim, columns=args.columns, window=args.window)
+        found[kind] = {}
+        for work in args.only:
+            for name, kernel in recorded(getattr(layer, work)).items():
+                label = name if name not in found[kind] else f"{name} [{work}]"
+                row = report(kernel, args.capability)
+                if row in found[kind].values():
+                    continue
+                found[kind][label] = row
+                print(f"{kind + ' ' + label:<34}" + "".join(f"{row[n]:>14,}" for n in names), flush=True)
     if args.out is not None:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 

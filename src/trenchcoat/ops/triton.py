@@ -9,6 +9,7 @@ columns of a map, N groups of chunks, S sinks.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,21 +18,24 @@ from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.rows import Rows, sink_pairs, state_after
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_backward import gradient_sums, key_gradients, query_gradients
+from trenchcoat.ops.triton_backward import gradient_sums, key_gradients, map_gradients, query_gradients
 from trenchcoat.ops.triton_launch import (
     Call,
     FusedMap,
     Spans,
+    Transfer,
     final_sums,
-    group_starts,
+    near_options,
     options,
     refusal,
     run_outputs,
     total,
 )
-from trenchcoat.ops.triton_transfer import transfer_outputs
+from trenchcoat.ops.triton_near import near_key_gradients, near_query_gradients
 
 Pair = tuple[Tensor, Tensor]
+NONE = (None, 0, 0, 0)
+LOG2E = math.log2(math.e)
 
 
 class _Attention(torch.autograd.Function):
@@ -42,6 +46,7 @@ class _Attention(torch.autograd.Function):
         call = _call(rule, spans, names, *tensors)
         save = any(ctx.needs_input_grad)
         y, den, top, starts = run_outputs(call, save=save)
+        assert y is not None
         if save:
             ctx.rule, ctx.spans, ctx.names = rule, spans, names
             ctx.save_for_backward(*tensors, y, den, top, *starts)
@@ -64,9 +69,9 @@ def _call(rule: Rule, spans: Spans, names: tuple[str, str, float], *tensors: Ten
     query = None if q_matrix is None else FusedMap(names[0], q_matrix, q_bias, names[2])
     key = None if k_matrix is None else FusedMap(names[1], k_matrix, k_bias, names[2])
     start = None if s0 is None or z0 is None else (s0, z0)
-    ratio = log_ratio.detach().float().exp()
+    log2 = log_ratio.detach().float() * LOG2E
     return Call(
-        rule, q, k, v, query, key, ratio, None if logit is None else logit.float(), sink_k, sink_v, start, spans
+        rule, q, k, v, query, key, log2, None if logit is None else logit.float(), sink_k, sink_v, start, spans
     )
 
 
@@ -79,77 +84,115 @@ def _backward(
     call: Call, dy: Tensor, y: Tensor, den: Tensor, top: Tensor, starts: tuple[Any, Any], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Gradients in the order of the tensors of :func:`_call`."""
-    rule, programs = call.rule, call.rows * call.heads * call.groups
-    c = call.constants()
-    chosen = options(c)
-    grid = (call.rows * call.heads, call.groups)
-    make: dict[str, Any] = {"device": call.q.device, "dtype": torch.float32}
-    dq = torch.zeros(call.q.shape, **make)
-    row = [torch.zeros(y.shape[:3], **make), torch.zeros(y.shape[:3], **make)]
-    column = torch.zeros(y.shape[:3], device=y.device, dtype=torch.int32)
-    result = (*(call.tensor(x) for x in row), call.tensor(column))
-    query_share, key_share = _map_shares(call, programs), _map_shares(call, programs)
-    head_share = torch.zeros(2, programs, **make)
-    sinks = [torch.zeros(programs, rule.sinks, n, **make) for n in (call.q.shape[3], call.v.shape[3])]
-    query_gradients[grid](
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), call.tensor(y), call.tensor(dy),
-        call.operands(call.query), call.operands(call.key), starts, call.tensor(den), result, call.tensor(dq),
-        query_share, tuple(head_share), tuple(sinks), *call.tail(), *call.numbers(), c, **chosen,
+    x, heads = call.tensor, call.heads
+    dden = call.buffer(heads, dtype=torch.float32)
+    inputs, keys = any(needed[:3]) or any(needed[8:11]), needed[1] or needed[2]
+    far = _Far(call, dy, den, dden, given=False)
+    dlog = far.queries(y, starts) if call.rule.far else torch.zeros_like(call.log_ratio)
+    if call.rule.far and (keys or any(needed[5:7])):
+        far.keys(values=keys)
+    maps = [*far.maps(any(needed[3:5]), any(needed[5:7]))]
+    if not inputs:
+        return [None, None, None, *maps, dlog, None, None, None, None, None]
+    pull, column = torch.empty_like(dden), torch.empty_like(dden, dtype=torch.int32)
+    result = (x(dden), x(pull), x(column))
+    dq = call.buffer(heads, call.q.shape[3], dtype=call.q.dtype)
+    c, programs, sinks = call.constants(), call.rows * heads * call.groups, call.rule.sinks
+    dlogit = call.log_ratio.new_empty(programs)
+    dsinks = [dlogit.new_empty(programs, sinks, n) for n in (call.q.shape[3], call.v.shape[3])]
+    near_query_gradients[(call.rows * heads, call.groups)](
+        x(call.q), x(call.k), x(call.v), x(y), x(dy), call.operands(call.query), far.given(far.du_query), x(den), result,
+        x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(), c, **near_options(c),
     )  # fmt: skip
-    ends = _group_ends(call, dy, call.tensor(den), result[0], given=False)
-    inputs = needed[1] or needed[2]
-    dk, dv = (torch.zeros(*y.shape[:3], n, **make) for n in (call.k.shape[3], call.v.shape[3]))
-    key_gradients[grid](
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), call.tensor(dy),
-        call.operands(call.query), call.operands(call.key), ends, call.tensor(den), call.tensor(top), result,
-        call.tensor(dk), call.tensor(dv), key_share, *call.tail(), *call.numbers(),
-        c, INPUTS=inputs, GIVEN=False, **chosen,
-    )  # fmt: skip
-    shared = call.heads // call.kv_heads
-    maps = [*_map_gradient(call, query_share, call.heads), *_map_gradient(call, key_share, call.maps)]
-    dlog, dlogit = (x.view(call.rows, call.heads, -1).sum((0, 2)) for x in head_share)
-    dsinks = [x.view(call.rows, call.kv_heads, -1, rule.sinks, x.shape[2]).sum(2) for x in sinks] if rule.sinks else []
-    dlog = dlog if rule.far and rule.kind != "linear" else torch.zeros_like(dlog)
-    grads: list[Tensor | None] = [dq, *(x.unflatten(1, (-1, shared)).sum(2) for x in (dk, dv)), *maps, dlog, dlogit]
-    return [*grads, *(dsinks or (None, None)), None, None]
+    dk = dv = None
+    if keys:
+        dk, dv = (call.buffer(call.kv_heads, t.shape[3], dtype=t.dtype) for t in (call.k, call.v))
+        near_key_gradients[(call.rows * call.kv_heads, call.chunks)](
+            x(call.q), x(call.k), x(call.v), x(dy), call.operands(call.key), far.given(far.du_key), x(den), x(top),
+            result, far.given(far.dv), x(dk), x(dv), *call.tail(), *call.numbers(), c, **near_options(c),
+        )  # fmt: skip
+    dlogit = dlogit.view(call.rows, heads, -1).sum((0, 2))
+    pairs = [t.view(call.rows, call.kv_heads, -1, sinks, t.shape[2]).sum(2) for t in dsinks] if sinks else [None, None]
+    return [dq, dk, dv, *maps, dlog, dlogit, *pairs, None, None]
 
 
-def _map_shares(call: Call, programs: int) -> tuple[Tensor | None, Tensor | None]:
-    """Room for each program's share of a map's gradients."""
-    if call.query is None:
-        return None, None
-    shape = call.query.matrix.shape[1:]
-    make: dict[str, Any] = {"device": call.q.device, "dtype": torch.float32}
-    bias = None if call.query.bias is None else torch.empty(programs, shape[1], **make)
-    return torch.empty(programs, *shape, **make), bias
+class _Far:
+    """The far part's backward pass: du of queries and keys, dv, and of these the maps' gradients."""
 
+    def __init__(self, call: Call, dy: Tensor, den: Tensor | None, dden: Tensor, *, given: bool) -> None:
+        """With `given`, `dy` is dnum already and dden holds its values."""
+        self.call, self.dy, self.dden, self.is_given = call, dy, dden, given
+        self.den = NONE if den is None else call.tensor(den)
+        self.constants = call.constants()
+        self.du_query: Tensor | None = None
+        self.du_key: Tensor | None = None
+        self.dv: Tensor | None = None
 
-def _map_gradient(
-    call: Call, share: tuple[Tensor | None, Tensor | None], heads: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Shares of (row, head, group) programs added up to [heads, ...]."""
-    parts = (None if x is None else x.view(call.rows, heads, -1, *x.shape[1:]).sum((0, 2)) for x in share)
-    matrix, bias = parts
-    return matrix, bias
+    def given(self, x: Tensor | None) -> tuple[Any, ...]:
+        """A tensor as the kernels take it."""
+        return NONE if x is None else self.call.tensor(x)
 
+    def queries(self, y: Tensor | None, starts: tuple[Any, Any]) -> Tensor:
+        """Fills du of the queries and (unless given) dden; the gradient for log(g / l), [H]."""
+        call, x, c = self.call, self.call.tensor, self.constants
+        self.du_query = call.buffer(call.heads, c.columns.value, dtype=call.low)
+        share = call.log_ratio.new_empty(call.rows * call.heads * call.groups)
+        query_gradients[(call.rows * call.heads, call.groups)](
+            x(call.q), x(call.k), x(call.v), self.given(y), x(self.dy), call.operands(call.query),
+            call.operands(call.key), starts, self.den, x(self.dden), x(self.du_query), share, call.place(), call.heads,
+            call.kv_heads, call.maps, call.span, c, GIVEN=self.is_given, **options(c),
+        )  # fmt: skip
+        dlog = share.view(call.rows, call.heads, -1).sum((0, 2))
+        return torch.zeros_like(dlog) if call.rule.kind == "linear" else dlog
 
-def _group_ends(
-    call: Call, dy: Tensor, den: tuple[Any, ...], dden: tuple[Any, ...], *, given: bool
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Gradients of the far sums at the end of every group, [R H, N, F, E] and [R H, N, F]; None where all are 0."""
-    if not call.rule.far or call.query is None or call.groups == 1:
-        return None, None
-    count, features = call.rows * call.heads, call.query.features
-    s = dy.new_empty(count, call.groups, features, call.v.shape[3], dtype=torch.float32)
-    z = dy.new_empty(count, call.groups, features, dtype=torch.float32)
-    c = call.constants()
-    gradient_sums[(count, call.groups)](
-        call.tensor(call.q), call.tensor(dy), call.operands(call.query), den, dden, (s, z), call.place(),
-        call.heads, call.span, call.lag - 1, c, GIVEN=given, **options(c),
-    )  # fmt: skip
-    total(s, None, backwards=True)
-    total(z, None, backwards=True)
-    return s, z
+    def keys(self, *, values: bool) -> None:
+        """Fills du of the keys and, with `values`, dv by far queries."""
+        call, x, c = self.call, self.call.tensor, self.constants
+        self.du_key = call.buffer(call.maps, c.columns.value, dtype=call.low)
+        self.dv = call.buffer(call.maps, call.v.shape[3], dtype=call.low) if values else None
+        key_gradients[(call.rows * call.maps, call.groups)](
+            x(call.q), x(call.k), x(call.v), x(self.dy), call.operands(call.query), call.operands(call.key),
+            self._group_ends(), self.den, x(self.dden), x(self.du_key), self.given(self.dv), call.place(), call.heads,
+            call.kv_heads, call.maps, call.span, c, SHARED=call.heads // call.maps, GIVEN=self.is_given, **options(c),
+        )  # fmt: skip
+
+    def _group_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Gradients of the far sums at the end of every group, [R K, N, F, E] and [R K, N, F]; None where all are 0."""
+        call, c = self.call, self.constants
+        if call.groups == 1 or call.query is None:
+            return None, None
+        count, features = call.rows * call.maps, call.query.features
+        s = call.log_ratio.new_empty(count, call.groups, features, call.v.shape[3])
+        z = call.log_ratio.new_empty(count, call.groups, features)
+        gradient_sums[(count, call.groups)](
+            call.tensor(call.q), call.tensor(self.dy), call.operands(call.query), self.den, call.tensor(self.dden),
+            (s, z), call.place(), call.heads, call.maps, call.span, call.lag - 1, c, SHARED=call.heads // call.maps,
+            GIVEN=self.is_given, **options(c),
+        )  # fmt: skip
+        total(s, None, backwards=True)
+        total(z, None, backwards=True)
+        return s, z
+
+    def maps(self, query: bool, key: bool) -> list[Tensor | None]:
+        """Gradients of the query map's matrix and bias and the key map's, None where not asked for."""
+        found: list[Tensor | None] = []
+        for wanted, tensor, du, heads in (
+            (query, self.call.q, self.du_query, self.call.heads),
+            (key, self.call.k, self.du_key, self.call.maps),
+        ):
+            found += [None, None] if not wanted or du is None else self._map(tensor, du, heads)
+        return found
+
+    def _map(self, tensor: Tensor, du: Tensor, maps: int) -> list[Tensor | None]:
+        call, c = self.call, self.constants
+        programs = call.rows * maps * call.groups
+        matrix = call.log_ratio.new_empty(programs, tensor.shape[3], c.columns.value)
+        bias = call.log_ratio.new_empty(programs, c.columns.value) if c.bias.value else None
+        map_gradients[(call.rows * maps, call.groups)](
+            call.tensor(tensor), call.tensor(du), (matrix, bias), call.place(), tensor.shape[1], maps, call.span, c,
+            **near_options(c),
+        )  # fmt: skip
+        return [None if x is None else x.view(call.rows, maps, -1, *x.shape[1:]).sum((0, 2)) for x in (matrix, bias)]
 
 
 def _accept(call: Call) -> Call:
@@ -295,29 +338,14 @@ def _first_tokens(x_BGTD: Tensor, sinks: int) -> Tensor:
 
 
 def _transfer(call: Call, y: Tensor, weight: float, learn: bool) -> tuple[Tensor, list[Tensor | None]]:
-    programs = call.rows * call.heads * call.groups
-    c = call.constants()
-    chosen = options(c)
-    grid = (call.rows * call.heads, call.groups)
-    share = torch.zeros(2, programs, device=y.device, dtype=torch.float32)
-    dnum = torch.empty_like(y, dtype=torch.float32 if y.dtype == torch.float16 else y.dtype)
-    dden = y.new_zeros(y.shape[:3], dtype=torch.float32)
-    query_share, key_share = (_map_shares(call, programs) if learn else (None, None) for _ in range(2))
-    transfer_outputs[grid](
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), call.tensor(y),
-        call.operands(call.query), call.operands(call.key), group_starts(call), call.tensor(dnum),
-        call.tensor(dden), tuple(share), query_share, *call.tail(), *call.numbers(), float(weight),
-        c, LEARN=learn, **chosen,
-    )  # fmt: skip
+    squares = call.log_ratio.new_empty(call.rows * call.heads * call.groups)
+    dtype = torch.float32 if y.dtype == torch.float16 else y.dtype
+    dnum = call.buffer(call.heads, y.shape[3], dtype=dtype) if learn else y
+    dden = call.buffer(call.heads, dtype=torch.float32) if learn else squares.view(1, 1, -1)
+    starts = run_outputs(call, transfer=Transfer(y, dnum, dden, squares, weight), learn=learn)[3]
     if not learn:
-        return share[0].sum(), [None] * 5
-    none = (None, 0, 0, 0)
-    ends = _group_ends(call, dnum, none, call.tensor(dden), given=True)
-    key_gradients[grid](
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), call.tensor(dnum),
-        call.operands(call.query), call.operands(call.key), ends, none, none, (call.tensor(dden), none, none),
-        none, none, key_share, *call.tail(), *call.numbers(), c, INPUTS=False, GIVEN=True, **chosen,
-    )  # fmt: skip
-    maps = [*_map_gradient(call, query_share, call.heads), *_map_gradient(call, key_share, call.maps)]
-    dlog = share[1].view(call.rows, call.heads, -1).sum((0, 2))
-    return share[0].sum(), [*maps, dlog if call.rule.kind != "linear" else torch.zeros_like(dlog)]
+        return squares.sum(), [None] * 5
+    far = _Far(call, dnum, None, dden, given=True)
+    dlog = far.queries(None, starts)
+    far.keys(values=False)
+    return squares.sum(), [*far.maps(True, True), dlog]

@@ -22,7 +22,7 @@ from trenchcoat.ops.triton_forward import fold
 from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, options, refusal
 from trenchcoat.ops.triton_parts import (
     activate,
-    features,
+    key_features,
     load_map,
     load_sums,
     load_tile,
@@ -57,9 +57,9 @@ def fold_leaving(K, V, KEY, FAR, seen_ptr, real_ptr, maps, kv_heads, slots, C: t
         k = load_tile(place(K, b, g, 0), K[3], position % slots, ok, C.dim, C.block_d)
         v = load_tile(place(V, b, g, 0), V[3], position % slots, ok, C.values, C.block_e)
         matrix, remainder, bias = load_map(KEY, m, C)
-        f, half = features(k, matrix, remainder, bias, ok, C)
+        f, half = key_features(k, position, matrix, remainder, bias, C)
         s1, s2, z1, z2 = load_sums(FAR, tl.program_id(0), C)
-        s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, half, v, C)
+        s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, half, v, ok, C)
         store_sums(FAR, tl.program_id(0), s1, s2, z1, z2, C)
 
 
@@ -75,11 +75,10 @@ def vector_features(x, M, head, C: tl.constexpr):
     """(f, g) [P] of one token."""
     matrix, _remainder, bias = load_map(M, head, C)
     u = (tl.sum(x[:, None] * matrix, 0) + bias)[None, :]
-    ok = tl.zeros([1], tl.int32) == 0
-    f = activate(u, ok, C)
+    f = activate(u, C)
     g = f
     if C.paired:
-        g = activate(-u, ok, C)
+        g = activate(-u, C)
     return tl.sum(f, 0), tl.sum(g, 0)
 
 
@@ -233,7 +232,7 @@ def decode(
         ValueError: what the kernels cannot do.
     """
     logit = None if sink_logit_H is None else sink_logit_H.float()
-    ratio = log_ratio_H.detach().float().exp()
+    ratio = log_ratio_H.detach().float() * 1.4426950408889634
     if not rule.far:
         query = key = None
     spans = Spans()
@@ -272,7 +271,7 @@ def _step(call: Call, pieces: list[Tensor], state: StudentState, real: Tensor | 
     columns = block(values) if rule.kind == "linear" else min(block(values), VALUES_A_PROGRAM)
     whole = [(None, None, None) if m is None else (m.matrix, m.matrix, m.bias) for m in (call.query, call.key)]
     read_step[(q.shape[0] * maps, triton.cdiv(values, columns))](
-        *(call.tensor(x) for x in pieces), *rings, *sinks, *whole, far, state.seen_B, real, call.ratio, call.logit,
+        *(call.tensor(x) for x in pieces), *rings, *sinks, *whole, far, state.seen_B, real, call.log_ratio.exp2(), call.logit,
         call.heads, call.kv_heads, maps, rule.slots, *call.numbers(), c, SHARED=call.heads // maps, COLUMNS=columns,
         RING=block(rule.slots + rule.sinks), **options(c),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A row's chunks are cut into groups that run side by side (one group when there are rows and heads enough). `far_sums`
 adds up each group's phi(k)^T v, `running_totals` makes of them what each group starts from, and `outputs` walks through
-a group with the sums on chip. Features never reach memory.
+a group with the sums on chip. Features never reach memory. In attention transfer `outputs` stores, in place of y, what
+the gradients need of the error.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; R rows, H query heads, K key maps, G key/value heads. `lag`: the
 sums a chunk reads end that many chunks before it (2; 1 for kind linear).
@@ -14,8 +15,12 @@ import triton
 import triton.language as tl
 
 from trenchcoat.ops.triton_parts import (
+    WIDTH,
+    exponent_unit,
     far_read,
     features,
+    key_features,
+    load_logit,
     load_map,
     load_sinks,
     load_sums,
@@ -23,24 +28,25 @@ from trenchcoat.ops.triton_parts import (
     overlap,
     place,
     product,
-    rounded,
+    real_ones,
     row_of,
     store_sums,
     store_tile,
     tokens_of,
-    window_read,
+    weights,
     window_scores,
 )
 
 
 @triton.jit
-def fold(s1, s2, z1, z2, f, g, v, C: tl.constexpr):
+def fold(s1, s2, z1, z2, f, g, v, ok, C: tl.constexpr):
     """Add a chunk's phi(k)^T v and phi(k)."""
-    s1 += product(tl.trans(f), v, C.low, C)
-    z1 += tl.sum(rounded(f, C), 0)
+    one = real_ones(ok, C)
+    s1 = product(tl.trans(f), v, C.low, C, s1)
+    z1 = product(tl.trans(f), one, C.low, C, z1)
     if C.paired:
-        s2 += product(tl.trans(g), v, C.low, C)
-        z2 += tl.sum(rounded(g, C), 0)
+        s2 = product(tl.trans(g), v, C.low, C, s2)
+        z2 = product(tl.trans(g), one, C.low, C, z2)
     return s1, s2, z1, z2
 
 
@@ -55,16 +61,16 @@ def far_sums(K, V, KEY, OUT, ROWS, maps, kv_heads, span, shift, C: tl.constexpr)
     v_base = place(V, r, m * kv_heads // maps, start)
     matrix, remainder, bias = load_map(KEY, m, C)
     s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
-    z1 = tl.zeros([C.block_p], tl.float32)
+    z1 = tl.zeros([C.block_p, WIDTH], tl.float32)
     s2 = tl.zeros([C.block_p, C.block_e], tl.float32)
-    z2 = tl.zeros([C.block_p], tl.float32)
+    z2 = tl.zeros([C.block_p, WIDTH], tl.float32)
     last = tl.minimum(group * span - shift + span, tl.cdiv(length, C.window))
     for c in range(tl.maximum(group * span - shift, 0), last):
         token, ok = tokens_of(c, length, C)
         k = load_tile(k_base, K[3], token, ok, C.dim, C.block_d)
         v = load_tile(v_base, V[3], token, ok, C.values, C.block_e)
-        f, g = features(k, matrix, remainder, bias, ok & (first + token >= C.sinks), C)
-        s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, g, v, C)
+        f, g = key_features(k, first + token, matrix, remainder, bias, C)
+        s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, g, v, ok, C)
     store_sums(OUT, tl.program_id(0) * tl.num_programs(1) + group, s1, s2, z1, z2, C)
 
 
@@ -88,91 +94,133 @@ def running_totals(x_ptr, start_ptr, groups, size, BACKWARDS: tl.constexpr, BLOC
 
 
 @triton.jit
-def far_chunk(k, v, ok, before_k, before_v, before_ok, KIND: tl.constexpr):
-    """The chunk that joins the sums after this one was read: the one before, or (linear) the own."""
+def far_chunk(c, KIND: tl.constexpr):
+    """The chunk that joins the sums after chunk c was read: the one before, or (linear) c itself."""
     if KIND == "linear":
-        return k, v, ok
+        return c
     else:
-        return before_k, before_v, before_ok
+        return c - 1
 
 
 @triton.jit
-def far_token(token, before, KIND: tl.constexpr):
-    """Token numbers of `far_chunk`."""
-    if KIND == "linear":
-        return token
-    else:
-        return before
-
-
-@triton.jit
-def near_chunk(
-    q, k, v, before_k, before_v, SINK_K, SINK_V, r, kv, logit, ratio, c, position, scale, cap, C: tl.constexpr
+def near_read(
+    num, q, k_base, k_stride, v_base, v_stride, SINK_K, SINK_V, r, kv, logit, log_ratio, c, length, position,
+    scale, cap, C: tl.constexpr,
 ):  # fmt: skip
-    """(numerator, denominator, largest score) of the near part of a chunk's queries."""
-    sink_k, sink_v = k, v
+    """(`num` plus the numerator, denominator, largest score as an exponent of two) of the near part of a chunk."""
+    unit = exponent_unit(scale, C)
+    token, ok = tokens_of(c, length, C)
+    before, before_ok = tokens_of(c - 1, length, C)
+    k = load_tile(k_base, k_stride, token, ok, C.dim, C.block_d)
+    before_k = load_tile(k_base, k_stride, before, before_ok, C.dim, C.block_d)
+    sink_k = k
     if C.sinks > 0:
         sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
-        sink_v = load_sinks(SINK_V, r, kv, C, C.values, C.block_e)
     s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
-    num, den = window_read(s_before, s_own, s_sink, logit, top, ratio, v, before_v, sink_v, C)
+    top = top * unit
+    shift = top - log_ratio
+    w_own, w_before = weights(s_own, unit, shift), weights(s_before, unit, shift)
+    den = tl.sum(w_own, 1) + tl.sum(w_before, 1)
+    v = load_tile(v_base, v_stride, token, ok, C.values, C.block_e)
+    num = product(w_own, v, C.dot, C, num)
+    before_v = load_tile(v_base, v_stride, before, before_ok, C.values, C.block_e)
+    num = product(w_before, before_v, C.dot, C, num)
+    if C.sinks > 0:
+        w_sink = weights(s_sink, unit, shift)
+        den += tl.sum(w_sink, 1)
+        num = product(w_sink, load_sinks(SINK_V, r, kv, C, C.values, C.block_e), C.dot, C, num)
+    if C.sink_logit:
+        den += tl.exp2(logit * unit - shift)
     return num, den, top
 
 
 @triton.jit
-def outputs(
-    Q, K, V, Y, QUERY, KEY, START, SAVED, ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS,
-    heads, kv_heads, maps, span, scale, cap, C: tl.constexpr, SAVE: tl.constexpr,
+def store_error(num, den, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C: tl.constexpr, LEARN: tl.constexpr):
+    """Squared error of a chunk; with LEARN, writes `weight` times its gradients for numerator and denominator."""
+    inverse = 1.0 / den
+    y = num * inverse[:, None]
+    teacher = load_tile(place(TEACHER, r, h, start), TEACHER[3], token, ok, C.values, C.block_e)
+    error = tl.where(ok[:, None], y - teacher.to(tl.float32), 0.0)
+    if LEARN:
+        dnum = error * (2.0 * weight * inverse)[:, None]
+        store_tile(place(DNUM, r, h, start), DNUM[3], token, ok, dnum, C.values, C.block_e)
+        tl.store(place(DDEN, r, h, start) + token, -tl.sum(dnum * y, 1), mask=ok)
+    return tl.sum(tl.sum(error * error, 1), 0)
+
+
+@triton.jit
+def store_result(
+    num, den, top, Y, SAVED, TRANSFER, r, h, start, token, ok, weight, C: tl.constexpr, SAVE: tl.constexpr,
+    LEARN: tl.constexpr,
 ):  # fmt: skip
-    """y of one group of chunks; grid (R H, groups). SAVED = (denominators, largest scores), float32 [R, H, T]."""
+    """Store a chunk's y, or with a teacher what :func:`store_error` does; the squared error (0 without a teacher)."""
+    squares = 0.0
+    if TRANSFER[0] is not None:
+        squares = store_error(
+            num, den, TRANSFER[0], TRANSFER[1], TRANSFER[2], r, h, start, token, ok, weight, C, LEARN
+        )
+    else:
+        y = num * (1.0 / den)[:, None]
+        store_tile(place(Y, r, h, start), Y[3], token, ok, y, C.values, C.block_e)
+    if SAVE:
+        tl.store(place(SAVED[0], r, h, start) + token, den, mask=ok)
+        tl.store(place(SAVED[1], r, h, start) + token, top, mask=ok)
+    return squares
+
+
+@triton.jit
+def outputs(
+    Q, K, V, Y, QUERY, KEY, START, SAVED, TRANSFER, ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS,
+    heads, kv_heads, maps, span, scale, cap, weight, C: tl.constexpr, SAVE: tl.constexpr, LEARN: tl.constexpr,
+):  # fmt: skip
+    """One group of chunks; grid (R H, groups).
+
+    SAVED = (denominators, largest scores as exponents of two), float32 [R, H, T]. TRANSFER = (teacher's y or None,
+    dnum, dden [R, H, T], squared errors [R H, groups]); with a teacher y is not stored. `ratio_ptr`: log2 r.
+    """
     r = tl.program_id(0) // heads
     h = tl.program_id(0) % heads
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
-    q_base, y_base = place(Q, r, h, start), place(Y, r, h, start)
-    k_base, v_base = place(K, r, h * kv_heads // heads, start), place(V, r, h * kv_heads // heads, start)
+    kv = h * kv_heads // heads
+    q_base, k_base, v_base = place(Q, r, h, start), place(K, r, kv, start), place(V, r, kv, start)
     m = h * maps // heads
-    ratio, logit = tl.load(ratio_ptr + h), 0.0
-    if C.sink_logit:
-        logit = tl.load(logit_ptr + h)
+    log_ratio, logit = tl.load(ratio_ptr + h), load_logit(logit_ptr, h, exponent_unit(scale, C), C)
+    squares = 0.0
     if C.far:
         q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
         k_matrix, k_remainder, k_bias = load_map(KEY, m, C)
         s1, s2, z1, z2 = load_sums(START, (r * maps + m) * tl.num_programs(1) + group, C)
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
-        before, before_ok = tokens_of(c - 1, length, C)
         q = load_tile(q_base, Q[3], token, ok, C.dim, C.block_d)
-        k = load_tile(k_base, K[3], token, ok, C.dim, C.block_d)
-        v = load_tile(v_base, V[3], token, ok, C.values, C.block_e)
-        before_k, before_v = k, v
         num = tl.zeros([C.block_w, C.block_e], tl.float32)
         den = tl.zeros([C.block_w], tl.float32) + 1e-12
         top = den
-        if C.kind != "linear":
-            before_k = load_tile(k_base, K[3], before, before_ok, C.dim, C.block_d)
-            before_v = load_tile(v_base, V[3], before, before_ok, C.values, C.block_e)
-            kv = h * kv_heads // heads
-            num, den, top = near_chunk(
-                q, k, v, before_k, before_v, SINK_K, SINK_V, r, kv, logit, ratio, c, first + token, scale, cap, C
-            )
         if C.far:
-            far_k, far_v, far_ok = far_chunk(k, v, ok, before_k, before_v, before_ok, C.kind)
-            far_ok = far_ok & (first + far_token(token, before, C.kind) >= C.sinks)
-            fq, gq = features(q, q_matrix, q_remainder, q_bias, ok, C)
-            far_num, far_den = far_read(fq, gq, s1, s2, z1, z2, C)
-            num, den = num + far_num, den + far_den
-            if C.kind == "terrace":
-                store_tile(y_base, Y[3], token, ok, num / den[:, None], C.values, C.block_e)
-            fk, gk = features(far_k, k_matrix, k_remainder, k_bias, far_ok, C)
+            fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
+            num, far_den = far_read(num, fq, gq, s1, s2, z1, z2, C)
+            den += far_den
+        if C.kind != "linear":
+            num, near_den, top = near_read(
+                num, q, k_base, K[3], v_base, V[3], SINK_K, SINK_V, r, kv, logit, log_ratio, c, length,
+                first + token, scale, cap, C,
+            )  # fmt: skip
+            den += near_den
+        if C.kind == "terrace" or not C.far:
+            squares += store_result(num, den, top, Y, SAVED, TRANSFER, r, h, start, token, ok, weight, C, SAVE, LEARN)
+        if C.far:
+            far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
+            far_k = load_tile(k_base, K[3], far, far_ok, C.dim, C.block_d)
+            far_v = load_tile(v_base, V[3], far, far_ok, C.values, C.block_e)
+            fk, gk = key_features(far_k, first + far, k_matrix, k_remainder, k_bias, C)
             if C.kind != "terrace":
-                local = overlap(fq, gq, fk, gk, C)
-                num += product(local, far_v, C.low, C)
+                local = overlap(fq, gq, fk, gk, far_ok, C)
+                num = product(local, far_v, C.low, C, num)
                 den += tl.sum(local, 1)
-            s1, s2, z1, z2 = fold(s1, s2, z1, z2, fk, gk, far_v, C)
-        if C.kind != "terrace" or not C.far:
-            store_tile(y_base, Y[3], token, ok, num / den[:, None], C.values, C.block_e)
-        if SAVE:
-            at = (place(SAVED[0], r, h, start) + token, place(SAVED[1], r, h, start) + token)
-            tl.store(at[0], den, mask=ok)
-            tl.store(at[1], top, mask=ok)
+                squares += store_result(
+                    num, den, top, Y, SAVED, TRANSFER, r, h, start, token, ok, weight, C, SAVE, LEARN
+                )
+            s1, s2, z1, z2 = fold(s1, s2, z1, z2, fk, gk, far_v, far_ok, C)
+    if TRANSFER[0] is not None:
+        tl.store(TRANSFER[3] + tl.program_id(0) * tl.num_programs(1) + group, squares)

@@ -76,8 +76,8 @@ class Call:
     v: Tensor
     query: FusedMap | None
     key: FusedMap | None
-    ratio: Tensor
-    """r = g / l of every head, float32."""
+    log_ratio: Tensor
+    """log2 r of every head, r = g / l, float32."""
     logit: Tensor | None
     sink_k: Tensor | None
     sink_v: Tensor | None
@@ -138,7 +138,18 @@ class Call:
     def tail(self) -> tuple[Any, ...]:
         """The last arguments many kernels share."""
         sinks = [(None, 0, 0, 0) if s is None else (s, *s.stride()[:3]) for s in (self.sink_k, self.sink_v)]
-        return self.ratio, self.logit, *sinks, self.place(), self.heads, self.kv_heads, self.maps, self.span
+        place = self.place()
+        return self.log_ratio, self.logit, *sinks, place, self.heads, self.kv_heads, self.maps, self.span
+
+    def buffer(self, heads: int, *size: int, dtype: torch.dtype) -> Tensor:
+        """[B, heads, T, *size]; zeros where a row may not write all of it."""
+        make = self.q.new_empty if self.spans.start is None else self.q.new_zeros
+        return make(self.q.shape[0], heads, self.q.shape[2], *size, dtype=dtype)
+
+    @property
+    def low(self) -> torch.dtype:
+        """The type in which features' and values' gradients are handed from one kernel to the next."""
+        return torch.float32 if self.q.dtype == torch.float32 else torch.bfloat16
 
     def numbers(self) -> tuple[float, float]:
         """(scale, soft-cap)."""
@@ -202,14 +213,20 @@ def group_size(chunks: int, programs: int, wanted: int) -> int:
 
 
 def warps(c: Constants) -> int:
-    """Warps of a program: 128 registers a thread for the far sum and a tile of outputs, 4 at least."""
+    """Warps of a program that keeps the far sum on chip, 128 registers a thread for it."""
     sums = c.block_p.value * c.block_e.value * (2 if c.paired.value else 1) if c.far.value else 0
-    return 4 if sums <= 1 << 12 else 8 if sums <= 1 << 14 else 16
+    return 4 if sums <= 1 << 14 else 8
 
 
 def options(c: Constants) -> dict[str, int]:
-    """Launch options."""
+    """Launch options of the kernels with a far sum."""
     return {"num_warps": warps(c), "num_stages": 1}
+
+
+def near_options(c: Constants) -> dict[str, int]:
+    """Launch options of the kernels without: dk and dv of a chunk, 128 registers a thread."""
+    held = c.block_w.value * (c.block_d.value + c.block_e.value)
+    return {"num_warps": 4 if held <= 1 << 14 else 8, "num_stages": 1}
 
 
 def shared_bytes(c: Constants, itemsize: int) -> int:
@@ -228,10 +245,15 @@ def shared_limit(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether kernels can run there."""
+    return INTERPRETED or device.type == "cuda"
+
+
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run this call, or None."""
     rule, q = call.rule, call.q
-    if q.device.type != "cuda" and not INTERPRETED:
+    if not on_gpu(q.device):
         return f"the tensors are on {q.device}; Triton kernels need a CUDA device"
     if q.dtype not in TYPES or call.k.dtype != q.dtype or call.v.dtype != q.dtype:
         types = f"q, k, v are {q.dtype}, {call.k.dtype}, {call.v.dtype}"
@@ -295,19 +317,36 @@ def total(x: Tensor, start: Tensor | None, *, backwards: bool = False) -> None:
     running_totals[grid](x, first, groups, size, BACKWARDS=backwards, BLOCK=width)
 
 
-def run_outputs(call: Call, *, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Any, Any]]:
+@dataclass(frozen=True)
+class Transfer:
+    """What `outputs` stores in place of y when it is given the teacher's."""
+
+    teacher: Tensor
+    dnum: Tensor
+    """The error over the denominator, [B, H, T, E] in the teacher's type (float32 for float16)."""
+    dden: Tensor
+    """float32 [B, H, T]."""
+    squares: Tensor
+    """Squared error of every program."""
+    weight: float
+
+
+def run_outputs(
+    call: Call, *, save: bool = False, transfer: Transfer | None = None, learn: bool = False
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Any, Any]]:
     """(y [B, H, T, E], denominators, largest scores [B, H, T], sums at the groups' starts); 0 outside the rows."""
-    make = call.q.new_empty if call.spans.start is None else call.q.new_zeros
-    batch, heads, tokens, _ = call.q.shape
-    y = make(batch, heads, tokens, call.v.shape[3])
-    den, top = (make(batch, heads, tokens, dtype=torch.float32) if save else None for _ in range(2))
+    y = None if transfer is not None else call.buffer(call.heads, call.v.shape[3], dtype=call.q.dtype)
+    den, top = (call.buffer(call.heads, dtype=torch.float32) if save else None for _ in range(2))
     starts = group_starts(call)
-    c = call.constants()
-    saved = (None, None) if den is None or top is None else (call.tensor(den), call.tensor(top))
-    outputs[(call.rows * heads, call.groups)](
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), call.tensor(y),
-        call.operands(call.query), call.operands(call.key), starts, saved, *call.tail(), *call.numbers(),
-        c, SAVE=save, **options(c),
+    c, none = call.constants(), (None, 0, 0, 0)
+    saved = (none, none) if den is None or top is None else (call.tensor(den), call.tensor(top))
+    teacher: tuple[Any, ...] = (None, none, none, None)
+    if transfer is not None:
+        teacher = (*(call.tensor(x) for x in (transfer.teacher, transfer.dnum, transfer.dden)), transfer.squares)
+    outputs[(call.rows * call.heads, call.groups)](
+        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), none if y is None else call.tensor(y),
+        call.operands(call.query), call.operands(call.key), starts, saved, teacher, *call.tail(), *call.numbers(),
+        0.0 if transfer is None else float(transfer.weight), c, SAVE=save, LEARN=learn, **options(c),
     )  # fmt: skip
     return y, den, top, starts
 

@@ -59,15 +59,23 @@ class Constants:
             object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+"""Exponentials are powers of two: e^x costs four instructions more."""
+
+
+WIDTH = tl.constexpr(16)
+"""Columns of a count z, all the same: sums of features by tensor cores, whose tiles are no narrower."""
+
+
 @triton.jit
-def product(a, b, T: tl.constexpr, C: tl.constexpr):
-    """a @ b in float32, of operands rounded to T."""
+def product(a, b, T: tl.constexpr, C: tl.constexpr, onto=None):
+    """a @ b in float32, of operands rounded to T, added to `onto`."""
     a = a.to(T)
     b = b.to(T)
     if C.wide:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, acc=onto, input_precision="ieee")
 
 
 @triton.jit
@@ -151,38 +159,65 @@ def load_map(M, head, C: tl.constexpr):
 
 
 @triton.jit
-def activate(u, ok, C: tl.constexpr):
-    """One half of the features; zeros where `ok` is false and in padding columns."""
-    there = ok[:, None]
-    if C.block_p != C.columns:
-        column = tl.arange(0, C.block_p)[None, :] < C.columns
-        there = there & column
-        if C.act == "softmax" or C.act == "exp":
-            u = tl.where(column, u, float("-inf"))
+def activate(u, C: tl.constexpr):
+    """One half of the features [tokens, P]; zeros in padding columns."""
+    there = tl.arange(0, C.block_p)[None, :] < C.columns
     if C.act == "softmax" or C.act == "exp":
-        f = tl.exp(u - tl.max(u, 1)[:, None])
+        if C.block_p != C.columns:
+            u = tl.where(there, u, float("-inf"))
+        f = tl.exp2(u * LOG2E - (tl.max(u, 1) * LOG2E)[:, None])
         if C.act == "softmax":
-            f = f / tl.sum(f, 1)[:, None]
+            f = f * (1.0 / tl.sum(f, 1))[:, None]
     elif C.act == "relu":
         f = tl.maximum(u, 0.0)
     else:
-        f = tl.where(u > 0, u + 1.0, tl.exp(tl.minimum(u, 0.0)))
-    return tl.where(there, tl.maximum(f, C.floor), 0.0)
+        f = tl.where(u > 0, u + 1.0, tl.exp2(tl.minimum(u, 0.0) * LOG2E))
+    f = tl.maximum(f, C.floor)
+    if C.block_p != C.columns:
+        f = tl.where(there, f, 0.0)
+    return f
 
 
 @triton.jit
-def features(x, matrix, remainder, bias, ok, C: tl.constexpr):
+def features(x, matrix, remainder, bias, C: tl.constexpr):
     """(f, g) of tokens x [tokens, D]; g is f where the map is not paired."""
     u = product(x, matrix, C.dot, C)
     if C.split:
-        u += product(x, remainder, C.dot, C)
+        u = product(x, remainder, C.dot, C, u)
     if C.bias:
         u += bias[None, :]
-    f = activate(u, ok, C)
+    f = activate(u, C)
     g = f
     if C.paired:
-        g = activate(-u, ok, C)
+        g = activate(-u, C)
     return f, g
+
+
+@triton.jit
+def key_features(x, position, matrix, remainder, bias, C: tl.constexpr):
+    """`features` of keys: zeros for the sinks, which never join the far part. Tokens that do not exist get features
+    too; their values are zero, and `real_ones` leaves them out of the counts."""
+    f, g = features(x, matrix, remainder, bias, C)
+    if C.sinks > 0:
+        f = tl.where((position >= C.sinks)[:, None], f, 0.0)
+        g = tl.where((position >= C.sinks)[:, None], g, 0.0)
+    return f, g
+
+
+@triton.jit
+def real_ones(ok, C: tl.constexpr):
+    """[tokens, WIDTH]: what phi(k)^T is multiplied with for the sum of phi(k)."""
+    return tl.where(ok[:, None] & (tl.arange(0, WIDTH)[None, :] >= 0), 1.0, 0.0)
+
+
+@triton.jit
+def by_count(f, z, C: tl.constexpr):
+    """phi . z [tokens] for z [P, WIDTH], whose columns are all the same."""
+    upper = z.to(C.low)
+    den = product(f, upper, C.low, C)
+    if C.split:
+        den = product(f, z - upper.to(tl.float32), C.low, C, den)
+    return tl.max(den, 1)
 
 
 @triton.jit
@@ -211,32 +246,51 @@ def features_backward(f, g, df, dg, C: tl.constexpr):
 
 
 @triton.jit
-def far_read(f, g, s1, s2, z1, z2, C: tl.constexpr):
-    """(numerator, denominator) of the far keys in the sums."""
-    num = product(f, s1, C.low, C)
-    den = tl.sum(rounded(f, C) * z1[None, :], 1)
+def far_read(num, f, g, s1, s2, z1, z2, C: tl.constexpr):
+    """(`num` plus the numerator, denominator) of the far keys in the sums."""
+    num = product(f, s1, C.low, C, num)
+    den = by_count(f, z1, C)
     if C.paired:
-        num += product(g, s2, C.low, C)
-        den += tl.sum(rounded(g, C) * z2[None, :], 1)
+        num = product(g, s2, C.low, C, num)
+        den += by_count(g, z2, C)
     return num, den
 
 
 @triton.jit
-def overlap(fq, gq, fk, gk, C: tl.constexpr):
+def overlap(fq, gq, fk, gk, ok, C: tl.constexpr):
     """phi(q) . phi(k) of far pairs inside a chunk (linear) or across two (sliding): key column <= query row."""
     i = tl.arange(0, C.block_w)
     x = product(fq, tl.trans(fk), C.low, C)
     if C.paired:
-        x += product(gq, tl.trans(gk), C.low, C)
-    return rounded(tl.where(i[None, :] <= i[:, None], x, 0.0), C)
+        x = product(gq, tl.trans(gk), C.low, C, x)
+    return rounded(tl.where((i[None, :] <= i[:, None]) & ok[None, :], x, 0.0), C)
+
+
+@triton.jit
+def exponent_unit(scale, C: tl.constexpr):
+    """Times this, scores as the kernels keep them (products q k^T; after a soft-cap) are exponents of two."""
+    if C.softcap:
+        return scale * 0.0 + LOG2E
+    else:
+        return scale * LOG2E
+
+
+@triton.jit
+def load_logit(logit_ptr, h, unit, C: tl.constexpr):
+    """The sink logit in the scores' unit."""
+    logit = 0.0
+    if C.sink_logit:
+        logit = tl.load(logit_ptr + h) * LOG2E / unit
+    return logit
 
 
 @triton.jit
 def scores(q, k, seen, scale, cap, C: tl.constexpr):
-    """Scores after scale and soft-cap, -inf where not seen."""
-    s = product(q, tl.trans(k), C.dot, C) * scale
+    """Scores in the unit of :func:`exponent_unit`, -inf where not seen."""
+    s = product(q, tl.trans(k), C.dot, C)
     if C.softcap:
-        e = tl.exp(-2.0 * tl.abs(s) / cap)
+        s = s * scale
+        e = tl.exp2(tl.abs(s) / cap * (-2.0 * LOG2E))
         bent = cap * (1.0 - e) / (1.0 + e)
         s = tl.where(s < 0, -bent, bent)
     return tl.where(seen, s, float("-inf"))
@@ -280,28 +334,18 @@ def window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C: tl.
 
 
 @triton.jit
-def window_read(before, own, sink, logit, top, ratio, v, before_v, sink_v, C: tl.constexpr):
-    """(numerator, denominator) of the near part, with weights r exp(s - c)."""
-    before = tl.exp(before - top[:, None])
-    own = tl.exp(own - top[:, None])
-    total = tl.sum(before, 1) + tl.sum(own, 1)
-    num = product(before, before_v, C.dot, C) + product(own, v, C.dot, C)
-    if C.sinks > 0:
-        sink = tl.exp(sink - top[:, None])
-        total += tl.sum(sink, 1)
-        num += product(sink, sink_v, C.dot, C)
-    if C.sink_logit:
-        total += tl.exp(logit - top)
-    return num * ratio, total * ratio
+def weights(s, unit, shift):
+    """r exp(s - c), where `shift` is c in powers of two, less log2 r."""
+    return tl.exp2(s * unit - shift[:, None])
 
 
 @triton.jit
 def load_sums(START, row, C: tl.constexpr):
-    """(s1, s2, z1, z2) from START = (sums [rows, F, E] or None, [rows, F]); zeros for None."""
+    """(s1, s2 [P, E], z1, z2 [P, WIDTH]) from START = (sums [rows, F, E] or None, [rows, F]); zeros for None."""
     p = tl.arange(0, C.block_p)
     e = tl.arange(0, C.block_e)[None, :]
     s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
-    z1 = tl.zeros([C.block_p], tl.float32)
+    z1 = tl.zeros([C.block_p, WIDTH], tl.float32)
     s2 = s1
     z2 = z1
     if START[0] is not None:
@@ -309,11 +353,11 @@ def load_sums(START, row, C: tl.constexpr):
         at = row.to(tl.int64) * (halves * C.columns) + p
         ok = (p[:, None] < C.columns) & (e < C.values)
         s1 = tl.load(START[0] + at[:, None] * C.values + e, mask=ok, other=0.0)
-        z1 = tl.load(START[1] + at, mask=p < C.columns, other=0.0)
+        z1 += tl.load(START[1] + at, mask=p < C.columns, other=0.0)[:, None]
         if C.paired:
             at += C.columns
             s2 = tl.load(START[0] + at[:, None] * C.values + e, mask=ok, other=0.0)
-            z2 = tl.load(START[1] + at, mask=p < C.columns, other=0.0)
+            z2 += tl.load(START[1] + at, mask=p < C.columns, other=0.0)[:, None]
     return s1, s2, z1, z2
 
 
@@ -326,11 +370,11 @@ def store_sums(OUT, row, s1, s2, z1, z2, C: tl.constexpr):
     at = row.to(tl.int64) * (halves * C.columns) + p
     ok = (p[:, None] < C.columns) & (e < C.values)
     tl.store(OUT[0] + at[:, None] * C.values + e, s1, mask=ok)
-    tl.store(OUT[1] + at, z1, mask=p < C.columns)
+    tl.store(OUT[1] + at, tl.max(z1, 1), mask=p < C.columns)
     if C.paired:
         at += C.columns
         tl.store(OUT[0] + at[:, None] * C.values + e, s2, mask=ok)
-        tl.store(OUT[1] + at, z2, mask=p < C.columns)
+        tl.store(OUT[1] + at, tl.max(z2, 1), mask=p < C.columns)
 
 
 @triton.jit

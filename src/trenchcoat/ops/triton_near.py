@@ -1,0 +1,222 @@
+"""The near part's backward pass as Triton kernels: window, sinks and sink logit; see :mod:`trenchcoat.ops.triton_backward`.
+
+No chunk waits for another here. Both kernels finish a gradient with what the far part gives it: dq and dk get du W^T, dv
+what `key_gradients` stored.
+
+Shape legend: as in :mod:`trenchcoat.ops.triton_parts`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from trenchcoat.ops.triton_backward import load_dnum, load_row, row_gradient
+from trenchcoat.ops.triton_parts import (
+    exponent_unit,
+    load_logit,
+    load_map,
+    load_sinks,
+    load_tile,
+    place,
+    product,
+    row_of,
+    scores,
+    seen_before,
+    store_tile,
+    tokens_of,
+    weights,
+    window_scores,
+)
+
+
+@triton.jit
+def largest(before, own, sink, logit, C: tl.constexpr):
+    """(largest score, its column); of equal ones the last part's first."""
+    top, column = tl.max(own, 1), tl.argmax(own, 1) + C.block_w
+    other = tl.max(before, 1)
+    column = tl.where(other > top, tl.argmax(before, 1), column)
+    top = tl.maximum(top, other)
+    if C.sinks > 0:
+        other = tl.max(sink, 1)
+        column = tl.where(other > top, tl.argmax(sink, 1) + 2 * C.block_w, column)
+        top = tl.maximum(top, other)
+    if C.sink_logit:
+        column = tl.where(logit > top, 4 * C.block_w, column)
+        top = tl.maximum(top, logit)
+    return top, column
+
+
+@triton.jit
+def gain(w, dnum, dden, v, C: tl.constexpr):
+    """w dw of a block of keys: what the loss gains by its weights growing together."""
+    return w * (product(dnum, tl.trans(v), C.low, C) + dden[:, None])
+
+
+@triton.jit
+def score_gradient(ds, s, pull, at_top, scale, cap, C: tl.constexpr):
+    """Gradients of q . k: w dw plus `pull` at the largest score, through soft-cap and scale."""
+    ds += tl.where(at_top, pull[:, None], 0.0)
+    if C.softcap:
+        t = tl.maximum(s, -cap) / cap
+        ds = ds * (1.0 - t * t)
+    return ds * scale
+
+
+@triton.jit
+def chunk_query_gradient(
+    dq, q, k_base, k_stride, v_base, v_stride, SINK_K, SINK_V, r, kv, logit, log_ratio, dnum, dden, c, length, position,
+    dsink_k, dsink_v, scale, cap, C: tl.constexpr,
+):  # fmt: skip
+    """(`dq` plus the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
+    unit = exponent_unit(scale, C)
+    token, ok = tokens_of(c, length, C)
+    before, before_ok = tokens_of(c - 1, length, C)
+    k = load_tile(k_base, k_stride, token, ok, C.dim, C.block_d)
+    before_k = load_tile(k_base, k_stride, before, before_ok, C.dim, C.block_d)
+    sink_k = k
+    if C.sinks > 0:
+        sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
+    s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
+    top, column = largest(s_before, s_own, s_sink, logit, C)
+    shift = top * unit - log_ratio
+    v = load_tile(v_base, v_stride, token, ok, C.values, C.block_e)
+    own = gain(weights(s_own, unit, shift), dnum, dden, v, C)
+    before_v = load_tile(v_base, v_stride, before, before_ok, C.values, C.block_e)
+    past = gain(weights(s_before, unit, shift), dnum, dden, before_v, C)
+    pull = -tl.sum(own, 1) - tl.sum(past, 1)
+    share = dden
+    if C.sinks > 0:
+        w_sink = weights(s_sink, unit, shift)
+        sink = gain(w_sink, dnum, dden, load_sinks(SINK_V, r, kv, C, C.values, C.block_e), C)
+        pull -= tl.sum(sink, 1)
+        dsink_v = product(tl.trans(w_sink), dnum, C.low, C, dsink_v)
+    if C.sink_logit:
+        share = tl.exp2(logit * unit - shift) * dden
+        pull -= share
+    if not C.far:
+        pull = pull * 0.0
+    i = tl.arange(0, C.block_w)[None, :]
+    at = column[:, None]
+    dq = product(score_gradient(own, s_own, pull, at == i + C.block_w, scale, cap, C), k, C.low, C, dq)
+    dq = product(score_gradient(past, s_before, pull, at == i, scale, cap, C), before_k, C.low, C, dq)
+    if C.sinks > 0:
+        n = tl.arange(0, C.block_s)[None, :]
+        ds = score_gradient(sink, s_sink, pull, at == n + 2 * C.block_w, scale, cap, C)
+        dq = product(ds, sink_k, C.low, C, dq)
+        dsink_k = product(tl.trans(ds), q, C.low, C, dsink_k)
+    if C.sink_logit:
+        share += tl.where(column == 4 * C.block_w, pull, 0.0)
+    return dq, pull, column, dsink_k, dsink_v, share
+
+
+@triton.jit
+def store_sinks(DSINK, mine, dsink_k, dsink_v, C: tl.constexpr):
+    """This program's share of the sinks' gradients, [programs, S, D] and [programs, S, E]."""
+    if C.sinks > 0:
+        n = tl.arange(0, C.block_s)
+        rows = (mine * C.sinks).to(tl.int64)
+        store_tile(DSINK[0] + rows * C.dim, C.dim, n, n < C.sinks, dsink_k, C.dim, C.block_d)
+        store_tile(DSINK[1] + rows * C.values, C.values, n, n < C.sinks, dsink_v, C.values, C.block_e)
+
+
+@triton.jit
+def near_query_gradients(
+    Q, K, V, Y, DY, QUERY, DU, DEN, RESULT, DQ, share_ptr, DSINK,
+    ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, C: tl.constexpr,
+):  # fmt: skip
+    """dq, and this program's share of the sinks' gradients; grid (R H, groups).
+
+    RESULT = (dden, pull, column of the largest score), [R, H, T]: dden is given where there is a far part, the others are
+    for `near_key_gradients`; `share_ptr`: of the sink logit, [R H, groups].
+    """
+    r, h = tl.program_id(0) // heads, tl.program_id(0) % heads
+    group = tl.program_id(1)
+    mine = tl.program_id(0) * tl.num_programs(1) + group
+    start, length, first = row_of(ROWS, r, C)
+    kv = h * kv_heads // heads
+    k_base, v_base = place(K, r, kv, start), place(V, r, kv, start)
+    log_ratio, logit, dlogit = tl.load(ratio_ptr + h), load_logit(logit_ptr, h, exponent_unit(scale, C), C), 0.0
+    if C.far:
+        matrix, _remainder, _bias = load_map(QUERY, h, C)
+    dsink_k, dsink_v = tl.zeros([C.block_s, C.block_d], tl.float32), tl.zeros([C.block_s, C.block_e], tl.float32)
+    for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
+        token, ok = tokens_of(c, length, C)
+        dq = tl.zeros([C.block_w, C.block_d], tl.float32)
+        if C.far:
+            du = load_tile(place(DU, r, h, start), DU[3], token, ok, C.columns, C.block_p)
+            dq = product(du, tl.trans(matrix), C.low, C, dq)
+        if C.kind != "linear":
+            dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, False)
+            if C.far:
+                dden = load_row(RESULT[0], r, h, start, token, ok, 0.0)
+            else:
+                dden = row_gradient(dnum, Y, RESULT[0], r, h, start, token, ok, C)
+            q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
+            dq, pull, column, dsink_k, dsink_v, share = chunk_query_gradient(
+                dq, q, k_base, K[3], v_base, V[3], SINK_K, SINK_V, r, kv, logit, log_ratio, dnum, dden, c, length,
+                first + token, dsink_k, dsink_v, scale, cap, C,
+            )  # fmt: skip
+            tl.store(place(RESULT[1], r, h, start) + token, pull, mask=ok)
+            tl.store(place(RESULT[2], r, h, start) + token, column, mask=ok)
+            if C.sink_logit:
+                dlogit += tl.sum(tl.where(ok, share, 0.0), 0)
+        store_tile(place(DQ, r, h, start), DQ[3], token, ok, dq, C.dim, C.block_d)
+    tl.store(share_ptr + mine, dlogit)
+    store_sinks(DSINK, mine, dsink_k, dsink_v, C)
+
+
+@triton.jit
+def chunk_key_gradient(
+    dk, dv, Q, k, v, seen, DY, DEN, TOP, RESULT, r, h, start, token, ok, column, log_ratio, scale, cap, C: tl.constexpr
+):  # fmt: skip
+    """Adds what the queries of one chunk give to the keys and values of another (or the same)."""
+    q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
+    s = scores(q, k, seen, scale, cap, C)
+    w = weights(s, exponent_unit(scale, C), load_row(TOP, r, h, start, token, ok, 0.0) - log_ratio)
+    dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, False)
+    dv = product(tl.trans(w), dnum, C.low, C, dv)
+    dden = load_row(RESULT[0], r, h, start, token, ok, 0.0)
+    pull = load_row(RESULT[1], r, h, start, token, ok, 0.0)
+    at = load_row(RESULT[2], r, h, start, token, ok, -1)
+    ds = score_gradient(gain(w, dnum, dden, v, C), s, pull, at[:, None] == column, scale, cap, C)
+    return product(tl.trans(ds), q, C.low, C, dk), dv
+
+
+@triton.jit
+def near_key_gradients(
+    Q, K, V, DY, KEY, DU, DEN, TOP, RESULT, FAR_DV, DK, DV,
+    ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, C: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one chunk of one key/value head, from all its query heads; grid (R G, chunks)."""
+    r, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
+    c = tl.program_id(1)
+    start, length, _first = row_of(ROWS, r, C)
+    token, ok = tokens_of(c, length, C)
+    after, after_ok = tokens_of(c + 1, length, C)
+    dk, dv = tl.zeros([C.block_w, C.block_d], tl.float32), tl.zeros([C.block_w, C.block_e], tl.float32)
+    if C.far:
+        for j in range(0, maps // kv_heads):
+            m = kv * (maps // kv_heads) + j
+            matrix, _remainder, _bias = load_map(KEY, m, C)
+            du = load_tile(place(DU, r, m, start), DU[3], token, ok, C.columns, C.block_p)
+            dk = product(du, tl.trans(matrix), C.low, C, dk)
+            far_dv = load_tile(place(FAR_DV, r, m, start), FAR_DV[3], token, ok, C.values, C.block_e)
+            dv += far_dv.to(tl.float32)
+    if C.kind != "linear":
+        k = load_tile(place(K, r, kv, start), K[3], token, ok, C.dim, C.block_d)
+        v = load_tile(place(V, r, kv, start), V[3], token, ok, C.values, C.block_e)
+        i = tl.arange(0, C.block_w)
+        for j in range(0, heads // kv_heads):
+            h = kv * (heads // kv_heads) + j
+            log_ratio = tl.load(ratio_ptr + h)
+            dk, dv = chunk_key_gradient(
+                dk, dv, Q, k, v, i[None, :] <= i[:, None], DY, DEN, TOP, RESULT, r, h, start, token, ok,
+                i[None, :] + C.block_w, log_ratio, scale, cap, C,
+            )  # fmt: skip
+            dk, dv = chunk_key_gradient(
+                dk, dv, Q, k, v, seen_before(c + 1, C), DY, DEN, TOP, RESULT, r, h, start, after, after_ok, i[None, :],
+                log_ratio, scale, cap, C,
+            )  # fmt: skip
+    store_tile(place(DK, r, kv, start), DK[3], token, ok, dk, C.dim, C.block_d)
+    store_tile(place(DV, r, kv, start), DV[3], token, ok, dv, C.values, C.block_e)
