@@ -2,8 +2,9 @@
 
     python scripts/compile_kernels.py [--capability 90] [--dtype bfloat16] [--out benchmarks/kernels_sm90.json]
 
-The kernels are those that the passes of a layer launch (outputs, gradients, attention transfer, a decode step), recorded
-while these run on empty tensors: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64, 2048 tokens.
+The kernels are those that the passes of a layer launch (outputs, gradients, attention transfer, a decode step),
+recorded while these run on empty tensors: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64, 2048
+tokens.
 
 Columns: registers of a thread; bytes of them spilled to local memory (stores); shared memory; warps; and of the longest
 loop, a step: cycles that a multiprocessor needs for its matrix instructions, for issuing all instructions (four a
@@ -194,7 +195,7 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
     driver.set_active(Pretended(args.capability))
-    launch.wanted_programs = lambda device: 264  # type: ignore[assignment]
+    launch.wanted_programs = lambda device, each: 132 * each  # type: ignore[assignment]
     launch.on_gpu = lambda device: True
     found: dict[str, dict[str, dict[str, int]]] = {}
     names = ("registers", "spilled_bytes", "shared_bytes", "warps", "instructions", "matrix", "issue", "traffic")

@@ -46,8 +46,8 @@ FLOORS: list[set[str]] = [
 """Parts of the package from the ground up; a part imports only from floors below its own."""
 
 FENCES: dict[str, set[str]] = {
-    "triton": {"ops/triton_parts.py", "ops/triton_forward.py", "ops/triton_backward.py", "ops/triton_transfer.py"}
-    | {"ops/triton_decode.py", "ops/triton_crossent.py", "ops/triton_launch.py", "ops/triton.py"},
+    "triton": {"ops/triton_parts.py", "ops/triton_forward.py", "ops/triton_backward.py", "ops/triton_near.py"}
+    | {"ops/triton_decode.py", "ops/triton_crossent.py", "ops/triton_launch.py", "ops/triton_passes.py"},
     "peft": {"surgery.py"},
     "lm_eval": {"harness.py"},
     "omegaconf": {"recipe_io.py"},

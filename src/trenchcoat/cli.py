@@ -216,7 +216,7 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    known = ["ops", "transfer", "blocks", "clip", "decode", "kernels"]
+    known = ["ops", "transfer", "blocks", "clip", "decode", "kernels", "tiles"]
     sub.add_argument("what", choices=known, help="what to measure")
     sub.add_argument("--out", metavar="FILE", default=None, help="also write the result as JSON")
     sub.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads (default: torch's choice)")

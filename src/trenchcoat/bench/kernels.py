@@ -106,11 +106,14 @@ def ceilings(timer: Timer, device: str) -> dict[str, float]:
 
 
 class Bench:
-    """A terrace student on an implementation, and random q, k, v."""
+    """A student on an implementation, and random q, k, v."""
 
-    def __init__(self, sizes: Sizes, impl: str, tokens: int, device: str, rows: int = 1) -> None:
+    def __init__(
+        self, sizes: Sizes, impl: str, tokens: int, device: str, rows: int = 1, *, kind: str = "terrace"
+    ) -> None:
         torch.manual_seed(0)
         cfg = StudentConfig(
+            name=kind,
             window=sizes.window,
             feature_map=FeatureMapConfig(feature_dim=sizes.columns),
             impl=impl,  # type: ignore[arg-type]

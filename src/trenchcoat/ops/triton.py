@@ -18,23 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.rows import Rows, sink_pairs, state_after
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_backward import gradient_sums, key_gradients, map_gradients, query_gradients
-from trenchcoat.ops.triton_launch import (
-    Call,
-    FusedMap,
-    Spans,
-    Transfer,
-    final_sums,
-    near_options,
-    options,
-    refusal,
-    run_outputs,
-    total,
-)
+from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal, run
 from trenchcoat.ops.triton_near import near_key_gradients, near_query_gradients
+from trenchcoat.ops.triton_passes import FarGradients, Transfer, final_sums, run_outputs
 
 Pair = tuple[Tensor, Tensor]
-NONE = (None, 0, 0, 0)
 LOG2E = math.log2(math.e)
 
 
@@ -70,9 +58,7 @@ def _call(rule: Rule, spans: Spans, names: tuple[str, str, float], *tensors: Ten
     key = None if k_matrix is None else FusedMap(names[1], k_matrix, k_bias, names[2])
     start = None if s0 is None or z0 is None else (s0, z0)
     log2 = log_ratio.detach().float() * LOG2E
-    return Call(
-        rule, q, k, v, query, key, log2, None if logit is None else logit.float(), sink_k, sink_v, start, spans
-    )
+    return Call(rule, q, k, v, query, key, log2, None if logit is None else logit.float(), sink_k, sink_v, start, spans)
 
 
 def _inner(x: Tensor) -> Tensor:
@@ -87,7 +73,7 @@ def _backward(
     x, heads = call.tensor, call.heads
     dden = call.buffer(heads, dtype=torch.float32)
     inputs, keys = any(needed[:3]) or any(needed[8:11]), needed[1] or needed[2]
-    far = _Far(call, dy, den, dden, given=False)
+    far = FarGradients(call, dy, den, dden, given=False)
     dlog = far.queries(y, starts) if call.rule.far else torch.zeros_like(call.log_ratio)
     if call.rule.far and (keys or any(needed[5:7])):
         far.keys(values=keys)
@@ -97,102 +83,25 @@ def _backward(
     pull, column = torch.empty_like(dden), torch.empty_like(dden, dtype=torch.int32)
     result = (x(dden), x(pull), x(column))
     dq = call.buffer(heads, call.q.shape[3], dtype=call.q.dtype)
-    c, programs, sinks = call.constants(), call.rows * heads * call.groups, call.rule.sinks
+    programs, sinks = call.rows * heads * call.groups, call.rule.sinks
     dlogit = call.log_ratio.new_empty(programs)
     dsinks = [dlogit.new_empty(programs, sinks, n) for n in (call.q.shape[3], call.v.shape[3])]
-    near_query_gradients[(call.rows * heads, call.groups)](
-        x(call.q), x(call.k), x(call.v), x(y), x(dy), call.operands(call.query), far.given(far.du_query), x(den), result,
-        x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(), c, **near_options(c),
+    run(
+        near_query_gradients, (call.rows * heads, call.groups), call,
+        x(call.q), x(call.k), x(call.v), x(y), x(dy), call.operands(call.query), far.given(far.du_query), x(den),
+        result, x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(),
     )  # fmt: skip
     dk = dv = None
     if keys:
         dk, dv = (call.buffer(call.kv_heads, t.shape[3], dtype=t.dtype) for t in (call.k, call.v))
-        near_key_gradients[(call.rows * call.kv_heads, call.chunks)](
+        run(
+            near_key_gradients, (call.rows * call.kv_heads, call.chunks), call,
             x(call.q), x(call.k), x(call.v), x(dy), call.operands(call.key), far.given(far.du_key), x(den), x(top),
-            result, far.given(far.dv), x(dk), x(dv), *call.tail(), *call.numbers(), c, **near_options(c),
+            result, far.given(far.dv), x(dk), x(dv), *call.tail(), *call.numbers(),
         )  # fmt: skip
     dlogit = dlogit.view(call.rows, heads, -1).sum((0, 2))
     pairs = [t.view(call.rows, call.kv_heads, -1, sinks, t.shape[2]).sum(2) for t in dsinks] if sinks else [None, None]
     return [dq, dk, dv, *maps, dlog, dlogit, *pairs, None, None]
-
-
-class _Far:
-    """The far part's backward pass: du of queries and keys, dv, and of these the maps' gradients."""
-
-    def __init__(self, call: Call, dy: Tensor, den: Tensor | None, dden: Tensor, *, given: bool) -> None:
-        """With `given`, `dy` is dnum already and dden holds its values."""
-        self.call, self.dy, self.dden, self.is_given = call, dy, dden, given
-        self.den = NONE if den is None else call.tensor(den)
-        self.constants = call.constants()
-        self.du_query: Tensor | None = None
-        self.du_key: Tensor | None = None
-        self.dv: Tensor | None = None
-
-    def given(self, x: Tensor | None) -> tuple[Any, ...]:
-        """A tensor as the kernels take it."""
-        return NONE if x is None else self.call.tensor(x)
-
-    def queries(self, y: Tensor | None, starts: tuple[Any, Any]) -> Tensor:
-        """Fills du of the queries and (unless given) dden; the gradient for log(g / l), [H]."""
-        call, x, c = self.call, self.call.tensor, self.constants
-        self.du_query = call.buffer(call.heads, c.columns.value, dtype=call.low)
-        share = call.log_ratio.new_empty(call.rows * call.heads * call.groups)
-        query_gradients[(call.rows * call.heads, call.groups)](
-            x(call.q), x(call.k), x(call.v), self.given(y), x(self.dy), call.operands(call.query),
-            call.operands(call.key), starts, self.den, x(self.dden), x(self.du_query), share, call.place(), call.heads,
-            call.kv_heads, call.maps, call.span, c, GIVEN=self.is_given, **options(c),
-        )  # fmt: skip
-        dlog = share.view(call.rows, call.heads, -1).sum((0, 2))
-        return torch.zeros_like(dlog) if call.rule.kind == "linear" else dlog
-
-    def keys(self, *, values: bool) -> None:
-        """Fills du of the keys and, with `values`, dv by far queries."""
-        call, x, c = self.call, self.call.tensor, self.constants
-        self.du_key = call.buffer(call.maps, c.columns.value, dtype=call.low)
-        self.dv = call.buffer(call.maps, call.v.shape[3], dtype=call.low) if values else None
-        key_gradients[(call.rows * call.maps, call.groups)](
-            x(call.q), x(call.k), x(call.v), x(self.dy), call.operands(call.query), call.operands(call.key),
-            self._group_ends(), self.den, x(self.dden), x(self.du_key), self.given(self.dv), call.place(), call.heads,
-            call.kv_heads, call.maps, call.span, c, SHARED=call.heads // call.maps, GIVEN=self.is_given, **options(c),
-        )  # fmt: skip
-
-    def _group_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Gradients of the far sums at the end of every group, [R K, N, F, E] and [R K, N, F]; None where all are 0."""
-        call, c = self.call, self.constants
-        if call.groups == 1 or call.query is None:
-            return None, None
-        count, features = call.rows * call.maps, call.query.features
-        s = call.log_ratio.new_empty(count, call.groups, features, call.v.shape[3])
-        z = call.log_ratio.new_empty(count, call.groups, features)
-        gradient_sums[(count, call.groups)](
-            call.tensor(call.q), call.tensor(self.dy), call.operands(call.query), self.den, call.tensor(self.dden),
-            (s, z), call.place(), call.heads, call.maps, call.span, call.lag - 1, c, SHARED=call.heads // call.maps,
-            GIVEN=self.is_given, **options(c),
-        )  # fmt: skip
-        total(s, None, backwards=True)
-        total(z, None, backwards=True)
-        return s, z
-
-    def maps(self, query: bool, key: bool) -> list[Tensor | None]:
-        """Gradients of the query map's matrix and bias and the key map's, None where not asked for."""
-        found: list[Tensor | None] = []
-        for wanted, tensor, du, heads in (
-            (query, self.call.q, self.du_query, self.call.heads),
-            (key, self.call.k, self.du_key, self.call.maps),
-        ):
-            found += [None, None] if not wanted or du is None else self._map(tensor, du, heads)
-        return found
-
-    def _map(self, tensor: Tensor, du: Tensor, maps: int) -> list[Tensor | None]:
-        call, c = self.call, self.constants
-        programs = call.rows * maps * call.groups
-        matrix = call.log_ratio.new_empty(programs, tensor.shape[3], c.columns.value)
-        bias = call.log_ratio.new_empty(programs, c.columns.value) if c.bias.value else None
-        map_gradients[(call.rows * maps, call.groups)](
-            call.tensor(tensor), call.tensor(du), (matrix, bias), call.place(), tensor.shape[1], maps, call.span, c,
-            **near_options(c),
-        )  # fmt: skip
-        return [None if x is None else x.view(call.rows, maps, -1, *x.shape[1:]).sum((0, 2)) for x in (matrix, bias)]
 
 
 def _accept(call: Call) -> Call:
@@ -345,7 +254,7 @@ def _transfer(call: Call, y: Tensor, weight: float, learn: bool) -> tuple[Tensor
     starts = run_outputs(call, transfer=Transfer(y, dnum, dden, squares, weight), learn=learn)[3]
     if not learn:
         return squares.sum(), [None] * 5
-    far = _Far(call, dnum, None, dden, given=True)
+    far = FarGradients(call, dnum, None, dden, given=True)
     dlog = far.queries(None, starts)
     far.keys(values=False)
     return squares.sum(), [*far.maps(True, True), dlog]

@@ -1,17 +1,16 @@
 """The backward pass as Triton kernels; everything but denominators and largest scores is computed again.
 
-With w_nj = r exp(s_nj - c_n), dnum = dy / den and dden = -dnum . y: dw_nj = dnum . v_j + dden and ds = w dw. The largest
-score also gets `pull`, minus the sum of w dw over the near keys: c_n is part of the function, and adding one number to
-all scores of a query (c_n among them) changes nothing, so the gradients of its scores add up to zero.
+With w_nj = r exp(s_nj - c_n), dnum = dy / den and dden = -dnum . y: dw_nj = dnum . v_j + dden and ds = w dw. The
+largest score also gets `pull`, minus the sum of w dw over the near keys: c_n is part of the function, and adding one
+number to all scores of a query (c_n among them) changes nothing, so the gradients of its scores add up to zero.
 
 Far part: `query_gradients` walks forward with the far sums on chip, `gradient_sums` adds up phi(q)^T dnum by group,
 `key_gradients` walks backward with these. They store du, the gradients before the activation, of which
-`map_gradients` makes those of the maps. Near part: `near_query_gradients` and `near_key_gradients`, chunk by chunk, which
-also finish dq, dk and dv with what the far part gives them. A program adds up over the heads that share its keys or its map
-in a fixed order, so the bits are the same every time.
+`map_gradients` makes those of the maps. The near part's kernels (:mod:`trenchcoat.ops.triton_near`) then finish dq, dk
+and dv. A program adds up over the heads that share its keys or its map in a fixed order, so the bits are the same every
+time.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`. A query's largest score is named by a column: 0 and up in the
-chunk before, `block_w` and up in its own, 2 `block_w` and up for sinks, 4 `block_w` for the sink logit.
+Shape legend: as in :mod:`trenchcoat.ops.triton_parts`.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def query_gradients(
     Q, K, V, Y, DY, QUERY, KEY, START, DEN, DDEN, DU, share_ptr, ROWS, heads, kv_heads, maps, span,
     C: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """du of the queries, dden (given with GIVEN) and this program's share of the gradient of log r; grid (R H, groups)."""
+    """du of the queries, dden (unless GIVEN), this program's share of the gradient of log r; grid (R H, groups)."""
     r, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
@@ -195,7 +194,7 @@ def key_gradients(
     Q, K, V, DY, QUERY, KEY, ENDS, DEN, DDEN, DU, DV, ROWS, heads, kv_heads, maps, span,
     C: tl.constexpr, SHARED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """du of the keys under one key map and (unless DV[0] is None) dv by the far queries of its heads; grid (R K, groups)."""
+    """du of the keys under one key map and, unless DV[0] is None, dv by its heads' far queries; grid (R K, groups)."""
     r, m = tl.program_id(0) // maps, tl.program_id(0) % maps
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)

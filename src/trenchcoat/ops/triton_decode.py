@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trenchcoat.ops.state import Rule, StudentState
 from trenchcoat.ops.triton_forward import fold
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, options, refusal
+from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, refusal, run
 from trenchcoat.ops.triton_parts import (
     activate,
     key_features,
@@ -253,7 +253,7 @@ def decode(
 
 
 def _step(call: Call, pieces: list[Tensor], state: StudentState, real: Tensor | None) -> None:
-    rule, c = call.rule, call.constants()
+    rule = call.rule
     q = call.q
     far = (state.far_s_BKFE, state.far_z_BKF)
     rings = call.tensor(state.k_BGND), call.tensor(state.v_BGNE)
@@ -261,17 +261,20 @@ def _step(call: Call, pieces: list[Tensor], state: StudentState, real: Tensor | 
     sinks = [call.tensor(x) if rule.sinks else none for x in (state.sink_k_BGSD, state.sink_v_BGSE)]
     if rule.kind != "linear" and call.key is not None:
         count = rule.window if rule.kind == "terrace" else 1
-        fold_leaving[(q.shape[0] * call.maps,)](
+        run(
+            fold_leaving, (q.shape[0] * call.maps,), call,
             *rings, call.operands(call.key), far, state.seen_B, real, call.maps, call.kv_heads, rule.slots,
-            c, COUNT=count, **options(c),
+            COUNT=count,
         )  # fmt: skip
     # without a far part the programs stand for key/value heads
     maps = call.kv_heads if call.key is None else call.maps
     values = call.v.shape[3]
     columns = block(values) if rule.kind == "linear" else min(block(values), VALUES_A_PROGRAM)
     whole = [(None, None, None) if m is None else (m.matrix, m.matrix, m.bias) for m in (call.query, call.key)]
-    read_step[(q.shape[0] * maps, triton.cdiv(values, columns))](
-        *(call.tensor(x) for x in pieces), *rings, *sinks, *whole, far, state.seen_B, real, call.log_ratio.exp2(), call.logit,
-        call.heads, call.kv_heads, maps, rule.slots, *call.numbers(), c, SHARED=call.heads // maps, COLUMNS=columns,
-        RING=block(rule.slots + rule.sinks), **options(c),
+    run(
+        read_step, (q.shape[0] * maps, triton.cdiv(values, columns)), call,
+        *(call.tensor(x) for x in pieces), *rings, *sinks, *whole, far, state.seen_B, real, call.log_ratio.exp2(),
+        call.logit,
+        call.heads, call.kv_heads, maps, rule.slots, *call.numbers(), SHARED=call.heads // maps, COLUMNS=columns,
+        RING=block(rule.slots + rule.sinks),
     )  # fmt: skip

@@ -156,9 +156,7 @@ def store_result(
     """Store a chunk's y, or with a teacher what :func:`store_error` does; the squared error (0 without a teacher)."""
     squares = 0.0
     if TRANSFER[0] is not None:
-        squares = store_error(
-            num, den, TRANSFER[0], TRANSFER[1], TRANSFER[2], r, h, start, token, ok, weight, C, LEARN
-        )
+        squares = store_error(num, den, TRANSFER[0], TRANSFER[1], TRANSFER[2], r, h, start, token, ok, weight, C, LEARN)
     else:
         y = num * (1.0 / den)[:, None]
         store_tile(place(Y, r, h, start), Y[3], token, ok, y, C.values, C.block_e)

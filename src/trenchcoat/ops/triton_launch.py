@@ -1,4 +1,4 @@
-"""From tensors to Triton launches: what the kernels accept, their constants and grids, and one function a pass.
+"""From tensors to Triton launches: what the kernels accept, their constants, groups and launch settings.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; B batch rows, R rows (B, or the sequences of a packed batch), T
 tokens, F features (P, or 2 P where paired), N groups of chunks.
@@ -6,9 +6,10 @@ tokens, F features (P, or 2 P where paired), N groups of chunks.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.triton_forward import far_sums, outputs, running_totals
+from trenchcoat.ops.triton_forward import outputs
 from trenchcoat.ops.triton_parts import Constants
+from trenchcoat.ops.triton_tiles import Choices, Tile, choices
 
+OutOfResources = triton.runtime.errors.OutOfResources
+VERSION = triton.__version__
 INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
 """Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET was set)."""
 
@@ -120,7 +124,9 @@ class Call:
         """Chunks of a group."""
         if not self.rule.far:
             return min(self.chunks, SHORTEST_GROUP)
-        return group_size(self.chunks, self.rows * self.heads, wanted_programs(self.q.device))
+        return group_size(
+            self.chunks, self.rows * self.heads, wanted_programs(self.q.device, choices_of(self).programs)
+        )
 
     @property
     def groups(self) -> int:
@@ -155,6 +161,7 @@ class Call:
         """(scale, soft-cap)."""
         return float(self.rule.scale), 1.0 if self.rule.softcap is None else float(self.rule.softcap)
 
+    @cached_property
     def constants(self) -> Constants:
         """What the kernels are compiled for."""
         rule, dtype = self.rule, self.q.dtype
@@ -162,7 +169,7 @@ class Call:
         act, paired = ("softmax", False) if phi is None else ACTIVATIONS[phi.name]
         columns = 16 if phi is None else phi.matrix.shape[2]
         half = dtype != torch.float32
-        return Constants(
+        return constants_of(
             kind=rule.kind, window=rule.window, block_w=block(rule.window),
             dim=self.q.shape[3], block_d=block(self.q.shape[3]), values=self.v.shape[3], block_e=block(self.v.shape[3]),
             columns=columns, block_p=block(columns), act=act, paired=paired,
@@ -193,17 +200,44 @@ def parts_of(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
     return upper, (matrix - upper.float()).to(dtype)
 
 
+@lru_cache
+def constants_of(**fields: Any) -> Constants:
+    """One object for equal constants: making it costs as much as a launch."""
+    return Constants(**fields)
+
+
 def block(size: int) -> int:
     """The power of two a tensor core can take, 16 at least."""
     return max(16, triton.next_power_of_2(size))
 
 
 @lru_cache
-def wanted_programs(device: torch.device) -> int:
-    """Programs that fill a device: two for each multiprocessor."""
+def wanted_programs(device: torch.device, each: int) -> int:
+    """Programs that fill a device, `each` a multiprocessor."""
     if device.type != "cuda":
         return 1
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """What tuned choices are filed under."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def choices_of(call: Call) -> Choices:
+    """Choices tuned on this device for a shape like the call's, or none."""
+    c = call.constants
+    return choices(device_name(call.q.device), signature(c, str(call.q.dtype)), VERSION)
+
+
+def signature(c: Constants, dtype: str) -> str:
+    """The shape that choices are tuned for."""
+    halves = 2 if c.paired.value else 1
+    return (
+        f"{c.kind.value} window {c.window.value} dim {c.dim.value} values {c.values.value} features "
+        f"{halves * c.columns.value if c.far.value else 0} {dtype.removeprefix('torch.')}"
+    )
 
 
 def group_size(chunks: int, programs: int, wanted: int) -> int:
@@ -212,28 +246,64 @@ def group_size(chunks: int, programs: int, wanted: int) -> int:
     return -(-chunks // groups)
 
 
-def warps(c: Constants) -> int:
-    """Warps of a program that keeps the far sum on chip, 128 registers a thread for it."""
-    sums = c.block_p.value * c.block_e.value * (2 if c.paired.value else 1) if c.far.value else 0
-    return 4 if sums <= 1 << 14 else 8
+def untuned(c: Constants, kernel: str) -> Tile:
+    """Four warps where what a program keeps on chip leaves them room: 192 registers a thread, of 255."""
+    w, d, e = c.block_w.value, c.block_d.value, c.block_e.value
+    if kernel.startswith("near_"):
+        held = w * (d + e)
+    elif kernel == "map_gradients":
+        held = d * c.block_p.value
+    else:
+        held = (c.block_p.value * e * (2 if c.paired.value else 1) if c.far.value else 0) + w * e
+    return Tile(warps=4 if held <= 192 * 128 else 8, stages=1)
 
 
-def options(c: Constants) -> dict[str, int]:
-    """Launch options of the kernels with a far sum."""
-    return {"num_warps": warps(c), "num_stages": 1}
+def run(kernel: Any, grid: tuple[int, ...], call: Call, *arguments: Any, **flags: Any) -> None:
+    """Launch a kernel whose last positional argument is the call's constants."""
+    name = kernel.fn.__name__
+    tile = choices_of(call).tiles.get(name) or untuned(call.constants, name)
+    if launches is not None:
+        launches.append(Launch(name, kernel, grid, (*arguments, call.constants), flags, tile))
+    kernel[grid](*arguments, call.constants, **flags, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def near_options(c: Constants) -> dict[str, int]:
-    """Launch options of the kernels without: dk and dv of a chunk, 128 registers a thread."""
-    held = c.block_w.value * (c.block_d.value + c.block_e.value)
-    return {"num_warps": 4 if held <= 1 << 14 else 8, "num_stages": 1}
+@dataclass(frozen=True)
+class Launch:
+    """What :func:`run` did, to be done again."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    flags: dict[str, Any]
+    tile: Tile
+
+    def again(self, tile: Tile) -> None:
+        """The same launch with another tile; raises `OutOfResources` where it does not fit."""
+        self.kernel[self.grid](*self.arguments, **self.flags, num_warps=tile.warps, num_stages=tile.stages)
+
+
+launches: list[Launch] | None = None
+"""Where :func:`recorded` keeps them."""
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Every launch inside the block."""
+    global launches
+    before, launches = launches, []
+    try:
+        yield launches
+    finally:
+        launches = before
 
 
 def shared_bytes(c: Constants, itemsize: int) -> int:
-    """Shared memory of the hungriest kernel (`query_gradients`): two maps of two parts, four key-side and two
-    value-side tiles. At D = E = 128, P = W = 64 in bfloat16 this is what the compiler reports, but for 256 bytes."""
+    """Shared memory of the hungriest kernel (`outputs`): two maps of two parts, three tiles of tokens and, where far
+    keys lie in a chunk, one of features. At D = E = 128, P = W = 64 in bfloat16 the compiler reports as much."""
     d, e, p, w = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w))
-    return int(itemsize * ((4 if c.split.value else 2) * d * p + w * (4 * d + 2 * e)) + 256)
+    maps, local = 4 if c.split.value else 2, 0 if c.kind.value == "terrace" else p
+    return int(itemsize * (maps * d * p + w * (d + 2 * max(d, e) + local)))
 
 
 @lru_cache
@@ -265,7 +335,7 @@ def refusal(call: Call) -> str | None:
     if rule.sinks > MOST_SINKS:
         return f"sinks is {rule.sinks}; the kernels hold {MOST_SINKS} at most"
     if rule.far and call.query is not None:
-        c = call.constants()
+        c = call.constants
         halves = 2 if c.paired.value else 1
         if halves * c.block_p.value * c.block_e.value > LARGEST_SUM:
             return (
@@ -279,83 +349,3 @@ def refusal(call: Call) -> str | None:
                 f"{rule.window}, head dim {q.shape[3]}, feature_dim {c.columns.value}); make one of them smaller"
             )
     return None
-
-
-def group_starts(call: Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Far sums at the start of every group, [R K, N, F, E] and [R K, N, F]; None where they are all zero."""
-    if not call.rule.far or call.key is None:
-        return None, None
-    if call.groups == 1:
-        return (None, None) if call.start is None else call.start
-    sums = grouped_sums(call, call.place(), call.lag - 1)
-    total(sums[0], None if call.start is None else call.start[0])
-    total(sums[1], None if call.start is None else call.start[1])
-    return sums
-
-
-def grouped_sums(call: Call, place: tuple[Any, ...], shift: int) -> tuple[Tensor, Tensor]:
-    """Each group's own sums; `shift`: chunks by which the groups lie earlier than those of the outputs."""
-    assert call.key is not None
-    features, count = call.key.features, call.rows * call.maps
-    s = call.q.new_empty(count, call.groups, features, call.v.shape[3], dtype=torch.float32)
-    z = call.q.new_empty(count, call.groups, features, dtype=torch.float32)
-    c = call.constants()
-    far_sums[(count, call.groups)](
-        call.tensor(call.k), call.tensor(call.v), call.operands(call.key), (s, z), place,
-        call.maps, call.kv_heads, call.span, shift, c, **options(c),
-    )  # fmt: skip
-    return s, z
-
-
-def total(x: Tensor, start: Tensor | None, *, backwards: bool = False) -> None:
-    """x [rows, N, ...] becomes, in place, what each group starts from."""
-    rows, groups = x.shape[:2]
-    size = math.prod(x.shape[2:])
-    width = min(1024, triton.next_power_of_2(size))
-    grid = (rows, triton.cdiv(size, width))
-    first = None if start is None else start.contiguous()
-    running_totals[grid](x, first, groups, size, BACKWARDS=backwards, BLOCK=width)
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """What `outputs` stores in place of y when it is given the teacher's."""
-
-    teacher: Tensor
-    dnum: Tensor
-    """The error over the denominator, [B, H, T, E] in the teacher's type (float32 for float16)."""
-    dden: Tensor
-    """float32 [B, H, T]."""
-    squares: Tensor
-    """Squared error of every program."""
-    weight: float
-
-
-def run_outputs(
-    call: Call, *, save: bool = False, transfer: Transfer | None = None, learn: bool = False
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, tuple[Any, Any]]:
-    """(y [B, H, T, E], denominators, largest scores [B, H, T], sums at the groups' starts); 0 outside the rows."""
-    y = None if transfer is not None else call.buffer(call.heads, call.v.shape[3], dtype=call.q.dtype)
-    den, top = (call.buffer(call.heads, dtype=torch.float32) if save else None for _ in range(2))
-    starts = group_starts(call)
-    c, none = call.constants(), (None, 0, 0, 0)
-    saved = (none, none) if den is None or top is None else (call.tensor(den), call.tensor(top))
-    teacher: tuple[Any, ...] = (None, none, none, None)
-    if transfer is not None:
-        teacher = (*(call.tensor(x) for x in (transfer.teacher, transfer.dnum, transfer.dden)), transfer.squares)
-    outputs[(call.rows * call.heads, call.groups)](
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), none if y is None else call.tensor(y),
-        call.operands(call.query), call.operands(call.key), starts, saved, teacher, *call.tail(), *call.numbers(),
-        0.0 if transfer is None else float(transfer.weight), c, SAVE=save, LEARN=learn, **options(c),
-    )  # fmt: skip
-    return y, den, top, starts
-
-
-def final_sums(call: Call, far_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Far sums [R, K, F, E] and [R, K, F] after the first `far_tokens` int32 [R] tokens of the rows."""
-    assert call.key is not None
-    zero = torch.zeros_like(far_tokens)
-    start, first = (zero if x is None else x for x in (call.spans.start, call.spans.first))
-    ragged = Call(**{**call.__dict__, "spans": Spans(start, far_tokens, first, call.spans.packed)})
-    s, z = (x.sum(1).unflatten(0, (call.rows, call.maps)) for x in grouped_sums(ragged, ragged.place(), 0))
-    return (s, z) if call.start is None else (s + call.start[0], z + call.start[1])

@@ -1,9 +1,10 @@
-"""The near part's backward pass as Triton kernels: window, sinks and sink logit; see :mod:`trenchcoat.ops.triton_backward`.
+"""The near part's backward pass as Triton kernels: window, sinks and sink logit.
 
-No chunk waits for another here. Both kernels finish a gradient with what the far part gives it: dq and dk get du W^T, dv
-what `key_gradients` stored.
+The formulas are those of :mod:`trenchcoat.ops.triton_backward`, but no chunk waits for another here. Both kernels
+finish a gradient with what the far part gives it: dq and dk get du W^T, dv what `key_gradients` stored.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`.
+Shape legend: as in :mod:`trenchcoat.ops.triton_parts`. A query's largest score is named by a column: 0 and up in the
+chunk before, `block_w` and up in its own, 2 `block_w` and up for sinks, 4 `block_w` for the sink logit.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def chunk_query_gradient(
     dq, q, k_base, k_stride, v_base, v_stride, SINK_K, SINK_V, r, kv, logit, log_ratio, dnum, dden, c, length, position,
     dsink_k, dsink_v, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
-    """(`dq` plus the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
+    """(dq with the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
     unit = exponent_unit(scale, C)
     token, ok = tokens_of(c, length, C)
     before, before_ok = tokens_of(c - 1, length, C)
@@ -127,8 +128,8 @@ def near_query_gradients(
 ):  # fmt: skip
     """dq, and this program's share of the sinks' gradients; grid (R H, groups).
 
-    RESULT = (dden, pull, column of the largest score), [R, H, T]: dden is given where there is a far part, the others are
-    for `near_key_gradients`; `share_ptr`: of the sink logit, [R H, groups].
+    RESULT = (dden, pull, column of the largest score), [R, H, T]: dden is given where there is a far part, the others
+    are for `near_key_gradients`; `share_ptr`: of the sink logit, [R H, groups].
     """
     r, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     group = tl.program_id(1)

@@ -1,0 +1,134 @@
+"""Find the fastest launch settings of the Triton kernels on this GPU and keep them under its name.
+
+For every kernel that a layer's passes launch, warps and pipeline depths are tried on the very launch that was recorded;
+then how many programs a multiprocessor rows are cut for. What is kept (:mod:`trenchcoat.ops.triton_tiles`) is used from
+then on, by every process that runs this shape on such a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trenchcoat.bench.kernels import QUICK, Bench, Sizes, Timer
+from trenchcoat.config import UserError
+from trenchcoat.files import read_json, write_json
+from trenchcoat.ops.triton_tiles import Choices, Tile, choices, encoded, tiles_file
+from trenchcoat.runlog import environment
+
+if TYPE_CHECKING:
+    from trenchcoat.ops.triton_launch import Launch
+
+CANDIDATES = tuple(Tile(warps, stages) for warps in (4, 8, 16) for stages in (1, 2, 3))
+PROGRAMS = (1, 2, 4)
+"""Programs a multiprocessor."""
+WORTH = 0.98
+"""A choice must take this much of the default's time, or the default stays."""
+
+Clock = Callable[[Callable[[], object]], float]
+
+
+def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, float]]:
+    """Kernel -> (tile, its time over that of the tile it was launched with)."""
+    from trenchcoat.ops.triton_launch import OutOfResources
+
+    variants: dict[str, dict[str, Launch]] = {}
+    for launch in launches:
+        variants.setdefault(launch.name, {}).setdefault(repr(sorted(launch.flags.items())), launch)
+    found = {}
+    for name, kinds in variants.items():
+        usual = next(iter(kinds.values())).tile
+
+        def taken(tile: Tile, kinds: dict[str, Launch] = kinds) -> float:
+            return sum(clock(lambda one=one: one.again(tile)) for one in kinds.values())  # type: ignore[misc]
+
+        least, chosen = taken(usual), usual
+        default = least
+        for tile in CANDIDATES:
+            if tile == usual:
+                continue
+            try:
+                time = taken(tile)
+            except OutOfResources:
+                continue
+            if time < min(least, WORTH * default):
+                least, chosen = time, tile
+        found[name] = (chosen, least / default)
+    return found
+
+
+def keep(device: str, shape: str, found: Choices, version: str) -> None:
+    """Put an entry into the file, whose other entries stay."""
+    path = tiles_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = read_json(path) if path.exists() else {}
+    content.setdefault(device, {})[shape] = encoded(found, version)
+    write_json(path, content)
+    choices.cache_clear()
+
+
+def tune(passes: Sequence[Callable[[], object]], clock: Clock, *, device: torch.device) -> dict[str, Any]:
+    """Tune one shape's passes, keep the outcome and return it JSON-ready."""
+    from trenchcoat.ops.triton_launch import VERSION, device_name, recorded, signature
+
+    with recorded() as launches:
+        for work in passes:
+            work()
+    constants, dtype = launches[0].arguments[-1], str(launches[0].arguments[0][0].dtype)
+    shape, name = signature(constants, dtype), device_name(device)
+    best = best_tiles(launches, clock)
+    tiles = {kernel: tile for kernel, (tile, _) in best.items()}
+    times = {}
+    for programs in PROGRAMS:
+        keep(name, shape, Choices(programs=programs, tiles=tiles), VERSION)
+        times[programs] = sum(clock(work) for work in passes)
+    programs = min(times, key=lambda p: times[p])
+    if times[programs] > WORTH * times[2]:
+        programs = 2
+    keep(name, shape, Choices(programs=programs, tiles=tiles), VERSION)
+    return {
+        "shape": shape, "device": name, "programs": programs, "seconds_by_programs": times,
+        "tiles": {kernel: [tile.warps, tile.stages, round(share, 4)] for kernel, (tile, share) in best.items()},
+    }  # fmt: skip
+
+
+def measure(
+    *, threads: int | None = None, quick: bool = False, repeats: int | None = None, device: str = "cuda"
+) -> dict[str, Any]:
+    """Tune the shape of ``bench kernels`` for every kind.
+
+    Raises:
+        UserError: there is no CUDA device, or `device` is not one.
+    """
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise UserError(
+            f"bench tiles tunes Triton kernels on a GPU, but --device is {device} and "
+            f"{'there is' if torch.cuda.is_available() else 'there is no'} CUDA device; give it a machine with one and "
+            "--device cuda"
+        )
+    sizes = QUICK if quick else Sizes()
+    timer = Timer(sizes.repeats if repeats is None else repeats)
+    tokens = sizes.lengths[0] if quick else 8192
+    found = []
+    for kind in ("terrace", "sliding", "linear"):
+        bench = Bench(sizes, "triton", tokens, device, kind=kind)
+        passes = [bench.forward, bench.training, bench.transfer]
+        found.append(tune(passes, timer, device=torch.device(device)))
+    return {
+        "benchmark": "tiles",
+        "file": str(tiles_file()),
+        "found": found,
+        "environment": environment(implementation="triton", device=device),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [f"kept in {result['file']}"]
+    for entry in result["found"]:
+        lines.append(f"{entry['device']}, {entry['shape']}: {entry['programs']} programs a multiprocessor")
+        for kernel, (warps, stages, share) in entry["tiles"].items():
+            lines.append(f"  {kernel:<24} {warps:>2} warps, {stages} stages: {share:.2f} of the default's time")
+    return "\n".join(lines)

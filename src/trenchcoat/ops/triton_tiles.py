@@ -1,0 +1,86 @@
+"""Launch settings that were tuned on a device (``trenchcoat bench tiles``), kept in a file by the device's name.
+
+Nothing is tuned at import or during training: without an entry for the device and shape the settings are arithmetic
+(`untuned` of :mod:`trenchcoat.ops.triton_launch`). Settings change how fast a kernel is, never what it means.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("trenchcoat")
+
+VARIABLE = "TRENCHCOAT_TILES"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Warps of a program, and depth to which its loads are pipelined."""
+
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was found fastest for one shape."""
+
+    programs: int = 2
+    """Wanted programs a multiprocessor: rows are cut into groups until there are about so many."""
+    tiles: dict[str, Tile] = field(default_factory=dict)
+    """Kernel -> its tile."""
+
+
+def tiles_file() -> Path:
+    """The file tuned settings are kept in: what TRENCHCOAT_TILES names, or ``~/.cache/trenchcoat/tiles.json``."""
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "trenchcoat" / "tiles.json"
+
+
+@lru_cache
+def choices(device: str, signature: str, version: str) -> Choices:
+    """The entry of a device and shape; without one tuned by this version of triton, the defaults.
+
+    Raises:
+        ValueError: the file is not what :func:`encoded` writes.
+    """
+    path = tiles_file()
+    if not path.exists():
+        return Choices()
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8")).get(device, {}).get(signature)
+        if entry is None:
+            return Choices()
+        if entry["triton"] != version:
+            log.info("%s: tuned with triton %s, not used with %s; %s", path, entry["triton"], version, AGAIN)
+            return Choices()
+        tiles = {name: _tile(pair) for name, pair in entry["tiles"].items()}
+        programs = int(entry["programs"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of tuned settings ({error}); delete it, {AGAIN}") from error
+    log.info("%s: settings tuned on %s for %s", path, device, signature)
+    return Choices(programs=programs, tiles=tiles)
+
+
+AGAIN = "`trenchcoat bench tiles --device cuda` writes it anew"
+
+
+def _tile(pair: Any) -> Tile:
+    warps, stages = (int(n) for n in pair)
+    if warps not in (1, 2, 4, 8, 16) or not 1 <= stages <= 8:
+        raise ValueError(f"{warps} warps and {stages} stages")
+    return Tile(warps, stages)
+
+
+def encoded(found: Choices, version: str) -> dict[str, Any]:
+    """An entry of the file."""
+    return {
+        "triton": version, "programs": found.programs,
+        "tiles": {name: [tile.warps, tile.stages] for name, tile in found.tiles.items()},
+    }  # fmt: skip

@@ -1,0 +1,117 @@
+"""Launch settings tuned on a device: found on recorded launches, kept by its name, used by the next call, refused when
+the file is not one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernel_kit import DEVICE, KernelCase, group
+from operator_kit import budget, error
+from trenchcoat import bench
+from trenchcoat.bench import tiles as tuning
+from trenchcoat.config import UserError
+from trenchcoat.ops import triton, triton_launch, triton_tiles
+from trenchcoat.ops.triton_tiles import Choices, Tile
+
+
+@pytest.fixture
+def own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "deep" / "tiles.json"
+    monkeypatch.setenv(triton_tiles.VARIABLE, str(path))
+    triton_tiles.choices.cache_clear()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> object:
+    yield
+    triton_tiles.choices.cache_clear()
+
+
+CASE = KernelCase(tokens=9, window=3, batch=1, heads=1, key_maps=1)
+
+
+def _run() -> torch.Tensor:
+    leaves = {name: t.detach() for name, t in CASE.leaves(torch.float32).items()}
+    y, _ = triton.attend(
+        *(leaves[n] for n in "qkv"), *CASE.maps(leaves), CASE.rule.log_ratio(leaves["mix"]), rule=CASE.rule
+    )
+    return y
+
+
+def test_the_fastest_is_kept_and_used(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock for which 8 warps at depth 2 are fastest, and a device on which 16 warps do not fit."""
+    real = triton_launch.Launch.again
+    tried: list[Tile] = []
+
+    def again(self: triton_launch.Launch, tile: Tile) -> None:
+        tried.append(tile)
+        if tile.warps == 16:
+            raise triton_launch.OutOfResources(1, 0, "shared memory")
+        real(self, tile)
+
+    def clock(work: object) -> float:
+        tried.clear()
+        work()  # type: ignore[operator]
+        return 1.0 if tried and tried[-1] == Tile(8, 2) else 2.0
+
+    monkeypatch.setattr(triton_launch.Launch, "again", again)
+    found = tuning.tune([_run], clock, device=torch.device(DEVICE))
+    assert found["tiles"] == {"outputs": [8, 2, 0.5]}
+    entry = json.loads(own_file.read_text())[triton_launch.device_name(torch.device(DEVICE))]
+    assert list(entry) == [found["shape"]]
+    with triton_launch.recorded() as launches:
+        y = _run()
+    assert launches[0].tile == Tile(8, 2)
+    exact, independent = (CASE.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
+    assert error(y, exact) <= budget(error(independent, exact), CASE.terms)
+
+
+def test_other_shapes_devices_and_versions_do_not_use_it(own_file: Path) -> None:
+    tuning.keep("some GPU", "a shape", Choices(programs=4, tiles={"outputs": Tile(8, 3)}), "9.9")
+    assert triton_tiles.choices("some GPU", "a shape", "9.9").tiles["outputs"] == Tile(8, 3)
+    assert triton_tiles.choices("some GPU", "a shape", "9.9").programs == 4
+    for device, shape, version in (
+        ("another", "a shape", "9.9"),
+        ("some GPU", "b", "9.9"),
+        ("some GPU", "a shape", "1"),
+    ):
+        assert triton_tiles.choices(device, shape, version) == Choices()
+    tuning.keep("another", "b", Choices(), "9.9")
+    assert list(json.loads(own_file.read_text())) == ["some GPU", "another"]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"cpu": {"s": {"triton": "1", "programs": 2, "tiles": {"x": [3, 1]}}}}'])
+def test_a_file_that_is_not_one_is_named(text: str, own_file: Path) -> None:
+    own_file.parent.mkdir()
+    own_file.write_text(text)
+    with pytest.raises(ValueError, match=r"tiles\.json is not a file of tuned settings.*bench tiles"):
+        triton_tiles.choices("cpu", "s", "1")
+
+
+def test_every_pass_goes_through_one_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each kernel is tuned and compiled for the report: nothing is launched past it but running totals."""
+    group(monkeypatch, 2)
+    with triton_launch.recorded() as launches:
+        CASE.kernels(torch.float32)
+    assert {launch.name for launch in launches} == {
+        "outputs", "far_sums", "query_gradients", "gradient_sums", "key_gradients", "map_gradients",
+        "near_query_gradients", "near_key_gradients",
+    }  # fmt: skip
+
+
+def test_without_a_gpu_tuning_says_so() -> None:
+    with pytest.raises(UserError, match="--device cuda"):
+        bench.run("tiles", device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_quick_run(own_file: Path) -> None:
+    result = tuning.measure(quick=True)
+    assert own_file.exists()
+    assert "warps" in tuning.table(result)
