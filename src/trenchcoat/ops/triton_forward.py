@@ -150,13 +150,13 @@ def store_error(num, den, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C
 
 @triton.jit
 def store_result(
-    num, den, top, Y, SAVED, TRANSFER, r, h, start, token, ok, weight, C: tl.constexpr, SAVE: tl.constexpr,
+    num, den, top, Y, SAVED, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C: tl.constexpr, SAVE: tl.constexpr,
     LEARN: tl.constexpr,
 ):  # fmt: skip
     """Store a chunk's y, or with a teacher what :func:`store_error` does; the squared error (0 without a teacher)."""
     squares = 0.0
-    if TRANSFER[0] is not None:
-        squares = store_error(num, den, TRANSFER[0], TRANSFER[1], TRANSFER[2], r, h, start, token, ok, weight, C, LEARN)
+    if TEACHER[0] is not None:
+        squares = store_error(num, den, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C, LEARN)
     else:
         y = num * (1.0 / den)[:, None]
         store_tile(place(Y, r, h, start), Y[3], token, ok, y, C.values, C.block_e)
@@ -168,13 +168,13 @@ def store_result(
 
 @triton.jit
 def outputs(
-    Q, K, V, Y, QUERY, KEY, START, SAVED, TRANSFER, ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS,
+    Q, K, V, Y, QUERY, KEY, START, SAVED, TEACHER, DNUM, DDEN, squares_ptr, ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS,
     heads, kv_heads, maps, span, scale, cap, weight, C: tl.constexpr, SAVE: tl.constexpr, LEARN: tl.constexpr,
 ):  # fmt: skip
     """One group of chunks; grid (R H, groups).
 
-    SAVED = (denominators, largest scores as exponents of two), float32 [R, H, T]. TRANSFER = (teacher's y or None,
-    dnum, dden [R, H, T], squared errors [R H, groups]); with a teacher y is not stored. `ratio_ptr`: log2 r.
+    SAVED = (denominators, largest scores as exponents of two), float32 [R, H, T]. With a teacher's y, the student's is not
+    stored, but squared errors [R H, groups] and (LEARN) dnum and dden [R, H, T]. `ratio_ptr`: log2 r.
     """
     r = tl.program_id(0) // heads
     h = tl.program_id(0) % heads
@@ -206,7 +206,9 @@ def outputs(
             )  # fmt: skip
             den += near_den
         if C.kind == "terrace" or not C.far:
-            squares += store_result(num, den, top, Y, SAVED, TRANSFER, r, h, start, token, ok, weight, C, SAVE, LEARN)
+            squares += store_result(
+                num, den, top, Y, SAVED, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C, SAVE, LEARN
+            )
         if C.far:
             far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
             far_k = load_tile(k_base, K[3], far, far_ok, C.dim, C.block_d)
@@ -217,8 +219,8 @@ def outputs(
                 num = product(local, far_v, C.low, C, num)
                 den += tl.sum(local, 1)
                 squares += store_result(
-                    num, den, top, Y, SAVED, TRANSFER, r, h, start, token, ok, weight, C, SAVE, LEARN
+                    num, den, top, Y, SAVED, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C, SAVE, LEARN
                 )
             s1, s2, z1, z2 = fold(s1, s2, z1, z2, fk, gk, far_v, far_ok, C)
-    if TRANSFER[0] is not None:
-        tl.store(TRANSFER[3] + tl.program_id(0) * tl.num_programs(1) + group, squares)
+    if TEACHER[0] is not None:
+        tl.store(squares_ptr + tl.program_id(0) * tl.num_programs(1) + group, squares)

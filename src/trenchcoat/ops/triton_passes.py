@@ -80,13 +80,13 @@ def run_outputs(
     starts = group_starts(call)
     none = (None, 0, 0, 0)
     saved = (none, none) if den is None or top is None else (call.tensor(den), call.tensor(top))
-    teacher: tuple[Any, ...] = (None, none, none, None)
+    teacher: tuple[Any, ...] = (none, none, none, None)
     if transfer is not None:
         teacher = (*(call.tensor(x) for x in (transfer.teacher, transfer.dnum, transfer.dden)), transfer.squares)
     run(
         outputs, (call.rows * call.heads, call.groups), call,
         call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), none if y is None else call.tensor(y),
-        call.operands(call.query), call.operands(call.key), starts, saved, teacher, *call.tail(), *call.numbers(),
+        call.operands(call.query), call.operands(call.key), starts, saved, *teacher, *call.tail(), *call.numbers(),
         0.0 if transfer is None else float(transfer.weight), SAVE=save, LEARN=learn,
     )  # fmt: skip
     return y, den, top, starts
