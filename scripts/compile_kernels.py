@@ -21,7 +21,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from trenchcoat.ops import triton_backward, triton_decode, triton_forward, triton_transfer
+from trenchcoat.ops import (
+    crossent_launch,
+    triton_backward,
+    triton_crossent,
+    triton_decode,
+    triton_features,
+    triton_forward,
+    triton_transfer,
+)
 from trenchcoat.ops import triton_launch as launch
 from trenchcoat.ops.state import Rule
 
@@ -96,7 +104,7 @@ def kernels(call: launch.Call) -> dict[str, Any]:
             q, k, v, x(y), query, key, sums, x(y), x(row), both, shares, *tail, *numbers, 1.0, c, LEARN=True, **opts
         ),
     }  # fmt: skip
-    return {**made, **decoding(call)}
+    return {**made, **decoding(call), **crossing(call)}
 
 
 def decoding(call: launch.Call) -> dict[str, Any]:
@@ -122,6 +130,40 @@ def decoding(call: launch.Call) -> dict[str, Any]:
             COUNT=WINDOW if call.rule.kind == "terrace" else 1, **opts,
         )  # fmt: skip
     return made
+
+
+def crossing(call: launch.Call) -> dict[str, Any]:
+    """The kernels of the attention rows' cross-entropy."""
+    c, x = call.constants(), call.tensor
+    tiles = crossent_launch.tiles_of(c, call.q.element_size(), launch.shared_limit(call.q.device))
+    assert tiles is not None
+    low = torch.float32 if call.q.dtype == torch.float32 else torch.bfloat16
+    phi = torch.empty(1, HEADS, TOKENS, 2 * COLUMNS, dtype=low)
+    work = crossent_launch.Pass(call, tiles, None, phi, phi)
+    count, key_count = work.count(tiles.resident), work.count(tiles.streamed)
+    sums, key_sums = (torch.empty(HEADS, n, 2 * COLUMNS) for n in (count, key_count))
+    row, loss = torch.empty(1, HEADS, TOKENS), torch.empty(HEADS, count)
+    rows, du = (x(row), x(row)), torch.empty(1, HEADS, TOKENS, COLUMNS, dtype=low)
+    map_, heads = call.operands(call.query), (HEADS, KV_HEADS, HEADS)
+    small: dict[str, Any] = {"grid": (1,), "num_warps": 4}
+    return {
+        "stored_features": triton_features.stored_features.warmup(
+            x(call.k), map_, x(phi), key_sums, call.place(), KV_HEADS, HEADS, key_count, c, SIZE=tiles.streamed,
+            num_stages=1, **small,
+        ),
+        "query_side": triton_crossent.query_side.warmup(
+            *work.inputs(), map_, key_sums, rows, (loss, loss), sums, x(du), call.ratio, None, call.place(), *heads,
+            count, key_count, *work.numbers(), LEARN=True, grid=(1,), **work.settings(),
+        ),
+        "key_side": triton_crossent.key_side.warmup(
+            *work.inputs(), map_, sums, rows, x(du), call.place(), *heads, count, *work.numbers(), grid=(1,),
+            **work.settings(),
+        ),
+        "map_share": triton_features.map_share.warmup(
+            x(call.q), x(du), (torch.empty(HEADS, DIM, COLUMNS), None), call.place(), HEADS, HEADS, 8, c,
+            SIZE=crossent_launch.MAP_TILE, num_stages=2, **small,
+        ),
+    }  # fmt: skip
 
 
 def report(kernel: Any) -> dict[str, int]:
