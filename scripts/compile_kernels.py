@@ -28,7 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from trenchcoat.ops import StudentState, triton, triton_decode
+from trenchcoat.ops import StudentState, crossent_launch, triton, triton_decode
 from trenchcoat.ops import triton_launch as launch
 from trenchcoat.ops.state import Rule
 
@@ -107,6 +107,11 @@ class Layer:
         """Attention transfer."""
         y = torch.empty_like(self.q)
         triton.transfer(self.q, self.k, self.v, y, *self.maps, self.log_ratio, rule=self.rule)
+
+    def crossing(self) -> None:
+        """Attention transfer's cross-entropy of attention rows."""
+        with torch.no_grad():
+            crossent_launch.cross_entropy(self.q, self.k, *self.maps, self.log_ratio, rule=self.rule)
 
     def decoding(self) -> None:
         """A decode step."""
@@ -191,7 +196,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=DIM)
     parser.add_argument("--columns", type=int, default=COLUMNS)
     parser.add_argument("--window", type=int, default=WINDOW)
-    parser.add_argument("--only", nargs="*", default=["training", "reading", "transfer", "decoding"])
+    parser.add_argument("--only", nargs="*", default=["training", "reading", "transfer", "crossing", "decoding"])
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
     driver.set_active(Pretended(args.capability))

@@ -47,7 +47,13 @@ FLOORS: list[set[str]] = [
 
 FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton_parts.py", "ops/triton_forward.py", "ops/triton_backward.py", "ops/triton_near.py"}
-    | {"ops/triton_decode.py", "ops/triton_crossent.py", "ops/triton_launch.py", "ops/triton_passes.py"},
+    | {
+        "ops/triton_decode.py",
+        "ops/triton_crossent.py",
+        "ops/triton_features.py",
+        "ops/triton_launch.py",
+        "ops/triton_passes.py",
+    },
     "peft": {"surgery.py"},
     "lm_eval": {"harness.py"},
     "omegaconf": {"recipe_io.py"},

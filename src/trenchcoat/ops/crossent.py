@@ -20,6 +20,7 @@ BLOCK_ELEMENTS = 1 << 19
 """Entries of one piece of a map."""
 SMALLEST = 1e-30
 """Far weights are clamped here before the logarithm."""
+NEEDS_FAR = "the cross-entropy needs the far part; without it the student gives most keys probability 0"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def attention_cross_entropy(
     """For rows without holes (`length_B` tokens each, None: all T); the teacher is causal softmax, over the last
     `teacher_window` tokens when given. Needs `rule.far`: without it the student's map has zeros."""
     if not rule.far:
-        raise ValueError("the cross-entropy needs the far part; without it the student gives most keys probability 0")
+        raise ValueError(NEEDS_FAR)
     batch, heads, tokens, _ = q_BHTD.shape
     total = torch.zeros((), dtype=fq_BHTF.dtype, device=q_BHTD.device)
     dfq = torch.zeros_like(fq_BHTF) if gradients else None

@@ -173,8 +173,8 @@ def outputs(
 ):  # fmt: skip
     """One group of chunks; grid (R H, groups).
 
-    SAVED = (denominators, largest scores as exponents of two), float32 [R, H, T]. With a teacher's y, the student's is not
-    stored, but squared errors [R H, groups] and (LEARN) dnum and dden [R, H, T]. `ratio_ptr`: log2 r.
+    SAVED = (denominators, largest scores as exponents of two), float32 [R, H, T]. With a teacher's y, the student's is
+    not stored, but squared errors [R H, groups] and (LEARN) dnum and dden [R, H, T]. `ratio_ptr`: log2 r.
     """
     r = tl.program_id(0) // heads
     h = tl.program_id(0) % heads

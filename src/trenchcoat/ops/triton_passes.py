@@ -168,16 +168,18 @@ class FarGradients:
             (query, self.call.q, self.du_query, self.call.heads),
             (key, self.call.k, self.du_key, self.call.maps),
         ):
-            found += [None, None] if not wanted or du is None else self._map(tensor, du, heads)
+            found += [None, None] if not wanted or du is None else map_gradient(self.call, tensor, du, heads)
         return found
 
-    def _map(self, tensor: Tensor, du: Tensor, maps: int) -> list[Tensor | None]:
-        call, c = self.call, self.call.constants
-        programs = call.rows * maps * call.groups
-        matrix = call.log_ratio.new_empty(programs, tensor.shape[3], c.columns.value)
-        bias = call.log_ratio.new_empty(programs, c.columns.value) if c.bias.value else None
-        run(
-            map_gradients, (call.rows * maps, call.groups), call,
-            call.tensor(tensor), call.tensor(du), (matrix, bias), call.place(), tensor.shape[1], maps, call.span,
-        )  # fmt: skip
-        return [None if x is None else x.view(call.rows, maps, -1, *x.shape[1:]).sum((0, 2)) for x in (matrix, bias)]
+
+def map_gradient(call: Call, x: Tensor, du: Tensor, maps: int) -> list[Tensor | None]:
+    """Gradients of `maps` maps of x, matrix [M, D, P] and bias [M, P] or None, from du [B, H, T, P] of any multiple."""
+    heads = du.shape[1]
+    programs = call.rows * heads * call.groups
+    matrix = call.log_ratio.new_empty(programs, x.shape[3], du.shape[3])
+    bias = call.log_ratio.new_empty(programs, du.shape[3]) if call.constants.bias.value else None
+    run(
+        map_gradients, (call.rows * heads, call.groups), call,
+        call.tensor(x), call.tensor(du), (matrix, bias), call.place(), x.shape[1], heads, call.span,
+    )  # fmt: skip
+    return [None if s is None else s.view(call.rows, maps, -1, *s.shape[1:]).sum((0, 2)) for s in (matrix, bias)]

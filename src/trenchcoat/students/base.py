@@ -316,21 +316,16 @@ class StudentAttention(nn.Module):
         self, q: Tensor, k: Tensor, rule: Rule, sink_logit: Tensor | None, rows: Rows, weight: float, learns: bool
     ) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, `weight` times its gradient for log(g / l)); adds the maps' gradients to `.grad`."""
+        log_ratio = rule.log_ratio(self._mix(q).detach())
+        settings: dict[str, Any] = {"rule": rule, "sink_logit_H": sink_logit, "length_B": rows.length_B}
+        if self._impl(q) == "triton":
+            maps = (self.query_map, self.keys_phi)
+            return fused.cross_entropy(q, k, maps, log_ratio, weight, learn=learns, **settings)
         with torch.set_grad_enabled(learns):
             fq, fk = self._features(q, k, rule)
         assert fq is not None
         assert fk is not None
-        result = attention_cross_entropy(
-            q,
-            k,
-            fq.detach(),
-            fk.detach(),
-            rule.log_ratio(self._mix(q).detach()),
-            rule=rule,
-            sink_logit_H=sink_logit,
-            length_B=rows.length_B,
-            gradients=learns,
-        )
+        result = attention_cross_entropy(q, k, fq.detach(), fk.detach(), log_ratio, gradients=learns, **settings)
         if not learns or result.dfq_BHTF is None or result.dfk_BKTF is None or result.dlog_ratio_H is None:
             return result.total, torch.zeros_like(self._mix(q))
         with torch.enable_grad():

@@ -116,11 +116,36 @@ def transfer(
 
     query, key = (_fused(m, options["rule"]) for m in maps)
     total, grads = transfer(*tensors, query, key, log_ratio_H, **options)
+    return total, _add(maps, grads, log_ratio_H, 1.0)
+
+
+def cross_entropy(
+    q: Tensor,
+    k: Tensor,
+    maps: tuple[FeatureMap | None, FeatureMap | None],
+    log_ratio_H: Tensor,
+    weight: float,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """(summed cross-entropy of the attention rows, gradient of `weight` times it for log(g / l)); the maps' gradients
+    are added to their parameters' `.grad`."""
+    from trenchcoat.ops.crossent_launch import cross_entropy
+
+    query, key = (_fused(m, options["rule"]) for m in maps)
+    total, grads = cross_entropy(q, k, query, key, log_ratio_H, **options)
+    return total, _add(maps, grads, log_ratio_H, weight)
+
+
+def _add(
+    maps: tuple[FeatureMap | None, FeatureMap | None], grads: list[Tensor | None], log_ratio_H: Tensor, weight: float
+) -> Tensor:
+    """Add `weight` times the maps' gradients (query matrix and bias, key matrix and bias) to their `.grad`; returns
+    that for log(g / l), which comes last."""
     for phi, matrix, bias in ((maps[0], grads[0], grads[1]), (maps[1], grads[2], grads[3])):
         if phi is None or matrix is None:
             continue
         gradients = phi.gradients()
-        gradients.weight.add_(matrix)
+        gradients.weight.add_(matrix, alpha=weight)
         if bias is not None and gradients.bias is not None:
-            gradients.bias.add_(bias)
-    return total, torch.zeros_like(log_ratio_H) if grads[4] is None else grads[4]
+            gradients.bias.add_(bias, alpha=weight)
+    return torch.zeros_like(log_ratio_H) if grads[4] is None else grads[4] * weight

@@ -1,0 +1,212 @@
+"""From tensors to the launches of :mod:`trenchcoat.ops.triton_crossent`: tile sizes, what is refused, the passes.
+
+Shape legend: B rows, H query heads, G key/value heads, K key maps, T tokens, D key dim, P columns of a map, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops.crossent import NEEDS_FAR, SMALLEST
+from trenchcoat.ops.state import Rule
+from trenchcoat.ops.triton_crossent import key_side, query_side
+from trenchcoat.ops.triton_features import stored_features
+from trenchcoat.ops.triton_launch import (
+    INTERPRETED,
+    Call,
+    FusedMap,
+    Spans,
+    refusal,
+    shared_limit,
+)
+from trenchcoat.ops.triton_parts import Constants
+from trenchcoat.ops.triton_passes import map_gradient, total
+
+FEATURE_TILE = 64
+"""Tokens of a tile of `stored_features` where no sums are wanted."""
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens of the tile that stays on chip (a multiple of the other) and of those that pass by, warps, stages."""
+
+    resident: int
+    streamed: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+    def shared_bytes(self, c: Constants, itemsize: int) -> int:
+        """Shared memory of a program, to 2 KiB: a resident tile and a passing one for each stage; at the end, the
+        resident queries or keys and their map."""
+        d, p = c.block_d.value, c.block_p.value
+        loop = (self.resident + self.stages * self.streamed) * (d + features_of(c))
+        return int(itemsize * max(loop, self.resident * d + (2 if c.split.value else 1) * d * p)) + 2048
+
+    def registers(self, c: Constants) -> int:
+        """Registers of a thread that tiles of float32 take: gradients of features, and four of scores or weights."""
+        return self.resident * (features_of(c) + 4 * self.streamed) // (32 * self.warps)
+
+
+CHOICES = (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
+"""By preference; the first three are for tensor cores."""
+MOST_REGISTERS = 192
+
+
+def features_of(c: Constants) -> int:
+    """F, its halves as powers of two."""
+    return int(c.block_p.value) * (2 if c.paired.value else 1)
+
+
+def tiles_of(c: Constants, itemsize: int, available: int) -> Tiles | None:
+    """The first choice that fits into registers and `available` bytes of shared memory, or None."""
+    for tiles in CHOICES[-1:] if INTERPRETED else CHOICES if itemsize == 2 else CHOICES[3:]:
+        if tiles.registers(c) <= MOST_REGISTERS and tiles.shared_bytes(c, itemsize) <= available:
+            return tiles
+    return None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A call with its tiles and stored features phi(q) [B, H, T, F], phi(k) [B, K, T, F]."""
+
+    call: Call
+    tiles: Tiles
+    teacher_window: int | None
+    fq: Tensor
+    fk: Tensor
+
+    @property
+    def constants(self) -> Constants:
+        """What the kernels are compiled for."""
+        return self.call.constants
+
+    def count(self, size: int) -> int:
+        """Tiles of `size` tokens in the longest row there can be."""
+        return -(-self.call.q.shape[2] // size)
+
+    def settings(self) -> dict[str, Any]:
+        """Constants of both quadratic kernels."""
+        phi = self.call.query
+        assert phi is not None
+        return {
+            "C": self.constants, "RESIDENT": self.tiles.resident, "STREAMED": self.tiles.streamed,
+            "WINDOWED": self.teacher_window is not None, "TINY": phi.floor * phi.floor * phi.features < 2 * SMALLEST,
+            **self.tiles.options(),
+        }  # fmt: skip
+
+    def numbers(self) -> tuple[float, float, int]:
+        """(scale, soft-cap, teacher's window)."""
+        return *self.call.numbers(), self.teacher_window or 0
+
+    def inputs(self) -> tuple[Any, ...]:
+        """q, k and their features as the kernels take them."""
+        return tuple(self.call.tensor(x) for x in (self.call.q, self.call.k, self.fq, self.fk))
+
+
+def cross_entropy(
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    query: FusedMap | None,
+    key: FusedMap | None,
+    log_ratio_H: Tensor,
+    *,
+    rule: Rule,
+    sink_logit_H: Tensor | None = None,
+    length_B: Tensor | None = None,
+    teacher_window: int | None = None,
+    learn: bool = True,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(summed cross-entropy of the attention rows, its gradients), float32; the meaning is
+    :func:`trenchcoat.ops.crossent.attention_cross_entropy`'s.
+
+    The gradients: query matrix, query bias, key matrix, key bias, log(g / l); all None without `learn`. q and k are
+    bfloat16, float16 or float32; rows must be free of holes, `length_B` int64 gives their tokens (None: all T).
+
+    Raises:
+        ValueError: what the kernels cannot do.
+    """
+    if not rule.far or query is None or key is None:
+        raise ValueError(NEEDS_FAR)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD.detach(), k_BGTD.detach()))
+    spans = Spans()
+    if length_B is not None:
+        length = length_B.to(q.device, torch.int32)
+        spans = Spans(torch.zeros_like(length), length, torch.zeros_like(length))
+    logit = None if sink_logit_H is None else sink_logit_H.detach().to(q.device, torch.float32).contiguous()
+    log_ratio = log_ratio_H.detach().float().contiguous()
+    call = Call(rule, q, k, k, query, key, log_ratio * LOG2E, logit, None, None, None, spans)
+    tiles = _accepted(call)
+    fq, _none = _store(call, q, query, None)
+    fk, sums = _store(call, k, key, tiles.streamed)
+    return _run(Pass(call, tiles, teacher_window, fq, fk), log_ratio, sums, learn)
+
+
+def _accepted(call: Call) -> Tiles:
+    reason = refusal(replace(call, rule=replace(call.rule, far=False)))
+    tiles = None
+    if reason is None:
+        there = shared_limit(call.q.device)
+        tiles = tiles_of(call.constants, call.q.element_size(), there)
+        reason = f"no tile of head dim {call.q.shape[3]} and {call.query.features if call.query else 0} features fits"
+        reason += f" into the {there} bytes of shared memory; use a smaller feature_dim"
+    if tiles is None:
+        raise ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
+    return tiles
+
+
+def _store(call: Call, x: Tensor, phi: FusedMap, tile: int | None) -> tuple[Tensor, Tensor | None]:
+    """phi(x) [B, M, T, F]; with `tile` also its running totals [B M, tiles, F], what lies before each tile."""
+    batch, inputs, tokens, _ = x.shape
+    maps, size = phi.matrix.shape[0], tile or FEATURE_TILE
+    count = -(-tokens // size)
+    dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
+    out = x.new_empty(batch, maps, tokens, phi.features, dtype=dtype)
+    sums = None if tile is None else x.new_empty(batch * maps, count, phi.features, dtype=torch.float32)
+    stored_features[(batch * maps * count,)](
+        call.tensor(x), call.operands(phi), call.tensor(out), sums, call.place(), inputs, maps, count,
+        call.constants, SIZE=size, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    if sums is not None:
+        total(sums, None)
+    return out, sums
+
+
+def _run(work: Pass, log_ratio_H: Tensor, key_sums: Tensor | None, learn: bool) -> tuple[Tensor, list[Tensor | None]]:
+    call, tiles = work.call, work.tiles
+    batch, heads, tokens, _ = call.q.shape
+    count, key_count = work.count(tiles.resident), work.count(tiles.streamed)
+    assert call.query is not None
+    assert call.key is not None
+    loss = torch.empty(2, batch * heads, count, device=call.q.device, dtype=torch.float32)
+    row: tuple[Any, ...] = (None, None)
+    sums, du = None, None
+    if learn:
+        row = tuple(call.tensor(loss.new_empty(batch, heads, tokens)) for _ in range(2))
+        sums = loss.new_empty(batch * heads, count, call.query.features)
+        du = work.fq.new_empty(batch, heads, tokens, call.query.matrix.shape[2])
+    grid = (batch * heads * count,)
+    query_side[grid](
+        *work.inputs(), call.operands(call.query), key_sums, row, tuple(loss), sums,
+        None if du is None else call.tensor(du), log_ratio_H, call.logit, call.place(), heads, call.kv_heads, call.maps,
+        count, key_count, *work.numbers(), LEARN=learn, **work.settings(),
+    )  # fmt: skip
+    if du is None or sums is None:
+        return loss[0].sum(), [None] * 5
+    gradients = map_gradient(call, call.q, du, heads)
+    total(sums, None, backwards=True)
+    key_side[grid](
+        *work.inputs(), call.operands(call.key), sums, row, call.tensor(du), call.place(), heads, call.kv_heads,
+        call.maps, count, *work.numbers(), **work.settings(),
+    )  # fmt: skip
+    gradients += map_gradient(call, call.k, du, call.maps)
+    return loss[0].sum(), [*gradients, loss[1].view(batch, heads, count).sum((0, 2))]
