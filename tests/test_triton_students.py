@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from operator_kit import error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.ops import triton_check
 from trenchcoat.ops.triton_launch import INTERPRETED
-from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused
+from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused, operator_of
 
 TOLERANCE = 1e-5
 """float32 inputs: both are within their own budgets of the exact result; scores here are of unit size."""
@@ -84,14 +85,59 @@ def test_the_choice_is_said_and_refusals_too(caplog: pytest.LogCaptureFixture, m
     with pytest.raises(ValueError, match="adapter"):
         student(q, k, v, scale=1.0)
     with caplog.at_level(logging.INFO, logger="trenchcoat"):
-        assert fused.implementation("auto", torch.device(DEVICE)) == "triton"
-        assert fused.implementation("auto", torch.device(DEVICE), student.query_map) == "chunkwise"
-    assert "triton" in caplog.text
-    assert "adapter" in caplog.text
+        plain = build_student(StudentConfig(impl="triton"), num_heads=2, num_kv_heads=1, head_dim=6)
+        assert plain.implementation(torch.float32, torch.device(DEVICE)) == "triton"
+    assert f"{DEVICE}: triton" in caplog.text.replace("cuda:0", "cuda")
     monkeypatch.setattr(fused, "_installed", lambda: False)
     with pytest.raises(ValueError, match="not installed"):
-        fused.implementation("triton", torch.device(DEVICE))
-    assert fused.implementation("chunkwise", torch.device(DEVICE)) == "chunkwise"
+        plain.implementation(torch.float32, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "reason"),
+    [
+        ({}, torch.bfloat16, None),
+        ({"feature_map": FeatureMapConfig(adapter_dim=2)}, torch.bfloat16, "adapter"),
+        ({"window": 129}, torch.bfloat16, "window is 129"),
+        ({"feature_map": FeatureMapConfig(feature_dim=256)}, torch.bfloat16, "512 features"),
+        ({}, torch.float64, "float64"),
+        ({"name": "window_sinks", "sinks": 65}, torch.bfloat16, "sinks is 65"),
+    ],
+)
+def test_auto_takes_what_can_run_and_says_why(
+    change: dict[str, Any],
+    dtype: torch.dtype,
+    reason: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU: `meta` stands for one, whose capability and shared memory are Hopper's."""
+
+    class Pretended:
+        type, index = "cuda", 0
+
+        def __str__(self) -> str:
+            return "cuda:0"
+
+    monkeypatch.setattr(fused, "_told", set())
+    monkeypatch.setattr(triton_check, "check", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    empty = torch.empty
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="trenchcoat"):
+        patch.setattr(torch, "empty", lambda *size, device=None, **k: empty(*size, device="meta", **k))
+        student = build_student(StudentConfig(**change), num_heads=2, num_kv_heads=1, head_dim=128)
+        found = student.implementation(dtype, Pretended())  # type: ignore[arg-type]
+    assert found == ("triton" if reason is None else "chunkwise")
+    assert f"cuda:0: {found}" in caplog.text
+    assert reason is None or reason in caplog.text
+
+
+def test_auto_is_chunkwise_on_cpus_even_where_kernels_are_interpreted() -> None:
+    student = build_student(StudentConfig(), num_heads=2, num_kv_heads=1, head_dim=6)
+    assert student.implementation(torch.float32, torch.device("cpu")) == "chunkwise"
+    settings: dict[str, Any] = {"head_dim": 6, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert operator_of(StudentConfig(), **settings) == "chunkwise"
+    assert operator_of(StudentConfig(impl="reference"), **settings) == "reference"
 
 
 def test_the_self_check_passes_and_names_a_mismatch(monkeypatch: pytest.MonkeyPatch) -> None:

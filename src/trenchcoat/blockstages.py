@@ -49,7 +49,7 @@ from trenchcoat.schedules import evaluation_batches, training_length
 from trenchcoat.shapes import shapes_of
 from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
-from trenchcoat.students.fused import implementation
+from trenchcoat.surgery import student_implementation
 from trenchcoat.units import in_words, tera
 from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 
@@ -190,7 +190,7 @@ def opened(
         if block is None:
             distributed.from_main(lambda: RunFolder(recipe.run.dir).begin(TRANSFER, recipe, {}))
             log.write_recipe(dump_recipe(recipe))
-            operator = implementation(recipe.student.impl, source.device)
+            operator = student_implementation(source.plain, recipe.student, dtype=source.dtype, device=source.device)
             log.write_environment(implementation=operator, teacher_attention=source.attention)
             log.info(
                 f"run folder {recipe.run.dir}; model {recipe.model.path}, {source.layers} layers in {len(blocks)} "

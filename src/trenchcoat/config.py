@@ -89,9 +89,10 @@ class StudentConfig:
     """The first `sinks` tokens of a row stay in the near set of every query."""
     keep_softmax: tuple[int, ...] = ()
     """Indices of layers that keep their softmax attention."""
-    impl: Literal["chunkwise", "reference", "triton", "auto"] = "chunkwise"
+    impl: Literal["chunkwise", "reference", "triton", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
-    devices, checked at their first use), or auto (triton on CUDA devices, chunkwise elsewhere)."""
+    devices, checked at their first use), or auto (triton on CUDA devices where the kernels can do what the student
+    asks, else chunkwise; the log says which and why)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from trenchcoat.config import LoraConfig, StudentConfig, UserError
 from trenchcoat.families import AttentionSite, attention_sites, choose_lora_targets, decoder_of
 from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
 from trenchcoat.sharding import compute_device, is_sharded, is_sharded_tensor
-from trenchcoat.students import Mode, StudentAttention, build_student
+from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 
 _ADAPTER = "default"
 
@@ -149,6 +149,11 @@ def set_state_dtype(model: nn.Module, dtype: str) -> None:
         raise UserError(f"state dtype is {dtype!r}; expected float32 or bfloat16")
     for student in students_of(model).values():
         student.state_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def student_implementation(model: nn.Module, cfg: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> str:
+    """What `student.impl` stands for in a model whose layers compute in `dtype` on `device`."""
+    return operator_of(cfg, head_dim=attention_sites(model)[0].head_dim, dtype=dtype, device=device)
 
 
 def teacher_implementation(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from trenchcoat.runlog import RunLog, SilentLog
 from trenchcoat.shapes import shapes_of
 from trenchcoat.sharding import compute_device
 from trenchcoat.students import student_class
-from trenchcoat.students.fused import implementation
 from trenchcoat.train import FitResult, fit
 
 BASE_WEIGHTS = "base weights"
@@ -71,7 +70,8 @@ class Workshop:
     def _loaded(self) -> tuple[Any, Any]:
         model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
         attention = surgery.teacher_implementation(model)
-        operator = implementation(self.recipe.student.impl, next(model.parameters()).device)
+        dtype, device = cast("torch.dtype", model.dtype), next(model.parameters()).device
+        operator = surgery.student_implementation(model, self.recipe.student, dtype=dtype, device=device)
         self.log.write_environment(implementation=operator, teacher_attention=attention)
         return model, tokenizer
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 
+import torch
+
 from trenchcoat.config import StudentConfig
 from trenchcoat.students.base import Mode, StudentAttention, TransferRequest, layer_key
 from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
@@ -19,6 +21,7 @@ __all__ = [
     "TransferRequest",
     "build_student",
     "layer_key",
+    "operator_of",
     "register_student",
     "student_class",
 ]
@@ -47,6 +50,13 @@ def student_class(name: str) -> type[StudentAttention]:
     near = difflib.get_close_matches(name, STUDENTS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"student.name is {name!r}{hint} Known students: {', '.join(sorted(STUDENTS))}")
+
+
+def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What `cfg.impl` stands for in layers of this head size, type and device."""
+    with torch.device("meta"):
+        student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
+    return student.implementation(dtype, device)
 
 
 def build_student(

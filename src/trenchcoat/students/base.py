@@ -166,9 +166,13 @@ class StudentAttention(nn.Module):
             impl=self._impl(q_BHTD),
         )
 
+    def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The implementation that runs for inputs of `dtype` on `device`."""
+        shape = fused.Shape(dtype, self._rule(scale=1.0), self.head_dim, self.value_dim)
+        return fused.implementation(self.cfg.impl, device, self.query_map, shape)
+
     def _impl(self, like: Tensor) -> str:
-        """The implementation that runs on the device of `like`."""
-        return fused.implementation(self.cfg.impl, like.device, self.query_map)
+        return self.implementation(like.dtype, like.device)
 
     def _only_reads(self, *inputs: Tensor) -> bool:
         """Nothing needs a gradient, so features need not outlive their tile."""

@@ -6,6 +6,7 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, E 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Rule, StudentState
 from trenchcoat.students.feature_maps import FeatureMap
 
@@ -20,14 +22,26 @@ if TYPE_CHECKING:
     from trenchcoat.ops.triton_launch import FusedMap
 
 log = logging.getLogger("trenchcoat")
-_told: set[tuple[str, str, str]] = set()
+OLDEST = (8, 0)
+"""Compute capability: older tensor cores have no bfloat16."""
+_told: set[str] = set()
 
 
-def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None = None) -> str:
-    """What `student.impl` stands for on `device`; `auto` is `triton` on CUDA devices and `chunkwise` elsewhere.
+@dataclass(frozen=True)
+class Shape:
+    """What a layer asks of the kernels."""
 
-    `auto` also takes `chunkwise` for a feature map with an adapter, which the kernels do not have, and where triton is
-    not installed. The choice is logged once. Before the first use of `triton` on a device its kernels are checked.
+    dtype: torch.dtype
+    rule: Rule
+    dim: int
+    values: int
+
+
+def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: Shape) -> str:
+    """What `student.impl` stands for on `device`.
+
+    `auto` is `triton` on CUDA devices where the kernels can do what `feature_map` and `shape` ask, else `chunkwise`.
+    The choice is logged once, with the reason. Before the first use of `triton` on a device its kernels are checked.
 
     Raises:
         ValueError: `triton` cannot run here.
@@ -35,13 +49,19 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
     """
     if impl not in ("auto", "triton"):
         return impl
-    reason = _obstacle(device, feature_map)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"student.impl is triton, but {reason}; student.impl=chunkwise can do it")
+    if impl == "auto" and device.type != "cuda":
+        reason: str | None = f"{device} is not a CUDA device"
+    else:
+        reason = _obstacle(device, feature_map)
+        if impl == "auto":
+            reason = reason or _unfit(device, shape, None if feature_map is None else feature_map.cfg)
+        elif reason is not None:
+            raise ValueError(f"student.impl is triton, but {reason}; student.impl=chunkwise can do it")
     chosen = "triton" if reason is None else "chunkwise"
-    if (impl, chosen, str(device)) not in _told:
-        _told.add((impl, chosen, str(device)))
-        log.info("attention on %s: %s%s", device, chosen, "" if reason is None else f" ({reason})")
+    said = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
+    if said not in _told:
+        _told.add(said)
+        log.info("attention on %s", said)
     if chosen == "triton":
         from trenchcoat.ops.triton_check import check
 
@@ -63,9 +83,21 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
 
         if not INTERPRETED:
             return f"{device} is not a CUDA device"
+    elif torch.cuda.get_device_capability(device) < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if feature_map is not None and feature_map.down is not None:
         return "the kernels have no adapter (student.feature_map.adapter_dim)"
     return None
+
+
+@lru_cache
+def _unfit(device: torch.device, shape: Shape, cfg: FeatureMapConfig | None) -> str | None:
+    """Why the kernels cannot take tensors of this shape, or None."""
+    from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal
+
+    q, v = (torch.empty(1, 1, 0, n, dtype=shape.dtype, device=device) for n in (shape.dim, shape.values))
+    phi = None if cfg is None else FusedMap(cfg.name, torch.empty(1, shape.dim, cfg.feature_dim, device="meta"))
+    return refusal(Call(shape.rule, q, q, v, phi, phi, q, None, None, None, None, Spans()))
 
 
 def _fused(phi: FeatureMap | None, rule: Rule) -> FusedMap | None:
