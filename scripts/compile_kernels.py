@@ -202,6 +202,7 @@ def main() -> None:
     driver.set_active(Pretended(args.capability))
     launch.wanted_programs = lambda device, each: 132 * each  # type: ignore[assignment]
     launch.on_gpu = lambda device: True
+    launch.has_copy_engine = lambda device: args.capability >= 90  # type: ignore[assignment]
     found: dict[str, dict[str, dict[str, int]]] = {}
     names = ("registers", "spilled_bytes", "shared_bytes", "warps", "instructions", "matrix", "issue", "traffic")
     print(f"{'kernel':<34}" + "".join(f"{n:>14}" for n in names))

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
 from kernel_kit import DEVICE, KernelCase, group, name_of
 from operator_kit import budget, error
-from trenchcoat.ops import StudentState, triton
+from trenchcoat.ops import StudentState, triton, triton_launch
 
 CASES = [
     KernelCase(tokens=11, window=3, batch=1, groups=2, map="t2r", bias=True),
@@ -50,6 +51,20 @@ def test_low_precision(kind: str, dtype: torch.dtype, monkeypatch: pytest.Monkey
     for name in exact if dtype == torch.bfloat16 else ["y"]:
         allowed = 8 * max(error(independent[name], exact[name]), float(torch.finfo(torch.bfloat16).eps) / 2)
         assert error(found[name], exact[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
+def test_tiles_copied_by_hardware(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor descriptors, as on Hopper: chunks before the first token and past the last are filled with zeros."""
+    monkeypatch.setattr(triton_launch, "has_copy_engine", lambda device: True)
+    monkeypatch.setattr(triton_launch, "TensorDescriptor", mock.Mock(wraps=triton_launch.TensorDescriptor))
+    case = KernelCase(kind=kind, tokens=40, window=16, dim=16, values=16, batch=1, key_maps=1)
+    group(monkeypatch, 2)
+    exact, independent = case.reference(torch.float64), case.reference(torch.float32)
+    found = case.kernels(torch.float32)
+    assert triton_launch.TensorDescriptor.called
+    for name, value in exact.items():
+        assert error(found[name], value) <= budget(error(independent[name], value), case.terms), name
 
 
 def _transferred(case: KernelCase, teacher: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

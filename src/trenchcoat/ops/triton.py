@@ -88,8 +88,8 @@ def _backward(
     dsinks = [dlogit.new_empty(programs, sinks, n) for n in (call.q.shape[3], call.v.shape[3])]
     run(
         near_query_gradients, (call.rows * heads, call.groups), call,
-        x(call.q), x(call.k), x(call.v), x(y), x(dy), call.operands(call.query), far.given(far.du_query), x(den),
-        result, x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(),
+        x(call.q), x(call.k), x(call.v), *call.boxes, x(y), x(dy), call.operands(call.query), far.given(far.du_query),
+        x(den), result, x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(),
     )  # fmt: skip
     dk = dv = None
     if keys:

@@ -25,6 +25,7 @@ from trenchcoat.ops.triton_parts import (
     features,
     features_backward,
     key_features,
+    load_chunk,
     load_map,
     load_sums,
     load_tile,
@@ -97,7 +98,7 @@ def share_of_far(f, g, df, dg, C: tl.constexpr):
 
 @triton.jit
 def query_gradients(
-    Q, K, V, Y, DY, QUERY, KEY, START, DEN, DDEN, DU, share_ptr, ROWS, heads, kv_heads, maps, span,
+    Q, K, V, Q_BOX, K_BOX, V_BOX, Y, DY, QUERY, KEY, START, DEN, DDEN, DU, share_ptr, ROWS, heads, kv_heads, maps, span,
     C: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """du of the queries, dden (unless GIVEN), this program's share of the gradient of log r; grid (R H, groups)."""
@@ -112,7 +113,7 @@ def query_gradients(
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
         far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
-        q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
+        q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
         fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
         dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, GIVEN)
         if GIVEN:
@@ -124,8 +125,8 @@ def query_gradients(
             share += share_of_far(fq, gq, df, dg, C)
             du = features_backward(fq, gq, df, dg, C)
             store_tile(place(DU, r, h, start), DU[3], token, ok, du, C.columns, C.block_p)
-        far_k = load_tile(place(K, r, kv, start), K[3], far, far_ok, C.dim, C.block_d)
-        far_v = load_tile(place(V, r, kv, start), V[3], far, far_ok, C.values, C.block_e)
+        far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
+        far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
         fk, gk = key_features(far_k, first + far, k_matrix, k_remainder, k_bias, C)
         if C.kind != "terrace":
             df, dg = local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C)
@@ -191,7 +192,7 @@ def seeing_chunk(c, KIND: tl.constexpr):
 
 @triton.jit
 def key_gradients(
-    Q, K, V, DY, QUERY, KEY, ENDS, DEN, DDEN, DU, DV, ROWS, heads, kv_heads, maps, span,
+    Q, K, V, Q_BOX, K_BOX, V_BOX, DY, QUERY, KEY, ENDS, DEN, DDEN, DU, DV, ROWS, heads, kv_heads, maps, span,
     C: tl.constexpr, SHARED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """du of the keys under one key map and, unless DV[0] is None, dv by its heads' far queries; grid (R K, groups)."""
@@ -207,8 +208,8 @@ def key_gradients(
         c = last - 1 - n
         token, ok = tokens_of(c, length, C)
         seer, seer_ok = tokens_of(seeing_chunk(c, C.kind), length, C)
-        k = load_tile(place(K, r, kv, start), K[3], token, ok, C.dim, C.block_d)
-        v = load_tile(place(V, r, kv, start), V[3], token, ok, C.values, C.block_e)
+        k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
+        v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
         fk, gk = key_features(k, first + token, k_matrix, k_remainder, k_bias, C)
         df, dg = query_feature_gradient(s1, s2, z1, z2, v, tl.zeros([C.block_w], tl.float32) + 1.0, C)
         dv = tl.zeros([C.block_w, C.block_e], tl.float32)
@@ -222,7 +223,7 @@ def key_gradients(
         for j in range(SHARED):
             h = m * SHARED + j
             q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
-            q = load_tile(place(Q, r, h, start), Q[3], seer, seer_ok, C.dim, C.block_d)
+            q = load_chunk(Q, Q_BOX, r, h, start, seeing_chunk(c, C.kind), length, C.dim, C.block_d, C)
             fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
             dnum = load_dnum(DY, DEN, r, h, start, seer, seer_ok, C, GIVEN)
             dden = load_row(DDEN, r, h, start, seer, seer_ok, 0.0)

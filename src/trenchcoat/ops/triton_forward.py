@@ -20,6 +20,7 @@ from trenchcoat.ops.triton_parts import (
     far_read,
     features,
     key_features,
+    load_chunk,
     load_logit,
     load_map,
     load_sinks,
@@ -57,8 +58,7 @@ def far_sums(K, V, KEY, OUT, ROWS, maps, kv_heads, span, shift, C: tl.constexpr)
     m = tl.program_id(0) % maps
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
-    k_base = place(K, r, m * kv_heads // maps, start)
-    v_base = place(V, r, m * kv_heads // maps, start)
+    kv = m * kv_heads // maps
     matrix, remainder, bias = load_map(KEY, m, C)
     s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
     z1 = tl.zeros([C.block_p, WIDTH], tl.float32)
@@ -67,8 +67,8 @@ def far_sums(K, V, KEY, OUT, ROWS, maps, kv_heads, span, shift, C: tl.constexpr)
     last = tl.minimum(group * span - shift + span, tl.cdiv(length, C.window))
     for c in range(tl.maximum(group * span - shift, 0), last):
         token, ok = tokens_of(c, length, C)
-        k = load_tile(k_base, K[3], token, ok, C.dim, C.block_d)
-        v = load_tile(v_base, V[3], token, ok, C.values, C.block_e)
+        k = load_tile(place(K, r, kv, start), K[3], token, ok, C.dim, C.block_d)
+        v = load_tile(place(V, r, kv, start), V[3], token, ok, C.values, C.block_e)
         f, g = key_features(k, first + token, matrix, remainder, bias, C)
         s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, g, v, ok, C)
     store_sums(OUT, tl.program_id(0) * tl.num_programs(1) + group, s1, s2, z1, z2, C)
@@ -104,15 +104,13 @@ def far_chunk(c, KIND: tl.constexpr):
 
 @triton.jit
 def near_read(
-    num, q, k_base, k_stride, v_base, v_stride, SINK_K, SINK_V, r, kv, logit, log_ratio, c, length, position,
-    scale, cap, C: tl.constexpr,
+    num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, c, length, position, scale, cap,
+    C: tl.constexpr,
 ):  # fmt: skip
     """(`num` plus the numerator, denominator, largest score as an exponent of two) of the near part of a chunk."""
     unit = exponent_unit(scale, C)
-    token, ok = tokens_of(c, length, C)
-    before, before_ok = tokens_of(c - 1, length, C)
-    k = load_tile(k_base, k_stride, token, ok, C.dim, C.block_d)
-    before_k = load_tile(k_base, k_stride, before, before_ok, C.dim, C.block_d)
+    k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
+    before_k = load_chunk(K, K_BOX, r, kv, start, c - 1, length, C.dim, C.block_d, C)
     sink_k = k
     if C.sinks > 0:
         sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
@@ -121,9 +119,9 @@ def near_read(
     shift = top - log_ratio
     w_own, w_before = weights(s_own, unit, shift), weights(s_before, unit, shift)
     den = tl.sum(w_own, 1) + tl.sum(w_before, 1)
-    v = load_tile(v_base, v_stride, token, ok, C.values, C.block_e)
+    v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
     num = product(w_own, v, C.dot, C, num)
-    before_v = load_tile(v_base, v_stride, before, before_ok, C.values, C.block_e)
+    before_v = load_chunk(V, V_BOX, r, kv, start, c - 1, length, C.values, C.block_e, C)
     num = product(w_before, before_v, C.dot, C, num)
     if C.sinks > 0:
         w_sink = weights(s_sink, unit, shift)
@@ -168,8 +166,9 @@ def store_result(
 
 @triton.jit
 def outputs(
-    Q, K, V, Y, QUERY, KEY, START, SAVED, TEACHER, DNUM, DDEN, squares_ptr, ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS,
-    heads, kv_heads, maps, span, scale, cap, weight, C: tl.constexpr, SAVE: tl.constexpr, LEARN: tl.constexpr,
+    Q, K, V, Q_BOX, K_BOX, V_BOX, Y, QUERY, KEY, START, SAVED, TEACHER, DNUM, DDEN, squares_ptr,
+    ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, weight,
+    C: tl.constexpr, SAVE: tl.constexpr, LEARN: tl.constexpr,
 ):  # fmt: skip
     """One group of chunks; grid (R H, groups).
 
@@ -181,7 +180,6 @@ def outputs(
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
     kv = h * kv_heads // heads
-    q_base, k_base, v_base = place(Q, r, h, start), place(K, r, kv, start), place(V, r, kv, start)
     m = h * maps // heads
     log_ratio, logit = tl.load(ratio_ptr + h), load_logit(logit_ptr, h, exponent_unit(scale, C), C)
     squares = 0.0
@@ -191,28 +189,28 @@ def outputs(
         s1, s2, z1, z2 = load_sums(START, (r * maps + m) * tl.num_programs(1) + group, C)
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
-        q = load_tile(q_base, Q[3], token, ok, C.dim, C.block_d)
+        q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
         num = tl.zeros([C.block_w, C.block_e], tl.float32)
         den = tl.zeros([C.block_w], tl.float32) + 1e-12
         top = den
+        if C.kind != "linear":
+            num, near_den, top = near_read(
+                num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, c, length, first + token,
+                scale, cap, C,
+            )  # fmt: skip
+            den += near_den
         if C.far:
             fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
             num, far_den = far_read(num, fq, gq, s1, s2, z1, z2, C)
             den += far_den
-        if C.kind != "linear":
-            num, near_den, top = near_read(
-                num, q, k_base, K[3], v_base, V[3], SINK_K, SINK_V, r, kv, logit, log_ratio, c, length,
-                first + token, scale, cap, C,
-            )  # fmt: skip
-            den += near_den
         if C.kind == "terrace" or not C.far:
             squares += store_result(
                 num, den, top, Y, SAVED, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C, SAVE, LEARN
             )
         if C.far:
             far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
-            far_k = load_tile(k_base, K[3], far, far_ok, C.dim, C.block_d)
-            far_v = load_tile(v_base, V[3], far, far_ok, C.values, C.block_e)
+            far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
+            far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
             fk, gk = key_features(far_k, first + far, k_matrix, k_remainder, k_bias, C)
             if C.kind != "terrace":
                 local = overlap(fq, gq, fk, gk, far_ok, C)

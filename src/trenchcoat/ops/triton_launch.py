@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.triton_forward import outputs
@@ -137,6 +138,22 @@ class Call:
         """(pointer, strides) as the kernels take it; in a packed batch every row has the same batch row."""
         return x, 0 if self.spans.packed else x.stride(0), x.stride(1), x.stride(2)
 
+    @cached_property
+    def boxes(self) -> tuple[Any, ...]:
+        """q, k, v as the copy engine takes them, chunk by chunk; None where it cannot, and each thread loads."""
+        tensors = (self.q, self.k, self.v)
+        c = self.constants
+        sizes = ((c.block_w, c.window), (c.block_d, c.dim), (c.block_e, c.values))
+        fits = self.spans.start is None and all(padded.value == size.value for padded, size in sizes)
+        fits = fits and all(
+            x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors
+        )
+        if not fits or not has_copy_engine(self.q.device):
+            return None, None, None
+        return tuple(
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, c.window.value, x.shape[3]]) for x in tensors
+        )
+
     def place(self) -> tuple[Any, ...]:
         """ROWS of the kernels."""
         return self.spans.start, self.spans.length, self.spans.first, self.q.shape[2]
@@ -217,6 +234,12 @@ def wanted_programs(device: torch.device, each: int) -> int:
     if device.type != "cuda":
         return 1
     return each * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tiles can be copied to shared memory by hardware (tensor memory accelerator: Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @lru_cache

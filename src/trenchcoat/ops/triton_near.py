@@ -15,6 +15,7 @@ import triton.language as tl
 from trenchcoat.ops.triton_backward import load_dnum, load_row, row_gradient
 from trenchcoat.ops.triton_parts import (
     exponent_unit,
+    load_chunk,
     load_logit,
     load_map,
     load_sinks,
@@ -66,24 +67,22 @@ def score_gradient(ds, s, pull, at_top, scale, cap, C: tl.constexpr):
 
 @triton.jit
 def chunk_query_gradient(
-    dq, q, k_base, k_stride, v_base, v_stride, SINK_K, SINK_V, r, kv, logit, log_ratio, dnum, dden, c, length, position,
+    dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, dnum, dden, c, length, position,
     dsink_k, dsink_v, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
     """(dq with the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
     unit = exponent_unit(scale, C)
-    token, ok = tokens_of(c, length, C)
-    before, before_ok = tokens_of(c - 1, length, C)
-    k = load_tile(k_base, k_stride, token, ok, C.dim, C.block_d)
-    before_k = load_tile(k_base, k_stride, before, before_ok, C.dim, C.block_d)
+    k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
+    before_k = load_chunk(K, K_BOX, r, kv, start, c - 1, length, C.dim, C.block_d, C)
     sink_k = k
     if C.sinks > 0:
         sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
     s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
     top, column = largest(s_before, s_own, s_sink, logit, C)
     shift = top * unit - log_ratio
-    v = load_tile(v_base, v_stride, token, ok, C.values, C.block_e)
+    v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
     own = gain(weights(s_own, unit, shift), dnum, dden, v, C)
-    before_v = load_tile(v_base, v_stride, before, before_ok, C.values, C.block_e)
+    before_v = load_chunk(V, V_BOX, r, kv, start, c - 1, length, C.values, C.block_e, C)
     past = gain(weights(s_before, unit, shift), dnum, dden, before_v, C)
     pull = -tl.sum(own, 1) - tl.sum(past, 1)
     share = dden
@@ -123,7 +122,7 @@ def store_sinks(DSINK, mine, dsink_k, dsink_v, C: tl.constexpr):
 
 @triton.jit
 def near_query_gradients(
-    Q, K, V, Y, DY, QUERY, DU, DEN, RESULT, DQ, share_ptr, DSINK,
+    Q, K, V, Q_BOX, K_BOX, V_BOX, Y, DY, QUERY, DU, DEN, RESULT, DQ, share_ptr, DSINK,
     ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
     """dq, and this program's share of the sinks' gradients; grid (R H, groups).
@@ -136,7 +135,6 @@ def near_query_gradients(
     mine = tl.program_id(0) * tl.num_programs(1) + group
     start, length, first = row_of(ROWS, r, C)
     kv = h * kv_heads // heads
-    k_base, v_base = place(K, r, kv, start), place(V, r, kv, start)
     log_ratio, logit, dlogit = tl.load(ratio_ptr + h), load_logit(logit_ptr, h, exponent_unit(scale, C), C), 0.0
     if C.far:
         matrix, _remainder, _bias = load_map(QUERY, h, C)
@@ -153,9 +151,9 @@ def near_query_gradients(
                 dden = load_row(RESULT[0], r, h, start, token, ok, 0.0)
             else:
                 dden = row_gradient(dnum, Y, RESULT[0], r, h, start, token, ok, C)
-            q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
+            q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
             dq, pull, column, dsink_k, dsink_v, share = chunk_query_gradient(
-                dq, q, k_base, K[3], v_base, V[3], SINK_K, SINK_V, r, kv, logit, log_ratio, dnum, dden, c, length,
+                dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, dnum, dden, c, length,
                 first + token, dsink_k, dsink_v, scale, cap, C,
             )  # fmt: skip
             tl.store(place(RESULT[1], r, h, start) + token, pull, mask=ok)
@@ -194,7 +192,6 @@ def near_key_gradients(
     c = tl.program_id(1)
     start, length, _first = row_of(ROWS, r, C)
     token, ok = tokens_of(c, length, C)
-    after, after_ok = tokens_of(c + 1, length, C)
     dk, dv = tl.zeros([C.block_w, C.block_d], tl.float32), tl.zeros([C.block_w, C.block_e], tl.float32)
     if C.far:
         for j in range(0, maps // kv_heads):
@@ -205,6 +202,7 @@ def near_key_gradients(
             far_dv = load_tile(place(FAR_DV, r, m, start), FAR_DV[3], token, ok, C.values, C.block_e)
             dv += far_dv.to(tl.float32)
     if C.kind != "linear":
+        after, after_ok = tokens_of(c + 1, length, C)
         k = load_tile(place(K, r, kv, start), K[3], token, ok, C.dim, C.block_d)
         v = load_tile(place(V, r, kv, start), V[3], token, ok, C.values, C.block_e)
         i = tl.arange(0, C.block_w)

@@ -6,7 +6,7 @@ else is float32. A paired feature map gives two halves, kept apart: f = act(u) a
 
 Shape legend: W tokens of a chunk, D key dim, E value dim, P columns of a map, S sinks; `block_*` are these rounded up
 to powers of two. A tensor argument is a tuple (pointer, stride of the batch row, of the head, of the token); the last
-axis is contiguous.
+axis is contiguous. `*_BOX`: see :func:`load_chunk`.
 """
 
 from __future__ import annotations
@@ -122,6 +122,20 @@ def load_tile(base, stride, token, ok, N: tl.constexpr, BLOCK: tl.constexpr):
     if N != BLOCK:
         there = there & (n < N)
     return tl.load(base + token[:, None].to(tl.int64) * stride + n, mask=there, other=0.0)
+
+
+@triton.jit
+def load_chunk(X, BOX, r, h, start, c, length, N: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """Chunk c of row r, head h, [W, N], zeros where there is no token.
+
+    BOX describes X for the copy engine, which fills with zeros outside of the tensor, or is None.
+    """
+    if BOX is not None:
+        x = tl.reshape(BOX.load([r, h, c * C.window, 0]), [C.block_w, BLOCK])
+    else:
+        token, ok = tokens_of(c, length, C)
+        x = load_tile(place(X, r, h, start), X[3], token, ok, N, BLOCK)
+    return x
 
 
 @triton.jit

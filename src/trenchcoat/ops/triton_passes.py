@@ -85,8 +85,9 @@ def run_outputs(
         teacher = (*(call.tensor(x) for x in (transfer.teacher, transfer.dnum, transfer.dden)), transfer.squares)
     run(
         outputs, (call.rows * call.heads, call.groups), call,
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), none if y is None else call.tensor(y),
-        call.operands(call.query), call.operands(call.key), starts, saved, *teacher, *call.tail(), *call.numbers(),
+        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), *call.boxes,
+        none if y is None else call.tensor(y), call.operands(call.query), call.operands(call.key), starts, saved,
+        *teacher, *call.tail(), *call.numbers(),
         0.0 if transfer is None else float(transfer.weight), SAVE=save, LEARN=learn,
     )  # fmt: skip
     return y, den, top, starts
@@ -124,7 +125,7 @@ class FarGradients:
         share = call.log_ratio.new_empty(call.rows * call.heads * call.groups)
         run(
             query_gradients, (call.rows * call.heads, call.groups), call,
-            x(call.q), x(call.k), x(call.v), self.given(y), x(self.dy), call.operands(call.query),
+            x(call.q), x(call.k), x(call.v), *call.boxes, self.given(y), x(self.dy), call.operands(call.query),
             call.operands(call.key), starts, self.den, x(self.dden), x(self.du_query), share, call.place(), call.heads,
             call.kv_heads, call.maps, call.span, GIVEN=self.is_given,
         )  # fmt: skip
@@ -138,9 +139,10 @@ class FarGradients:
         self.dv = call.buffer(call.maps, call.v.shape[3], dtype=call.low) if values else None
         run(
             key_gradients, (call.rows * call.maps, call.groups), call,
-            x(call.q), x(call.k), x(call.v), x(self.dy), call.operands(call.query), call.operands(call.key),
-            self._group_ends(), self.den, x(self.dden), x(self.du_key), self.given(self.dv), call.place(), call.heads,
-            call.kv_heads, call.maps, call.span, SHARED=call.heads // call.maps, GIVEN=self.is_given,
+            x(call.q), x(call.k), x(call.v), *call.boxes, x(self.dy), call.operands(call.query),
+            call.operands(call.key), self._group_ends(), self.den, x(self.dden), x(self.du_key), self.given(self.dv),
+            call.place(), call.heads, call.kv_heads, call.maps, call.span, SHARED=call.heads // call.maps,
+            GIVEN=self.is_given,
         )  # fmt: skip
 
     def _group_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
