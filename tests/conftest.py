@@ -11,6 +11,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import torch
+
+if not torch.cuda.is_available():
+    # before anything (transformers does) imports triton: its kernels then run in its interpreter, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import json
 import subprocess
 import sys
@@ -19,7 +25,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -33,9 +38,6 @@ SENTENCES = [
 ]
 
 torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    # before anything imports triton: its kernels then run in its interpreter, on the CPU
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from trenchcoat.bench import run, transfer
 
 
 def test_the_naive_way_computes_the_same_gradients() -> None:
-    bench = transfer.Bench(2, 300)
+    bench = transfer.small_bench(2, 300)
     bench.gradients()
     ours = [parameter.grad.clone() for parameter in bench.parameters]
     bench.model.zero_grad()
@@ -21,7 +21,7 @@ def test_the_naive_way_computes_the_same_gradients() -> None:
 
 
 def test_the_naive_way_keeps_its_maps_and_leaves_no_trace() -> None:
-    shallow, deep = transfer.Bench(1, 256), transfer.Bench(3, 256)
+    shallow, deep = transfer.small_bench(1, 256), transfer.small_bench(3, 256)
     map_bytes = 8 * 256 * 256 * 4
     assert deep.peak(deep.naive_gradients) - shallow.peak(shallow.naive_gradients) > 2 * 2 * map_bytes
     assert deep.peak(deep.gradients) < 1.1 * shallow.peak(shallow.gradients)

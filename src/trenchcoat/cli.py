@@ -201,7 +201,8 @@ transfer: time and memory of an attention-transfer step against the bare teacher
 memory and throughput of block-wise transfer against the joint run. clip: one gradient clip for all layers against one
 for each, where the layers' scales differ 1000-fold. decode: time a token and state against the softmax teacher with its
 KV cache, by context; batches; bfloat16 states; a long prompt. kernels: the Triton kernels on a GPU (--device cuda),
-against the device's own ceilings and other attentions.
+against the device's own ceilings, other attentions, and an 8B-shaped model with softmax attention; --out is written as
+the measurements come in. tiles: find the kernels' fastest launch settings on this GPU and keep them by its name.
 """
 _EXPORT = """\
 Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or, with
@@ -223,6 +224,8 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     sub.add_argument("--repeats", type=int, default=None, metavar="N", help="measurements each, their median counts")
     sub.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
+    sub.add_argument("--only", metavar="PARTS", help="kernels: some of operator,model,decode (all)")
+    sub.add_argument("--layers", type=int, metavar="N", help="kernels: depth of the models (4 for prefill, else 32)")
 
 
 def _add_export(sub: argparse.ArgumentParser) -> None:
@@ -316,7 +319,11 @@ def _bench(args: argparse.Namespace) -> None:
     from trenchcoat import bench
 
     settings = {name: getattr(args, name) for name in ("threads", "quick", "repeats", "device")}
-    print(bench.run(args.what, out=args.out, **settings))
+    if args.what == "kernels":
+        settings |= {"layers": args.layers, "only": [] if args.only is None else args.only.split(",")}
+    elif args.only is not None or args.layers is not None:
+        raise UsageError(f"--only and --layers are for bench kernels; bench {args.what} does not have them")
+    print(bench.run(args.what, out=args.out, say=lambda line: print(line, file=sys.stderr, flush=True), **settings))
 
 
 def _export(args: argparse.Namespace) -> None:

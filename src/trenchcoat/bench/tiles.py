@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trenchcoat.bench.kernels import QUICK, Bench, Sizes, Timer
+from trenchcoat.bench.gpu import Timer
+from trenchcoat.bench.kernels_operator import FULL, QUICK, Bench
 from trenchcoat.config import UserError
 from trenchcoat.files import read_json, write_json
 from trenchcoat.ops.triton_tiles import Choices, Tile, choices, encoded, tiles_file
@@ -108,8 +109,8 @@ def measure(
             f"{'there is' if torch.cuda.is_available() else 'there is no'} CUDA device; give it a machine with one and "
             "--device cuda"
         )
-    sizes = QUICK if quick else Sizes()
-    timer = Timer(sizes.repeats if repeats is None else repeats)
+    sizes = QUICK if quick else FULL
+    timer = Timer((3 if quick else 20) if repeats is None else repeats, device)
     tokens = sizes.lengths[0] if quick else 8192
     found = []
     for kind in ("terrace", "sliding", "linear"):

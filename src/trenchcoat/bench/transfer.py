@@ -38,15 +38,10 @@ _LLAMA: dict[str, Any] = {
 
 
 class Bench:
-    """A random Llama with terrace students in transfer mode, one row of T random tokens, and its training step."""
+    """A model with students in transfer mode, rows of T random tokens, and its training step."""
 
-    def __init__(self, layers: int, tokens: int, *, device: str = "cpu") -> None:
-        torch.manual_seed(0)
-        self.model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **_LLAMA)).eval().to(device)
-        surgery.attach_students(
-            self.model, StudentConfig(window=_WINDOW, feature_map=FeatureMapConfig(feature_dim=_LLAMA["head_dim"]))
-        )
-        self.model.to(device)
+    def __init__(self, model: Any, tokens: int, *, rows: int = 1) -> None:
+        self.model = model
         self.parameters = surgery.freeze_for_transfer(self.model)
         cfg = TransferConfig()
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -54,7 +49,7 @@ class Bench:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr)
         self.clip = cfg.clip
         self.objective: Objective = transfer_objective(cfg)
-        ids = torch.randint(0, _LLAMA["vocab_size"], (1, tokens), device=device)
+        ids = torch.randint(0, model.config.vocab_size, (rows, tokens), device=self.parameters[0].device)
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def teacher(self, *, head: bool = False) -> None:
@@ -100,6 +95,16 @@ class Bench:
             work()
         self.optimizer.zero_grad(set_to_none=True)
         return memory.peak
+
+
+def small_bench(layers: int, tokens: int, *, device: str = "cpu") -> Bench:
+    """One row through a random float32 Llama with terrace students."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **_LLAMA)).eval().to(device)
+    surgery.attach_students(
+        model, StudentConfig(window=_WINDOW, feature_map=FeatureMapConfig(feature_dim=_LLAMA["head_dim"]))
+    )
+    return Bench(model.to(device), tokens)
 
 
 @contextmanager
@@ -166,7 +171,7 @@ QUICK = Sizes(depths=(2, 4), lengths=(128,), naive_length=128, layers=2, repeats
 def _memory(sizes: Sizes, device: str) -> dict[int, dict[str, int]]:
     found: dict[int, dict[str, int]] = {}
     for depth in sizes.depths:
-        bench = Bench(depth, sizes.naive_length, device=device)
+        bench = small_bench(depth, sizes.naive_length, device=device)
         found[depth] = {"step": bench.peak(bench.gradients)}
         if depth == sizes.depths[0]:
             found[depth]["naive"] = bench.peak(bench.naive_gradients)
@@ -176,7 +181,7 @@ def _memory(sizes: Sizes, device: str) -> dict[int, dict[str, int]]:
 def _times(sizes: Sizes, device: str) -> dict[int, dict[str, float]]:
     found = {}
     for length in sizes.lengths:
-        bench = Bench(sizes.layers, length, device=device)
+        bench = small_bench(sizes.layers, length, device=device)
         work: dict[str, Callable[[], None]] = {"teacher": bench.teacher, "step": bench.step}
         clocks = seconds(work, sizes.repeats, device)
         rare: dict[str, Callable[[], None]] = {"teacher_with_head": partial(bench.teacher, head=True)}

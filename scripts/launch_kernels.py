@@ -1,0 +1,86 @@
+"""Launch every Triton kernel once on small shapes, for tools that watch memory and races.
+
+    compute-sanitizer --tool racecheck python scripts/launch_kernels.py [--device cuda]
+
+Every kind, forward, backward, transfer and decoding, in one group of chunks and in two; results are checked to be
+finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.ops import triton_launch as launch
+from trenchcoat.students import StudentAttention, TransferRequest, build_student
+
+HEADS, KV_HEADS = 2, 1
+
+
+def student_of(kind: str, size: dict[str, int], dtype: torch.dtype, device: str) -> StudentAttention:
+    """A student on the kernels."""
+    phi = FeatureMapConfig(feature_dim=size["columns"], bias=dtype != torch.float16)
+    cfg = StudentConfig(
+        name=kind,
+        window=size["window"],
+        feature_map=phi,
+        impl="triton",
+        sinks=0 if kind == "linear" else 2,
+        key_maps="per_kv_head" if dtype == torch.float16 else "per_query_head",
+    )
+    return build_student(cfg, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=size["dim"]).to(device)
+
+
+def run(kind: str, size: dict[str, int], dtype: torch.dtype, device: str) -> None:
+    """Every pass of one student."""
+    torch.manual_seed(0)
+    student, scale = student_of(kind, size, dtype, device), size["dim"] ** -0.5
+    shapes = [(1, heads, size["tokens"], size["dim"]) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes)
+    y, _ = student(q, k, v, scale=scale)
+    y.float().square().mean().backward()
+    found = [y, *(x.grad for x in (q, k, v)), *(p.grad for p in student.parameters())]
+    with torch.no_grad():
+        student.request = TransferRequest(xent_weight=1.0)
+        student.transfer(q, k, v, y.roll(1, 2), scale=scale)
+        found.append(student.metrics["loss"])
+        before, after = size["tokens"] - 3, slice(size["tokens"] - 3, None)
+        prefix = [x[:, :, :before] for x in (q, k, v)]
+        _, state = student(*prefix, scale=scale, return_state=True)
+        found.append(student.decode(*(x[:, :, after] for x in (q, k, v)), state=state, scale=scale))
+    for x in found:
+        if x is not None and not bool(torch.isfinite(x).all()):
+            raise SystemExit(f"{kind}, {dtype}: a result is not finite")
+
+
+SMALL = {"tokens": 9, "dim": 5, "columns": 3, "window": 2}
+"""For Triton's interpreter."""
+LARGER = {"tokens": 300, "dim": 64, "columns": 32, "window": 16}
+
+
+def run_all(size: dict[str, int], kinds: Sequence[str], dtypes: Sequence[torch.dtype], device: str) -> None:
+    """Every pass of every kind, in one group of chunks and in two."""
+    launch.SHORTEST_GROUP = 2
+    for groups, kind, dtype in itertools.product((1, 2), kinds, dtypes):
+        launch.wanted_programs = lambda device, groups=groups: HEADS * groups  # type: ignore[assignment]
+        run(kind, size, dtype, device)
+        print(f"{kind:<8} {groups} group(s) {dtype}: done", flush=True)
+
+
+def main() -> None:
+    """Run all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
+    dtypes = [torch.bfloat16] if launch.INTERPRETED else [torch.bfloat16, torch.float16]
+    run_all(SMALL if launch.INTERPRETED else LARGER, ["terrace", "sliding", "linear"], dtypes, device)
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Decoding on a GPU: an 8B-shaped Llama, a token at a time in a captured CUDA graph, students against softmax.
+
+Both sides run the same loop: the whole model, the likeliest token, which is the next input. The softmax model gets the
+best form of its cache for a given context: keys and values in buffers of exactly that length, the new pair written in
+place, no mask, no copy, so that PyTorch's attention reads each pair once for all query heads that share it. Times are
+means of W tokens, so that folds count in full. Caches hold random numbers.
+
+Shape legend: B rows, G key/value heads, T tokens of context, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from trenchcoat import surgery
+from trenchcoat.bench.gpu import Ceilings, Timer, attempt, captured, free_memory, judge, least, most, repeated
+from trenchcoat.bench.kernels_model import LLAMA_8B, Measurement, Shape, random_llama
+from trenchcoat.cache import state_layer
+from trenchcoat.ops import StudentState
+
+SOFTMAX_CACHE = "buffers of exactly the context, PyTorch's attention without a mask, CUDA graph"
+
+ROOFLINE_AT_MOST = 1.2
+FASTER_SAME_BATCH, FASTER_LARGEST_BATCH = 4.0, 25.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured."""
+
+    shape: Shape = LLAMA_8B
+    layers: int = 32
+    context: int = 32768
+    batches: tuple[int, ...] = (1, 64)
+    """Rows whose time is set against the memory roofline."""
+    same_batch: int = 16
+    """Rows of the comparison with the softmax model."""
+    filled: float = 0.92
+    """Share of the free memory that the caches of the largest batch take."""
+    memory: int | None = None
+    """Bytes to fill, in place of what is found free."""
+
+    def of_layers(self, layers: int | None) -> Sizes:
+        """With another depth."""
+        return self if layers is None else replace(self, layers=layers)
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    Shape(hidden=256, heads=4, kv_heads=2, dim=64, inner=512, vocab=1024), layers=2, context=512, batches=(1,),
+    same_batch=2, filled=0.02,
+)  # fmt: skip
+
+
+class FullLayer(CacheLayerMixin):
+    """A softmax layer's cache at a fixed length: the newest pair always takes the last place."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, keys_BGTD: Tensor, values_BGTD: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys_BGTD, values_BGTD
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: it is full from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The pair of one new token, in place; all keys and values."""
+        self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(columns, offset)."""
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        """Tokens before the new one."""
+        return int(self.keys.shape[2]) - 1
+
+    def get_max_length(self) -> int:
+        """Its length."""
+        return int(self.keys.shape[2])
+
+
+def softmax_cache(model: Any, rows: int, context: int) -> Cache:
+    """A full softmax cache of random keys and values."""
+    config = model.config
+    shape = (rows, config.num_key_value_heads, context, config.head_dim)
+    make: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    return Cache(layers=[FullLayer(*(torch.empty(shape, **make).normal_() for _ in range(2))) for _ in _layers(model)])
+
+
+def student_cache(model: Any, rows: int, context: int) -> Cache:
+    """The students' states after `context` tokens, random."""
+    cache = DynamicCache(config=model.config)
+    for index, student in surgery.students_of(model).items():
+        state = student.empty_state(rows, dtype=model.dtype, device=model.device)
+        for pairs in (state.k_BGND, state.v_BGNE):
+            pairs.normal_()
+        for sums in (state.far_s_BKFE, state.far_z_BKF):
+            sums.uniform_(0.5, 1.5)
+        state.seen_B += context
+        state_layer(cache, index).advance(state, context)
+    return cache
+
+
+def _layers(model: Any) -> range:
+    return range(model.config.num_hidden_layers)
+
+
+class Loop:
+    """Greedy decoding of `rows` rows from a cache, one token at a call of :meth:`step`, at fixed addresses."""
+
+    def __init__(self, model: Any, cache: Cache, rows: int, context: int, *, advance: bool) -> None:
+        self.model, self.cache, self.move = model, cache, int(advance)
+        self.ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        self.place = torch.full_like(self.ids, context)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The next token of every row takes the place of the last in `ids` [B, 1]."""
+        inputs = {"input_ids": self.ids, "position_ids": self.place, "past_key_values": self.cache}
+        logits = self.model(**inputs, use_cache=True).logits
+        self.ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.place.add_(self.move)
+
+
+def seconds_a_token(sizes: Sizes, timer: Timer, model: Any, kind: str, rows: int) -> float:
+    """Of all rows together; `kind`: student or softmax."""
+    surgery.set_mode(model, "student" if kind == "student" else "teacher")
+    if kind == "student":
+        loop = Loop(model, student_cache(model, rows, sizes.context), rows, sizes.context, advance=True)
+    else:
+        loop = Loop(model, softmax_cache(model, rows, sizes.context), rows, sizes.context - 1, advance=False)
+    window = sizes.shape.window
+    return timer(repeated(captured(loop.step, timer.device), window)) / window
+
+
+def row_bytes(model: Any, kind: str, context: int) -> int:
+    """Bytes of one row's cache."""
+    if kind == "student":
+        return sum(_state(student).nbytes() for student in surgery.students_of(model).values())
+    config = model.config
+    return 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
+
+
+def _state(student: Any) -> StudentState:
+    state: StudentState = student.empty_state(1, dtype=torch.bfloat16, device="meta")
+    return state
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the parameters that every token reads: all but the embedding."""
+    embedding = model.get_input_embeddings().weight
+    return sum(p.nbytes for p in model.parameters() if p is not embedding)
+
+
+def memory(sizes: Sizes) -> float:
+    """Bytes of device memory needed for the comparison at one batch; the largest batch takes all there is."""
+    cache = 4.0 * sizes.layers * sizes.shape.kv_heads * sizes.shape.dim * sizes.context
+    return sizes.shape.bytes(sizes.layers) + sizes.same_batch * cache
+
+
+def measurements(sizes: Sizes, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:
+    """Every measurement of decoding."""
+    for rows in sizes.batches:
+        yield f"batch {rows}", partial(_roofline, sizes, timer, limits, rows)
+    yield "same batch", partial(_same_batch, sizes, timer)
+    for kind, key_maps in (
+        ("student", "per_query_head"),
+        ("student", "per_kv_head"),
+        ("softmax", "per_query_head"),
+    ):
+        yield f"largest batch, {_name(kind, key_maps)}", partial(_largest, sizes, timer, kind, key_maps)
+
+
+def _name(kind: str, key_maps: str) -> str:
+    return kind if key_maps == "per_query_head" else f"{kind} {key_maps}"
+
+
+def _roofline(sizes: Sizes, timer: Timer, limits: Ceilings, rows: int) -> dict[str, Any]:
+    """A token over the time of reading weights and state once."""
+    model = random_llama(sizes.shape, sizes.layers, timer.device)
+    taken = seconds_a_token(sizes, timer, model, "student", rows)
+    needed = weight_bytes(model) + rows * row_bytes(model, "student", sizes.context)
+    entry = limits.entry(taken, (0.0, float(needed)))
+    return {"rows": rows, "layers": sizes.layers, **entry, "ratio": taken / entry["least"]}
+
+
+def _same_batch(sizes: Sizes, timer: Timer) -> dict[str, Any]:
+    """Tokens/s against the softmax model at one batch and context."""
+    model = random_llama(sizes.shape, sizes.layers, timer.device)
+    rows = sizes.same_batch
+    ours, softmax = (seconds_a_token(sizes, timer, model, kind, rows) for kind in ("student", "softmax"))
+    result = {"rows": rows, "layers": sizes.layers, "context": sizes.context, "softmax_cache": SOFTMAX_CACHE}
+    return {**result, "ours": rows / ours, "softmax": rows / softmax, "ratio": softmax / ours}
+
+
+def _largest(sizes: Sizes, timer: Timer, kind: str, key_maps: str) -> dict[str, Any]:
+    """Tokens/s at the largest batch: by arithmetic from the free memory, a tenth less at a time where it does not fit.
+
+    Beside its cache a row has logits (bfloat16, and float32 in passing) and the widest activations.
+    """
+    shape = sizes.shape
+    model = random_llama(shape, sizes.layers, timer.device, key_maps)
+    row = row_bytes(model, kind, sizes.context) + 6 * shape.vocab + 8 * shape.inner
+    free = free_memory(timer.device, sizes.memory)
+    most_rows = int(sizes.filled * free / row)
+    result = {"layers": sizes.layers, "context": sizes.context, "row_bytes": row, "free_bytes": free}
+    tried: list[int] = []
+    for tenths in (10, 9, 8, 7):
+        rows = max(1, most_rows * tenths // 10)
+        tried.append(rows)
+
+        def measured(rows: int = rows) -> dict[str, Any]:
+            return {"seconds": seconds_a_token(sizes, timer, model, kind, rows)}
+
+        found = attempt(measured)
+        if "seconds" in found:
+            return {**result, "rows": rows, "tried": tried, **found, "tokens_per_second": rows / found["seconds"]}
+    return {**result, "tried": tried, **found}
+
+
+def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measured against wanted."""
+    rows = []
+    for batch in FULL.batches:
+        target = most(f"decode, batch {batch}: a token over reading weights and state once", ROOFLINE_AT_MOST)
+        rows.append(judge(target, found, f"batch {batch}", lambda row: row["ratio"]))
+    target = least(
+        f"decode, {FULL.same_batch} rows at {FULL.context}: tokens/s over the softmax model's", FASTER_SAME_BATCH
+    )
+    rows.append(judge(target, found, "same batch", lambda row: row["ratio"]))
+    target = least(f"decode, largest batch at {FULL.context}: tokens/s over the softmax model's", FASTER_LARGEST_BATCH)
+    softmax = found.get("largest batch, softmax", {}).get("tokens_per_second")
+    if softmax is None and "largest batch, student" in found:
+        return [*rows, target.judged(None, "softmax model: not measured")]
+    name = "largest batch, student"
+    return [*rows, judge(target, found, name, lambda row: row["tokens_per_second"] / softmax)]
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """The measurements as text."""
+    lines = []
+    for name, row in found.items():
+        if "out_of_memory" in row:
+            lines.append(f"{name}: out of memory ({row['out_of_memory']})")
+        elif name.startswith("batch"):
+            lines.append(
+                f"{name}, {row['layers']} layers: {1e3 * row['seconds']:.2f} ms a token, {row['ratio']:.2f}x the time "
+                f"of reading weights and state once ({row['bytes'] / 1e9:.1f} GB)"
+            )
+        elif name == "same batch":
+            lines.append(
+                f"{row['rows']} rows at {row['context']}: {row['ours']:.0f} tokens/s, softmax {row['softmax']:.0f} "
+                f"({row['softmax_cache']}), {row['ratio']:.2f}x"
+            )
+        else:
+            lines.append(
+                f"{name} at {row['context']}: {row['rows']} rows of {row['row_bytes'] / 2**20:.1f} MiB, "
+                f"{row['tokens_per_second']:.0f} tokens/s"
+            )
+    return lines

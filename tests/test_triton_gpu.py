@@ -1,0 +1,267 @@
+"""The Triton kernels at the sizes they are for: against the float64 reference on the GPU, twenty times with equal bits,
+on poisoned memory, captured in a CUDA graph, and decoding many rows of differing lengths.
+
+Without a GPU the same tests run at small sizes in Triton's interpreter, once, and a captured step is an ordinary one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_kit import DEVICE, KernelCase, group, name_of
+from operator_kit import budget, error
+from trenchcoat import surgery
+from trenchcoat.bench.gpu import captured
+from trenchcoat.bench.kernels_decode import Loop, student_cache
+from trenchcoat.bench.kernels_model import Shape, random_llama
+from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.ops import StudentState, triton, triton_check, triton_decode
+from trenchcoat.ops.triton_launch import INTERPRETED
+from trenchcoat.students import StudentAttention, build_student
+
+GPU = DEVICE != "cpu"
+pytestmark = [pytest.mark.gpu] if GPU else []
+"""`-m gpu` picks this file where there is a GPU; elsewhere its small sizes belong to the ordinary tests."""
+RUNS = 20 if GPU else 2
+ALLOWED = 16 if INTERPRETED else 8
+"""Roundings to bfloat16; the interpreter cuts off, which is twice the error of rounding to nearest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sized(KernelCase):
+    """A call with scores and features of unit size whatever the head dimension, as in a model."""
+
+    @property
+    def rule(self) -> Any:
+        """Scores divided by the root of D."""
+        return replace(super().rule, scale=self.dim**-0.5)
+
+    def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The maps divided by the root of D."""
+        made = super().leaves(dtype)
+        for name in ("query_matrix", "key_matrix"):
+            made[name] = (made[name].detach() * self.dim**-0.5).to(torch.bfloat16).to(dtype).requires_grad_()
+        return made
+
+
+def _case(small: dict[str, Any], large: dict[str, Any], **both: Any) -> Sized:
+    ours = {"heads": 8, "kv_heads": 2, "key_maps": 8, "window": 64}
+    shape = ours if GPU else {"batch": 1, "heads": 1, "key_maps": 1, "window": 3}
+    return Sized(**{**shape, **both, **(large if GPU else small)})
+
+
+CASES = [
+    _case({"tokens": 8, "dim": 4, "values": 4}, {"tokens": 1000, "dim": 64, "values": 64, "columns": 16}),
+    _case(
+        {"tokens": 9, "heads": 2, "groups": 2}, {"tokens": 4096, "dim": 128, "values": 128, "columns": 64, "batch": 1}
+    ),
+    _case(
+        {"tokens": 7, "dim": 5, "values": 5},
+        {"tokens": 1000, "dim": 96, "values": 96, "columns": 64, "window": 37, "key_maps": 2}, mask="left",
+    ),
+    _case({"tokens": 7, "columns": 5}, {"tokens": 1000, "dim": 128, "values": 128, "columns": 128}),
+    _case(
+        {"tokens": 7, "dim": 9, "values": 9},
+        {"tokens": 1000, "dim": 256, "values": 256, "columns": 64, "window": 32, "kv_heads": 8},
+    ),
+    _case(
+        {"tokens": 8, "groups": 2}, {"tokens": 4096, "dim": 64, "values": 64, "columns": 64, "window": 50, "batch": 1},
+        kind="sliding", map="t2r", bias=True,
+    ),
+    _case(
+        {"tokens": 7, "columns": 3}, {"tokens": 1000, "dim": 128, "values": 128, "columns": 32, "window": 17},
+        kind="sliding", mask="odd", options={"sinks": 4}, sink_logit=True,
+    ),
+    _case(
+        {"tokens": 8, "groups": 2}, {"tokens": 4096, "dim": 64, "values": 64, "columns": 128, "batch": 1},
+        kind="linear", map="elu", bias=True,
+    ),
+    _case({"tokens": 7}, {"tokens": 1000, "dim": 96, "values": 96, "columns": 64}, kind="linear", mask="right"),
+]  # fmt: skip
+
+
+def _grouped(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are cut into groups by the device's size on a GPU, and here as the case says."""
+    if not GPU:
+        group(monkeypatch, case.groups)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_outputs_and_gradients_in_bfloat16(case: Sized, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are exact in bfloat16; the independent run rounds features and output, and eight times its error is
+    allowed (or eight roundings): the kernels also round weights, sums, dnum, ds and y, and the gradient itself. In the
+    interpreter twice that, see ALLOWED."""
+    _grouped(case, monkeypatch)
+    exact, found = case.reference(torch.float64), case.kernels(torch.bfloat16)
+    independent = case.reference(torch.float64, rounding=torch.bfloat16)
+    for name, value in exact.items():
+        allowed = ALLOWED * max(error(independent[name], value), float(torch.finfo(torch.bfloat16).eps) / 2)
+        assert error(found[name], value) <= allowed, name
+
+
+@pytest.mark.parametrize("case", CASES[1::3], ids=name_of)
+def test_every_run_gives_the_same_bits(case: Sized, monkeypatch: pytest.MonkeyPatch) -> None:
+    _grouped(case, monkeypatch)
+    first = case.kernels(torch.bfloat16)
+    for _ in range(RUNS - 1):
+        again = case.kernels(torch.bfloat16)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def _transfer(case: Sized) -> list[Tensor]:
+    """Summed squared error and its gradients."""
+    leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
+    q, k, v = (leaves[name].to(torch.bfloat16) for name in "qkv")
+    make = torch.Generator().manual_seed(3)
+    y = torch.randn(*q.shape[:3], case.values, generator=make).to(DEVICE, torch.bfloat16)
+    total, grads = triton.transfer(q, k, v, y, *case.maps(leaves), case.rule.log_ratio(leaves["mix"]), rule=case.rule)
+    return [total, *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7]], ids=name_of)
+def test_transfer_gives_the_same_bits(case: Sized, monkeypatch: pytest.MonkeyPatch) -> None:
+    _grouped(case, monkeypatch)
+    first = _transfer(case)
+    assert len(first) >= 4
+    for _ in range(RUNS - 1):
+        assert all(torch.equal(a, b) for a, b in zip(_transfer(case), first, strict=True))
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[5]], ids=name_of)
+def test_nothing_uninitialised_is_read(case: Sized, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer starts as NaN: whatever is read before it is written, or not written at all, shows."""
+    _grouped(case, monkeypatch)
+    wanted, learned = case.kernels(torch.bfloat16), None if case.mask else _transfer(case)
+    with monkeypatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, partial(_poisoned, getattr(owner, name)) if owner is torch else _method(name))
+        found, again = case.kernels(torch.bfloat16), None if case.mask else _transfer(case)
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    for a, b in zip(again or [], learned or [], strict=True):
+        assert torch.equal(a, b)
+
+
+def _poisoned(make: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    x = make(*args, **options)
+    return x.fill_(float("nan")) if x.is_floating_point() else x
+
+
+def _method(name: str) -> Callable[..., Tensor]:
+    make = getattr(torch.Tensor, name)
+    return lambda self, *args, **options: _poisoned(make, self, *args, **options)
+
+
+# Decoding
+
+
+STEPS, WINDOW, DIM, COLUMNS, ROWS = (200, 64, 128, 64, 64) if GPU else (7, 2, 6, 4, 3)
+HEADS = {"num_heads": 8 if GPU else 2, "num_kv_heads": 2 if GPU else 1, "head_dim": DIM}
+
+
+@pytest.fixture
+def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:  # the interpreter takes seconds for the self-check, which has a test of its own
+        monkeypatch.setattr(triton_check, "check", lambda device: None)
+
+
+def _student(kind: str) -> StudentAttention:
+    phi = FeatureMapConfig(feature_dim=COLUMNS, init="kaiming")
+    cfg = StudentConfig(name=kind, window=WINDOW, feature_map=phi, impl="triton")
+    return build_student(cfg, **HEADS).to(DEVICE).requires_grad_(False)
+
+
+def _tokens(rows: int, count: int) -> list[Tensor]:
+    make = torch.Generator().manual_seed(5)
+    heads = (HEADS["num_heads"], HEADS["num_kv_heads"], HEADS["num_kv_heads"])
+    return [torch.randn(rows, h, count, DIM, generator=make).to(DEVICE, torch.bfloat16) for h in heads]
+
+
+@pytest.mark.usefixtures("_checked")
+@pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
+def test_a_captured_step_is_the_ordinary_one(kind: str) -> None:
+    """Bit for bit over many tokens, folds included, from a state that has seen nothing."""
+    student, x = _student(kind), _tokens(2, STEPS)
+    ordinary, graphed = (student.empty_state(2, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    given = [t[:, :, :1].clone() for t in x]
+    held: list[Tensor] = [torch.empty_like(given[0])]
+
+    def work() -> None:
+        held[0].copy_(student.decode(*given, state=graphed, scale=DIM**-0.5))
+
+    step = captured(work, DEVICE)
+    graphed.zero_()
+    for t in range(STEPS):
+        for place, whole in zip(given, x, strict=True):
+            place.copy_(whole[:, :, t : t + 1])
+        step()
+        wanted = student.decode(*given, state=ordinary, scale=DIM**-0.5)
+        assert torch.equal(held[0], wanted), t
+    for name, tensor in ordinary.tensors().items():
+        assert torch.equal(graphed.tensors()[name], tensor), name
+
+
+@pytest.mark.usefixtures("_checked")
+def test_a_captured_model_writes_what_the_ordinary_one_does() -> None:
+    """The whole model's greedy loop, as the benchmark times it."""
+    shape = Shape() if GPU else Shape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=2, columns=4)
+    model = random_llama(shape, 2 if GPU else 1, DEVICE)
+    surgery.set_mode(model, "student")
+    context, written = 10 * shape.window + 1, []
+    for wrap in (lambda work, device: work, captured):
+        torch.manual_seed(1)
+        cache = student_cache(model, 2, context)
+        before = [layer.state.clone() for layer in cache.layers]
+        loop = Loop(model, cache, 2, context, advance=True)
+        step = wrap(loop.step, DEVICE)
+        for layer, state in zip(cache.layers, before, strict=True):
+            for name, tensor in layer.state.tensors().items():
+                tensor.copy_(state.tensors()[name])
+        loop.ids.zero_()
+        loop.place.fill_(context)
+        tokens = []
+        for _ in range(STEPS):
+            step()
+            tokens.append(loop.ids.clone())
+        written.append(torch.cat(tokens, 1))
+    assert torch.equal(written[0], written[1])
+    assert len(written[0].unique()) > 1
+
+
+@pytest.mark.usefixtures("_checked")
+@pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
+def test_many_rows_of_differing_lengths(kind: str) -> None:
+    """Each row's next tokens are those of the float64 reference, whatever the other rows have seen."""
+    new, lengths = 3, [1 + b * (3 * WINDOW + 5) // ROWS for b in range(ROWS)]
+    case = Sized(
+        kind=kind, window=WINDOW, dim=DIM, values=DIM, columns=COLUMNS, batch=ROWS, tokens=max(lengths) + new,
+        heads=HEADS["num_heads"], kv_heads=HEADS["num_kv_heads"], key_maps=HEADS["num_heads"],
+    )  # fmt: skip
+    whole, independent = (case.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
+    leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
+    ratio, maps, rule = case.rule.log_ratio(leaves["mix"]), case.maps(leaves), case.rule
+    empty = StudentState.empty(
+        1, rule=rule, kv_heads=case.kv_heads, key_map_heads=case.key_maps, key_dim=DIM, value_dim=DIM,
+        features=2 * COLUMNS, device=DEVICE,
+    )  # fmt: skip
+    states = []
+    for row, length in enumerate(lengths):
+        before = [leaves[name][row : row + 1, :, :length] for name in "qkv"]
+        _, state = triton.attend(*before, *maps, ratio, rule=rule, state=empty.clone(), return_state=True)
+        assert state is not None
+        states.append(state.tensors())
+    state = StudentState(**{name: torch.cat([one[name] for one in states]) for name in states[0]})
+    for t in range(new):
+        place = [length + t for length in lengths]
+        now = [torch.stack([leaves[name][row, :, n] for row, n in enumerate(place)])[:, :, None] for name in "qkv"]
+        y = triton_decode.decode(*now, *maps, ratio, state, rule=rule)
+        exact = torch.stack([whole[row, :, n] for row, n in enumerate(place)])[:, :, None]
+        assert error(y, exact) <= budget(error(independent, whole), case.terms), t
+    assert state.seen_B.tolist() == [length + new for length in lengths]

@@ -1,0 +1,163 @@
+"""Whole models on the Triton kernels: logits, a transfer run and greedy decoding as on the chunkwise implementation.
+
+A tiny Llama in the interpreter (compiled, where there is a GPU); with a GPU also four layers of 8B widths.
+
+Budgets come from the other implementation: the exact result is the same model in float64 (float32 for training runs and
+for the large model, where rounding to bfloat16 is far coarser), and the chunkwise run in bfloat16 shows what that type
+costs. Every product, norm and sum of the model rounds in both runs alike; the kernels round features, weights and dnum
+besides, a few roundings among the dozen of a layer, so twice that error (root mean square) is allowed; in Triton's
+interpreter, which cuts numbers off at bfloat16 where devices round to nearest, four times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_kit import DEVICE
+from trenchcoat import surgery
+from trenchcoat.bench.kernels_model import Shape, random_llama
+from trenchcoat.config import TransferConfig
+from trenchcoat.objectives import transfer_objective
+from trenchcoat.ops import triton_check
+from trenchcoat.ops.triton_launch import INTERPRETED
+from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.train import fit
+
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
+ALLOWED = 4.0 if INTERPRETED else 2.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and how much of it is run."""
+
+    shape: Shape
+    layers: int
+    tokens: int
+    rows: int
+    steps: int
+    exact: torch.dtype
+
+    def model(self, impl: str, dtype: torch.dtype) -> Any:
+        """The random Llama of this size; the same weights, those of bfloat16, whatever the type they are kept in."""
+        shape = Shape(**{**self.shape.__dict__, "impl": impl})
+        model = random_llama(shape, self.layers, DEVICE)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dtype == torch.bfloat16 and parameter.ndim == 2:
+                    parameter.mul_(self.spread)
+        return model if dtype == torch.bfloat16 else model.to(dtype)
+
+    @property
+    def spread(self) -> float:
+        """Factor on the weights: queries, keys and values of about unit size at any width."""
+        return max(1.0, 50.0 * self.shape.hidden**-0.5)
+
+    def ids(self, seed: int) -> Tensor:
+        """Random tokens [rows, tokens]."""
+        make = torch.Generator().manual_seed(seed)
+        return torch.randint(0, self.shape.vocab, (self.rows, self.tokens), generator=make)
+
+
+TINY = Size(
+    Shape(hidden=16, heads=2, kv_heads=1, dim=8, inner=24, vocab=31, window=3, columns=4), layers=2, tokens=9, rows=1,
+    steps=8, exact=torch.float64,
+)  # fmt: skip
+LARGE = Size(Shape(), layers=4, tokens=1024, rows=2, steps=50, exact=torch.float32)
+SIZES = [pytest.param(TINY, id="tiny"), pytest.param(LARGE, id="8B widths", marks=NEEDS_GPU)]
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":  # the interpreter takes seconds for the self-check, which has a test of its own
+        monkeypatch.setattr(triton_check, "check", lambda device: None)
+
+
+def _logits(size: Size, impl: str, dtype: torch.dtype) -> Tensor:
+    model = size.model(impl, dtype)
+    surgery.set_mode(model, "student")
+    with torch.no_grad():
+        return model(input_ids=size.ids(0).to(DEVICE), use_cache=False).logits.double()
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits(size: Size) -> None:
+    exact = _logits(size, "chunkwise", size.exact)
+    budget = ALLOWED * _rms(_logits(size, "chunkwise", torch.bfloat16) - exact)
+    assert 0 < budget < 0.1 * _rms(exact)
+    assert _rms(_logits(size, "triton", torch.bfloat16) - exact) <= budget
+
+
+class _Batches:
+    """Random tokens by index, the second row of two ending in padding."""
+
+    fingerprint = "random tokens"
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return 4
+
+    def train_batch(self, index: int) -> dict[str, Tensor]:
+        ids = self.size.ids(index % 4)
+        mask = torch.ones_like(ids)
+        mask[1:, -3:] = 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+    def validation_batches(self) -> int:
+        return 1
+
+    def validation_batch(self, index: int) -> dict[str, Tensor]:
+        return self.train_batch(3)
+
+
+def _curve(size: Size, impl: str, dtype: torch.dtype, folder: Path) -> Tensor:
+    """Losses of a stage 1 run, a row a step, a column a layer."""
+    model = size.model(impl, dtype)
+    for student in surgery.students_of(model).values():
+        student.float()
+    surgery.freeze_for_transfer(model)
+    surgery.set_mode(model, "transfer")
+    cfg = TransferConfig(max_steps=size.steps, accumulation=1, eval_every=size.steps, save_every=size.steps, lr=1e-2)
+    with RunLog(folder, progress="off") as run:
+        fit(model, _Batches(size), transfer_objective(cfg), cfg, run, stage="transfer")
+    lines = [line for line in read_metrics(folder) if line["kind"] == "train"]
+    assert len(lines) == size.steps
+    names = sorted(name for name in lines[0] if name.startswith("loss/layer_"))
+    assert len(names) == size.layers
+    return torch.tensor([[line[name] for name in names] for line in lines], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_transfer_run_has_the_same_losses(size: Size, tmp_path: Path) -> None:
+    runs = [("chunkwise", torch.float32), ("chunkwise", torch.bfloat16), ("triton", torch.bfloat16)]
+    exact, independent, found = (_curve(size, *run, tmp_path / str(i)) for i, run in enumerate(runs))
+    assert exact[-4:].mean() < exact[:4].mean(), "the run did not learn, so it shows nothing"
+    budget = ALLOWED * _rms(independent / exact - 1)
+    assert 0 < budget < 0.1
+    assert _rms(found / exact - 1) <= budget
+
+
+def test_greedy_tokens() -> None:
+    """In float32, beyond two windows, so that keys become far while tokens are generated."""
+    found = {}
+    ids = torch.cat([TINY.ids(0), TINY.ids(1)])[:, :5].to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    for impl in ("chunkwise", "triton"):
+        model = TINY.model(impl, torch.float32)
+        surgery.set_mode(model, "student")
+        found[impl] = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
+    assert torch.equal(found["triton"], found["chunkwise"])
+    assert len(found["triton"][0].unique()) > 3
