@@ -100,28 +100,36 @@ def kernels(call: launch.Call) -> dict[str, Any]:
 
 
 def decoding(call: launch.Call) -> dict[str, Any]:
-    """The two kernels of a decode step."""
+    """The two kernels of a decode step of one row and one token."""
     c, x = call.constants(), call.tensor
-    opts: dict[str, Any] = {**launch.options(c), "grid": (1,)}
+    opts: dict[str, Any] = {"num_stages": 1, "grid": (1,)}
+    q, k = (torch.empty(1, heads, 1, DIM, dtype=call.q.dtype) for heads in (HEADS, KV_HEADS))
     ring = torch.empty(1, KV_HEADS, 2 * WINDOW, DIM, dtype=call.q.dtype)
-    seen, none = torch.empty(1, dtype=torch.int64), (None, 0, 0, 0)
+    seen, following, none = torch.empty(1, dtype=torch.int64), torch.empty(1, dtype=torch.int32), (None, 0, 0, 0)
     far = torch.empty(HEADS, 2 * COLUMNS, DIM), torch.empty(HEADS, 2 * COLUMNS)
+    near = torch.empty(HEADS, DIM), torch.empty(HEADS)
+    sizes = triton_decode.sizes_of(call, 1, 1)
+    kept = torch.empty(HEADS, sizes.room, 2 * COLUMNS, dtype=triton_decode.leaving_dtype(call))
+    gone = kept, torch.empty_like(ring), torch.empty(HEADS, 2 * COLUMNS)
     maps = [(m.matrix, m.matrix, None) for m in (call.query, call.key) if m is not None]
-    slots = call.rule.slots
-    columns = launch.block(DIM) if call.rule.kind == "linear" else triton_decode.VALUES_A_PROGRAM
-    made = {
-        "read_step": triton_decode.read_step.warmup(
-            x(call.q), x(call.k), x(call.v), x(call.q), x(ring), x(ring), none, none, *maps, far, seen, None,
-            call.ratio, None, HEADS, KV_HEADS, HEADS, slots, *call.numbers(), c, SHARED=1, COLUMNS=columns,
-            RING=launch.block(slots), **opts,
-        )
+    held = [x(ring), x(ring), none, none]
+    tiles = {"BLOCK_T": sizes.tokens, "BLOCK_L": sizes.leaving, "SLOTS": sizes.slots}
+    counts = (HEADS, KV_HEADS, HEADS, sizes.room)
+    columns = triton_decode.slice_columns(DIM, HEADS, launch.wanted_programs(q.device))
+    return {
+        "prepare": triton_decode.prepare.warmup(
+            x(q), x(k), x(k), *held, *maps, far, near, near[0], gone, seen, following, None, call.ratio, None, 1, 1,
+            *counts, 8, 32, *call.numbers(), c, ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, num_warps=8,
+            **tiles, **opts,
+        ),
+        **{
+            f"read ({n} columns)": triton_decode.read.warmup(
+                x(k), x(k), x(q), *held, far, near, near[0], gone, seen, following, None, 1, *counts, c,
+                ROWS=sizes.far, COLUMNS=n, num_warps=4, **tiles, **opts,
+            )
+            for n in sorted({columns, triton_decode.WIDEST_SLICE})
+        },
     }  # fmt: skip
-    if call.rule.kind != "linear":
-        made["fold_leaving"] = triton_decode.fold_leaving.warmup(
-            x(ring), x(ring), call.operands(call.key), far, seen, None, HEADS, KV_HEADS, slots, c,
-            COUNT=WINDOW if call.rule.kind == "terrace" else 1, **opts,
-        )  # fmt: skip
-    return made
 
 
 def report(kernel: Any) -> dict[str, int]:

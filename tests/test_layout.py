@@ -47,7 +47,13 @@ FLOORS: list[set[str]] = [
 
 FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton_parts.py", "ops/triton_forward.py", "ops/triton_backward.py", "ops/triton_transfer.py"}
-    | {"ops/triton_decode.py", "ops/triton_crossent.py", "ops/triton_launch.py", "ops/triton.py"},
+    | {
+        "ops/triton_decode.py",
+        "ops/triton_prepare.py",
+        "ops/triton_crossent.py",
+        "ops/triton_launch.py",
+        "ops/triton.py",
+    },
     "peft": {"surgery.py"},
     "lm_eval": {"harness.py"},
     "omegaconf": {"recipe_io.py"},
