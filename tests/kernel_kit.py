@@ -228,6 +228,17 @@ def group(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     monkeypatch.setattr(triton_launch, "group_size", lambda chunks, programs, wanted: max(2, -(-chunks // groups)))
 
 
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill tensors that are made without values with NaN (integers with their largest number)."""
+
+    def filled(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(torch.iinfo(x.dtype).max)
+
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, make=make, **k: filled(make(*a, **k)))
+
+
 def output_tolerances(case: KernelCase, dtype: torch.dtype) -> dict[str, float]:
     """Deviations allowed to the kernels' output and gradients."""
     draws = [replace(case, seed=1000 + i) for i in range(DRAWS)]

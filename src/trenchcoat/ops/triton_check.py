@@ -25,7 +25,11 @@ NAMES = (
     "the output of two decode steps",
 )
 KINDS: tuple[Kind, ...] = ("terrace", "sliding", "linear")
-ALLOWED: dict[Kind, tuple[float, ...]] = {}
+ALLOWED: dict[Kind, tuple[float, ...]] = {
+    "terrace": (0.016, 0.023, 0.032, 0.037, 0.0063, 0.0092, 0.03, 0.66, 0.011, 0.0099, 0.034, 0.0024),
+    "sliding": (0.016, 0.023, 0.032, 0.038, 0.0072, 0.0092, 0.022, 0.65, 0.015, 0.015, 0.057, 0.0043),
+    "linear": (0.016, 0.007, 0.011, 0.047, 0.054, 0.045, 0, 0.26, 0.15, 0.26, 0, 0.0019),
+}
 """Deviation allowed to what :data:`NAMES` says: twice the largest of an independent run in bfloat16 over 24 random
 calls of this case (`tests/low_precision.py` says why twice, `tests/test_triton_check.py` computes it again). That run
 rounds the operands of every product, forward and backward, and what is stored, and is exact elsewhere."""
@@ -89,12 +93,13 @@ def passes(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list[
     return [y.detach().float(), *filled[:6], error.detach(), *filled[6:]]
 
 
-def _short(leaves: list[Tensor]) -> list[Tensor]:
-    return [t.to(torch.bfloat16) for t in leaves[:3]]
+def _short(leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (t.to(torch.bfloat16) for t in leaves[:3])
+    return q, k, v
 
 
-def _maps(leaves: list[Tensor]) -> list[FusedMap]:
-    return [FusedMap("hedgehog", t) for t in leaves[3:5]]
+def _maps(leaves: list[Tensor]) -> tuple[FusedMap, FusedMap]:
+    return FusedMap("hedgehog", leaves[3]), FusedMap("hedgehog", leaves[4])
 
 
 def _kernels(x: list[Tensor], rule: Rule) -> Tensor:
@@ -102,27 +107,29 @@ def _kernels(x: list[Tensor], rule: Rule) -> Tensor:
 
 
 def _transfer(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
-    q, k, v = _short(leaves)
-    error, grads = transfer(
-        q, k, v, leaves[7].to(torch.bfloat16), *_maps(leaves), rule.log_ratio(leaves[5]), rule=rule
-    )
-    query, _, key, _, log_ratio = grads
-    assert query is not None and key is not None and log_ratio is not None  # noqa: PT018
-    return [error, query, key, log_ratio * torch.sigmoid(-leaves[5])]
+    teacher, log_ratio = leaves[7].to(torch.bfloat16), rule.log_ratio(leaves[5])
+    error, grads = transfer(*_short(leaves), teacher, *_maps(leaves), log_ratio, rule=rule)
+    query, _, key, _, dlog = grads
+    assert query is not None and key is not None and dlog is not None  # noqa: PT018
+    return [error, query, key, dlog * torch.sigmoid(-leaves[5])]
 
 
 def _decode(leaves: list[Tensor], rule: Rule) -> Tensor:
     """y of two tokens after a prefill."""
-    x, maps, log_ratio = _short(leaves), _maps(leaves), rule.log_ratio(leaves[5])
-    state: StudentState | None = StudentState.empty(
+    maps, log_ratio = _maps(leaves), rule.log_ratio(leaves[5])
+    empty = StudentState.empty(
         1, rule=rule, kv_heads=1, key_map_heads=1, key_dim=DIM, value_dim=DIM, features=2 * DIM, dtype=torch.bfloat16,
         device=leaves[0].device,
     )  # fmt: skip
-    before = [t[:, :, :PREFILLED] for t in x]
-    _, state = attend(*before, *maps, log_ratio, rule=rule, state=state, return_state=True)
+
+    def tokens(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = _short(leaves)
+        return q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop]
+
+    _, state = attend(*tokens(0, PREFILLED), *maps, log_ratio, rule=rule, state=empty, return_state=True)
     assert state is not None
-    steps = [slice(PREFILLED + i, PREFILLED + i + 1) for i in range(2)]
-    return torch.cat([decode(*(t[:, :, s] for t in x), *maps, log_ratio, state, rule=rule).float() for s in steps], 2)
+    steps = [decode(*tokens(t, t + 1), *maps, log_ratio, state, rule=rule) for t in (PREFILLED, PREFILLED + 1)]
+    return torch.cat(steps, 2).float()
 
 
 def reference(x: list[Tensor], rule: Rule) -> Tensor:
