@@ -113,19 +113,19 @@ def decoding(call: launch.Call) -> dict[str, Any]:
     gone = kept, torch.empty_like(ring), torch.empty(HEADS, 2 * COLUMNS)
     maps = [(m.matrix, m.matrix, None) for m in (call.query, call.key) if m is not None]
     held = [x(ring), x(ring), none, none]
-    tiles = {"BLOCK_T": sizes.tokens, "BLOCK_L": sizes.leaving, "SLOTS": sizes.slots}
+    tiles = {"BLOCK_T": sizes.tokens, "SLOTS": sizes.slots}
     counts = (HEADS, KV_HEADS, HEADS, sizes.room)
     columns = triton_decode.slice_columns(DIM, HEADS, launch.wanted_programs(q.device))
     return {
         "prepare": triton_decode.prepare.warmup(
             x(q), x(k), x(k), *held, *maps, far, near, near[0], gone, seen, following, None, call.ratio, None, 1, 1,
-            *counts, 8, 32, *call.numbers(), c, ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, num_warps=8,
-            **tiles, **opts,
+            *counts, 8, 32, *call.numbers(), c, ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring,
+            BLOCK_L=sizes.leaving, num_warps=8, **tiles, **opts,
         ),
         **{
             f"read ({n} columns)": triton_decode.read.warmup(
                 x(k), x(k), x(q), *held, far, near, near[0], gone, seen, following, None, 1, *counts, c,
-                ROWS=sizes.far, COLUMNS=n, num_warps=4, **tiles, **opts,
+                ROWS=sizes.read_rows, BLOCK_L=sizes.read_leaving, COLUMNS=n, num_warps=4, **tiles, **opts,
             )
             for n in sorted({columns, triton_decode.WIDEST_SLICE})
         },

@@ -53,9 +53,11 @@ def _decode(
     return torch.cat(found, 2)
 
 
-@pytest.mark.parametrize(("case", "step"), [*((case, 3) for case in CASES), (BASE, 1), (CASES[2], 5)])
+@pytest.mark.parametrize(
+    ("case", "step"), [*((case, 3) for case in CASES), (BASE, 1), (CASES[2], 5), (replace(BASE, window=5), 5)]
+)
 def test_decoding_from_nothing_equals_the_row(case: KernelCase, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place, also with more tokens than a window holds, and with NaN wherever nothing has been written."""
+    """In place, row by row and in tiles, also more tokens than a window; with NaN wherever nothing was written."""
     whole, independent = (case.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
     state = _state(case)
     assert state.positions() == [0] * case.batch
@@ -67,11 +69,12 @@ def test_decoding_from_nothing_equals_the_row(case: KernelCase, step: int, monke
     assert state.positions() == state.seen_B.tolist()
 
 
+@pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
-def test_low_precision(kind: str) -> None:
+def test_low_precision(kind: str, step: int) -> None:
     """Inputs and buffers in bfloat16, the sum in float32: what the independent run in 16 bits may deviate by."""
-    case = KernelCase(kind=kind, tokens=20, window=4, batch=1, heads=2, key_maps=1, dim=16, values=16, columns=16)
-    y = _decode(case, _state(case, torch.bfloat16), 3, torch.bfloat16)
+    case = KernelCase(kind=kind, tokens=20, window=4, batch=1, heads=4, key_maps=1, dim=16, values=16, columns=16)
+    y = _decode(case, _state(case, torch.bfloat16), step, torch.bfloat16)
     assert float((y - case.reference(torch.float64)["y"]).abs().max()) <= output_tolerances(case, torch.bfloat16)["y"]
 
 
@@ -81,10 +84,10 @@ def test_a_bfloat16_sum_is_rounded_as_elsewhere(kind: str) -> None:
     case = KernelCase(kind=kind, tokens=13, window=3, batch=1, heads=1, key_maps=1)
     states = [_state(case, torch.bfloat16, torch.bfloat16) for _ in range(2)]
     for state, impl in zip(states, ("triton", "torch"), strict=True):
-        _decode(case, state, 1, torch.bfloat16, impl)
+        _decode(case, state, 1, impl=impl)
         assert state.far_s_BKFE.dtype == torch.bfloat16
     found, expected = (state.far_s_BKFE.float() for state in states)
-    assert float((found == expected).float().mean()) >= 0.8
+    assert float((found == expected).float().mean()) >= 0.95
     assert float((found - expected).abs().max()) <= 2.0**-7 * float(expected.abs().max())
 
 

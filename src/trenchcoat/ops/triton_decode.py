@@ -25,8 +25,22 @@ from trenchcoat.ops.triton_prepare import count_of, exact, leaving, load_feature
 
 WIDEST_SLICE, NARROWEST_SLICE = 64, 16
 """Columns of the far sum one program holds: as many as leave two programs to a multiprocessor."""
+FEW_ROWS = 8
+"""Rows (tokens x query heads) that `read` takes one by one: a tile of 16 for tensor cores needs so many registers that
+fewer programs fit on a multiprocessor, and it is their loads that keep the memory busy."""
 RING_TILE = 1 << 14
 """Numbers of a tile of buffered keys: 64 KiB of shared memory in float32."""
+
+
+@triton.jit
+def combine(a, b):
+    """a @ b in float32 for tiles, and without tensor cores for a single row or a single term."""
+    if a.shape[0] == 1:
+        return tl.sum(tl.trans(a) * b, 0)[None, :]
+    elif a.shape[1] == 1:
+        return a * b
+    else:
+        return exact(a, b)
 
 
 @triton.jit
@@ -104,7 +118,7 @@ def load_leaving(LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOC
         _token, ok, rank = row_tokens(i, 1, tokens, real_ptr, b, BLOCK_T)
         base, stride, seer = place(V, b, g, 0), V[3], begin + rank
     there = ok[:, None] & (e[None, :] < C.values)
-    v = tl.load(base + i[:, None].to(tl.int64) * stride + e[None, :], mask=there, other=0.0)
+    v = tl.load(base + i[:, None].to(tl.int64) * stride + e[None, :], mask=there, other=0.0).to(tl.float32)
     return f1, f2, v, seer
 
 
@@ -113,11 +127,11 @@ def leaving_rows(num, den, q1, q2, LEAVING, PLACE, e, number, begin, position, t
                  BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
     """Adds the leaving keys that rows at `position` see as far."""
     f1, f2, v, seer = load_leaving(LEAVING, PLACE, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
-    x = exact(q1, tl.trans(f1))
+    x = combine(q1, tl.trans(f1))
     if C.paired:
-        x += exact(q2, tl.trans(f2))
+        x += combine(q2, tl.trans(f2))
     x = tl.where(seer[None, :] <= position[:, None], x, 0.0)
-    return num + exact(x, v), den + tl.sum(x, 1)
+    return num + combine(x, v), den + tl.sum(x, 1)
 
 
 @triton.jit
@@ -126,9 +140,9 @@ def fold_leaving(FAR, at, s1, s2, LEAVING, PLACE, e, number, begin, tokens, C: t
     """The leaving keys join the slice of S, in memory."""
     f1, f2, v, _seer = load_leaving(LEAVING, PLACE, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
     m = PLACE[3]
-    store_half(FAR[0], at, e, s1 + exact(tl.trans(f1), v), m, begin, 0, C)
+    store_half(FAR[0], at, e, s1 + combine(tl.trans(f1), v), m, begin, 0, C)
     if C.paired:
-        store_half(FAR[0], at, e, s2 + exact(tl.trans(f2), v), m, begin, 1, C)
+        store_half(FAR[0], at, e, s2 + combine(tl.trans(f2), v), m, begin, 1, C)
 
 
 @triton.jit
@@ -160,10 +174,10 @@ def read(
             den = tl.load(NEAR[1] + at, mask=ok, other=1.0)
         if C.far:
             q1, q2 = load_features(fq_ptr, at, ok, C)
-            num += exact(q1, s1)
+            num += combine(q1, s1)
             den += tl.sum(q1 * z1[None, :], 1)
             if C.paired:
-                num += exact(q2, s2)
+                num += combine(q2, s2)
                 den += tl.sum(q2 * z2[None, :], 1)
             if number > 0:
                 num, den = leaving_rows(
@@ -240,7 +254,8 @@ class Sizes:
     leaving: int
     slots: int
     near: int
-    far: int
+    read_rows: int
+    read_leaving: int
     queries: int
     ring: int
     room: int
@@ -250,11 +265,13 @@ def sizes_of(call: Call, rows: int, tokens: int) -> Sizes:
     """For a step of `tokens` tokens in `rows` rows."""
     c, rule = call.constants(), call.rule
     # without a far part the programs of `read` stand for key/value heads
-    maps = call.kv_heads if call.key is None else call.maps
+    shared = call.heads // (call.kv_heads if call.key is None else call.maps)
     room = rule.window if rule.kind == "terrace" else tokens
     return Sizes(
         tokens=block(tokens), leaving=block(room), slots=max(1, rule.slots), room=room,
-        near=min(64, block(tokens * (call.heads // call.kv_heads))), far=min(64, block(tokens * (call.heads // maps))),
+        near=min(64, block(tokens * (call.heads // call.kv_heads))),
+        read_rows=1 if tokens * shared <= FEW_ROWS else min(64, block(tokens * shared)),
+        read_leaving=1 if room == 1 else block(room),
         queries=min(64, block(rows * tokens)),
         ring=max(16, min(block(rule.slots), RING_TILE // max(c.block_d.value, c.block_e.value))),
     )  # fmt: skip
@@ -289,7 +306,7 @@ def _step(call: Call, pieces: list[Tensor], state: StudentState, real: Tensor | 
     held += [call.tensor(x) if rule.sinks else none for x in (state.sink_k_BGSD, state.sink_v_BGSE)]
     whole = [(None, None, None) if m is None else (m.matrix, m.matrix, m.bias) for m in (call.query, call.key)]
     counts = (heads, kv_heads, maps, sizes.room)
-    tiles = {"BLOCK_T": sizes.tokens, "BLOCK_L": sizes.leaving, "SLOTS": sizes.slots}
+    tiles = {"BLOCK_T": sizes.tokens, "SLOTS": sizes.slots}
     blocks = triton.cdiv(tokens * (heads // kv_heads), sizes.near)
     near_programs = 0 if rule.kind == "linear" else rows * kv_heads * blocks
     query_programs = 0 if call.key is None else heads * triton.cdiv(rows * tokens, sizes.queries)
@@ -297,10 +314,12 @@ def _step(call: Call, pieces: list[Tensor], state: StudentState, real: Tensor | 
     prepare[(near_programs + query_programs + key_programs,)](
         *(call.tensor(x) for x in (q, k, v)), *held, *whole, far, near, fq, gone, state.seen_B, following, real,
         call.ratio, call.logit, rows, tokens, *counts, near_programs, query_programs, *call.numbers(), c,
-        ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, num_warps=8, num_stages=1, **tiles,
+        ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, BLOCK_L=sizes.leaving, num_warps=8, num_stages=1,
+        **tiles,
     )  # fmt: skip
     columns = slice_columns(values, rows * maps, wanted_programs(q.device))
     read[(rows * maps, triton.cdiv(values, columns))](
         *(call.tensor(x) for x in (k, v, y)), *held, far, near, fq, gone, state.seen_B, following, real,
-        tokens, *counts, c, ROWS=sizes.far, COLUMNS=columns, num_warps=4, num_stages=1, **tiles,
+        tokens, *counts, c, ROWS=sizes.read_rows, COLUMNS=columns, BLOCK_L=sizes.read_leaving, num_warps=4,
+        num_stages=1, **tiles,
     )  # fmt: skip
