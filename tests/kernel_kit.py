@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'trenchcoat[kernels]'")
 
+from triton.runtime import interpreter
+
+from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
-from trenchcoat.ops import Rule, linear_window_attention, triton, triton_launch
+from trenchcoat.ops import Rule, linear_window_attention, triton, triton_launch, triton_passes
 from trenchcoat.students.feature_maps import FeatureMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Compiled on a GPU, in Triton's interpreter elsewhere."""
+
+LEARNED, WEIGHT = ["query_matrix", "query_bias", "key_matrix", "key_bias", "mix"], 0.3
+"""What transfer learns, and the weight of the squared error."""
+
+_interpreted_convert = interpreter._convert_float
+
+
+def _convert(x: Any, source: Any, target: Any, mode: Any) -> Any:
+    """float32 to bfloat16 as GPUs do it, to the nearest: the interpreter cuts the last bits off, twice the error."""
+    if (source.name, target.name) == ("fp32", "bf16"):
+        return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.uint16).numpy()
+    return _interpreted_convert(x, source, target, mode)
+
+
+interpreter._convert_float = _convert
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +57,14 @@ class KernelCase:
     mask: str | None = None
     sink_logit: bool = False
     groups: int = 1
+    seed: int = 0
+    sharp: float = 1.0
+    """Factor of the maps' matrices."""
     options: dict[str, Any] = field(default_factory=dict)
 
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors that get gradients, by name: the same numbers for every dtype (of q, k, v: rounded to bfloat16)."""
-        make = torch.Generator().manual_seed(self.tokens + 100 * self.window)
+        """Tensors that get gradients, by name: the same numbers for every dtype (q, k and v are bfloat16 numbers)."""
+        make = torch.Generator().manual_seed(self.tokens + 100 * self.window + 10_000 * self.seed)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=make, dtype=torch.float64)
@@ -58,7 +80,10 @@ class KernelCase:
             "mix": (self.heads,),
             "sink_logit": (self.heads,),
         }
-        made = {name: random(*shape).to(torch.bfloat16).to(DEVICE, dtype) for name, shape in sizes.items()}
+        short = {name: torch.bfloat16 if name in "qkv" else torch.float32 for name in sizes}
+        made = {name: random(*shape).to(short[name]).to(DEVICE, dtype) for name, shape in sizes.items()}
+        for name in ("query_matrix", "key_matrix"):
+            made[name] *= self.sharp
         return {name: t.requires_grad_() for name, t in made.items()}
 
     @property
@@ -93,19 +118,15 @@ class KernelCase:
             phi.bias = leaves[f"{side}_bias"]
         return phi
 
-    def reference(self, dtype: torch.dtype, *, rounding: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Output and gradients of a random projection of it; `rounding` rounds features and output to that type."""
+    def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Output and gradients of a random projection of it."""
         leaves = self.leaves(dtype)
-        y = self.run_reference(leaves, rounding)
-        y = y if rounding is None else y + (y.to(rounding).to(dtype) - y).detach()
-        return self.differentiated(y, leaves)
+        return self.differentiated(self.run_reference(leaves), leaves)
 
-    def run_reference(self, leaves: dict[str, Tensor], rounding: torch.dtype | None = None) -> Tensor:
+    def run_reference(self, leaves: dict[str, Tensor]) -> Tensor:
         """y of the quadratic reference."""
         far = self.rule.far
         fq, fk = (self.phi(leaves, s)(leaves[x]) if far else None for s, x in (("query", "q"), ("key", "k")))
-        if rounding is not None:
-            fq, fk = (f + (f.to(rounding).to(f.dtype) - f).detach() for f in (fq, fk))
         rule = self.rule
         y, _ = linear_window_attention(
             leaves["q"], leaves["k"], leaves["v"], fq, fk, leaves["mix"], kind=rule.kind, window=rule.window,
@@ -113,6 +134,16 @@ class KernelCase:
             sink_logit_H=leaves["sink_logit"] if self.sink_logit else None, mask_BT=self.real(), impl="reference",
         )  # fmt: skip
         return y
+
+    def low_precision(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same by the independent run in 16 bits; for rows without padding."""
+        leaves = self.leaves(torch.float64)
+        return self.differentiated(self.run_low_precision(leaves, dtype), leaves)
+
+    def run_low_precision(self, leaves: dict[str, Tensor], dtype: torch.dtype, *, store: bool = True) -> Tensor:
+        """y of :class:`low_precision.LowPrecision`."""
+        run = LowPrecision(rule=self.rule, map=self.map, dtype=dtype, store=store)
+        return run(leaves, bias=self.bias, sink_logit=self.sink_logit)
 
     def maps(self, leaves: dict[str, Tensor]) -> list[triton.FusedMap | None]:
         """Query and key map as the kernels take them."""
@@ -146,6 +177,45 @@ class KernelCase:
             found[f"d{name}"] = torch.zeros_like(leaf).double() if grad is None else grad.double()
         return found
 
+    def teacher(self) -> Tensor:
+        """Outputs to learn from [B, H, T, E], bfloat16 numbers in float32."""
+        shape = (self.batch, self.heads, self.tokens, self.values)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).bfloat16().float().to(DEVICE)
+
+    def transferred(self, dtype: torch.dtype, *, rounding: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Summed squared error and its gradients, by autograd through the reference; with `rounding` through the
+        independent run in 16 bits."""
+        leaves = self.leaves(dtype)
+        mask = self.real()
+        with torch.enable_grad():
+            y = (
+                self.run_reference(leaves)
+                if rounding is None
+                else self.run_low_precision(leaves, rounding, store=False)
+            )
+            deviation = y - self.teacher().to(dtype)
+            deviation = deviation if mask is None else deviation * mask[:, None, :, None]
+            loss = deviation.square().sum()
+            grads = torch.autograd.grad(WEIGHT * loss, [leaves[n] for n in LEARNED], allow_unused=True)
+        pairs = zip(LEARNED, grads, strict=True)
+        return {"loss": loss.detach().double(), **{n: g.double() for n, g in pairs if g is not None}}
+
+    def transfer_kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same by the kernels; parameters stay float32."""
+        leaves = self.leaves(torch.float32)
+        q, k, v = (leaves[name].to(dtype) for name in "qkv")
+        mask = self.real()
+        with torch.no_grad():
+            total, grads = triton.transfer(
+                q, k, v, self.teacher().to(dtype), *self.maps(leaves), self.rule.log_ratio(leaves["mix"]),
+                rule=self.rule, sink_logit_H=leaves["sink_logit"] if self.sink_logit else None,
+                length_B=None if mask is None else mask.sum(1), error_scale=WEIGHT,
+            )  # fmt: skip
+        found = {"loss": total, **{n: g for n, g in zip(LEARNED, grads, strict=True) if g is not None}}
+        if self.kind != "linear" and not self.rule.affine:
+            found["mix"] = found["mix"] * torch.sigmoid(-leaves["mix"].detach())
+        return found
+
     @property
     def terms(self) -> int:
         """Products summed for one number, roughly."""
@@ -156,6 +226,44 @@ def group(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     """Cut rows into up to `groups` groups of two chunks or more."""
     monkeypatch.setattr(triton_launch, "SHORTEST_GROUP", 2)
     monkeypatch.setattr(triton_launch, "group_size", lambda chunks, programs, wanted: max(2, -(-chunks // groups)))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill tensors that are made without values with NaN (integers with their largest number)."""
+
+    def filled(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(torch.iinfo(x.dtype).max)
+
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, make=make, **k: filled(make(*a, **k)))
+
+
+def output_tolerances(case: KernelCase, dtype: torch.dtype, draws: int = DRAWS) -> dict[str, float]:
+    """Deviations allowed to the kernels' output and gradients."""
+    cases = [replace(case, seed=1000 + i) for i in range(draws)]
+    return tolerances([(c.low_precision(dtype), c.reference(torch.float64)) for c in cases])
+
+
+def transfer_tolerances(case: KernelCase, dtype: torch.dtype) -> dict[str, float]:
+    """Deviations allowed to the kernels' loss and gradients in attention transfer."""
+    draws = [replace(case, seed=1000 + i) for i in range(DRAWS)]
+    return tolerances([(c.transferred(torch.float64, rounding=dtype), c.transferred(torch.float64)) for c in draws])
+
+
+def sum_errors(case: KernelCase, dtype: torch.dtype, seed: int, *, kernels: bool) -> Tensor:
+    """Deviations of S after all tokens, by the kernels or by the independent run: one product."""
+    leaves = {name: t.detach() for name, t in replace(case, seed=seed).leaves(torch.float64).items()}
+    v = leaves["v"]
+    exact = case.phi(leaves, "key")(leaves["k"]).mT @ v
+    if not kernels:
+        f = features(leaves["k"], leaves["key_matrix"], None, case.map, dtype)
+        return (Product.apply(f.mT, v, torch.bfloat16) - exact).abs()
+    q, k, v = (leaves[name].to(dtype) for name in "qkv")
+    maps, none = case.maps(leaves), (None,) * 4
+    call = triton_launch.Call(case.rule, q, k, v, *maps, leaves["mix"].float(), *none, triton_launch.Spans())
+    count = torch.full((case.batch,), case.tokens, dtype=torch.int32, device=DEVICE)
+    return (triton_passes.final_sums(call, count)[0] - exact).abs()
 
 
 def name_of(case: KernelCase) -> str:

@@ -49,6 +49,7 @@ FENCES: dict[str, set[str]] = {
     "triton": {"ops/triton_parts.py", "ops/triton_forward.py", "ops/triton_backward.py", "ops/triton_near.py"}
     | {
         "ops/triton_decode.py",
+        "ops/triton_prepare.py",
         "ops/triton_crossent.py",
         "ops/triton_features.py",
         "ops/triton_launch.py",

@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernel_kit import DEVICE, KernelCase
+from kernel_kit import DEVICE, KernelCase, output_tolerances, poison
 from operator_kit import budget, error
 from trenchcoat.ops import StudentState, triton_decode
+from trenchcoat.ops.decode import decode as torch_decode
 
 BASE = KernelCase(tokens=11, window=3, heads=2, key_maps=1, batch=1)
 CASES = [
@@ -23,27 +24,71 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("case", "step"), [*((case, 3) for case in CASES), (BASE, 1)])
-def test_decoding_from_nothing_equals_the_row(case: KernelCase, step: int) -> None:
-    whole, independent = (case.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
-    leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
-    mask = case.real()
+def _state(case: KernelCase, dtype: torch.dtype = torch.float32, far: torch.dtype | None = None) -> StudentState:
     paired = 2 if case.map in ("hedgehog", "exp") else 1
-    state = StudentState.empty(
+    return StudentState.empty(
         case.batch, rule=case.rule, kv_heads=case.kv_heads, key_map_heads=case.key_maps, key_dim=case.dim,
-        value_dim=case.values, features=paired * case.columns, device=DEVICE,
+        value_dim=case.values, features=paired * case.columns, dtype=dtype, far_dtype=far, device=DEVICE,
     )  # fmt: skip
-    places = {name: t.data_ptr() for name, t in state.tensors().items()}
+
+
+def _decode(
+    case: KernelCase, state: StudentState, step: int, dtype: torch.dtype = torch.float32, impl: str = "triton"
+) -> torch.Tensor:
+    """y of all tokens, `step` of them a call."""
+    leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
+    mask, found = case.real(), []
+    log_ratio, logit = case.rule.log_ratio(leaves["mix"]), leaves["sink_logit"] if case.sink_logit else None
+    phi_q, phi_k = (case.phi(leaves, side) for side in ("query", "key"))
     for start in range(0, case.tokens, step):
         span = slice(start, start + step)
-        y = triton_decode.decode(
-            *(leaves[name][:, :, span] for name in "qkv"), *case.maps(leaves), case.rule.log_ratio(leaves["mix"]),
-            state, rule=case.rule, sink_logit_H=leaves["sink_logit"] if case.sink_logit else None,
-            mask_BT=None if mask is None else mask[:, span],
-        )  # fmt: skip
-        allowed = budget(error(independent, whole), case.terms)
-        assert error(y, whole[:, :, span]) <= allowed, start
+        q, k, v = (leaves[name][:, :, span].to(dtype) for name in "qkv")
+        more = {"rule": case.rule, "sink_logit_H": logit, "mask_BT": None if mask is None else mask[:, span]}
+        if impl == "triton":
+            found.append(triton_decode.decode(q, k, v, *case.maps(leaves), log_ratio, state, **more))
+        else:
+            fq, fk = phi_q(q.float()), phi_k(k.float()) if case.kind == "linear" else None
+            far = {"phi_k": lambda x: phi_k(x.float())}
+            found.append(torch_decode(q, k, v, fq, fk, log_ratio.exp(), state, **more, **far))  # type: ignore[arg-type]
+    return torch.cat(found, 2)
+
+
+@pytest.mark.parametrize(
+    ("case", "step"), [*((case, 3) for case in CASES), (BASE, 1), (CASES[2], 5), (replace(BASE, window=5), 5)]
+)
+def test_decoding_from_nothing_equals_the_row(case: KernelCase, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, row by row and in tiles, also more tokens than a window; with NaN wherever nothing was written."""
+    whole, independent = (case.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
+    state = _state(case)
+    assert state.positions() == [0] * case.batch
+    places = {name: t.data_ptr() for name, t in state.tensors().items()}
+    poison(monkeypatch)
+    y = _decode(case, state, step)
+    assert error(y, whole) <= budget(error(independent, whole), case.terms)
     assert places == {name: t.data_ptr() for name, t in state.tensors().items()}
+    assert state.positions() == state.seen_B.tolist()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
+def test_low_precision(kind: str, step: int) -> None:
+    """Inputs and buffers in bfloat16, the sum in float32: what the independent run in 16 bits may deviate by."""
+    case = KernelCase(kind=kind, tokens=20, window=4, batch=1, heads=4, key_maps=1, dim=16, values=16, columns=16)
+    y = _decode(case, _state(case, torch.bfloat16), step, torch.bfloat16)
+    assert float((y - case.reference(torch.float64)["y"]).abs().max()) <= output_tolerances(case, torch.bfloat16)["y"]
+
+
+@pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
+def test_a_bfloat16_sum_is_rounded_as_elsewhere(kind: str) -> None:
+    """Token for token the numbers of the PyTorch step, but where float32 round-off crosses a rounding threshold."""
+    case = KernelCase(kind=kind, tokens=13, window=3, batch=1, heads=1, key_maps=1)
+    states = [_state(case, torch.bfloat16, torch.bfloat16) for _ in range(2)]
+    for state, impl in zip(states, ("triton", "torch"), strict=True):
+        _decode(case, state, 1, impl=impl)
+        assert state.far_s_BKFE.dtype == torch.bfloat16
+    found, expected = (state.far_s_BKFE.float() for state in states)
+    assert float((found == expected).float().mean()) >= 0.95
+    assert float((found - expected).abs().max()) <= 2.0**-7 * float(expected.abs().max())
 
 
 def test_triton_is_imported_only_when_asked_for() -> None:

@@ -146,7 +146,11 @@ class StudentState:
     def count(self, real_B: Tensor | None = None) -> None:
         """One more token in every row (in those of the bool tensor `real_B`), in place."""
         self.seen_B += 1 if real_B is None else real_B
-        self._host = None if real_B is not None or self._host is None else [n + 1 for n in self._host]
+        self.counted(1 if real_B is None else None)
+
+    def counted(self, tokens: int | None) -> None:
+        """`seen_B` has grown by `tokens` in every row; None: by what the host does not know."""
+        self._host = None if tokens is None or self._host is None else [n + tokens for n in self._host]
 
     def nbytes(self) -> int:
         """Bytes held; the same at any number of tokens seen."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.rows import Rows, sink_pairs, state_after
-from trenchcoat.ops.state import Rule, StudentState
+from trenchcoat.ops.state import Rule, StudentState, round_to_bfloat16
 from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal, run
 from trenchcoat.ops.triton_near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton_passes import FarGradients, Transfer, final_sums, run_outputs
@@ -153,7 +153,7 @@ def attend(
     if spans is None:
         spans = _spans(rows, q.shape[2])
     sinks = (None, None) if not rule.sinks else tuple(_inner(x) for x in sink_pairs(k, v, rows, rule, state))
-    start = (None, None) if state is None or not rule.far else (state.far_s_BKFE, state.far_z_BKF)
+    start = (None, None) if state is None or not rule.far else (state.far_s_BKFE.float(), state.far_z_BKF)
     maps = [(None, None) if m is None or not rule.far else (m.matrix, m.bias) for m in (query, key)]
     tensors = (q, k, v, *maps[0], *maps[1], log_ratio_H, sink_logit_H, *sinks, *start)
     names = ("", "", 0.0) if query is None or key is None else (query.name, key.name, query.floor)
@@ -202,7 +202,8 @@ def _state_after(call: Call, rows: Rows, state: StudentState) -> StudentState:
         seen = after.seen_B
         old = seen if call.rule.kind == "linear" else torch.minimum(call.rule.near_start(seen - 1), seen)
         far = (old - rows.first_B.to(old.device)).clamp_min(0).to(torch.int32)
-        after.far_s_BKFE, after.far_z_BKF = final_sums(call, far)
+        s, after.far_z_BKF = final_sums(call, far)
+        after.far_s_BKFE = round_to_bfloat16(s, seen) if state.far_s_BKFE.dtype == torch.bfloat16 else s
     return after
 
 

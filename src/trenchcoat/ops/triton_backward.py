@@ -48,11 +48,11 @@ def load_row(X, r, h, start, token, ok, OTHER: tl.constexpr):
 
 
 @triton.jit
-def load_dnum(DY, DEN, r, h, start, token, ok, C: tl.constexpr, GIVEN: tl.constexpr):
-    """dy / den, [W, E]; with GIVEN the tensor holds that already."""
+def load_dnum(DY, DEN, times, r, h, start, token, ok, C: tl.constexpr, GIVEN: tl.constexpr):
+    """`times` dy / den, [W, E]; with GIVEN the tensor holds dy / den already, and `times` must be 1."""
     dy = load_tile(place(DY, r, h, start), DY[3], token, ok, C.values, C.block_e).to(tl.float32)
     if not GIVEN:
-        dy = dy * (1.0 / load_row(DEN, r, h, start, token, ok, 1.0))[:, None]
+        dy = dy * (times / load_row(DEN, r, h, start, token, ok, 1.0))[:, None]
     return dy
 
 
@@ -115,7 +115,7 @@ def query_gradients(
         far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
         q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
         fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
-        dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, GIVEN)
+        dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, GIVEN)
         if GIVEN:
             dden = load_row(DDEN, r, h, start, token, ok, 0.0)
         else:
@@ -175,7 +175,7 @@ def gradient_sums(
             token, ok = tokens_of(c, length, C)
             q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
             f, g = features(q, matrix, remainder, bias, C)
-            dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, GIVEN)
+            dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, GIVEN)
             dden = load_row(DDEN, r, h, start, token, ok, 0.0)
             s1, s2, z1, z2 = fold_gradient(s1, s2, z1, z2, f, g, dnum, dden, C)
     store_sums(OUT, tl.program_id(0) * tl.num_programs(1) + group, s1, s2, z1, z2, C)
@@ -225,7 +225,7 @@ def key_gradients(
             q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
             q = load_chunk(Q, Q_BOX, r, h, start, seeing_chunk(c, C.kind), length, C.dim, C.block_d, C)
             fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
-            dnum = load_dnum(DY, DEN, r, h, start, seer, seer_ok, C, GIVEN)
+            dnum = load_dnum(DY, DEN, 1.0, r, h, start, seer, seer_ok, C, GIVEN)
             dden = load_row(DDEN, r, h, start, seer, seer_ok, 0.0)
             if C.kind != "terrace":
                 dx = product(dnum, tl.trans(v), C.low, C) + dden[:, None]

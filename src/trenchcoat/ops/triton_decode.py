@@ -1,15 +1,16 @@
-"""Generation as Triton kernels: one token after the other against a state of constant size, updated in place.
+"""Generation as Triton kernels: a few new tokens against a state of constant size, updated in place.
 
-A step is two launches and an addition, with no question to the host, so that it can be captured in a CUDA graph:
-`fold_leaving` adds keys that leave the window to the far sums (with terraces once in W steps; otherwise it returns at
-once), `read_step` attends and stores the new pair. A program serves all query heads that share a key map, so that their
-far sum is read once. Products of single tokens are added up in float32, without tensor cores.
+Up to W tokens are two launches with no question to the host, so that they can be captured in a CUDA graph:
+:func:`trenchcoat.ops.triton_prepare.prepare`, and `read`, whose programs hold a slice of the far sum S, read once for
+all tokens and query heads of a key map. It adds the leaving keys, divides, and stores the new pairs. S is read in
+float32, as in the first launch.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; N buffer slots.
+Shape legend: as in :mod:`trenchcoat.ops.triton_prepare`; N buffer slots.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,197 +19,184 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_forward import fold
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, refusal, run
-from trenchcoat.ops.triton_parts import (
-    activate,
-    key_features,
-    load_map,
-    load_sums,
-    load_tile,
-    place,
-    store_sums,
-)
+from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, refusal, wanted_programs
+from trenchcoat.ops.triton_parts import place
+from trenchcoat.ops.triton_prepare import count_of, exact, leaving, load_features, prepare, row_tokens
 
-VALUES_A_PROGRAM = 64
-"""Columns of the far sum one program reads; kind linear, which also writes them, takes all."""
+WIDEST_SLICE, NARROWEST_SLICE = 64, 16
+"""Columns of the far sum one program holds: as many as leave two programs to a multiprocessor."""
+FEW_ROWS = 8
+"""Rows (tokens x query heads) that `read` takes one by one: a tile of 16 for tensor cores needs so many registers that
+fewer programs fit on a multiprocessor, and it is their loads that keep the memory busy."""
+RING_TILE = 1 << 14
+"""Numbers of a tile of buffered keys: 64 KiB of shared memory in float32."""
 
 
 @triton.jit
-def exists(real_ptr, b):
-    """Whether row b has a token now."""
-    if real_ptr is None:
-        return True
+def combine(a, b):
+    """a @ b in float32 for tiles, and without tensor cores for a single row or a single term."""
+    if a.shape[0] == 1:
+        return tl.sum(tl.trans(a) * b, 0)[None, :]
+    elif a.shape[1] == 1:
+        return a * b
     else:
-        return tl.load(real_ptr + b) != 0
+        return exact(a, b)
 
 
 @triton.jit
-def fold_leaving(K, V, KEY, FAR, seen_ptr, real_ptr, maps, kv_heads, slots, C: tl.constexpr, COUNT: tl.constexpr):
-    """Adds buffered keys that were near for the last token and are far for the one to come; grid (B K,)."""
-    b, m = tl.program_id(0) // maps, tl.program_id(0) % maps
-    seen = tl.load(seen_ptr + b).to(tl.int32)
-    leaving = exists(real_ptr, b) & (seen >= slots) & (seen % COUNT == 0)
-    if leaving:
-        i = tl.arange(0, C.block_w)
-        position = seen - slots + i
-        ok = (i < COUNT) & (position >= C.sinks)
-        g = m * kv_heads // maps
-        k = load_tile(place(K, b, g, 0), K[3], position % slots, ok, C.dim, C.block_d)
-        v = load_tile(place(V, b, g, 0), V[3], position % slots, ok, C.values, C.block_e)
-        matrix, remainder, bias = load_map(KEY, m, C)
-        f, half = key_features(k, position, matrix, remainder, bias, C)
-        s1, s2, z1, z2 = load_sums(FAR, tl.program_id(0), C)
-        s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, half, v, ok, C)
-        store_sums(FAR, tl.program_id(0), s1, s2, z1, z2, C)
-
-
-@triton.jit
-def load_vector(X, b, h, N: tl.constexpr, BLOCK: tl.constexpr):
-    """The one token of row b, head h, float32."""
-    n = tl.arange(0, BLOCK)
-    return tl.load(place(X, b, h, 0) + n, mask=n < N, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def vector_features(x, M, head, C: tl.constexpr):
-    """(f, g) [P] of one token."""
-    matrix, _remainder, bias = load_map(M, head, C)
-    u = (tl.sum(x[:, None] * matrix, 0) + bias)[None, :]
-    f = activate(u, C)
-    g = f
+def load_slice(FAR, row, e, C: tl.constexpr):
+    """(address of the first half's entries, sums of both halves [P, columns e]) of one map."""
+    halves: tl.constexpr = 2 if C.paired else 1
+    p = tl.arange(0, C.block_p)[:, None]
+    at = (row.to(tl.int64) * halves * C.columns + p) * C.values + e[None, :]
+    ok = (p < C.columns) & (e[None, :] < C.values)
+    s1 = tl.load(FAR[0] + at, mask=ok, other=0.0).to(tl.float32)
+    s2 = s1
     if C.paired:
-        g = activate(-u, C)
-    return tl.sum(f, 0), tl.sum(g, 0)
+        s2 = tl.load(FAR[0] + at + C.columns * C.values, mask=ok, other=0.0).to(tl.float32)
+    return at, s1, s2
 
 
 @triton.jit
-def bend(s, cap, C: tl.constexpr):
-    """The soft-cap."""
-    if C.softcap:
-        e = tl.exp(-2.0 * tl.abs(s) / cap)
-        bent = cap * (1.0 - e) / (1.0 + e)
-        s = tl.where(s < 0, -bent, bent)
-    return s
-
-
-@triton.jit
-def load_slice(FAR, row, half, e, C: tl.constexpr):
-    """(address, sums [P, columns e], counts [P]) of one half of a far sum."""
+def load_counts(z_ptr, row, C: tl.constexpr):
+    """Counts of both halves [P] of one map."""
     halves: tl.constexpr = 2 if C.paired else 1
     p = tl.arange(0, C.block_p)
-    at = (row * halves + half).to(tl.int64) * C.columns + p
-    ok = (p[:, None] < C.columns) & (e[None, :] < C.values)
-    s = tl.load(FAR[0] + at[:, None] * C.values + e[None, :], mask=ok, other=0.0)
-    return at, s, tl.load(FAR[1] + at, mask=p < C.columns, other=0.0)
+    at = z_ptr + row * halves * C.columns + p
+    z1 = tl.load(at, mask=p < C.columns, other=0.0)
+    z2 = z1
+    if C.paired:
+        z2 = tl.load(at + C.columns, mask=p < C.columns, other=0.0)
+    return z1, z2
 
 
 @triton.jit
-def absorb(FAR, row, half, f, v, e, C: tl.constexpr):
-    """Kind linear: the token joins the far sums before it is read."""
-    at, s, z = load_slice(FAR, row, half, e, C)
-    p = tl.arange(0, C.block_p)
-    ok = (p[:, None] < C.columns) & (e[None, :] < C.values)
-    tl.store(FAR[0] + at[:, None] * C.values + e[None, :], s + f[:, None] * v[None, :], mask=ok)
-    tl.store(FAR[1] + at, z + f, mask=p < C.columns)
+def store_half(s_ptr, at, e, s, m, turn, half, C: tl.constexpr):
+    """Write one half of a slice; in bfloat16 as :func:`trenchcoat.ops.state.round_to_bfloat16` rounds at `turn`."""
+    p = tl.arange(0, C.block_p)[:, None]
+    ok = (p < C.columns) & (e[None, :] < C.values)
+    at += half * C.columns * C.values
+    if s_ptr.dtype.element_ty == tl.bfloat16:
+        halves: tl.constexpr = 2 if C.paired else 1
+        element = ((m * halves + half) * C.columns + p).to(tl.int64) * C.values + e[None, :]
+        threshold = ((element * 2654435761 >> 8) + turn.to(tl.int64) * 40503) & 0xFFFF
+        bits = s.to(tl.int32, bitcast=True) + threshold.to(tl.int32)
+        s = (bits & -0x10000).to(tl.float32, bitcast=True)
+    tl.store(s_ptr + at, s.to(s_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def near_step(q, k_new, v_new, ring_k, ring_v, visible, logit, ratio, scale, cap, C: tl.constexpr):
-    """(numerator [columns], denominator) of the near part; ring: buffer and sinks, [slots, D] and [slots, columns]."""
-    s = tl.where(visible, bend(tl.sum(ring_k * q[None, :], 1) * scale, cap, C), float("-inf"))
-    s_new = bend(tl.sum(k_new * q, 0) * scale, cap, C)
-    top = tl.maximum(tl.max(s, 0), s_new)
-    if C.sink_logit:
-        top = tl.maximum(top, logit)
-    w = tl.exp(s - top)
-    w_new = tl.exp(s_new - top)
-    total = tl.sum(w, 0) + w_new
-    if C.sink_logit:
-        total += tl.exp(logit - top)
-    return ratio * (tl.sum(w[:, None] * ring_v, 0) + w_new * v_new), ratio * total
-
-
-@triton.jit
-def load_ring(X, SINK, b, g, i, n, visible, slots, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Buffer slots, then sinks: [slots + sinks, columns n], float32."""
-    there = visible[:, None] & (n[None, :] < N)
-    x = tl.load(
-        place(X, b, g, 0) + i[:, None].to(tl.int64) * X[3] + n[None, :], mask=there & (i[:, None] < slots), other=0.0
-    )
-    if SINK[0] is not None:
-        at = place(SINK, b, g, 0) + (i[:, None] - slots).to(tl.int64) * SINK[3] + n[None, :]
-        x = tl.where(i[:, None] < slots, x, tl.load(at, mask=there & (i[:, None] >= slots), other=0.0))
-    return x.to(tl.float32)
-
-
-@triton.jit
-def store_pair(X, SINK, b, g, x, n, position, slots, N: tl.constexpr, C: tl.constexpr):
-    """The new key or value takes its slot (and its sink slot)."""
-    x = x.to(X[0].dtype.element_ty)
-    tl.store(place(X, b, g, 0) + (position % slots) * X[3] + n, x, mask=n < N)
+def store_pairs(X, RING, SINK, b, g, seen, n, real_ptr, tokens, SIZE: tl.constexpr, C: tl.constexpr,
+                BLOCK_T: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """Columns n of the new keys or values take their slots (and sink slots)."""
+    token, ok, rank = row_tokens(tl.arange(0, BLOCK_T), 1, tokens, real_ptr, b, BLOCK_T)
+    position = seen + rank
+    there = ok[:, None] & (n[None, :] < SIZE)
+    at = token[:, None].to(tl.int64)
+    x = tl.load(place(X, b, g, 0) + at * X[3] + n[None, :], mask=there, other=0.0).to(RING[0].dtype.element_ty)
+    slot = (position % SLOTS)[:, None].to(tl.int64)
+    tl.store(place(RING, b, g, 0) + slot * RING[3] + n[None, :], x, mask=there)
     if C.sinks > 0:
-        tl.store(place(SINK, b, g, 0) + position * SINK[3] + n, x, mask=(n < N) & (position < C.sinks))
+        at = position[:, None].to(tl.int64)
+        tl.store(place(SINK, b, g, 0) + at * SINK[3] + n[None, :], x, mask=there & (position[:, None] < C.sinks))
 
 
 @triton.jit
-def read_step(
-    Q, K, V, Y, K_RING, V_RING, SINK_K, SINK_V, QUERY, KEY, FAR, seen_ptr, real_ptr, ratio_ptr, logit_ptr,
-    heads, kv_heads, maps, slots, scale, cap, C: tl.constexpr, SHARED: tl.constexpr, COLUMNS: tl.constexpr,
-    RING: tl.constexpr,
+def load_leaving(LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOCK_T: tl.constexpr,
+                 BLOCK_L: tl.constexpr):  # fmt: skip
+    """(features of both halves [L, P], values [L, columns e], position of the first token that finds each far)."""
+    V, real_ptr, b, m, g, kv_heads, maps, room = PLACE
+    halves: tl.constexpr = 2 if C.paired else 1
+    i = tl.arange(0, BLOCK_L)
+    ok = i < number
+    f1, f2 = load_features(LEAVING[0] + (b * maps + m).to(tl.int64) * room * halves * C.columns, i, ok, C)
+    base, stride = LEAVING[1] + (b * kv_heads + g).to(tl.int64) * room * C.values, C.values
+    seer = begin + i
+    if C.kind == "terrace":
+        seer = begin + i * 0
+    if C.kind == "linear":
+        _token, ok, rank = row_tokens(i, 1, tokens, real_ptr, b, BLOCK_T)
+        base, stride, seer = place(V, b, g, 0), V[3], begin + rank
+    there = ok[:, None] & (e[None, :] < C.values)
+    v = tl.load(base + i[:, None].to(tl.int64) * stride + e[None, :], mask=there, other=0.0).to(tl.float32)
+    return f1, f2, v, seer
+
+
+@triton.jit
+def leaving_rows(num, den, q1, q2, LEAVING, PLACE, e, number, begin, position, tokens, C: tl.constexpr,
+                 BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
+    """Adds the leaving keys that rows at `position` see as far."""
+    f1, f2, v, seer = load_leaving(LEAVING, PLACE, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
+    x = combine(q1, tl.trans(f1))
+    if C.paired:
+        x += combine(q2, tl.trans(f2))
+    x = tl.where(seer[None, :] <= position[:, None], x, 0.0)
+    return num + combine(x, v), den + tl.sum(x, 1)
+
+
+@triton.jit
+def fold_leaving(FAR, at, s1, s2, LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOCK_T: tl.constexpr,
+                 BLOCK_L: tl.constexpr):  # fmt: skip
+    """The leaving keys join the slice of S, in memory."""
+    f1, f2, v, _seer = load_leaving(LEAVING, PLACE, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
+    m = PLACE[3]
+    store_half(FAR[0], at, e, s1 + combine(tl.trans(f1), v), m, begin, 0, C)
+    if C.paired:
+        store_half(FAR[0], at, e, s2 + combine(tl.trans(f2), v), m, begin, 1, C)
+
+
+@triton.jit
+def read(
+    K, V, Y, K_RING, V_RING, SINK_K, SINK_V, FAR, NEAR, fq_ptr, LEAVING, seen_ptr, next_ptr, real_ptr,
+    tokens, heads, kv_heads, maps, room, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """y of the new token for the heads of one key map; grid (B K, blocks of COLUMNS values)."""
+    """y of the heads of one key map (0 where there is no token), and the state after; grid (B K, slices of E)."""
     b, m = tl.program_id(0) // maps, tl.program_id(0) % maps
-    g = m * kv_heads // maps
-    seen = tl.load(seen_ptr + b).to(tl.int32)
+    g, shared = m * kv_heads // maps, heads // maps
+    seen = tl.load(next_ptr + b)
+    count = count_of(real_ptr, b, tokens, BLOCK_T)
     e = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    d = tl.arange(0, C.block_d)
-    if exists(real_ptr, b):
-        k = load_vector(K, b, g, C.dim, C.block_d)
-        v = tl.load(place(V, b, g, 0) + e, mask=e < C.values, other=0.0).to(tl.float32)
-        if C.kind == "linear":
-            f, half = vector_features(k, KEY, m, C)
-            absorb(FAR, tl.program_id(0), 0, f, v, e, C)
+    _first, number, begin = leaving(seen, count, tokens, C)
+    where = (V, real_ptr, b, m, g, kv_heads, maps, room)
+    if C.far:
+        at_s, s1, s2 = load_slice(FAR, tl.program_id(0), e, C)
+        z1, z2 = load_counts(LEAVING[2], tl.program_id(0), C)
+    for n in range(0, tl.cdiv(tokens * shared, ROWS)):
+        row = n * ROWS + tl.arange(0, ROWS)
+        token, ok, rank = row_tokens(row, shared, tokens, real_ptr, b, BLOCK_T)
+        h = m * shared + row % shared
+        at = (b * heads + h) * tokens + token
+        num, den = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS], tl.float32) + 1e-12
+        if C.kind != "linear":
+            there = ok[:, None] & (e[None, :] < C.values)
+            num = tl.load(NEAR[0] + at[:, None].to(tl.int64) * C.values + e[None, :], mask=there, other=0.0)
+            den = tl.load(NEAR[1] + at, mask=ok, other=1.0)
+        if C.far:
+            q1, q2 = load_features(fq_ptr, at, ok, C)
+            num += combine(q1, s1)
+            den += tl.sum(q1 * z1[None, :], 1)
             if C.paired:
-                absorb(FAR, tl.program_id(0), 1, half, v, e, C)
-            tl.debug_barrier()
-        else:
-            i = tl.arange(0, RING)
-            near_start = seen - C.window + 1
-            if C.kind == "terrace":
-                near_start = (seen // C.window - 1) * C.window
-            near_start = tl.maximum(near_start, 0)
-            back = (seen - 1 - i) % slots
-            back = tl.where(back < 0, back + slots, back)
-            held = seen - 1 - back
-            visible = (i < slots) & (held >= near_start)
-            visible = visible | ((i >= slots) & (i < slots + C.sinks) & (i - slots < near_start))
-            ring_k = load_ring(K_RING, SINK_K, b, g, i, d, visible, slots, C.dim, C.block_d)
-            ring_v = load_ring(V_RING, SINK_V, b, g, i, e, visible, slots, C.values, COLUMNS)
-        for j in tl.static_range(SHARED):
-            h = m * SHARED + j
-            q = load_vector(Q, b, h, C.dim, C.block_d)
-            num = tl.zeros([COLUMNS], tl.float32)
-            den = 1e-12
-            if C.kind != "linear":
-                logit = 0.0
-                if C.sink_logit:
-                    logit = tl.load(logit_ptr + h)
-                num, den = near_step(q, k, v, ring_k, ring_v, visible, logit, tl.load(ratio_ptr + h), scale, cap, C)
-            if C.far:
-                f, half = vector_features(q, QUERY, h, C)
-                _at, s, z = load_slice(FAR, tl.program_id(0), 0, e, C)
-                num += tl.sum(f[:, None] * s, 0)
-                den += tl.sum(f * z, 0)
-                if C.paired:
-                    _at, s, z = load_slice(FAR, tl.program_id(0), 1, e, C)
-                    num += tl.sum(half[:, None] * s, 0)
-                    den += tl.sum(half * z, 0)
-            tl.store(place(Y, b, h, 0) + e, (num / den).to(Y[0].dtype.element_ty), mask=e < C.values)
-        if C.kind != "linear" and m * kv_heads % maps == 0:
-            store_pair(V_RING, SINK_V, b, g, v, e, seen, slots, C.values, C)
+                num += combine(q2, s2)
+                den += tl.sum(q2 * z2[None, :], 1)
+            if number > 0:
+                num, den = leaving_rows(
+                    num, den, q1, q2, LEAVING, where, e, number, begin, seen + rank, tokens, C, BLOCK_T, BLOCK_L
+                )
+        y = tl.where(ok[:, None], num / den[:, None], 0.0).to(Y[0].dtype.element_ty)
+        at_y = Y[0] + b.to(tl.int64) * Y[1] + h.to(tl.int64) * Y[2] + token.to(tl.int64) * Y[3]
+        tl.store(at_y[:, None] + e[None, :], y, mask=(token < tokens)[:, None] & (e[None, :] < C.values))
+    if C.far:  # noqa: SIM102 (known when compiled)
+        if number > 0:
+            fold_leaving(FAR, at_s, s1, s2, LEAVING, where, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
+    if C.kind != "linear":  # noqa: SIM102
+        if m * kv_heads % maps == 0:
+            store_pairs(V, V_RING, SINK_V, b, g, seen, e, real_ptr, tokens, C.values, C, BLOCK_T, SLOTS)
             if tl.program_id(1) == 0:
-                store_pair(K_RING, SINK_K, b, g, k, d, seen, slots, C.dim, C)
+                d = tl.arange(0, C.block_d)
+                store_pairs(K, K_RING, SINK_K, b, g, seen, d, real_ptr, tokens, C.dim, C, BLOCK_T, SLOTS)
+    if (m == 0) & (tl.program_id(1) == 0):
+        tl.store(seen_ptr + b, (seen + count).to(tl.int64))
 
 
 @torch.no_grad()
@@ -226,55 +214,112 @@ def decode(
     mask_BT: Tensor | None = None,
 ) -> Tensor:
     """y [B, H, T, E] in q's dtype for a few tokens, updating `state` in place; a token with mask False changes nothing
-    and gets 0.
+    and gets 0. A bfloat16 S is rounded as :func:`trenchcoat.ops.state.round_to_bfloat16` does it, once a call.
 
     Raises:
         ValueError: what the kernels cannot do.
     """
-    logit = None if sink_logit_H is None else sink_logit_H.float()
-    ratio = log_ratio_H.detach().float() * 1.4426950408889634
     if not rule.far:
         query = key = None
-    spans = Spans()
-    call = Call(rule, q_BHTD, k_BGTD, v_BGTE, query, key, ratio, logit, None, None, None, spans)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD, k_BGTD, v_BGTE))
+    call = Call(rule, q, k, v, query, key, log_ratio_H, sink_logit_H, None, None, None, Spans())
     reason = refusal(call)
     if reason is None and rule.kind == "linear" and not rule.far:
         reason = "kind 'linear' has nothing to read with its far part off"
     if reason is not None:
         raise ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
-    y = torch.zeros(*q_BHTD.shape[:3], v_BGTE.shape[3], dtype=q_BHTD.dtype, device=q_BHTD.device)
-    for t in range(q_BHTD.shape[2]):
-        span = slice(t, t + 1)
-        real = None if mask_BT is None else mask_BT[:, t].to(torch.int32)
-        pieces = [x[:, :, span] for x in (q_BHTD, k_BGTD, v_BGTE, y)]
-        _step(call, pieces, state, real)
-        state.seen_B += 1 if real is None else real
+    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    real = None if mask_BT is None else mask_BT.to(q.device, torch.int32)
+    for t in range(0, q.shape[2], rule.window):
+        span = slice(t, t + rule.window)
+        pieces = [x[:, :, span] for x in (q, k, v, y)]
+        _step(call, log_ratio_H, pieces, state, None if real is None else real[:, span].contiguous())
+    state.counted(q.shape[2] if real is None else None)
     return y
 
 
-def _step(call: Call, pieces: list[Tensor], state: StudentState, real: Tensor | None) -> None:
-    rule = call.rule
-    q = call.q
+def slice_columns(values: int, programs: int, wanted: int) -> int:
+    """Columns of S a program of `read` holds, so that `wanted` programs run where that many can."""
+    columns = min(block(values), WIDEST_SLICE)
+    while columns > NARROWEST_SLICE and programs * triton.cdiv(values, columns) < wanted:
+        columns //= 2
+    return columns
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tiles a step is compiled for, and `room` for leaving keys."""
+
+    tokens: int
+    leaving: int
+    slots: int
+    near: int
+    read_rows: int
+    read_leaving: int
+    queries: int
+    ring: int
+    room: int
+
+
+def sizes_of(call: Call, rows: int, tokens: int) -> Sizes:
+    """For a step of `tokens` tokens in `rows` rows."""
+    c, rule = call.constants, call.rule
+    # without a far part the programs of `read` stand for key/value heads
+    shared = call.heads // (call.kv_heads if call.key is None else call.maps)
+    room = rule.window if rule.kind == "terrace" else tokens
+    return Sizes(
+        tokens=block(tokens), leaving=block(room), slots=max(1, rule.slots), room=room,
+        near=min(64, block(tokens * (call.heads // call.kv_heads))),
+        read_rows=1 if tokens * shared <= FEW_ROWS else min(64, block(tokens * shared)),
+        read_leaving=1 if room == 1 else block(room),
+        queries=min(64, block(rows * tokens)),
+        ring=max(16, min(block(rule.slots), RING_TILE // max(c.block_d.value, c.block_e.value))),
+    )  # fmt: skip
+
+
+def leaving_dtype(call: Call) -> torch.dtype:
+    """Type of the leaving keys' features between the launches: a whole chunk's in what prefill rounds them to."""
+    return torch.bfloat16 if call.rule.kind == "terrace" and call.q.dtype != torch.float32 else torch.float32
+
+
+def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentState, real: Tensor | None) -> None:
+    rule, c = call.rule, call.constants
+    q, k, v, y = pieces
+    rows, heads, tokens = q.shape[:3]
+    values, features = v.shape[3], 0 if call.key is None else call.key.features
+    kv_heads, maps = call.kv_heads, call.kv_heads if call.key is None else call.maps
+    sizes = sizes_of(call, rows, tokens)
+
+    def scratch(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=of, device=q.device)
+
     far = (state.far_s_BKFE, state.far_z_BKF)
-    rings = call.tensor(state.k_BGND), call.tensor(state.v_BGNE)
+    near = scratch(rows, heads, tokens, values), scratch(rows, heads, tokens)
+    gone = (
+        scratch(rows, maps, sizes.room, features, of=leaving_dtype(call)),
+        scratch(rows, kv_heads, sizes.room, values, of=state.v_BGNE.dtype),
+        scratch(rows, maps, features),
+    )
+    fq, following = scratch(rows, heads, tokens, features), scratch(rows, of=torch.int32)
     none: tuple[Any, ...] = (None, 0, 0, 0)
-    sinks = [call.tensor(x) if rule.sinks else none for x in (state.sink_k_BGSD, state.sink_v_BGSE)]
-    if rule.kind != "linear" and call.key is not None:
-        count = rule.window if rule.kind == "terrace" else 1
-        run(
-            fold_leaving, (q.shape[0] * call.maps,), call,
-            *rings, call.operands(call.key), far, state.seen_B, real, call.maps, call.kv_heads, rule.slots,
-            COUNT=count,
-        )  # fmt: skip
-    # without a far part the programs stand for key/value heads
-    maps = call.kv_heads if call.key is None else call.maps
-    values = call.v.shape[3]
-    columns = block(values) if rule.kind == "linear" else min(block(values), VALUES_A_PROGRAM)
+    held = [call.tensor(x) for x in (state.k_BGND, state.v_BGNE)]
+    held += [call.tensor(x) if rule.sinks else none for x in (state.sink_k_BGSD, state.sink_v_BGSE)]
     whole = [(None, None, None) if m is None else (m.matrix, m.matrix, m.bias) for m in (call.query, call.key)]
-    run(
-        read_step, (q.shape[0] * maps, triton.cdiv(values, columns)), call,
-        *(call.tensor(x) for x in pieces), *rings, *sinks, *whole, far, state.seen_B, real, call.log_ratio.exp2(),
-        call.logit,
-        call.heads, call.kv_heads, maps, rule.slots, *call.numbers(), SHARED=call.heads // maps, COLUMNS=columns,
-        RING=block(rule.slots + rule.sinks),
+    counts = (heads, kv_heads, maps, sizes.room)
+    tiles = {"BLOCK_T": sizes.tokens, "SLOTS": sizes.slots}
+    blocks = triton.cdiv(tokens * (heads // kv_heads), sizes.near)
+    near_programs = 0 if rule.kind == "linear" else rows * kv_heads * blocks
+    query_programs = 0 if call.key is None else heads * triton.cdiv(rows * tokens, sizes.queries)
+    key_programs = 0 if call.key is None else rows * maps
+    prepare[(near_programs + query_programs + key_programs,)](
+        *(call.tensor(x) for x in (q, k, v)), *held, *whole, far, near, fq, gone, state.seen_B, following, real,
+        log_ratio_H, call.logit, rows, tokens, *counts, near_programs, query_programs, *call.numbers(), c,
+        ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, BLOCK_L=sizes.leaving, num_warps=8, num_stages=1,
+        **tiles,
+    )  # fmt: skip
+    columns = slice_columns(values, rows * maps, wanted_programs(q.device, 2))
+    read[(rows * maps, triton.cdiv(values, columns))](
+        *(call.tensor(x) for x in (k, v, y)), *held, far, near, fq, gone, state.seen_B, following, real,
+        tokens, *counts, c, ROWS=sizes.read_rows, COLUMNS=columns, BLOCK_L=sizes.read_leaving, num_warps=4,
+        num_stages=1, **tiles,
     )  # fmt: skip

@@ -104,10 +104,10 @@ def far_chunk(c, KIND: tl.constexpr):
 
 @triton.jit
 def near_read(
-    num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, c, length, position, scale, cap,
+    num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, ratio, c, length, position, scale, cap,
     C: tl.constexpr,
 ):  # fmt: skip
-    """(`num` plus the numerator, denominator, largest score as an exponent of two) of the near part of a chunk."""
+    """(numerator on top of `num`, denominator, largest score as an exponent of two) of the near part of a chunk."""
     unit = exponent_unit(scale, C)
     k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
     before_k = load_chunk(K, K_BOX, r, kv, start, c - 1, length, C.dim, C.block_d, C)
@@ -116,20 +116,19 @@ def near_read(
         sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
     s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
     top = top * unit
-    shift = top - log_ratio
-    w_own, w_before = weights(s_own, unit, shift), weights(s_before, unit, shift)
+    w_own, w_before = weights(s_own, unit, top), weights(s_before, unit, top)
     den = tl.sum(w_own, 1) + tl.sum(w_before, 1)
     v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
     num = product(w_own, v, C.dot, C, num)
     before_v = load_chunk(V, V_BOX, r, kv, start, c - 1, length, C.values, C.block_e, C)
     num = product(w_before, before_v, C.dot, C, num)
     if C.sinks > 0:
-        w_sink = weights(s_sink, unit, shift)
+        w_sink = weights(s_sink, unit, top)
         den += tl.sum(w_sink, 1)
         num = product(w_sink, load_sinks(SINK_V, r, kv, C, C.values, C.block_e), C.dot, C, num)
     if C.sink_logit:
-        den += tl.exp2(logit * unit - shift)
-    return num, den, top
+        den += tl.exp2(logit * unit - top)
+    return num * ratio, den * ratio, top
 
 
 @triton.jit
@@ -181,7 +180,7 @@ def outputs(
     start, length, first = row_of(ROWS, r, C)
     kv = h * kv_heads // heads
     m = h * maps // heads
-    log_ratio, logit = tl.load(ratio_ptr + h), load_logit(logit_ptr, h, exponent_unit(scale, C), C)
+    ratio, logit = tl.exp2(tl.load(ratio_ptr + h)), load_logit(logit_ptr, h, exponent_unit(scale, C), C)
     squares = 0.0
     if C.far:
         q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
@@ -195,7 +194,7 @@ def outputs(
         top = den
         if C.kind != "linear":
             num, near_den, top = near_read(
-                num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, c, length, first + token,
+                num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, ratio, c, length, first + token,
                 scale, cap, C,
             )  # fmt: skip
             den += near_den

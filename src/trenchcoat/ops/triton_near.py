@@ -1,7 +1,8 @@
 """The near part's backward pass as Triton kernels: window, sinks and sink logit.
 
 The formulas are those of :mod:`trenchcoat.ops.triton_backward`, but no chunk waits for another here. Both kernels
-finish a gradient with what the far part gives it: dq and dk get du W^T, dv what `key_gradients` stored.
+finish a gradient with what the far part gives it: dq and dk get du W^T, dv what `key_gradients` stored. r is in dnum
+and dden here, not in the weights (see `weights`).
 
 Shape legend: as in :mod:`trenchcoat.ops.triton_parts`. A query's largest score is named by a column: 0 and up in the
 chunk before, `block_w` and up in its own, 2 `block_w` and up for sinks, 4 `block_w` for the sink logit.
@@ -51,7 +52,7 @@ def largest(before, own, sink, logit, C: tl.constexpr):
 
 @triton.jit
 def gain(w, dnum, dden, v, C: tl.constexpr):
-    """w dw of a block of keys: what the loss gains by its weights growing together."""
+    """w dw of a block of keys: what the loss gains by each weight's growing."""
     return w * (product(dnum, tl.trans(v), C.low, C) + dden[:, None])
 
 
@@ -67,7 +68,7 @@ def score_gradient(ds, s, pull, at_top, scale, cap, C: tl.constexpr):
 
 @triton.jit
 def chunk_query_gradient(
-    dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, dnum, dden, c, length, position,
+    dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, dnum, dden, c, length, position,
     dsink_k, dsink_v, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
     """(dq with the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
@@ -79,20 +80,20 @@ def chunk_query_gradient(
         sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
     s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
     top, column = largest(s_before, s_own, s_sink, logit, C)
-    shift = top * unit - log_ratio
+    top = top * unit
     v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
-    own = gain(weights(s_own, unit, shift), dnum, dden, v, C)
+    own = gain(weights(s_own, unit, top), dnum, dden, v, C)
     before_v = load_chunk(V, V_BOX, r, kv, start, c - 1, length, C.values, C.block_e, C)
-    past = gain(weights(s_before, unit, shift), dnum, dden, before_v, C)
+    past = gain(weights(s_before, unit, top), dnum, dden, before_v, C)
     pull = -tl.sum(own, 1) - tl.sum(past, 1)
     share = dden
     if C.sinks > 0:
-        w_sink = weights(s_sink, unit, shift)
+        w_sink = weights(s_sink, unit, top)
         sink = gain(w_sink, dnum, dden, load_sinks(SINK_V, r, kv, C, C.values, C.block_e), C)
         pull -= tl.sum(sink, 1)
         dsink_v = product(tl.trans(w_sink), dnum, C.low, C, dsink_v)
     if C.sink_logit:
-        share = tl.exp2(logit * unit - shift) * dden
+        share = tl.exp2(logit * unit - top) * dden
         pull -= share
     if not C.far:
         pull = pull * 0.0
@@ -135,7 +136,7 @@ def near_query_gradients(
     mine = tl.program_id(0) * tl.num_programs(1) + group
     start, length, first = row_of(ROWS, r, C)
     kv = h * kv_heads // heads
-    log_ratio, logit, dlogit = tl.load(ratio_ptr + h), load_logit(logit_ptr, h, exponent_unit(scale, C), C), 0.0
+    ratio, logit, dlogit = tl.exp2(tl.load(ratio_ptr + h)), load_logit(logit_ptr, h, exponent_unit(scale, C), C), 0.0
     if C.far:
         matrix, _remainder, _bias = load_map(QUERY, h, C)
     dsink_k, dsink_v = tl.zeros([C.block_s, C.block_d], tl.float32), tl.zeros([C.block_s, C.block_e], tl.float32)
@@ -146,14 +147,16 @@ def near_query_gradients(
             du = load_tile(place(DU, r, h, start), DU[3], token, ok, C.columns, C.block_p)
             dq = product(du, tl.trans(matrix), C.low, C, dq)
         if C.kind != "linear":
-            dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, False)
             if C.far:
-                dden = load_row(RESULT[0], r, h, start, token, ok, 0.0)
+                dnum = load_dnum(DY, DEN, ratio, r, h, start, token, ok, C, False)
+                dden = load_row(RESULT[0], r, h, start, token, ok, 0.0) * ratio
             else:
-                dden = row_gradient(dnum, Y, RESULT[0], r, h, start, token, ok, C)
+                dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, False)
+                dden = row_gradient(dnum, Y, RESULT[0], r, h, start, token, ok, C) * ratio
+                dnum = dnum * ratio
             q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
             dq, pull, column, dsink_k, dsink_v, share = chunk_query_gradient(
-                dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, log_ratio, dnum, dden, c, length,
+                dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, dnum, dden, c, length,
                 first + token, dsink_k, dsink_v, scale, cap, C,
             )  # fmt: skip
             tl.store(place(RESULT[1], r, h, start) + token, pull, mask=ok)
@@ -167,15 +170,15 @@ def near_query_gradients(
 
 @triton.jit
 def chunk_key_gradient(
-    dk, dv, Q, k, v, seen, DY, DEN, TOP, RESULT, r, h, start, token, ok, column, log_ratio, scale, cap, C: tl.constexpr
+    dk, dv, Q, k, v, seen, DY, DEN, TOP, RESULT, r, h, start, token, ok, column, ratio, scale, cap, C: tl.constexpr
 ):  # fmt: skip
     """Adds what the queries of one chunk give to the keys and values of another (or the same)."""
     q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
     s = scores(q, k, seen, scale, cap, C)
-    w = weights(s, exponent_unit(scale, C), load_row(TOP, r, h, start, token, ok, 0.0) - log_ratio)
-    dnum = load_dnum(DY, DEN, r, h, start, token, ok, C, False)
+    w = weights(s, exponent_unit(scale, C), load_row(TOP, r, h, start, token, ok, 0.0))
+    dnum = load_dnum(DY, DEN, ratio, r, h, start, token, ok, C, False)
     dv = product(tl.trans(w), dnum, C.low, C, dv)
-    dden = load_row(RESULT[0], r, h, start, token, ok, 0.0)
+    dden = load_row(RESULT[0], r, h, start, token, ok, 0.0) * ratio
     pull = load_row(RESULT[1], r, h, start, token, ok, 0.0)
     at = load_row(RESULT[2], r, h, start, token, ok, -1)
     ds = score_gradient(gain(w, dnum, dden, v, C), s, pull, at[:, None] == column, scale, cap, C)
@@ -208,14 +211,14 @@ def near_key_gradients(
         i = tl.arange(0, C.block_w)
         for j in range(0, heads // kv_heads):
             h = kv * (heads // kv_heads) + j
-            log_ratio = tl.load(ratio_ptr + h)
+            ratio = tl.exp2(tl.load(ratio_ptr + h))
             dk, dv = chunk_key_gradient(
                 dk, dv, Q, k, v, i[None, :] <= i[:, None], DY, DEN, TOP, RESULT, r, h, start, token, ok,
-                i[None, :] + C.block_w, log_ratio, scale, cap, C,
+                i[None, :] + C.block_w, ratio, scale, cap, C,
             )  # fmt: skip
             dk, dv = chunk_key_gradient(
                 dk, dv, Q, k, v, seen_before(c + 1, C), DY, DEN, TOP, RESULT, r, h, start, after, after_ok, i[None, :],
-                log_ratio, scale, cap, C,
+                ratio, scale, cap, C,
             )  # fmt: skip
     store_tile(place(DK, r, kv, start), DK[3], token, ok, dk, C.dim, C.block_d)
     store_tile(place(DV, r, kv, start), DV[3], token, ok, dv, C.values, C.block_e)

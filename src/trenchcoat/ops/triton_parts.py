@@ -348,9 +348,10 @@ def window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C: tl.
 
 
 @triton.jit
-def weights(s, unit, shift):
-    """r exp(s - c), where `shift` is c in powers of two, less log2 r."""
-    return tl.exp2(s * unit - shift[:, None])
+def weights(s, unit, top):
+    """exp(s - c), where `top` is c as an exponent of two. The largest is 1, which 16 bits hold exactly: with r in it,
+    its rounding would be the same for every query."""
+    return tl.exp2(s * unit - top[:, None])
 
 
 @triton.jit

@@ -1,0 +1,77 @@
+"""The self-check finds what is wrong with the kernels of a device, and its tolerances are those of an honest run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_kit import DEVICE
+from low_precision import DRAWS, LowPrecision, tolerances
+from trenchcoat.ops import triton_check
+from trenchcoat.ops.state import Kind
+
+
+def derived(kind: Kind, draws: int) -> list[float]:
+    """The tolerances of `kind` from `draws` random calls; with `DRAWS` of them, what ALLOWED says."""
+    rule = triton_check.rule_of(kind)
+    runs = {
+        store: LowPrecision(rule=rule, map="hedgehog", dtype=torch.bfloat16, store=store) for store in (True, False)
+    }
+
+    def rounded(x: list[Tensor], store: bool) -> Tensor:
+        names = ("q", "k", "v", "query_matrix", "key_matrix", "mix")
+        leaves = dict(zip(names, x, strict=True))
+        none = {f"{side}_bias": x[3][:, 0] for side in ("query", "key")}
+        return runs[store]({**leaves, **none})
+
+    pairs = []
+    for seed in range(1, draws + 1):
+        leaves = [t.double() for t in triton_check.case(seed)]
+        exact = triton_check.passes(leaves, lambda x: triton_check.reference(x, rule))
+        output = triton_check.passes(leaves, lambda x: rounded(x, True))
+        transfer = triton_check.passes(leaves, lambda x: rounded(x, False))
+        found = [*output[:7], *transfer[7:]]
+        step = slice(triton_check.PREFILLED, triton_check.PREFILLED + 2)
+        steps = (x[0][:, :, step] for x in (found, exact))
+        both = [[*x, y] for x, y in zip((found, exact), steps, strict=True)]
+        pairs.append(tuple(dict(zip(triton_check.NAMES, x, strict=True)) for x in both))
+    allowed = tolerances(pairs)  # type: ignore[arg-type]
+    return [allowed[name] for name in triton_check.NAMES]
+
+
+def test_the_self_check_passes() -> None:
+    triton_check.check.cache_clear()
+    triton_check.check(torch.device(DEVICE))
+
+
+def test_a_wrong_result_of_any_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs 10 % too large, everywhere."""
+    kernels, transfer, decode = triton_check._kernels, triton_check._transfer, triton_check._decode
+    monkeypatch.setattr(triton_check, "_kernels", lambda x, rule: 1.1 * kernels(x, rule))
+    monkeypatch.setattr(triton_check, "_transfer", lambda x, rule: [1.1 * t for t in transfer(x, rule)])
+    monkeypatch.setattr(triton_check, "_decode", lambda x, rule: 1.1 * decode(x, rule))
+    found = triton_check.deviations("terrace", torch.device(DEVICE))
+    for name, deviation, allowed in zip(triton_check.NAMES, found, triton_check.ALLOWED["terrace"], strict=True):
+        assert deviation > allowed, name
+
+
+@pytest.mark.parametrize("name", triton_check.NAMES)
+def test_the_error_says_which_pass_deviates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [float("inf") if n == name else 0.0 for n in triton_check.NAMES]
+    monkeypatch.setattr(
+        triton_check, "deviations", lambda kind, device: [0.0] * len(wrong) if kind != "linear" else wrong
+    )
+    triton_check.check.cache_clear()
+    with pytest.raises(RuntimeError, match=rf"self-check.*{name} of kind 'linear'.*chunkwise"):
+        triton_check.check(torch.device(DEVICE))
+    triton_check.check.cache_clear()
+
+
+def test_the_tolerances_are_derived() -> None:
+    """All draws of the quick kind; of the others some, which must lie below what is written, and not far below."""
+    assert derived("terrace", DRAWS) == pytest.approx(triton_check.ALLOWED["terrace"], rel=0.1)
+    for kind in ("sliding", "linear"):
+        for name, some, written in zip(triton_check.NAMES, derived(kind, 3), triton_check.ALLOWED[kind], strict=True):
+            assert some <= 1.1 * written, (kind, name)
+            assert some >= 0.05 * written, (kind, name)
