@@ -36,10 +36,13 @@ WORDS = "coat sum window token state chunk linear small model bone star".split()
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(continuations.LEAST_SAVED, "cpu", 10)
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
     logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(level)
+    # its command line adds one that writes to this test's captured stream, closed for the tests to come
+    logger.handlers[:], logger.propagate = handlers, propagate
+    monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ A tiny Llama in the interpreter (compiled, where there is a GPU); with a GPU als
 Budgets come from the other implementation: the exact result is the same model in float64 (float32 for training runs and
 for the large model, where rounding to bfloat16 is far coarser), and the chunkwise run in bfloat16 shows what that type
 costs. Every product, norm and sum of the model rounds in both runs alike; the kernels round features, weights and dnum
-besides, a few roundings among the dozen of a layer, so twice that error (root mean square) is allowed; in Triton's
-interpreter, which cuts numbers off at bfloat16 where devices round to nearest, four times.
+besides, a few roundings among the dozen of a layer, so twice that error (root mean square) is allowed. Transfer losses,
+where the kernels' own roundings meet few others, are allowed four times it in Triton's interpreter, which cuts numbers
+off at bfloat16: twice the error of rounding to nearest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from trenchcoat.runlog import RunLog, read_metrics
 from trenchcoat.train import fit
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
-ALLOWED = 4.0 if INTERPRETED else 2.0
+ALLOWED = 2.0
+LOSSES_ALLOWED = 4.0 if INTERPRETED else 2.0
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,15 @@ class Size:
         """Factor on the weights: queries, keys and values of about unit size at any width."""
         return max(1.0, 50.0 * self.shape.hidden**-0.5)
 
-    def ids(self, seed: int) -> Tensor:
-        """Random tokens [rows, tokens]."""
+    def ids(self, seed: int, times: int = 1) -> Tensor:
+        """Random tokens [rows, times * tokens]."""
         make = torch.Generator().manual_seed(seed)
-        return torch.randint(0, self.shape.vocab, (self.rows, self.tokens), generator=make)
+        return torch.randint(0, self.shape.vocab, (self.rows, times * self.tokens), generator=make)
 
 
 TINY = Size(
     Shape(hidden=16, heads=2, kv_heads=1, dim=8, inner=24, vocab=31, window=3, columns=4), layers=2, tokens=9, rows=1,
-    steps=8, exact=torch.float64,
+    steps=6, exact=torch.float64,
 )  # fmt: skip
 LARGE = Size(Shape(), layers=4, tokens=1024, rows=2, steps=50, exact=torch.float32)
 SIZES = [pytest.param(TINY, id="tiny"), pytest.param(LARGE, id="8B widths", marks=NEEDS_GPU)]
@@ -83,7 +85,7 @@ def _logits(size: Size, impl: str, dtype: torch.dtype) -> Tensor:
     model = size.model(impl, dtype)
     surgery.set_mode(model, "student")
     with torch.no_grad():
-        return model(input_ids=size.ids(0).to(DEVICE), use_cache=False).logits.double()
+        return model(input_ids=size.ids(0, times=4).to(DEVICE), use_cache=False).logits.double()
 
 
 def _rms(x: Tensor) -> float:
@@ -144,7 +146,7 @@ def test_a_transfer_run_has_the_same_losses(size: Size, tmp_path: Path) -> None:
     runs = [("chunkwise", torch.float32), ("chunkwise", torch.bfloat16), ("triton", torch.bfloat16)]
     exact, independent, found = (_curve(size, *run, tmp_path / str(i)) for i, run in enumerate(runs))
     assert exact[-4:].mean() < exact[:4].mean(), "the run did not learn, so it shows nothing"
-    budget = ALLOWED * _rms(independent / exact - 1)
+    budget = LOSSES_ALLOWED * _rms(independent / exact - 1)
     assert 0 < budget < 0.1
     assert _rms(found / exact - 1) <= budget
 

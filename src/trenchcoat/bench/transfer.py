@@ -25,7 +25,7 @@ from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.objectives import Objective, transfer_objective
 from trenchcoat.runlog import environment
-from trenchcoat.students import StudentAttention
+from trenchcoat.students import StudentAttention, operator_of
 
 TARGETS: dict[str, Any] = {"memory_growth": 1.1, "time_ratio": {"1024": 1.35, "4096": 1.2}}
 """Upper limits: step memory of 16 layers over 4, and step time over the teacher's forward by length."""
@@ -35,6 +35,12 @@ _LLAMA: dict[str, Any] = {
     "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     "intermediate_size": 1408, "vocab_size": 4096, "max_position_embeddings": 8192,
 }  # fmt: skip
+
+
+def _operator(device: str) -> str:
+    """What the students of the measured model run on."""
+    dim = _LLAMA["head_dim"]
+    return operator_of(StudentConfig(), head_dim=dim, dtype=torch.float32, device=torch.device(device))
 
 
 class Bench:
@@ -217,7 +223,7 @@ def measure(
         "seconds_by_tokens": {str(length): row for length, row in times.items()},
         "naive_time_ratio": times[sizes.naive_length]["naive"] / times[sizes.naive_length]["step"],
         "targets": None if quick else TARGETS,
-        "environment": environment(implementation=StudentConfig().impl, device=device),
+        "environment": environment(implementation=_operator(device), device=device),
     }
 
 
