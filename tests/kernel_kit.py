@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed; pip install 'trenchcoat[kernels]'")
-
-from triton.runtime import interpreter
 
 from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
@@ -24,18 +21,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 LEARNED, WEIGHT = ["query_matrix", "query_bias", "key_matrix", "key_bias", "mix"], 0.3
 """What transfer learns, and the weight of the squared error."""
-
-_interpreted_convert = interpreter._convert_float
-
-
-def _convert(x: Any, source: Any, target: Any, mode: Any) -> Any:
-    """float32 to bfloat16 as GPUs do it, to the nearest: the interpreter cuts the last bits off, twice the error."""
-    if (source.name, target.name) == ("fp32", "bf16"):
-        return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.uint16).numpy()
-    return _interpreted_convert(x, source, target, mode)
-
-
-interpreter._convert_float = _convert
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,6 @@ from trenchcoat.ops import Rule
 WIDE = torch.bfloat16
 """What sums, features and gradients are rounded to: float16 ends at 65504."""
 
-SIDES = ("query", "key")
 DRAWS = 24
 """Random calls that the independent run is tried on."""
 FACTOR = 2
@@ -142,23 +141,44 @@ class LowPrecision:
     def __call__(self, leaves: dict[str, Tensor], *, bias: bool = False, sink_logit: bool = False) -> Tensor:
         """y [B, H, T, E] in float64 from float64 `leaves`, named as in :class:`kernel_kit.KernelCase`."""
         q, k, v = (Stored.apply(leaves[name], self.dtype) for name in "qkv")
-        heads = q.shape[1]
-        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-        maps = {s: leaves[f"{s}_matrix"].repeat_interleave(heads // len(leaves[f"{s}_matrix"]), 0) for s in SIDES}
-        biases = {s: leaves[f"{s}_bias"].repeat_interleave(heads // len(leaves[f"{s}_bias"]), 0) for s in SIDES}
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         nothing = torch.zeros_like(q[..., :1])
         shift, num, den = nothing, nothing * v[..., :1, :], nothing + 1e-12
         far_num, far_den = num, nothing
         if self.rule.kind != "linear":
             shift, num, den = self._near(q, k, v, leaves["mix"], leaves["sink_logit"] if sink_logit else None)
         if self.rule.far:
-            fq, fk = (
-                features(x, maps[s], biases[s] if bias else None, self.map, self.dtype)
-                for x, s in zip((q, k), SIDES, strict=True)
-            )
-            far_num, far_den = self._far(fq, fk, v)
+            far_num, far_den = self._far(*self._features(q, k, leaves, bias), v)
         y = Quotient.apply(shift, num, den, far_num, far_den, self.dtype if self.store else None)
         return Stored.apply(y, self.dtype) if self.store else y
+
+    def cross_entropy(self, leaves: dict[str, Tensor], log_ratio_H: Tensor) -> Tensor:
+        """Sum of the cross-entropies of attention rows, as in :mod:`trenchcoat.ops.crossent`; the gradients for phi
+        that come from far weights' logarithms are products, those that come from denominators running sums."""
+        q, k = (leaves[name].detach() for name in "qk")
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        position = torch.arange(q.shape[2], device=q.device)
+        key, query = position[None], position[:, None]
+        near, far = self.rule.is_near(query, key), self.rule.is_far(query, key)
+        s = q @ k.mT * self.rule.scale
+        teacher = s.masked_fill(key > query, -torch.inf).softmax(-1)
+        top = s.masked_fill(~near, torch.finfo(s.dtype).min).amax(-1, keepdim=True)
+        log_near = torch.where(near, s - top + log_ratio_H[None, :, None, None], 0.0)
+        fq, fk = self._features(q, k, leaves, bias=False)
+        log_far = torch.where(far, Product.apply(fq, fk.mT, WIDE), 1.0).log()
+        den = torch.where(near, log_near.exp(), torch.where(far, straight(fq) @ straight(fk).mT, 0.0)).sum(-1)
+        return den.log().sum() - (teacher * (log_near + log_far)).sum()
+
+    def _features(self, q: Tensor, k: Tensor, leaves: dict[str, Tensor], bias: bool) -> tuple[Tensor, Tensor]:
+        """phi(q), phi(k), both by query head."""
+        found = []
+        for x, side in ((q, "query"), (k, "key")):
+            matrix, offset = (
+                leaves[f"{side}_{name}"].repeat_interleave(q.shape[1] // len(leaves[f"{side}_{name}"]), 0)
+                for name in ("matrix", "bias")
+            )
+            found.append(features(x, matrix, offset if bias else None, self.map, self.dtype))
+        return found[0], found[1]
 
     def _near(
         self, q: Tensor, k: Tensor, v: Tensor, mix: Tensor, logit: Tensor | None

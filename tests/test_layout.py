@@ -53,6 +53,8 @@ FENCES: dict[str, set[str]] = {
         "ops/triton_crossent.py",
         "ops/triton_features.py",
         "ops/triton_launch.py",
+        "ops/triton_interpreter.py",
+        "ops/triton_check.py",
         "ops/triton_passes.py",
     },
     "peft": {"surgery.py"},

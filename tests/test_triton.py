@@ -111,7 +111,7 @@ def _rounds(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def test_bfloat16_is_rounded_to_nearest() -> None:
-    """On the device, and in the interpreter as the tests run it (see `kernel_kit._convert`)."""
+    """On the device, and in the interpreter as the tests run it (see `trenchcoat.ops.triton_interpreter`)."""
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     y = torch.empty_like(x, dtype=torch.bfloat16)
     _rounds[(1,)](x, y, N=4096)

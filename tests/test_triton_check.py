@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from kernel_kit import DEVICE
 from low_precision import DRAWS, LowPrecision, tolerances
 from trenchcoat.ops import triton_check
 from trenchcoat.ops.state import Kind
+
+
+def _gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
 
 
 def derived(kind: Kind, draws: int) -> list[float]:
@@ -29,12 +37,20 @@ def derived(kind: Kind, draws: int) -> list[float]:
     for seed in range(1, draws + 1):
         leaves = [t.double() for t in triton_check.case(seed)]
         exact = triton_check.passes(leaves, lambda x: triton_check.reference(x, rule))
+        exact_rows = triton_check.reference_rows(leaves, rule)
         output = triton_check.passes(leaves, lambda x: rounded(x, True))
         transfer = triton_check.passes(leaves, lambda x: rounded(x, False))
         found = [*output[:7], *transfer[7:]]
+        # in float32: a sum of 400 terms is kept to six digits by the kernels' type as by any
+        leaves, log_ratio = [t.float() for t in leaves], rule.log_ratio(leaves[5]).float()
+        rows = [t.clone().requires_grad_() for t in (*leaves[3:5], log_ratio)]
+        named = {"q": leaves[0], "k": leaves[1], "query_matrix": rows[0], "key_matrix": rows[1]}
+        total = runs[True].cross_entropy({**named, "query_bias": rows[0][:, 0], "key_bias": rows[1][:, 0]}, rows[2])
+        learned = [total.detach(), *_gradients(total, rows)]
         step = slice(triton_check.PREFILLED, triton_check.PREFILLED + 2)
         steps = (x[0][:, :, step] for x in (found, exact))
-        both = [[*x, y] for x, y in zip((found, exact), steps, strict=True)]
+        lists = zip((found, exact), steps, (learned, exact_rows), strict=True)
+        both = [[*x, y, *z] for x, y, z in lists]
         pairs.append(tuple(dict(zip(triton_check.NAMES, x, strict=True)) for x in both))
     allowed = tolerances(pairs)  # type: ignore[arg-type]
     return [allowed[name] for name in triton_check.NAMES]
@@ -47,10 +63,12 @@ def test_the_self_check_passes() -> None:
 
 def test_a_wrong_result_of_any_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs 10 % too large, everywhere."""
-    kernels, transfer, decode = triton_check._kernels, triton_check._transfer, triton_check._decode
+    kernels, transfer = triton_check._kernels, triton_check._transfer
+    decode, rows = triton_check._decode, triton_check._rows
     monkeypatch.setattr(triton_check, "_kernels", lambda x, rule: 1.1 * kernels(x, rule))
     monkeypatch.setattr(triton_check, "_transfer", lambda x, rule: [1.1 * t for t in transfer(x, rule)])
     monkeypatch.setattr(triton_check, "_decode", lambda x, rule: 1.1 * decode(x, rule))
+    monkeypatch.setattr(triton_check, "_rows", lambda x, rule: [1.1 * t for t in rows(x, rule)])
     found = triton_check.deviations("terrace", torch.device(DEVICE))
     for name, deviation, allowed in zip(triton_check.NAMES, found, triton_check.ALLOWED["terrace"], strict=True):
         assert deviation > allowed, name
@@ -63,7 +81,18 @@ def test_the_error_says_which_pass_deviates(name: str, monkeypatch: pytest.Monke
         triton_check, "deviations", lambda kind, device: [0.0] * len(wrong) if kind != "linear" else wrong
     )
     triton_check.check.cache_clear()
-    with pytest.raises(RuntimeError, match=rf"self-check.*{name} of kind 'linear'.*chunkwise"):
+    with pytest.raises(RuntimeError, match=rf"self-check.*{re.escape(name)} of kind 'linear'.*chunkwise"):
+        triton_check.check(torch.device(DEVICE))
+    triton_check.check.cache_clear()
+
+
+def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(kind: Kind, device: torch.device) -> list[float]:
+        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(triton_check, "deviations", fails)
+    triton_check.check.cache_clear()
+    with pytest.raises(RuntimeError, match=r"self-check.*'terrace' does not compile or start.*300000.*chunkwise"):
         triton_check.check(torch.device(DEVICE))
     triton_check.check.cache_clear()
 

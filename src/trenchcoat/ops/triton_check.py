@@ -7,7 +7,10 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
+from trenchcoat.ops.crossent import attention_cross_entropy
+from trenchcoat.ops.crossent_launch import cross_entropy
 from trenchcoat.ops.reference import attention
 from trenchcoat.ops.state import Kind, Rule, StudentState
 from trenchcoat.ops.triton import attend, transfer
@@ -23,13 +26,21 @@ NAMES = (
     "transfer's squared error",
     *(f"transfer's gradient of {name}" for name in ("the query map", "the key map", "the mix")),
     "the output of two decode steps",
+    "the cross-entropy of attention rows",
+    *(f"the cross-entropy's gradient of {name}" for name in ("the query map", "the key map", "log(g / l)")),
 )
 KINDS: tuple[Kind, ...] = ("terrace", "sliding", "linear")
 ALLOWED: dict[Kind, tuple[float, ...]] = {
-    "terrace": (0.016, 0.023, 0.032, 0.037, 0.0063, 0.0092, 0.03, 0.66, 0.011, 0.0099, 0.034, 0.0024),
-    "sliding": (0.016, 0.023, 0.032, 0.038, 0.0072, 0.0092, 0.022, 0.65, 0.015, 0.015, 0.057, 0.0043),
-    "linear": (0.016, 0.007, 0.011, 0.047, 0.054, 0.045, 0, 0.26, 0.15, 0.26, 0, 0.0019),
-}
+    "terrace": (
+        0.016, 0.023, 0.032, 0.037, 0.0063, 0.0092, 0.03, 0.66, 0.011, 0.0099, 0.034, 0.0024,
+        0.0033, 0.0017, 0.0014, 0.0026,
+    ),
+    "sliding": (
+        0.016, 0.023, 0.032, 0.038, 0.0072, 0.0092, 0.022, 0.65, 0.015, 0.015, 0.057, 0.0043,
+        0.0073, 0.002, 0.0033, 0.0035,
+    ),
+    "linear": (0.016, 0.007, 0.011, 0.047, 0.054, 0.045, 0, 0.26, 0.15, 0.26, 0, 0.0019, 0.0082, 0.0083, 0.005, 0),
+}  # fmt: skip
 """Deviation allowed to what :data:`NAMES` says: twice the largest of an independent run in bfloat16 over 24 random
 calls of this case (`tests/low_precision.py` says why twice, `tests/test_triton_check.py` computes it again). That run
 rounds the operands of every product, forward and backward, and what is stored, and is exact elsewhere."""
@@ -37,15 +48,24 @@ rounds the operands of every product, forward and backward, and what is stored, 
 
 @lru_cache
 def check(device: torch.device) -> None:
-    """Raise RuntimeError naming the first mismatch; what passed is not checked again in this process."""
+    """Raise RuntimeError naming the first mismatch, or what does not compile; what passed is not checked again in this
+    process."""
     for kind in KINDS:
-        for name, deviation, allowed in zip(NAMES, deviations(kind, device), ALLOWED[kind], strict=True):
+        try:
+            found = deviations(kind, device)
+        except TritonError as error:
+            raise _failure(device, f"a kernel of kind {kind!r} does not compile or start ({error})") from error
+        for name, deviation, allowed in zip(NAMES, found, ALLOWED[kind], strict=True):
             if not deviation <= allowed:
-                raise RuntimeError(
-                    f"the Triton kernels failed their self-check on {device}: {name} of kind {kind!r} deviates by "
-                    f"{deviation:.2g} ({allowed:.2g} allowed); use student.impl=chunkwise, and report the device with "
-                    "the versions of torch and triton"
-                )
+                said = f"{name} of kind {kind!r} deviates by {deviation:.2g} ({allowed:.2g} allowed)"
+                raise _failure(device, said)
+
+
+def _failure(device: torch.device, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the Triton kernels failed their self-check on {device}: {what}; use student.impl=chunkwise, and report the "
+        "device with the versions of torch and triton"
+    )
 
 
 def deviations(kind: Kind, device: torch.device) -> list[float]:
@@ -54,8 +74,8 @@ def deviations(kind: Kind, device: torch.device) -> list[float]:
     found = passes(leaves, lambda x: _kernels(x, rule))
     found[7:] = _transfer(leaves, rule)
     expected = passes(leaves, lambda x: reference(x, rule))
-    found.append(_decode(leaves, rule))
-    expected.append(expected[0][:, :, PREFILLED : PREFILLED + 2])
+    found += [_decode(leaves, rule), *_rows(leaves, rule)]
+    expected += [expected[0][:, :, PREFILLED : PREFILLED + 2], *reference_rows(leaves, rule)]
     return [
         float((a - b).abs().max()) if bool(torch.isfinite(a).all()) else torch.inf
         for a, b in zip(found, expected, strict=True)
@@ -82,7 +102,7 @@ def case(seed: int) -> list[Tensor]:
 
 
 def passes(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
-    """All of :data:`NAMES` but the last, by autograd through `run`, which makes y of the first six leaves."""
+    """The first eleven of :data:`NAMES`, by autograd through `run`, which makes y of the first six leaves."""
     with torch.enable_grad():
         x = [t.clone().requires_grad_() for t in leaves[:6]]
         y = run(x)
@@ -132,11 +152,28 @@ def _decode(leaves: list[Tensor], rule: Rule) -> Tensor:
     return torch.cat(steps, 2).float()
 
 
+def _rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
+    q, k, _v = _short(leaves)
+    total, grads = cross_entropy(q, k, *_maps(leaves), rule.log_ratio(leaves[5]), rule=rule)
+    return [total, *(g for g in grads if g is not None)]
+
+
+def _phi(x: Tensor, matrix: Tensor) -> Tensor:
+    u = x @ matrix
+    return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp_min(1e-12)
+
+
 def reference(x: list[Tensor], rule: Rule) -> Tensor:
     """y of the quadratic reference."""
+    return attention(x[0], x[1], x[2], _phi(x[0], x[3]), _phi(x[1], x[4]), x[5], rule=rule)
 
-    def phi(t: Tensor, matrix: Tensor) -> Tensor:
-        u = t @ matrix
-        return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp_min(1e-12)
 
-    return attention(x[0], x[1], x[2], phi(x[0], x[3]), phi(x[1], x[4]), x[5], rule=rule)
+def reference_rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
+    """The cross-entropy and its gradients of query map, key map and log(g / l), by the blockwise code."""
+    q, k, maps = leaves[0], leaves[1], [t.clone().requires_grad_() for t in leaves[3:5]]
+    with torch.enable_grad():
+        fq, fk = _phi(q, maps[0]), _phi(k, maps[1])
+    found = attention_cross_entropy(q, k, fq.detach(), fk.detach(), rule.log_ratio(leaves[5]), rule=rule)
+    assert found.dfq_BHTF is not None and found.dfk_BKTF is not None and found.dlog_ratio_H is not None  # noqa: PT018
+    grads = torch.autograd.grad((fq, fk), maps, (found.dfq_BHTF, found.dfk_BKTF))
+    return [found.total, *grads, found.dlog_ratio_H]

@@ -27,6 +27,10 @@ OutOfResources = triton.runtime.errors.OutOfResources
 VERSION = triton.__version__
 INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
 """Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET was set)."""
+if INTERPRETED:
+    from trenchcoat.ops.triton_interpreter import round_to_nearest
+
+    round_to_nearest()
 
 ACTIVATIONS = {
     "hedgehog": ("softmax", True),
