@@ -35,6 +35,8 @@ from trenchcoat.ops.state import Rule
 HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
 OPERATIONS, BYTES, ISSUED = 4096, 128, 4
 """Of a multiprocessor, a cycle."""
+SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory a program can have, by compute capability."""
 
 
 class Pretended:
@@ -190,8 +192,8 @@ def report(kernel: Any, capability: int) -> dict[str, int]:
 def main() -> None:
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90, help="90 for Hopper, 80 for A100, 89 for Ada")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--capability", type=int, default=90, choices=sorted(SHARED), help="90 Hopper, 80 A100, 89 Ada")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--kinds", nargs="*", default=["terrace", "sliding", "linear"])
     parser.add_argument("--dim", type=int, default=DIM)
     parser.add_argument("--columns", type=int, default=COLUMNS)
@@ -201,6 +203,8 @@ def main() -> None:
     args = parser.parse_args()
     driver.set_active(Pretended(args.capability))
     launch.wanted_programs = lambda device, each: 132 * each  # type: ignore[assignment]
+    for module in (launch, crossent_launch):
+        module.shared_limit = lambda device: SHARED[args.capability]  # type: ignore[assignment]
     launch.on_gpu = lambda device: True
     launch.has_copy_engine = lambda device: args.capability >= 90  # type: ignore[assignment]
     found: dict[str, dict[str, dict[str, int]]] = {}

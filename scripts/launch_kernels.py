@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool racecheck python scripts/launch_kernels.py [--device cuda]
 
-Every kind, forward, backward, transfer and decoding, in one group of chunks and in two; results are checked to be
-finite.
+Every kind, forward, backward, transfer, cross-entropy and decoding, in one group of chunks and in two; results are
+checked to be finite.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_all(size: dict[str, int], kinds: Sequence[str], dtypes: Sequence[torch.d
     """Every pass of every kind, in one group of chunks and in two."""
     launch.SHORTEST_GROUP = 2
     for groups, kind, dtype in itertools.product((1, 2), kinds, dtypes):
-        launch.wanted_programs = lambda device, groups=groups: HEADS * groups  # type: ignore[assignment]
+        launch.wanted_programs = lambda device, each, groups=groups: HEADS * groups  # type: ignore[assignment]
         run(kind, size, dtype, device)
         print(f"{kind:<8} {groups} group(s) {dtype}: done", flush=True)
 

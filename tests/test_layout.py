@@ -52,6 +52,7 @@ FENCES: dict[str, set[str]] = {
         "ops/triton_prepare.py",
         "ops/triton_crossent.py",
         "ops/triton_features.py",
+        "ops/triton_maps.py",
         "ops/triton_launch.py",
         "ops/triton_interpreter.py",
         "ops/triton_check.py",

@@ -17,6 +17,7 @@ from kernel_kit import DEVICE, KernelCase, group, name_of, output_tolerances, po
 from low_precision import DRAWS, FACTOR
 from operator_kit import budget, error
 from trenchcoat.ops import StudentState, triton, triton_launch
+from trenchcoat.ops.triton_launch import Call, Spans
 
 CASES = [
     KernelCase(tokens=11, window=3, batch=1, groups=2, map="t2r", bias=True),
@@ -33,7 +34,30 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+WIDE = KernelCase(
+    tokens=8, window=3, batch=1, dim=200, values=70, columns=200, groups=2, sink_logit=True, options={"sinks": 2}
+)  # fmt: skip
+WIDE_CASES = [
+    WIDE,
+    replace(WIDE, kind="sliding", key_maps=1, map="exp", bias=True, sink_logit=False),
+    replace(WIDE, kind="linear", map="t2r", values=200, sink_logit=False, options={}),
+]
+"""Maps are read in pieces, values cut into two parts, gradients of maps made in two blocks of rows."""
+
+
+def test_wide_heads_and_maps_are_cut() -> None:
+    for case in WIDE_CASES:
+        leaves = case.leaves(torch.float32)
+        qkv, ratio = [leaves[name] for name in "qkv"], leaves["mix"]
+        call = Call(case.rule, *qkv, *case.maps(leaves), ratio, None, None, None, None, Spans())
+        c = call.constants
+        assert c.piece.value > 0
+        assert len(call.slices) == 2
+        assert c.block_d.value * c.block_p.value > triton_launch.LARGEST_SUM
+        assert not replace(call, rule=replace(call.rule, far=False)).constants.piece.value
+
+
+@pytest.mark.parametrize("case", CASES + WIDE_CASES, ids=name_of)
 def test_outputs_and_gradients(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     group(monkeypatch, case.groups)
     exact, independent = case.reference(torch.float64), case.reference(torch.float32)
@@ -125,6 +149,7 @@ def test_bfloat16_is_rounded_to_nearest() -> None:
         KernelCase(tokens=9, window=3, groups=2, mask="right", sink_logit=True, options={"sinks": 2}),
         KernelCase(kind="sliding", tokens=11, window=4, batch=1, map="exp", groups=2),
         KernelCase(kind="linear", tokens=11, window=4, batch=1, map="t2r", bias=True),
+        *WIDE_CASES[:2],
     ],
     ids=name_of,
 )
@@ -136,11 +161,21 @@ def test_transfer(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
         assert error(found[name], value) <= budget(error(independent[name], value), 2 * case.terms), name
 
 
-@pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
-def test_any_split_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+SPLIT = KernelCase(tokens=14, window=3, heads=1, key_maps=1, mask="left", groups=2, options={"sinks": 2})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SPLIT,
+        replace(SPLIT, kind="sliding"),
+        replace(SPLIT, kind="linear", options={}),
+        replace(SPLIT, dim=WIDE.dim, values=WIDE.values, columns=WIDE.columns),
+    ],
+    ids=name_of,
+)
+def test_any_split_gives_the_same(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row in pieces, through the state, equals the row in one piece; padding in front moves nothing."""
-    options = {} if kind == "linear" else {"sinks": 2}
-    case = KernelCase(kind=kind, tokens=14, window=3, heads=1, key_maps=1, mask="left", groups=2, options=options)
     group(monkeypatch, case.groups)
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
     mask = case.real()
@@ -194,8 +229,8 @@ def test_nothing_uninitialised_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": torch.float64}, "float64"),
         ({"window": 200}, "window is 200"),
         ({"dim": 300}, "300 key"),
-        ({"columns": 256, "values": 256}, "feature_dim"),
-        ({"columns": 64, "dim": 128, "values": 128, "window": 128}, "bytes of shared memory"),
+        ({"columns": 300}, "feature_dim is 300"),
+        ({"columns": 64, "dim": 256, "values": 128, "window": 128}, "bytes of shared memory"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused(change: dict[str, object], message: str) -> None:

@@ -132,6 +132,7 @@ CASES = [
     ),
     Rows(case=KernelCase(kind="linear", tokens=40, batch=1, map="exp_half"), eps=0.0, gain=16.0),
     Rows(case=KernelCase(kind="linear", tokens=60), lengths=(17, 60), teacher_window=30),
+    Rows(case=KernelCase(tokens=40, batch=1, dim=200, columns=200, heads=1, key_maps=1)),
 ]  # fmt: skip
 
 
@@ -302,11 +303,15 @@ def test_students_learn_as_with_the_blockwise_code(name: str, monkeypatch: pytes
         ({"options": {"far": False}}, "needs the far part"),
         ({"dtype": torch.float64}, r"impl is 'triton', but q, k, v are torch.float64.*chunkwise"),
         ({"window": 200}, "window is 200"),
-        ({"dim": 256, "columns": 256}, "no tile of head dim 256 and 512 features.*smaller feature_dim"),
+        ({"shared": 2_000}, "no tile of head dim 6 and 8 features fits into the 2000.*smaller feature_dim"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused(change: dict[str, Any], message: str) -> None:
+def test_what_the_kernels_cannot_do_is_refused(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dtype = change.pop("dtype", torch.float32)
+    shared = change.pop("shared", 1 << 18)
+    monkeypatch.setattr(crossent_launch, "shared_limit", lambda device: shared)
     case = replace(KernelCase(tokens=3, batch=1), **change)
     maps = case.maps({n: t.detach() for n, t in case.leaves(torch.float32).items()})
     q, k = (case.leaves(dtype)[n] for n in "qk")

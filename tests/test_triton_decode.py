@@ -21,6 +21,7 @@ CASES = [
     replace(BASE, kind="sliding", map="exp_half", bias=True, batch=2, mask="odd"),
     replace(BASE, kind="linear", kv_heads=2, key_maps=2),
     replace(BASE, options={"far": False, "sinks": 4}),
+    replace(BASE, tokens=8, dim=200, values=70, columns=200),
 ]
 
 

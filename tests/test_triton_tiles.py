@@ -4,6 +4,7 @@ the file is not one."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ from kernel_kit import DEVICE, KernelCase, group
 from operator_kit import budget, error
 from trenchcoat import bench
 from trenchcoat.bench import tiles as tuning
+from trenchcoat.bench.kernels_operator import QUICK, Bench
 from trenchcoat.config import UserError
-from trenchcoat.ops import triton, triton_launch, triton_tiles
+from trenchcoat.ops import triton, triton_check, triton_launch, triton_tiles
 from trenchcoat.ops.triton_tiles import Choices, Tile
 
 
@@ -32,6 +34,7 @@ def _forget() -> object:
     triton_tiles.choices.cache_clear()
 
 
+SIZES = replace(QUICK, heads=1, kv_heads=1, dim=6, columns=4, window=3)
 CASE = KernelCase(tokens=9, window=3, batch=1, heads=1, key_maps=1)
 
 
@@ -94,14 +97,19 @@ def test_a_file_that_is_not_one_is_named(text: str, own_file: Path) -> None:
 
 
 def test_every_pass_goes_through_one_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that each kernel is tuned and compiled for the report: nothing is launched past it but running totals."""
+    """So that each kernel is tuned: nothing is launched past it but running totals. All find the same entry."""
+    monkeypatch.setattr(triton_check, "check", lambda device: None)
     group(monkeypatch, 2)
     with triton_launch.recorded() as launches:
-        CASE.kernels(torch.float32)
+        work = Bench(SIZES, "triton", 9, DEVICE)
+        work.training()
+        work.cross_entropy()
+        work.decoding()()
     assert {launch.name for launch in launches} == {
         "outputs", "far_sums", "query_gradients", "gradient_sums", "key_gradients", "map_gradients",
-        "near_query_gradients", "near_key_gradients",
+        "near_query_gradients", "near_key_gradients", "stored_features", "query_side", "key_side", "prepare", "read",
     }  # fmt: skip
+    assert {repr(launch.arguments[-1]) for launch in launches} == {repr(launches[0].arguments[-1])}
 
 
 def test_without_a_gpu_tuning_says_so() -> None:

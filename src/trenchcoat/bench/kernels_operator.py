@@ -141,6 +141,20 @@ class Bench:
         self.student.transfer(self.q, self.k, self.v, self.dy, scale=self.scale)
 
     @torch.no_grad()
+    def cross_entropy(self) -> None:
+        """The same with the cross-entropy of attention rows, all of whose weight is in the loss."""
+        before, self.student.request = self.student.request, TransferRequest(mse_weight=0.0, xent_weight=1.0)
+        self.transfer()
+        self.student.request = before
+
+    def decoding(self) -> Callable[[], object]:
+        """A step of the first token of every row, on a state ten windows on."""
+        state = self.student.empty_state(len(self.q), dtype=torch.bfloat16, device=self.q.device)
+        state.seen_B += 10 * self.student.cfg.window + 1
+        x = [t.detach()[:, :, :1] for t in (self.q, self.k, self.v)]
+        return partial(self.student.decode, *x, state=state, scale=self.scale)
+
+    @torch.no_grad()
     def softmax_forward(self) -> None:
         """PyTorch's causal attention."""
         scaled_dot_product_attention(self.q, self.k, self.v, is_causal=True, scale=self.scale, enable_gqa=True)
@@ -221,11 +235,7 @@ def _transfer(sizes: Sizes, timer: Timer, limits: Ceilings) -> dict[str, Any]:
 
 def _decode(sizes: Sizes, timer: Timer, limits: Ceilings, rows: int) -> dict[str, Any]:
     """A captured decode step (mean of W, so that folds count), over the time of reading its state and weights once."""
-    bench = Bench(sizes, "triton", 1, timer.device, rows)
-    state = bench.student.empty_state(rows, dtype=torch.bfloat16, device=timer.device)
-    state.seen_B += 10 * sizes.window + 1
-    x = [t.detach() for t in (bench.q, bench.k, bench.v)]
-    step = captured(partial(bench.student.decode, *x, state=state, scale=bench.scale), timer.device)
+    step = captured(Bench(sizes, "triton", 1, timer.device, rows).decoding(), timer.device)
     taken = timer(repeated(step, sizes.window)) / sizes.window
     return {"rows": rows, **limits.entry(taken, (0.0, decode_bytes(sizes, rows)))}
 

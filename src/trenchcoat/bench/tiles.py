@@ -115,7 +115,7 @@ def measure(
     found = []
     for kind in ("terrace", "sliding", "linear"):
         bench = Bench(sizes, "triton", tokens, device, kind=kind)
-        passes = [bench.forward, bench.training, bench.transfer]
+        passes = [bench.forward, bench.training, bench.transfer, bench.cross_entropy, bench.decoding()]
         found.append(tune(passes, timer, device=torch.device(device)))
     return {
         "benchmark": "tiles",

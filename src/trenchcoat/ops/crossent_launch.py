@@ -21,11 +21,14 @@ from trenchcoat.ops.triton_launch import (
     Call,
     FusedMap,
     Spans,
+    features_of,
     refusal,
+    run,
     shared_limit,
 )
 from trenchcoat.ops.triton_parts import Constants
 from trenchcoat.ops.triton_passes import map_gradient, total
+from trenchcoat.ops.triton_tiles import Tile
 
 FEATURE_TILE = 64
 """Tokens of a tile of `stored_features` where no sums are wanted."""
@@ -41,16 +44,13 @@ class Tiles:
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
-        """Launch options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
     def shared_bytes(self, c: Constants, itemsize: int) -> int:
         """Shared memory of a program, to 2 KiB: a resident tile and a passing one for each stage; at the end, the
-        resident queries or keys and their map."""
+        resident queries or keys and their map (or what is read of both at a time)."""
         d, p = c.block_d.value, c.block_p.value
         loop = (self.resident + self.stages * self.streamed) * (d + features_of(c))
-        return int(itemsize * max(loop, self.resident * d + (2 if c.split.value else 1) * d * p)) + 2048
+        end = self.resident * d + (c.piece.value or d) * p * (2 if c.split.value else 1)
+        return int(itemsize * max(loop, end)) + 2048
 
     def registers(self, c: Constants) -> int:
         """Registers of a thread that tiles of float32 take: gradients of features, and four of scores or weights."""
@@ -60,11 +60,6 @@ class Tiles:
 CHOICES = (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
 """By preference; the first three are for tensor cores."""
 MOST_REGISTERS = 192
-
-
-def features_of(c: Constants) -> int:
-    """F, its halves as powers of two."""
-    return int(c.block_p.value) * (2 if c.paired.value else 1)
 
 
 def tiles_of(c: Constants, itemsize: int, available: int) -> Tiles | None:
@@ -85,23 +80,18 @@ class Pass:
     fq: Tensor
     fk: Tensor
 
-    @property
-    def constants(self) -> Constants:
-        """What the kernels are compiled for."""
-        return self.call.constants
-
     def count(self, size: int) -> int:
         """Tiles of `size` tokens in the longest row there can be."""
         return -(-self.call.q.shape[2] // size)
 
     def settings(self) -> dict[str, Any]:
-        """Constants of both quadratic kernels."""
+        """Flags and launch settings of both quadratic kernels."""
         phi = self.call.query
         assert phi is not None
         return {
-            "C": self.constants, "RESIDENT": self.tiles.resident, "STREAMED": self.tiles.streamed,
+            "RESIDENT": self.tiles.resident, "STREAMED": self.tiles.streamed,
             "WINDOWED": self.teacher_window is not None, "TINY": phi.floor * phi.floor * phi.features < 2 * SMALLEST,
-            **self.tiles.options(),
+            "usual": Tile(self.tiles.warps, self.tiles.stages),
         }  # fmt: skip
 
     def numbers(self) -> tuple[float, float, int]:
@@ -172,9 +162,10 @@ def _store(call: Call, x: Tensor, phi: FusedMap, tile: int | None) -> tuple[Tens
     dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     out = x.new_empty(batch, maps, tokens, phi.features, dtype=dtype)
     sums = None if tile is None else x.new_empty(batch * maps, count, phi.features, dtype=torch.float32)
-    stored_features[(batch * maps * count,)](
+    run(
+        stored_features, (batch * maps * count,), call,
         call.tensor(x), call.operands(phi), call.tensor(out), sums, call.place(), inputs, maps, count,
-        call.constants, SIZE=size, num_warps=4, num_stages=1,
+        SIZE=size, usual=Tile(4, 1),
     )  # fmt: skip
     if sums is not None:
         total(sums, None)
@@ -195,7 +186,8 @@ def _run(work: Pass, log_ratio_H: Tensor, key_sums: Tensor | None, learn: bool) 
         sums = loss.new_empty(batch * heads, count, call.query.features)
         du = work.fq.new_empty(batch, heads, tokens, call.query.matrix.shape[2])
     grid = (batch * heads * count,)
-    query_side[grid](
+    run(
+        query_side, grid, call,
         *work.inputs(), call.operands(call.query), key_sums, row, tuple(loss), sums,
         None if du is None else call.tensor(du), log_ratio_H, call.logit, call.place(), heads, call.kv_heads, call.maps,
         count, key_count, *work.numbers(), LEARN=learn, **work.settings(),
@@ -204,7 +196,8 @@ def _run(work: Pass, log_ratio_H: Tensor, key_sums: Tensor | None, learn: bool) 
         return loss[0].sum(), [None] * 5
     gradients = map_gradient(call, call.q, du, heads)
     total(sums, None, backwards=True)
-    key_side[grid](
+    run(
+        key_side, grid, call,
         *work.inputs(), call.operands(call.key), sums, row, call.tensor(du), call.place(), heads, call.kv_heads,
         call.maps, count, *work.numbers(), **work.settings(),
     )  # fmt: skip

@@ -158,8 +158,14 @@ def attend(
     tensors = (q, k, v, *maps[0], *maps[1], log_ratio_H, sink_logit_H, *sinks, *start)
     names = ("", "", 0.0) if query is None or key is None else (query.name, key.name, query.floor)
     call = _accept(_call(rule, spans, names, *tensors))
-    y = rows.restore(_Attention.apply(rule, spans, names, *tensors))
+    parts = [_Attention.apply(rule, spans, names, *_columns(tensors, values)) for values in call.slices]
+    y = rows.restore(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
     return y, _state_after(call, rows, state) if return_state and state is not None else None
+
+
+def _columns(tensors: tuple[Tensor | None, ...], values: slice) -> list[Tensor | None]:
+    """Tensors in the order of :func:`_call`, of the values (v, sinks, far sums) only some columns."""
+    return [x[..., values] if i in (2, 10, 11) and x is not None else x for i, x in enumerate(tensors)]
 
 
 def _lay_out(
@@ -239,7 +245,17 @@ def transfer(
     call = _accept(
         _call(rule, spans, names, q, k, v, *maps[0], *maps[1], log_ratio_H, sink_logit_H, *sinks, None, None)
     )
-    return _transfer(call, y, error_scale, learn and call.query is not None)
+    parts = [
+        _transfer(call.sliced(values), y[..., values], error_scale, learn and call.query is not None)
+        for values in call.slices
+    ]
+    total = parts[0][0] if len(parts) == 1 else torch.stack([error for error, _grads in parts]).sum()
+    return total, [_added(found) for found in zip(*(grads for _error, grads in parts), strict=True)]
+
+
+def _added(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
+    there = [t for t in tensors if t is not None]
+    return None if not there else there[0] if len(there) == 1 else torch.stack(there).sum(0)
 
 
 def _first_tokens(x_BGTD: Tensor, sinks: int) -> Tensor:

@@ -19,14 +19,12 @@ import triton
 import triton.language as tl
 
 from trenchcoat.ops.triton_forward import far_chunk, fold
+from trenchcoat.ops.triton_maps import features, features_backward, key_features, load_map, store_map
 from trenchcoat.ops.triton_parts import (
     WIDTH,
     far_read,
-    features,
-    features_backward,
-    key_features,
+    lines,
     load_chunk,
-    load_map,
     load_sums,
     load_tile,
     overlap,
@@ -34,7 +32,6 @@ from trenchcoat.ops.triton_parts import (
     product,
     rounded,
     row_of,
-    store_map,
     store_sums,
     store_tile,
     tokens_of,
@@ -106,15 +103,14 @@ def query_gradients(
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
     kv, m = h * kv_heads // heads, h * maps // heads
-    q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
-    k_matrix, k_remainder, k_bias = load_map(KEY, m, C)
+    query_map, key_map = load_map(QUERY, h, C), load_map(KEY, m, C)
     s1, s2, z1, z2 = load_sums(START, (r * maps + m) * tl.num_programs(1) + group, C)
     share = 0.0
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
         far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
         q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
-        fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
+        fq, gq = features(q, lines(Q, r, h, start, token), ok, QUERY, h, query_map, C)
         dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, GIVEN)
         if GIVEN:
             dden = load_row(DDEN, r, h, start, token, ok, 0.0)
@@ -127,7 +123,7 @@ def query_gradients(
             store_tile(place(DU, r, h, start), DU[3], token, ok, du, C.columns, C.block_p)
         far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
         far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
-        fk, gk = key_features(far_k, first + far, k_matrix, k_remainder, k_bias, C)
+        fk, gk = key_features(far_k, lines(K, r, kv, start, far), far_ok, first + far, KEY, m, key_map, C)
         if C.kind != "terrace":
             df, dg = local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C)
             share += share_of_far(fq, gq, df, dg, C)
@@ -170,11 +166,11 @@ def gradient_sums(
     begin = group * span + shift
     for j in range(SHARED):
         h = m * SHARED + j
-        matrix, remainder, bias = load_map(QUERY, h, C)
+        query_map = load_map(QUERY, h, C)
         for c in range(begin, tl.minimum(begin + span, tl.cdiv(length, C.window))):
             token, ok = tokens_of(c, length, C)
             q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
-            f, g = features(q, matrix, remainder, bias, C)
+            f, g = features(q, lines(Q, r, h, start, token), ok, QUERY, h, query_map, C)
             dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, GIVEN)
             dden = load_row(DDEN, r, h, start, token, ok, 0.0)
             s1, s2, z1, z2 = fold_gradient(s1, s2, z1, z2, f, g, dnum, dden, C)
@@ -200,7 +196,7 @@ def key_gradients(
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
     kv = m * kv_heads // maps
-    k_matrix, k_remainder, k_bias = load_map(KEY, m, C)
+    key_map = load_map(KEY, m, C)
     s1, s2, z1, z2 = load_sums(ENDS, tl.program_id(0) * tl.num_programs(1) + group, C)
     i = tl.arange(0, C.block_w)
     last = tl.minimum(group * span + span, tl.cdiv(length, C.window))
@@ -210,7 +206,7 @@ def key_gradients(
         seer, seer_ok = tokens_of(seeing_chunk(c, C.kind), length, C)
         k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
         v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
-        fk, gk = key_features(k, first + token, k_matrix, k_remainder, k_bias, C)
+        fk, gk = key_features(k, lines(K, r, kv, start, token), ok, first + token, KEY, m, key_map, C)
         df, dg = query_feature_gradient(s1, s2, z1, z2, v, tl.zeros([C.block_w], tl.float32) + 1.0, C)
         dv = tl.zeros([C.block_w, C.block_e], tl.float32)
         if C.kind == "terrace":
@@ -222,9 +218,9 @@ def key_gradients(
                 store_tile(place(DV, r, m, start), DV[3], token, ok, dv, C.values, C.block_e)
         for j in range(SHARED):
             h = m * SHARED + j
-            q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
+            query_map = load_map(QUERY, h, C)
             q = load_chunk(Q, Q_BOX, r, h, start, seeing_chunk(c, C.kind), length, C.dim, C.block_d, C)
-            fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
+            fq, gq = features(q, lines(Q, r, h, start, seer), seer_ok, QUERY, h, query_map, C)
             dnum = load_dnum(DY, DEN, 1.0, r, h, start, seer, seer_ok, C, GIVEN)
             dden = load_row(DDEN, r, h, start, seer, seer_ok, 0.0)
             if C.kind != "terrace":
@@ -244,17 +240,20 @@ def key_gradients(
 
 
 @triton.jit
-def map_gradients(X, DU, GRADS, ROWS, heads, maps, span, C: tl.constexpr):
-    """x^T du and the sum of du over a group of chunks, for one map; grid (R M, groups), X has `heads` heads."""
+def map_gradients(X, DU, GRADS, ROWS, heads, maps, span, C: tl.constexpr, BLOCK: tl.constexpr):
+    """x^T du and the sum of du over a group of chunks, for BLOCK rows of one map; grid (R M, groups, blocks of rows), X
+    has `heads` heads."""
     r, m = tl.program_id(0) // maps, tl.program_id(0) % maps
     group = tl.program_id(1)
     start, length, _first = row_of(ROWS, r, C)
-    dmatrix, dbias = tl.zeros([C.block_d, C.block_p], tl.float32), tl.zeros([C.block_p], tl.float32)
+    dmatrix, dbias = tl.zeros([BLOCK, C.block_p], tl.float32), tl.zeros([C.block_p], tl.float32)
+    d = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
-        x = load_tile(place(X, r, m * heads // maps, start), X[3], token, ok, C.dim, C.block_d)
+        x = lines(X, r, m * heads // maps, start, token)
+        x = tl.load(x[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < C.dim), other=0.0)
         du = load_tile(place(DU, r, m, start), DU[3], token, ok, C.columns, C.block_p)
         dmatrix = product(tl.trans(x), du, C.low, C, dmatrix)
         if C.bias:
             dbias += tl.sum(du.to(tl.float32), 0)
-    store_map(GRADS, tl.program_id(0) * tl.num_programs(1) + group, dmatrix, dbias, C)
+    store_map(GRADS, tl.program_id(0) * tl.num_programs(1) + group, d, dmatrix, dbias, C)

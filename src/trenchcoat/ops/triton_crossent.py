@@ -20,17 +20,8 @@ from triton.language.extra import libdevice
 
 from trenchcoat.ops.crossent import SMALLEST
 from trenchcoat.ops.triton_features import load_phi, load_side, load_sum, store_sum, tile_tokens, weighted_sum
-from trenchcoat.ops.triton_parts import (
-    features,
-    features_backward,
-    load_map,
-    place,
-    product,
-    rounded,
-    row_of,
-    scores,
-    store_tile,
-)
+from trenchcoat.ops.triton_maps import features, features_backward, load_map
+from trenchcoat.ops.triton_parts import lines, place, product, rounded, row_of, scores, store_tile
 
 SAFE: tl.constexpr = tl.constexpr(SMALLEST)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -199,7 +190,7 @@ def finish(
 
 @triton.jit
 def query_gradient(
-    q, acc_f, acc_g, z1, z2, weight, fk_base, stride, edge, end, query, ok, last, length, h, QUERY,
+    q, line, acc_f, acc_g, z1, z2, weight, fk_base, stride, edge, end, query, ok, last, length, h, QUERY,
     C: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """du of a query tile: weight_n times the sum of phi(k) over far keys, of (z1, z2) and of the tiles from `edge` to
@@ -216,8 +207,7 @@ def query_gradient(
         acc_f += product(far, fk, C.low, C) * weight[:, None]
         if C.paired:
             acc_g += product(far, gk, C.low, C) * weight[:, None]
-    matrix, remainder, bias = load_map(QUERY, h, C)
-    f, g = features(q, matrix, remainder, bias, C)
+    f, g = features(q, line, ok, QUERY, h, load_map(QUERY, h, C), C)
     return features_backward(f, g, acc_f, acc_g, C)
 
 
@@ -288,8 +278,8 @@ def query_side(
         store_sum(QUERY_SUMS, mine, sum1, sum2, C)
         fade = tl.exp2(top - log_sum)[:, None]
         du = query_gradient(
-            q, acc_f * fade, acc_g * fade, z1, z2, weight, fk_base, FK[3], edge, end, token, ok, last, length, h, QUERY,
-            C, STREAMED,
+            q, lines(Q, r, h, start, token), acc_f * fade, acc_g * fade, z1, z2, weight, fk_base, FK[3], edge, end,
+            token, ok, last, length, h, QUERY, C, STREAMED,
         )  # fmt: skip
         store_tile(place(DU, r, h, start), DU[3], token, ok, du, C.columns, C.block_p)
 
@@ -352,8 +342,8 @@ def key_side(
     ratio: tl.constexpr = RESIDENT // STREAMED
     after = whole // ratio - 1
     z1, z2 = load_sum(QUERY_SUMS, row * tiles + after, (whole % ratio == 0) & (after >= 0), C)
-    matrix, remainder, bias = load_map(KEY, h * maps // heads, C)
-    f, g = features(k, matrix, remainder, bias, C)
+    m = h * maps // heads
+    f, g = features(k, lines(K, r, h * kv_heads // heads, start, key), ok, KEY, m, load_map(KEY, m, C), C)
     du = features_backward(f, g, z1[None, :] - acc_f, z2[None, :] - acc_g, C)
     du = tl.where((key >= C.sinks)[:, None], du, 0.0)
     store_tile(place(DU, r, h, start), DU[3], key, ok, du, C.columns, C.block_p)

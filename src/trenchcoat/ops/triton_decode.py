@@ -19,12 +19,15 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, refusal, wanted_programs
-from trenchcoat.ops.triton_parts import place
+from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, features_of, refusal, run, wanted_programs
+from trenchcoat.ops.triton_parts import Constants, place
 from trenchcoat.ops.triton_prepare import count_of, exact, leaving, load_features, prepare, row_tokens
+from trenchcoat.ops.triton_tiles import Tile
 
 WIDEST_SLICE, NARROWEST_SLICE = 64, 16
 """Columns of the far sum one program holds: as many as leave two programs to a multiprocessor."""
+LARGEST_SLICE = 1 << 14
+"""Numbers of the far sum one program holds: half of the registers of its four warps."""
 FEW_ROWS = 8
 """Rows (tokens x query heads) that `read` takes one by one: a tile of 16 for tensor cores needs so many registers that
 fewer programs fit on a multiprocessor, and it is their loads that keep the memory busy."""
@@ -238,9 +241,9 @@ def decode(
     return y
 
 
-def slice_columns(values: int, programs: int, wanted: int) -> int:
+def slice_columns(values: int, c: Constants, programs: int, wanted: int) -> int:
     """Columns of S a program of `read` holds, so that `wanted` programs run where that many can."""
-    columns = min(block(values), WIDEST_SLICE)
+    columns = min(block(values), WIDEST_SLICE, max(NARROWEST_SLICE, LARGEST_SLICE // features_of(c)))
     while columns > NARROWEST_SLICE and programs * triton.cdiv(values, columns) < wanted:
         columns //= 2
     return columns
@@ -311,15 +314,15 @@ def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentS
     near_programs = 0 if rule.kind == "linear" else rows * kv_heads * blocks
     query_programs = 0 if call.key is None else heads * triton.cdiv(rows * tokens, sizes.queries)
     key_programs = 0 if call.key is None else rows * maps
-    prepare[(near_programs + query_programs + key_programs,)](
+    run(
+        prepare, (near_programs + query_programs + key_programs,), call,
         *(call.tensor(x) for x in (q, k, v)), *held, *whole, far, near, fq, gone, state.seen_B, following, real,
-        log_ratio_H, call.logit, rows, tokens, *counts, near_programs, query_programs, *call.numbers(), c,
-        ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, BLOCK_L=sizes.leaving, num_warps=8, num_stages=1,
-        **tiles,
+        log_ratio_H, call.logit, rows, tokens, *counts, near_programs, query_programs, *call.numbers(),
+        ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, BLOCK_L=sizes.leaving, usual=Tile(8, 1), **tiles,
     )  # fmt: skip
-    columns = slice_columns(values, rows * maps, wanted_programs(q.device, 2))
-    read[(rows * maps, triton.cdiv(values, columns))](
+    columns = slice_columns(values, c, rows * maps, wanted_programs(q.device, 2))
+    run(
+        read, (rows * maps, triton.cdiv(values, columns)), call,
         *(call.tensor(x) for x in (k, v, y)), *held, far, near, fq, gone, state.seen_B, following, real,
-        tokens, *counts, c, ROWS=sizes.read_rows, COLUMNS=columns, BLOCK_L=sizes.read_leaving, num_warps=4,
-        num_stages=1, **tiles,
+        tokens, *counts, ROWS=sizes.read_rows, COLUMNS=columns, BLOCK_L=sizes.read_leaving, usual=Tile(4, 1), **tiles,
     )  # fmt: skip

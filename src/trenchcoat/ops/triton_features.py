@@ -1,8 +1,6 @@
-"""Feature maps around a kernel that reads features from memory: phi of every token stored, and what becomes of du.
+"""Features in memory: phi of every token stored, and what reads it.
 
-`stored_features` writes phi(x) and its sum by tile, `map_share` makes a map's gradients of du, those of its products
-before the activation. They serve kernels that read each token many times, where computing phi anew costs more than
-reading it.
+They serve kernels that read each token many times, where computing phi anew costs more than reading it.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; F features, in memory the P of f and then the P of g.
 """
@@ -12,15 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_parts import (
-    features,
-    load_map,
-    load_tile,
-    place,
-    rounded,
-    row_of,
-    store_tile,
-)
+from trenchcoat.ops.triton_maps import features, load_map
+from trenchcoat.ops.triton_parts import lines, load_tile, place, rounded, row_of, store_tile
 
 
 @triton.jit
@@ -92,9 +83,9 @@ def stored_features(X, MAP, PHI, SUMS, ROWS, inputs, maps, tiles, C: tl.constexp
     r, m = row // maps, row % maps
     start, length, first = row_of(ROWS, r, C)
     token, ok = tile_tokens(i, length, SIZE)
-    x = load_tile(place(X, r, m * inputs // maps, start), X[3], token, ok, C.dim, C.block_d)
-    matrix, remainder, bias = load_map(MAP, m, C)
-    f, g = features(x, matrix, remainder, bias, C)
+    h = m * inputs // maps
+    x = load_tile(place(X, r, h, start), X[3], token, ok, C.dim, C.block_d)
+    f, g = features(x, lines(X, r, h, start, token), ok, MAP, m, load_map(MAP, m, C), C)
     base = place(PHI, r, m, start)
     store_tile(base, PHI[3], token, ok, f, C.columns, C.block_p)
     if C.paired:

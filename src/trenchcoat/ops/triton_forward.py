@@ -14,15 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trenchcoat.ops.triton_maps import features, key_features, load_map
 from trenchcoat.ops.triton_parts import (
     WIDTH,
     exponent_unit,
     far_read,
-    features,
-    key_features,
+    lines,
     load_chunk,
     load_logit,
-    load_map,
     load_sinks,
     load_sums,
     load_tile,
@@ -59,7 +58,7 @@ def far_sums(K, V, KEY, OUT, ROWS, maps, kv_heads, span, shift, C: tl.constexpr)
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
     kv = m * kv_heads // maps
-    matrix, remainder, bias = load_map(KEY, m, C)
+    key_map = load_map(KEY, m, C)
     s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
     z1 = tl.zeros([C.block_p, WIDTH], tl.float32)
     s2 = tl.zeros([C.block_p, C.block_e], tl.float32)
@@ -69,7 +68,7 @@ def far_sums(K, V, KEY, OUT, ROWS, maps, kv_heads, span, shift, C: tl.constexpr)
         token, ok = tokens_of(c, length, C)
         k = load_tile(place(K, r, kv, start), K[3], token, ok, C.dim, C.block_d)
         v = load_tile(place(V, r, kv, start), V[3], token, ok, C.values, C.block_e)
-        f, g = key_features(k, first + token, matrix, remainder, bias, C)
+        f, g = key_features(k, lines(K, r, kv, start, token), ok, first + token, KEY, m, key_map, C)
         s1, s2, z1, z2 = fold(s1, s2, z1, z2, f, g, v, ok, C)
     store_sums(OUT, tl.program_id(0) * tl.num_programs(1) + group, s1, s2, z1, z2, C)
 
@@ -183,8 +182,7 @@ def outputs(
     ratio, logit = tl.exp2(tl.load(ratio_ptr + h)), load_logit(logit_ptr, h, exponent_unit(scale, C), C)
     squares = 0.0
     if C.far:
-        q_matrix, q_remainder, q_bias = load_map(QUERY, h, C)
-        k_matrix, k_remainder, k_bias = load_map(KEY, m, C)
+        query_map, key_map = load_map(QUERY, h, C), load_map(KEY, m, C)
         s1, s2, z1, z2 = load_sums(START, (r * maps + m) * tl.num_programs(1) + group, C)
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
@@ -199,7 +197,7 @@ def outputs(
             )  # fmt: skip
             den += near_den
         if C.far:
-            fq, gq = features(q, q_matrix, q_remainder, q_bias, C)
+            fq, gq = features(q, lines(Q, r, h, start, token), ok, QUERY, h, query_map, C)
             num, far_den = far_read(num, fq, gq, s1, s2, z1, z2, C)
             den += far_den
         if C.kind == "terrace" or not C.far:
@@ -210,7 +208,9 @@ def outputs(
             far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
             far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
             far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
-            fk, gk = key_features(far_k, first + far, k_matrix, k_remainder, k_bias, C)
+            fk, gk = key_features(
+                far_k, lines(K, r, kv, start, far), far_ok, first + far, KEY, m, key_map, C
+            )  # fmt: skip
             if C.kind != "terrace":
                 local = overlap(fq, gq, fk, gk, far_ok, C)
                 num = product(local, far_v, C.low, C, num)

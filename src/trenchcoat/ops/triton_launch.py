@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -44,7 +44,9 @@ ACTIVATIONS = {
 
 WIDEST, LONGEST_WINDOW, MOST_SINKS = 256, 128, 64
 LARGEST_SUM = 1 << 15
-"""Entries of the far sum on chip, F x E: 128 KiB, half of a multiprocessor's registers."""
+"""Entries of the far sum on chip, F x E: 128 KiB, half of a multiprocessor's registers. Wider values are cut."""
+PIECE = 32
+"""Rows of a map that are read at a time where shared memory does not hold maps whole."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,21 @@ class Call:
         """N."""
         return -(-self.chunks // self.span)
 
+    @property
+    def slices(self) -> list[slice]:
+        """Columns of the values that one run of the kernels takes: all, unless the far sum would be too large."""
+        c = self.constants
+        width = int(c.block_e.value)
+        while self.rule.far and features_of(c) * width > LARGEST_SUM:
+            width //= 2
+        return [slice(e, e + width) for e in range(0, self.v.shape[3], width)]
+
+    def sliced(self, values: slice) -> Call:
+        """The same call for some columns of the values: outputs are these columns, gradients of the rest add up."""
+        sink_v = None if self.sink_v is None else self.sink_v[..., values]
+        start = None if self.start is None else (self.start[0][..., values], self.start[1])
+        return replace(self, v=self.v[..., values], sink_v=sink_v, start=start)
+
     def tensor(self, x: Tensor) -> tuple[Any, ...]:
         """(pointer, strides) as the kernels take it; in a packed batch every row has the same batch row."""
         return x, 0 if self.spans.packed else x.stride(0), x.stride(1), x.stride(2)
@@ -190,15 +207,18 @@ class Call:
         act, paired = ("softmax", False) if phi is None else ACTIVATIONS[phi.name]
         columns = 16 if phi is None else phi.matrix.shape[2]
         half = dtype != torch.float32
-        return constants_of(
+        made = constants_of(
             kind=rule.kind, window=rule.window, block_w=block(rule.window),
             dim=self.q.shape[3], block_d=block(self.q.shape[3]), values=self.v.shape[3], block_e=block(self.v.shape[3]),
             columns=columns, block_p=block(columns), act=act, paired=paired,
             bias=phi is not None and phi.bias is not None, split=half, floor=1e-12 if phi is None else phi.floor,
             far=rule.far, softcap=rule.softcap is not None, sinks=rule.sinks, block_s=block(max(1, rule.sinks)),
             sink_logit=self.logit is not None, ragged=self.spans.start is not None,
-            dot=TYPES[dtype], low=tl.bfloat16 if half else tl.float32, wide=INTERPRETED,
+            dot=TYPES[dtype], low=tl.bfloat16 if half else tl.float32, wide=INTERPRETED, piece=0,
         )  # fmt: skip
+        if not rule.far or shared_bytes(made, self.q.element_size()) <= shared_limit(self.q.device):
+            return made
+        return constants_of(**{**vars(made), "piece": min(PIECE, made.block_d.value, made.block_p.value)})
 
     def operands(self, phi: FusedMap | None) -> tuple[Any, ...]:
         """(matrix, remainder, bias) of a map in the types the kernels load."""
@@ -225,6 +245,11 @@ def parts_of(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
 def constants_of(**fields: Any) -> Constants:
     """One object for equal constants: making it costs as much as a launch."""
     return Constants(**fields)
+
+
+def features_of(c: Constants) -> int:
+    """F, its halves as powers of two."""
+    return int(c.block_p.value) * (2 if c.paired.value else 1)
 
 
 def block(size: int) -> int:
@@ -281,14 +306,17 @@ def untuned(c: Constants, kernel: str) -> Tile:
     elif kernel == "map_gradients":
         held = d * c.block_p.value
     else:
-        held = (c.block_p.value * e * (2 if c.paired.value else 1) if c.far.value else 0) + w * e
+        held = (features_of(c) * e if c.far.value else 0) + w * e
     return Tile(warps=4 if held <= 192 * 128 else 8, stages=1)
 
 
-def run(kernel: Any, grid: tuple[int, ...], call: Call, *arguments: Any, **flags: Any) -> None:
-    """Launch a kernel whose last positional argument is the call's constants."""
+def run(
+    kernel: Any, grid: tuple[int, ...], call: Call, *arguments: Any, usual: Tile | None = None, **flags: Any
+) -> None:
+    """Launch a kernel whose last positional argument is the call's constants, as tuned; `usual` where it is not (None:
+    :func:`untuned`)."""
     name = kernel.fn.__name__
-    tile = choices_of(call).tiles.get(name) or untuned(call.constants, name)
+    tile = choices_of(call).tiles.get(name) or usual or untuned(call.constants, name)
     if launches is not None:
         launches.append(Launch(name, kernel, grid, (*arguments, call.constants), flags, tile))
     kernel[grid](*arguments, call.constants, **flags, num_warps=tile.warps, num_stages=tile.stages)
@@ -326,11 +354,13 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def shared_bytes(c: Constants, itemsize: int) -> int:
-    """Shared memory of the hungriest kernel (`outputs`): two maps of two parts, three tiles of tokens and, where far
-    keys lie in a chunk, one of features. At D = E = 128, P = W = 64 in bfloat16 the compiler reports as much."""
-    d, e, p, w = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w))
-    maps, local = 4 if c.split.value else 2, 0 if c.kind.value == "terrace" else p
-    return int(itemsize * (maps * d * p + w * (d + 2 * max(d, e) + local)))
+    """Shared memory of the hungriest kernel (`outputs`): two maps of two parts (or what is read of one at a time),
+    three tiles of tokens and, where far keys lie in a chunk, one of features. At D = E = 128, P = W = 64 in bfloat16
+    the compiler reports as much."""
+    d, e, p, w, piece = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w, c.piece))
+    parts, local = 2 if c.split.value else 1, 0 if c.kind.value == "terrace" else p
+    maps = piece * (parts * p + w) if piece else 2 * parts * d * p
+    return int(itemsize * (maps + w * (d + 2 * max(d, e) + local)))
 
 
 @lru_cache
@@ -362,13 +392,9 @@ def refusal(call: Call) -> str | None:
     if rule.sinks > MOST_SINKS:
         return f"sinks is {rule.sinks}; the kernels hold {MOST_SINKS} at most"
     if rule.far and call.query is not None:
-        c = call.constants
-        halves = 2 if c.paired.value else 1
-        if halves * c.block_p.value * c.block_e.value > LARGEST_SUM:
-            return (
-                f"the far sum has {call.query.features} features x {call.v.shape[3]} values (as powers of two); the "
-                f"kernels hold {LARGEST_SUM} numbers at most, so use a smaller feature_dim"
-            )
+        c = call.sliced(call.slices[0]).constants
+        if c.block_p.value > WIDEST:
+            return f"feature_dim is {c.columns.value}; the kernels hold {WIDEST} at most"
         needed, there = shared_bytes(c, q.element_size()), shared_limit(q.device)
         if needed > there:
             return (

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from trenchcoat.ops.triton_backward import load_dnum, load_row, row_gradient
+from trenchcoat.ops.triton_maps import back_by_pieces, load_map
 from trenchcoat.ops.triton_parts import (
     exponent_unit,
+    lines,
     load_chunk,
     load_logit,
-    load_map,
     load_sinks,
     load_tile,
     place,
@@ -122,6 +123,17 @@ def store_sinks(DSINK, mine, dsink_k, dsink_v, C: tl.constexpr):
 
 
 @triton.jit
+def through_map(dx, DU, r, h, start, token, ok, M, head, MAP, C: tl.constexpr):
+    """`dx` plus du W^T of a chunk."""
+    if C.piece == 0:
+        du = load_tile(place(DU, r, h, start), DU[3], token, ok, C.columns, C.block_p)
+        dx = product(du, tl.trans(MAP[0]), C.low, C, dx)
+    else:
+        dx = back_by_pieces(lines(DU, r, h, start, token), ok, M, head, dx, C)
+    return dx
+
+
+@triton.jit
 def near_query_gradients(
     Q, K, V, Q_BOX, K_BOX, V_BOX, Y, DY, QUERY, DU, DEN, RESULT, DQ, share_ptr, DSINK,
     ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, C: tl.constexpr,
@@ -138,14 +150,13 @@ def near_query_gradients(
     kv = h * kv_heads // heads
     ratio, logit, dlogit = tl.exp2(tl.load(ratio_ptr + h)), load_logit(logit_ptr, h, exponent_unit(scale, C), C), 0.0
     if C.far:
-        matrix, _remainder, _bias = load_map(QUERY, h, C)
+        query_map = load_map(QUERY, h, C)
     dsink_k, dsink_v = tl.zeros([C.block_s, C.block_d], tl.float32), tl.zeros([C.block_s, C.block_e], tl.float32)
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
         dq = tl.zeros([C.block_w, C.block_d], tl.float32)
         if C.far:
-            du = load_tile(place(DU, r, h, start), DU[3], token, ok, C.columns, C.block_p)
-            dq = product(du, tl.trans(matrix), C.low, C, dq)
+            dq = through_map(dq, DU, r, h, start, token, ok, QUERY, h, query_map, C)
         if C.kind != "linear":
             if C.far:
                 dnum = load_dnum(DY, DEN, ratio, r, h, start, token, ok, C, False)
@@ -199,9 +210,7 @@ def near_key_gradients(
     if C.far:
         for j in range(0, maps // kv_heads):
             m = kv * (maps // kv_heads) + j
-            matrix, _remainder, _bias = load_map(KEY, m, C)
-            du = load_tile(place(DU, r, m, start), DU[3], token, ok, C.columns, C.block_p)
-            dk = product(du, tl.trans(matrix), C.low, C, dk)
+            dk = through_map(dk, DU, r, m, start, token, ok, KEY, m, load_map(KEY, m, C), C)
             far_dv = load_tile(place(FAR_DV, r, m, start), FAR_DV[3], token, ok, C.values, C.block_e)
             dv += far_dv.to(tl.float32)
     if C.kind != "linear":

@@ -48,6 +48,8 @@ class Constants:
     """Rows have a start, a length and a first position of their own."""
     dot: Any
     """Operand type of q k^T, p v and x W."""
+    piece: Any
+    """Rows of a map that are read at a time; 0: programs hold maps whole."""
     low: Any
     """Operand type where far sums, features or gradients enter."""
     wide: Any
@@ -115,6 +117,12 @@ def tokens_of(c, length, C: tl.constexpr):
 
 
 @triton.jit
+def lines(X, r, h, start, token):
+    """Addresses of the tokens' vectors."""
+    return place(X, r, h, start) + token.to(tl.int64) * X[3]
+
+
+@triton.jit
 def load_tile(base, stride, token, ok, N: tl.constexpr, BLOCK: tl.constexpr):
     """[tokens, N], zeros where there is no token."""
     n = tl.arange(0, BLOCK)[None, :]
@@ -156,69 +164,6 @@ def load_sinks(X, r, g, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_map(M, head, C: tl.constexpr):
-    """(matrix, its remainder, bias) of one head; M is (matrix, remainder, bias) of all, [M, D, P] and [M, P]."""
-    d = tl.arange(0, C.block_d)[:, None]
-    p = tl.arange(0, C.block_p)
-    at = head * C.dim * C.columns + d * C.columns + p[None, :]
-    ok = (d < C.dim) & (p[None, :] < C.columns)
-    matrix = tl.load(M[0] + at, mask=ok, other=0.0)
-    remainder = matrix
-    if C.split:
-        remainder = tl.load(M[1] + at, mask=ok, other=0.0)
-    bias = tl.zeros([C.block_p], tl.float32)
-    if C.bias:
-        bias = tl.load(M[2] + head * C.columns + p, mask=p < C.columns, other=0.0)
-    return matrix, remainder, bias
-
-
-@triton.jit
-def activate(u, C: tl.constexpr):
-    """One half of the features [tokens, P]; zeros in padding columns."""
-    there = tl.arange(0, C.block_p)[None, :] < C.columns
-    if C.act == "softmax" or C.act == "exp":
-        if C.block_p != C.columns:
-            u = tl.where(there, u, float("-inf"))
-        f = tl.exp2(u * LOG2E - (tl.max(u, 1) * LOG2E)[:, None])
-        if C.act == "softmax":
-            f = f * (1.0 / tl.sum(f, 1))[:, None]
-    elif C.act == "relu":
-        f = tl.maximum(u, 0.0)
-    else:
-        f = tl.where(u > 0, u + 1.0, tl.exp2(tl.minimum(u, 0.0) * LOG2E))
-    f = tl.maximum(f, C.floor)
-    if C.block_p != C.columns:
-        f = tl.where(there, f, 0.0)
-    return f
-
-
-@triton.jit
-def features(x, matrix, remainder, bias, C: tl.constexpr):
-    """(f, g) of tokens x [tokens, D]; g is f where the map is not paired."""
-    u = product(x, matrix, C.dot, C)
-    if C.split:
-        u = product(x, remainder, C.dot, C, u)
-    if C.bias:
-        u += bias[None, :]
-    f = activate(u, C)
-    g = f
-    if C.paired:
-        g = activate(-u, C)
-    return f, g
-
-
-@triton.jit
-def key_features(x, position, matrix, remainder, bias, C: tl.constexpr):
-    """`features` of keys: zeros for the sinks, which never join the far part. Tokens that do not exist get features
-    too; their values are zero, and `real_ones` leaves them out of the counts."""
-    f, g = features(x, matrix, remainder, bias, C)
-    if C.sinks > 0:
-        f = tl.where((position >= C.sinks)[:, None], f, 0.0)
-        g = tl.where((position >= C.sinks)[:, None], g, 0.0)
-    return f, g
-
-
-@triton.jit
 def real_ones(ok, C: tl.constexpr):
     """[tokens, WIDTH]: what phi(k)^T is multiplied with for the sum of phi(k)."""
     return tl.where(ok[:, None] & (tl.arange(0, WIDTH)[None, :] >= 0), 1.0, 0.0)
@@ -232,31 +177,6 @@ def by_count(f, z, C: tl.constexpr):
     if C.split:
         den = product(f, z - upper.to(tl.float32), C.low, C, den)
     return tl.max(den, 1)
-
-
-@triton.jit
-def activate_backward(f, df, C: tl.constexpr):
-    """du of one half, from the features alone."""
-    if C.act == "softmax":
-        du = f * (df - tl.sum(f * df, 1)[:, None])
-    elif C.act == "exp":
-        du = f * df
-        top = tl.where(f == 1.0, 1.0, 0.0)
-        du -= top * (tl.sum(du, 1) / tl.maximum(tl.sum(top, 1), 1.0))[:, None]
-    elif C.act == "relu":
-        du = tl.where(f > C.floor, df, 0.0)
-    else:
-        du = df * tl.minimum(f, 1.0)
-    return du
-
-
-@triton.jit
-def features_backward(f, g, df, dg, C: tl.constexpr):
-    """du of both halves."""
-    du = activate_backward(f, df, C)
-    if C.paired:
-        du -= activate_backward(g, dg, C)
-    return du
 
 
 @triton.jit
@@ -390,15 +310,3 @@ def store_sums(OUT, row, s1, s2, z1, z2, C: tl.constexpr):
         at += C.columns
         tl.store(OUT[0] + at[:, None] * C.values + e, s2, mask=ok)
         tl.store(OUT[1] + at, tl.max(z2, 1), mask=p < C.columns)
-
-
-@triton.jit
-def store_map(GRADS, row, dmatrix, dbias, C: tl.constexpr):
-    """Write a program's share of a map's gradient, [D, P] and [P], to GRADS = (matrices, biases)."""
-    d = tl.arange(0, C.block_d)[:, None]
-    p = tl.arange(0, C.block_p)
-    ok = (d < C.dim) & (p[None, :] < C.columns)
-    at = row.to(tl.int64) * (C.dim * C.columns) + d * C.columns + p[None, :]
-    tl.store(GRADS[0] + at, dmatrix, mask=ok)
-    if C.bias:
-        tl.store(GRADS[1] + row * C.columns + p, dbias, mask=p < C.columns)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trenchcoat.ops.triton_backward import gradient_sums, key_gradients, map_gradients, query_gradients
 from trenchcoat.ops.triton_forward import far_sums, outputs, running_totals
-from trenchcoat.ops.triton_launch import Call, Spans, run
+from trenchcoat.ops.triton_launch import LARGEST_SUM, Call, Spans, run
 
 NONE = (None, 0, 0, 0)
 """A tensor that is not there."""
@@ -95,6 +95,10 @@ def run_outputs(
 
 def final_sums(call: Call, far_tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Far sums [R, K, F, E] and [R, K, F] after the first `far_tokens` int32 [R] tokens of the rows."""
+    slices = call.slices
+    if len(slices) > 1:
+        sums = [final_sums(call.sliced(values), far_tokens) for values in slices]
+        return torch.cat([s for s, _z in sums], -1), sums[0][1]
     assert call.key is not None
     zero = torch.zeros_like(far_tokens)
     start, first = (zero if x is None else x for x in (call.spans.start, call.spans.first))
@@ -180,8 +184,10 @@ def map_gradient(call: Call, x: Tensor, du: Tensor, maps: int) -> list[Tensor | 
     programs = call.rows * heads * call.groups
     matrix = call.log_ratio.new_empty(programs, x.shape[3], du.shape[3])
     bias = call.log_ratio.new_empty(programs, du.shape[3]) if call.constants.bias.value else None
+    c = call.constants
+    rows = min(c.block_d.value, LARGEST_SUM // c.block_p.value)
     run(
-        map_gradients, (call.rows * heads, call.groups), call,
-        call.tensor(x), call.tensor(du), (matrix, bias), call.place(), x.shape[1], heads, call.span,
+        map_gradients, (call.rows * heads, call.groups, triton.cdiv(x.shape[3], rows)), call,
+        call.tensor(x), call.tensor(du), (matrix, bias), call.place(), x.shape[1], heads, call.span, BLOCK=rows,
     )  # fmt: skip
     return [None if s is None else s.view(call.rows, maps, -1, *s.shape[1:]).sum((0, 2)) for s in (matrix, bias)]

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_parts import activate, load_map, load_tile, place, store_tile
+from trenchcoat.ops.triton_maps import activate, load_map, load_matrix
+from trenchcoat.ops.triton_parts import lines, load_tile, place, store_tile
 
 
 @triton.jit
@@ -143,10 +144,17 @@ def prepare_near(
 
 
 @triton.jit
-def map_features(x, M, head, ok, C: tl.constexpr):
-    """(f, g) of tokens x [tokens, D], from the map in float32."""
+def map_features(x, line, M, head, ok, C: tl.constexpr):
+    """(f, g) of tokens x [tokens, D], whose addresses are `line`, from the map in float32."""
     matrix, _remainder, bias = load_map(M, head, C)
-    u = exact(x, matrix)
+    if C.piece == 0:
+        u = exact(x, matrix)
+    else:
+        u = tl.zeros([line.shape[0], C.block_p], tl.float32)
+        for begin in range(0, C.block_d, C.piece):
+            d = begin + tl.arange(0, C.piece)
+            part = tl.load(line[:, None] + d[None, :], mask=ok[:, None] & (d[None, :] < C.dim), other=0.0)
+            u += exact(part, load_matrix(M[0], head, d, tl.arange(0, C.block_p), C))
     if C.bias:
         u += bias[None, :]
     f = tl.where(ok[:, None], activate(u, C), 0.0)
@@ -184,9 +192,9 @@ def prepare_queries(pid, Q, QUERY, fq_ptr, rows, tokens, heads, C: tl.constexpr,
     ok = row < rows * tokens
     b, token = row // tokens, row % tokens
     d = tl.arange(0, C.block_d)[None, :]
-    at = Q[0] + b[:, None].to(tl.int64) * Q[1] + h.to(tl.int64) * Q[2] + token[:, None].to(tl.int64) * Q[3]
-    q = tl.load(at + d, mask=ok[:, None] & (d < C.dim), other=0.0)
-    f, g = map_features(q, QUERY, h, ok, C)
+    line = Q[0] + b.to(tl.int64) * Q[1] + h.to(tl.int64) * Q[2] + token.to(tl.int64) * Q[3]
+    q = tl.load(line[:, None] + d, mask=ok[:, None] & (d < C.dim), other=0.0)
+    f, g = map_features(q, line, QUERY, h, ok, C)
     store_features(fq_ptr, (b * heads + h) * tokens + token, ok, f, g, C)
 
 
@@ -219,15 +227,17 @@ def prepare_keys(
         if C.kind == "linear":
             _token, ok, _rank = row_tokens(i, 1, tokens, real_ptr, b, BLOCK_T)
             x = load_tile(place(K, b, g, 0), K[3], i, ok, C.dim, C.block_d)
+            line = lines(K, b, g, 0, i)
         else:
             ok = (i < number) & (first + i >= C.sinks)
             slot = tl.maximum(first + i, 0) % SLOTS
             x = load_tile(place(K_RING, b, g, 0), K_RING[3], slot, ok, C.dim, C.block_d)
+            line = lines(K_RING, b, g, 0, slot)
             if m * kv_heads % maps == 0:
                 v = load_tile(place(V_RING, b, g, 0), V_RING[3], slot, ok, C.values, C.block_e)
                 out = LEAVING[1] + (b * kv_heads + g).to(tl.int64) * room * C.values
                 store_tile(out, C.values, i, i < number, v, C.values, C.block_e)
-        f, half = map_features(x, KEY, m, ok, C)
+        f, half = map_features(x, line, KEY, m, ok, C)
         out = LEAVING[0] + pid.to(tl.int64) * room * halves * C.columns
         store_features(out, i, i < number, f, half, C)
         f = f.to(LEAVING[0].dtype.element_ty).to(tl.float32)
