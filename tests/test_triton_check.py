@@ -104,3 +104,9 @@ def test_the_tolerances_are_derived() -> None:
         for name, some, written in zip(triton_check.NAMES, derived(kind, 3), triton_check.ALLOWED[kind], strict=True):
             assert some <= 1.1 * written, (kind, name)
             assert some >= 0.05 * written, (kind, name)
+
+
+def test_what_the_caller_has_set_does_not_matter() -> None:
+    wanted = triton_check.deviations("terrace", torch.device(DEVICE))
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
+        assert triton_check.deviations("terrace", torch.device(DEVICE)) == wanted

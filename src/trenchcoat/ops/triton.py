@@ -95,9 +95,9 @@ def _backward(
     if keys:
         dk, dv = (call.buffer(call.kv_heads, t.shape[3], dtype=t.dtype) for t in (call.k, call.v))
         run(
-            near_key_gradients, (call.rows * call.kv_heads, call.chunks), call,
+            near_key_gradients, (call.rows * call.kv_heads * call.chunks,), call,
             x(call.q), x(call.k), x(call.v), x(dy), call.operands(call.key), far.given(far.du_key), x(den), x(top),
-            result, far.given(far.dv), x(dk), x(dv), *call.tail(), *call.numbers(),
+            result, far.given(far.dv), x(dk), x(dv), call.chunks, *call.tail(), *call.numbers(),
         )  # fmt: skip
     dlogit = dlogit.view(call.rows, heads, -1).sum((0, 2))
     pairs = [t.view(call.rows, call.kv_heads, -1, sinks, t.shape[2]).sum(2) for t in dsinks] if sinks else [None, None]

@@ -69,15 +69,21 @@ def _failure(device: torch.device, what: str) -> RuntimeError:
 
 
 def deviations(kind: Kind, device: torch.device) -> list[float]:
-    """Largest deviation of everything :data:`NAMES` names; infinite where a number is not finite."""
-    rule, leaves = rule_of(kind), [t.to(device) for t in case(0)]
-    found = passes(leaves, lambda x: _kernels(x, rule))
-    found[7:] = _transfer(leaves, rule)
-    expected = passes(leaves, lambda x: reference(x, rule))
-    found += [_decode(leaves, rule), *_rows(leaves, rule)]
-    expected += [expected[0][:, :, PREFILLED : PREFILLED + 2], *reference_rows(leaves, rule)]
+    """Largest deviation of everything :data:`NAMES` names; infinite where a number is not finite.
+
+    What the caller has set (inference mode, autocast, TF32) changes nothing: the reference runs in float64 on the CPU.
+    """
+    rule = rule_of(kind)
+    with torch.inference_mode(False):
+        exact = [t.double() for t in case(0)]
+        expected = passes(exact, lambda x: reference(x, rule))
+        expected += [expected[0][:, :, PREFILLED : PREFILLED + 2], *reference_rows(exact, rule)]
+        leaves = [t.to(device) for t in case(0)]
+        found = passes(leaves, lambda x: _kernels(x, rule))
+        found[7:] = _transfer(leaves, rule)
+        found += [_decode(leaves, rule), *_rows(leaves, rule)]
     return [
-        float((a - b).abs().max()) if bool(torch.isfinite(a).all()) else torch.inf
+        float((a.cpu() - b).abs().max()) if bool(torch.isfinite(a).all()) else torch.inf
         for a, b in zip(found, expected, strict=True)
     ]
 
@@ -110,7 +116,7 @@ def passes(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list[
         error = (y - leaves[7]).square().sum()
         learned = torch.autograd.grad(error, x[3:], allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for t, g in zip(x + x[3:], (*grads, *learned), strict=True)]
-    return [y.detach().float(), *filled[:6], error.detach(), *filled[6:]]
+    return [y.detach(), *filled[:6], error.detach(), *filled[6:]]
 
 
 def _short(leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

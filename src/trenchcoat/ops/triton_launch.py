@@ -7,7 +7,7 @@ tokens, F features (P, or 2 P where paired), N groups of chunks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -319,7 +319,13 @@ def run(
     tile = choices_of(call).tiles.get(name) or usual or untuned(call.constants, name)
     if launches is not None:
         launches.append(Launch(name, kernel, grid, (*arguments, call.constants), flags, tile))
-    kernel[grid](*arguments, call.constants, **flags, num_warps=tile.warps, num_stages=tile.stages)
+    with on(call.q.device):
+        kernel[grid](*arguments, call.constants, **flags, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -354,13 +360,19 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def shared_bytes(c: Constants, itemsize: int) -> int:
-    """Shared memory of the hungriest kernel (`outputs`): two maps of two parts (or what is read of one at a time),
-    three tiles of tokens and, where far keys lie in a chunk, one of features. At D = E = 128, P = W = 64 in bfloat16
-    the compiler reports as much."""
+    """Shared memory the hungriest kernel can need, and not much more: of the forward or transfer two maps of two parts
+    (or two pieces of one, and of their tokens) beside tiles of the near part, or beside the far sum as an operand; of
+    the near part's backward six tiles. `scripts/compile_kernels.py` prints what each takes."""
     d, e, p, w, piece = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w, c.piece))
-    parts, local = 2 if c.split.value else 1, 0 if c.kind.value == "terrace" else p
-    maps = piece * (parts * p + w) if piece else 2 * parts * d * p
-    return int(itemsize * (maps + w * (d + 2 * max(d, e) + local)))
+    parts, features, tiles = 2 if c.split.value else 1, features_of(c), w * (d + 2 * max(d, e))
+    local, near = 0 if c.kind.value == "terrace" else w, 0 if c.kind.value == "linear" else 6 * w * max(d, e)
+    if not c.far.value:
+        most = tiles
+    elif piece:
+        most = max(tiles, 2 * piece * (parts * p + w) + features * e + local * p)
+    else:
+        most = 2 * parts * d * p + max(tiles + local * features, features * e + local * p + w * d)
+    return int(itemsize * max(near, most)) + 1024
 
 
 @lru_cache
@@ -391,14 +403,13 @@ def refusal(call: Call) -> str | None:
         return f"window is {rule.window}; the kernels hold {LONGEST_WINDOW} tokens at most"
     if rule.sinks > MOST_SINKS:
         return f"sinks is {rule.sinks}; the kernels hold {MOST_SINKS} at most"
-    if rule.far and call.query is not None:
-        c = call.sliced(call.slices[0]).constants
-        if c.block_p.value > WIDEST:
-            return f"feature_dim is {c.columns.value}; the kernels hold {WIDEST} at most"
-        needed, there = shared_bytes(c, q.element_size()), shared_limit(q.device)
-        if needed > there:
-            return (
-                f"a program would need {needed} bytes of shared memory where there are {there} ({q.dtype}, window "
-                f"{rule.window}, head dim {q.shape[3]}, feature_dim {c.columns.value}); make one of them smaller"
-            )
+    c = call.sliced(call.slices[0]).constants
+    if rule.far and c.block_p.value > WIDEST:
+        return f"feature_dim is {c.columns.value}; the kernels hold {WIDEST} at most"
+    needed, there = shared_bytes(c, q.element_size()), shared_limit(q.device)
+    if needed > there:
+        return (
+            f"a program would need {needed} bytes of shared memory where there are {there} ({q.dtype}, window "
+            f"{rule.window}, head dim {q.shape[3]}, feature_dim {c.columns.value}); make one of them smaller"
+        )
     return None

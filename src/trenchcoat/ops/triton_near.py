@@ -198,12 +198,12 @@ def chunk_key_gradient(
 
 @triton.jit
 def near_key_gradients(
-    Q, K, V, DY, KEY, DU, DEN, TOP, RESULT, FAR_DV, DK, DV,
+    Q, K, V, DY, KEY, DU, DEN, TOP, RESULT, FAR_DV, DK, DV, chunks,
     ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one chunk of one key/value head, from all its query heads; grid (R G, chunks)."""
-    r, kv = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads
-    c = tl.program_id(1)
+    """dk and dv of one chunk of one key/value head, from all its query heads; grid (R G chunks)."""
+    head, c = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    r, kv = head // kv_heads, head % kv_heads
     start, length, _first = row_of(ROWS, r, C)
     token, ok = tokens_of(c, length, C)
     dk, dv = tl.zeros([C.block_w, C.block_d], tl.float32), tl.zeros([C.block_w, C.block_e], tl.float32)

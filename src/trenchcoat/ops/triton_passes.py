@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trenchcoat.ops.triton_backward import gradient_sums, key_gradients, map_gradients, query_gradients
 from trenchcoat.ops.triton_forward import far_sums, outputs, running_totals
-from trenchcoat.ops.triton_launch import LARGEST_SUM, Call, Spans, run
+from trenchcoat.ops.triton_launch import LARGEST_SUM, Call, Spans, on, run, shared_limit
 
 NONE = (None, 0, 0, 0)
 """A tensor that is not there."""
@@ -54,7 +54,8 @@ def total(x: Tensor, start: Tensor | None, *, backwards: bool = False) -> None:
     width = min(1024, triton.next_power_of_2(size))
     grid = (rows, triton.cdiv(size, width))
     first = None if start is None else start.contiguous()
-    running_totals[grid](x, first, groups, size, BACKWARDS=backwards, BLOCK=width)
+    with on(x.device):
+        running_totals[grid](x, first, groups, size, BACKWARDS=backwards, BLOCK=width)
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ def map_gradient(call: Call, x: Tensor, du: Tensor, maps: int) -> list[Tensor | 
     matrix = call.log_ratio.new_empty(programs, x.shape[3], du.shape[3])
     bias = call.log_ratio.new_empty(programs, du.shape[3]) if call.constants.bias.value else None
     c = call.constants
-    rows = min(c.block_d.value, LARGEST_SUM // c.block_p.value)
+    # the sum passes through shared memory once on its way out
+    most = min(LARGEST_SUM, 1 << (shared_limit(x.device) // 4).bit_length() - 1)
+    rows = min(c.block_d.value, most // c.block_p.value)
     run(
         map_gradients, (call.rows * heads, call.groups, triton.cdiv(x.shape[3], rows)), call,
         call.tensor(x), call.tensor(du), (matrix, bias), call.place(), x.shape[1], heads, call.span, BLOCK=rows,
