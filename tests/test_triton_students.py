@@ -102,6 +102,7 @@ def test_the_choice_is_said_and_refusals_too(caplog: pytest.LogCaptureFixture, m
         ({"feature_map": FeatureMapConfig(feature_dim=256)}, torch.bfloat16, None),
         ({"feature_map": FeatureMapConfig(feature_dim=300)}, torch.bfloat16, "feature_dim is 300"),
         ({}, torch.float64, "float64"),
+        ({}, torch.float32, "in float32 the kernels multiply without tensor cores"),
         ({"name": "window_sinks", "sinks": 65}, torch.bfloat16, "sinks is 65"),
     ],
 )

@@ -92,9 +92,11 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
 
 @lru_cache
 def _unfit(device: torch.device, shape: Shape, cfg: FeatureMapConfig | None) -> str | None:
-    """Why the kernels cannot take tensors of this shape, or None."""
+    """Why the kernels cannot, or should not, take tensors of this shape; or None."""
     from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal
 
+    if shape.dtype == torch.float32:
+        return "in float32 the kernels multiply without tensor cores"
     q, v = (torch.empty(1, 1, 0, n, dtype=shape.dtype, device=device) for n in (shape.dim, shape.values))
     phi = None if cfg is None else FusedMap(cfg.name, torch.empty(1, shape.dim, cfg.feature_dim, device="meta"))
     return refusal(Call(shape.rule, q, q, v, phi, phi, q, None, None, None, None, Spans()))
