@@ -59,7 +59,13 @@ def run(kind: str, size: dict[str, int], dtype: torch.dtype, device: str) -> Non
 
 SMALL = {"tokens": 9, "dim": 5, "columns": 3, "window": 2}
 """For Triton's interpreter."""
-LARGER = {"tokens": 300, "dim": 64, "columns": 32, "window": 16}
+LARGER = [
+    {"tokens": 300, "dim": 64, "columns": 32, "window": 16},
+    {"tokens": 300, "dim": 64, "columns": 32, "window": 64},
+    {"tokens": 600, "dim": 128, "columns": 64, "window": 64},
+    {"tokens": 300, "dim": 128, "columns": 256, "window": 64},
+]
+"""Tensor cores take tiles of 16 tokens and of 64 by different instructions; the last is wide."""
 
 
 def run_all(size: dict[str, int], kinds: Sequence[str], dtypes: Sequence[torch.dtype], device: str) -> None:
@@ -77,7 +83,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
     dtypes = [torch.bfloat16] if launch.INTERPRETED else [torch.bfloat16, torch.float16]
-    run_all(SMALL if launch.INTERPRETED else LARGER, ["terrace", "sliding", "linear"], dtypes, device)
+    for size in [SMALL] if launch.INTERPRETED else LARGER:
+        run_all(size, ["terrace", "sliding", "linear"], dtypes, device)
     if device != "cpu":
         torch.cuda.synchronize()
 

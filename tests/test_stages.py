@@ -56,6 +56,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert not (folder / "adapter" / "config.json").exists()
     assert load_recipe(folder) == recipe
     assert json.loads((folder / "environment.json").read_text())["implementation"] == "chunkwise"
+    assert outcome.results.implementation == "chunkwise"
     assert {line.get("stage") for line in read_metrics(folder)} >= set(stages_of(recipe))
 
     model, _ = load(folder)

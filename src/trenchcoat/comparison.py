@@ -221,6 +221,6 @@ class Comparison:
             recipe=dataclasses.asdict(recipe),
             environment=environment(),
             data=self.facts(),
-            implementation=recipe.student.impl,
+            implementation=self.shop.implementation,
             seconds=max(parts, time.monotonic() - began),
         )

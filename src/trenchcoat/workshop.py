@@ -20,6 +20,7 @@ from trenchcoat import checkpoint, distributed, surgery
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
 from trenchcoat.esl import EslRanking
+from trenchcoat.files import read_json
 from trenchcoat.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.hub import save_adapter
 from trenchcoat.loading import load_base
@@ -70,7 +71,7 @@ class Workshop:
     def _loaded(self) -> tuple[Any, Any]:
         model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
         attention = surgery.teacher_implementation(model)
-        dtype, device = cast("torch.dtype", model.dtype), next(model.parameters()).device
+        dtype, device = cast("torch.dtype", model.dtype), compute_device(model)
         operator = surgery.student_implementation(model, self.recipe.student, dtype=dtype, device=device)
         self.log.write_environment(implementation=operator, teacher_attention=attention)
         return model, tokenizer
@@ -79,6 +80,12 @@ class Workshop:
     def model(self) -> Any:
         """The base model, with whatever ``assemble`` last put on it."""
         return self._loaded[0]
+
+    @property
+    def implementation(self) -> str:
+        """What the students' operator ran on, by the run's ``environment.json``; what the recipe asks without it."""
+        path = Path(self.recipe.run.dir) / "environment.json"
+        return str((read_json(path) if path.is_file() else {}).get("implementation", self.recipe.student.impl))
 
     @property
     def tokenizer(self) -> Any:

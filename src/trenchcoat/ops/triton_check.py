@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -30,14 +31,15 @@ NAMES = (
     *(f"the cross-entropy's gradient of {name}" for name in ("the query map", "the key map", "log(g / l)")),
 )
 KINDS: tuple[Kind, ...] = ("terrace", "sliding", "linear")
+MAPS: dict[Kind, str] = {"terrace": "hedgehog", "sliding": "exp", "linear": "hedgehog"}
 ALLOWED: dict[Kind, tuple[float, ...]] = {
     "terrace": (
         0.016, 0.023, 0.032, 0.037, 0.0063, 0.0092, 0.03, 0.66, 0.011, 0.0099, 0.034, 0.0024,
         0.0033, 0.0017, 0.0014, 0.0026,
     ),
     "sliding": (
-        0.016, 0.023, 0.032, 0.038, 0.0072, 0.0092, 0.022, 0.65, 0.015, 0.015, 0.057, 0.0043,
-        0.0073, 0.002, 0.0033, 0.0035,
+        0.016, 0.027, 0.045, 0.043, 0.086, 0.14, 0.12, 0.53, 0.33, 0.64, 0.23, 0.0019,
+        0.011, 0.014, 0.056, 0.0012,
     ),
     "linear": (0.016, 0.007, 0.011, 0.047, 0.054, 0.045, 0, 0.26, 0.15, 0.26, 0, 0.0019, 0.0082, 0.0083, 0.005, 0),
 }  # fmt: skip
@@ -49,10 +51,20 @@ rounds the operands of every product, forward and backward, and what is stored, 
 @lru_cache
 def check(device: torch.device) -> None:
     """Raise RuntimeError naming the first mismatch, or what does not compile; what passed is not checked again in this
-    process."""
+    process.
+
+    It runs in a thread of its own, so that what the caller's has set (inference mode, autocast, a checkpointed layer's
+    hooks on saved tensors) does not meet it.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the Triton kernels are checked at their first use on {device}, which a CUDA graph cannot capture; run "
+            "one step before the capture"
+        )
     for kind in KINDS:
         try:
-            found = deviations(kind, device)
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(deviations, kind, device).result()
         except TritonError as error:
             raise _failure(device, f"a kernel of kind {kind!r} does not compile or start ({error})") from error
         for name, deviation, allowed in zip(NAMES, found, ALLOWED[kind], strict=True):
@@ -69,19 +81,16 @@ def _failure(device: torch.device, what: str) -> RuntimeError:
 
 
 def deviations(kind: Kind, device: torch.device) -> list[float]:
-    """Largest deviation of everything :data:`NAMES` names; infinite where a number is not finite.
-
-    What the caller has set (inference mode, autocast, TF32) changes nothing: the reference runs in float64 on the CPU.
-    """
+    """Largest deviation of everything :data:`NAMES` names from the reference, which runs in float64 on the CPU;
+    infinite where a number is not finite."""
     rule = rule_of(kind)
-    with torch.inference_mode(False):
-        exact = [t.double() for t in case(0)]
-        expected = passes(exact, lambda x: reference(x, rule))
-        expected += [expected[0][:, :, PREFILLED : PREFILLED + 2], *reference_rows(exact, rule)]
-        leaves = [t.to(device) for t in case(0)]
-        found = passes(leaves, lambda x: _kernels(x, rule))
-        found[7:] = _transfer(leaves, rule)
-        found += [_decode(leaves, rule), *_rows(leaves, rule)]
+    exact = [t.double() for t in case(0)]
+    expected = passes(exact, lambda x: reference(x, rule))
+    expected += [expected[0][:, :, PREFILLED : PREFILLED + 2], *reference_rows(exact, rule)]
+    leaves = [t.to(device) for t in case(0)]
+    found = passes(leaves, lambda x: _kernels(x, rule))
+    found[7:] = _transfer(leaves, rule)
+    found += [_decode(leaves, rule), *_rows(leaves, rule)]
     return [
         float((a.cpu() - b).abs().max()) if bool(torch.isfinite(a).all()) else torch.inf
         for a, b in zip(found, expected, strict=True)
@@ -99,7 +108,7 @@ def case(seed: int) -> list[Tensor]:
     make = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make)
+        return torch.randn(*shape, generator=make, device="cpu", dtype=torch.float32)
 
     q, k, v = (random(1, heads, TOKENS, DIM).bfloat16().float() for heads in (2, 1, 1))
     maps = [random(heads, DIM, DIM) * DIM**-0.5 for heads in (2, 1)]
@@ -124,17 +133,17 @@ def _short(leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _maps(leaves: list[Tensor]) -> tuple[FusedMap, FusedMap]:
-    return FusedMap("hedgehog", leaves[3]), FusedMap("hedgehog", leaves[4])
+def _maps(leaves: list[Tensor], rule: Rule) -> tuple[FusedMap, FusedMap]:
+    return FusedMap(MAPS[rule.kind], leaves[3]), FusedMap(MAPS[rule.kind], leaves[4])
 
 
 def _kernels(x: list[Tensor], rule: Rule) -> Tensor:
-    return attend(*_short(x), *_maps(x), rule.log_ratio(x[5]), rule=rule)[0].float()
+    return attend(*_short(x), *_maps(x, rule), rule.log_ratio(x[5]), rule=rule)[0].float()
 
 
 def _transfer(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
     teacher, log_ratio = leaves[7].to(torch.bfloat16), rule.log_ratio(leaves[5])
-    error, grads = transfer(*_short(leaves), teacher, *_maps(leaves), log_ratio, rule=rule)
+    error, grads = transfer(*_short(leaves), teacher, *_maps(leaves, rule), log_ratio, rule=rule)
     query, _, key, _, dlog = grads
     assert query is not None and key is not None and dlog is not None  # noqa: PT018
     return [error, query, key, dlog * torch.sigmoid(-leaves[5])]
@@ -142,7 +151,7 @@ def _transfer(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
 
 def _decode(leaves: list[Tensor], rule: Rule) -> Tensor:
     """y of two tokens after a prefill."""
-    maps, log_ratio = _maps(leaves), rule.log_ratio(leaves[5])
+    maps, log_ratio = _maps(leaves, rule), rule.log_ratio(leaves[5])
     empty = StudentState.empty(
         1, rule=rule, kv_heads=1, key_map_heads=1, key_dim=DIM, value_dim=DIM, features=2 * DIM, dtype=torch.bfloat16,
         device=leaves[0].device,
@@ -160,25 +169,30 @@ def _decode(leaves: list[Tensor], rule: Rule) -> Tensor:
 
 def _rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
     q, k, _v = _short(leaves)
-    total, grads = cross_entropy(q, k, *_maps(leaves), rule.log_ratio(leaves[5]), rule=rule)
+    total, grads = cross_entropy(q, k, *_maps(leaves, rule), rule.log_ratio(leaves[5]), rule=rule)
     return [total, *(g for g in grads if g is not None)]
 
 
-def _phi(x: Tensor, matrix: Tensor) -> Tensor:
+def _phi(x: Tensor, matrix: Tensor, rule: Rule) -> Tensor:
     u = x @ matrix
-    return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp_min(1e-12)
+    halves = torch.stack([u, -u])
+    if MAPS[rule.kind] == "hedgehog":
+        halves = halves.softmax(-1)
+    else:
+        halves = (halves - halves.amax(-1, keepdim=True)).exp()
+    return torch.cat([halves[0], halves[1]], -1).clamp_min(1e-12)
 
 
 def reference(x: list[Tensor], rule: Rule) -> Tensor:
     """y of the quadratic reference."""
-    return attention(x[0], x[1], x[2], _phi(x[0], x[3]), _phi(x[1], x[4]), x[5], rule=rule)
+    return attention(x[0], x[1], x[2], _phi(x[0], x[3], rule), _phi(x[1], x[4], rule), x[5], rule=rule)
 
 
 def reference_rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
     """The cross-entropy and its gradients of query map, key map and log(g / l), by the blockwise code."""
     q, k, maps = leaves[0], leaves[1], [t.clone().requires_grad_() for t in leaves[3:5]]
     with torch.enable_grad():
-        fq, fk = _phi(q, maps[0]), _phi(k, maps[1])
+        fq, fk = _phi(q, maps[0], rule), _phi(k, maps[1], rule)
     found = attention_cross_entropy(q, k, fq.detach(), fk.detach(), rule.log_ratio(leaves[5]), rule=rule)
     assert found.dfq_BHTF is not None and found.dfk_BKTF is not None and found.dlog_ratio_H is not None  # noqa: PT018
     grads = torch.autograd.grad((fq, fk), maps, (found.dfq_BHTF, found.dfk_BKTF))

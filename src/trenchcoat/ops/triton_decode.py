@@ -237,7 +237,8 @@ def decode(
         span = slice(t, t + rule.window)
         pieces = [x[:, :, span] for x in (q, k, v, y)]
         _step(call, log_ratio_H, pieces, state, None if real is None else real[:, span].contiguous())
-    state.counted(q.shape[2] if real is None else None)
+    captured = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    state.counted(q.shape[2] if real is None and not captured else None)
     return y
 
 
@@ -307,7 +308,9 @@ def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentS
     none: tuple[Any, ...] = (None, 0, 0, 0)
     held = [call.tensor(x) for x in (state.k_BGND, state.v_BGNE)]
     held += [call.tensor(x) if rule.sinks else none for x in (state.sink_k_BGSD, state.sink_v_BGSE)]
-    whole = [(None, None, None) if m is None else (m.matrix, m.matrix, m.bias) for m in (call.query, call.key)]
+    matrices = [None if m is None else m.matrix.contiguous() for m in (call.query, call.key)]
+    biases = [None if m is None else m.bias for m in (call.query, call.key)]
+    whole = [(matrix, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
     counts = (heads, kv_heads, maps, sizes.room)
     tiles = {"BLOCK_T": sizes.tokens, "SLOTS": sizes.slots}
     blocks = triton.cdiv(tokens * (heads // kv_heads), sizes.near)

@@ -130,7 +130,7 @@ class Call:
     def span(self) -> int:
         """Chunks of a group."""
         if not self.rule.far:
-            return min(self.chunks, SHORTEST_GROUP)
+            return min(self.chunks, max(SHORTEST_GROUP, -(-self.chunks // MOST_GROUPS)))
         return group_size(
             self.chunks, self.rows * self.heads, wanted_programs(self.q.device, choices_of(self).programs)
         )
@@ -165,7 +165,8 @@ class Call:
         tensors = (self.q, self.k, self.v)
         c = self.constants
         sizes = ((c.block_w, c.window), (c.block_d, c.dim), (c.block_e, c.values))
-        fits = self.spans.start is None and all(padded.value == size.value for padded, size in sizes)
+        fits = self.spans.start is None and self.q.shape[2] >= c.window.value
+        fits = fits and all(padded.value == size.value for padded, size in sizes)
         fits = fits and all(
             x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:3]) for x in tensors
         )
@@ -228,6 +229,8 @@ class Call:
 
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+MOST_GROUPS = (1 << 16) - 1
+"""What a grid's second axis can have."""
 SHORTEST_GROUP = 8
 """Chunks: sums of shorter groups cost more memory traffic than their parallel work is worth."""
 

@@ -81,7 +81,8 @@ def activate(u, C: tl.constexpr):
     if C.act == "softmax" or C.act == "exp":
         if C.block_p != C.columns:
             u = tl.where(there, u, float("-inf"))
-        f = tl.exp2(u * LOG2E - (tl.max(u, 1) * LOG2E)[:, None])
+        # the largest is exactly 1 so, which its gradient asks for; u LOG2E - max LOG2E would be one fused operation
+        f = tl.exp2((u - tl.max(u, 1)[:, None]) * LOG2E)
         if C.act == "softmax":
             f = f * (1.0 / tl.sum(f, 1))[:, None]
     elif C.act == "relu":

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from trenchcoat.ops.triton_launch import FusedMap
 
 log = logging.getLogger("trenchcoat")
-OLDEST = (8, 0)
-"""Compute capability: older tensor cores have no bfloat16."""
+OLDEST, NOT_YET = (8, 0), (10, 0)
+"""Compute capabilities: older tensor cores have no bfloat16, newer ones are for who asks for `triton` by name."""
 _told: set[str] = set()
 
 
@@ -49,6 +49,8 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
     """
     if impl not in ("auto", "triton"):
         return impl
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     if impl == "auto" and device.type != "cuda":
         reason: str | None = f"{device} is not a CUDA device"
     else:
@@ -95,6 +97,8 @@ def _unfit(device: torch.device, shape: Shape, cfg: FeatureMapConfig | None) -> 
     """Why the kernels cannot, or should not, take tensors of this shape; or None."""
     from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal
 
+    if torch.cuda.get_device_capability(device) >= NOT_YET:
+        return f"{torch.cuda.get_device_name(device)} is newer than what the kernels are written for"
     if shape.dtype == torch.float32:
         return "in float32 the kernels multiply without tensor cores"
     q, v = (torch.empty(1, 1, 0, n, dtype=shape.dtype, device=device) for n in (shape.dim, shape.values))
