@@ -21,12 +21,13 @@ from trenchcoat.ops.triton_launch import (
     Call,
     FusedMap,
     Spans,
-    features_of,
+    inner,
     refusal,
+    refused,
     run,
     shared_limit,
 )
-from trenchcoat.ops.triton_parts import Constants
+from trenchcoat.ops.triton_parts import Constants, features_of
 from trenchcoat.ops.triton_passes import map_gradient, total
 from trenchcoat.ops.triton_tiles import Tile
 
@@ -127,11 +128,8 @@ def cross_entropy(
     """
     if not rule.far or query is None or key is None:
         raise ValueError(NEEDS_FAR)
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD.detach(), k_BGTD.detach()))
-    spans = Spans()
-    if length_B is not None:
-        length = length_B.to(q.device, torch.int32)
-        spans = Spans(torch.zeros_like(length), length, torch.zeros_like(length))
+    q, k = inner(q_BHTD.detach()), inner(k_BGTD.detach())
+    spans = Spans.of_lengths(length_B, q.device)
     logit = None if sink_logit_H is None else sink_logit_H.detach().to(q.device, torch.float32).contiguous()
     log_ratio = log_ratio_H.detach().float().contiguous()
     call = Call(rule, q, k, k, query, key, log_ratio * LOG2E, logit, None, None, None, spans)
@@ -150,7 +148,7 @@ def _accepted(call: Call) -> Tiles:
         reason = f"no tile of head dim {call.q.shape[3]} and {call.query.features if call.query else 0} features fits"
         reason += f" into the {there} bytes of shared memory; use a smaller feature_dim"
     if tiles is None:
-        raise ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
+        raise refused(reason)
     return tiles
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.rows import Rows, sink_pairs, state_after
 from trenchcoat.ops.state import Rule, StudentState, round_to_bfloat16
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal, run
+from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, inner, refusal, refused, run
 from trenchcoat.ops.triton_near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton_passes import FarGradients, Transfer, final_sums, run_outputs
 
@@ -45,7 +45,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, y, den, top, s, z = ctx.saved_tensors
         call = _call(ctx.rule, ctx.spans, ctx.names, *tensors)
-        grads = _backward(call, _inner(dy), y, den, top, (s, z), ctx.needs_input_grad[3:])
+        grads = _backward(call, inner(dy), y, den, top, (s, z), ctx.needs_input_grad[3:])
         out = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
         return None, None, None, *out
 
@@ -59,11 +59,6 @@ def _call(rule: Rule, spans: Spans, names: tuple[str, str, float], *tensors: Ten
     start = None if s0 is None or z0 is None else (s0, z0)
     log2 = log_ratio.detach().float() * LOG2E
     return Call(rule, q, k, v, query, key, log2, None if logit is None else logit.float(), sink_k, sink_v, start, spans)
-
-
-def _inner(x: Tensor) -> Tensor:
-    """With a contiguous last axis."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _backward(
@@ -107,7 +102,7 @@ def _backward(
 def _accept(call: Call) -> Call:
     reason = refusal(call)
     if reason is not None:
-        raise ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
+        raise refused(reason)
     return call
 
 
@@ -149,17 +144,21 @@ def attend(
     q = rows.align(q_BHTD, None if before is None else q_BHTD.new_zeros(*q_BHTD.shape[:2], rule.slots, q_BHTD.shape[3]))
     k = rows.align(k_BGTD, None if before is None else before.k_BGND)
     v = rows.align(v_BGTE, None if before is None else before.v_BGNE)
-    q, k, v = (_inner(x) for x in (q, k, v))
+    q, k, v = (inner(x) for x in (q, k, v))
     if spans is None:
         spans = _spans(rows, q.shape[2])
-    sinks = (None, None) if not rule.sinks else tuple(_inner(x) for x in sink_pairs(k, v, rows, rule, state))
+    sinks = (None, None) if not rule.sinks else tuple(inner(x) for x in sink_pairs(k, v, rows, rule, state))
     start = (None, None) if state is None or not rule.far else (state.far_s_BKFE.float(), state.far_z_BKF)
     maps = [(None, None) if m is None or not rule.far else (m.matrix, m.bias) for m in (query, key)]
     tensors = (q, k, v, *maps[0], *maps[1], log_ratio_H, sink_logit_H, *sinks, *start)
     names = ("", "", 0.0) if query is None or key is None else (query.name, key.name, query.floor)
     call = _accept(_call(rule, spans, names, *tensors))
-    parts = [_Attention.apply(rule, spans, names, *_columns(tensors, values)) for values in call.slices]
-    y = rows.restore(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+    if len(call.slices) == 1:
+        y = _Attention.apply(rule, spans, names, *tensors)
+    else:
+        parts = [_Attention.apply(rule, spans, names, *_columns(tensors, values)) for values in call.slices]
+        y = torch.cat(parts, -1)
+    y = rows.restore(y)
     return y, _state_after(call, rows, state) if return_state and state is not None else None
 
 
@@ -234,11 +233,8 @@ def transfer(
     The gradients: query matrix, query bias, key matrix, key bias, log(g / l); all None without `learn`. Rows must be
     free of holes; `length_B` int64 gives their tokens (None: all T).
     """
-    q, k, v, y = (_inner(x) for x in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
-    spans = Spans()
-    if length_B is not None:
-        count = length_B.to(q.device, torch.int32)
-        spans = Spans(torch.zeros_like(count), count, torch.zeros_like(count))
+    q, k, v, y = (inner(x) for x in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
+    spans = Spans.of_lengths(length_B, q.device)
     sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
     maps = [(None, None) if m is None or not rule.far else (m.matrix, m.bias) for m in (query, key)]
     names = ("", "", 0.0) if query is None or key is None else (query.name, key.name, query.floor)

@@ -19,8 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, features_of, refusal, run, wanted_programs
-from trenchcoat.ops.triton_parts import Constants, place
+from trenchcoat.ops.triton_launch import (
+    Call,
+    FusedMap,
+    Spans,
+    block,
+    inner,
+    refusal,
+    refused,
+    run,
+    wanted_programs,
+)
+from trenchcoat.ops.triton_parts import Constants, features_of, place
 from trenchcoat.ops.triton_prepare import count_of, exact, leaving, load_features, prepare, row_tokens
 from trenchcoat.ops.triton_tiles import Tile
 
@@ -224,13 +234,13 @@ def decode(
     """
     if not rule.far:
         query = key = None
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTD, k_BGTD, v_BGTE))
+    q, k, v = (inner(x) for x in (q_BHTD, k_BGTD, v_BGTE))
     call = Call(rule, q, k, v, query, key, log_ratio_H, sink_logit_H, None, None, None, Spans())
     reason = refusal(call)
     if reason is None and rule.kind == "linear" and not rule.far:
         reason = "kind 'linear' has nothing to read with its far part off"
     if reason is not None:
-        raise ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
+        raise refused(reason)
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     real = None if mask_BT is None else mask_BT.to(q.device, torch.int32)
     for t in range(0, q.shape[2], rule.window):

@@ -108,12 +108,9 @@ def near_read(
 ):  # fmt: skip
     """(numerator on top of `num`, denominator, largest score as an exponent of two) of the near part of a chunk."""
     unit = exponent_unit(scale, C)
-    k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
-    before_k = load_chunk(K, K_BOX, r, kv, start, c - 1, length, C.dim, C.block_d, C)
-    sink_k = k
-    if C.sinks > 0:
-        sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
-    s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
+    _k, _before_k, _sink_k, s_before, s_own, s_sink, top = window_scores(
+        q, K, K_BOX, SINK_K, r, kv, start, logit, c, length, position, scale, cap, C
+    )
     top = top * unit
     w_own, w_before = weights(s_own, unit, top), weights(s_before, unit, top)
     den = tl.sum(w_own, 1) + tl.sum(w_before, 1)

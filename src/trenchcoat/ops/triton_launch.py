@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.triton_forward import outputs
-from trenchcoat.ops.triton_parts import Constants
+from trenchcoat.ops.triton_parts import Constants, features_of, shared_bytes
 from trenchcoat.ops.triton_tiles import Choices, Tile, choices
 
 OutOfResources = triton.runtime.errors.OutOfResources
@@ -76,6 +76,14 @@ class Spans:
     first: Tensor | None = None
     packed: bool = False
 
+    @classmethod
+    def of_lengths(cls, length_B: Tensor | None, device: torch.device) -> Spans:
+        """Rows from the first token on, `length_B` tokens each (None: all T)."""
+        if length_B is None:
+            return cls()
+        length = length_B.to(device, torch.int32)
+        return cls(torch.zeros_like(length), length, torch.zeros_like(length))
+
 
 @dataclass(frozen=True)
 class Call:
@@ -126,14 +134,19 @@ class Call:
         """Chunks the running sums lag behind."""
         return 1 if self.rule.kind == "linear" else 2
 
-    @property
+    @cached_property
+    def choices(self) -> Choices:
+        """What was tuned on this device for a shape like this one, or defaults."""
+        shape = signature(self.constants, str(self.q.dtype))
+        return choices(device_name(self.q.device), shape, VERSION)
+
+    @cached_property
     def span(self) -> int:
         """Chunks of a group."""
         if not self.rule.far:
             return min(self.chunks, max(SHORTEST_GROUP, -(-self.chunks // MOST_GROUPS)))
-        return group_size(
-            self.chunks, self.rows * self.heads, wanted_programs(self.q.device, choices_of(self).programs)
-        )
+        wanted = wanted_programs(self.q.device, self.choices.programs)
+        return group_size(self.chunks, self.rows * self.heads, wanted)
 
     @property
     def groups(self) -> int:
@@ -151,6 +164,8 @@ class Call:
 
     def sliced(self, values: slice) -> Call:
         """The same call for some columns of the values: outputs are these columns, gradients of the rest add up."""
+        if values.start == 0 and values.stop >= self.v.shape[3]:
+            return self
         sink_v = None if self.sink_v is None else self.sink_v[..., values]
         start = None if self.start is None else (self.start[0][..., values], self.start[1])
         return replace(self, v=self.v[..., values], sink_v=sink_v, start=start)
@@ -250,11 +265,6 @@ def constants_of(**fields: Any) -> Constants:
     return Constants(**fields)
 
 
-def features_of(c: Constants) -> int:
-    """F, its halves as powers of two."""
-    return int(c.block_p.value) * (2 if c.paired.value else 1)
-
-
 def block(size: int) -> int:
     """The power of two a tensor core can take, 16 at least."""
     return max(16, triton.next_power_of_2(size))
@@ -278,12 +288,6 @@ def has_copy_engine(device: torch.device) -> bool:
 def device_name(device: torch.device) -> str:
     """What tuned choices are filed under."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def choices_of(call: Call) -> Choices:
-    """Choices tuned on this device for a shape like the call's, or none."""
-    c = call.constants
-    return choices(device_name(call.q.device), signature(c, str(call.q.dtype)), VERSION)
 
 
 def signature(c: Constants, dtype: str) -> str:
@@ -319,7 +323,7 @@ def run(
     """Launch a kernel whose last positional argument is the call's constants, as tuned; `usual` where it is not (None:
     :func:`untuned`)."""
     name = kernel.fn.__name__
-    tile = choices_of(call).tiles.get(name) or usual or untuned(call.constants, name)
+    tile = call.choices.tiles.get(name) or usual or untuned(call.constants, name)
     if launches is not None:
         launches.append(Launch(name, kernel, grid, (*arguments, call.constants), flags, tile))
     with on(call.q.device):
@@ -362,22 +366,6 @@ def recorded() -> Iterator[list[Launch]]:
         launches = before
 
 
-def shared_bytes(c: Constants, itemsize: int) -> int:
-    """Shared memory the hungriest kernel can need, and not much more: of the forward or transfer two maps of two parts
-    (or two pieces of one, and of their tokens) beside tiles of the near part, or beside the far sum as an operand; of
-    the near part's backward six tiles. `scripts/compile_kernels.py` prints what each takes."""
-    d, e, p, w, piece = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w, c.piece))
-    parts, features, tiles = 2 if c.split.value else 1, features_of(c), w * (d + 2 * max(d, e))
-    local, near = 0 if c.kind.value == "terrace" else w, 0 if c.kind.value == "linear" else 6 * w * max(d, e)
-    if not c.far.value:
-        most = tiles
-    elif piece:
-        most = max(tiles, 2 * piece * (parts * p + w) + features * e + local * p)
-    else:
-        most = 2 * parts * d * p + max(tiles + local * features, features * e + local * p + w * d)
-    return int(itemsize * max(near, most)) + 1024
-
-
 @lru_cache
 def shared_limit(device: torch.device) -> int:
     """Shared memory a program can have; Hopper's where there is no CUDA device."""
@@ -390,6 +378,16 @@ def shared_limit(device: torch.device) -> int:
 def on_gpu(device: torch.device) -> bool:
     """Whether kernels can run there."""
     return INTERPRETED or device.type == "cuda"
+
+
+def inner(x: Tensor) -> Tensor:
+    """With a contiguous last axis."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def refused(reason: str) -> ValueError:
+    """The error for what the kernels cannot do."""
+    return ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
 
 
 def refusal(call: Call) -> str | None:

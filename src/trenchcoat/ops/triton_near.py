@@ -74,12 +74,9 @@ def chunk_query_gradient(
 ):  # fmt: skip
     """(dq with the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
     unit = exponent_unit(scale, C)
-    k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
-    before_k = load_chunk(K, K_BOX, r, kv, start, c - 1, length, C.dim, C.block_d, C)
-    sink_k = k
-    if C.sinks > 0:
-        sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
-    s_before, s_own, s_sink, top = window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C)
+    k, before_k, sink_k, s_before, s_own, s_sink, top = window_scores(
+        q, K, K_BOX, SINK_K, r, kv, start, logit, c, length, position, scale, cap, C
+    )
     top, column = largest(s_before, s_own, s_sink, logit, C)
     top = top * unit
     v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)

@@ -61,6 +61,27 @@ class Constants:
             object.__setattr__(self, field.name, tl.constexpr(getattr(self, field.name)))
 
 
+def features_of(c: Constants) -> int:
+    """F, its halves as powers of two."""
+    return int(c.block_p.value) * (2 if c.paired.value else 1)
+
+
+def shared_bytes(c: Constants, itemsize: int) -> int:
+    """Shared memory the hungriest kernel can need, and not much more: of the forward or transfer two maps of two parts
+    (or two pieces of one, and of their tokens) beside tiles of the near part, or beside the far sum as an operand; of
+    the near part's backward six tiles. `scripts/compile_kernels.py` prints what each takes."""
+    d, e, p, w, piece = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w, c.piece))
+    parts, features, tiles = 2 if c.split.value else 1, features_of(c), w * (d + 2 * max(d, e))
+    local, near = 0 if c.kind.value == "terrace" else w, 0 if c.kind.value == "linear" else 6 * w * max(d, e)
+    if not c.far.value:
+        most = tiles
+    elif piece:
+        most = max(tiles, 2 * piece * (parts * p + w) + features * e + local * p)
+    else:
+        most = 2 * parts * d * p + max(tiles + local * features, features * e + local * p + w * d)
+    return int(itemsize * max(near, most)) + 1024
+
+
 LOG2E = tl.constexpr(1.4426950408889634)
 """Exponentials are powers of two: e^x costs four instructions more."""
 
@@ -252,8 +273,14 @@ def seen_sinks(position, C: tl.constexpr):
 
 
 @triton.jit
-def window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C: tl.constexpr):
-    """(scores of the chunk before, of the own chunk, of the sinks, largest of all)."""
+def window_scores(q, K, K_BOX, SINK_K, r, kv, start, logit, c, length, position, scale, cap, C: tl.constexpr):
+    """(keys of the own chunk, the chunk before, the sinks; q's scores with the chunk before, the own chunk, the sinks;
+    largest of all)."""
+    k = load_chunk(K, K_BOX, r, kv, start, c, length, C.dim, C.block_d, C)
+    before_k = load_chunk(K, K_BOX, r, kv, start, c - 1, length, C.dim, C.block_d, C)
+    sink_k = k
+    if C.sinks > 0:
+        sink_k = load_sinks(SINK_K, r, kv, C, C.dim, C.block_d)
     i = tl.arange(0, C.block_w)
     own = scores(q, k, i[None, :] <= i[:, None], scale, cap, C)
     before = scores(q, before_k, seen_before(c, C), scale, cap, C)
@@ -264,7 +291,7 @@ def window_scores(q, k, before_k, sink_k, logit, c, position, scale, cap, C: tl.
         top = tl.maximum(top, tl.max(sink, 1))
     if C.sink_logit:
         top = tl.maximum(top, logit)
-    return before, own, sink, top
+    return k, before_k, sink_k, before, own, sink, top
 
 
 @triton.jit
