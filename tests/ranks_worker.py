@@ -27,7 +27,7 @@ from trenchcoat import blockstages, data, distributed, pipeline, stages, surgery
 from trenchcoat.blockfolder import Block, found_blocks
 from trenchcoat.blocks import BlockRun
 from trenchcoat.chain import TRAIN, Item
-from trenchcoat.checkpoint import checkpoint_folders
+from trenchcoat.checkpoints import checkpoint_folders
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.interrupts import StopSignal
 from trenchcoat.loading import load_base

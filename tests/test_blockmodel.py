@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiny_families import FAMILIES, tiny_model, tokens
-from trenchcoat import checkpoint, surgery
+from trenchcoat import files, identity, surgery
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names, local_names
 from trenchcoat.config import ModelConfig, StudentConfig, UserError
 from trenchcoat.families import decoder_of
@@ -53,7 +53,7 @@ def test_blocks_embedding_and_head_are_exact(family: str, tmp_path: Path) -> Non
     mask[1, -5:] = 0
     states, logits = watched(model, ids, mask)
     source = BlockSource(ModelConfig(path=str(tmp_path), attention=attention, dtype="float32"))
-    assert source.fingerprint == checkpoint.fingerprint(model)
+    assert source.fingerprint == identity.fingerprint(model)
     with torch.no_grad():
         embedded = decoder_of(source.embedding())(input_ids=ids, attention_mask=mask, use_cache=False)
         assert torch.equal(embedded.last_hidden_state, states[0])
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     lost = {name: t for name, t in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
     for file in tmp_path.glob("*.safetensors*"):
         file.unlink()
-    checkpoint.save_tensors(tmp_path / "model.safetensors", lost, {"format": "pt"})
+    files.save_tensors(tmp_path / "model.safetensors", lost, {"format": "pt"})
     source = BlockSource(ModelConfig(path=str(tmp_path)))
     source.build(0, 1, source.read(0, 1))
     with pytest.raises(UserError, match=r"does not hold model\.layers\.0\.mlp\.up_proj"):

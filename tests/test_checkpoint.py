@@ -12,9 +12,9 @@ import torch
 
 from conftest import small_file_system
 from training_kit import STUDENT, lora_settings, start_lora, tiny_llama, transfer_model
-from trenchcoat import checkpoint, files, surgery
-from trenchcoat.checkpoint import CorruptFileError, SaveError
+from trenchcoat import adapters, checkpoints, files, identity, loading, surgery
 from trenchcoat.config import ModelConfig, UserError
+from trenchcoat.files import CorruptFileError, SaveError
 
 GROUP = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}}
 
@@ -62,10 +62,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_really_full_disk(small_disk: Path) -> None:
-    checkpoint.write_checkpoint(small_disk, 1, {"weights": {"a": torch.zeros(100_000)}}, {})
+    checkpoints.write_checkpoint(small_disk, 1, {"weights": {"a": torch.zeros(100_000)}}, {})
     with pytest.raises(SaveError, match="the disk is full while saving"):
-        checkpoint.write_checkpoint(small_disk, 2, {"weights": {"a": torch.zeros(200_000)}}, {})
-    found = checkpoint.newest_checkpoint(small_disk, pytest.fail)
+        checkpoints.write_checkpoint(small_disk, 2, {"weights": {"a": torch.zeros(200_000)}}, {})
+    found = checkpoints.newest_checkpoint(small_disk, pytest.fail)
     assert found is not None
     assert found.step == 1
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
@@ -104,11 +104,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_named(tmp_path: Path) -> None:
     for step in (5, 10, 20):
-        checkpoint.write_checkpoint(tmp_path, step, GROUP, {"step": step})
+        checkpoints.write_checkpoint(tmp_path, step, GROUP, {"step": step})
     damage(tmp_path / "step-00000020" / "weights.safetensors")
     (tmp_path / ".partial-1234-step-00000030").mkdir()
     warnings: list[str] = []
-    found = checkpoint.newest_checkpoint(tmp_path, warnings.append)
+    found = checkpoints.newest_checkpoint(tmp_path, warnings.append)
     assert found is not None
     assert (found.step, found.state) == (10, {"step": 10})
     assert found.names() == sorted(GROUP["weights"])
@@ -120,24 +120,24 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_named(tmp_path:
 
     (tmp_path / "step-00000010" / "state.json").unlink()
     (tmp_path / "step-00000005" / "manifest.json").write_text("{")
-    assert checkpoint.newest_checkpoint(tmp_path, warnings.append) is None
+    assert checkpoints.newest_checkpoint(tmp_path, warnings.append) is None
     assert "state.json is missing" in warnings[-2]
     assert "manifest.json is not valid JSON" in warnings[-1]
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (0, 5, 10):
-        checkpoint.write_checkpoint(tmp_path, step, GROUP, {})
+        checkpoints.write_checkpoint(tmp_path, step, GROUP, {})
     (tmp_path / ".partial-1234-step-00000030").mkdir()
-    checkpoint.prune_checkpoints(tmp_path, keep=2)
+    checkpoints.prune_checkpoints(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
-    assert checkpoint.newest_checkpoint(tmp_path / "absent", pytest.fail) is None
+    assert checkpoints.newest_checkpoint(tmp_path / "absent", pytest.fail) is None
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
-    checkpoint.write_checkpoint(tmp_path, 5, GROUP, {"try": 1})
-    checkpoint.write_checkpoint(tmp_path, 5, GROUP, {"try": 2})
-    found = checkpoint.newest_checkpoint(tmp_path, pytest.fail)
+    checkpoints.write_checkpoint(tmp_path, 5, GROUP, {"try": 1})
+    checkpoints.write_checkpoint(tmp_path, 5, GROUP, {"try": 2})
+    found = checkpoints.newest_checkpoint(tmp_path, pytest.fail)
     assert found is not None
     assert found.state == {"try": 2}
 
@@ -146,8 +146,8 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_an_adapter_comes_back(tmp_path: Path) -> None:
-    checkpoint.write_adapter(tmp_path, GROUP["weights"], {"version": 1, "base": {"path": "x"}})
-    tensors, meta = checkpoint.read_adapter(tmp_path)
+    adapters.write_adapter(tmp_path, GROUP["weights"], {"version": 1, "base": {"path": "x"}})
+    tensors, meta = adapters.read_adapter(tmp_path)
     assert torch.equal(tensors["a"], GROUP["weights"]["a"])
     assert meta["version"] == 1
     assert meta["base"] == {"path": "x"}
@@ -156,55 +156,55 @@ def test_an_adapter_comes_back(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not an adapter folder: trenchcoat\.json is missing"):
-        checkpoint.read_adapter(tmp_path)
-    checkpoint.write_adapter(tmp_path, GROUP["weights"], {})
-    files.save_tensors(tmp_path / checkpoint.ADAPTER_FILE, {"a": torch.zeros(1)})
+        adapters.read_adapter(tmp_path)
+    adapters.write_adapter(tmp_path, GROUP["weights"], {})
+    files.save_tensors(tmp_path / adapters.ADAPTER_FILE, {"a": torch.zeros(1)})
     with pytest.raises(CorruptFileError, match="does not match the checksum"):
-        checkpoint.read_adapter(tmp_path)
+        adapters.read_adapter(tmp_path)
 
 
 # The identity of a base model
 
 
 def test_the_fingerprint_is_that_of_the_base_alone() -> None:
-    plain = checkpoint.fingerprint(tiny_llama())
-    assert plain == checkpoint.fingerprint(tiny_llama())
-    assert plain == checkpoint.fingerprint(tiny_llama().bfloat16())
+    plain = identity.fingerprint(tiny_llama())
+    assert plain == identity.fingerprint(tiny_llama())
+    assert plain == identity.fingerprint(tiny_llama().bfloat16())
     model = transfer_model()
-    assert plain == checkpoint.fingerprint(model)
+    assert plain == identity.fingerprint(model)
     start_lora(model, lora_settings())
-    assert plain == checkpoint.fingerprint(model)
-    assert plain != checkpoint.fingerprint(tiny_llama(seed=1))
-    assert plain != checkpoint.fingerprint(tiny_llama(layers=3))
+    assert plain == identity.fingerprint(model)
+    assert plain != identity.fingerprint(tiny_llama(seed=1))
+    assert plain != identity.fingerprint(tiny_llama(layers=3))
 
 
 def test_the_fingerprint_sees_every_region_of_the_model() -> None:
     model = tiny_llama()
-    plain = checkpoint.fingerprint(model)
+    plain = identity.fingerprint(model)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
         model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
         model.model.layers[1].self_attn.o_proj.weight.mul_(1.5)
-    assert plain != checkpoint.fingerprint(model)
+    assert plain != identity.fingerprint(model)
 
 
 def test_no_fingerprint_without_weights() -> None:
     with torch.device("meta"):
         model = tiny_llama()
     with pytest.raises(ValueError, match="meta device"):
-        checkpoint.fingerprint(model)
+        identity.fingerprint(model)
 
 
 # The pretrained model
 
 
 def test_a_model_folder_loads_frozen(tiny_model_dir: Path) -> None:
-    model, tokenizer = checkpoint.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu"))
+    model, tokenizer = loading.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu"))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert next(model.parameters()).dtype == torch.float32
     assert tokenizer("abc")["input_ids"]
-    model, _ = checkpoint.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", dtype="bfloat16"))
+    model, _ = loading.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", dtype="bfloat16"))
     assert next(model.parameters()).dtype == torch.bfloat16
     surgery.attach_students(model, STUDENT)
 
@@ -219,35 +219,35 @@ def test_a_model_folder_loads_frozen(tiny_model_dir: Path) -> None:
 )
 def test_unknown_models_are_named(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        checkpoint.load_model(ModelConfig(path=path, device="cpu"))
+        loading.load_model(ModelConfig(path=path, device="cpu"))
     assert "\n" not in str(caught.value)
 
 
 def test_wrong_folders_are_explained(tmp_path: Path, tiny_model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
-        checkpoint.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+        loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     with pytest.raises(UserError, match="is a file"):
-        checkpoint.load_model(ModelConfig(path=str(tiny_model_dir / "config.json"), device="cpu"))
-    checkpoint.write_adapter(tmp_path, GROUP["weights"], {})
+        loading.load_model(ModelConfig(path=str(tiny_model_dir / "config.json"), device="cpu"))
+    adapters.write_adapter(tmp_path, GROUP["weights"], {})
     with pytest.raises(UserError, match=r"trenchcoat\.load"):
-        checkpoint.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+        loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
     with pytest.raises(UserError, match="cannot load"):
-        checkpoint.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+        loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
 
 
 def test_a_model_without_tokenizer_and_impossible_attention(tmp_path: Path, tiny_model_dir: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no tokenizer"):
-        checkpoint.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+        loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     with pytest.raises(UserError, match="no_such_attention"):
-        checkpoint.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", attention="no_such_attention"))
+        loading.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", attention="no_such_attention"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_impossible_devices(device: str) -> None:
     with pytest.raises(UserError, match=r"model\.device"):
-        checkpoint.resolve_device(device)
+        loading.resolve_device(device)
 
 
 def test_truncated_weights_are_a_clear_error(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -255,7 +255,7 @@ def test_truncated_weights_are_a_clear_error(tmp_path: Path, tiny_model_dir: Pat
         os.link(path, tmp_path / path.name) if path.suffix != ".safetensors" else None
     (tmp_path / "model.safetensors").write_bytes((tiny_model_dir / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot load"):
-        checkpoint.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+        loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
 
 
 def test_missing_weights_are_not_replaced_by_random_ones(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -265,4 +265,4 @@ def test_missing_weights_are_not_replaced_by_random_ones(tmp_path: Path, tiny_mo
     del weights["model.norm.weight"]
     files.save_tensors(tmp_path / "model.safetensors", weights, {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 weights .*model\.norm\.weight"):
-        checkpoint.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
+        loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import trenchcoat
 from tiny_families import FAMILIES, logits, tiny_model, tokens
 from trenchcoat import auto, hub
-from trenchcoat.checkpoint import CorruptFileError, load_model
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.files import CorruptFileError
+from trenchcoat.loading import load_model
 from trenchcoat.surgery import adapter_state, add_lora, attach_students, set_mode, student_config, students_of
 
 SMALL = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=6))

@@ -12,9 +12,9 @@ from torch import nn
 
 from conftest import save_tiny_model
 from trenchcoat import hub, loading, stages, surgery
-from trenchcoat.checkpoint import fingerprint, load_model
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, ParallelConfig, StudentConfig, UserError
-from trenchcoat.loading import load_base
+from trenchcoat.identity import fingerprint
+from trenchcoat.loading import load_base, load_model
 from trenchcoat.objectives import next_token_objective
 from trenchcoat.recipe_io import load_recipe
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat import comparison, machine, results, stages, workshop
+from trenchcoat import comparison, loading, machine, results, stages, workshop
 from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.data import StreamedBatches, stream, stream_sources
@@ -66,7 +66,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert again.all.mean == pytest.approx(outcome.results.rows[results.TRANSFER_LORA].all.mean, abs=1e-6)
 
     monkeypatch.setattr(workshop, "fit", _no_training)
-    monkeypatch.setattr(workshop.checkpoint, "load_model", _no_training)
+    monkeypatch.setattr(loading, "load_model", _no_training)
     second = stages.linearize(recipe).results
     assert second is not None
     assert _losses(second) == _losses(outcome.results)

@@ -26,7 +26,7 @@ from training_kit import (
     transfer_model,
     transfer_settings,
 )
-from trenchcoat import checkpoint, surgery
+from trenchcoat import checkpoints, surgery
 from trenchcoat.config import StageConfig, TransferConfig, UserError
 from trenchcoat.files import SaveError
 from trenchcoat.gradients import average_and_clip, clip_groups
@@ -374,7 +374,7 @@ def test_a_full_disk_stops_with_the_old_checkpoint_intact(tmp_path: Path, monkey
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(checkpoints, "save_file", full)
         with pytest.raises(SaveError, match=r"disk is full while saving .*step-00000004"):
             run_fit(tmp_path, Point(), distance, cfg)
     assert kept(tmp_path)[-1] == "step-00000002"

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trenchcoat import checkpoint, distributed
+from trenchcoat import checkpoints, distributed
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.runfolder import TRANSFER, RunFolder
 from trenchcoat.runlog import RunLog, SilentLog, read_metrics
@@ -146,7 +146,7 @@ class BlockFolder:
 
     def steps_done(self, warn: Callable[[str], None]) -> int:
         """Optimizer steps in its newest sound checkpoint; -1 when there is none."""
-        found = checkpoint.newest_checkpoint(self.directory / "checkpoints" / TRANSFER, warn)
+        found = checkpoints.newest_checkpoint(self.directory / "checkpoints" / TRANSFER, warn)
         return -1 if found is None else found.step
 
 

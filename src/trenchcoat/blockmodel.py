@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from trenchcoat import checkpoint
+from trenchcoat import files, loading
 from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.families import check_family, decoder_of
 from trenchcoat.files import read_json, write_json
@@ -52,9 +52,9 @@ class BlockSource:
 
     def __init__(self, cfg: ModelConfig, folder: Path | None = None) -> None:
         self.cfg = cfg
-        self.folder = base_folder(checkpoint.model_source(cfg), cfg.revision) if folder is None else folder
-        self.device = checkpoint.resolve_device(cfg.device)
-        self.dtype = checkpoint.resolve_dtype(cfg.dtype, self.device)
+        self.folder = base_folder(loading.model_source(cfg), cfg.revision) if folder is None else folder
+        self.device = loading.resolve_device(cfg.device)
+        self.dtype = loading.resolve_dtype(cfg.dtype, self.device)
         try:
             self.config = AutoConfig.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError) as error:
@@ -224,8 +224,8 @@ class BlockSource:
         The folder can stand in for the model wherever only this block is worked on.
         """
         tensors = dict(self._load([name for name in self._files if _layer_in(name, first, stop)]))
-        with checkpoint.atomic_directory(out) as partial:
-            checkpoint.save_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
+        with files.atomic_directory(out) as partial:
+            files.save_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
             self.config.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)

@@ -34,11 +34,11 @@ from trenchcoat.blockpass import PassChoice, Streamed, choose_pass
 from trenchcoat.blocks import BlockRun, Collection, Stream
 from trenchcoat.blockscore import score_blocks
 from trenchcoat.blocksize import choose_block_size
-from trenchcoat.checkpoint import load_tokenizer, model_source
 from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.data import StreamedBatches, load_batches
 from trenchcoat.flops import transfer_flops_per_token
+from trenchcoat.loading import load_tokenizer, model_source
 from trenchcoat.lock import locked
 from trenchcoat.machine import free_disk, free_memory
 from trenchcoat.pipeline import Pipeline

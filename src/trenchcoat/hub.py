@@ -17,18 +17,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat import auto
-from trenchcoat.checkpoint import (
-    ADAPTER_META,
-    atomic_directory,
-    fingerprint,
-    load_model,
-    read_adapter,
-    read_json,
-    resolve_device,
-    resolve_dtype,
-    write_adapter,
-)
+from trenchcoat.adapters import ADAPTER_META, read_adapter, write_adapter
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.files import atomic_directory, read_json
+from trenchcoat.identity import fingerprint
+from trenchcoat.loading import load_model, resolve_device, resolve_dtype
 from trenchcoat.surgery import (
     adapter_state,
     add_lora,

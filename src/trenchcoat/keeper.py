@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import checkpoint, distributed
-from trenchcoat.checkpoint import Checkpoint, CheckpointWriter
+from trenchcoat import checkpoints, distributed
+from trenchcoat.checkpoints import Checkpoint, CheckpointWriter
+from trenchcoat.identity import fingerprint
 from trenchcoat.students import StudentAttention
 
 FORMAT = 2
@@ -46,11 +47,11 @@ class Keeper:
         writer, self._writing = self._writing, None
         writer.finish()
         if distributed.is_main():
-            checkpoint.prune_checkpoints(self.root, self.keep)
+            checkpoints.prune_checkpoints(self.root, self.keep)
 
     def newest(self) -> Checkpoint | None:
         """The newest sound checkpoint; damaged ones are named."""
-        found: Checkpoint | None = distributed.from_main(lambda: checkpoint.newest_checkpoint(self.root, self.warn))
+        found: Checkpoint | None = distributed.from_main(lambda: checkpoints.newest_checkpoint(self.root, self.warn))
         return found
 
 
@@ -72,5 +73,5 @@ def identity(
         "micro_batches_an_epoch": len(batches),
         "trained_parameters": shapes.hexdigest()[:16],
         "frozen_students": frozen.hexdigest()[:16],
-        "base_model": checkpoint.fingerprint(model) if hasattr(model, "config") else None,
+        "base_model": fingerprint(model) if hasattr(model, "config") else None,
     }

@@ -7,6 +7,7 @@ each tensor out of the safetensors files: no process, and no host, ever holds it
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from trenchcoat import checkpoint, distributed
+from trenchcoat import distributed
+from trenchcoat.adapters import ADAPTER_META
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
+from trenchcoat.embedded import teacher_dir
 from trenchcoat.families import decoder_of
 from trenchcoat.identity import bear_fingerprint
 from trenchcoat.shapes import meta_model
@@ -31,19 +35,19 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 def load_base(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
     """The frozen model in evaluation mode, and its tokenizer; a collective with several processes.
 
-    Raises ``UserError`` as :func:`trenchcoat.checkpoint.load_model` does, and for what cannot be spread.
+    Raises ``UserError`` as :func:`trenchcoat.loading.load_model` does, and for what cannot be spread.
     """
     if cfg.quantize == "nf4":
         return _load_quantized(cfg, parallel)
     if distributed.size() == 1 or parallel.shard == "none":
-        return checkpoint.load_model(cfg)
+        return load_model(cfg)
     return _load_spread(cfg, parallel)
 
 
 def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
-    device = checkpoint.resolve_device(cfg.device)
-    dtype = checkpoint.resolve_dtype(cfg.dtype, device)
-    source = checkpoint.model_source(cfg)
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.dtype, device)
+    source = model_source(cfg)
     folder = distributed.in_turns_per_node(lambda: base_folder(source, cfg.revision))
     attention = None if cfg.attention == "auto" else cfg.attention
     try:
@@ -59,11 +63,11 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     fill_from_files(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, checkpoint.load_tokenizer(cfg, str(folder))
+    return model, load_tokenizer(cfg, str(folder))
 
 
 def base_folder(source: str, revision: str | None) -> Path:
-    """The local folder of a model (of :func:`trenchcoat.checkpoint.model_source`), fetched from the hub if need be."""
+    """The local folder of a model (of :func:`trenchcoat.model_source`), fetched from the hub if need be."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -91,8 +95,8 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model, tokenizer = checkpoint.load_model(cfg, quantization_config=settings)
-    folder = base_folder(checkpoint.model_source(cfg), cfg.revision)
+    model, tokenizer = load_model(cfg, quantization_config=settings)
+    folder = base_folder(model_source(cfg), cfg.revision)
     try:
         bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
     except KeyError as error:
@@ -114,3 +118,93 @@ def _keep_backward(model: nn.Module) -> None:
     for layer in layers:
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the GPU when there is one; an impossible device is a ``UserError``."""
+    if distributed.size() > 1:
+        return distributed.device()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"model.device={name!r} is not a device; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"model.device={name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError(f"model.dtype={name!r} is not known; expected auto, {', '.join(known)}")
+    return known[name]
+
+
+def model_source(cfg: ModelConfig) -> str:
+    """Folder or hub id of a model; raises ``UserError`` for what can be neither."""
+    if cfg.path == "embedded":
+        try:
+            return str(teacher_dir())
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
+    local = Path(cfg.path).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            hint = f"; it is an adapter: use trenchcoat.load({cfg.path!r})" if (local / ADAPTER_META).is_file() else ""
+            raise UserError(f"model.path={cfg.path!r} is not a Hugging Face model folder (no config.json){hint}")
+        return str(local)
+    if local.exists():
+        raise UserError(f"model.path={cfg.path!r} is a file; give the folder that holds config.json")
+    if cfg.path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", cfg.path):
+        raise UserError(f"model.path={cfg.path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
+    return cfg.path
+
+
+def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
+    """Load the whole pretrained model (evaluation mode, nothing trainable) and its tokenizer.
+
+    Raises ``UserError`` for an unknown path or id, a folder that is no causal language model, a missing tokenizer,
+    an attention implementation that cannot run here, or an impossible device.
+    """
+    device = resolve_device(cfg.device)
+    dtype = resolve_dtype(cfg.dtype, device)
+    source = model_source(cfg)
+    attention = None if cfg.attention == "auto" else cfg.attention
+    options: dict[str, Any] = {"revision": cfg.revision, "dtype": dtype, "attn_implementation": attention}
+    if quantization_config is not None:
+        options |= {"quantization_config": quantization_config, "device_map": {"": device}}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
+            f"{_one_line(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
+        ) from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model.path={cfg.path!r} lacks {len(missing)} weights ({missing[0]}, ...), so it would "
+            "run with random ones; give a complete causal language model"
+        )
+    tokenizer = load_tokenizer(cfg, source)
+    if quantization_config is None:
+        model = model.to(device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
+    """The tokenizer beside a model; raises ``UserError`` when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=cfg.revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException, limit: int = 300) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

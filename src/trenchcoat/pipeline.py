@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trenchcoat import checkpoint, distributed, surgery
+from trenchcoat import checkpoints, distributed, surgery
 from trenchcoat.blockfolder import Block, BlockFolder
 from trenchcoat.blocks import BlockRun
 from trenchcoat.blocksize import measure_block
@@ -183,7 +183,7 @@ class Pipeline:
         if self.folder.finished or kept.issuperset(range(self.block.first, self.block.stop)):
             return FINISHED
         # fit takes up the same one, and tells of those that are damaged
-        found = checkpoint.newest_checkpoint(self.folder.directory / "checkpoints" / TRANSFER, lambda text: None)
+        found = checkpoints.newest_checkpoint(self.folder.directory / "checkpoints" / TRANSFER, lambda text: None)
         if found is None:
             return Position(-1, False)
         return Position(found.step, found.state["counters"]["evaluated_step"] == found.step)

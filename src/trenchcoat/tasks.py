@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from trenchcoat import hub, report, surgery
-from trenchcoat.checkpoint import load_model
 from trenchcoat.config import ModelConfig, Recipe, UserError
 from trenchcoat.continuations import ContinuationScorer, Work
 from trenchcoat.data import load_batches
 from trenchcoat.letters import NAME as LETTERS
 from trenchcoat.letters import score_letters
+from trenchcoat.loading import load_model
 from trenchcoat.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
 from trenchcoat.results import Results
 from trenchcoat.runlog import Tracker, environment, show_progress

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import checkpoint, distributed, surgery
+from trenchcoat import adapters, distributed, files, identity, surgery
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
 from trenchcoat.esl import EslRanking
@@ -95,7 +95,7 @@ class Workshop:
     @cached_property
     def base_fingerprint(self) -> str:
         """Identity of the base weights."""
-        return checkpoint.fingerprint(self.model)
+        return identity.fingerprint(self.model)
 
     def batches(self, batch_size: int, seq_len: int | None = None) -> Batches:
         """The recipe's data in micro-batches of ``batch_size`` rows; the source is read once for each size."""
@@ -281,8 +281,8 @@ class Workshop:
 
     def _exported(self, lora: bool) -> bool:
         """Whether the adapter folder is there already, with or without a LoRA."""
-        meta = self.adapter / checkpoint.ADAPTER_META
-        return meta.is_file() and (checkpoint.read_json(meta).get("lora") is not None) == lora
+        meta = self.adapter / adapters.ADAPTER_META
+        return meta.is_file() and (files.read_json(meta).get("lora") is not None) == lora
 
     def export(self, stage: str) -> None:
         """Write the adapter folder from a finished stage, unless it is there already."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from trenchcoat.checkpoint import ADAPTER_FILE, ADAPTER_META, read_adapter
+from trenchcoat.adapters import ADAPTER_FILE, ADAPTER_META, read_adapter
 from trenchcoat.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.files import atomic_file, read_json, save_tensors, write_json

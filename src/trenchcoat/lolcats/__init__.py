@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from trenchcoat import hub
-from trenchcoat.checkpoint import ADAPTER_META, model_source, read_adapter
+from trenchcoat.adapters import ADAPTER_META, read_adapter
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.families import attention_sites
 from trenchcoat.identity import bear_fingerprint, fingerprint
-from trenchcoat.loading import base_folder
+from trenchcoat.loading import base_folder, model_source
 from trenchcoat.lolcats.files import Key, StateFile, read_state, write_states
 from trenchcoat.lolcats.settings import (
     FAMILIES,

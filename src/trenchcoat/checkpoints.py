@@ -1,7 +1,7 @@
-"""What is read from and written to disk: the pretrained model, adapters, and resumable training checkpoints.
+"""Resumable training checkpoints.
 
-A training checkpoint is a folder ``step-00000100`` holding safetensors groups, ``state.json`` and ``manifest.json``
-with the SHA-256 of each file. It appears by a rename, so it is complete or absent; a file damaged later is found by its
+A checkpoint is a folder ``step-00000100`` holding safetensors groups, ``state.json`` and ``manifest.json`` with the
+SHA-256 of each file. It appears by a rename, so it is complete or absent; a file damaged later is found by its
 checksum, and the newest sound checkpoint before it is used. Nothing is ever unpickled.
 """
 
@@ -18,196 +18,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat import distributed
-from trenchcoat.config import ModelConfig, UserError
-from trenchcoat.embedded import teacher_dir
 from trenchcoat.files import (
     PARTIAL_PREFIX,
     CorruptFileError,
-    SaveError,
-    atomic_directory,
-    atomic_file,
     is_disk_full,
-    load_tensors,
     publish_directory,
     read_json,
     remove_partials,
-    save_tensors,
     saving,
     separate_storage,
     sha256,
-    write_json,
-    write_text,
 )
-from trenchcoat.identity import fingerprint
 
-__all__ = [
-    "ADAPTER_FILE",
-    "ADAPTER_META",
-    "Checkpoint",
-    "CorruptFileError",
-    "SaveError",
-    "atomic_directory",
-    "atomic_file",
-    "fingerprint",
-    "load_model",
-    "load_tensors",
-    "load_tokenizer",
-    "model_source",
-    "newest_checkpoint",
-    "prune_checkpoints",
-    "read_adapter",
-    "read_json",
-    "resolve_device",
-    "resolve_dtype",
-    "save_tensors",
-    "write_adapter",
-    "write_checkpoint",
-    "write_json",
-    "write_text",
-]
-
-ADAPTER_FILE = "adapter.safetensors"
-ADAPTER_META = "trenchcoat.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-
-
-# The pretrained model
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is the GPU when there is one; an impossible device is a ``UserError``."""
-    if distributed.size() > 1:
-        return distributed.device()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"model.device={name!r} is not a device; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"model.device={name!r} asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)")
-    return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU and float32 on a CPU."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UserError(f"model.dtype={name!r} is not known; expected auto, {', '.join(known)}")
-    return known[name]
-
-
-def model_source(cfg: ModelConfig) -> str:
-    """Folder or hub id of a model; raises ``UserError`` for what can be neither."""
-    if cfg.path == "embedded":
-        try:
-            return str(teacher_dir())
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
-    local = Path(cfg.path).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            hint = f"; it is an adapter: use trenchcoat.load({cfg.path!r})" if (local / ADAPTER_META).is_file() else ""
-            raise UserError(f"model.path={cfg.path!r} is not a Hugging Face model folder (no config.json){hint}")
-        return str(local)
-    if local.exists():
-        raise UserError(f"model.path={cfg.path!r} is a file; give the folder that holds config.json")
-    if cfg.path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", cfg.path):
-        raise UserError(f"model.path={cfg.path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
-    return cfg.path
-
-
-def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
-    """Load the whole pretrained model (evaluation mode, nothing trainable) and its tokenizer.
-
-    Raises ``UserError`` for an unknown path or id, a folder that is no causal language model, a missing tokenizer,
-    an attention implementation that cannot run here, or an impossible device.
-    """
-    device = resolve_device(cfg.device)
-    dtype = resolve_dtype(cfg.dtype, device)
-    source = model_source(cfg)
-    attention = None if cfg.attention == "auto" else cfg.attention
-    options: dict[str, Any] = {"revision": cfg.revision, "dtype": dtype, "attn_implementation": attention}
-    if quantization_config is not None:
-        options |= {"quantization_config": quantization_config, "device_map": {"": device}}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
-            f"{_one_line(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
-        ) from error
-    if loading["missing_keys"]:
-        missing = sorted(loading["missing_keys"])
-        raise UserError(
-            f"model.path={cfg.path!r} lacks {len(missing)} weights ({missing[0]}, ...), so it would "
-            "run with random ones; give a complete causal language model"
-        )
-    tokenizer = load_tokenizer(cfg, source)
-    if quantization_config is None:
-        model = model.to(device)
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
-    """The tokenizer beside a model; raises ``UserError`` when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=cfg.revision)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-# Adapters: what was learned, without the base model
-
-
-def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta`` plus the checksum of the tensors)."""
-    directory = Path(directory)
-    save_tensors(directory / ADAPTER_FILE, tensors, {"format": "pt"})
-    write_json(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
-
-
-def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter folder: ``(tensors, meta)``.
-
-    Raises ``UserError`` when the folder is no adapter and ``CorruptFileError`` when the tensors are damaged or do not
-    belong to the JSON beside them.
-    """
-    directory = Path(directory)
-    for name in (ADAPTER_META, ADAPTER_FILE):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory} is not an adapter folder: {name} is missing")
-    meta = read_json(directory / ADAPTER_META)
-    if not isinstance(meta, dict):
-        raise CorruptFileError(f"{directory / ADAPTER_META} should hold a JSON object")
-    expected = meta.get("sha256")
-    if expected is not None and sha256(directory / ADAPTER_FILE) != expected:
-        raise CorruptFileError(
-            f"{directory / ADAPTER_FILE} does not match the checksum in {ADAPTER_META}: it is damaged or from another "
-            "export; export the adapter again"
-        )
-    return load_tensors(directory / ADAPTER_FILE), meta
-
-
-# Resumable training checkpoints
 
 
 @dataclass(frozen=True)
