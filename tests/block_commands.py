@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trenchcoat import cli
 from trenchcoat.cli_blocks import ACTIONS
 from trenchcoat.config import Recipe
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 from trenchcoat import blockdata, blockstages
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 
 
 def slow(delay: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import Recipe
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER, RunFolder
 from trenchcoat.runlog import read_metrics
 

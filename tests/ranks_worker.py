@@ -29,10 +29,10 @@ from trenchcoat.blocks import BlockRun
 from trenchcoat.chain import TRAIN, Item
 from trenchcoat.checkpoints import checkpoint_folders
 from trenchcoat.config import ParallelConfig, Recipe, UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.interrupts import StopSignal
 from trenchcoat.loading import load_base
 from trenchcoat.objectives import next_token_objective, transfer_objective
-from trenchcoat.recipe_io import load_recipe
 from trenchcoat.sharding import is_sharded
 from trenchcoat.workshop import Workshop
 

@@ -17,11 +17,11 @@ from trenchcoat.blockplan_report import notes_on_blocks
 from trenchcoat.blocksize import HOST_SHARE, block_bytes, choose_block_size, layer_bytes, measure_block
 from trenchcoat.blockways import JOINT, PARALLEL, PIPELINE, STREAMING, BlockWay
 from trenchcoat.config import UserError
+from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.config.units import GIB, parse_tokens, tera
 from trenchcoat.footprint import Layout, footprint
 from trenchcoat.plan import HOST_LINK, Machine, with_reserve
-from trenchcoat.recipe_io import load_recipe
 from trenchcoat.shapes import Shapes, find_config, shapes_of
-from trenchcoat.units import GIB, parse_tokens, tera
 
 LARGEST = load_recipe("llama3_1_405b_blocks")
 

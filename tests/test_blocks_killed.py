@@ -13,7 +13,7 @@ import torch
 
 from conftest import save_tiny_model
 from trenchcoat import stages
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER, RunFolder
 
 KILLER = Path(__file__).parent / "blocks_killer.py"

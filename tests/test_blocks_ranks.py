@@ -9,7 +9,7 @@ import torch
 from conftest import save_tiny_model
 from ranks_kit import run
 from trenchcoat import stages
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER, RunFolder
 
 

@@ -14,7 +14,7 @@ from trenchcoat.compat.configs import read_config
 from trenchcoat.compat.flags import FLAGS
 from trenchcoat.compat.plan import Plan
 from trenchcoat.config import FeatureMapConfig, LoraConfig, TransferConfig, UserError
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -20,8 +20,8 @@ from trenchcoat import compat, hub
 from trenchcoat.compat.configs import read_config
 from trenchcoat.compat.start import base_config, check_rope
 from trenchcoat.config import UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.files import load_tensors, read_json
-from trenchcoat.recipe_io import load_recipe
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

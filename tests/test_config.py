@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, TransferConfig, UserError, dump_recipe
-from trenchcoat.recipe_io import (
+from trenchcoat.config.recipe_io import (
     builtin_recipes,
     check_recipe,
     field_docs,
@@ -88,7 +88,7 @@ def test_the_variants_written_in_the_recipes_load() -> None:
 def _text_of(name: str) -> str:
     from importlib import resources
 
-    return (resources.files("trenchcoat") / "recipes" / f"{name}.yaml").read_text()
+    return (resources.files("trenchcoat.config") / "recipes" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from conftest import byte_tokenizer, save_tiny_model, tiny_llama_config
 from ranks_kit import run, start
 from trenchcoat import distributed, stages
 from trenchcoat.config import UserError
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.results import Results
 from trenchcoat.runlog import read_metrics
 

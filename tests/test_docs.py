@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from block_commands import parse_trenchcoat
 from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.recipe_io import builtin_recipes, load_recipe
+from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
 from trenchcoat.students import STUDENTS, register_student
 from trenchcoat.surgery import attach_students, set_mode
 
@@ -30,7 +30,7 @@ def _blocks(text: str, language: str) -> list[str]:
 def _commands() -> list[str]:
     lines = [line for text in (README, CONTRIBUTING) for block in _blocks(text, "sh") for line in block.splitlines()]
     inline = re.findall(r"`(trenchcoat [^`\n]+)`", README + CONTRIBUTING)
-    recipes = [line.lstrip("# ") for path in (REPOSITORY / "src/trenchcoat/recipes").glob("*.yaml")
+    recipes = [line.lstrip("# ") for path in (REPOSITORY / "src/trenchcoat/config/recipes").glob("*.yaml")
                for line in path.read_text().splitlines() if re.match(r"#\s+trenchcoat \w+ \w+ ", line)]  # fmt: skip
     return [line for line in (*lines, *inline, *recipes) if line.strip() and "COMMAND" not in line]
 

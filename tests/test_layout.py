@@ -28,7 +28,7 @@ ROOMS = (
 """The packages under ``trenchcoat``; one imports only itself and those before it."""
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "triton": ("ops/triton",),
+    "triton": ("ops",),
     "omegaconf": ("config",),
     "torch.distributed": ("runtime", "training/checkpoints.py", "planning/simulate.py", "linearize/blocks"),
     "peft": ("models",),
@@ -86,6 +86,8 @@ def test_files_import_modules_of_their_own_package_not_its_init() -> None:
 
 def test_libraries_stay_behind_their_fences() -> None:
     for path, tree in _files():
+        if path.split("/")[0] not in ROOMS:
+            continue
         for name in _imports(tree):
             for library, places in FENCES.items():
                 if f"{name}.".startswith(f"{library}."):
@@ -104,7 +106,9 @@ def test_no_handler_catches_everything() -> None:
     for path, tree in _files():
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
-                names = {part.id for part in ast.walk(node.type) if isinstance(part, ast.Name)} if node.type else {"all"}
+                names = (
+                    {part.id for part in ast.walk(node.type) if isinstance(part, ast.Name)} if node.type else {"all"}
+                )
                 assert not names & {"Exception", "BaseException", "all"}, f"{path}:{node.lineno} catches everything"
 
 

@@ -17,8 +17,8 @@ from ranks_kit import run, start
 from trenchcoat import blockstages, stages
 from trenchcoat.blockfolder import Block, BlockFolder, cut, divide, found_blocks
 from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.pipeline import FINISHED, Position, schedule
-from trenchcoat.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER, RunFolder
 from trenchcoat.runlog import read_metrics
 

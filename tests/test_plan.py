@@ -12,10 +12,10 @@ import pytest
 from trenchcoat import cli
 from trenchcoat.advice import enough_gpus, notes_on, one_layer_bytes
 from trenchcoat.config import UserError
+from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.config.units import GIB, parse_size
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.plan import Machine, Plan, Planner, make_plan
-from trenchcoat.recipe_io import load_recipe
-from trenchcoat.units import GIB, parse_size
 
 
 def _plan(name: str, *overrides: str, **machine: Any) -> tuple[Planner, Plan]:

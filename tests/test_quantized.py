@@ -13,10 +13,10 @@ from torch import nn
 from conftest import save_tiny_model
 from trenchcoat import hub, loading, stages, surgery
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, ParallelConfig, StudentConfig, UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.identity import fingerprint
 from trenchcoat.loading import load_base, load_model
 from trenchcoat.objectives import next_token_objective
-from trenchcoat.recipe_io import load_recipe
 
 QUIET = pytest.mark.filterwarnings("ignore:.*_check_is_size.*", "ignore::FutureWarning")
 """Deprecations within the library. Its warning about a kernel without backward stays an error."""

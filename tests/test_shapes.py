@@ -9,7 +9,7 @@ import pytest
 
 from tiny_families import tiny_model
 from trenchcoat.config import LoraConfig, UserError
-from trenchcoat.recipe_io import builtin_recipes, load_recipe
+from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
 from trenchcoat.shapes import FOLDER, SHIPPED, find_config, shapes_of
 from trenchcoat.surgery import add_lora
 

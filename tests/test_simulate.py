@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trenchcoat import distributed, objectives, sharding, surgery
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, StudentConfig, TransferConfig, UserError
+from trenchcoat.config.units import GIB
 from trenchcoat.families import decoder_of
 from trenchcoat.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
 from trenchcoat.memory import live_tensor_memory
 from trenchcoat.shapes import find_config, shapes_of
 from trenchcoat.simulate import shard_units, simulate
-from trenchcoat.units import GIB
 
 STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32))
 TOKENS = 256

@@ -13,9 +13,9 @@ from trenchcoat import auto as _auto
 
 if TYPE_CHECKING:
     from trenchcoat.config import Recipe, StudentConfig, UserError
+    from trenchcoat.config.recipe_io import load_recipe
     from trenchcoat.generate import Session
     from trenchcoat.hub import load, save_adapter, save_merged
-    from trenchcoat.recipe_io import load_recipe
     from trenchcoat.statefile import load_state, save_state
     from trenchcoat.students import StudentAttention, register_student
     from trenchcoat.surgery import add_lora, attach_students, merge_lora, set_mode, set_state_dtype, students_of
@@ -45,7 +45,7 @@ _HOME = {
     "Recipe": "config",
     "StudentConfig": "config",
     "UserError": "config",
-    "load_recipe": "recipe_io",
+    "load_recipe": "config.recipe_io",
     "StudentAttention": "students",
     "register_student": "students",
     "add_lora": "surgery",

@@ -7,9 +7,9 @@ import math
 
 from trenchcoat.blocksize import block_bytes
 from trenchcoat.config import Recipe
+from trenchcoat.config.units import gib, tera
 from trenchcoat.footprint import Layout
 from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Plan, Planner, Way, layouts
-from trenchcoat.units import gib, tera
 
 MOST_GPUS = 1024
 """More are not looked at."""

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trenchcoat.config import UserError
-from trenchcoat.units import in_words, parse_tokens, tera
+from trenchcoat.config.units import in_words, parse_tokens, tera
 
 Place = Literal["memory", "disk"]
 

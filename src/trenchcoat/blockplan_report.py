@@ -10,8 +10,8 @@ from rich.table import Table
 from trenchcoat.blockplan import BlocksPlan, plan_blocks
 from trenchcoat.blockways import HOST_USABLE, PARALLEL, STREAMING, BlockWay
 from trenchcoat.config import Recipe
+from trenchcoat.config.units import gib, tera
 from trenchcoat.plan import DISK_RATE, HOST_MEMORY, RESERVE_BYTES, RESERVE_SHARE, Machine, PlanReport
-from trenchcoat.units import gib, tera
 
 Column = tuple[str, Callable[[BlockWay], str]]
 

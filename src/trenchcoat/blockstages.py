@@ -36,6 +36,7 @@ from trenchcoat.blockscore import score_blocks
 from trenchcoat.blocksize import choose_block_size
 from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.config.units import in_words, tera
 from trenchcoat.data import StreamedBatches, load_batches
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.loading import load_tokenizer, model_source
@@ -50,7 +51,6 @@ from trenchcoat.shapes import shapes_of
 from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
 from trenchcoat.surgery import student_implementation
-from trenchcoat.units import in_words, tera
 from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 
 HOST_SHARE = 0.8

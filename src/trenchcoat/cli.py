@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from trenchcoat import cli_blocks, cli_eval, cli_interop
 from trenchcoat import cli_generate as writing
 from trenchcoat.config import Recipe, UsageError, UserError
-from trenchcoat.recipe_io import builtin_recipes, load_recipe, settings_help
+from trenchcoat.config.recipe_io import builtin_recipes, load_recipe, settings_help
 
 DESCRIPTION = """\
 Turn a pretrained softmax Transformer into a linear-time, constant-memory model.

@@ -56,8 +56,8 @@ def add_machine(sub: argparse.ArgumentParser) -> None:
 
 def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
     """(`plan.Machine`, tokens of one pass) that the options of :func:`add_machine` say; raises ``UsageError``."""
+    from trenchcoat.config.units import parse_size
     from trenchcoat.plan import Machine
-    from trenchcoat.units import parse_size
 
     def size(name: str, *, binary: bool = False) -> float | None:
         text = getattr(args, name)

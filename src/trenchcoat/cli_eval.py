@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe
 
 REPORT = """\
 Put any number of runs side by side: losses and differences with 95 % intervals (row by row where the rows are the

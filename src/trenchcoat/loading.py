@@ -35,7 +35,7 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 def load_base(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
     """The frozen model in evaluation mode, and its tokenizer; a collective with several processes.
 
-    Raises ``UserError`` as :func:`trenchcoat.loading.load_model` does, and for what cannot be spread.
+    Raises ``UserError`` as :func:`load_model` does, and for what cannot be spread.
     """
     if cfg.quantize == "nf4":
         return _load_quantized(cfg, parallel)
@@ -67,7 +67,7 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
 
 
 def base_folder(source: str, revision: str | None) -> Path:
-    """The local folder of a model (of :func:`trenchcoat.model_source`), fetched from the hub if need be."""
+    """The local folder of a model (of :func:`model_source`), fetched from the hub if need be."""
     if Path(source).is_dir():
         return Path(source)
     try:

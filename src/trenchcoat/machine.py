@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from trenchcoat.config import UserError
-from trenchcoat.units import GIB
+from trenchcoat.config.units import GIB
 
 
 def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float = 0.5) -> list[str]:

@@ -26,6 +26,7 @@ from trenchcoat.blocks import BlockRun
 from trenchcoat.blocksize import measure_block
 from trenchcoat.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
 from trenchcoat.config import TransferConfig, UserError
+from trenchcoat.config.units import gib, tera
 from trenchcoat.data import Batches
 from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text
@@ -33,7 +34,6 @@ from trenchcoat.plan import with_reserve
 from trenchcoat.runfolder import TRANSFER
 from trenchcoat.schedules import evaluation_batches, step_batches, training_length
 from trenchcoat.shapes import shapes_of
-from trenchcoat.units import gib, tera
 from trenchcoat.workshop import Stopped
 
 

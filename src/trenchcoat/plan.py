@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
+from trenchcoat.config.units import GIB
 from trenchcoat.flops import device_peak, lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
 from trenchcoat.shapes import Shapes, find_config, shapes_of
-from trenchcoat.units import GIB
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
 """Kept free on a GPU: CUDA context and NCCL buffers, and a share of the peak for the allocator's fragmentation."""

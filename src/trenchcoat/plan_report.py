@@ -10,11 +10,11 @@ from trenchcoat.advice import notes_on
 from trenchcoat.blockplan import BlocksPlan, blocks_of
 from trenchcoat.blockplan_report import side_by_side
 from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.units import GIB, gib, tera
 from trenchcoat.footprint import PARTS, Layout
 from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Machine, Plan, Planner, PlanReport, StagePlan, Way, make_plan
 from trenchcoat.shapes import find_config
 from trenchcoat.simulate import Sharding, Simulated, simulate
-from trenchcoat.units import GIB, gib, tera
 
 STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
 

@@ -18,6 +18,7 @@ from typing import Any
 from trenchcoat import distributed, hub, report, surgery
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.config.units import in_words
 from trenchcoat.conversation import softmax_twin
 from trenchcoat.data import load_batches
 from trenchcoat.estimate import estimate
@@ -26,7 +27,6 @@ from trenchcoat.generate import Session, continue_and_save, generate_text
 from trenchcoat.machine import check_machine
 from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
-from trenchcoat.units import in_words
 from trenchcoat.workshop import Workshop
 
 _TITLES = {

@@ -32,12 +32,7 @@ from trenchcoat.runlog import RunLog, Tracker
 from trenchcoat.schedules import evaluation_batches, step_batches, training_length
 from trenchcoat.sharding import MasterCopies
 from trenchcoat.sums import Meter, Sums
-from trenchcoat.trainstate import (
-    Counters,
-    optimizer_room,
-    optimizer_tensors,
-    require_same_identity,
-)
+from trenchcoat.trainstate import Counters, optimizer_room, optimizer_tensors, require_same_identity
 
 _FREE_TO_CHANGE = (
     "epochs",

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trenchcoat import blockstages
 from trenchcoat.config import Recipe
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.embedded import teacher_dir
-from trenchcoat.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER
 from trenchcoat.runlog import environment
 from trenchcoat.workshop import Workshop

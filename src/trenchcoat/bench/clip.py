@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 
 from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import ModelConfig
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluate import score
 from trenchcoat.families import decoder_of
 from trenchcoat.loading import load_model
-from trenchcoat.recipe_io import load_recipe
 from trenchcoat.runfolder import TRANSFER
 from trenchcoat.runlog import environment, read_metrics
 from trenchcoat.workshop import Workshop

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trenchcoat.config import UserError
-from trenchcoat.recipe_io import parse_yaml
+from trenchcoat.config.recipe_io import parse_yaml
 
 Kind = Literal["model", "experiment"]
 

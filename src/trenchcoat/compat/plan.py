@@ -15,7 +15,7 @@ from trenchcoat.compat.configs import OldConfig, read_config
 from trenchcoat.compat.flags import FLAGS, given_flags
 from trenchcoat.compat.translate import data_section, lora_section, model_section, student_section, transfer_section
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.recipe_io import recipe_from_dict
+from trenchcoat.config.recipe_io import recipe_from_dict
 
 Stage = Literal["transfer", "finetune"]
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
+from trenchcoat.config.recipe_io import check_data
 from trenchcoat.data.batches import Batch, Batches, Part
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
@@ -33,7 +34,6 @@ from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.stream_sources import open_stream
 from trenchcoat.data.table import TokenTable
 from trenchcoat.data.tokens import cache_folder, content_hash, token_table, unwanted_lengths
-from trenchcoat.recipe_io import check_data
 
 __all__ = ["Batch", "Batches", "Part", "Rank", "StreamedBatches", "TokenTable", "cache_folder", "load_batches"]
 

@@ -23,15 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.sources import (
-    Row,
-    Source,
-    check_file,
-    is_file_path,
-    json_line,
-    parquet_errors,
-    split_sample,
-)
+from trenchcoat.data.sources import Row, Source, check_file, is_file_path, json_line, parquet_errors, split_sample
 
 SHARD_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192)
 SHARD_BYTES, SHARD_ROWS = 1 << 20, 1024

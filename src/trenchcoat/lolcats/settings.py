@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, UserError
+from trenchcoat.config.recipe_io import recipe_from_dict
 from trenchcoat.lolcats.files import Key, StateFile
-from trenchcoat.recipe_io import recipe_from_dict
 
 ATTENTIONS = {
     "lolcats_llama": "linear",

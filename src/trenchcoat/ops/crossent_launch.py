@@ -16,17 +16,7 @@ from trenchcoat.ops.crossent import NEEDS_FAR, SMALLEST
 from trenchcoat.ops.state import Rule
 from trenchcoat.ops.triton_crossent import key_side, query_side
 from trenchcoat.ops.triton_features import stored_features
-from trenchcoat.ops.triton_launch import (
-    INTERPRETED,
-    Call,
-    FusedMap,
-    Spans,
-    inner,
-    refusal,
-    refused,
-    run,
-    shared_limit,
-)
+from trenchcoat.ops.triton_launch import INTERPRETED, Call, FusedMap, Spans, inner, refusal, refused, run, shared_limit
 from trenchcoat.ops.triton_parts import Constants, features_of
 from trenchcoat.ops.triton_passes import map_gradient, total
 from trenchcoat.ops.triton_tiles import Tile

@@ -19,17 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_launch import (
-    Call,
-    FusedMap,
-    Spans,
-    block,
-    inner,
-    refusal,
-    refused,
-    run,
-    wanted_programs,
-)
+from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, inner, refusal, refused, run, wanted_programs
 from trenchcoat.ops.triton_parts import Constants, features_of, place
 from trenchcoat.ops.triton_prepare import count_of, exact, leaving, load_features, prepare, row_tokens
 from trenchcoat.ops.triton_tiles import Tile

@@ -24,13 +24,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trenchcoat.config import DataConfig, Recipe, StageConfig, StudentConfig, UserError
-from trenchcoat.units import parse_tokens
+from trenchcoat.config.settings import DataConfig, Recipe, StageConfig, StudentConfig, UserError
+from trenchcoat.config.units import parse_tokens
 
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
-    folder = resources.files("trenchcoat") / "recipes"
+    folder = resources.files("trenchcoat.config") / "recipes"
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
@@ -80,7 +80,7 @@ def _read(path: str) -> tuple[str, str, str | None]:
     known = builtin_recipes()
     stem = path.removesuffix(".yaml")
     if stem in known:
-        resource = resources.files("trenchcoat") / "recipes" / f"{stem}.yaml"
+        resource = resources.files("trenchcoat.config") / "recipes" / f"{stem}.yaml"
         return f"{stem}.yaml", resource.read_text(encoding="utf-8"), None
     near = difflib.get_close_matches(Path(stem).name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "give the path of a YAML file or one of these names."

@@ -1,0 +1,41 @@
+"""Every setting of the system, and the recipes that set them."""
+
+from trenchcoat.config.settings import (
+    BlocksConfig,
+    DataConfig,
+    EvalConfig,
+    FeatureMapConfig,
+    FeatureMapName,
+    Kind,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    Recipe,
+    RunConfig,
+    StageConfig,
+    StudentConfig,
+    TransferConfig,
+    UsageError,
+    UserError,
+    dump_recipe,
+)
+
+__all__ = [
+    "BlocksConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FeatureMapConfig",
+    "FeatureMapName",
+    "Kind",
+    "LoraConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "Recipe",
+    "RunConfig",
+    "StageConfig",
+    "StudentConfig",
+    "TransferConfig",
+    "UsageError",
+    "UserError",
+    "dump_recipe",
+]
