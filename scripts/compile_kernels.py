@@ -28,9 +28,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from trenchcoat.ops import StudentState, crossent_launch, triton, triton_decode
-from trenchcoat.ops import triton_launch as launch
+from trenchcoat.ops import StudentState
 from trenchcoat.ops.state import Rule
+from trenchcoat.ops.triton import attention as triton
+from trenchcoat.ops.triton import crossent_launch
+from trenchcoat.ops.triton import decode as triton_decode
+from trenchcoat.ops.triton import launch as launch
 
 HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
 OPERATIONS, BYTES, ISSUED = 4096, 128, 4

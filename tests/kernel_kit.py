@@ -13,7 +13,10 @@ pytest.importorskip("triton", reason="triton is not installed; pip install 'tren
 
 from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
-from trenchcoat.ops import Rule, linear_window_attention, triton, triton_launch, triton_passes
+from trenchcoat.ops import Rule, linear_window_attention
+from trenchcoat.ops.triton import attention as triton
+from trenchcoat.ops.triton import launch as triton_launch
+from trenchcoat.ops.triton import passes as triton_passes
 from trenchcoat.students.feature_maps import FeatureMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,8 @@ import torch
 
 from kernel_kit import DEVICE
 from trenchcoat.cli import build_parser
-from trenchcoat.ops import triton_check, triton_launch
+from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import launch as triton_launch
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from operator_kit import Case, budget, error, label, variants
-from trenchcoat.ops import IMPLEMENTATIONS, chunkwise, layout, linear_window_attention
+from trenchcoat.ops import IMPLEMENTATIONS, linear_window_attention
+from trenchcoat.ops.chunked import chunkwise, layout
 
 KINDS = ("terrace", "sliding", "linear")
 ALL = [case for kind in KINDS for case in variants(kind)]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.memory import live_tensor_memory
-from trenchcoat.ops import closed_form, reference
+from trenchcoat.ops import reference
+from trenchcoat.ops.chunked import closed_form
 from trenchcoat.students import (
     ACTIVATIONS,
     STUDENTS,

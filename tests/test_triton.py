@@ -16,8 +16,10 @@ import low_precision
 from kernel_kit import DEVICE, KernelCase, group, name_of, output_tolerances, poison, sum_errors, transfer_tolerances
 from low_precision import DRAWS, FACTOR
 from operator_kit import budget, error
-from trenchcoat.ops import StudentState, triton, triton_launch
-from trenchcoat.ops.triton_launch import Call, Spans
+from trenchcoat.ops import StudentState
+from trenchcoat.ops.triton import attention as triton
+from trenchcoat.ops.triton import launch as triton_launch
+from trenchcoat.ops.triton.launch import Call, Spans
 
 CASES = [
     KernelCase(tokens=11, window=3, batch=1, groups=2, map="t2r", bias=True),
@@ -135,7 +137,7 @@ def _rounds(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def test_bfloat16_is_rounded_to_nearest() -> None:
-    """On the device, and in the interpreter as the tests run it (see `trenchcoat.ops.triton_interpreter`)."""
+    """On the device, and in the interpreter as the tests run it (see `trenchcoat.ops.triton.interpreter`)."""
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     y = torch.empty_like(x, dtype=torch.bfloat16)
     _rounds[(1,)](x, y, N=4096)

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernel_kit import DEVICE
 from low_precision import DRAWS, LowPrecision, tolerances
-from trenchcoat.ops import triton_check
 from trenchcoat.ops.state import Kind
+from trenchcoat.ops.triton import check as triton_check
 
 
 def _gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -20,11 +20,13 @@ from kernel_kit import DEVICE, KernelCase
 from low_precision import DRAWS, LowPrecision, tolerances
 from operator_kit import budget, error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops import Rule, attention_cross_entropy, crossent, crossent_launch, triton_check
-from trenchcoat.ops.crossent_launch import Tiles, cross_entropy, tiles_of
-from trenchcoat.ops.triton_crossent import key_range, query_range
-from trenchcoat.ops.triton_launch import INTERPRETED, Call, FusedMap, Spans, refusal
-from trenchcoat.ops.triton_parts import Constants
+from trenchcoat.ops import Rule, attention_cross_entropy, crossent
+from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import crossent_launch
+from trenchcoat.ops.triton.crossent import key_range, query_range
+from trenchcoat.ops.triton.crossent_launch import Tiles, cross_entropy, tiles_of
+from trenchcoat.ops.triton.launch import INTERPRETED, Call, FusedMap, Spans, refusal
+from trenchcoat.ops.triton.parts import Constants
 from trenchcoat.students import TransferRequest, build_student
 from trenchcoat.students.feature_maps import FeatureMap
 

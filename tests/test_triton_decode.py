@@ -11,8 +11,9 @@ import torch
 
 from kernel_kit import DEVICE, KernelCase, output_tolerances, poison
 from operator_kit import budget, error
-from trenchcoat.ops import StudentState, triton_decode
+from trenchcoat.ops import StudentState
 from trenchcoat.ops.decode import decode as torch_decode
+from trenchcoat.ops.triton import decode as triton_decode
 
 BASE = KernelCase(tokens=11, window=3, heads=2, key_maps=1, batch=1)
 CASES = [

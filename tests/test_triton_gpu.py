@@ -23,7 +23,10 @@ from trenchcoat.bench.gpu import captured
 from trenchcoat.bench.kernels_decode import Loop, student_cache
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops import StudentState, triton, triton_check, triton_decode
+from trenchcoat.ops import StudentState
+from trenchcoat.ops.triton import attention as triton
+from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import decode as triton_decode
 from trenchcoat.students import StudentAttention, build_student
 
 GPU = DEVICE != "cpu"

@@ -23,7 +23,7 @@ from trenchcoat import surgery
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import TransferConfig
 from trenchcoat.objectives import transfer_objective
-from trenchcoat.ops import triton_check
+from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runlog import RunLog, read_metrics
 from trenchcoat.train import fit
 

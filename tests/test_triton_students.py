@@ -12,8 +12,8 @@ from torch import Tensor
 from kernel_kit import DEVICE
 from operator_kit import error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops import triton_check
-from trenchcoat.ops.triton_launch import INTERPRETED
+from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton.launch import INTERPRETED
 from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused, operator_of
 
 TOLERANCE = 1e-5

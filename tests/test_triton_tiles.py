@@ -16,8 +16,11 @@ from trenchcoat import bench
 from trenchcoat.bench import tiles as tuning
 from trenchcoat.bench.kernels_operator import QUICK, Bench
 from trenchcoat.config import UserError
-from trenchcoat.ops import triton, triton_check, triton_launch, triton_tiles
-from trenchcoat.ops.triton_tiles import Choices, Tile
+from trenchcoat.ops.triton import attention as triton
+from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import launch as triton_launch
+from trenchcoat.ops.triton import tiles as triton_tiles
+from trenchcoat.ops.triton.tiles import Choices, Tile
 
 
 @pytest.fixture

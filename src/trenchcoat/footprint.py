@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.flops import layer_student, student_parameters
-from trenchcoat.ops import closed_form
-from trenchcoat.ops.layout import TILE_TOKENS
+from trenchcoat.ops.chunked import closed_form
+from trenchcoat.ops.chunked.layout import TILE_TOKENS
 from trenchcoat.shapes import Shapes
 from trenchcoat.students import StudentAttention
 

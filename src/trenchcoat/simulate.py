@@ -34,8 +34,8 @@ from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig, UserErr
 from trenchcoat.families import decoder_of
 from trenchcoat.interface import LazyMask
 from trenchcoat.memory import live_tensor_memory
-from trenchcoat.ops import chunkwise, closed_form
-from trenchcoat.ops.tiles import Scratch
+from trenchcoat.ops.chunked import chunkwise, closed_form
+from trenchcoat.ops.chunked.tiles import Scratch
 from trenchcoat.sharding import run_decoder
 from trenchcoat.students import TransferRequest
 

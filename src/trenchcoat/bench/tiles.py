@@ -1,7 +1,7 @@
 """Find the fastest launch settings of the Triton kernels on this GPU and keep them under its name.
 
 For every kernel that a layer's passes launch, warps and pipeline depths are tried on the very launch that was recorded;
-then how many programs a multiprocessor rows are cut for. What is kept (:mod:`trenchcoat.ops.triton_tiles`) is used from
+then how many programs a multiprocessor rows are cut for. What is kept (:mod:`trenchcoat.ops.triton.tiles`) is used from
 then on, by every process that runs this shape on such a device.
 """
 
@@ -16,11 +16,11 @@ from trenchcoat.bench.gpu import Timer
 from trenchcoat.bench.kernels_operator import FULL, QUICK, Bench
 from trenchcoat.config import UserError
 from trenchcoat.files import read_json, write_json
-from trenchcoat.ops.triton_tiles import Choices, Tile, choices, encoded, tiles_file
+from trenchcoat.ops.triton.tiles import Choices, Tile, choices, encoded, tiles_file
 from trenchcoat.runlog import environment
 
 if TYPE_CHECKING:
-    from trenchcoat.ops.triton_launch import Launch
+    from trenchcoat.ops.triton.launch import Launch
 
 CANDIDATES = tuple(Tile(warps, stages) for warps in (4, 8, 16) for stages in (1, 2, 3))
 PROGRAMS = (1, 2, 4)
@@ -33,7 +33,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, float]]:
     """Kernel -> (tile, its time over that of the tile it was launched with)."""
-    from trenchcoat.ops.triton_launch import OutOfResources
+    from trenchcoat.ops.triton.launch import OutOfResources
 
     variants: dict[str, dict[str, Launch]] = {}
     for launch in launches:
@@ -72,7 +72,7 @@ def keep(device: str, shape: str, found: Choices, version: str) -> None:
 
 def tune(passes: Sequence[Callable[[], object]], clock: Clock, *, device: torch.device) -> dict[str, Any]:
     """Tune one shape's passes, keep the outcome and return it JSON-ready."""
-    from trenchcoat.ops.triton_launch import VERSION, device_name, recorded, signature
+    from trenchcoat.ops.triton.launch import VERSION, device_name, recorded, signature
 
     with recorded() as launches:
         for work in passes:

@@ -13,13 +13,14 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from trenchcoat.ops import chunkwise, closed_form, reference
-from trenchcoat.ops.closed_form import transfer
+from trenchcoat.ops import reference
+from trenchcoat.ops.chunked import chunkwise, closed_form
+from trenchcoat.ops.chunked.closed_form import transfer
+from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs
+from trenchcoat.ops.chunked.maps import Learner
+from trenchcoat.ops.chunked.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.crossent import CrossEntropy, attention_cross_entropy
 from trenchcoat.ops.decode import decode
-from trenchcoat.ops.layout import TILE_TOKENS, Inputs
-from trenchcoat.ops.maps import Learner
-from trenchcoat.ops.rows import Rows, far_keys, sink_pairs, state_after
 from trenchcoat.ops.state import Kind, PhiK, Rule, StudentState
 
 Impl = Literal["chunkwise", "reference"]

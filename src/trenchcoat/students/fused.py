@@ -19,7 +19,7 @@ from trenchcoat.ops import Rule, StudentState
 from trenchcoat.students.feature_maps import FeatureMap
 
 if TYPE_CHECKING:
-    from trenchcoat.ops.triton_launch import FusedMap
+    from trenchcoat.ops.triton.launch import FusedMap
 
 log = logging.getLogger("trenchcoat")
 OLDEST, NOT_YET = (8, 0), (10, 0)
@@ -65,7 +65,7 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
         _told.add(said)
         log.info("attention on %s", said)
     if chosen == "triton":
-        from trenchcoat.ops.triton_check import check
+        from trenchcoat.ops.triton.check import check
 
         check(device)
     return chosen
@@ -81,7 +81,7 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
     if not _installed():
         return "triton is not installed (pip install 'trenchcoat[kernels]')"
     if device.type != "cuda":
-        from trenchcoat.ops.triton_launch import INTERPRETED
+        from trenchcoat.ops.triton.launch import INTERPRETED
 
         if not INTERPRETED:
             return f"{device} is not a CUDA device"
@@ -95,7 +95,7 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
 @lru_cache
 def _unfit(device: torch.device, shape: Shape, cfg: FeatureMapConfig | None) -> str | None:
     """Why the kernels cannot, or should not, take tensors of this shape; or None."""
-    from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, refusal
+    from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, refusal
 
     if torch.cuda.get_device_capability(device) >= NOT_YET:
         return f"{torch.cuda.get_device_name(device)} is newer than what the kernels are written for"
@@ -110,7 +110,7 @@ def _fused(phi: FeatureMap | None, rule: Rule) -> FusedMap | None:
     """A feature map as the kernels take it; gradients flow to its parameters."""
     if phi is None or not rule.far:
         return None
-    from trenchcoat.ops.triton_launch import FusedMap
+    from trenchcoat.ops.triton.launch import FusedMap
 
     return FusedMap(phi.cfg.name, phi.matrix(), phi.bias, phi.cfg.eps)
 
@@ -118,8 +118,8 @@ def _fused(phi: FeatureMap | None, rule: Rule) -> FusedMap | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, maps: tuple[FeatureMap | None, FeatureMap | None], mix_H: Tensor, **options: Any
 ) -> tuple[Tensor, StudentState | None]:
-    """:func:`trenchcoat.ops.triton.attend` with a student's maps."""
-    from trenchcoat.ops.triton import attend
+    """:func:`trenchcoat.ops.triton.attention.attend` with a student's maps."""
+    from trenchcoat.ops.triton.attention import attend
 
     rule: Rule = options["rule"]
     query, key = (_fused(m, rule) for m in maps)
@@ -135,8 +135,8 @@ def decode(
     state: StudentState,
     **options: Any,
 ) -> Tensor:
-    """:func:`trenchcoat.ops.triton_decode.decode` with a student's maps."""
-    from trenchcoat.ops.triton_decode import decode
+    """:func:`trenchcoat.ops.triton.decode.decode` with a student's maps."""
+    from trenchcoat.ops.triton.decode import decode
 
     rule: Rule = options["rule"]
     query, key = (_fused(m, rule) for m in maps)
@@ -150,7 +150,7 @@ def transfer(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """(summed squared error, gradient for log(g / l)); the maps' gradients are added to their parameters' `.grad`."""
-    from trenchcoat.ops.triton import transfer
+    from trenchcoat.ops.triton.attention import transfer
 
     query, key = (_fused(m, options["rule"]) for m in maps)
     total, grads = transfer(*tensors, query, key, log_ratio_H, **options)
@@ -167,7 +167,7 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """(summed cross-entropy of the attention rows, gradient of `weight` times it for log(g / l)); the maps' gradients
     are added to their parameters' `.grad`."""
-    from trenchcoat.ops.crossent_launch import cross_entropy
+    from trenchcoat.ops.triton.crossent_launch import cross_entropy
 
     query, key = (_fused(m, options["rule"]) for m in maps)
     total, grads = cross_entropy(q, k, query, key, log_ratio_H, **options)

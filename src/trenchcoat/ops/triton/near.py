@@ -1,10 +1,10 @@
 """The near part's backward pass as Triton kernels: window, sinks and sink logit.
 
-The formulas are those of :mod:`trenchcoat.ops.triton_backward`, but no chunk waits for another here. Both kernels
+The formulas are those of :mod:`trenchcoat.ops.triton.backward`, but no chunk waits for another here. Both kernels
 finish a gradient with what the far part gives it: dq and dk get du W^T, dv what `key_gradients` stored. r is in dnum
 and dden here, not in the weights (see `weights`).
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`. A query's largest score is named by a column: 0 and up in the
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`. A query's largest score is named by a column: 0 and up in the
 chunk before, `block_w` and up in its own, 2 `block_w` and up for sinks, 4 `block_w` for the sink logit.
 """
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_backward import load_dnum, load_row, row_gradient
-from trenchcoat.ops.triton_maps import back_by_pieces, load_map
-from trenchcoat.ops.triton_parts import (
+from trenchcoat.ops.triton.backward import load_dnum, load_row, row_gradient
+from trenchcoat.ops.triton.maps import back_by_pieces, load_map
+from trenchcoat.ops.triton.parts import (
     exponent_unit,
     lines,
     load_chunk,

@@ -4,7 +4,7 @@ q, k, v and the teacher's y are constants, so the window part is one too: forwar
 tile by tile, with nothing recomputed and no graph. A tile's features live only inside the tile.
 
 Shape legend: B rows, H query heads = G * n, G key/value heads, T tokens, D key dim, E value dim; letters of a tile as
-in :mod:`trenchcoat.ops.tiles`; A heads and N tokens of a feature-map block.
+in :mod:`trenchcoat.ops.chunked.tiles`; A heads and N tokens of a feature-map block.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, parts
-from trenchcoat.ops.maps import Learner, by_group, clear_sinks, fill, picked
+from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, Part, Work, parts
+from trenchcoat.ops.chunked.maps import Learner, by_group, clear_sinks, fill, picked
+from trenchcoat.ops.chunked.tiles import Scratch, Tile, bmm_shared, run
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch, Tile, bmm_shared, run
 
 W = TypeVar("W")
 

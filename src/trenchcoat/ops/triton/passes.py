@@ -1,6 +1,6 @@
 """The passes of a call, one function each: far sums of groups, outputs, final sums, the far part's gradients.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_launch`.
+Shape legend: as in :mod:`trenchcoat.ops.triton.launch`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from trenchcoat.ops.triton_backward import gradient_sums, key_gradients, map_gradients, query_gradients
-from trenchcoat.ops.triton_forward import far_sums, outputs, running_totals
-from trenchcoat.ops.triton_launch import LARGEST_SUM, Call, Spans, on, run, shared_limit
+from trenchcoat.ops.triton.backward import gradient_sums, key_gradients, map_gradients, query_gradients
+from trenchcoat.ops.triton.forward import far_sums, outputs, running_totals
+from trenchcoat.ops.triton.launch import LARGEST_SUM, Call, Spans, on, run, shared_limit
 
 NONE = (None, 0, 0, 0)
 """A tensor that is not there."""

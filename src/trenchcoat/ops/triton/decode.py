@@ -1,11 +1,11 @@
 """Generation as Triton kernels: a few new tokens against a state of constant size, updated in place.
 
 Up to W tokens are two launches with no question to the host, so that they can be captured in a CUDA graph:
-:func:`trenchcoat.ops.triton_prepare.prepare`, and `read`, whose programs hold a slice of the far sum S, read once for
+:func:`trenchcoat.ops.triton.prepare.prepare`, and `read`, whose programs hold a slice of the far sum S, read once for
 all tokens and query heads of a key map. It adds the leaving keys, divides, and stores the new pairs. S is read in
 float32, as in the first launch.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_prepare`; N buffer slots.
+Shape legend: as in :mod:`trenchcoat.ops.triton.prepare`; N buffer slots.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, block, inner, refusal, refused, run, wanted_programs
-from trenchcoat.ops.triton_parts import Constants, features_of, place
-from trenchcoat.ops.triton_prepare import count_of, exact, leaving, load_features, prepare, row_tokens
-from trenchcoat.ops.triton_tiles import Tile
+from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, block, inner, refusal, refused, run, wanted_programs
+from trenchcoat.ops.triton.parts import Constants, features_of, place
+from trenchcoat.ops.triton.prepare import count_of, exact, leaving, load_features, prepare, row_tokens
+from trenchcoat.ops.triton.tiles import Tile
 
 WIDEST_SLICE, NARROWEST_SLICE = 64, 16
 """Columns of the far sum one program holds: as many as leave two programs to a multiprocessor."""

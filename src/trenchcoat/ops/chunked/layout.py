@@ -1,7 +1,7 @@
 """How rows are cut into tiles, copied into tile layout and back; shared by the chunkwise implementations.
 
 Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T tokens, S sinks; letters of a
-tile as in :mod:`trenchcoat.ops.tiles`.
+tile as in :mod:`trenchcoat.ops.chunked.tiles`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trenchcoat.ops.chunked.tiles import Scratch, Tile
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch, Tile
 
 TILE_TOKENS = 4096
 """Query rows (heads x tokens) of a tile; at D = 64, F = 128 its arrays then fit a 32 MB last-level cache."""

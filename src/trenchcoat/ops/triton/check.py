@@ -11,12 +11,12 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from trenchcoat.ops.crossent import attention_cross_entropy
-from trenchcoat.ops.crossent_launch import cross_entropy
 from trenchcoat.ops.reference import attention
 from trenchcoat.ops.state import Kind, Rule, StudentState
-from trenchcoat.ops.triton import attend, transfer
-from trenchcoat.ops.triton_decode import decode
-from trenchcoat.ops.triton_launch import FusedMap
+from trenchcoat.ops.triton.attention import attend, transfer
+from trenchcoat.ops.triton.crossent_launch import cross_entropy
+from trenchcoat.ops.triton.decode import decode
+from trenchcoat.ops.triton.launch import FusedMap
 
 TOKENS, WINDOW, DIM, PREFILLED = 200, 64, 64, 191
 """The case: two heads that share keys. Decoding goes from a prefill to the first token of a new chunk."""

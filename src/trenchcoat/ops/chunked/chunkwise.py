@@ -3,9 +3,9 @@
 The forward keeps q, k, v, the features, y, the denominators and the running sums at tile starts; the backward computes
 the rest again. When only features and mix need gradients the whole window part of the backward is skipped.
 
-The rows must start at a chunk boundary and be free of holes (:mod:`trenchcoat.ops.rows` sees to both).
+The rows must start at a chunk boundary and be free of holes (:mod:`trenchcoat.ops.chunked.rows` sees to both).
 
-Shape legend: as in :mod:`trenchcoat.ops.layout` and :mod:`trenchcoat.ops.tiles`.
+Shape legend: as in :mod:`trenchcoat.ops.chunked.layout` and :mod:`trenchcoat.ops.chunked.tiles`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.layout import TILE_TOKENS, Inputs, Part, Work, grouped, parts
-from trenchcoat.ops.maps import Learner, fill
+from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, Part, Work, grouped, parts
+from trenchcoat.ops.chunked.maps import Learner, fill
+from trenchcoat.ops.chunked.tiles import Scratch, bmm_shared, run
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.tiles import Scratch, bmm_shared, run
 
 W = TypeVar("W")
 

@@ -6,11 +6,11 @@ number to all scores of a query (c_n among them) changes nothing, so the gradien
 
 Far part: `query_gradients` walks forward with the far sums on chip, `gradient_sums` adds up phi(q)^T dnum by group,
 `key_gradients` walks backward with these. They store du, the gradients before the activation, of which
-`map_gradients` makes those of the maps. The near part's kernels (:mod:`trenchcoat.ops.triton_near`) then finish dq, dk
+`map_gradients` makes those of the maps. The near part's kernels (:mod:`trenchcoat.ops.triton.near`) then finish dq, dk
 and dv. A program adds up over the heads that share its keys or its map in a fixed order, so the bits are the same every
 time.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`.
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_forward import far_chunk, fold
-from trenchcoat.ops.triton_maps import features, features_backward, key_features, load_map, store_map
-from trenchcoat.ops.triton_parts import (
+from trenchcoat.ops.triton.forward import far_chunk, fold
+from trenchcoat.ops.triton.maps import features, features_backward, key_features, load_map, store_map
+from trenchcoat.ops.triton.parts import (
     WIDTH,
     far_read,
     lines,

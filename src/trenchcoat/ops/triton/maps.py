@@ -3,7 +3,7 @@
 A program holds its maps whole where shared memory has room for them; else it reads them in pieces, with the tokens they
 are for, every time it needs them.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; M maps.
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; M maps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_parts import LOG2E, product
+from trenchcoat.ops.triton.parts import LOG2E, product
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""From tensors to the launches of :mod:`trenchcoat.ops.triton_crossent`: tile sizes, what is refused, the passes.
+"""From tensors to the launches of :mod:`trenchcoat.ops.triton.crossent`: tile sizes, what is refused, the passes.
 
 Shape legend: B rows, H query heads, G key/value heads, K key maps, T tokens, D key dim, P columns of a map, F features.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from trenchcoat.ops.crossent import NEEDS_FAR, SMALLEST
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.triton_crossent import key_side, query_side
-from trenchcoat.ops.triton_features import stored_features
-from trenchcoat.ops.triton_launch import INTERPRETED, Call, FusedMap, Spans, inner, refusal, refused, run, shared_limit
-from trenchcoat.ops.triton_parts import Constants, features_of
-from trenchcoat.ops.triton_passes import map_gradient, total
-from trenchcoat.ops.triton_tiles import Tile
+from trenchcoat.ops.triton.crossent import key_side, query_side
+from trenchcoat.ops.triton.features import stored_features
+from trenchcoat.ops.triton.launch import INTERPRETED, Call, FusedMap, Spans, inner, refusal, refused, run, shared_limit
+from trenchcoat.ops.triton.parts import Constants, features_of
+from trenchcoat.ops.triton.passes import map_gradient, total
+from trenchcoat.ops.triton.tiles import Tile
 
 FEATURE_TILE = 64
 """Tokens of a tile of `stored_features` where no sums are wanted."""

@@ -1,7 +1,7 @@
 """Launch settings that were tuned on a device (``trenchcoat bench tiles``), kept in a file by the device's name.
 
 Nothing is tuned at import or during training: without an entry for the device and shape the settings are arithmetic
-(`untuned` of :mod:`trenchcoat.ops.triton_launch`). Settings change how fast a kernel is, never what it means.
+(`untuned` of :mod:`trenchcoat.ops.triton.launch`). Settings change how fast a kernel is, never what it means.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 They serve kernels that read each token many times, where computing phi anew costs more than reading it.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; F features, in memory the P of f and then the P of g.
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; F features, in memory the P of f and then the P of g.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_maps import features, load_map
-from trenchcoat.ops.triton_parts import lines, load_tile, place, rounded, row_of, store_tile
+from trenchcoat.ops.triton.maps import features, load_map
+from trenchcoat.ops.triton.parts import lines, load_tile, place, rounded, row_of, store_tile
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """From tensors to Triton launches: what the kernels accept, their constants, groups and launch settings.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; B batch rows, R rows (B, or the sequences of a packed batch), T
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; B batch rows, R rows (B, or the sequences of a packed batch), T
 tokens, F features (P, or 2 P where paired), N groups of chunks.
 """
 
@@ -19,16 +19,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trenchcoat.ops.state import Rule
-from trenchcoat.ops.triton_forward import outputs
-from trenchcoat.ops.triton_parts import Constants, features_of, shared_bytes
-from trenchcoat.ops.triton_tiles import Choices, Tile, choices
+from trenchcoat.ops.triton.forward import outputs
+from trenchcoat.ops.triton.parts import Constants, features_of, shared_bytes
+from trenchcoat.ops.triton.tiles import Choices, Tile, choices
 
 OutOfResources = triton.runtime.errors.OutOfResources
 VERSION = triton.__version__
 INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
 """Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET was set)."""
 if INTERPRETED:
-    from trenchcoat.ops.triton_interpreter import round_to_nearest
+    from trenchcoat.ops.triton.interpreter import round_to_nearest
 
     round_to_nearest()
 

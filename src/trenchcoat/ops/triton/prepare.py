@@ -2,11 +2,11 @@
 
 Three kinds of programs in one grid: the near part of the heads that share keys; phi(q) of a head for all rows at once,
 so that its map is read once; phi(k) and the values of the keys that leave the window, with the counts z. Their results
-lie in scratch memory, as :func:`trenchcoat.ops.triton_decode.read` overwrites the buffer slots.
+lie in scratch memory, as :func:`trenchcoat.ops.triton.decode.read` overwrites the buffer slots.
 
 Products are made of tf32 numbers, three for one (about 2^-21 off): neither features nor weights are rounded.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; B rows, T new tokens, L leaving keys. A tile's rows are pairs
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; B rows, T new tokens, L leaving keys. A tile's rows are pairs
 (token, query head) of one key/value head or key map.
 """
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_maps import activate, load_map, load_matrix
-from trenchcoat.ops.triton_parts import lines, load_tile, place, store_tile
+from trenchcoat.ops.triton.maps import activate, load_map, load_matrix
+from trenchcoat.ops.triton.parts import lines, load_tile, place, store_tile
 
 
 @triton.jit

@@ -5,7 +5,7 @@ adds up each group's phi(k)^T v, `running_totals` makes of them what each group 
 a group with the sums on chip. Features never reach memory. In attention transfer `outputs` stores, in place of y, what
 the gradients need of the error.
 
-Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; R rows, H query heads, K key maps, G key/value heads. `lag`: the
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; R rows, H query heads, K key maps, G key/value heads. `lag`: the
 sums a chunk reads end that many chunks before it (2; 1 for kind linear).
 """
 
@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton_maps import features, key_features, load_map
-from trenchcoat.ops.triton_parts import (
+from trenchcoat.ops.triton.maps import features, key_features, load_map
+from trenchcoat.ops.triton.parts import (
     WIDTH,
     exponent_unit,
     far_read,

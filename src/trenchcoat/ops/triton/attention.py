@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.rows import Rows, sink_pairs, state_after
+from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
 from trenchcoat.ops.state import Rule, StudentState, round_to_bfloat16
-from trenchcoat.ops.triton_launch import Call, FusedMap, Spans, inner, refusal, refused, run
-from trenchcoat.ops.triton_near import near_key_gradients, near_query_gradients
-from trenchcoat.ops.triton_passes import FarGradients, Transfer, final_sums, run_outputs
+from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, inner, refusal, refused, run
+from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
+from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
 Pair = tuple[Tensor, Tensor]
 LOG2E = math.log2(math.e)

@@ -1,6 +1,6 @@
 """Feature maps inside a tile: what the operator asks of a map, and the features of a tile's queries and keys.
 
-Shape legend: letters of a tile as in :mod:`trenchcoat.ops.tiles`; A heads and N tokens of a feature-map block.
+Shape legend: letters of a tile as in :mod:`trenchcoat.ops.chunked.tiles`; A heads and N tokens of a feature-map block.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from trenchcoat.ops.layout import Work
-from trenchcoat.ops.tiles import Tile
+from trenchcoat.ops.chunked.layout import Work
+from trenchcoat.ops.chunked.tiles import Tile
 
 W = TypeVar("W")
 

@@ -2,12 +2,12 @@
 
 With a_nj the teacher's and w_nj the student's unnormalised weights, den_n = sum_j w_nj and x_nj = phi(q_n) . phi(k_j)
 of far pairs, a row's term is log den_n - sum_j a_nj log w_nj, and its gradient for x_nj is 1 / den_n - a_nj / x_nj.
-Features are read from memory (:mod:`trenchcoat.ops.triton_features`), as every key is read T / tile times. `query_side`
+Features are read from memory (:mod:`trenchcoat.ops.triton.features`), as every key is read T / tile times. `query_side`
 walks over a query tile's keys once: the teacher's sum is kept online, so loss, denominators and the sum over j of
 (a_nj / x_nj) phi(k_j) come from the same pass. `key_side` walks over a key tile's queries. Terms without a_nj come from
 running sums of phi, so that tiles the teacher does not see cost nothing. Nothing is added atomically.
 
-Scores and logarithms are in units of log 2. Shape legend: as in :mod:`trenchcoat.ops.triton_parts`; positions count
+Scores and logarithms are in units of log 2. Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; positions count
 from the first token of a row, whose tokens have no holes; `RESIDENT` tokens of a tile that stays on chip (queries in
 `query_side`, keys in `key_side`), `STREAMED` tokens of the tiles that pass by.
 """
@@ -19,9 +19,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from trenchcoat.ops.crossent import SMALLEST
-from trenchcoat.ops.triton_features import load_phi, load_side, load_sum, store_sum, tile_tokens, weighted_sum
-from trenchcoat.ops.triton_maps import features, features_backward, load_map
-from trenchcoat.ops.triton_parts import lines, place, product, rounded, row_of, scores, store_tile
+from trenchcoat.ops.triton.features import load_phi, load_side, load_sum, store_sum, tile_tokens, weighted_sum
+from trenchcoat.ops.triton.maps import features, features_backward, load_map
+from trenchcoat.ops.triton.parts import lines, place, product, rounded, row_of, scores, store_tile
 
 SAFE: tl.constexpr = tl.constexpr(SMALLEST)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)

@@ -1,0 +1,1 @@
+"""The operator in linear time, chunk after chunk, in PyTorch."""
