@@ -10,8 +10,8 @@ from torch import Tensor
 
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.runfolder import TRANSFER, RunFolder
-from trenchcoat.runlog import read_metrics
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime.runlog import read_metrics
 
 LAYERS = 5
 

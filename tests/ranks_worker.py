@@ -23,17 +23,18 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trenchcoat import blockstages, data, distributed, pipeline, stages, surgery, train
+from trenchcoat import blockstages, data, pipeline, stages, surgery, train
 from trenchcoat.blockfolder import Block, found_blocks
 from trenchcoat.blocks import BlockRun
 from trenchcoat.chain import TRAIN, Item
 from trenchcoat.checkpoints import checkpoint_folders
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.interrupts import StopSignal
 from trenchcoat.loading import load_base
 from trenchcoat.objectives import next_token_objective, transfer_objective
-from trenchcoat.sharding import is_sharded
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.interrupts import StopSignal
+from trenchcoat.runtime.sharding import is_sharded
 from trenchcoat.workshop import Workshop
 
 

@@ -18,8 +18,8 @@ from trenchcoat import bench, surgery
 from trenchcoat.bench import gpu, kernels, kernels_decode, kernels_model, kernels_operator
 from trenchcoat.cli import main
 from trenchcoat.config import UserError
-from trenchcoat.files import write_json
 from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.runtime.files import write_json
 
 SHAPE = kernels_model.Shape(
     hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=3, columns=4,

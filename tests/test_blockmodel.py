@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tiny_families import FAMILIES, tiny_model, tokens
-from trenchcoat import files, identity, surgery
+from trenchcoat import identity, surgery
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names, local_names
 from trenchcoat.config import ModelConfig, StudentConfig, UserError
 from trenchcoat.families import decoder_of
+from trenchcoat.runtime import files
 
 LAYERS = 4
 ALTERNATE = {"layer_types": ["sliding_attention", "full_attention"] * 2}

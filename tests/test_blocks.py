@@ -14,10 +14,10 @@ from conftest import save_tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.blockfolder import BlockFolder, cut
 from trenchcoat.config import UserError
-from trenchcoat.files import load_tensors, read_json
-from trenchcoat.lock import locked
-from trenchcoat.runfolder import RunFolder
-from trenchcoat.runlog import read_metrics
+from trenchcoat.runtime.files import load_tensors, read_json
+from trenchcoat.runtime.lock import locked
+from trenchcoat.runtime.runfolder import RunFolder
+from trenchcoat.runtime.runlog import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tiny_families import tiny_model
 from trenchcoat import blockstages, stages
 from trenchcoat.blockdata import HiddenBatches
 from trenchcoat.config import UserError
-from trenchcoat.files import SaveError
+from trenchcoat.runtime.files import SaveError
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from conftest import save_tiny_model
 from trenchcoat import stages
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
 KILLER = Path(__file__).parent / "blocks_killer.py"
 

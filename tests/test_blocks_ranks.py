@@ -10,7 +10,7 @@ from conftest import save_tiny_model
 from ranks_kit import run
 from trenchcoat import stages
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
 
 def test_two_processes_agree_with_one(tiny_overrides: list[str], tmp_path: Path) -> None:

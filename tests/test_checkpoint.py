@@ -12,9 +12,10 @@ import torch
 
 from conftest import small_file_system
 from training_kit import STUDENT, lora_settings, start_lora, tiny_llama, transfer_model
-from trenchcoat import adapters, checkpoints, files, identity, loading, surgery
+from trenchcoat import adapters, checkpoints, identity, loading, surgery
 from trenchcoat.config import ModelConfig, UserError
-from trenchcoat.files import CorruptFileError, SaveError
+from trenchcoat.runtime import files
+from trenchcoat.runtime.files import CorruptFileError, SaveError
 
 GROUP = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}}
 

@@ -17,7 +17,7 @@ import pytest
 from trenchcoat import cli
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import field_paths
-from trenchcoat.distributed import FailedElsewhere
+from trenchcoat.runtime.distributed import FailedElsewhere
 
 
 def _fails(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:

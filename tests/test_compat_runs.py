@@ -21,7 +21,7 @@ from trenchcoat.compat.configs import read_config
 from trenchcoat.compat.start import base_config, check_rope
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.files import load_tensors, read_json
+from trenchcoat.runtime.files import load_tensors, read_json
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIGS = REPOSITORY / "configs"

@@ -18,11 +18,12 @@ from transformers import LlamaForCausalLM
 
 from conftest import byte_tokenizer, save_tiny_model, tiny_llama_config
 from ranks_kit import run, start
-from trenchcoat import distributed, stages
+from trenchcoat import stages
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.results import Results
-from trenchcoat.runlog import read_metrics
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.runlog import read_metrics
 
 STEPS = ["transfer.max_steps=4", "lora.max_steps=4"]
 """Of both stages; interrupted runs stop after two steps of the second."""

@@ -17,7 +17,7 @@ from trenchcoat.config import StudentConfig
 from trenchcoat.data.table import TableBuilder, TokenTable
 from trenchcoat.esl import EslRanking, effective_lengths
 from trenchcoat.families import UnsupportedFamilyError
-from trenchcoat.runlog import RunLog
+from trenchcoat.runtime.runlog import RunLog
 
 
 def naive(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

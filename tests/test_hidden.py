@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.files import SaveError
 from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.runtime.files import SaveError
 
 SHAPE = Shape(rows=11, tokens=5, hidden=3, dtype=torch.bfloat16)
 IDENTITY = {"base": "abc", "layer": 4}

@@ -20,8 +20,8 @@ import trenchcoat
 from tiny_families import FAMILIES, logits, tiny_model, tokens
 from trenchcoat import auto, hub
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.files import CorruptFileError
 from trenchcoat.loading import load_model
+from trenchcoat.runtime.files import CorruptFileError
 from trenchcoat.surgery import adapter_state, add_lora, attach_students, set_mode, student_config, students_of
 
 SMALL = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=6))

@@ -27,8 +27,8 @@ from trenchcoat import blockstages, cli, jobs, jobtask, launch
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.jobs import LocalJobs
 from trenchcoat.jobtask import Task
-from trenchcoat.lock import holder, locked
-from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.runtime.lock import holder, locked
+from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.slurmoptions import SlurmOptions, parse_slurm
 from trenchcoat.workshop import Stopped
 

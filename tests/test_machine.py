@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from trenchcoat import machine
 from trenchcoat.comparison import rows_of, stages_of
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.estimate import estimate, stage_tokens
+from trenchcoat.runtime import machine
 from trenchcoat.workshop import Workshop
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trenchcoat.memory import live_tensor_memory
+from trenchcoat.runtime.memory import live_tensor_memory
 
 KIB = 1024
 

@@ -10,7 +10,6 @@ import torch
 from training_kit import RandomBatches, lora_settings, start_lora, tiny_llama, transfer_model
 from trenchcoat import surgery
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig, UserError
-from trenchcoat.memory import live_tensor_memory
 from trenchcoat.objectives import (
     first_nonfinite,
     initialise_from_text,
@@ -18,6 +17,7 @@ from trenchcoat.objectives import (
     next_token_objective,
     transfer_objective,
 )
+from trenchcoat.runtime.memory import live_tensor_memory
 
 BATCHES = RandomBatches()
 

@@ -19,8 +19,8 @@ from trenchcoat.blockfolder import Block, BlockFolder, cut, divide, found_blocks
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.pipeline import FINISHED, Position, schedule
-from trenchcoat.runfolder import TRANSFER, RunFolder
-from trenchcoat.runlog import read_metrics
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime.runlog import read_metrics
 
 LAYERS = 5
 EPOCHS = ["blocks.size=2", "blocks.epochs=[0.5,1,0.25]", "transfer.schedule=constant"]

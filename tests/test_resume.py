@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from training_kit import numbers_of, two_stages
-from trenchcoat.runlog import read_metrics
+from trenchcoat.runtime.runlog import read_metrics
 
 WORKER = Path(__file__).parent / "resume_worker.py"
 PATIENCE = 300.0

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from trenchcoat.files import SaveError
-from trenchcoat.runlog import METRICS_FILE, RunLog, environment, read_metrics
+from trenchcoat.runtime.files import SaveError
+from trenchcoat.runtime.runlog import METRICS_FILE, RunLog, environment, read_metrics
 
 
 def quiet(directory: Path) -> RunLog:

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat import comparison, loading, machine, results, stages, workshop
+from trenchcoat import comparison, loading, results, stages, workshop
 from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data import StreamedBatches, stream, stream_sources
 from trenchcoat.hub import load
 from trenchcoat.results import Results
-from trenchcoat.runfolder import RunFolder, flatten, stage_settings
-from trenchcoat.runlog import read_metrics
+from trenchcoat.runtime import machine
+from trenchcoat.runtime.runfolder import RunFolder, flatten, stage_settings
+from trenchcoat.runtime.runlog import read_metrics
 
 Make = Callable[..., Recipe]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.memory import live_tensor_memory
 from trenchcoat.ops import reference
 from trenchcoat.ops.chunked import closed_form
+from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.students import (
     ACTIVATIONS,
     STUDENTS,

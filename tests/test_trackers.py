@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from trenchcoat import trackers
 from trenchcoat.config import UserError
-from trenchcoat.runlog import RunLog
+from trenchcoat.runtime import trackers
+from trenchcoat.runtime.runlog import RunLog
 
 
 def _two_lines(log: RunLog) -> None:

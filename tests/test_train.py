@@ -28,10 +28,10 @@ from training_kit import (
 )
 from trenchcoat import checkpoints, surgery
 from trenchcoat.config import StageConfig, TransferConfig, UserError
-from trenchcoat.files import SaveError
 from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.objectives import Batch, Metrics, transfer_objective
-from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.runtime.files import SaveError
+from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.schedules import Schedule
 from trenchcoat.train import FitResult, NonFiniteLoss, fit
 

@@ -24,7 +24,7 @@ from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import TransferConfig
 from trenchcoat.objectives import transfer_objective
 from trenchcoat.ops.triton import check as triton_check
-from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.train import fit
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trenchcoat import surgery
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
 from trenchcoat.objectives import Objective, next_token_objective, transfer_objective
-from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.train import FitResult, fit
 
 VOCABULARY = 61

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.files import CorruptFileError, load_tensors, read_json, save_tensors, sha256, write_json
+from trenchcoat.runtime.files import CorruptFileError, load_tensors, read_json, save_tensors, sha256, write_json
 
 ADAPTER_FILE = "adapter.safetensors"
 ADAPTER_META = "trenchcoat.json"

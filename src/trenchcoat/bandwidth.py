@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from trenchcoat.files import PARTIAL_PREFIX, saving
 from trenchcoat.flops import device_peak
-from trenchcoat.machine import free_disk
+from trenchcoat.runtime.files import PARTIAL_PREFIX, saving
+from trenchcoat.runtime.machine import free_disk
 
 PROBE_BYTES = 64 << 20
 SHARE_OF_PEAK = 0.4

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat import distributed
 from trenchcoat.config import StageConfig
 from trenchcoat.data import Batches
 from trenchcoat.hidden import HiddenStates
 from trenchcoat.objectives import Batch
+from trenchcoat.runtime import distributed
 from trenchcoat.schedules import evaluation_batches, step_batches, training_length
 
 ROWS = "rows"

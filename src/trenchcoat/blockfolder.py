@@ -17,10 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trenchcoat import checkpoints, distributed
+from trenchcoat import checkpoints
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.runfolder import TRANSFER, RunFolder
-from trenchcoat.runlog import RunLog, SilentLog, read_metrics
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime.runlog import RunLog, SilentLog, read_metrics
 
 FOLDER = "blocks"
 _NAME = re.compile(r"layers-(\d+)-(\d+)")

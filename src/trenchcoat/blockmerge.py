@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.runfolder import TRANSFER
-from trenchcoat.runlog import RunLog, read_metrics
+from trenchcoat.runtime.runfolder import TRANSFER
+from trenchcoat.runtime.runlog import RunLog, read_metrics
 
 
 def merge_logs(folders: Sequence[Path], log: RunLog, *, at_once: bool = False) -> int:

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from trenchcoat import files, loading
+from trenchcoat import loading
 from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.families import check_family, decoder_of
-from trenchcoat.files import read_json, write_json
 from trenchcoat.identity import file_fingerprint
 from trenchcoat.loading import base_folder
+from trenchcoat.runtime import files
+from trenchcoat.runtime.files import read_json, write_json
+from trenchcoat.runtime.sharding import first_elements, tensor_files
 from trenchcoat.shapes import meta_model
-from trenchcoat.sharding import first_elements, tensor_files
 
 BLOCK_FILE = "trenchcoat_block.json"
 """Beside the tensors of one block copied by ``blocks shard``: which layers of which model they are."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat import distributed, surgery
+from trenchcoat import surgery
 from trenchcoat.blockdata import ROWS, HiddenBatches, Pass, Span
 from trenchcoat.blockfolder import Block, BlockFolder, BlockIdentity
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names
@@ -31,10 +31,11 @@ from trenchcoat.config import Recipe, TransferConfig, UserError
 from trenchcoat.data import Batches
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
-from trenchcoat.interrupts import StopSignal
 from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
-from trenchcoat.runfolder import TRANSFER
-from trenchcoat.runlog import RunLog
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.interrupts import StopSignal
+from trenchcoat.runtime.runfolder import TRANSFER
+from trenchcoat.runtime.runlog import RunLog
 from trenchcoat.schedules import training_length
 from trenchcoat.shapes import shapes_of
 from trenchcoat.train import Batches as FitBatches

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import distributed, surgery
+from trenchcoat import surgery
 from trenchcoat.blockmodel import local_names
 from trenchcoat.blocks import BlockRun
 from trenchcoat.evaluate import EvalRows, score
 from trenchcoat.objectives import forward_decoder
 from trenchcoat.results import Scores
+from trenchcoat.runtime import distributed
 
 
 def score_blocks(

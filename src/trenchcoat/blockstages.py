@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from trenchcoat import distributed, hub, report, results
+from trenchcoat import hub, report, results
 from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_free, require_ranks
 from trenchcoat.blockdata import spans
@@ -40,12 +40,13 @@ from trenchcoat.config.units import in_words, tera
 from trenchcoat.data import StreamedBatches, load_batches
 from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.loading import load_tokenizer, model_source
-from trenchcoat.lock import locked
-from trenchcoat.machine import free_disk, free_memory
 from trenchcoat.pipeline import Pipeline
 from trenchcoat.plan import HOST_LINK
 from trenchcoat.results import Results, StageFacts
-from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.lock import locked
+from trenchcoat.runtime.machine import free_disk, free_memory
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.schedules import evaluation_batches, training_length
 from trenchcoat.shapes import shapes_of
 from trenchcoat.stages import Outcome

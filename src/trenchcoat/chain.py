@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trenchcoat import distributed
+from trenchcoat.runtime import distributed
 
 AHEAD = 2
 """Micro-batches that wait before a process, and that wait to be taken by the next one."""

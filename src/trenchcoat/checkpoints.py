@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from trenchcoat import distributed
-from trenchcoat.files import (
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.files import (
     PARTIAL_PREFIX,
     CorruptFileError,
     is_disk_full,

@@ -74,7 +74,7 @@ def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 def kept(args: argparse.Namespace, report: Any) -> Any:
     """``report`` (a `plan.PlanReport`), written to the file that `--json` names, which it then says."""
-    from trenchcoat.files import write_json
+    from trenchcoat.runtime.files import write_json
 
     if args.json is None:
         return report

@@ -102,7 +102,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def generate(args: argparse.Namespace) -> None:
     """`trenchcoat generate`."""
     from trenchcoat import stages
-    from trenchcoat.files import atomic_file
+    from trenchcoat.runtime.files import atomic_file
 
     options = {"num_beams": args.beams, **_sampling(args)}
     rows = stages.generate_rows(
@@ -228,7 +228,7 @@ def _command(line: str, talks: dict[str, Any]) -> bool:
 
 def _answer(line: str, talks: dict[str, Any]) -> None:
     """Stream one answer, or two in columns, the second after the first so that neither slows the other."""
-    from trenchcoat.interrupts import stop_on_signals
+    from trenchcoat.runtime.interrupts import stop_on_signals
 
     with stop_on_signals() as stop:
         if len(talks) == 1:

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from trenchcoat import distributed, results, surgery
+from trenchcoat import results, surgery
 from trenchcoat.config import Recipe
 from trenchcoat.data import Batches
 from trenchcoat.evaluate import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generate import generate_text
 from trenchcoat.results import DecodePoint, Results, Sample, Scores, StageFacts
-from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
-from trenchcoat.runlog import environment
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
+from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import student_class
 from trenchcoat.workshop import Workshop
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.sharding import compute_device
+from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.students import StudentAttention
 
 Ids = NDArray[np.int64]

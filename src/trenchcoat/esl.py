@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from trenchcoat import distributed
 from trenchcoat.data import TokenTable
-from trenchcoat.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.interface import LazyMask, Output, mask, own_attention
-from trenchcoat.runlog import RunLog
-from trenchcoat.sharding import compute_device, run_decoder
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, save_tensors
+from trenchcoat.runtime.runlog import RunLog
+from trenchcoat.runtime.sharding import compute_device, run_decoder
 from trenchcoat.surgery import attention_through
 
 NAME = "trenchcoat_esl"

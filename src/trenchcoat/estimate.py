@@ -7,11 +7,11 @@ import time
 
 import torch
 
-from trenchcoat import distributed
 from trenchcoat.config import LoraConfig, StageConfig
 from trenchcoat.data import Batches
-from trenchcoat.runfolder import TRANSFER
-from trenchcoat.sharding import compute_device
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.runfolder import TRANSFER
+from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.workshop import Workshop
 
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trenchcoat import distributed
 from trenchcoat.results import DecodePoint, RowSums, Scores
-from trenchcoat.sharding import compute_device
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.sharding import compute_device
 
 IGNORED = -100
 """Label of a token that does not count."""

@@ -30,7 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from trenchcoat.cache import cache_nbytes
 from trenchcoat.config import UserError
-from trenchcoat.sharding import run_decoder
+from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.statefile import load_state, save_state
 
 PREFILL_TOKENS = 2048

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from trenchcoat.sharding import whole
+from trenchcoat.runtime.sharding import whole
 from trenchcoat.students import StudentAttention, layer_key
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.files import PARTIAL_PREFIX, CorruptFileError, read_json, saving, sync, write_json
+from trenchcoat.runtime.files import PARTIAL_PREFIX, CorruptFileError, read_json, saving, sync, write_json
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE = 1 << 24

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trenchcoat import auto
 from trenchcoat.adapters import ADAPTER_META, read_adapter, write_adapter
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.files import atomic_directory, read_json
 from trenchcoat.identity import fingerprint
 from trenchcoat.loading import load_model, resolve_device, resolve_dtype
+from trenchcoat.runtime.files import atomic_directory, read_json
 from trenchcoat.surgery import (
     adapter_state,
     add_lora,

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trenchcoat.sharding import first_elements, tensor_files
+from trenchcoat.runtime.sharding import first_elements, tensor_files
 
 SAMPLES, ELEMENTS = 8, 4096
 """Matrices looked at, and how many of the first values of each."""

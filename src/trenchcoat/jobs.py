@@ -24,9 +24,9 @@ from typing import Any, ClassVar
 import submitit
 
 from trenchcoat.config import UserError
-from trenchcoat.files import read_json, write_json
 from trenchcoat.jobtask import Task
-from trenchcoat.runlog import RunLog
+from trenchcoat.runtime.files import read_json, write_json
+from trenchcoat.runtime.runlog import RunLog
 from trenchcoat.slurmoptions import SlurmOptions
 
 SIGNAL_SECONDS = 120

@@ -27,7 +27,7 @@ import submitit
 
 from trenchcoat import blockstages
 from trenchcoat.config import Recipe
-from trenchcoat.lock import InUse
+from trenchcoat.runtime.lock import InUse
 from trenchcoat.workshop import Stopped
 
 Step = Literal["collect", "train", "stitch"]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import checkpoints, distributed
+from trenchcoat import checkpoints
 from trenchcoat.checkpoints import Checkpoint, CheckpointWriter
 from trenchcoat.identity import fingerprint
+from trenchcoat.runtime import distributed
 from trenchcoat.students import StudentAttention
 
 FORMAT = 2

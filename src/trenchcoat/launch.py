@@ -25,11 +25,11 @@ from trenchcoat import blockstages
 from trenchcoat.blockfolder import Block, BlockFolder, blocks_folder, found_blocks
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.config.units import in_words
-from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.jobs import Job, Jobs, LocalJobs, SlurmJobs
 from trenchcoat.jobtask import Step, Task
-from trenchcoat.lock import holder, locked
-from trenchcoat.runlog import RunLog, Tracker
+from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
+from trenchcoat.runtime.lock import holder, locked
+from trenchcoat.runtime.runlog import RunLog, Tracker
 from trenchcoat.slurmoptions import parse_slurm
 from trenchcoat.stages import Outcome
 from trenchcoat.workshop import Stopped

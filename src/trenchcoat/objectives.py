@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trenchcoat.config import TransferConfig, UserError
-from trenchcoat.sharding import run_decoder
+from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest, layer_key
 
 Batch = dict[str, Tensor]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat.files import write_text
+from trenchcoat.runtime.files import write_text
 
 TEACHER = "teacher"
 UNTRAINED = "untrained_swap"

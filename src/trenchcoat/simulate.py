@@ -33,10 +33,10 @@ from trenchcoat import surgery
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.families import decoder_of
 from trenchcoat.interface import LazyMask
-from trenchcoat.memory import live_tensor_memory
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
-from trenchcoat.sharding import run_decoder
+from trenchcoat.runtime.memory import live_tensor_memory
+from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import TransferRequest
 
 MOST_TILES = 2

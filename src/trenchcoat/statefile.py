@@ -20,9 +20,9 @@ from transformers import Cache, DynamicCache
 
 from trenchcoat.cache import StateLayer, state_layer
 from trenchcoat.config import UserError
-from trenchcoat.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.ops import StudentState
-from trenchcoat.sharding import first_elements
+from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
+from trenchcoat.runtime.sharding import first_elements
 from trenchcoat.surgery import student_config, students_of
 
 FORMAT = "trenchcoat state 1"

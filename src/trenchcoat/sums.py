@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import torch
 
-from trenchcoat import distributed
 from trenchcoat.flops import device_peak
 from trenchcoat.objectives import Batch, Metrics
+from trenchcoat.runtime import distributed
 
 GIB = 1 << 30
 

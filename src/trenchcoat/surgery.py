@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trenchcoat.config import LoraConfig, StudentConfig, UserError
 from trenchcoat.families import AttentionSite, attention_sites, choose_lora_targets, decoder_of
 from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
-from trenchcoat.sharding import compute_device, is_sharded, is_sharded_tensor
+from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 
 _ADAPTER = "default"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config import UserError
-from trenchcoat.files import read_json, write_json
 from trenchcoat.results import Difference
+from trenchcoat.runtime.files import read_json, write_json
 
 FORMAT_VERSION = 1
 STUDENT, TEACHER, FAR_OFF = "student", "teacher", "far_off"

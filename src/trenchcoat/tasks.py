@@ -23,7 +23,7 @@ from trenchcoat.letters import score_letters
 from trenchcoat.loading import load_model
 from trenchcoat.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
 from trenchcoat.results import Results
-from trenchcoat.runlog import Tracker, environment, show_progress
+from trenchcoat.runtime.runlog import Tracker, environment, show_progress
 from trenchcoat.task_report import TASKS_FILE, terminal_tables
 from trenchcoat.task_results import FAR_OFF, MODEL_LABELS, STUDENT, TEACHER, ProbeRecord, TaskResults
 

@@ -21,16 +21,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import distributed
 from trenchcoat.config import StageConfig, UserError
 from trenchcoat.gradients import NonFiniteGradient, average_and_clip, clip_groups
-from trenchcoat.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.keeper import Keeper, identity
 from trenchcoat.layerwise import BEST, Units
 from trenchcoat.objectives import IDLE, Batch, Objective, first_nonfinite
-from trenchcoat.runlog import RunLog, Tracker
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
+from trenchcoat.runtime.runlog import RunLog, Tracker
+from trenchcoat.runtime.sharding import MasterCopies
 from trenchcoat.schedules import evaluation_batches, step_batches, training_length
-from trenchcoat.sharding import MasterCopies
 from trenchcoat.sums import Meter, Sums
 from trenchcoat.trainstate import Counters, optimizer_room, optimizer_tensors, require_same_identity
 

@@ -16,21 +16,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import adapters, distributed, files, identity, surgery
+from trenchcoat import adapters, identity, surgery
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
 from trenchcoat.esl import EslRanking
-from trenchcoat.files import read_json
 from trenchcoat.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.hub import save_adapter
 from trenchcoat.loading import load_base
-from trenchcoat.lock import locked
 from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
-from trenchcoat.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
-from trenchcoat.runlog import RunLog, SilentLog
+from trenchcoat.runtime import distributed, files
+from trenchcoat.runtime.files import read_json
+from trenchcoat.runtime.lock import locked
+from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
+from trenchcoat.runtime.runlog import RunLog, SilentLog
+from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.shapes import shapes_of
-from trenchcoat.sharding import compute_device
 from trenchcoat.students import student_class
 from trenchcoat.train import FitResult, fit
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.files import write_json
+from trenchcoat.runtime.files import write_json
 
 STEPWISE = ("kernels",)
 """Benchmarks of many minutes, which hand over what they have as they go (``keep``, ``say``)."""

@@ -27,8 +27,8 @@ from trenchcoat import blockstages
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.embedded import teacher_dir
-from trenchcoat.runfolder import TRANSFER
-from trenchcoat.runlog import environment
+from trenchcoat.runtime.runfolder import TRANSFER
+from trenchcoat.runtime.runlog import environment
 from trenchcoat.workshop import Workshop
 
 TARGETS = {"throughput_ratio": 0.9, "memory_over_bound": 1.0}

@@ -26,8 +26,8 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluate import score
 from trenchcoat.families import decoder_of
 from trenchcoat.loading import load_model
-from trenchcoat.runfolder import TRANSFER
-from trenchcoat.runlog import environment, read_metrics
+from trenchcoat.runtime.runfolder import TRANSFER
+from trenchcoat.runtime.runlog import environment, read_metrics
 from trenchcoat.workshop import Workshop
 
 SCALES = (1024.0, 128.0, 8.0, 1.0)

@@ -24,8 +24,8 @@ from trenchcoat.bench.clock import wait
 from trenchcoat.cache import cache_nbytes
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.generate import PREFILL_TOKENS, Session
-from trenchcoat.memory import live_tensor_memory
-from trenchcoat.runlog import environment
+from trenchcoat.runtime.memory import live_tensor_memory
+from trenchcoat.runtime.runlog import environment
 
 TARGETS: dict[str, float] = {
     "flatness": 1.1,

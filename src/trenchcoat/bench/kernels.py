@@ -24,7 +24,7 @@ import trenchcoat.bench.kernels_operator as kernels_operator
 from trenchcoat.bench.gpu import Ceilings, Timer, attempt, targets_table
 from trenchcoat.config import UsageError, UserError
 from trenchcoat.config.units import gib
-from trenchcoat.runlog import environment
+from trenchcoat.runtime.runlog import environment
 
 PARTS: dict[str, ModuleType] = {"operator": kernels_operator, "model": kernels_model, "decode": kernels_decode}
 

@@ -19,8 +19,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trenchcoat.bench.clock import Clock, seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.memory import live_tensor_memory
-from trenchcoat.runlog import environment
+from trenchcoat.runtime.memory import live_tensor_memory
+from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import StudentAttention, TransferRequest, build_student
 
 TARGETS: dict[str, float] = {

@@ -15,9 +15,9 @@ import torch
 from trenchcoat.bench.gpu import Timer
 from trenchcoat.bench.kernels_operator import FULL, QUICK, Bench
 from trenchcoat.config import UserError
-from trenchcoat.files import read_json, write_json
 from trenchcoat.ops.triton.tiles import Choices, Tile, choices, encoded, tiles_file
-from trenchcoat.runlog import environment
+from trenchcoat.runtime.files import read_json, write_json
+from trenchcoat.runtime.runlog import environment
 
 if TYPE_CHECKING:
     from trenchcoat.ops.triton.launch import Launch

@@ -22,9 +22,9 @@ from trenchcoat import surgery
 from trenchcoat.bench.clock import seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
 from trenchcoat.gradients import average_and_clip, clip_groups
-from trenchcoat.memory import live_tensor_memory
 from trenchcoat.objectives import Objective, transfer_objective
-from trenchcoat.runlog import environment
+from trenchcoat.runtime.memory import live_tensor_memory
+from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import StudentAttention, operator_of
 
 TARGETS: dict[str, Any] = {"memory_growth": 1.1, "time_ratio": {"1024": 1.35, "4096": 1.2}}

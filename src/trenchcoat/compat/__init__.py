@@ -17,7 +17,7 @@ from trenchcoat.compat.flags import given_flags, parse
 from trenchcoat.compat.plan import Plan, Stage, make_plan
 from trenchcoat.compat.start import adopt_transfer, base_config, check_layers, check_rope
 from trenchcoat.config import UserError
-from trenchcoat.runfolder import TRANSFER, RunFolder
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
 __all__ = ["main", "plan_of"]
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig
 from trenchcoat.adapters import ADAPTER_FILE, ADAPTER_META, read_adapter
 from trenchcoat.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.files import atomic_file, read_json, save_tensors, write_json
 from trenchcoat.results import StageFacts
-from trenchcoat.runfolder import TRANSFER, RunFolder, flatten
+from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
 
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

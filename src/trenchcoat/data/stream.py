@@ -41,7 +41,7 @@ from trenchcoat.data.tokens import (
     tokenizer_hash,
     unwanted_lengths,
 )
-from trenchcoat.files import CorruptFileError, SaveError, read_json, write_json
+from trenchcoat.runtime.files import CorruptFileError, SaveError, read_json, write_json
 
 ENDLESS = sys.maxsize
 """Length of a stream, in micro-batches and in rows."""

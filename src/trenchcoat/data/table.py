@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from trenchcoat.files import save_tensors
+from trenchcoat.runtime.files import save_tensors
 
 
 @dataclass(frozen=True)

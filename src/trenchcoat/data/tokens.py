@@ -21,7 +21,7 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data.samples import BadSample, Segment, encode, segments
 from trenchcoat.data.sources import Row, Source
 from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
-from trenchcoat.files import SaveError
+from trenchcoat.runtime.files import SaveError
 
 _VERSION = 2
 """Part of the cache key: raise it when the same source and settings come to give other tokens."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.files import atomic_directory
+from trenchcoat.runtime.files import atomic_directory
 
 Key = tuple[int, str]
 """(layer, name under `self_attn`), e.g. (0, "feature_map_q.mlp.layer") or (0, "q_proj.lora_A")."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trenchcoat.config import UserError
-from trenchcoat.files import saving
+from trenchcoat.runtime.files import saving
 
 LOCK_FILE = ".lock"
 

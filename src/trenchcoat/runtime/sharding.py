@@ -21,8 +21,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from trenchcoat import distributed
 from trenchcoat.config import ParallelConfig, UserError
+from trenchcoat.runtime import distributed
 
 __all__ = [
     "MasterCopies",

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.files import load_tensors, read_json, save_tensors, write_json
+from trenchcoat.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
 

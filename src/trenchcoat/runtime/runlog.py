@@ -31,8 +31,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trenchcoat.files import saving, write_json, write_text
-from trenchcoat.trackers import open_trackers
+from trenchcoat.runtime.files import saving, write_json, write_text
+from trenchcoat.runtime.trackers import open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY_SECONDS = 10.0
