@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trenchcoat.embedded import Split, stdlib_documents
+from trenchcoat.models.embedded import Split, stdlib_documents
 
 VOCAB = 2048
 CONTEXT = 1024

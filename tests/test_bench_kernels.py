@@ -14,10 +14,11 @@ import torch
 from transformers import DynamicCache
 
 from kernel_kit import DEVICE
-from trenchcoat import bench, surgery
+from trenchcoat import bench
 from trenchcoat.bench import gpu, kernels, kernels_decode, kernels_model, kernels_operator
 from trenchcoat.cli import main
 from trenchcoat.config import UserError
+from trenchcoat.models import surgery
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runtime.files import write_json
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tiny_families import FAMILIES, tiny_model, tokens
-from trenchcoat import identity, surgery
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names, local_names
 from trenchcoat.config import ModelConfig, StudentConfig, UserError
-from trenchcoat.families import decoder_of
+from trenchcoat.models import identity, surgery
+from trenchcoat.models.families import decoder_of
 from trenchcoat.runtime import files
 
 LAYERS = 4

@@ -20,8 +20,8 @@ from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB, parse_tokens, tera
 from trenchcoat.footprint import Layout, footprint
+from trenchcoat.models.shapes import Shapes, find_config, shapes_of
 from trenchcoat.plan import HOST_LINK, Machine, with_reserve
-from trenchcoat.shapes import Shapes, find_config, shapes_of
 
 LARGEST = load_recipe("llama3_1_405b_blocks")
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tiny_families import logits, tiny_model, tokens
-from trenchcoat.cache import StateLayer, cache_nbytes
 from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.models.cache import StateLayer, cache_nbytes
+from trenchcoat.models.surgery import attach_students, set_mode
 from trenchcoat.students import STUDENTS
-from trenchcoat.surgery import attach_students, set_mode
 
 WINDOW = 4
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 2, "eos_token_id": None}

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat import compat, hub
+from trenchcoat import compat
 from trenchcoat.compat.configs import read_config
 from trenchcoat.compat.start import base_config, check_rope
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.models import hub
 from trenchcoat.runtime.files import load_tensors, read_json
 
 REPOSITORY = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from trenchcoat import continuations
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.continuations import ContinuationScorer, Request, plan_groups
+from trenchcoat.models.surgery import attach_students, set_mode
 from trenchcoat.students import STUDENTS
-from trenchcoat.surgery import attach_students, set_mode
 
 TOLERANCE = 2e-5
 """Nats: five tokens whose log-probabilities, of size up to about 10, are float32 sums taken in another order."""

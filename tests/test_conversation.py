@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import byte_tokenizer
-from trenchcoat import cli, hub
+from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.conversation import Conversation, softmax_twin
-from trenchcoat.surgery import add_lora, attach_students
+from trenchcoat.models import hub
+from trenchcoat.models.surgery import add_lora, attach_students
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"

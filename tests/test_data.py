@@ -23,7 +23,7 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data import Batches, TokenTable, load_batches, sources
 from trenchcoat.data.packing import pack
 from trenchcoat.data.samples import PROMPT_WITHOUT_INPUT
-from trenchcoat.embedded import stdlib_documents
+from trenchcoat.models.embedded import stdlib_documents
 
 SHARED = Path(__file__).parents[2] / "shared"
 Load = Callable[..., Batches]

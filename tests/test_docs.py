@@ -14,8 +14,8 @@ from block_commands import parse_trenchcoat
 from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
+from trenchcoat.models.surgery import attach_students, set_mode
 from trenchcoat.students import STUDENTS, register_student
-from trenchcoat.surgery import attach_students, set_mode
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trenchcoat import embedded
-from trenchcoat.embedded import split_of, stdlib_documents, teacher_dir
+from trenchcoat.models import embedded
+from trenchcoat.models.embedded import split_of, stdlib_documents, teacher_dir
 
 
 def test_the_split_of_a_file_depends_on_its_path_alone() -> None:

@@ -13,11 +13,10 @@ import transformers
 from torch import Tensor
 
 from tiny_families import BASE, FAMILIES, logits, tiny_model, tokens
-from trenchcoat import hub
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
-from trenchcoat.families import KNOWN_FAMILIES, UnsupportedFamilyError, attention_sites, check_family
-from trenchcoat.students import STUDENTS, student_class
-from trenchcoat.surgery import (
+from trenchcoat.models import hub
+from trenchcoat.models.families import KNOWN_FAMILIES, UnsupportedFamilyError, attention_sites, check_family
+from trenchcoat.models.surgery import (
     adapter_state,
     add_lora,
     attach_students,
@@ -27,6 +26,7 @@ from trenchcoat.surgery import (
     set_mode,
     students_of,
 )
+from trenchcoat.students import STUDENTS, student_class
 
 WINDOW, LENGTH, PAD = 4, 37, 5
 CLOSE = {"rtol": 0.0, "atol": 5e-5}

@@ -10,9 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_families import tiny_model
-from trenchcoat import objectives, surgery
+from trenchcoat import objectives
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, TransferConfig
-from trenchcoat.flops import (
+from trenchcoat.models import surgery
+from trenchcoat.models.flops import (
     device_peak,
     layer_student,
     lora_flops_per_token,
@@ -20,7 +21,7 @@ from trenchcoat.flops import (
     student_parameters,
     transfer_flops_per_token,
 )
-from trenchcoat.shapes import Shapes, shapes_of
+from trenchcoat.models.shapes import Shapes, shapes_of
 
 TOKENS = 512
 WIDE = {"hidden_size": 96, "intermediate_size": 256, "head_dim": 16}

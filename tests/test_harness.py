@@ -22,10 +22,10 @@ from test_continuations import TOLERANCE, model_of
 from trenchcoat import cli, continuations, harness
 from trenchcoat.config import UserError
 from trenchcoat.harness import TrenchcoatLM, score_tasks
-from trenchcoat.hub import save_merged
 from trenchcoat.letters import letter_tokens, score_letters
 from trenchcoat.local_tasks import read_choices, read_mmlu, task_folder, winogrande_rest
-from trenchcoat.surgery import set_mode
+from trenchcoat.models.hub import save_merged
+from trenchcoat.models.surgery import set_mode
 from trenchcoat.task_results import STUDENT, TaskResults, paired, pooled_rows
 
 SUBJECTS = sorted(path.stem for path in (task_folder() / "mmlu").glob("[!_]*.yaml"))

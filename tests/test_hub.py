@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import trenchcoat
 from tiny_families import FAMILIES, logits, tiny_model, tokens
-from trenchcoat import auto, hub
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.loading import load_model
+from trenchcoat.models import auto, hub
+from trenchcoat.models.loading import load_model
+from trenchcoat.models.surgery import adapter_state, add_lora, attach_students, set_mode, student_config, students_of
 from trenchcoat.runtime.files import CorruptFileError
-from trenchcoat.surgery import adapter_state, add_lora, attach_students, set_mode, student_config, students_of
 
 SMALL = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=6))
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))

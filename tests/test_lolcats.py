@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from trenchcoat import cli, hub, lolcats
+from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.surgery import adapter_state, add_lora, attach_students, set_mode, student_config
+from trenchcoat.models import hub, lolcats
+from trenchcoat.models.surgery import adapter_state, add_lora, attach_students, set_mode, student_config
 
 HEADS, GROUPS, DIM, COLUMNS, LAYERS, WINDOW = 4, 2, 8, 6, 2, 8
 State = dict[str, Tensor]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from training_kit import RandomBatches, lora_settings, start_lora, tiny_llama, transfer_model
-from trenchcoat import surgery
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig, UserError
+from trenchcoat.models import surgery
 from trenchcoat.objectives import (
     first_nonfinite,
     initialise_from_text,

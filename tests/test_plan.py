@@ -14,7 +14,7 @@ from trenchcoat.advice import enough_gpus, notes_on, one_layer_bytes
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB, parse_size
-from trenchcoat.flops import transfer_flops_per_token
+from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.plan import Machine, Plan, Planner, make_plan
 
 

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from conftest import save_tiny_model
-from trenchcoat import hub, loading, stages, surgery
+from trenchcoat import stages
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, ParallelConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.identity import fingerprint
-from trenchcoat.loading import load_base, load_model
+from trenchcoat.models import hub, loading, surgery
+from trenchcoat.models.identity import fingerprint
+from trenchcoat.models.loading import load_base, load_model
 from trenchcoat.objectives import next_token_objective
 
 QUIET = pytest.mark.filterwarnings("ignore:.*_check_is_size.*", "ignore::FutureWarning")

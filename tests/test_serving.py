@@ -24,10 +24,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import save_tiny_model
-from trenchcoat import cli, hub
+from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.models import hub
+from trenchcoat.models.surgery import adapter_state, attach_students, set_mode
 from trenchcoat.serving import ServeSettings, serve
-from trenchcoat.surgery import adapter_state, attach_students, set_mode
 
 SOURCE = Path(cli.__file__).parents[1]
 STUDENT = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6))

@@ -10,8 +10,8 @@ import pytest
 from tiny_families import tiny_model
 from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
-from trenchcoat.shapes import FOLDER, SHIPPED, find_config, shapes_of
-from trenchcoat.surgery import add_lora
+from trenchcoat.models.shapes import FOLDER, SHIPPED, find_config, shapes_of
+from trenchcoat.models.surgery import add_lora
 
 
 @pytest.mark.parametrize(

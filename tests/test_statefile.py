@@ -15,11 +15,11 @@ from test_cache import GREEDY, make
 from tiny_families import tokens
 from trenchcoat.config import UserError
 from trenchcoat.generate import PREFILL_TOKENS, Session, generation_config
+from trenchcoat.models.surgery import set_mode, set_state_dtype
 from trenchcoat.ops import StudentState
 from trenchcoat.ops.state import add_far
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.statefile import _record, load_state, save_state
-from trenchcoat.surgery import set_mode, set_state_dtype
 
 KINDS = ("terrace", "sliding", "linear")
 

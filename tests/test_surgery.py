@@ -11,9 +11,8 @@ from torch import Tensor
 
 from tiny_families import logits, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, UserError
-from trenchcoat.interface import LazyMask
-from trenchcoat.students import TransferRequest
-from trenchcoat.surgery import (
+from trenchcoat.models.interface import LazyMask
+from trenchcoat.models.surgery import (
     adapter_state,
     add_lora,
     attach_students,
@@ -33,6 +32,7 @@ from trenchcoat.surgery import (
     students_of,
     teacher_implementation,
 )
+from trenchcoat.students import TransferRequest
 
 SMALL = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6))
 LORA = LoraConfig(rank=2, alpha=4.0)

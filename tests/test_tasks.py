@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from test_harness import data_dir  # noqa: F401 (a fixture)
-from trenchcoat import cli, hub, tasks
+from trenchcoat import cli, tasks
 from trenchcoat.config import UserError
+from trenchcoat.models import hub
 from trenchcoat.task_results import TaskResults
 
 PROBE_OPTIONS = ["--probe-lengths", "1,2", "--probe-rows", "2", "--trained-length", "64"]

@@ -26,9 +26,10 @@ from training_kit import (
     transfer_model,
     transfer_settings,
 )
-from trenchcoat import checkpoints, surgery
+from trenchcoat import checkpoints
 from trenchcoat.config import StageConfig, TransferConfig, UserError
 from trenchcoat.gradients import average_and_clip, clip_groups
+from trenchcoat.models import surgery
 from trenchcoat.objectives import Batch, Metrics, transfer_objective
 from trenchcoat.runtime.files import SaveError
 from trenchcoat.runtime.runlog import RunLog, read_metrics

@@ -18,11 +18,11 @@ from torch import Tensor
 from kernel_kit import DEVICE, KernelCase, group, name_of, output_tolerances
 from low_precision import DRAWS
 from operator_kit import budget, error
-from trenchcoat import surgery
 from trenchcoat.bench.gpu import captured
 from trenchcoat.bench.kernels_decode import Loop, student_cache
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.models import surgery
 from trenchcoat.ops import StudentState
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import check as triton_check

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from kernel_kit import DEVICE
-from trenchcoat import surgery
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import TransferConfig
+from trenchcoat.models import surgery
 from trenchcoat.objectives import transfer_objective
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runtime.runlog import RunLog, read_metrics

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiny_families import tiny_model
-from trenchcoat import auto, hub
 from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.models import auto, hub
+from trenchcoat.models.surgery import attach_students, set_mode
 from trenchcoat.students import StudentAttention, build_student
-from trenchcoat.surgery import attach_students, set_mode
 from trenchcoat.vllm_plugin import MODELS, register
 from trenchcoat.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 

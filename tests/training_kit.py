@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trenchcoat import surgery
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
+from trenchcoat.models import surgery
 from trenchcoat.objectives import Objective, next_token_objective, transfer_objective
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.train import FitResult, fit

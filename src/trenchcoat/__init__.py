@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from trenchcoat import auto as _auto
+from trenchcoat.models import auto as _auto
 
 if TYPE_CHECKING:
     from trenchcoat.config import Recipe, StudentConfig, UserError
     from trenchcoat.config.recipe_io import load_recipe
     from trenchcoat.generate import Session
-    from trenchcoat.hub import load, save_adapter, save_merged
+    from trenchcoat.models.hub import load, save_adapter, save_merged
+    from trenchcoat.models.surgery import add_lora, attach_students, merge_lora, set_mode, set_state_dtype, students_of
     from trenchcoat.statefile import load_state, save_state
     from trenchcoat.students import StudentAttention, register_student
-    from trenchcoat.surgery import add_lora, attach_students, merge_lora, set_mode, set_state_dtype, students_of
 
 __all__ = [
     "Recipe",
@@ -48,18 +48,18 @@ _HOME = {
     "load_recipe": "config.recipe_io",
     "StudentAttention": "students",
     "register_student": "students",
-    "add_lora": "surgery",
-    "attach_students": "surgery",
-    "merge_lora": "surgery",
-    "set_mode": "surgery",
-    "set_state_dtype": "surgery",
-    "students_of": "surgery",
+    "add_lora": "models.surgery",
+    "attach_students": "models.surgery",
+    "merge_lora": "models.surgery",
+    "set_mode": "models.surgery",
+    "set_state_dtype": "models.surgery",
+    "students_of": "models.surgery",
     "Session": "generate",
     "load_state": "statefile",
     "save_state": "statefile",
-    "load": "hub",
-    "save_adapter": "hub",
-    "save_merged": "hub",
+    "load": "models.hub",
+    "save_adapter": "models.hub",
+    "save_merged": "models.hub",
 }
 
 

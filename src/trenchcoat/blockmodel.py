@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
-from trenchcoat import loading
 from trenchcoat.config import ModelConfig, UserError
-from trenchcoat.families import check_family, decoder_of
-from trenchcoat.identity import file_fingerprint
-from trenchcoat.loading import base_folder
+from trenchcoat.models import loading
+from trenchcoat.models.families import check_family, decoder_of
+from trenchcoat.models.identity import file_fingerprint
+from trenchcoat.models.loading import base_folder
+from trenchcoat.models.shapes import meta_model
 from trenchcoat.runtime import files
 from trenchcoat.runtime.files import read_json, write_json
 from trenchcoat.runtime.sharding import first_elements, tensor_files
-from trenchcoat.shapes import meta_model
 
 BLOCK_FILE = "trenchcoat_block.json"
 """Beside the tensors of one block copied by ``blocks shard``: which layers of which model they are."""
@@ -94,7 +94,7 @@ class BlockSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the whole base model, the same as :func:`trenchcoat.identity.fingerprint` of it loaded."""
+        """Identity of the whole base model, the same as :func:`trenchcoat.models.identity.fingerprint` of it loaded."""
         if self.part is not None:
             return str(self.part["base_fingerprint"])
         return file_fingerprint(self.plain, self.folder, self._first_elements_when_loaded)

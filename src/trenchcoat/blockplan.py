@@ -14,9 +14,9 @@ from typing import Any
 
 from trenchcoat.blockways import PARALLEL, PIPELINE, STREAMING, BlockWay, Ways, Work
 from trenchcoat.config import Recipe, TransferConfig, UserError
-from trenchcoat.flops import transfer_flops_per_token
+from trenchcoat.models.flops import transfer_flops_per_token
+from trenchcoat.models.shapes import Shapes
 from trenchcoat.plan import KNOWN_ROWS, Machine, Plan, Planner, make_plan
-from trenchcoat.shapes import Shapes
 
 TEXT_HELD_OUT = 0.05
 """Of a `.txt` file, where `data.validation_fraction` says nothing."""

@@ -23,21 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat import surgery
 from trenchcoat.blockdata import ROWS, HiddenBatches, Pass, Span
 from trenchcoat.blockfolder import Block, BlockFolder, BlockIdentity
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names
 from trenchcoat.config import Recipe, TransferConfig, UserError
 from trenchcoat.data import Batches
-from trenchcoat.flops import transfer_flops_per_token
 from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.models import surgery
+from trenchcoat.models.flops import transfer_flops_per_token
+from trenchcoat.models.shapes import shapes_of
 from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import StopSignal
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import RunLog
 from trenchcoat.schedules import training_length
-from trenchcoat.shapes import shapes_of
 from trenchcoat.train import Batches as FitBatches
 from trenchcoat.train import FitResult, fit
 from trenchcoat.workshop import Stopped, stage_facts

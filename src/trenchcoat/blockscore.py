@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import surgery
 from trenchcoat.blockmodel import local_names
 from trenchcoat.blocks import BlockRun
 from trenchcoat.evaluate import EvalRows, score
+from trenchcoat.models import surgery
 from trenchcoat.objectives import forward_decoder
 from trenchcoat.results import Scores
 from trenchcoat.runtime import distributed

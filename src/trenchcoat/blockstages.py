@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from trenchcoat import hub, report, results
+from trenchcoat import report, results
 from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_free, require_ranks
 from trenchcoat.blockdata import spans
@@ -38,8 +38,11 @@ from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words, tera
 from trenchcoat.data import StreamedBatches, load_batches
-from trenchcoat.flops import transfer_flops_per_token
-from trenchcoat.loading import load_tokenizer, model_source
+from trenchcoat.models import hub
+from trenchcoat.models.flops import transfer_flops_per_token
+from trenchcoat.models.loading import load_tokenizer, model_source
+from trenchcoat.models.shapes import shapes_of
+from trenchcoat.models.surgery import student_implementation
 from trenchcoat.pipeline import Pipeline
 from trenchcoat.plan import HOST_LINK
 from trenchcoat.results import Results, StageFacts
@@ -48,10 +51,8 @@ from trenchcoat.runtime.lock import locked
 from trenchcoat.runtime.machine import free_disk, free_memory
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.schedules import evaluation_batches, training_length
-from trenchcoat.shapes import shapes_of
 from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
-from trenchcoat.surgery import student_implementation
 from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 
 HOST_SHARE = 0.8

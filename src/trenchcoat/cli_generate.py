@@ -168,8 +168,8 @@ def _json_prompt(line: str, where: str) -> str:
 
 def chat(args: argparse.Namespace) -> None:
     """`trenchcoat chat`."""
-    from trenchcoat import hub, surgery
     from trenchcoat.conversation import Conversation, softmax_twin
+    from trenchcoat.models import hub, surgery
 
     if args.compare and args.load_state is not None:
         raise UserError("the softmax model cannot go on from a linearized model's state; leave out one of the two")

@@ -85,7 +85,7 @@ def _serve(args: argparse.Namespace, show: Callable[[Any], None]) -> None:
 
 
 def _import_lolcats(args: argparse.Namespace) -> Any:
-    from trenchcoat import lolcats
+    from trenchcoat.models import lolcats
     from trenchcoat.stages import Outcome
 
     asked = lolcats.Asked(
@@ -111,7 +111,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def export_lolcats(args: argparse.Namespace) -> Any:
     """`export DIR --to lolcats`."""
-    from trenchcoat import lolcats
+    from trenchcoat.models import lolcats
     from trenchcoat.stages import Outcome
 
     return Outcome(tuple(lolcats.export_checkpoint(Path(args.target), Path(args.out))))

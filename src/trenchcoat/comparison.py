@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from trenchcoat import results, surgery
+from trenchcoat import results
 from trenchcoat.config import Recipe
 from trenchcoat.data import Batches
 from trenchcoat.evaluate import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generate import generate_text
+from trenchcoat.models import surgery
 from trenchcoat.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from trenchcoat.config import UserError
 from trenchcoat.generate import Session, generation_config
-from trenchcoat.surgery import mode_of, remove_lora, set_mode
+from trenchcoat.models.surgery import mode_of, remove_lora, set_mode
 
 USER, ANSWER = "User:", "Assistant:"
 """Names of the two in a plain transcript."""

@@ -23,12 +23,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from trenchcoat.data import TokenTable
-from trenchcoat.interface import LazyMask, Output, mask, own_attention
+from trenchcoat.models.interface import LazyMask, Output, mask, own_attention
+from trenchcoat.models.surgery import attention_through
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.runtime.runlog import RunLog
 from trenchcoat.runtime.sharding import compute_device, run_decoder
-from trenchcoat.surgery import attention_through
 
 NAME = "trenchcoat_esl"
 """Name under which the observing attention function is registered."""

@@ -20,10 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
-from trenchcoat.flops import layer_student, student_parameters
+from trenchcoat.models.flops import layer_student, student_parameters
+from trenchcoat.models.shapes import Shapes
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.ops.chunked.layout import TILE_TOKENS
-from trenchcoat.shapes import Shapes
 from trenchcoat.students import StudentAttention
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)

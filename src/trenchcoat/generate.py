@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from trenchcoat.cache import cache_nbytes
 from trenchcoat.config import UserError
+from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.statefile import load_state, save_state
 

@@ -28,10 +28,10 @@ from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from trenchcoat import hub, surgery
 from trenchcoat.config import UserError
 from trenchcoat.continuations import ContinuationScorer, Request, Work
 from trenchcoat.local_tasks import task_folder
+from trenchcoat.models import hub, surgery
 from trenchcoat.task_results import Estimate, ModelScore, TaskRecord
 
 NAME = "trenchcoat"

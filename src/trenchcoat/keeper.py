@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trenchcoat import checkpoints
 from trenchcoat.checkpoints import Checkpoint, CheckpointWriter
-from trenchcoat.identity import fingerprint
+from trenchcoat.models.identity import fingerprint
 from trenchcoat.runtime import distributed
 from trenchcoat.students import StudentAttention
 

@@ -12,8 +12,8 @@ from trenchcoat.blockplan_report import side_by_side
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.units import GIB, gib, tera
 from trenchcoat.footprint import PARTS, Layout
+from trenchcoat.models.shapes import find_config
 from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Machine, Plan, Planner, PlanReport, StagePlan, Way, make_plan
-from trenchcoat.shapes import find_config
 from trenchcoat.simulate import Sharding, Simulated, simulate
 
 STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}

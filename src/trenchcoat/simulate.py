@@ -29,10 +29,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from trenchcoat import surgery
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig, UserError
-from trenchcoat.families import decoder_of
-from trenchcoat.interface import LazyMask
+from trenchcoat.models import surgery
+from trenchcoat.models.families import decoder_of
+from trenchcoat.models.interface import LazyMask
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
 from trenchcoat.runtime.memory import live_tensor_memory

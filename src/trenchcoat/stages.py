@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trenchcoat import hub, report, surgery
+from trenchcoat import report
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
@@ -24,6 +24,7 @@ from trenchcoat.data import load_batches
 from trenchcoat.estimate import estimate
 from trenchcoat.evaluate import score
 from trenchcoat.generate import Session, continue_and_save, generate_text
+from trenchcoat.models import hub, surgery
 from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine

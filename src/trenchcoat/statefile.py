@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from trenchcoat.cache import StateLayer, state_layer
 from trenchcoat.config import UserError
+from trenchcoat.models.cache import StateLayer, state_layer
+from trenchcoat.models.surgery import student_config, students_of
 from trenchcoat.ops import StudentState
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.runtime.sharding import first_elements
-from trenchcoat.surgery import student_config, students_of
 
 FORMAT = "trenchcoat state 1"
 """Written into every file."""

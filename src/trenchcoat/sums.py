@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from trenchcoat.flops import device_peak
+from trenchcoat.models.flops import device_peak
 from trenchcoat.objectives import Batch, Metrics
 from trenchcoat.runtime import distributed
 

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from trenchcoat import hub, report, surgery
+from trenchcoat import report
 from trenchcoat.config import ModelConfig, Recipe, UserError
 from trenchcoat.continuations import ContinuationScorer, Work
 from trenchcoat.data import load_batches
 from trenchcoat.letters import NAME as LETTERS
 from trenchcoat.letters import score_letters
-from trenchcoat.loading import load_model
+from trenchcoat.models import hub, surgery
+from trenchcoat.models.loading import load_model
 from trenchcoat.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
 from trenchcoat.results import Results
 from trenchcoat.runtime.runlog import Tracker, environment, show_progress

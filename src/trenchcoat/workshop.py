@@ -16,13 +16,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import adapters, identity, surgery
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
 from trenchcoat.esl import EslRanking
-from trenchcoat.flops import lora_flops_per_token, transfer_flops_per_token
-from trenchcoat.hub import save_adapter
-from trenchcoat.loading import load_base
+from trenchcoat.models import adapters, identity, surgery
+from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
+from trenchcoat.models.hub import save_adapter
+from trenchcoat.models.loading import load_base
+from trenchcoat.models.shapes import shapes_of
 from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
 from trenchcoat.runtime import distributed, files
@@ -31,7 +32,6 @@ from trenchcoat.runtime.lock import locked
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.sharding import compute_device
-from trenchcoat.shapes import shapes_of
 from trenchcoat.students import student_class
 from trenchcoat.train import FitResult, fit
 

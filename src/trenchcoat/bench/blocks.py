@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trenchcoat import blockstages
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.embedded import teacher_dir
+from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import environment
 from trenchcoat.workshop import Workshop

@@ -24,8 +24,8 @@ from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluate import score
-from trenchcoat.families import decoder_of
-from trenchcoat.loading import load_model
+from trenchcoat.models.families import decoder_of
+from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import environment, read_metrics
 from trenchcoat.workshop import Workshop

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from trenchcoat import embedded, surgery
 from trenchcoat.bench.clock import wait
-from trenchcoat.cache import cache_nbytes
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.generate import PREFILL_TOKENS, Session
+from trenchcoat.models import embedded, surgery
+from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import environment
 

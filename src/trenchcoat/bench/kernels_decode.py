@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
-from trenchcoat import surgery
 from trenchcoat.bench.gpu import Ceilings, Timer, attempt, captured, free_memory, judge, least, most, repeated
 from trenchcoat.bench.kernels_model import LLAMA_8B, Measurement, Shape, random_llama
-from trenchcoat.cache import state_layer
+from trenchcoat.models import surgery
+from trenchcoat.models.cache import state_layer
 from trenchcoat.ops import StudentState
 
 SOFTMAX_CACHE = "buffers of exactly the context, PyTorch's attention without a mask, CUDA graph"

@@ -19,11 +19,11 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import trenchcoat.bench.kernels_operator as operator
-from trenchcoat import surgery
 from trenchcoat.bench.gpu import Ceilings, Timer, judge, least, most
 from trenchcoat.bench.transfer import Bench as TransferBench
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
 from trenchcoat.gradients import average_and_clip, clip_groups
+from trenchcoat.models import surgery
 from trenchcoat.objectives import next_token_objective
 from trenchcoat.students import Mode
 

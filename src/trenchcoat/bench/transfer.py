@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trenchcoat import surgery
 from trenchcoat.bench.clock import seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
 from trenchcoat.gradients import average_and_clip, clip_groups
+from trenchcoat.models import surgery
 from trenchcoat.objectives import Objective, transfer_objective
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import environment

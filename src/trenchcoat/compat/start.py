@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from trenchcoat.adapters import ADAPTER_FILE, ADAPTER_META, read_adapter
 from trenchcoat.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
+from trenchcoat.models.adapters import ADAPTER_FILE, ADAPTER_META, read_adapter
 from trenchcoat.results import StageFacts
 from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten

@@ -16,7 +16,7 @@ from typing import Any
 from trenchcoat.compat.configs import OldConfig
 from trenchcoat.config import StageConfig, UserError
 from trenchcoat.data.sources import FILE_KINDS
-from trenchcoat.lolcats.settings import ATTENTIONS, FEATURE_MAPS, HALVED, expected, one_of
+from trenchcoat.models.lolcats.settings import ATTENTIONS, FEATURE_MAPS, HALVED, expected, one_of
 from trenchcoat.students import STUDENTS
 
 Section = dict[str, Any]

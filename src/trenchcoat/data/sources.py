@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from trenchcoat.config import UserError
-from trenchcoat.embedded import Split, stdlib_documents
+from trenchcoat.models.embedded import Split, stdlib_documents
 
 FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
 SAMPLE_SEED = 42

@@ -6,8 +6,8 @@
 
 Everything else in the package asks this file how many processes there are; with one, every function here is the
 identity. Numbers are exchanged as float64 over the host's collectives (gloo), gradients and weights elsewhere
-(:mod:`trenchcoat.runtime.sharding`). What a process dies of is left in the store that torchrun keeps, and every process beats
-there once a second, so that the others can name the one that is gone.
+(:mod:`trenchcoat.runtime.sharding`). What a process dies of is left in the store that torchrun keeps, and every process
+beats there once a second, so that the others can name the one that is gone.
 """
 
 from __future__ import annotations

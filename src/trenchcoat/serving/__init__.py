@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers.utils.import_utils import is_serve_available
 
-from trenchcoat import hub
 from trenchcoat.config import UserError
-from trenchcoat.surgery import student_config
+from trenchcoat.models import hub
+from trenchcoat.models.surgery import student_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from trenchcoat.auto import student_settings
+from trenchcoat.models.auto import student_settings
 from trenchcoat.students import StudentAttention, build_student
 from trenchcoat.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import recipe_from_dict
-from trenchcoat.lolcats.files import Key, StateFile
+from trenchcoat.models.lolcats.files import Key, StateFile
 
 ATTENTIONS = {
     "lolcats_llama": "linear",

@@ -5,8 +5,8 @@
     add_lora(model, cfg.lora); set_mode(model, "student")
 
 No modelling file is touched: a student is a submodule `self_attn.student` of its layer, and
-:mod:`trenchcoat.interface` is the function that the model's own `self_attn` calls. This is the only file that knows
-PEFT.
+:mod:`trenchcoat.models.interface` is the function that the model's own `self_attn` calls. This is the only file that
+knows PEFT.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, StudentConfig, UserError
-from trenchcoat.families import AttentionSite, attention_sites, choose_lora_targets, decoder_of
-from trenchcoat.interface import NAME, count_real_tokens, hand_over_cache, student_of
+from trenchcoat.models.families import AttentionSite, attention_sites, choose_lora_targets, decoder_of
+from trenchcoat.models.interface import NAME, count_real_tokens, hand_over_cache, student_of
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 

@@ -82,7 +82,7 @@ def _register_on_first_use(module: Any) -> None:
 
 def register_families() -> None:
     """Register a linearized config class for every family known to work that this Transformers has."""
-    from trenchcoat.families import KNOWN_FAMILIES
+    from trenchcoat.models.families import KNOWN_FAMILIES
 
     known = importlib.import_module(_AUTO_MODULE).CONFIG_MAPPING
     for family in KNOWN_FAMILIES:
@@ -169,7 +169,7 @@ def student_settings(settings: Mapping[str, Any]) -> Any:
 
 def _publish(name: str, base: type, members: dict[str, Any]) -> type:
     """A class that pickles: it is an attribute of this module under its name."""
-    document = f"{base.__name__} with linearized attention; see :mod:`trenchcoat.auto`."
+    document = f"{base.__name__} with linearized attention; see :mod:`trenchcoat.models.auto`."
     made = type(name, (base,), {"__module__": __name__, "__qualname__": name, "__doc__": document, **members})
     setattr(sys.modules[__name__], name, made)
     return made
@@ -177,7 +177,7 @@ def _publish(name: str, base: type, members: dict[str, Any]) -> type:
 
 def _own_attention(config: Any) -> Any:
     """The config; a copy without our attention when it comes from a live linearized model."""
-    from trenchcoat.interface import NAME
+    from trenchcoat.models.interface import NAME
 
     if config._attn_implementation != NAME:
         return config
@@ -188,13 +188,13 @@ def _own_attention(config: Any) -> Any:
 
 def _attach(model: Any) -> None:
     from trenchcoat.config import UserError
-    from trenchcoat.surgery import attach_students, set_mode
+    from trenchcoat.models.surgery import attach_students, set_mode
 
     ours = model.config.trenchcoat
     if not isinstance(ours, Mapping) or "student" not in ours:
         raise UserError(
             f"a config of type {model.config.model_type!r} needs our settings under the key `trenchcoat`; this one has "
-            f"{ours!r}. Make it with trenchcoat.auto.linearized_config(base_config, student_config)"
+            f"{ours!r}. Make it with trenchcoat.models.auto.linearized_config(base_config, student_config)"
         )
     if int(ours.get("version", 0)) > FORMAT_VERSION:
         raise UserError(f"this model was written by a newer trenchcoat (format {ours['version']}); upgrade trenchcoat")
@@ -204,7 +204,7 @@ def _attach(model: Any) -> None:
 
 def _initialize_students(model: Any) -> None:
     """Give students that were in no checkpoint their initial values (Transformers leaves them as allocated)."""
-    from trenchcoat.surgery import students_of
+    from trenchcoat.models.surgery import students_of
 
     for student in students_of(model).values():
         loaded = [getattr(p, "_is_hf_initialized", False) for p in student.parameters()]

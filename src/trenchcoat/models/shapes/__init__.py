@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
-from trenchcoat.embedded import TEACHER_DIR
-from trenchcoat.families import attention_sites, choose_lora_targets, decoder_of
+from trenchcoat.models.embedded import TEACHER_DIR
+from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of
 
 FOLDER = Path(__file__).parent
 

@@ -25,7 +25,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trenchcoat.cache import StateLayer, state_layer
+from trenchcoat.models.cache import StateLayer, state_layer
 from trenchcoat.students import StudentAttention
 
 NAME = "trenchcoat"

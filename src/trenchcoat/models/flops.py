@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from trenchcoat.config import LoraConfig, StudentConfig
-from trenchcoat.shapes import Shapes
+from trenchcoat.models.shapes import Shapes
 from trenchcoat.students import StudentAttention, build_student
 
 

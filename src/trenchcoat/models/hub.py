@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trenchcoat import auto
-from trenchcoat.adapters import ADAPTER_META, read_adapter, write_adapter
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.identity import fingerprint
-from trenchcoat.loading import load_model, resolve_device, resolve_dtype
-from trenchcoat.runtime.files import atomic_directory, read_json
-from trenchcoat.surgery import (
+from trenchcoat.models import auto
+from trenchcoat.models.adapters import ADAPTER_META, read_adapter, write_adapter
+from trenchcoat.models.identity import fingerprint
+from trenchcoat.models.loading import load_model, resolve_device, resolve_dtype
+from trenchcoat.models.surgery import (
     adapter_state,
     add_lora,
     attach_students,
@@ -32,6 +31,7 @@ from trenchcoat.surgery import (
     set_mode,
     student_config,
 )
+from trenchcoat.runtime.files import atomic_directory, read_json
 
 ADAPTER_VERSION = 1
 """Version of the adapter folder's layout."""

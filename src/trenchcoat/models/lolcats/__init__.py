@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
-from trenchcoat import hub
-from trenchcoat.adapters import ADAPTER_META, read_adapter
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.families import attention_sites
-from trenchcoat.identity import bear_fingerprint, fingerprint
-from trenchcoat.loading import base_folder, model_source
-from trenchcoat.lolcats.files import Key, StateFile, read_state, write_states
-from trenchcoat.lolcats.settings import (
+from trenchcoat.models import hub
+from trenchcoat.models.adapters import ADAPTER_META, read_adapter
+from trenchcoat.models.families import attention_sites
+from trenchcoat.models.identity import bear_fingerprint, fingerprint
+from trenchcoat.models.loading import base_folder, model_source
+from trenchcoat.models.lolcats.files import Key, StateFile, read_state, write_states
+from trenchcoat.models.lolcats.settings import (
     FAMILIES,
     WINDOWED,
     Asked,
@@ -34,8 +34,8 @@ from trenchcoat.lolcats.settings import (
     plain,
     student_of,
 )
-from trenchcoat.shapes import meta_model
-from trenchcoat.surgery import adapter_state, add_lora, attach_students
+from trenchcoat.models.shapes import meta_model
+from trenchcoat.models.surgery import adapter_state, add_lora, attach_students
 
 __all__ = ["LORA_FILE", "MAPS_FILE", "Asked", "export_checkpoint", "import_checkpoint"]
 

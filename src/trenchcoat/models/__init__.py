@@ -1,0 +1,1 @@
+"""Pretrained models: find their attention, attach students and LoRA, load them, save what was learned."""
