@@ -23,13 +23,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trenchcoat import blockstages, data, pipeline, stages, train
+from trenchcoat import blockstages, pipeline, stages, train
 from trenchcoat.blockfolder import Block, found_blocks
 from trenchcoat.blocks import BlockRun
 from trenchcoat.chain import TRAIN, Item
 from trenchcoat.checkpoints import checkpoint_folders
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.data import load as data
 from trenchcoat.models import surgery
 from trenchcoat.models.loading import load_base
 from trenchcoat.objectives import next_token_objective, transfer_objective

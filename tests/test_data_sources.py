@@ -12,7 +12,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data import Batches, load_batches, sources
+from trenchcoat.data import sources
+from trenchcoat.data.batches import Batches
+from trenchcoat.data.load import load_batches
 
 TEXT_ROWS = [{"text": f"row {i} of a small file"} for i in range(8)]
 ALPACA_ROWS = [{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(8)]

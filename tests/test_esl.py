@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tiny_families import FAMILIES, logits, tiny_model, tokens
-from trenchcoat import esl
 from trenchcoat.config import StudentConfig
+from trenchcoat.data import esl
+from trenchcoat.data.esl import EslRanking, effective_lengths
 from trenchcoat.data.table import TableBuilder, TokenTable
-from trenchcoat.esl import EslRanking, effective_lengths
 from trenchcoat.models import surgery
 from trenchcoat.models.families import UnsupportedFamilyError
 from trenchcoat.runtime.runlog import RunLog

@@ -19,7 +19,8 @@ from trenchcoat import comparison, results, stages, workshop
 from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.data import StreamedBatches, stream, stream_sources
+from trenchcoat.data import stream, stream_sources
+from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
 from trenchcoat.results import Results

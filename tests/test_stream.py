@@ -17,7 +17,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data import StreamedBatches, load_batches, stream, stream_sources
+from trenchcoat.data import stream, stream_sources
+from trenchcoat.data.load import load_batches
+from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.stream_sources import most_shards, open_stream
 
 Rows = list[dict[str, Any]]

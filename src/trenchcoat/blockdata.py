@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import StageConfig
-from trenchcoat.data import Batches
+from trenchcoat.data.batches import Batches
 from trenchcoat.hidden import HiddenStates
 from trenchcoat.objectives import Batch
 from trenchcoat.runtime import distributed

@@ -27,7 +27,7 @@ from trenchcoat.blockdata import ROWS, HiddenBatches, Pass, Span
 from trenchcoat.blockfolder import Block, BlockFolder, BlockIdentity
 from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names
 from trenchcoat.config import Recipe, TransferConfig, UserError
-from trenchcoat.data import Batches
+from trenchcoat.data.batches import Batches
 from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
 from trenchcoat.models import surgery
 from trenchcoat.models.flops import transfer_flops_per_token

@@ -37,7 +37,8 @@ from trenchcoat.blocksize import choose_block_size
 from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words, tera
-from trenchcoat.data import StreamedBatches, load_batches
+from trenchcoat.data.load import load_batches
+from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.models import hub
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source

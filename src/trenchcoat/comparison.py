@@ -15,7 +15,7 @@ import torch
 
 from trenchcoat import results
 from trenchcoat.config import Recipe
-from trenchcoat.data import Batches
+from trenchcoat.data.batches import Batches
 from trenchcoat.evaluate import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generate import generate_text
 from trenchcoat.models import surgery

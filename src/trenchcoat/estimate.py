@@ -8,7 +8,7 @@ import time
 import torch
 
 from trenchcoat.config import LoraConfig, StageConfig
-from trenchcoat.data import Batches
+from trenchcoat.data.batches import Batches
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.sharding import compute_device

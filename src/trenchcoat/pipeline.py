@@ -27,7 +27,7 @@ from trenchcoat.blocksize import measure_block
 from trenchcoat.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.units import gib, tera
-from trenchcoat.data import Batches
+from trenchcoat.data.batches import Batches
 from trenchcoat.models import surgery
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text

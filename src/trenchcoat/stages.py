@@ -20,7 +20,7 @@ from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_o
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.conversation import softmax_twin
-from trenchcoat.data import load_batches
+from trenchcoat.data.load import load_batches
 from trenchcoat.estimate import estimate
 from trenchcoat.evaluate import score
 from trenchcoat.generate import Session, continue_and_save, generate_text

@@ -17,7 +17,7 @@ import torch
 from trenchcoat import report
 from trenchcoat.config import ModelConfig, Recipe, UserError
 from trenchcoat.continuations import ContinuationScorer, Work
-from trenchcoat.data import load_batches
+from trenchcoat.data.load import load_batches
 from trenchcoat.letters import NAME as LETTERS
 from trenchcoat.letters import score_letters
 from trenchcoat.models import hub, surgery

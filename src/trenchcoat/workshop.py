@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
-from trenchcoat.data import Batches, StreamedBatches, cache_folder, load_batches
-from trenchcoat.esl import EslRanking
+from trenchcoat.data.batches import Batches
+from trenchcoat.data.esl import EslRanking
+from trenchcoat.data.load import load_batches
+from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.data.tokens import cache_folder
 from trenchcoat.models import adapters, identity, surgery
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.models.hub import save_adapter

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from trenchcoat.data import TokenTable
+from trenchcoat.data.table import TokenTable
 from trenchcoat.models.interface import LazyMask, Output, mask, own_attention
 from trenchcoat.models.surgery import attention_through
 from trenchcoat.runtime import distributed

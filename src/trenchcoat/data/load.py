@@ -1,0 +1,220 @@
+"""Training text: rows from a source, tokens by template, rows of fixed length, batches by index.
+
+``load_batches`` is the door. Tokens are kept on disk under a hash of everything they depend on; leaving samples out,
+selecting, packing, holding out and the order of rows are arithmetic on top, so another ``seq_len``, ``min_tokens`` or
+seed tokenizes nothing again. With ``data.streaming`` there is no table of tokens: ``trenchcoat.data.stream``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trenchcoat.config import DataConfig, UserError
+from trenchcoat.config.recipe_io import check_data
+from trenchcoat.data.batches import Batch, Batches, Part
+from trenchcoat.data.packing import PackedRows, pack
+from trenchcoat.data.sources import (
+    Source,
+    dataset_source,
+    dataset_splits,
+    embedded_source,
+    file_source,
+    is_file_path,
+    is_text_path,
+    split_sample,
+    split_text_source,
+    subsampled,
+)
+from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.data.stream_sources import open_stream
+from trenchcoat.data.table import TokenTable
+from trenchcoat.data.tokens import cache_folder, content_hash, token_table, unwanted_lengths
+
+__all__ = ["Batch", "Batches", "Part", "Rank", "StreamedBatches", "TokenTable", "cache_folder", "load_batches"]
+
+TEXT_HELD_OUT = 0.05
+"""Share of a plain-text document held out from its end when ``data.validation_fraction`` is null."""
+
+Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
+"""(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""
+
+
+def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int, rank: Rank | None = None) -> Batches:
+    """Batches of ``batch_size`` rows of ``cfg.seq_len`` tokens, tokenized now, read from the cache, or streamed.
+
+    Validation rows are, in this order of preference: ``validation_path``; the ``validation`` split of a data set;
+    the first ``validation_rows`` rows, or the first ``validation_fraction`` of them; of a ``.txt`` file its end.
+    ``rank`` is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one).
+    Raises ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
+    """
+    check_data(cfg)
+    _check(cfg, batch_size, seed)
+    pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
+    if cfg.streaming:
+        return _stream(cfg, tokenizer, batch_size, seed, pad)
+    train, validation, hold = _sources(cfg)
+    limit = cfg.max_rows
+    if validation is None and limit is not None:
+        limit += hold if isinstance(hold, int) else max(1, round(limit * hold / (1 - hold)))
+    key, table = token_table(train, cfg, tokenizer, limit)
+    if validation is not None:
+        other_key, other = token_table(validation, cfg, tokenizer, None)
+        spans = {"train": _Span(table, 0, table.rows, cfg), "validation": _Span(other, 0, other.rows, cfg)}
+    else:
+        held = hold if isinstance(hold, int) else max(1, round(table.rows * hold))
+        if table.rows <= held:
+            raise UserError(
+                f"{train.name} has {table.rows} rows, too few to hold out {held} for validation and train on the "
+                "rest: set data.validation_fraction=0.1, a smaller data.validation_rows, or data.validation_path"
+            )
+        other_key = str(held)
+        spans = {"train": _Span(table, held, table.rows, cfg), "validation": _Span(table, 0, held, cfg)}
+    selected = spans["train"].select(rank, key, cfg)
+    tables = [table] if validation is None else [table, other]
+    return Batches(
+        {"train": _packed("train", cfg, spans["train"]), "validation": _packed("validation", cfg, spans["validation"])},
+        batch_size=batch_size,
+        seed=seed,
+        pad=pad,
+        fingerprint=content_hash(
+            key, other_key, cfg.packing, cfg.seq_len, *(mark for span in spans.values() for mark in span.mark())
+        ),
+        source_counts=_source_counts(tables, list(spans.values())) | selected,
+    )
+
+
+def _stream(cfg: DataConfig, tokenizer: Any, batch_size: int, seed: int, pad: int) -> Batches:
+    train, held = open_stream(cfg)
+    validation = held if cfg.validation_path is None else _validation_source(cfg.validation_path, cfg)
+    key, table = token_table(validation, cfg, tokenizer, None)
+    span = _Span(table, 0, table.rows, cfg)
+    return StreamedBatches(
+        train,
+        cfg,
+        tokenizer,
+        validation=_packed("validation", cfg, span),
+        batch_size=batch_size,
+        seed=seed,
+        pad=pad,
+        validation_key=key,
+        source_counts=_source_counts([table], [span]),
+    )
+
+
+class _Span:
+    """Rows ``first`` to ``stop`` of a table, and which of its samples are used."""
+
+    def __init__(self, table: TokenTable, first: int, stop: int, cfg: DataConfig) -> None:
+        self.table, self.first, self.stop = table, first, stop
+        self.lengths = np.diff(table.offsets[first : stop + 1])
+        self.keep = np.ones(stop - first, dtype=np.bool_)
+        self.left_out: Counter[str] = Counter()
+        for reason, unwanted in unwanted_lengths(self.lengths, cfg).items():
+            self.keep &= ~unwanted
+            self.left_out[reason] = int(unwanted.sum())
+
+    def select(self, rank: Rank | None, key: str, cfg: DataConfig) -> dict[str, int]:
+        """Keep the ``cfg.select_rows`` best samples, in the order of the source; what to count."""
+        if cfg.select == "none" or cfg.select_rows is None:
+            return {}
+        if rank is None:
+            raise ValueError(f"data.select={cfg.select} needs a ranking: give load_batches its `rank`")
+        candidates = np.flatnonzero(self.keep & (self.lengths > 0))
+        scores = rank(key, self.table, candidates + self.first)
+        best = candidates[np.argsort(-scores, kind="stable")[: cfg.select_rows]]
+        self.keep[:] = False
+        self.keep[best] = True
+        return {"train/samples_selected": len(best)}
+
+    def mark(self) -> list[str]:
+        """Which samples are left out, as part of a hash; nothing when none is."""
+        return [] if self.keep.all() else [np.packbits(self.keep).tobytes().hex()]
+
+
+def _check(cfg: DataConfig, batch_size: int, seed: int) -> None:
+    share = cfg.validation_fraction
+    for name, value, least in (
+        ("data.seq_len", cfg.seq_len, 2),
+        ("data.validation_rows", cfg.validation_rows, 1),
+        ("data.max_rows", 1 if cfg.max_rows is None else cfg.max_rows, 1),
+        ("batch_size", batch_size, 1),
+        ("run.seed", seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name}={value} is too small; it must be at least {least}")
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"data.validation_fraction={share} must lie between 0 and 1, both excluded")
+
+
+def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:
+    """Training source, validation source, and without the latter the rows (int) or the share (float) to hold out."""
+    validation = None
+    if cfg.validation_path is not None:
+        validation = _validation_source(cfg.validation_path, cfg)
+    if cfg.path == "embedded":
+        return embedded_source("train"), validation or embedded_source("validation"), 0
+    path, rows = split_sample(cfg.path)
+    if is_text_path(path) and validation is None:
+        return split_text_source(path, cfg.validation_fraction or TEXT_HELD_OUT), None, 1
+    hold = cfg.validation_rows if cfg.validation_fraction is None else cfg.validation_fraction
+    if is_file_path(path):
+        return subsampled(file_source(path), rows), validation, hold
+    splits = dataset_splits(path, cfg.subset)
+    if validation is None and "validation" in splits and cfg.split != "validation":
+        validation = dataset_source(path, splits, "validation")
+    return subsampled(dataset_source(path, splits, cfg.split), rows), validation, hold
+
+
+def _validation_source(path: str, cfg: DataConfig) -> Source:
+    if path == "embedded":
+        return embedded_source("validation")
+    path, rows = split_sample(path)
+    if is_file_path(path):
+        return subsampled(file_source(path), rows)
+    splits = dataset_splits(path, None)
+    return subsampled(dataset_source(path, splits, "validation" if "validation" in splits else cfg.split), rows)
+
+
+def _packed(part: Part, cfg: DataConfig, span: _Span) -> PackedRows:
+    table = span.table
+    offsets = table.offsets[span.first : span.stop + 1]
+    packed = pack(
+        table.tokens,
+        table.counted,
+        offsets,
+        seq_len=cfg.seq_len,
+        contiguous=cfg.packing == "contiguous",
+        keep=None if span.keep.all() else span.keep,
+    )
+    if packed.rows_masked and not len(packed):
+        raise UserError(
+            f"no {part} row has a label that counts ({packed.rows_masked} rows of at most {cfg.seq_len} tokens, all "
+            "masked): set data.mask_prompt=false, raise data.seq_len, or give rows with longer answers"
+        )
+    if not len(packed) and span.left_out and not (span.keep & (span.lengths > 0)).any():
+        raise UserError(
+            f"no {part} sample has between data.min_tokens={cfg.min_tokens} and data.max_tokens={cfg.max_tokens} "
+            f"tokens ({span.left_out['too short']} are shorter, {span.left_out['too long']} longer; the longest has "
+            f"{span.lengths.max()}): choose other limits, or give longer text"
+        )
+    if not len(packed):
+        raise UserError(
+            f"data.seq_len={cfg.seq_len} is longer than all the {part} text, {span.lengths[span.keep].sum()} tokens in "
+            f"{span.keep.sum()} rows: lower data.seq_len, use data.packing=contiguous, or give more {part} data"
+        )
+    return packed
+
+
+def _source_counts(tables: Sequence[TokenTable], spans: Sequence[_Span]) -> dict[str, int]:
+    skipped: Counter[str] = Counter()
+    for table in tables:
+        skipped.update(table.skipped)
+    for span in spans:
+        skipped.update(span.left_out)
+    reasons = {f"skipped/{reason}": number for reason, number in sorted(skipped.items())}
+    return {"rows_read": sum(table.rows for table in tables), "rows_skipped": skipped.total(), **reasons}
