@@ -23,20 +23,21 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trenchcoat import blockstages, pipeline, stages, train
+from trenchcoat import blockstages, pipeline, stages
 from trenchcoat.blockfolder import Block, found_blocks
 from trenchcoat.blocks import BlockRun
 from trenchcoat.chain import TRAIN, Item
-from trenchcoat.checkpoints import checkpoint_folders
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data import load as data
 from trenchcoat.models import surgery
 from trenchcoat.models.loading import load_base
-from trenchcoat.objectives import next_token_objective, transfer_objective
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import StopSignal
 from trenchcoat.runtime.sharding import is_sharded
+from trenchcoat.training import loop as train
+from trenchcoat.training.checkpoints import checkpoint_folders
+from trenchcoat.training.objectives import next_token_objective, transfer_objective
 from trenchcoat.workshop import Workshop
 
 

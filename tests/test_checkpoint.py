@@ -12,11 +12,11 @@ import torch
 
 from conftest import small_file_system
 from training_kit import STUDENT, lora_settings, start_lora, tiny_llama, transfer_model
-from trenchcoat import checkpoints
 from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.models import adapters, identity, loading, surgery
 from trenchcoat.runtime import files
 from trenchcoat.runtime.files import CorruptFileError, SaveError
+from trenchcoat.training import checkpoints
 
 GROUP = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}}
 

@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_families import tiny_model
-from trenchcoat import objectives
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.models import surgery
 from trenchcoat.models.flops import (
@@ -22,6 +21,7 @@ from trenchcoat.models.flops import (
     transfer_flops_per_token,
 )
 from trenchcoat.models.shapes import Shapes, shapes_of
+from trenchcoat.training import objectives
 
 TOKENS = 512
 WIDE = {"hidden_size": 96, "intermediate_size": 256, "head_dim": 16}

@@ -10,14 +10,14 @@ import torch
 from training_kit import RandomBatches, lora_settings, start_lora, tiny_llama, transfer_model
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.models import surgery
-from trenchcoat.objectives import (
+from trenchcoat.runtime.memory import live_tensor_memory
+from trenchcoat.training.objectives import (
     first_nonfinite,
     initialise_from_text,
     next_token_loss,
     next_token_objective,
     transfer_objective,
 )
-from trenchcoat.runtime.memory import live_tensor_memory
 
 BATCHES = RandomBatches()
 

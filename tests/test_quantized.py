@@ -17,7 +17,7 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.models import hub, loading, surgery
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import load_base, load_model
-from trenchcoat.objectives import next_token_objective
+from trenchcoat.training.objectives import next_token_objective
 
 QUIET = pytest.mark.filterwarnings("ignore:.*_check_is_size.*", "ignore::FutureWarning")
 """Deprecations within the library. Its warning about a kernel without backward stays an error."""

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trenchcoat import objectives
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.config.units import GIB
 from trenchcoat.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
@@ -22,6 +21,7 @@ from trenchcoat.models.shapes import find_config, shapes_of
 from trenchcoat.runtime import distributed, sharding
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.simulate import shard_units, simulate
+from trenchcoat.training import objectives
 
 STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32))
 TOKENS = 256

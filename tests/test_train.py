@@ -26,15 +26,15 @@ from training_kit import (
     transfer_model,
     transfer_settings,
 )
-from trenchcoat import checkpoints
 from trenchcoat.config import StageConfig, TransferConfig, UserError
-from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.models import surgery
-from trenchcoat.objectives import Batch, Metrics, transfer_objective
 from trenchcoat.runtime.files import SaveError
 from trenchcoat.runtime.runlog import RunLog, read_metrics
-from trenchcoat.schedules import Schedule
-from trenchcoat.train import FitResult, NonFiniteLoss, fit
+from trenchcoat.training import checkpoints
+from trenchcoat.training.gradients import average_and_clip, clip_groups
+from trenchcoat.training.loop import FitResult, NonFiniteLoss, fit
+from trenchcoat.training.objectives import Batch, Metrics, transfer_objective
+from trenchcoat.training.schedules import Schedule
 
 
 class Point(nn.Module):

@@ -22,10 +22,10 @@ from kernel_kit import DEVICE
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import TransferConfig
 from trenchcoat.models import surgery
-from trenchcoat.objectives import transfer_objective
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runtime.runlog import RunLog, read_metrics
-from trenchcoat.train import fit
+from trenchcoat.training.loop import fit
+from trenchcoat.training.objectives import transfer_objective
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")]
 ALLOWED = 2.0

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
 from trenchcoat.models import surgery
-from trenchcoat.objectives import Objective, next_token_objective, transfer_objective
 from trenchcoat.runtime.runlog import RunLog, read_metrics
-from trenchcoat.train import FitResult, fit
+from trenchcoat.training.loop import FitResult, fit
+from trenchcoat.training.objectives import Objective, next_token_objective, transfer_objective
 
 VOCABULARY = 61
 STUDENT = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8))

@@ -22,9 +22,9 @@ from torch import Tensor
 from trenchcoat.config import StageConfig
 from trenchcoat.data.batches import Batches
 from trenchcoat.hidden import HiddenStates
-from trenchcoat.objectives import Batch
 from trenchcoat.runtime import distributed
-from trenchcoat.schedules import evaluation_batches, step_batches, training_length
+from trenchcoat.training.objectives import Batch
+from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
 
 ROWS = "rows"
 """Key of a batch of hidden states under which the rows of the pass stand [b]."""

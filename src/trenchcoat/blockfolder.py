@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trenchcoat import checkpoints
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog, read_metrics
+from trenchcoat.training import checkpoints
 
 FOLDER = "blocks"
 _NAME = re.compile(r"layers-(\d+)-(\d+)")

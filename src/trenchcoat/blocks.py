@@ -32,14 +32,14 @@ from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
 from trenchcoat.models import surgery
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.shapes import shapes_of
-from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import StopSignal
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import RunLog
-from trenchcoat.schedules import training_length
-from trenchcoat.train import Batches as FitBatches
-from trenchcoat.train import FitResult, fit
+from trenchcoat.training.loop import Batches as FitBatches
+from trenchcoat.training.loop import FitResult, fit
+from trenchcoat.training.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
+from trenchcoat.training.schedules import training_length
 from trenchcoat.workshop import Stopped, stage_facts
 
 COLLECTED = "collected"

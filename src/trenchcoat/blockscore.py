@@ -13,9 +13,9 @@ from trenchcoat.blockmodel import local_names
 from trenchcoat.blocks import BlockRun
 from trenchcoat.evaluate import EvalRows, score
 from trenchcoat.models import surgery
-from trenchcoat.objectives import forward_decoder
 from trenchcoat.results import Scores
 from trenchcoat.runtime import distributed
+from trenchcoat.training.objectives import forward_decoder
 
 
 def score_blocks(

@@ -51,9 +51,9 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.lock import locked
 from trenchcoat.runtime.machine import free_disk, free_memory
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
-from trenchcoat.schedules import evaluation_batches, training_length
 from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
+from trenchcoat.training.schedules import evaluation_batches, training_length
 from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 
 HOST_SHARE = 0.8

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trenchcoat import checkpoints
 from trenchcoat.blockfolder import Block, BlockFolder
 from trenchcoat.blocks import BlockRun
 from trenchcoat.blocksize import measure_block
@@ -30,12 +29,13 @@ from trenchcoat.config.units import gib, tera
 from trenchcoat.data.batches import Batches
 from trenchcoat.models import surgery
 from trenchcoat.models.shapes import shapes_of
-from trenchcoat.objectives import Batch, forward_decoder, initialise_from_text
 from trenchcoat.plan import with_reserve
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.runtime.runfolder import TRANSFER
-from trenchcoat.schedules import evaluation_batches, step_batches, training_length
+from trenchcoat.training import checkpoints
+from trenchcoat.training.objectives import Batch, forward_decoder, initialise_from_text
+from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
 from trenchcoat.workshop import Stopped
 
 

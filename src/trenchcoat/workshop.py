@@ -27,7 +27,6 @@ from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_tok
 from trenchcoat.models.hub import save_adapter
 from trenchcoat.models.loading import load_base
 from trenchcoat.models.shapes import shapes_of
-from trenchcoat.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 from trenchcoat.results import StageFacts
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
@@ -36,7 +35,8 @@ from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.students import student_class
-from trenchcoat.train import FitResult, fit
+from trenchcoat.training.loop import FitResult, fit
+from trenchcoat.training.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
 
 BASE_WEIGHTS = "base weights"
 """Under this name the identity of the base stands in a stage's record."""

@@ -22,10 +22,10 @@ import trenchcoat.bench.kernels_operator as operator
 from trenchcoat.bench.gpu import Ceilings, Timer, judge, least, most
 from trenchcoat.bench.transfer import Bench as TransferBench
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
-from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.models import surgery
-from trenchcoat.objectives import next_token_objective
 from trenchcoat.students import Mode
+from trenchcoat.training.gradients import average_and_clip, clip_groups
+from trenchcoat.training.objectives import next_token_objective
 
 Measurement = tuple[str, Callable[[], dict[str, Any]]]
 """Name of a measurement, and what makes it."""

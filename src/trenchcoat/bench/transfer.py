@@ -20,12 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trenchcoat.bench.clock import seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
-from trenchcoat.gradients import average_and_clip, clip_groups
 from trenchcoat.models import surgery
-from trenchcoat.objectives import Objective, transfer_objective
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import StudentAttention, operator_of
+from trenchcoat.training.gradients import average_and_clip, clip_groups
+from trenchcoat.training.objectives import Objective, transfer_objective
 
 TARGETS: dict[str, Any] = {"memory_growth": 1.1, "time_ratio": {"1024": 1.35, "4096": 1.2}}
 """Upper limits: step memory of 16 layers over 4, and step time over the teacher's forward by length."""

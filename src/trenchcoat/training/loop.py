@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import StageConfig, UserError
-from trenchcoat.gradients import NonFiniteGradient, average_and_clip, clip_groups
-from trenchcoat.keeper import Keeper, identity
-from trenchcoat.layerwise import BEST, Units
-from trenchcoat.objectives import IDLE, Batch, Objective, first_nonfinite
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.runtime.runlog import RunLog, Tracker
 from trenchcoat.runtime.sharding import MasterCopies
-from trenchcoat.schedules import evaluation_batches, step_batches, training_length
-from trenchcoat.sums import Meter, Sums
-from trenchcoat.trainstate import Counters, optimizer_room, optimizer_tensors, require_same_identity
+from trenchcoat.training.gradients import NonFiniteGradient, average_and_clip, clip_groups
+from trenchcoat.training.keeper import Keeper, identity
+from trenchcoat.training.layerwise import BEST, Units
+from trenchcoat.training.objectives import IDLE, Batch, Objective, first_nonfinite
+from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
+from trenchcoat.training.sums import Meter, Sums
+from trenchcoat.training.trainstate import Counters, optimizer_room, optimizer_tensors, require_same_identity
 
 _FREE_TO_CHANGE = (
     "epochs",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import StageConfig
-from trenchcoat.gradients import Group
-from trenchcoat.schedules import Schedule
+from trenchcoat.training.gradients import Group
+from trenchcoat.training.schedules import Schedule
 
 BEST = "best/"
 """Start of the names under which the best weights stand in a checkpoint."""

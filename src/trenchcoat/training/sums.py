@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from trenchcoat.models.flops import device_peak
-from trenchcoat.objectives import Batch, Metrics
 from trenchcoat.runtime import distributed
+from trenchcoat.training.objectives import Batch, Metrics
 
 GIB = 1 << 30
 

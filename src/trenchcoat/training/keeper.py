@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat import checkpoints
-from trenchcoat.checkpoints import Checkpoint, CheckpointWriter
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.runtime import distributed
 from trenchcoat.students import StudentAttention
+from trenchcoat.training import checkpoints
+from trenchcoat.training.checkpoints import Checkpoint, CheckpointWriter
 
 FORMAT = 2
 """Of what a checkpoint holds; 2: the best weights are in it."""

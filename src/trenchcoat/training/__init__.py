@@ -1,0 +1,1 @@
+"""The training loop of both stages: objectives, schedules, gradients, resumable checkpoints."""
