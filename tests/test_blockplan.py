@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from trenchcoat import cli
-from trenchcoat.blockpass import MARGIN, PassChoice, Place, Streamed, choose_pass, held_bytes
-from trenchcoat.blockplan import BlocksPlan, plan_blocks, validation_tokens
-from trenchcoat.blockplan_report import notes_on_blocks
-from trenchcoat.blocksize import HOST_SHARE, block_bytes, choose_block_size, layer_bytes, measure_block
-from trenchcoat.blockways import JOINT, PARALLEL, PIPELINE, STREAMING, BlockWay
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB, parse_tokens, tera
-from trenchcoat.footprint import Layout, footprint
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
-from trenchcoat.plan import HOST_LINK, Machine, with_reserve
+from trenchcoat.planning.blockpass import MARGIN, PassChoice, Place, Streamed, choose_pass, held_bytes
+from trenchcoat.planning.blockplan import BlocksPlan, plan_blocks, validation_tokens
+from trenchcoat.planning.blockplan_report import notes_on_blocks
+from trenchcoat.planning.blocksize import HOST_SHARE, block_bytes, choose_block_size, layer_bytes, measure_block
+from trenchcoat.planning.blockways import JOINT, PARALLEL, PIPELINE, STREAMING, BlockWay
+from trenchcoat.planning.footprint import Layout, footprint
+from trenchcoat.planning.plan import HOST_LINK, Machine, with_reserve
 
 LARGEST = load_recipe("llama3_1_405b_blocks")
 

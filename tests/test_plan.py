@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from trenchcoat import cli
-from trenchcoat.advice import enough_gpus, notes_on, one_layer_bytes
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB, parse_size
 from trenchcoat.models.flops import transfer_flops_per_token
-from trenchcoat.plan import Machine, Plan, Planner, make_plan
+from trenchcoat.planning.advice import enough_gpus, notes_on, one_layer_bytes
+from trenchcoat.planning.plan import Machine, Plan, Planner, make_plan
 
 
 def _plan(name: str, *overrides: str, **machine: Any) -> tuple[Planner, Plan]:

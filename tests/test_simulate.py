@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.config.units import GIB
-from trenchcoat.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
 from trenchcoat.models import surgery
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.shapes import find_config, shapes_of
+from trenchcoat.planning.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
+from trenchcoat.planning.simulate import shard_units, simulate
 from trenchcoat.runtime import distributed, sharding
 from trenchcoat.runtime.memory import live_tensor_memory
-from trenchcoat.simulate import shard_units, simulate
 from trenchcoat.training import objectives
 
 STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32))

@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from trenchcoat import report, results
-from trenchcoat.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_free, require_ranks
 from trenchcoat.blockdata import spans
 from trenchcoat.blockfolder import (
@@ -30,10 +29,8 @@ from trenchcoat.blockfolder import (
 )
 from trenchcoat.blockmerge import merge_logs
 from trenchcoat.blockmodel import BlockSource
-from trenchcoat.blockpass import PassChoice, Streamed, choose_pass
 from trenchcoat.blocks import BlockRun, Collection, Stream
 from trenchcoat.blockscore import score_blocks
-from trenchcoat.blocksize import choose_block_size
 from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words, tera
@@ -45,7 +42,10 @@ from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.models.surgery import student_implementation
 from trenchcoat.pipeline import Pipeline
-from trenchcoat.plan import HOST_LINK
+from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
+from trenchcoat.planning.blockpass import PassChoice, Streamed, choose_pass
+from trenchcoat.planning.blocksize import choose_block_size
+from trenchcoat.planning.plan import HOST_LINK
 from trenchcoat.results import Results, StageFacts
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.lock import locked

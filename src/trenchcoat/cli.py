@@ -271,7 +271,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from trenchcoat.plan_report import report_plan
+    from trenchcoat.planning.plan_report import report_plan
 
     recipe = _recipe(args, args.recipe)
     machine, tokens = cli_blocks.machine_of(args)

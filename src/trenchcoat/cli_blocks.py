@@ -57,7 +57,7 @@ def add_machine(sub: argparse.ArgumentParser) -> None:
 def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
     """(`plan.Machine`, tokens of one pass) that the options of :func:`add_machine` say; raises ``UsageError``."""
     from trenchcoat.config.units import parse_size
-    from trenchcoat.plan import Machine
+    from trenchcoat.planning.plan import Machine
 
     def size(name: str, *, binary: bool = False) -> float | None:
         text = getattr(args, name)
@@ -83,7 +83,7 @@ def kept(args: argparse.Namespace, report: Any) -> Any:
 
 
 def _plan(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat.blockplan_report import report_blocks_plan
+    from trenchcoat.planning.blockplan_report import report_blocks_plan
 
     machine, tokens = machine_of(args)
     return kept(args, report_blocks_plan(recipe, machine, tokens=tokens))

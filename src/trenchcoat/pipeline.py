@@ -22,14 +22,14 @@ from torch import Tensor
 
 from trenchcoat.blockfolder import Block, BlockFolder
 from trenchcoat.blocks import BlockRun
-from trenchcoat.blocksize import measure_block
 from trenchcoat.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.units import gib, tera
 from trenchcoat.data.batches import Batches
 from trenchcoat.models import surgery
 from trenchcoat.models.shapes import shapes_of
-from trenchcoat.plan import with_reserve
+from trenchcoat.planning.blocksize import measure_block
+from trenchcoat.planning.plan import with_reserve
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.runtime.runfolder import TRANSFER

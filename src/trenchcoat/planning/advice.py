@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from trenchcoat.blocksize import block_bytes
 from trenchcoat.config import Recipe
 from trenchcoat.config.units import gib, tera
-from trenchcoat.footprint import Layout
-from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Plan, Planner, Way, layouts
+from trenchcoat.planning.blocksize import block_bytes
+from trenchcoat.planning.footprint import Layout
+from trenchcoat.planning.plan import RESERVE_BYTES, RESERVE_SHARE, Plan, Planner, Way, layouts
 
 MOST_GPUS = 1024
 """More are not looked at."""

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 from rich.table import Table
 
-from trenchcoat.blockplan import BlocksPlan, plan_blocks
-from trenchcoat.blockways import HOST_USABLE, PARALLEL, STREAMING, BlockWay
 from trenchcoat.config import Recipe
 from trenchcoat.config.units import gib, tera
-from trenchcoat.plan import DISK_RATE, HOST_MEMORY, RESERVE_BYTES, RESERVE_SHARE, Machine, PlanReport
+from trenchcoat.planning.blockplan import BlocksPlan, plan_blocks
+from trenchcoat.planning.blockways import HOST_USABLE, PARALLEL, STREAMING, BlockWay
+from trenchcoat.planning.plan import DISK_RATE, HOST_MEMORY, RESERVE_BYTES, RESERVE_SHARE, Machine, PlanReport
 
 Column = tuple[str, Callable[[BlockWay], str]]
 

@@ -1,9 +1,9 @@
 """`trenchcoat plan`: which ways of running a recipe fit a machine, how fast they are, and what they need on disk.
 
 Nothing is downloaded and nothing of the model is loaded: sizes come from its config (:mod:`trenchcoat.models.shapes`),
-memory from :mod:`trenchcoat.footprint`, operations from :mod:`trenchcoat.models.flops`. A step takes the longer of its
-arithmetic (at the stated MFU) and its transfers (the frozen base gathered over the links once a forward and once a
-backward pass).
+memory from :mod:`trenchcoat.planning.footprint`, operations from :mod:`trenchcoat.models.flops`. A step takes the
+longer of its arithmetic (at the stated MFU) and its transfers (the frozen base gathered over the links once a forward
+and once a backward pass).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.config.units import GIB
-from trenchcoat.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
 from trenchcoat.models.flops import device_peak, lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
+from trenchcoat.planning.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
 """Kept free on a GPU: CUDA context and NCCL buffers, and a share of the peak for the allocator's fragmentation."""

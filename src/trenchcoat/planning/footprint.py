@@ -1,9 +1,9 @@
 """How much memory one process needs at the worst moment of a training step, part by part, from sizes alone.
 
 The arithmetic follows the step through its moments (a layer gathered in the forward pass, the vocabulary's loss, a
-layer recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.simulate`, which runs
-the same step on fake tensors; `docs/PLAN.md` has both side by side. Not in it: the CUDA context, the buffers of NCCL,
-the fragmentation of the allocator (`plan` adds a reserve for them).
+layer recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.planning.simulate`,
+which runs the same step on fake tensors; `docs/PLAN.md` has both side by side. Not in it: the CUDA context, the buffers
+of NCCL, the fragmentation of the allocator (`plan` adds a reserve for them).
 
 What is held all along: this process's share of the frozen base; students and LoRA in float32, whole, with the gradients
 of what is trained; AdamW's moments of that and, with several processes, the parameters and gradients that it steps: of

@@ -19,11 +19,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trenchcoat.blockpass import PassChoice, Place, Streamed, choose_pass
-from trenchcoat.blocksize import BlockSize, choose_block_size, layer_bytes, measure_block
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.units import tera
-from trenchcoat.plan import DISK_RATE, HOST_LINK, HOST_MEMORY, Machine, Planner, layouts, with_reserve
+from trenchcoat.planning.blockpass import PassChoice, Place, Streamed, choose_pass
+from trenchcoat.planning.blocksize import BlockSize, choose_block_size, layer_bytes, measure_block
+from trenchcoat.planning.plan import DISK_RATE, HOST_LINK, HOST_MEMORY, Machine, Planner, layouts, with_reserve
 
 HOST_USABLE = 0.8
 """Share of a node's host memory that a plan counts on."""

@@ -6,15 +6,25 @@ from typing import Any
 
 from rich.table import Table
 
-from trenchcoat.advice import notes_on
-from trenchcoat.blockplan import BlocksPlan, blocks_of
-from trenchcoat.blockplan_report import side_by_side
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.units import GIB, gib, tera
-from trenchcoat.footprint import PARTS, Layout
 from trenchcoat.models.shapes import find_config
-from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, Machine, Plan, Planner, PlanReport, StagePlan, Way, make_plan
-from trenchcoat.simulate import Sharding, Simulated, simulate
+from trenchcoat.planning.advice import notes_on
+from trenchcoat.planning.blockplan import BlocksPlan, blocks_of
+from trenchcoat.planning.blockplan_report import side_by_side
+from trenchcoat.planning.footprint import PARTS, Layout
+from trenchcoat.planning.plan import (
+    RESERVE_BYTES,
+    RESERVE_SHARE,
+    Machine,
+    Plan,
+    Planner,
+    PlanReport,
+    StagePlan,
+    Way,
+    make_plan,
+)
+from trenchcoat.planning.simulate import Sharding, Simulated, simulate
 
 STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from trenchcoat.config import StudentConfig, TransferConfig, UserError
 from trenchcoat.config.units import gib
-from trenchcoat.footprint import Layout, footprint
 from trenchcoat.models.flops import student_parameters
 from trenchcoat.models.shapes import Shapes
-from trenchcoat.plan import RESERVE_BYTES, RESERVE_SHARE, with_reserve
+from trenchcoat.planning.footprint import Layout, footprint
+from trenchcoat.planning.plan import RESERVE_BYTES, RESERVE_SHARE, with_reserve
 
 HOST_SHARE = 0.5
 """Of the host's memory that weights of blocks may take; the rest is for hidden states."""

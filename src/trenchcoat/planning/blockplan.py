@@ -1,7 +1,7 @@
 """Planning of block-wise attention transfer beside the joint run, for 1, 2, 4, ... GPUs: arithmetic on sizes, no I/O.
 
-Blocks come from :mod:`trenchcoat.blocksize`, passes from :mod:`trenchcoat.blockpass`, what a way of running them needs
-and takes from :mod:`trenchcoat.blockways`.
+Blocks come from :mod:`trenchcoat.planning.blocksize`, passes from :mod:`trenchcoat.planning.blockpass`, what a way of
+running them needs and takes from :mod:`trenchcoat.planning.blockways`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trenchcoat.blockways import PARALLEL, PIPELINE, STREAMING, BlockWay, Ways, Work
 from trenchcoat.config import Recipe, TransferConfig, UserError
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.shapes import Shapes
-from trenchcoat.plan import KNOWN_ROWS, Machine, Plan, Planner, make_plan
+from trenchcoat.planning.blockways import PARALLEL, PIPELINE, STREAMING, BlockWay, Ways, Work
+from trenchcoat.planning.plan import KNOWN_ROWS, Machine, Plan, Planner, make_plan
 
 TEXT_HELD_OUT = 0.05
 """Of a `.txt` file, where `data.validation_fraction` says nothing."""
