@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from conftest import byte_tokenizer
 from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.conversation import Conversation, softmax_twin
+from trenchcoat.generation.conversation import Conversation, softmax_twin
 from trenchcoat.models import hub
 from trenchcoat.models.surgery import add_lora, attach_students
 

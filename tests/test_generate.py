@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
-from trenchcoat.generate import Generation, Session, generate_text
+from trenchcoat.generation.generate import Generation, Session, generate_text
 from trenchcoat.models.surgery import attach_students, set_mode
 
 PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
@@ -143,7 +143,7 @@ def test_a_long_prompt_is_read_in_pieces_of_bounded_memory(
     whole = texts(generate_text(student, tokenizer, prompts, max_new_tokens=8))
     widths: list[int] = []
     hook = student.model.layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
-    monkeypatch.setattr("trenchcoat.generate.PREFILL_TOKENS", 16)
+    monkeypatch.setattr("trenchcoat.generation.generate.PREFILL_TOKENS", 16)
     try:
         assert texts(generate_text(student, tokenizer, prompts, max_new_tokens=8)) == whole
     finally:

@@ -14,12 +14,12 @@ from transformers import DynamicCache
 from test_cache import GREEDY, make
 from tiny_families import tokens
 from trenchcoat.config import UserError
-from trenchcoat.generate import PREFILL_TOKENS, Session, generation_config
+from trenchcoat.generation.generate import PREFILL_TOKENS, Session, generation_config
+from trenchcoat.generation.statefile import _record, load_state, save_state
 from trenchcoat.models.surgery import set_mode, set_state_dtype
 from trenchcoat.ops import StudentState
 from trenchcoat.ops.state import add_far
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
-from trenchcoat.statefile import _record, load_state, save_state
 
 KINDS = ("terrace", "sliding", "linear")
 
@@ -165,7 +165,7 @@ def test_a_session_reads_in_pieces_and_goes_on(tmp_path: Path, tokenizer: Any, m
     whole = model.generate(torch.tensor([ids + more]), max_new_tokens=10, **GREEDY)[0, 51:].tolist()
     config = generation_config(model, tokenizer, {"max_new_tokens": 10})
     config.eos_token_id = None
-    monkeypatch.setattr("trenchcoat.generate.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("trenchcoat.generation.generate.PREFILL_TOKENS", 8)
     assert PREFILL_TOKENS > 8
     session = Session.new(model)
     session.read(ids)

@@ -14,10 +14,10 @@ from trenchcoat.models import auto as _auto
 if TYPE_CHECKING:
     from trenchcoat.config import Recipe, StudentConfig, UserError
     from trenchcoat.config.recipe_io import load_recipe
-    from trenchcoat.generate import Session
+    from trenchcoat.generation.generate import Session
+    from trenchcoat.generation.statefile import load_state, save_state
     from trenchcoat.models.hub import load, save_adapter, save_merged
     from trenchcoat.models.surgery import add_lora, attach_students, merge_lora, set_mode, set_state_dtype, students_of
-    from trenchcoat.statefile import load_state, save_state
     from trenchcoat.students import StudentAttention, register_student
 
 __all__ = [
@@ -54,9 +54,9 @@ _HOME = {
     "set_mode": "models.surgery",
     "set_state_dtype": "models.surgery",
     "students_of": "models.surgery",
-    "Session": "generate",
-    "load_state": "statefile",
-    "save_state": "statefile",
+    "Session": "generation.generate",
+    "load_state": "generation.statefile",
+    "save_state": "generation.statefile",
     "load": "models.hub",
     "save_adapter": "models.hub",
     "save_merged": "models.hub",

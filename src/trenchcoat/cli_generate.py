@@ -168,7 +168,7 @@ def _json_prompt(line: str, where: str) -> str:
 
 def chat(args: argparse.Namespace) -> None:
     """`trenchcoat chat`."""
-    from trenchcoat.conversation import Conversation, softmax_twin
+    from trenchcoat.generation.conversation import Conversation, softmax_twin
     from trenchcoat.models import hub, surgery
 
     if args.compare and args.load_state is not None:

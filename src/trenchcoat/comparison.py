@@ -17,7 +17,7 @@ from trenchcoat import results
 from trenchcoat.config import Recipe
 from trenchcoat.data.batches import Batches
 from trenchcoat.evaluate import EvalRows, decode_curve, gather_rows, score
-from trenchcoat.generate import generate_text
+from trenchcoat.generation.generate import generate_text
 from trenchcoat.models import surgery
 from trenchcoat.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.runtime import distributed

@@ -19,11 +19,11 @@ from trenchcoat import report
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
-from trenchcoat.conversation import softmax_twin
 from trenchcoat.data.load import load_batches
 from trenchcoat.estimate import estimate
 from trenchcoat.evaluate import score
-from trenchcoat.generate import Session, continue_and_save, generate_text
+from trenchcoat.generation.conversation import softmax_twin
+from trenchcoat.generation.generate import Session, continue_and_save, generate_text
 from trenchcoat.models import hub, surgery
 from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runtime import distributed

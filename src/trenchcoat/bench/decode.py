@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from trenchcoat.bench.clock import wait
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.generate import PREFILL_TOKENS, Session
+from trenchcoat.generation.generate import PREFILL_TOKENS, Session
 from trenchcoat.models import embedded, surgery
 from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.runtime.memory import live_tensor_memory

@@ -1,7 +1,7 @@
 """A conversation with a model: turns in its chat template (or a plain transcript), answers as they are written.
 
 Only what is new is read at each turn; with a linearized model what it remembers has a constant size and goes into a
-file (:mod:`trenchcoat.statefile`), whatever was said before.
+file (:mod:`trenchcoat.generation.statefile`), whatever was said before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from trenchcoat.config import UserError
-from trenchcoat.generate import Session, generation_config
+from trenchcoat.generation.generate import Session, generation_config
 from trenchcoat.models.surgery import mode_of, remove_lora, set_mode
 
 USER, ANSWER = "User:", "Assistant:"

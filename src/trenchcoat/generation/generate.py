@@ -29,9 +29,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from trenchcoat.config import UserError
+from trenchcoat.generation.statefile import load_state, save_state
 from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.runtime.sharding import run_decoder
-from trenchcoat.statefile import load_state, save_state
 
 PREFILL_TOKENS = 2048
 """Tokens of a prompt that are read at once."""
@@ -264,7 +264,7 @@ class Session:
 
     @classmethod
     def load(cls, path: Path | str, model: Any) -> Session:
-        """As it was saved; see :func:`trenchcoat.statefile.load_state` for the errors."""
+        """As it was saved; see :func:`trenchcoat.generation.statefile.load_state` for the errors."""
         cache, pending = load_state(path, model)
         rows = {layer.state.seen_B.shape[0] for layer in cache.layers if getattr(layer, "state", None) is not None}
         if rows != {1}:
@@ -272,7 +272,7 @@ class Session:
         return cls(model, cache, pending)
 
     def save(self, path: Path | str) -> None:
-        """Write the state to a file of constant size; see :func:`trenchcoat.statefile.save_state`."""
+        """Write the state to a file of constant size; see :func:`trenchcoat.generation.statefile.save_state`."""
         save_state(path, self.model, self.cache, self.pending)
 
     @property
