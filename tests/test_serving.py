@@ -28,7 +28,7 @@ from trenchcoat import cli
 from trenchcoat.config import FeatureMapConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import hub
 from trenchcoat.models.surgery import adapter_state, attach_students, set_mode
-from trenchcoat.serving import ServeSettings, serve
+from trenchcoat.serving.server import ServeSettings, serve
 
 SOURCE = Path(cli.__file__).parents[1]
 STUDENT = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6))

@@ -24,9 +24,9 @@ from tiny_families import tiny_model
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models import auto, hub
 from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.serving.vllm_plugin import MODELS, register
+from trenchcoat.serving.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 from trenchcoat.students import StudentAttention, build_student
-from trenchcoat.vllm_plugin import MODELS, register
-from trenchcoat.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 
 HEADS, GROUPS, DIM = 4, 2, 8
 SMALL = FeatureMapConfig(feature_dim=6)
@@ -220,7 +220,7 @@ REGISTERED: dict[str, Any] = {}
 
 @pytest.fixture
 def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`trenchcoat.vllm_plugin.models`, imported over stand-ins for vLLM."""
+    """`trenchcoat.serving.vllm_plugin.models`, imported over stand-ins for vLLM."""
     names: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.distributed": {"get_tensor_model_parallel_rank": lambda: 0,
@@ -246,9 +246,9 @@ def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "trenchcoat.vllm_plugin.models", raising=False)
-    yield import_module("trenchcoat.vllm_plugin.models")
-    sys.modules.pop("trenchcoat.vllm_plugin.models", None)
+    monkeypatch.delitem(sys.modules, "trenchcoat.serving.vllm_plugin.models", raising=False)
+    yield import_module("trenchcoat.serving.vllm_plugin.models")
+    sys.modules.pop("trenchcoat.serving.vllm_plugin.models", None)
 
 
 def merged(family: str, folder: Path) -> tuple[Any, Path]:
@@ -333,7 +333,7 @@ def test_what_the_plugin_does_not_do_is_said(glue: Any) -> None:
 
 def test_the_entry_point_registers_every_model(glue: Any) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["vllm.general_plugins"] == {"trenchcoat": "trenchcoat.vllm_plugin:register"}
+    assert project["entry-points"]["vllm.general_plugins"] == {"trenchcoat": "trenchcoat.serving.vllm_plugin:register"}
     REGISTERED.clear()
     register()
     register()

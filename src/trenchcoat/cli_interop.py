@@ -76,7 +76,7 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace, show: Callable[[Any], None]) -> None:
-    from trenchcoat.serving import ServeSettings, serve
+    from trenchcoat.serving.server import ServeSettings, serve
     from trenchcoat.stages import Outcome
 
     names = ("host", "port", "name", "context", "grace", "chat_template", "base", "device", "dtype", "log_level")

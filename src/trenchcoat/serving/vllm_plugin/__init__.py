@@ -10,8 +10,8 @@ VLLM_VERSION = "0.33.0"
 """The version whose sources the glue was written against."""
 
 MODELS = {
-    "LinearizedLlamaForCausalLM": "trenchcoat.vllm_plugin.models:LinearizedLlamaForCausalLM",
-    "LinearizedMistralForCausalLM": "trenchcoat.vllm_plugin.models:LinearizedMistralForCausalLM",
+    "LinearizedLlamaForCausalLM": "trenchcoat.serving.vllm_plugin.models:LinearizedLlamaForCausalLM",
+    "LinearizedMistralForCausalLM": "trenchcoat.serving.vllm_plugin.models:LinearizedMistralForCausalLM",
 }
 """`architectures` of a merged folder's config -> where vLLM finds the class, imported when it is needed."""
 

@@ -20,8 +20,8 @@ from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCa
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from trenchcoat.models.auto import student_settings
+from trenchcoat.serving.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 from trenchcoat.students import StudentAttention, build_student
-from trenchcoat.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 
 
 def check_settings(vllm_config: Any) -> None:

@@ -1,0 +1,87 @@
+"""An OpenAI-compatible server for one linearized model, made of the parts of Transformers' own (`transformers serve`).
+
+`parts` holds what is ours about it: the model comes from an adapter's, a run's or a merged folder, mistakes in a
+request are told to the client, a prompt has a limit, and a request ends when its client is gone or the server stops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.import_utils import is_serve_available
+
+from trenchcoat.config import UserError
+from trenchcoat.models import hub
+from trenchcoat.models.surgery import student_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """How a model is served."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    """Name that clients ask for; None: the folder's."""
+    context: int | None = None
+    """Tokens of a prompt and its answer together; None: as many positions as the base model was made for."""
+    grace: float = 30.0
+    """Seconds that running requests get after the first Ctrl-C or SIGTERM."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja), for tokenizers without one."""
+    device: str = "auto"
+    dtype: str = "auto"
+    base: str | None = None
+    """Where the base model of an adapter is, when not where it was."""
+    log_level: str = "warning"
+
+
+def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
+    """Serve the linearized model in `path` until a signal ends it; `say` gets a sentence for the terminal.
+
+    Raises UserError when the extra is not installed, the model cannot be loaded, or a setting is impossible.
+    """
+    if not is_serve_available():
+        raise UserError("serving needs fastapi, uvicorn and openai: pip install 'trenchcoat[serve]'")
+    from trenchcoat.serving import parts
+
+    name = cfg.name if cfg.name is not None else path.resolve().name
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
+        raise UserError(f"--name is {name!r}; expected letters, digits, - _ . and at most one /")
+    if cfg.grace < 0:
+        raise UserError(f"--grace is {cfg.grace}; expected seconds, 0 or more")
+    template = _template(cfg.chat_template)
+    model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
+    context = _context(cfg, model)
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {path} is a slow one; streaming needs a fast one (tokenizer.json)")
+    if template is not None:
+        tokenizer.chat_template = template
+    server = parts.build(model, tokenizer, name=name, context=context, cfg=cfg)
+    student = student_config(model)
+    chat = "" if tokenizer.chat_template is not None else "; no chat template: completions only"
+    say(
+        f"serving {name} ({student.name} attention, {student.impl}) at http://{cfg.host}:{cfg.port}/v1, one request at "
+        f"a time, {context or 'unlimited'} tokens each{chat}. Ctrl-C stops it"
+    )
+    server.run_until_signal()
+
+
+def _context(cfg: ServeSettings, model: Any) -> int | None:
+    if cfg.context is not None and cfg.context < 2:
+        raise UserError(f"--context is {cfg.context}; expected at least 2 tokens")
+    known = getattr(model.config, "max_position_embeddings", None)
+    return cfg.context if cfg.context is not None else known
+
+
+def _template(file: str | None) -> str | None:
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {file} cannot be read as text: {error}") from error
