@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from trenchcoat.results import ROW_LABELS, DecodePoint, Results, RowSums, Sample, Scores, StageFacts
+from trenchcoat.evaluation.results import ROW_LABELS, DecodePoint, Results, RowSums, Sample, Scores, StageFacts
 
 ROWS, LENGTH, WINDOW = 16, 512, 32
 GOOD: dict[str, tuple[float, float]] = {

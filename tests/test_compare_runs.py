@@ -11,7 +11,7 @@ import pytest
 
 from report_kit import made_results, made_scores
 from trenchcoat import cli
-from trenchcoat.compare_runs import (
+from trenchcoat.evaluation.report.compare import (
     HEADINGS,
     Run,
     loss_rows,
@@ -21,10 +21,10 @@ from trenchcoat.compare_runs import (
     task_rows,
     write_comparison,
 )
-from trenchcoat.pages import write_page
-from trenchcoat.plots import LOOK
-from trenchcoat.results import Results
-from trenchcoat.task_results import (
+from trenchcoat.evaluation.report.html import write_page
+from trenchcoat.evaluation.report.plots import LOOK
+from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.task_results import (
     Estimate,
     ModelScore,
     ProbeRecord,

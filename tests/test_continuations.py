@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trenchcoat import continuations
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
-from trenchcoat.continuations import ContinuationScorer, Request, plan_groups
+from trenchcoat.evaluation import loglikelihood as continuations
+from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request, plan_groups
 from trenchcoat.models.surgery import attach_students, set_mode
 from trenchcoat.students import STUDENTS
 

@@ -21,7 +21,7 @@ from ranks_kit import run, start
 from trenchcoat import stages
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.results import Results
+from trenchcoat.evaluation.results import Results
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runlog import read_metrics
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.evaluate import EvalRows, cache_bytes, decode_curve, gather_rows, recall_probes, score
+from trenchcoat.evaluation.scoring import EvalRows, cache_bytes, decode_curve, gather_rows, recall_probes, score
 from trenchcoat.models.surgery import attach_students, set_mode
 
 VOCAB = 97

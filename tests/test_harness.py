@@ -19,14 +19,16 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from test_continuations import TOLERANCE, model_of
-from trenchcoat import cli, continuations, harness
+from trenchcoat import cli
 from trenchcoat.config import UserError
-from trenchcoat.harness import TrenchcoatLM, score_tasks
-from trenchcoat.letters import letter_tokens, score_letters
-from trenchcoat.local_tasks import read_choices, read_mmlu, task_folder, winogrande_rest
+from trenchcoat.evaluation import harness
+from trenchcoat.evaluation import loglikelihood as continuations
+from trenchcoat.evaluation.harness import TrenchcoatLM, score_tasks
+from trenchcoat.evaluation.local_tasks import read_choices, read_mmlu, task_folder, winogrande_rest
+from trenchcoat.evaluation.mmlu import letter_tokens, score_letters
+from trenchcoat.evaluation.task_results import STUDENT, TaskResults, paired, pooled_rows
 from trenchcoat.models.hub import save_merged
 from trenchcoat.models.surgery import set_mode
-from trenchcoat.task_results import STUDENT, TaskResults, paired, pooled_rows
 
 SUBJECTS = sorted(path.stem for path in (task_folder() / "mmlu").glob("[!_]*.yaml"))
 WORDS = "coat sum window token state chunk linear small model bone star".split()
@@ -275,7 +277,7 @@ def test_the_harness_own_command_line_alone_and_in_two_processes(
     assert re.search(r"\|anatomy +\|", capsys.readouterr().out)
     alone = _written(tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "trenchcoat.harness"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "trenchcoat.evaluation.harness"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*command, *_harness_arguments(merged, data_dir, tmp_path / "two")],

@@ -37,7 +37,13 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
     source = REPOSITORY / "src" / "trenchcoat"
     kept = [
         path
-        for pattern in ("*.py", "config/recipes/*.yaml", "models/embedded/teacher/*", "harness_tasks/*/*", "py.typed")
+        for pattern in (
+            "*.py",
+            "config/recipes/*.yaml",
+            "models/embedded/teacher/*",
+            "evaluation/harness_tasks/*/*",
+            "py.typed",
+        )
         for path in source.rglob(pattern)
     ]
     for path in kept:

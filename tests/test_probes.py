@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from trenchcoat.config import UserError
-from trenchcoat.continuations import Answer, Request
-from trenchcoat.probes import ANSWER, CUE, DEPTHS, PAIRS, Haystack, copy_row, needle_row, probe, recall_row
-from trenchcoat.task_report import plot_probes, probe_rows
-from trenchcoat.task_results import TaskResults
+from trenchcoat.evaluation.loglikelihood import Answer, Request
+from trenchcoat.evaluation.probes import ANSWER, CUE, DEPTHS, PAIRS, Haystack, copy_row, needle_row, probe, recall_row
+from trenchcoat.evaluation.report.tasks import plot_probes, probe_rows
+from trenchcoat.evaluation.task_results import TaskResults
 
 OPENING = [0]
 

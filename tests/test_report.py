@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from report_kit import made_metrics, made_results
-from trenchcoat.plots import LOOK, log_bins, name_lines
-from trenchcoat.report import duration, report_text, terminal_table, terminal_verdicts, write_report
-from trenchcoat.results import ROW_LABELS, Results, Sample
+from trenchcoat.evaluation.report.plots import LOOK, log_bins, name_lines
+from trenchcoat.evaluation.report.run import duration, report_text, terminal_table, terminal_verdicts, write_report
+from trenchcoat.evaluation.results import ROW_LABELS, Results, Sample
 
 PICTURES = {"rows.png", "positions.png", "training.png", "decode.png"}
 

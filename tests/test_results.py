@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from report_kit import made_results
-from trenchcoat.results import Difference, Results, RowSums, gap_closed, paired_difference
+from trenchcoat.evaluation.results import Difference, Results, RowSums, gap_closed, paired_difference
 
 
 def row_sums(means: list[float], count: int = 50) -> RowSums:

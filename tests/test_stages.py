@@ -15,15 +15,16 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat import comparison, results, stages, workshop
+from trenchcoat import comparison, stages, workshop
 from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data import stream, stream_sources
 from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.evaluation import results
+from trenchcoat.evaluation.results import Results
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
-from trenchcoat.results import Results
 from trenchcoat.runtime import machine
 from trenchcoat.runtime.runfolder import RunFolder, flatten, stage_settings
 from trenchcoat.runtime.runlog import read_metrics

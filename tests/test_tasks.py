@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from test_harness import data_dir  # noqa: F401 (a fixture)
-from trenchcoat import cli, tasks
+from trenchcoat import cli
 from trenchcoat.config import UserError
+from trenchcoat.evaluation import tasks
+from trenchcoat.evaluation.task_results import TaskResults
 from trenchcoat.models import hub
-from trenchcoat.task_results import TaskResults
 
 PROBE_OPTIONS = ["--probe-lengths", "1,2", "--probe-rows", "2", "--trained-length", "64"]
 

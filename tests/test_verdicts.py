@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from report_kit import GOOD, made_results
-from trenchcoat.results import DecodePoint, Results, RowSums
-from trenchcoat.verdicts import Verdict, bytes_text, headline, verdicts
+from trenchcoat.evaluation.report.verdicts import Verdict, bytes_text, headline, verdicts
+from trenchcoat.evaluation.results import DecodePoint, Results, RowSums
 
 
 def answer(results: Results, key: str) -> Verdict:

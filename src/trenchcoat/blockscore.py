@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from trenchcoat.blockmodel import local_names
 from trenchcoat.blocks import BlockRun
-from trenchcoat.evaluate import EvalRows, score
+from trenchcoat.evaluation.results import Scores
+from trenchcoat.evaluation.scoring import EvalRows, score
 from trenchcoat.models import surgery
-from trenchcoat.results import Scores
 from trenchcoat.runtime import distributed
 from trenchcoat.training.objectives import forward_decoder
 
@@ -52,7 +52,8 @@ def _through(model: nn.Module, states_NTd: Tensor, parts: list[slice], device: t
 
 
 class _Head(nn.Module):
-    """The vocabulary head as a model of tokens, for :func:`trenchcoat.evaluate.score`: states are at hand, in order."""
+    """The vocabulary head as a model of tokens, for :func:`trenchcoat.evaluation.scoring.score`: states are at hand, in
+    order."""
 
     def __init__(self, head: Any, states_NTd: Tensor, batch_size: int) -> None:
         super().__init__()

@@ -14,7 +14,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from trenchcoat import report, results
 from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_free, require_ranks
 from trenchcoat.blockdata import spans
 from trenchcoat.blockfolder import (
@@ -36,6 +35,9 @@ from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words, tera
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.evaluation import results
+from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.results import Results, StageFacts
 from trenchcoat.models import hub
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
@@ -46,7 +48,6 @@ from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.planning.blockpass import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocksize import choose_block_size
 from trenchcoat.planning.plan import HOST_LINK
-from trenchcoat.results import Results, StageFacts
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.lock import locked
 from trenchcoat.runtime.machine import free_disk, free_memory

@@ -19,7 +19,7 @@ its report.md and report.html again.
 """
 LM_EVAL = """\
 The evaluation harness's own command line (lm_eval), which then knows `--model trenchcoat --model_args path=DIR`. All
-arguments are the harness's; for several GPUs: accelerate launch -m trenchcoat.harness, with the same arguments.
+arguments are the harness's; for several GPUs: accelerate launch -m trenchcoat.evaluation.harness, with the same arguments.
 """
 OWN_TASKS = "mmlu_letters, needle, recall, copy"
 
@@ -76,8 +76,8 @@ def add_report(sub: argparse.ArgumentParser) -> None:
 
 def run_tasks(args: argparse.Namespace, recipe: Recipe) -> Any:
     """``eval --tasks``."""
-    from trenchcoat.probes import LENGTHS
-    from trenchcoat.tasks import TaskPlan, evaluate_tasks
+    from trenchcoat.evaluation.probes import LENGTHS
+    from trenchcoat.evaluation.tasks import TaskPlan, evaluate_tasks
 
     plan = TaskPlan(
         tasks=args.tasks,
@@ -99,8 +99,9 @@ def run_tasks(args: argparse.Namespace, recipe: Recipe) -> Any:
 
 def run_report(args: argparse.Namespace) -> Shown:
     """``report``."""
-    from trenchcoat import compare_runs, report
-    from trenchcoat.results import Results
+    from trenchcoat.evaluation.report import compare as compare_runs
+    from trenchcoat.evaluation.report import run as report
+    from trenchcoat.evaluation.results import Results
 
     runs = compare_runs.read_runs(args.runs)
     if len(runs) == 1 and (args.runs[0] / report.RESULTS_FILE).is_file():
@@ -114,7 +115,7 @@ def run_lm_eval(arguments: list[str]) -> None:
     """``lm-eval ...``: hand over to the harness."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-eval needs the evaluation harness: pip install 'trenchcoat[eval]'")
-    from trenchcoat import harness
+    from trenchcoat.evaluation import harness
 
     before, sys.argv = sys.argv, ["lm_eval", *arguments]
     try:

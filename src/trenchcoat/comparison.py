@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from trenchcoat import results
 from trenchcoat.config import Recipe
 from trenchcoat.data.batches import Batches
-from trenchcoat.evaluate import EvalRows, decode_curve, gather_rows, score
+from trenchcoat.evaluation import results
+from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generation.generate import generate_text
 from trenchcoat.models import surgery
-from trenchcoat.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
 from trenchcoat.runtime.runlog import environment

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trenchcoat import report
 from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.data.load import load_batches
 from trenchcoat.estimate import estimate
-from trenchcoat.evaluate import score
+from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.results import ROW_LABELS, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.conversation import softmax_twin
 from trenchcoat.generation.generate import Session, continue_and_save, generate_text
 from trenchcoat.models import hub, surgery
-from trenchcoat.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA

@@ -22,12 +22,12 @@ from trenchcoat.data.esl import EslRanking
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.tokens import cache_folder
+from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.models import adapters, identity, surgery
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.models.hub import save_adapter
 from trenchcoat.models.loading import load_base
 from trenchcoat.models.shapes import shapes_of
-from trenchcoat.results import StageFacts
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
 from trenchcoat.runtime.lock import locked

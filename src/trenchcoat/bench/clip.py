@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.evaluate import score
+from trenchcoat.evaluation.scoring import score
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER

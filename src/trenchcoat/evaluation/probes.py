@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trenchcoat.config import UserError
-from trenchcoat.continuations import Answer, ContinuationScorer, Request
-from trenchcoat.task_results import ProbeRecord
+from trenchcoat.evaluation.loglikelihood import Answer, ContinuationScorer, Request
+from trenchcoat.evaluation.task_results import ProbeRecord
 
 PROBES = ("needle", "recall", "copy")
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)

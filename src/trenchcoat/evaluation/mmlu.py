@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config import UserError
-from trenchcoat.continuations import ContinuationScorer, Request
-from trenchcoat.local_tasks import LETTERS, Item, mmlu_folder, mmlu_subjects, read_mmlu
-from trenchcoat.task_results import ModelScore, TaskRecord, mean_estimate
+from trenchcoat.evaluation.local_tasks import LETTERS, Item, mmlu_folder, mmlu_subjects, read_mmlu
+from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request
+from trenchcoat.evaluation.task_results import ModelScore, TaskRecord, mean_estimate
 
 NAME = "mmlu_letters"
 ANSWER = "Answer:"

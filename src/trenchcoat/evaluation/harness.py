@@ -1,9 +1,9 @@
 """lm-evaluation-harness 0.4.13 over linearized models: a harness model, and scores of its tasks as records.
 
 The model is registered under the name ``trenchcoat``. The harness has no discovery of models in other packages, so its
-command line learns of it by being started from here: ``trenchcoat lm-eval ...`` or ``python -m trenchcoat.harness``,
-with the harness's own arguments. Several processes (``accelerate launch -m trenchcoat.harness ...``) each score a share
-of the rows: the harness's own data parallelism.
+command line learns of it by being started from here: ``trenchcoat lm-eval ...`` or ``python -m
+trenchcoat.evaluation.harness``, with the harness's own arguments. Several processes (``accelerate launch -m
+trenchcoat.evaluation.harness ...``) each score a share of the rows: the harness's own data parallelism.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from trenchcoat.config import UserError
-from trenchcoat.continuations import ContinuationScorer, Request, Work
-from trenchcoat.local_tasks import task_folder
+from trenchcoat.evaluation.local_tasks import task_folder
+from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request, Work
+from trenchcoat.evaluation.task_results import Estimate, ModelScore, TaskRecord
 from trenchcoat.models import hub, surgery
-from trenchcoat.task_results import Estimate, ModelScore, TaskRecord
 
 NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}

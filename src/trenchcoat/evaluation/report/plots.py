@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from trenchcoat.results import (
+from trenchcoat.evaluation.report.verdicts import bytes_text
+from trenchcoat.evaluation.results import (
     FAR_OFF,
     LORA_ONLY,
     ROW_LABELS,
@@ -29,7 +30,6 @@ from trenchcoat.results import (
     Scores,
     paired_difference,
 )
-from trenchcoat.verdicts import bytes_text
 
 COLOURS = {
     TEACHER: "#000000",

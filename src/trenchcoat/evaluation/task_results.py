@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config import UserError
-from trenchcoat.results import Difference
+from trenchcoat.evaluation.results import Difference
 from trenchcoat.runtime.files import read_json, write_json
 
 FORMAT_VERSION = 1

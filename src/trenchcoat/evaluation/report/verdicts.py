@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from trenchcoat.results import (
+from trenchcoat.evaluation.results import (
     FAR_OFF,
     LORA_ONLY,
     ROW_LABELS,

@@ -19,13 +19,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trenchcoat.config import UserError
-from trenchcoat.pages import write_page
-from trenchcoat.plots import LOOK, log_bins, name_lines
-from trenchcoat.results import TEACHER, Difference, Results, RowSums, Scores, paired_difference
+from trenchcoat.evaluation.report.html import write_page
+from trenchcoat.evaluation.report.plots import LOOK, log_bins, name_lines
+from trenchcoat.evaluation.report.tasks import TASKS_FILE, shown_tasks
+from trenchcoat.evaluation.results import TEACHER, Difference, Results, RowSums, Scores, paired_difference
+from trenchcoat.evaluation.task_results import NORMAL_95, STUDENT, TaskResults, interval, paired, pooled_rows
+from trenchcoat.evaluation.task_results import TEACHER as TASK_TEACHER
 from trenchcoat.runtime.files import write_text
-from trenchcoat.task_report import TASKS_FILE, shown_tasks
-from trenchcoat.task_results import NORMAL_95, STUDENT, TaskResults, interval, paired, pooled_rows
-from trenchcoat.task_results import TEACHER as TASK_TEACHER
 
 RESULTS_FILE = "results.json"
 MARKDOWN, PAGE, PICTURE = "comparison.md", "comparison.html", "comparison.png"

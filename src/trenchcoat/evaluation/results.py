@@ -137,7 +137,7 @@ def gap_closed(row: RowSums, bottom: RowSums, top: RowSums) -> Difference | None
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one model on N rows of T tokens (see ``trenchcoat.evaluate.score``)."""
+    """Scores of one model on N rows of T tokens (see ``trenchcoat.evaluation.scoring.score``)."""
 
     window: int
     seq_len: int

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from trenchcoat import report
 from trenchcoat.config import ModelConfig, Recipe, UserError
-from trenchcoat.continuations import ContinuationScorer, Work
 from trenchcoat.data.load import load_batches
-from trenchcoat.letters import NAME as LETTERS
-from trenchcoat.letters import score_letters
+from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Work
+from trenchcoat.evaluation.mmlu import NAME as LETTERS
+from trenchcoat.evaluation.mmlu import score_letters
+from trenchcoat.evaluation.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
+from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.report.tasks import TASKS_FILE, terminal_tables
+from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.task_results import FAR_OFF, MODEL_LABELS, STUDENT, TEACHER, ProbeRecord, TaskResults
 from trenchcoat.models import hub, surgery
 from trenchcoat.models.loading import load_model
-from trenchcoat.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
-from trenchcoat.results import Results
 from trenchcoat.runtime.runlog import Tracker, environment, show_progress
-from trenchcoat.task_report import TASKS_FILE, terminal_tables
-from trenchcoat.task_results import FAR_OFF, MODEL_LABELS, STUDENT, TEACHER, ProbeRecord, TaskResults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def _device(plan: TaskPlan) -> str:
 def _score_harness(found: TaskResults, name: str, model: Any, tokenizer: Any, tasks: list[str], plan: TaskPlan) -> None:
     if not tasks or name == FAR_OFF:
         return
-    from trenchcoat import harness
+    from trenchcoat.evaluation import harness
 
     began = time.monotonic()
     with _Bar(f"{MODEL_LABELS[name]}: {','.join(tasks)}") as bar:

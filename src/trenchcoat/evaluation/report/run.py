@@ -15,14 +15,14 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from trenchcoat.pages import write_page
-from trenchcoat.plots import plot_decode, plot_positions, plot_rows, plot_training
-from trenchcoat.results import TEACHER, DecodePoint, Difference, Results, RowSums
+from trenchcoat.evaluation.report.html import write_page
+from trenchcoat.evaluation.report.plots import plot_decode, plot_positions, plot_rows, plot_training
+from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, TASKS_FILE, markdown_sections, plot_probes
+from trenchcoat.evaluation.report.verdicts import Verdict, bytes_text, headline, label, percent, verdicts
+from trenchcoat.evaluation.results import TEACHER, DecodePoint, Difference, Results, RowSums
+from trenchcoat.evaluation.task_results import TaskResults
 from trenchcoat.runtime.files import write_text
 from trenchcoat.runtime.runlog import read_metrics
-from trenchcoat.task_report import PROBES_PICTURE, TASKS_FILE, markdown_sections, plot_probes
-from trenchcoat.task_results import TaskResults
-from trenchcoat.verdicts import Verdict, bytes_text, headline, label, percent, verdicts
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"

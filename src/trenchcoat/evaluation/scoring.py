@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trenchcoat.results import DecodePoint, RowSums, Scores
+from trenchcoat.evaluation.results import DecodePoint, RowSums, Scores
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import compute_device
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from trenchcoat.plots import LOOK
-from trenchcoat.task_results import (
+from trenchcoat.evaluation.report.plots import LOOK
+from trenchcoat.evaluation.task_results import (
     MODEL_LABELS,
     STUDENT,
     TEACHER,

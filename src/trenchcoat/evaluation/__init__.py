@@ -1,0 +1,1 @@
+"""Scores, tasks, probes and the report."""

@@ -1,0 +1,1 @@
+"""Reports: of one run, of its tasks, of runs side by side."""
