@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 
-from trenchcoat import blockdata, blockstages
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.linearize.blocks import data as blockdata
+from trenchcoat.linearize.blocks import stages as blockstages
 
 
 def slow(delay: float) -> None:

@@ -23,13 +23,16 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trenchcoat import blockstages, pipeline, stages
-from trenchcoat.blockfolder import Block, found_blocks
-from trenchcoat.blocks import BlockRun
-from trenchcoat.chain import TRAIN, Item
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data import load as data
+from trenchcoat.linearize import stages
+from trenchcoat.linearize.blocks import pipeline
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.blocks.chain import TRAIN, Item
+from trenchcoat.linearize.blocks.folder import Block, found_blocks
+from trenchcoat.linearize.blocks.run import BlockRun
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.models import surgery
 from trenchcoat.models.loading import load_base
 from trenchcoat.runtime import distributed
@@ -38,7 +41,6 @@ from trenchcoat.runtime.sharding import is_sharded
 from trenchcoat.training import loop as train
 from trenchcoat.training.checkpoints import checkpoint_folders
 from trenchcoat.training.objectives import next_token_objective, transfer_objective
-from trenchcoat.workshop import Workshop
 
 
 def collectives(recipe: Recipe) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Sleeper:
     def __call__(self) -> None:
         """Say its process number in a file, then sleep."""
         if self.stubborn:
-            from trenchcoat.jobtask import _end_with
+            from trenchcoat.linearize.blocks.jobtask import _end_with
 
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stubborn else signal.SIG_DFL)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tiny_families import FAMILIES, tiny_model, tokens
-from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names, local_names
 from trenchcoat.config import ModelConfig, StudentConfig, UserError
+from trenchcoat.linearize.blocks.model import BlockSource, ReadAhead, global_names, local_names
 from trenchcoat.models import identity, surgery
 from trenchcoat.models.families import decoder_of
 from trenchcoat.runtime import files

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from blocks_kit import LAYERS, block_overrides, learned, lines, recipe, require_same
 from conftest import save_tiny_model
-from trenchcoat import blockstages, stages
-from trenchcoat.blockfolder import BlockFolder, cut
 from trenchcoat.config import UserError
+from trenchcoat.linearize import stages
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.blocks.folder import BlockFolder, cut
 from trenchcoat.runtime.files import load_tensors, read_json
 from trenchcoat.runtime.lock import locked
 from trenchcoat.runtime.runfolder import RunFolder

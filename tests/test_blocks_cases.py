@@ -14,9 +14,10 @@ import torch
 from blocks_kit import LAYERS, block_overrides, learned, recipe, require_same
 from conftest import byte_tokenizer, save_tiny_model, small_file_system
 from tiny_families import tiny_model
-from trenchcoat import blockstages, stages
-from trenchcoat.blockdata import HiddenBatches
 from trenchcoat.config import UserError
+from trenchcoat.linearize import stages
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.blocks.data import HiddenBatches
 from trenchcoat.runtime.files import SaveError
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat import stages
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.linearize import stages
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
 KILLER = Path(__file__).parent / "blocks_killer.py"

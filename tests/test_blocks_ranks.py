@@ -8,8 +8,8 @@ import torch
 
 from conftest import save_tiny_model
 from ranks_kit import run
-from trenchcoat import stages
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.linearize import stages
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
 

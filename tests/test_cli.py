@@ -127,7 +127,7 @@ def test_overrides_may_stand_after_options() -> None:
 def test_a_keyboard_interrupt_exits_1_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     def interrupted(recipe: Recipe) -> None:
         raise KeyboardInterrupt

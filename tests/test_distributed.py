@@ -18,10 +18,10 @@ from transformers import LlamaForCausalLM
 
 from conftest import byte_tokenizer, save_tiny_model, tiny_llama_config
 from ranks_kit import run, start
-from trenchcoat import stages
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.results import Results
+from trenchcoat.linearize import stages
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runlog import read_metrics
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
 from trenchcoat.runtime.files import SaveError
 
 SHAPE = Shape(rows=11, tokens=5, hidden=3, dtype=torch.bfloat16)

@@ -23,14 +23,16 @@ import slurm_stand_in
 from blocks_kit import LAYERS, block_overrides, learned, recipe, require_same
 from conftest import REPOSITORY, save_tiny_model
 from sleeper import Failing, Sleeper
-from trenchcoat import blockstages, cli, jobs, jobtask, launch
+from trenchcoat import cli
 from trenchcoat.config import Recipe, UsageError, UserError
-from trenchcoat.jobs import LocalJobs
-from trenchcoat.jobtask import Task
+from trenchcoat.linearize.blocks import jobs, jobtask, launch
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.blocks.jobs import LocalJobs
+from trenchcoat.linearize.blocks.jobtask import Task
+from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions, parse_slurm
+from trenchcoat.linearize.workshop import Stopped
 from trenchcoat.runtime.lock import holder, locked
 from trenchcoat.runtime.runlog import RunLog, read_metrics
-from trenchcoat.slurmoptions import SlurmOptions, parse_slurm
-from trenchcoat.workshop import Stopped
 
 PATHS = f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}"
 FIRST, SECOND = "layers-000-002", "layers-003-004"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from trenchcoat.comparison import rows_of, stages_of
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
-from trenchcoat.estimate import estimate, stage_tokens
+from trenchcoat.linearize.comparison import rows_of, stages_of
+from trenchcoat.linearize.estimate import estimate, stage_tokens
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.runtime import machine
-from trenchcoat.workshop import Workshop
 
 
 def test_a_fit_machine_is_described(tmp_path: Path) -> None:

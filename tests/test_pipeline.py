@@ -14,11 +14,12 @@ import torch
 from blocks_kit import lines
 from conftest import save_tiny_model
 from ranks_kit import run, start
-from trenchcoat import blockstages, stages
-from trenchcoat.blockfolder import Block, BlockFolder, cut, divide, found_blocks
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.pipeline import FINISHED, Position, schedule
+from trenchcoat.linearize import stages
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.blocks.folder import Block, BlockFolder, cut, divide, found_blocks
+from trenchcoat.linearize.blocks.pipeline import FINISHED, Position, schedule
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.runtime.runlog import read_metrics
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from conftest import save_tiny_model
-from trenchcoat import stages
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, ParallelConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.linearize import stages
 from trenchcoat.models import hub, loading, surgery
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import load_base, load_model

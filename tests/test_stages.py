@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat import comparison, stages, workshop
-from trenchcoat.comparison import final_row, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data import stream, stream_sources
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.evaluation import results
 from trenchcoat.evaluation.results import Results
+from trenchcoat.linearize import comparison, stages, workshop
+from trenchcoat.linearize.comparison import final_row, rows_of, stages_of
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
 from trenchcoat.runtime import machine

@@ -247,25 +247,25 @@ def _recipe(args: argparse.Namespace, path: str) -> Recipe:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     show(stages.demo(_recipe(args, "demo")))
 
 
 def _linearize(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     show(stages.linearize(_recipe(args, args.recipe)))
 
 
 def _transfer(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     show(stages.transfer(_recipe(args, args.recipe)))
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     show(stages.finetune(_recipe(args, args.recipe)))
 
@@ -283,7 +283,7 @@ def _block_action(action: cli_blocks.Action, args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     try:
         recipe = cli_eval.text_recipe(args.target, args.overrides)
@@ -327,7 +327,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     if args.to is not None:
         show(cli_interop.export_lolcats(args))

@@ -90,7 +90,7 @@ def _plan(recipe: Recipe, args: argparse.Namespace) -> Any:
 
 
 def _run(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat import blockstages
+    from trenchcoat.linearize.blocks import stages as blockstages
 
     if not args.parallel:
         if args.launcher is not None:
@@ -98,38 +98,38 @@ def _run(recipe: Recipe, args: argparse.Namespace) -> Any:
         return blockstages.run(recipe)
     if find_spec("submitit") is None:
         raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
-    from trenchcoat import launch
+    from trenchcoat.linearize.blocks import launch
 
     launcher = args.launcher or recipe.blocks.launcher
     return launch.run(dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, launcher=launcher)))
 
 
 def _collect(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat import blockstages
+    from trenchcoat.linearize.blocks import stages as blockstages
 
     return blockstages.collect(recipe)
 
 
 def _train(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat import blockstages
+    from trenchcoat.linearize.blocks import stages as blockstages
 
     return blockstages.train(recipe, args.block, None if args.weights is None else Path(args.weights))
 
 
 def _shard(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat import blockstages
+    from trenchcoat.linearize.blocks import stages as blockstages
 
     return blockstages.shard(recipe, Path(args.out))
 
 
 def _stitch(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat import blockstages
+    from trenchcoat.linearize.blocks import stages as blockstages
 
     return blockstages.stitch(recipe)
 
 
 def _status(recipe: Recipe, args: argparse.Namespace) -> Any:
-    from trenchcoat import blockstages
+    from trenchcoat.linearize.blocks import stages as blockstages
 
     return blockstages.status(recipe)
 

@@ -101,7 +101,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def generate(args: argparse.Namespace) -> None:
     """`trenchcoat generate`."""
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
     from trenchcoat.runtime.files import atomic_file
 
     options = {"num_beams": args.beams, **_sampling(args)}

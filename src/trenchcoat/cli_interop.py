@@ -76,8 +76,8 @@ def _add_serve(sub: argparse.ArgumentParser) -> None:
 
 
 def _serve(args: argparse.Namespace, show: Callable[[Any], None]) -> None:
+    from trenchcoat.linearize.stages import Outcome
     from trenchcoat.serving.server import ServeSettings, serve
-    from trenchcoat.stages import Outcome
 
     names = ("host", "port", "name", "context", "grace", "chat_template", "base", "device", "dtype", "log_level")
     settings = ServeSettings(**{name: getattr(args, name) for name in names})
@@ -85,8 +85,8 @@ def _serve(args: argparse.Namespace, show: Callable[[Any], None]) -> None:
 
 
 def _import_lolcats(args: argparse.Namespace) -> Any:
+    from trenchcoat.linearize.stages import Outcome
     from trenchcoat.models import lolcats
-    from trenchcoat.stages import Outcome
 
     asked = lolcats.Asked(
         attention=args.attention,
@@ -111,7 +111,7 @@ def _layers(text: str) -> tuple[int, ...]:
 
 def export_lolcats(args: argparse.Namespace) -> Any:
     """`export DIR --to lolcats`."""
+    from trenchcoat.linearize.stages import Outcome
     from trenchcoat.models import lolcats
-    from trenchcoat.stages import Outcome
 
     return Outcome(tuple(lolcats.export_checkpoint(Path(args.target), Path(args.out))))

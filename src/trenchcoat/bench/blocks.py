@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from trenchcoat import blockstages
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import environment
-from trenchcoat.workshop import Workshop
 
 TARGETS = {"throughput_ratio": 0.9, "memory_over_bound": 1.0}
 ALLOWANCE = 400e6

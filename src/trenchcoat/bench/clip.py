@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from trenchcoat.comparison import evaluation_rows
 from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.scoring import score
+from trenchcoat.linearize.comparison import evaluation_rows
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import environment, read_metrics
-from trenchcoat.workshop import Workshop
 
 SCALES = (1024.0, 128.0, 8.0, 1.0)
 SCOPES = ("layer", "global")

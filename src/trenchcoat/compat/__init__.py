@@ -61,7 +61,7 @@ def plan_of(stage: Stage, arguments: Sequence[str], configs: Path) -> Plan:
 
 
 def _run(stage: Stage, arguments: Sequence[str], configs: Path) -> None:
-    from trenchcoat import stages
+    from trenchcoat.linearize import stages
 
     try:
         plan = plan_of(stage, arguments, configs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from trenchcoat.blockfolder import Block, BlockFolder, blocks_folder, divide, found_blocks
-from trenchcoat.blockmodel import BlockSource
 from trenchcoat.config import Recipe, TransferConfig, UserError
+from trenchcoat.linearize.blocks.folder import Block, BlockFolder, blocks_folder, divide, found_blocks
+from trenchcoat.linearize.blocks.model import BlockSource
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.lock import InUse, holder
 from trenchcoat.students import student_class

@@ -5,10 +5,10 @@
     the last one   sends nothing
 
 Weights are read once. No gradient travels, so nothing waits for an answer, and no hidden state is kept: a process holds
-a few micro-batches of them (:mod:`trenchcoat.chain`). All processes go through the same micro-batches in the same
-order, those of the joint run, which follows from the recipe alone; each trains its layers with the one training loop,
-as if it were the only process, in a block folder of its own. What a process need not learn from (it is ahead of the
-others after a kill, or finished, or has stopped early) it runs forward and hands on.
+a few micro-batches of them (:mod:`trenchcoat.linearize.blocks.chain`). All processes go through the same micro-batches
+in the same order, those of the joint run, which follows from the recipe alone; each trains its layers with the one
+training loop, as if it were the only process, in a block folder of its own. What a process need not learn from (it is
+ahead of the others after a kill, or finished, or has stopped early) it runs forward and hands on.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from trenchcoat.blockfolder import Block, BlockFolder
-from trenchcoat.blocks import BlockRun
-from trenchcoat.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.units import gib, tera
 from trenchcoat.data.batches import Batches
+from trenchcoat.linearize.blocks.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
+from trenchcoat.linearize.blocks.folder import Block, BlockFolder
+from trenchcoat.linearize.blocks.run import BlockRun
+from trenchcoat.linearize.workshop import Stopped
 from trenchcoat.models import surgery
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.blocksize import measure_block
@@ -36,7 +37,6 @@ from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.training import checkpoints
 from trenchcoat.training.objectives import Batch, forward_decoder, initialise_from_text
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
-from trenchcoat.workshop import Stopped
 
 
 class Position(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trenchcoat.config import StageConfig
 from trenchcoat.data.batches import Batches
-from trenchcoat.hidden import HiddenStates
+from trenchcoat.linearize.blocks.hidden import HiddenStates
 from trenchcoat.runtime import distributed
 from trenchcoat.training.objectives import Batch
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length

@@ -9,10 +9,10 @@ import torch
 
 from trenchcoat.config import LoraConfig, StageConfig
 from trenchcoat.data.batches import Batches
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.sharding import compute_device
-from trenchcoat.workshop import Workshop
 
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
 """Time per token of a training step (and of scoring) in teacher forward passes; measured on the demo, on two cores."""

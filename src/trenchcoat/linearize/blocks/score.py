@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat.blockmodel import local_names
-from trenchcoat.blocks import BlockRun
 from trenchcoat.evaluation.results import Scores
 from trenchcoat.evaluation.scoring import EvalRows, score
+from trenchcoat.linearize.blocks.model import local_names
+from trenchcoat.linearize.blocks.run import BlockRun
 from trenchcoat.models import surgery
 from trenchcoat.runtime import distributed
 from trenchcoat.training.objectives import forward_decoder

@@ -6,7 +6,7 @@
 
 A block that fails is tried once more. This process holds the run's folder while blocks are trained, and each job its
 own block's; one that another process holds is waited for. Where the launcher is stopped or killed, the same command
-goes on: finished blocks are kept, and jobs that still run are found again (:mod:`trenchcoat.jobs`).
+goes on: finished blocks are kept, and jobs that still run are found again (:mod:`trenchcoat.linearize.blocks.jobs`).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from trenchcoat import blockstages
-from trenchcoat.blockfolder import Block, BlockFolder, blocks_folder, found_blocks
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.config.units import in_words
-from trenchcoat.jobs import Job, Jobs, LocalJobs, SlurmJobs
-from trenchcoat.jobtask import Step, Task
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.blocks.folder import Block, BlockFolder, blocks_folder, found_blocks
+from trenchcoat.linearize.blocks.jobs import Job, Jobs, LocalJobs, SlurmJobs
+from trenchcoat.linearize.blocks.jobtask import Step, Task
+from trenchcoat.linearize.blocks.slurmoptions import parse_slurm
+from trenchcoat.linearize.stages import Outcome
+from trenchcoat.linearize.workshop import Stopped
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.runtime.lock import holder, locked
 from trenchcoat.runtime.runlog import RunLog, Tracker
-from trenchcoat.slurmoptions import parse_slurm
-from trenchcoat.stages import Outcome
-from trenchcoat.workshop import Stopped
 
 FOLDER = "jobs"
 """Beside the blocks' folders: logs of the jobs, and which of them run."""

@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.data.load import load_batches
-from trenchcoat.estimate import estimate
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.results import ROW_LABELS, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.conversation import softmax_twin
 from trenchcoat.generation.generate import Session, continue_and_save, generate_text
+from trenchcoat.linearize.comparison import Comparison, evaluation_rows, rows_of, stages_of
+from trenchcoat.linearize.estimate import estimate
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.models import hub, surgery
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
-from trenchcoat.workshop import Workshop
 
 _TITLES = {
     TRANSFER: "attention transfer: feature maps learn to reproduce the softmax attention, layer by layer",

@@ -25,10 +25,10 @@ from typing import Any, Literal
 
 import submitit
 
-from trenchcoat import blockstages
 from trenchcoat.config import Recipe
+from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.linearize.workshop import Stopped
 from trenchcoat.runtime.lock import InUse
-from trenchcoat.workshop import Stopped
 
 Step = Literal["collect", "train", "stitch"]
 

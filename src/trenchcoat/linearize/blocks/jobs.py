@@ -1,7 +1,7 @@
 """The jobs of a launcher: processes of this machine, or Slurm's, both through submitit.
 
-:class:`LocalJobs` and :class:`SlurmJobs` start tasks (:mod:`trenchcoat.jobtask`) and watch them. What is running is
-written down in the run's folder, so that a later launcher takes it up instead of starting it twice.
+:class:`LocalJobs` and :class:`SlurmJobs` start tasks (:mod:`trenchcoat.linearize.blocks.jobtask`) and watch them. What
+is running is written down in the run's folder, so that a later launcher takes it up instead of starting it twice.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import Any, ClassVar
 import submitit
 
 from trenchcoat.config import UserError
-from trenchcoat.jobtask import Task
+from trenchcoat.linearize.blocks.jobtask import Task
+from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions
 from trenchcoat.runtime.files import read_json, write_json
 from trenchcoat.runtime.runlog import RunLog
-from trenchcoat.slurmoptions import SlurmOptions
 
 SIGNAL_SECONDS = 120
 """How long before its time limit a Slurm job gets the preemption signal."""

@@ -8,7 +8,7 @@
 The transfer is teacher-forced and layers learn alone, so this gives the students of the joint run, bit for bit on one
 device in float32. Students and their optimizer wait in the stage's checkpoints while other blocks are at work, which is
 also how a killed run goes on: what is on disk says which block is next in which pass, and hidden states that are lost
-are computed again. This module does one command's work; :mod:`trenchcoat.blockstages` has the commands.
+are computed again. This module does one command's work; :mod:`trenchcoat.linearize.blocks.stages` has the commands.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat.blockdata import ROWS, HiddenBatches, Pass, Span
-from trenchcoat.blockfolder import Block, BlockFolder, BlockIdentity
-from trenchcoat.blockmodel import BlockSource, ReadAhead, global_names
 from trenchcoat.config import Recipe, TransferConfig, UserError
 from trenchcoat.data.batches import Batches
-from trenchcoat.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.linearize.blocks.data import ROWS, HiddenBatches, Pass, Span
+from trenchcoat.linearize.blocks.folder import Block, BlockFolder, BlockIdentity
+from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.linearize.blocks.model import BlockSource, ReadAhead, global_names
+from trenchcoat.linearize.workshop import Stopped, stage_facts
 from trenchcoat.models import surgery
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.shapes import shapes_of
@@ -40,7 +41,6 @@ from trenchcoat.training.loop import Batches as FitBatches
 from trenchcoat.training.loop import FitResult, fit
 from trenchcoat.training.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
 from trenchcoat.training.schedules import training_length
-from trenchcoat.workshop import Stopped, stage_facts
 
 COLLECTED = "collected"
 """Folder, among those of hidden states, of the boundaries that ``blocks collect`` keeps."""

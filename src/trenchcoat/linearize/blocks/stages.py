@@ -1,4 +1,4 @@
-"""What each of the `trenchcoat blocks` commands does; see :mod:`trenchcoat.blocks` for how."""
+"""What each of the `trenchcoat blocks` commands does; see :mod:`trenchcoat.linearize.blocks.run` for how."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from trenchcoat.blockchecks import check_blocks, check_found, check_recipe, require_free, require_ranks
-from trenchcoat.blockdata import spans
-from trenchcoat.blockfolder import (
+from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.config.units import in_words, tera
+from trenchcoat.data.load import load_batches
+from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.evaluation import results
+from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.results import Results, StageFacts
+from trenchcoat.linearize.blocks.checks import check_blocks, check_found, check_recipe, require_free, require_ranks
+from trenchcoat.linearize.blocks.data import spans
+from trenchcoat.linearize.blocks.folder import (
     Block,
     BlockFolder,
     blocks_folder,
@@ -26,24 +33,19 @@ from trenchcoat.blockfolder import (
     hidden_folder,
     require_cover,
 )
-from trenchcoat.blockmerge import merge_logs
-from trenchcoat.blockmodel import BlockSource
-from trenchcoat.blocks import BlockRun, Collection, Stream
-from trenchcoat.blockscore import score_blocks
-from trenchcoat.comparison import evaluation_rows
-from trenchcoat.config import Recipe, UserError, dump_recipe
-from trenchcoat.config.units import in_words, tera
-from trenchcoat.data.load import load_batches
-from trenchcoat.data.stream import StreamedBatches
-from trenchcoat.evaluation import results
-from trenchcoat.evaluation.report import run as report
-from trenchcoat.evaluation.results import Results, StageFacts
+from trenchcoat.linearize.blocks.merge import merge_logs
+from trenchcoat.linearize.blocks.model import BlockSource
+from trenchcoat.linearize.blocks.pipeline import Pipeline
+from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
+from trenchcoat.linearize.blocks.score import score_blocks
+from trenchcoat.linearize.comparison import evaluation_rows
+from trenchcoat.linearize.stages import Outcome
+from trenchcoat.linearize.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 from trenchcoat.models import hub
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.models.surgery import student_implementation
-from trenchcoat.pipeline import Pipeline
 from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.planning.blockpass import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocksize import choose_block_size
@@ -52,10 +54,8 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.lock import locked
 from trenchcoat.runtime.machine import free_disk, free_memory
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
-from trenchcoat.stages import Outcome
 from trenchcoat.students import student_class
 from trenchcoat.training.schedules import evaluation_batches, training_length
-from trenchcoat.workshop import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 
 HOST_SHARE = 0.8
 """Of the memory that is free, what hidden states and weights read ahead may take."""

@@ -19,12 +19,12 @@ from trenchcoat.evaluation import results
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generation.generate import generate_text
+from trenchcoat.linearize.workshop import Workshop
 from trenchcoat.models import surgery
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
 from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import student_class
-from trenchcoat.workshop import Workshop
 
 SAMPLES = 3
 """Prompts continued by both models."""

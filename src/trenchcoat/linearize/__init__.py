@@ -1,0 +1,1 @@
+"""Both stages of a conversion, end to end."""
