@@ -6,7 +6,7 @@ torchrun --nnodes 1 --nproc_per_node 8 llama_recipes/distill_llama_finetune.py (
 import sys
 from pathlib import Path
 
-from trenchcoat import compat
+from trenchcoat.cli import compat
 
 if __name__ == "__main__":
     sys.exit(compat.main("finetune", configs=Path(__file__).resolve().parents[1] / "configs"))

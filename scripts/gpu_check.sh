@@ -36,14 +36,14 @@ checked() {
 measured() {
   local part=$1
   shift
-  run "$PYTHON" -m trenchcoat.cli bench kernels --device cuda --only "$part" --out "$OUT/kernels_$part.json" "$@"
+  run "$PYTHON" -m trenchcoat bench kernels --device cuda --only "$part" --out "$OUT/kernels_$part.json" "$@"
 }
 
 command_of() {
   local step=$1
   shift
   case $step in
-    tests) run "$PYTHON" -m pytest -q tests/test_triton*.py tests/test_bench_kernels.py ;;
+    tests) run "$PYTHON" -m pytest -q tests/test_triton*.py tests/bench/test_bench_kernels.py ;;
     memcheck | racecheck | initcheck) checked "$step" ;;
     operator | model | decode) measured "$step" "$@" ;;
     *)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from trenchcoat import cli
-from trenchcoat.cli_blocks import ACTIONS
+from trenchcoat.cli import app as cli
+from trenchcoat.cli.blocks import ACTIONS
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
 

@@ -102,6 +102,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of the benchmarks with made-up questions. Read only."""
+    from tasks_kit import write_task_files
+
+    return write_task_files(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
     """Overrides that turn any recipe into one of seconds on the tiny model."""
@@ -139,7 +147,7 @@ def trenchcoat_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: object, timeout: float = 120, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-        command = [sys.executable, "-m", "trenchcoat.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "trenchcoat", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment)
 
     return run

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from block_commands import parse_trenchcoat
-from trenchcoat import cli
+from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
 from trenchcoat.models.surgery import attach_students, set_mode

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernel_kit import DEVICE
-from trenchcoat.cli import build_parser
+from trenchcoat.cli.app import build_parser
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.ops.triton import launch as triton_launch
 
@@ -39,13 +39,13 @@ def test_the_commands_are_accepted() -> None:
     assert done.returncode == 0, done.stderr
     tests, *rest = (shlex.split(line) for line in done.stdout.splitlines())
     assert tests[:3] == ["python3", "-m", "pytest"]
-    assert {"tests/test_triton_gpu.py", "tests/test_triton_model.py", "tests/test_triton.py"} <= set(tests)
+    assert {"tests/ops/test_triton_gpu.py", "tests/ops/test_triton_model.py", "tests/ops/test_triton.py"} <= set(tests)
     checks, measured = rest[:3], rest[3:]
     for words, tool in zip(checks, TOOLS, strict=True):
         assert words[2:5] == ["compute-sanitizer", "--tool", tool]
         assert (REPOSITORY / words[-1]).is_file()
     for words, part in zip(measured, PARTS, strict=True):
-        args = build_parser().parse_args(words[words.index("trenchcoat.cli") + 1 :])
+        args = build_parser().parse_args(words[words.index("trenchcoat") + 1 :])
         assert (args.what, args.only, args.device, args.quick, args.layers) == ("kernels", part, "cuda", True, 2)
         assert args.out == f"somewhere/kernels_{part}.json"
 

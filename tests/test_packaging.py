@@ -49,7 +49,7 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
     for path in kept:
         assert str(path.relative_to(source.parent)) in names, path.name
     entry = next(name for name in names if name.endswith("entry_points.txt"))
-    assert "trenchcoat = trenchcoat.cli:main" in zipfile.ZipFile(wheel).read(entry).decode()
+    assert "trenchcoat = trenchcoat.cli.app:main" in zipfile.ZipFile(wheel).read(entry).decode()
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

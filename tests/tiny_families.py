@@ -8,7 +8,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.models.surgery import attach_students, set_mode
+
 VOCABULARY = 97
+WINDOW = 4
+GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 2, "eos_token_id": None}
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -74,3 +79,14 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(input_ids=ids, **{"use_cache": False, **options}).logits
     return result
+
+
+def make(family: str = "llama", student: str = "terrace", keep: tuple[int, ...] = (), **changes: Any) -> Any:
+    """A tiny model with students in place."""
+    model = tiny_model(family, **changes)
+    config = StudentConfig(
+        name=student, window=WINDOW, keep_softmax=keep, feature_map=FeatureMapConfig(name="exp", feature_dim=6)
+    )
+    attach_students(model, config)
+    set_mode(model, "student")
+    return model

@@ -139,3 +139,10 @@ def numbers_of(run_dir: Path) -> list[dict[str, Any]]:
         for line in read_metrics(run_dir)
         if line["kind"] in ("train", "eval")
     ]
+
+
+def damage(path: Path) -> None:
+    """Flip the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0xFF
+    path.write_bytes(content)

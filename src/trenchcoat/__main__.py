@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from trenchcoat.cli import main
+from trenchcoat.cli.app import main
 
 sys.exit(main())

@@ -44,8 +44,8 @@ ALLOWED: dict[Kind, tuple[float, ...]] = {
     "linear": (0.016, 0.007, 0.011, 0.047, 0.054, 0.045, 0, 0.26, 0.15, 0.26, 0, 0.0019, 0.0082, 0.0083, 0.005, 0),
 }  # fmt: skip
 """Deviation allowed to what :data:`NAMES` says: twice the largest of an independent run in bfloat16 over 24 random
-calls of this case (`tests/low_precision.py` says why twice, `tests/test_triton_check.py` computes it again). That run
-rounds the operands of every product, forward and backward, and what is stored, and is exact elsewhere."""
+calls of this case (`tests/low_precision.py` says why twice, `tests/ops/test_triton_check.py` computes it again). That
+run rounds the operands of every product, forward and backward, and what is stored, and is exact elsewhere."""
 
 
 @lru_cache

@@ -1,0 +1,152 @@
+"""Before a stage starts: the checkpoint's own config against what was asked for, and the transfer of another folder.
+
+A transfer is taken up by placing it in the new run's folder as its finished stage 1, after a check that it was made for
+the same base and student; nothing is read into memory for it where a hard link or a copy does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from trenchcoat.cli.compat.configs import OldConfig
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.evaluation.results import StageFacts
+from trenchcoat.models.adapters import ADAPTER_FILE, ADAPTER_META, read_adapter
+from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
+
+_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def base_config(path: str) -> Any | None:
+    """The base model's config; None where it cannot be read now (loading the model will say why)."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_layers(flags: Mapping[str, Any], base: Any | None) -> None:
+    """Raise ``UserError`` unless the block flags, where given, mean all layers at once."""
+    asked = {name: value for name, value in flags.items() if name.startswith("layers_")}
+    if not asked:
+        return
+    layers = getattr(base, "num_hidden_layers", None)
+    whole = layers is not None and (
+        asked.get("layers_per_model", layers) >= layers
+        and asked.get("layers_limit_min", 0) <= 0
+        and asked.get("layers_limit_max", layers) >= layers - 1
+    )
+    if not whole:
+        shown = " ".join(f"--{name} {value}" for name, value in asked.items())
+        number = f"the model has {layers}" if layers is not None else "the model's number of layers cannot be read"
+        raise UserError(
+            f"{shown}: these scripts train all layers in one run ({number}). Leave the flags out: every layer learns "
+            "alone here, so transfer needs the memory of one; the weights go by --enable_fsdp and --fsdp_cpu_offload"
+        )
+
+
+def check_rope(config: OldConfig, base: Any | None, *, overridden: bool) -> list[str]:
+    """Compare the RoPE that ``config`` writes down with the checkpoint's own, which is the one used.
+
+    Raises ``UserError`` where they differ, unless the model's path was ``overridden`` on the command line: then the
+    difference is returned as a remark.
+    """
+    own: Any = getattr(base, "rope_parameters", None)
+    theta = own.get("rope_theta") if isinstance(own, Mapping) else None
+    if theta is None:
+        return []
+    wanted: dict[str, Any] = {"rope_theta": config.at("model.rope_theta")}
+    scaling: Mapping[str, Any] = config.at("model.rope_scaling", {})
+    if scaling:
+        wanted["rope_type"] = scaling.get("rope_type") or scaling.get("type")
+        wanted |= {name: scaling.get(name) for name in _ROPE}
+    differ = [name for name, value in wanted.items() if value is not None and own.get(name) != value]
+    if not differ:
+        return []
+    if overridden:
+        return [f"the checkpoint's own RoPE is used, not that of {config.file} ({', '.join(differ)} differ)"]
+    shown = ", ".join(f"{name} {wanted[name]} (the checkpoint: {own.get(name)})" for name in differ)
+    raise UserError(
+        f"{config.file} and the checkpoint it names disagree about RoPE: {shown}. The checkpoint's is what "
+        "runs: correct the file, or change config.json in a local copy of the checkpoint"
+    )
+
+
+def adopt_transfer(source: Path, recipe: Recipe) -> None:
+    """Make the finished transfer in ``source`` (a run's or an adapter's folder) that of ``recipe``'s run.
+
+    Safe to call from several processes at once. Raises ``UserError`` when there is none, or it was made for another
+    base model or student.
+    """
+    target = RunFolder(recipe.run.dir)
+    if source.resolve() == target.directory.resolve():
+        return
+    run = RunFolder(source)
+    weights = run.stage_dir(TRANSFER) / "weights.safetensors"
+    if run.result(TRANSFER) is not None:
+        settings = read_json(run.stage_dir(TRANSFER) / "settings.json")
+        _place(target, recipe, source, settings, weights, run.result(TRANSFER) or {})
+        return
+    adapter = next((folder for folder in (source, source / "adapter") if (folder / ADAPTER_META).is_file()), None)
+    if adapter is None:
+        raise UserError(
+            f"{source} holds no finished attention transfer: give the folder of a run of distill_llama.py or of "
+            "`trenchcoat transfer`, or an adapter's folder"
+        )
+    tensors, meta = read_adapter(adapter)
+    settings = flatten({"model": {"path": meta["base"]["path"]}, "student": meta["student"]})
+    settings["base weights"] = meta["base"].get("fingerprint")
+    maps = {name: tensor for name, tensor in tensors.items() if "lora_" not in name}
+    facts = asdict(StageFacts(TRANSFER, 0, 0, 0.0))
+    if len(maps) == len(tensors):
+        _place(target, recipe, source, settings, adapter / ADAPTER_FILE, facts)
+        return
+    _check_made_for(recipe, source, settings)
+    save_tensors(target.stage_dir(TRANSFER) / "weights.safetensors", maps)
+    _record(target, settings, source, facts)
+
+
+def _place(
+    target: RunFolder,
+    recipe: Recipe,
+    source: Path,
+    settings: Mapping[str, Any],
+    weights: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    _check_made_for(recipe, source, settings)
+    with atomic_file(target.stage_dir(TRANSFER) / "weights.safetensors") as partial:
+        try:
+            os.link(weights, partial)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(weights, partial)
+    _record(target, settings, source, facts)
+
+
+def _record(target: RunFolder, settings: Mapping[str, Any], source: Path, facts: Mapping[str, Any]) -> None:
+    """Write what the transfer was made for and from where it came; the result last, as its presence means finished."""
+    kept = {name: value for name, value in settings.items() if _is_kept(name) or name == "base weights"}
+    write_json(target.stage_dir(TRANSFER) / "settings.json", {**kept, "taken up from": str(source)})
+    write_json(target.stage_dir(TRANSFER) / "result.json", dict(facts))
+
+
+def _is_kept(name: str) -> bool:
+    return name == "model.path" or (name.startswith("student.") and name != "student.impl")
+
+
+def _check_made_for(recipe: Recipe, source: Path, settings: Mapping[str, Any]) -> None:
+    now = flatten(recipe)
+    for name, value in settings.items():
+        if _is_kept(name) and name in now and now[name] != value:
+            raise UserError(
+                f"the transfer in {source} was made with {name}={value!r}; this run has {now[name]!r}. Give the flags "
+                "and the --model_config that it was made with"
+            )

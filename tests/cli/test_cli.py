@@ -1,0 +1,193 @@
+"""The command line as a user meets it: exit codes, one-line errors, help that teaches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trenchcoat.cli import app as cli
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.recipe_io import field_paths
+from trenchcoat.runtime.distributed import FailedElsewhere
+
+
+def _fails(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run in this process; the one line on standard error."""
+    assert cli.main(arguments) == code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.startswith("trenchcoat: ")]
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_help_lists_the_commands_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("demo", "linearize", "transfer", "finetune", "eval", "generate", "bench", "export"):
+        assert f"\n    {name}" in text
+    with pytest.raises(SystemExit):
+        cli.main(["linearize", "--help"])
+    text = capsys.readouterr().out
+    for path, _ in field_paths(Recipe):
+        assert path in text, path
+    assert "Peak learning rate" in text
+    with pytest.raises(SystemExit):
+        cli.main(["transfer", "--help"])
+    assert "lora.rank" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["linearise"], ["linearize"], ["linearize", "demo", "--nope"], ["demo", "--nope", "words"],
+                  ["generate", "somewhere"], ["bench", "everything"]], ids=" ".join
+)  # fmt: skip
+def test_wrong_grammar_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.windw=8", "did you mean student.window?"),
+        ("student.window=0", "student.window must be at least 1, got 0"),
+        ("student.window=64", "student.window must be at most data.seq_len (48), got 64"),
+        ("student.feature_map.name=hedgog", "did you mean hedgehog"),
+        ("transfer.lr=-1", "transfer.lr must be above 0"),
+        ("words", "override 'words' is not of the form key=value"),
+    ],
+)
+def test_wrong_settings_exit_2_with_one_line(
+    override: str, expected: str, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in _fails(["linearize", "demo", *tiny_overrides, override], 2, capsys)
+
+
+def test_an_unknown_recipe_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'llama3_1_8b'" in _fails(["linearize", "llama3_1"], 2, capsys)
+
+
+@pytest.mark.parametrize("content", ["", '{"text": "cut', '{"other": "column"}\n' * 30, "caf\xe9 \xff" * 50])
+def test_bad_data_files_exit_1(
+    content: str, tmp_path: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content.encode("latin-1"))
+    assert str(path) in _fails(["transfer", "demo", *tiny_overrides, f"data.path={path}"], 1, capsys)
+
+
+def test_mistakes_that_show_later_exit_1(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent")
+    assert absent in _fails(["transfer", "demo", *tiny_overrides, f"model.path={absent}"], 1, capsys)
+    assert "terrace" in _fails(["transfer", "demo", *tiny_overrides, "student.name=terace"], 1, capsys)
+    missing = _fails(["transfer", "demo", *tiny_overrides, "student.feature_map.skip=true",
+                      "student.feature_map.feature_dim=7"], 1, capsys)  # fmt: skip
+    assert "feature_dim" in missing
+    assert absent in _fails(["generate", absent, "--prompt", "x"], 1, capsys)
+    assert absent in _fails(["export", absent, "--out", str(tmp_path / "out")], 1, capsys)
+
+
+def test_a_family_that_cannot_work_exits_1_with_its_name(
+    tiny_overrides: list[str], tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert "gpt2" in _fails(["transfer", "demo", *tiny_overrides, f"model.path={folder}"], 1, capsys)
+
+
+def test_debug_shows_the_traceback(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["linearize", "demo", *tiny_overrides, "--debug", "student.window=0"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_after_options() -> None:
+    args = cli._parse(["linearize", "demo", "--debug", "transfer.lr=1", "lora=null"])
+    assert args.overrides == ["transfer.lr=1", "lora=null"]
+    assert args.debug
+
+
+def test_a_keyboard_interrupt_exits_1_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trenchcoat.linearize import stages
+
+    def interrupted(recipe: Recipe) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "transfer", interrupted)
+    assert "run the same command again" in _fails(["transfer", "demo", *tiny_overrides], 1, capsys)
+
+
+def test_ctrl_c_saves_stops_cleanly_and_says_so(tiny_overrides: list[str], tmp_path: Path) -> None:
+    log = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-m", "trenchcoat", "transfer", "demo", *tiny_overrides,
+               "transfer.max_steps=100000", "transfer.eval_every=1000", "transfer.save_every=1000"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not (log.is_file() and '"step": 3,' in log.read_text()):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "run the same command again" in errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "run" / "checkpoints" / "transfer").glob("step-*"))
+
+
+def test_the_whole_way_in_processes_of_its_own(
+    trenchcoat_cli: Callable[..., Any], tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = trenchcoat_cli("linearize", "demo", *tiny_overrides)
+    assert done.returncode == 0, done.stderr
+    assert "perplexity" in done.stdout
+    assert "report" in done.stdout
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert "transfer_lora" in rows
+    written = trenchcoat_cli("generate", run, "--prompt", "The coat", "--max-new-tokens", 4)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("The coat")
+    assert cli.main(["eval", str(run), "eval.rows=2"]) == 0
+    refused = trenchcoat_cli("transfer", "demo", *tiny_overrides, "transfer.lr=0.5")
+    assert refused.returncode == 1
+    assert "transfer.lr was 0.01, now 0.5" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_each_process_says_who_it_is_and_what_the_main_one_said_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: UserError) -> int:
+        def action() -> None:
+            raise error
+
+        return cli.guarded(action, debug=False)
+
+    assert fail(UserError("no such file")) == 1
+    monkeypatch.setenv("RANK", "3")
+    assert fail(UserError("this node has no such file")) == 1
+    assert fail(FailedElsewhere("the disk is full")) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["trenchcoat: no such file", "trenchcoat, process 3: this node has no such file"]

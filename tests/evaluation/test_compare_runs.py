@@ -1,0 +1,173 @@
+"""Runs side by side: differences row by row where the rows are the same, and nothing where they are not."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from report_kit import made_results, made_scores
+from trenchcoat.cli import app as cli
+from trenchcoat.evaluation.report.compare import (
+    HEADINGS,
+    Run,
+    loss_rows,
+    probe_rows,
+    read_runs,
+    same_rows,
+    task_rows,
+    write_comparison,
+)
+from trenchcoat.evaluation.report.html import write_page
+from trenchcoat.evaluation.report.plots import LOOK
+from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.task_results import (
+    Estimate,
+    ModelScore,
+    ProbeRecord,
+    TaskRecord,
+    TaskResults,
+    interval,
+    mean_estimate,
+    paired,
+)
+
+
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOOK, "savefig.dpi", 40)
+
+
+def made_tasks(share: float, rows_id: str = "same", seed: int = 0) -> TaskResults:
+    """200 rows whose difficulty is shared by all models; ``share`` of them right."""
+    text, own = random.Random(1), random.Random(seed)
+    rows = [float(text.random() + 0.05 * own.random() < share) for _ in range(200)]
+    score = ModelScore({"acc": mean_estimate(rows)}, {"acc": rows})
+    teacher = ModelScore({"acc": Estimate(0.9, 0.02)})
+    return TaskResults(
+        "made-up",
+        tasks={"piqa": TaskRecord("piqa", "piqa", 200, rows_id, scores={"student": score, "teacher": teacher})},
+        probes={
+            "needle": ProbeRecord(
+                "needle", [64, 128], [0.0, 1.0], 64,
+                shares={"student": [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 0.0], [1.0, 1.0]]],
+                        "far_off": [[[0.0], [0.0]]] * 2},
+            )
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Three runs: a good one, a worse one on the same rows, one on other rows; tasks of two."""
+    folders = [tmp_path / name for name in ("a", "b", "c|d")]
+    for folder, offset in zip(folders, (0.04, 0.30, 0.04), strict=True):
+        folder.mkdir()
+        results = made_results()
+        results.rows["transfer_lora"] = made_scores(offset, offset, 0.5, seed=len(folder.name) + int(100 * offset))
+        if folder is folders[2]:
+            for name, scores in results.rows.items():
+                moved = [value * 1.1 for value in scores.all.sums]
+                results.rows[name] = type(scores)(**{**vars(scores), "all": type(scores.all)(moved, scores.all.counts)})
+        results.save(folder / "results.json")
+    made_tasks(0.7).save(folders[0] / "tasks.json")
+    made_tasks(0.5, seed=1).save(folders[1] / "tasks.json")
+    return folders
+
+
+def test_differences_are_over_the_same_rows_only(runs: list[Path]) -> None:
+    found = read_runs(runs)
+    first, second, third = loss_rows(found)
+    assert first[6:] == ["–", "–"]
+    gap = [float(number) for number in re.findall(r"[+-]\d+\.\d+", second[6])]
+    assert gap[1] < gap[0] < gap[2]
+    assert gap[0] == pytest.approx(0.26 * 447 / 511 + 0.26 * 32 / 511, abs=0.02)  # tokens after the first W
+    assert gap[2] - gap[1] < 0.05
+    assert third[6:] == ["–", "–"]
+    assert not same_rows(found[0].results, found[2].results)  # type: ignore[arg-type]
+    assert third[4] != "–"
+
+
+def test_tasks_are_compared_where_the_rows_are_the_same() -> None:
+    a, b, other = made_tasks(0.7), made_tasks(0.5, seed=1), made_tasks(0.5, rows_id="others", seed=1)
+    gap = paired(b, a, "piqa", "acc", ("student", "student"))
+    assert gap is not None
+    right = [x - y for x, y in zip(*(r.tasks["piqa"].scores["student"].rows["acc"] for r in (b, a)), strict=True)]
+    assert gap.value == pytest.approx(sum(right) / 200)
+    unpaired = (0.5 * 0.5 / 200 + 0.7 * 0.3 / 200) ** 0.5
+    assert 0 < gap.error < 0.8 * unpaired
+    assert paired(other, a, "piqa", "acc", ("student", "student")) is None
+    ((_, _, first, second, third),) = task_rows([Run("a", None, a), Run("b", None, b), Run("c", None, other)])
+    assert "points" in second
+    assert "points" not in first + third
+
+
+def test_the_page_stands_alone(runs: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["report", *map(str, runs), "--out", str(out)]) == 0
+    text, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
+    assert text.startswith("# 3 runs side by side")
+    assert "c\\|d" in text
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "data:image/png;base64," in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("<tr>") == text.count("\n| ") + 0
+    assert "needle" in text
+
+
+def test_runs_of_one_name_are_told_apart_and_a_file_of_tasks_is_a_run(tmp_path: Path) -> None:
+    for place in ("x", "y"):
+        (tmp_path / place / "run").mkdir(parents=True)
+        made_results().save(tmp_path / place / "run" / "results.json")
+    made_tasks(0.5).save(tmp_path / "only.json")
+    runs = read_runs([tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "only.json"])
+    assert len({run.name for run in runs}) == 3
+    assert loss_rows(runs)[2][1:] == ["–"] * (len(HEADINGS) - 1)
+    assert probe_rows(runs) == [["needle", "only.json", "1x 50 %, 2x 50 %"]]
+
+
+def test_runs_without_anything_in_common_are_still_a_report(tmp_path: Path) -> None:
+    empty = Run("empty", Results(window=4, seq_len=8), None)
+    path = write_comparison([empty, Run("tasks", None, made_tasks(0.5))], tmp_path)
+    assert "## Tasks" in path.read_text()
+
+
+def test_intervals() -> None:
+    assert interval(Estimate(0.0, 0.0), [0.0] * 20) == (pytest.approx(0, abs=1e-9), pytest.approx(0.161, abs=1e-3))
+    assert interval(Estimate(2.0, 0.5)) == (pytest.approx(1.02, abs=1e-3), pytest.approx(2.98, abs=1e-3))
+    assert interval(Estimate(2.0)) is None
+
+
+def test_text_cannot_break_the_page(tmp_path: Path) -> None:
+    write_page(tmp_path / "x.html", "# <script>x</script>\n\n<details><summary>S</summary>\n\na\n\n</details>\n\n"
+               "```text\n<details> ![y](z.png)\n```\n", tmp_path)  # fmt: skip
+    page = (tmp_path / "x.html").read_text()
+    assert "<script" not in page
+    assert "<details><summary>S</summary>" in page
+    assert page.count("<details>") == page.count("</details>") == 1
+
+
+def test_saved_is_loaded(tmp_path: Path) -> None:
+    tasks = made_tasks(0.6)
+    tasks.tasks["piqa"].scores["student"].metrics["ppl"] = Estimate(float("nan"))
+    tasks.save(tmp_path / "tasks.json")
+    json.loads((tmp_path / "tasks.json").read_text())
+    again = TaskResults.load(tmp_path / "tasks.json")
+    assert again.tasks["piqa"].scores["student"].rows == tasks.tasks["piqa"].scores["student"].rows
+    assert again.probes == tasks.probes
+
+
+def test_scores_of_the_same_rows_join_and_others_replace() -> None:
+    before, student = made_tasks(0.6), made_tasks(0.5, seed=1)
+    del student.tasks["piqa"].scores["teacher"]
+    rows = student.tasks["piqa"].scores["student"].rows
+    before.add(student)
+    assert before.tasks["piqa"].scores["student"].rows == rows
+    assert "teacher" in before.tasks["piqa"].scores
+    other = made_tasks(0.5, rows_id="others")
+    del other.tasks["piqa"].scores["teacher"]
+    before.add(other)
+    assert "teacher" not in before.tasks["piqa"].scores

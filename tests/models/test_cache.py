@@ -1,0 +1,217 @@
+"""The constant-size cache under `generate()`: every way of generating gives what the full forward gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from tiny_families import GREEDY, WINDOW, logits, make, tiny_model, tokens
+from trenchcoat.models.cache import StateLayer, cache_nbytes
+from trenchcoat.models.surgery import set_mode
+from trenchcoat.students import STUDENTS
+
+
+def greedy_by_hand(model: Any, ids: Tensor, new: int) -> Tensor:
+    """Continue one row, computing everything anew for every token."""
+    for _ in range(new):
+        ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_greedy(student: str) -> None:
+    model, ids = make(student=student), tokens(1, 7)
+    assert torch.equal(model.generate(ids, max_new_tokens=30, **GREEDY), greedy_by_hand(model, ids, 30))
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss", "smollm3"])
+@pytest.mark.parametrize("keep", [(), (0,), (1,)])
+def test_greedy_with_kept_layers_of_every_kind(family: str, keep: tuple[int, ...]) -> None:
+    model, ids = make(family, keep=keep), tokens(1, 12)
+    assert torch.equal(model.generate(ids, max_new_tokens=20, **GREEDY), greedy_by_hand(model, ids, 20))
+
+
+def test_sampling_and_beams_agree_with_no_cache() -> None:
+    model, ids = make(), tokens(2, 9)
+    for options in (
+        {"do_sample": True, "temperature": 0.7},
+        {"num_beams": 4, "do_sample": False, "early_stopping": True},
+    ):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(1)
+            found.append(model.generate(ids, max_new_tokens=16, use_cache=use_cache, pad_token_id=2, **options))
+        assert torch.equal(found[0], found[1]), options
+
+
+def test_several_samples_of_a_prompt() -> None:
+    model, ids = make(), tokens(2, 9)
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        found.append(model.generate(ids, max_new_tokens=8, do_sample=True, num_return_sequences=3, use_cache=use_cache))
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("keep", [(), (0,)])
+def test_a_left_padded_batch_is_its_rows_alone(student: str, keep: tuple[int, ...]) -> None:
+    model, ids = make(student=student, keep=keep), tokens(3, 13)
+    pads = (0, 5, 11)
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+        ids[row, :pad] = 2
+    batch = model.generate(ids, attention_mask=mask, max_new_tokens=20, **GREEDY)
+    for row, pad in enumerate(pads):
+        alone = model.generate(ids[row : row + 1, pad:], max_new_tokens=20, **GREEDY)
+        assert torch.equal(batch[row, pad:], alone[0])
+
+
+def test_continuation_from_a_cache() -> None:
+    model, ids = make(), tokens(2, 9)
+    whole = model.generate(ids, max_new_tokens=24, **GREEDY)
+    first = model.generate(ids, max_new_tokens=10, return_dict_in_generate=True, **GREEDY)
+    more = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=14, **GREEDY)
+    assert torch.equal(more, whole)
+
+
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 4}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("keep", [(), (1,)])
+def test_other_ways_to_prefill_and_cache(options: dict[str, Any], keep: tuple[int, ...]) -> None:
+    model, ids = make(keep=keep), tokens(2, 13)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=15, **GREEDY)
+    other = model.generate(ids, attention_mask=mask, max_new_tokens=15, disable_compile=True, **options, **GREEDY)
+    assert torch.equal(plain, other)
+
+
+def test_a_cache_made_without_a_config() -> None:
+    model, ids = make(keep=(0,)), tokens(1, 9)
+    past = DynamicCache()
+    with torch.no_grad():
+        first = model(ids[:, :5], past_key_values=past, use_cache=True).logits
+        second = model(ids[:, 5:], past_key_values=past, use_cache=True).logits
+    torch.testing.assert_close(torch.cat([first, second], 1), logits(model, ids), atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_state_is_as_large_after_4000_tokens_as_after_40(student: str) -> None:
+    model = make(student=student, num_hidden_layers=1)
+    past, token, sizes = DynamicCache(config=model.config), tokens(1, 1), {}
+    steps = 4000 if student == "terrace" else 400
+    with torch.no_grad():
+        for seen in range(1, steps + 1):
+            token = model(token, past_key_values=past, use_cache=True).logits.argmax(-1)
+            sizes[seen] = cache_nbytes(past)
+    assert sizes[40] > 0
+    assert set(sizes.values()) == {sizes[40]}
+    assert past.get_seq_length() == steps
+    state = past.layers[0].state
+    assert all(torch.isfinite(t).all() for t in state.tensors().values())
+    buffers = {"terrace": 2 * WINDOW, "sliding": WINDOW, "linear": 0, "window_sinks": 2 * WINDOW}
+    if student in buffers:
+        assert state.k_BGND.shape[2] == buffers[student]
+
+
+def test_softmax_grows_where_the_state_does_not() -> None:
+    model, sizes = make(keep=(1,)), []
+    past = DynamicCache(config=model.config)
+    for part in tokens(1, 40).split(10, 1):
+        with torch.no_grad():
+            model(part, past_key_values=past, use_cache=True)
+        sizes.append([cache_nbytes(DynamicCacheView(layer)) for layer in past.layers])
+    assert len({linear for linear, _ in sizes}) == 1
+    assert [softmax for _, softmax in sizes] == [n * sizes[0][1] for n in (1, 2, 3, 4)]
+
+
+class DynamicCacheView:
+    """One layer, measured alone."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layers = [layer]
+
+
+def filled(length: int = 12) -> tuple[Any, DynamicCache]:
+    model = make()
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(2, length), past_key_values=past, use_cache=True)
+    return model, past
+
+
+def test_rows_are_picked_repeated_and_forgotten() -> None:
+    _, past = filled()
+    layer = past.layers[0]
+    assert isinstance(layer, StateLayer)
+    before = layer.state.clone()
+    past.batch_repeat_interleave(2)
+    past.reorder_cache(torch.tensor([3, 0]))
+    for name, tensor in layer.state.tensors().items():
+        assert torch.equal(tensor, before.tensors()[name].flip(0)), name
+    past.batch_select_indices(torch.tensor([False, True]))
+    assert torch.equal(layer.state.far_s_BKFE[0], before.far_s_BKFE[0])
+    past.reset()
+    assert past.get_seq_length() == 0
+    assert cache_nbytes(past) == 0
+
+
+def test_a_reset_cache_starts_over() -> None:
+    model, past = filled()
+    past.reset()
+    ids = tokens(2, 9, seed=4)
+    with torch.no_grad():
+        again = model(ids, past_key_values=past, use_cache=True).logits
+    torch.testing.assert_close(again, logits(model, ids), atol=5e-5, rtol=0)
+
+
+def test_offloading_moves_the_state_and_back() -> None:
+    _, past = filled()
+    for layer in past.layers:
+        layer.offload()
+        layer.prefetch()
+    assert past.layers[0].state.seen_B.tolist() == [12, 12]
+
+
+def test_crop_is_possible_only_where_it_removes_nothing() -> None:
+    _, past = filled()
+    past.crop(0)
+    past.crop(12)
+    assert past.get_seq_length() == 12
+    with pytest.raises(ValueError, match="cannot be rolled back"):
+        past.crop(-1)
+    with pytest.raises(ValueError, match="seen 12 tokens"):
+        past.crop(5)
+
+
+def test_assisted_decoding_says_why_it_cannot() -> None:
+    model, ids = make(), tokens(1, 9)
+    assistant = tiny_model("llama", seed=5, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"rolled back|crop|croppable|assisted"):
+        model.generate(ids, assistant_model=assistant, max_new_tokens=12, **GREEDY)
+
+
+def test_modes_do_not_share_a_cache() -> None:
+    model, past = filled()
+    set_mode(model, "teacher")
+    with pytest.raises(ValueError, match="start a new cache"):
+        model(tokens(2, 1), past_key_values=past, use_cache=True)
+    past = DynamicCache(config=model.config)
+    model(tokens(2, 3), past_key_values=past, use_cache=True)
+    set_mode(model, "student")
+    with pytest.raises(ValueError, match="filled by softmax attention"):
+        model(tokens(2, 1), past_key_values=past, use_cache=True)
+
+
+def test_bfloat16_generates() -> None:
+    model, ids = make().to(torch.bfloat16), tokens(2, 9)
+    for student in (m for m in model.modules() if hasattr(m, "mix_H")):
+        student.float()
+    out = model.generate(ids, max_new_tokens=20, return_dict_in_generate=True, **GREEDY)
+    state = out.past_key_values.layers[0].state
+    assert (state.k_BGND.dtype, state.far_s_BKFE.dtype) == (torch.bfloat16, torch.float32)

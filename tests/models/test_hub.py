@@ -1,0 +1,300 @@
+"""Adapter folders, merged folders, `load`, and the classes that `import trenchcoat` registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import trenchcoat
+from tiny_families import FAMILIES, logits, tiny_model, tokens
+from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.models import auto, hub
+from trenchcoat.models.loading import load_model
+from trenchcoat.models.surgery import adapter_state, add_lora, attach_students, set_mode, student_config, students_of
+from trenchcoat.runtime.files import CorruptFileError
+
+SMALL = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=6))
+LORA = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
+REPOSITORY = Path(__file__).parents[2]
+
+
+def learned(base: Path, *, lora: bool = True) -> tuple[Any, ModelConfig]:
+    cfg = ModelConfig(path=str(base), device="cpu", dtype="float32")
+    model, _ = load_model(cfg)
+    attach_students(model, SMALL)
+    if lora:
+        add_lora(model, LORA)
+    set_mode(model, "student")
+    with torch.no_grad():
+        for parameter in adapter_state(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model, cfg
+
+
+@pytest.fixture
+def adapter(tiny_model_dir: Path, tmp_path: Path) -> tuple[Path, Any]:
+    model, cfg = learned(tiny_model_dir)
+    hub.save_adapter(model, tmp_path / "adapter", base=cfg, lora=LORA)
+    return tmp_path / "adapter", model
+
+
+def in_a_process_of_its_own(code: str, *arguments: object) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+# Adapter folders
+
+
+def test_an_adapter_folder_round_trips(adapter: tuple[Path, Any]) -> None:
+    folder, model = adapter
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter.safetensors", "trenchcoat.json"]
+    loaded, tokenizer = trenchcoat.load(folder, device="cpu")
+    ids = tokens(2, 30)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert student_config(loaded) == SMALL
+    assert tokenizer.decode(tokenizer("coat").input_ids) == "coat"
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_loaded_adapter_can_be_saved_again(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = adapter
+    loaded, _ = hub.load(folder, device="cpu")
+    hub.save_adapter(loaded, tmp_path / "again")
+    again, _ = hub.load(tmp_path / "again", device="cpu")
+    ids = tokens(2, 30)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_an_adapter_without_lora(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, cfg = learned(tiny_model_dir, lora=False)
+    hub.save_adapter(model, tmp_path, base=cfg, lora=LORA)
+    assert json.loads((tmp_path / "trenchcoat.json").read_text())["lora"] is None
+    ids = tokens(2, 30)
+    assert torch.equal(logits(hub.load(tmp_path, device="cpu")[0], ids), logits(model, ids))
+
+
+def test_a_run_folder_is_loaded_by_its_adapter(adapter: tuple[Path, Any]) -> None:
+    folder, model = adapter
+    loaded, _ = hub.load(folder.parent, device="cpu")
+    assert torch.equal(logits(loaded, tokens(1, 9)), logits(model, tokens(1, 9)))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_recognises_the_base(adapter: tuple[Path, Any], dtype: str) -> None:
+    model, _ = hub.load(adapter[0], device="cpu", dtype=dtype)
+    assert model.model.embed_tokens.weight.dtype == getattr(torch, dtype)
+    assert {p.dtype for p in adapter_state(model).values()} == {torch.float32}
+
+
+def test_another_base_model_is_refused(adapter: tuple[Path, Any], other_model_dir: Path, tmp_path: Path) -> None:
+    folder, _ = adapter
+    with pytest.raises(UserError, match="the sizes agree, the weights do not"):
+        hub.load(folder, device="cpu", base=str(other_model_dir))
+    wider = tmp_path / "wider"
+    shutil.copytree(other_model_dir, wider)
+    tiny_model("qwen2").save_pretrained(wider)
+    with pytest.raises(UserError, match="model_type is 'qwen2' there, the adapter needs 'llama'"):
+        hub.load(folder, device="cpu", base=str(wider))
+
+
+def test_a_base_that_moved_is_given_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    model, cfg = learned(tmp_path / "base")
+    hub.save_adapter(model, tmp_path / "adapter", base=cfg, lora=LORA)
+    (tmp_path / "base").rename(moved)
+    with pytest.raises(UserError, match=r"cannot be loaded.*base=\.\.\."):
+        hub.load(tmp_path / "adapter", device="cpu")
+    loaded, _ = hub.load(tmp_path / "adapter", device="cpu", base=str(moved))
+    assert torch.equal(logits(loaded, tokens(1, 9)), logits(model, tokens(1, 9)))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / "trenchcoat.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 99}, "version 99"),
+        ({"version": None}, "version None"),
+        ({"base": None}, "lacks `base`"),
+        ({"student": {"name": "terrace", "magic": 1}}, "another version.*magic"),
+        ({"student": {"name": "terrase"}}, "did you mean 'terrace'"),
+        ({"student": {"name": "terrace", "window": 4}}, "does not belong to this model and its settings"),
+        ({"lora": None}, "not of this model, e.g. .*lora_A"),
+    ],
+)
+def test_adapters_that_do_not_fit(adapter: tuple[Path, Any], changes: dict[str, Any], message: str) -> None:
+    edit(adapter[0], **changes)
+    with pytest.raises(UserError, match=message):
+        hub.load(adapter[0], device="cpu")
+
+
+def test_a_damaged_adapter_is_named(adapter: tuple[Path, Any]) -> None:
+    file = adapter[0] / "adapter.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=r"adapter\.safetensors"):
+        hub.load(adapter[0], device="cpu")
+
+
+def test_saving_an_adapter_of_unknown_origin_asks_for_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, cfg = learned(tiny_model_dir)
+    with pytest.raises(UserError, match="base=ModelConfig"):
+        hub.save_adapter(model, tmp_path)
+    with pytest.raises(UserError, match="lora=LoraConfig"):
+        hub.save_adapter(model, tmp_path, base=cfg)
+
+
+# Merged folders
+
+
+def test_a_merged_folder_through_both_doors(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = adapter
+    model, tokenizer = hub.load(folder, device="cpu")
+    ids, out = tokens(2, 30), tmp_path / "merged"
+    expected = logits(model, ids)
+    hub.save_merged(model, out, tokenizer)
+    loaded, words = hub.load(out, device="cpu")
+    torch.testing.assert_close(logits(loaded, ids), expected, rtol=0, atol=5e-5)
+    assert words.decode(words("coat").input_ids) == "coat"
+    direct = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(logits(direct, ids), logits(loaded, ids))
+    assert direct.lm_head.weight is direct.model.embed_tokens.weight
+    direct.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, ids), logits(loaded, ids))
+    assert {n: t.shape for n, t in again.state_dict().items()} == {n: t.shape for n, t in direct.state_dict().items()}
+    settings = json.loads((out / "config.json").read_text())
+    assert settings["model_type"] == "linearized_llama"
+    assert settings["architectures"] == ["LinearizedLlamaForCausalLM"]
+    assert settings["trenchcoat"]["student"]["keep_softmax"] == [1]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_students_stay_float32_beside_bfloat16_weights(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    attach_students(model, SMALL)
+    set_mode(model, "student")
+    hub.save_merged(model, tmp_path / "merged")
+    for dtype in ("auto", torch.bfloat16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype)
+        for name, parameter in loaded.named_parameters():
+            assert parameter.dtype == (torch.float32 if ".student." in name else torch.bfloat16), name
+    assert torch.equal(logits(loaded, tokens(1, 20)), logits(model, tokens(1, 20)))
+
+
+def test_a_merged_model_in_a_fresh_process(tmp_path: Path) -> None:
+    """Here trenchcoat is imported before Transformers; in this test's own process it comes after."""
+    model, ids = tiny_model("mixtral"), tokens(1, 20)
+    attach_students(model, SMALL)
+    set_mode(model, "student")
+    hub.save_merged(model, tmp_path)
+    code = (
+        "import sys, trenchcoat\nimport torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = torch.tensor([[int(i) for i in sys.argv[2].split()]])\n"
+        "print(type(model).__name__, model(ids).logits.double().sum().item())\n"
+    )
+    expected = logits(model, ids).double().sum().item()
+    row = " ".join(map(str, ids[0].tolist()))
+    name, total = in_a_process_of_its_own(code, tmp_path, row).split()
+    assert name == "LinearizedMixtralForCausalLM"
+    assert float(total) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_base_checkpoint_loads_with_our_config(family: str, tmp_path: Path) -> None:
+    """Students that are in no checkpoint get their initial values, not what memory held; experts are found."""
+    base, ids = tiny_model(family), tokens(1, 20)
+    base.save_pretrained(tmp_path)
+    config = auto.linearized_config(AutoConfig.from_pretrained(tmp_path), SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    attach_students(base, SMALL)
+    set_mode(base, "student")
+    assert torch.equal(logits(model, ids), logits(base, ids))
+    set_mode(model, "teacher")
+    set_mode(base, "teacher")
+    assert torch.equal(logits(model, ids), logits(base, ids))
+
+
+def test_a_merged_folder_that_lacks_tensors_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, _ = learned(tiny_model_dir, lora=False)
+    hub.save_merged(model, tmp_path / "merged")
+    wider = replace(SMALL, feature_map=FeatureMapConfig(name="t2r", feature_dim=6))
+    settings = auto.linearized_config(model.config, wider).trenchcoat
+    config = tmp_path / "merged" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "trenchcoat": settings}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model_dir / name, tmp_path / "merged")
+    with pytest.raises(UserError, match=r"tensors are missing, e\.g\. .*bias"):
+        hub.load(tmp_path / "merged", device="cpu")
+
+
+def test_what_is_no_linearized_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="ordinary 'llama' model"):
+        hub.load(tiny_model_dir, device="cpu")
+    with pytest.raises(UserError, match="holds no linearized model"):
+        hub.load(tmp_path, device="cpu")
+    with pytest.raises(UserError, match="cannot load"):
+        hub.load(tmp_path / "absent", device="cpu")
+
+
+# Classes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_its_classes(family: str) -> None:
+    config = auto.linearized_config(tiny_model(family).config, SMALL)
+    assert config.model_type == f"linearized_{family}"
+    assert type(config) is auto.config_class(family)
+    kind = auto.model_class(family)
+    assert issubclass(kind, AutoModelForCausalLM._model_mapping[type(config).__mro__[1]])
+    assert pickle.loads(pickle.dumps(config)).trenchcoat == config.trenchcoat
+    assert kind is auto.model_class(family)
+
+
+def test_a_linearized_model_from_its_config_alone() -> None:
+    config = auto.linearized_config(tiny_model().config, SMALL)
+    first = AutoModelForCausalLM.from_config(config)
+    second = AutoModelForCausalLM.from_config(first.config)
+    assert [list(students_of(m)) for m in (first, second)] == [[0], [0]]
+    assert torch.isfinite(logits(first, tokens(1, 20))).all()
+    assert torch.isfinite(logits(second, tokens(1, 20))).all()
+
+
+def test_configs_without_or_with_newer_settings_are_refused() -> None:
+    config = auto.linearized_config(tiny_model().config, SMALL)
+    config.trenchcoat = {**config.trenchcoat, "version": 99}
+    with pytest.raises(UserError, match="newer trenchcoat"):
+        auto.model_class("llama")(config)
+    config.trenchcoat = None
+    with pytest.raises(UserError, match="under the key `trenchcoat`"):
+        auto.model_class("llama")(config)
+    with pytest.raises(UserError, match="no family 'lamma'"):
+        auto.config_class("lamma")
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import trenchcoat, sys; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    assert in_a_process_of_its_own(code).strip() == "set()"
