@@ -1,10 +1,10 @@
-"""The shape of the code in one table: rooms, arrows between them, sizes, docstrings, start-up time.
+"""The structure of the code in one table: packages, imports between them, sizes, docstrings, start-up time.
 
     python scripts/structure.py            # this checkout
     python scripts/structure.py DIR        # another one, for comparing
 
-A room is what lies directly under ``src/trenchcoat`` (packages and modules); an arrow is a pair of rooms of which the
-first imports the second anywhere. Code lines are lines that hold a token of code: no blanks, comments or docstrings.
+A package is what lies directly under ``src/trenchcoat`` (single modules count too); an import is a pair of packages of
+which the first imports the second anywhere. Code lines are lines that hold a token of code: no blanks, comments or docstrings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class File:
         self.tree = ast.parse(self.text)
         inside = path.relative_to(source).with_suffix("")
         self.module = ".".join(part for part in inside.parts if part != "__init__")
-        self.room = inside.parts[0]
+        self.package = inside.parts[0]
 
     @cached_property
     def code_lines(self) -> int:
@@ -140,16 +140,16 @@ def table(root: Path) -> list[tuple[str, str]]:
     """(what, value) of every figure."""
     files = read(root)
     modules = {file.module for file in files}
-    rooms = {file.room for file in files} - {"__init__", "__main__"}
-    arrows = {
-        (file.room, name.split(".")[0])
+    packages = {file.package for file in files} - {"__init__", "__main__"}
+    edges = {
+        (file.package, name.split(".")[0])
         for file in files
-        if file.room in rooms
+        if file.package in packages
         for name in file.imports(modules)
         if name
     }
-    arrows = {(a, b) for a, b in arrows if a != b}
-    upward = [(a, b) for a, b in arrows if a in ORDER and b in ORDER and ORDER.index(b) > ORDER.index(a)]
+    edges = {(a, b) for a, b in edges if a != b}
+    upward = [(a, b) for a, b in edges if a in ORDER and b in ORDER and ORDER.index(b) > ORDER.index(a)]
     functions = [(node, file) for file in files for node in ast.walk(file.tree) if isinstance(node, Function)]
     lengths = {f"{f.path.name}:{n.name}": (n.end_lineno or n.lineno) - n.lineno + 1 for n, f in functions}
     longest = max(lengths, key=lambda name: lengths[name])
@@ -165,7 +165,7 @@ def table(root: Path) -> list[tuple[str, str]]:
     homes: dict[str, set[str]] = defaultdict(set)
     for one in files:
         for name in one.names:
-            homes[name].add(one.room)
+            homes[name].add(one.package)
     twice = sorted(name for name, where in homes.items() if len(where) > 1)
     named = [n for one in files for n in ast.walk(one.tree) if isinstance(n, ast.ClassDef | Function)]
     named = [node for node in named if not node.name.startswith("_")]
@@ -173,8 +173,8 @@ def table(root: Path) -> list[tuple[str, str]]:
     modules_documented = sum(ast.get_docstring(one.tree) is not None for one in files)
     trenchcoat_help = "import sys; sys.argv = ['trenchcoat', '--help']; import runpy; runpy.run_module('trenchcoat')"
     return [
-        ("rooms under trenchcoat/", f"{len(rooms)}"),
-        ("arrows between rooms, of them upward", f"{len(arrows)}, {len(upward)}"),
+        ("packages under trenchcoat/", f"{len(packages)}"),
+        ("imports between packages, of them upward", f"{len(edges)}, {len(upward)}"),
         ("longest file, lines", f"{len(file.text.splitlines())} ({file.path.name})"),
         ("longest function, lines", f"{lengths[longest]} ({longest})"),
         ("code lines", f"{sum(one.code_lines for one in files):,}"),
@@ -182,7 +182,7 @@ def table(root: Path) -> list[tuple[str, str]]:
         ("most parameters of a public function", f"{widths[widest]} ({widest})"),
         ("docstrings of names without an underscore", f"{100 * documented / len(named):.1f} %"),
         ("module docstrings", f"{100 * modules_documented / len(files):.1f} %"),
-        ("public names in two rooms", f"{len(twice)} ({', '.join(twice)})"),
+        ("public names in two packages", f"{len(twice)} ({', '.join(twice)})"),
         ("CPU seconds of `import trenchcoat`", f"{cpu_seconds(root, 'import trenchcoat'):.2f}"),
         ("CPU seconds of `trenchcoat --help`", f"{cpu_seconds(root, trenchcoat_help):.2f}"),
     ]
