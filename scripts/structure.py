@@ -4,7 +4,8 @@
     python scripts/structure.py DIR        # another one, for comparing
 
 A package is what lies directly under ``src/trenchcoat`` (single modules count too); an import is a pair of packages of
-which the first imports the second anywhere. Code lines are lines that hold a token of code: no blanks, comments or docstrings.
+which the first imports the second anywhere. Code lines are lines that hold a token of code: no blanks, comments or
+docstrings.
 """
 
 from __future__ import annotations
