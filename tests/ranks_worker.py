@@ -32,7 +32,7 @@ from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.chain import TRAIN, Item
 from trenchcoat.linearize.blocks.folder import Block, found_blocks
 from trenchcoat.linearize.blocks.run import BlockRun
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models import surgery
 from trenchcoat.models.loading import load_base
 from trenchcoat.runtime import distributed
@@ -48,15 +48,15 @@ def collectives(recipe: Recipe) -> dict[str, Any]:
     assert recipe.transfer is not None
     assert recipe.lora is not None
     found: dict[str, Any] = {}
-    with Workshop(recipe, []) as shop:
-        model = shop.assemble()
-        batch = shop.batches(1).train_batch(0)
+    with ModelVariants(recipe, []) as variants:
+        model = variants.assemble()
+        batch = variants.batches(1).train_batch(0)
         surgery.set_mode(model, "transfer")
         surgery.freeze_for_transfer(model)
         with CommDebugMode() as seen:
             transfer_objective(recipe.transfer)(model, batch)
         found["transfer"] = {str(op): count for op, count in seen.get_comm_counts().items()}
-        model = shop.assemble(lora=True)
+        model = variants.assemble(lora=True)
         surgery.freeze_for_lora(model, recipe.lora)
         with CommDebugMode() as seen:
             next_token_objective()(model, batch)
@@ -70,20 +70,20 @@ def collectives(recipe: Recipe) -> dict[str, Any]:
 
 def poisoned(recipe: Recipe) -> None:
     """Stage 1 with a NaN in the second layer's student of the last process alone."""
-    whole = Workshop._prepare
+    whole = ModelVariants._prepare
 
-    def prepare(shop: Workshop, stage: str) -> Any:
-        prepared = whole(shop, stage)
+    def prepare(variants: ModelVariants, stage: str) -> Any:
+        prepared = whole(variants, stage)
         if distributed.rank() == distributed.size() - 1:
             with torch.no_grad():
-                next(surgery.students_of(shop.model)[1].parameters()).fill_(float("nan"))
+                next(surgery.students_of(variants.model)[1].parameters()).fill_(float("nan"))
         return prepared
 
-    Workshop._prepare = prepare  # type: ignore[method-assign]
+    ModelVariants._prepare = prepare  # type: ignore[method-assign]
     try:
         stages.transfer(recipe)
     finally:
-        Workshop._prepare = whole  # type: ignore[method-assign]
+        ModelVariants._prepare = whole  # type: ignore[method-assign]
 
 
 def stopped(recipe: Recipe) -> str:

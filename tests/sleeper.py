@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sleeper:
-    """In place of a ``jobtask.Task``; ``stubborn``: it ignores SIGTERM, and watches its parent as one does."""
+    """In place of a ``jobs.Task``; ``stubborn``: it ignores SIGTERM, and watches its parent as one does."""
 
     stubborn: bool = False
     device: str | None = None
@@ -20,7 +20,7 @@ class Sleeper:
     def __call__(self) -> None:
         """Say its process number in a file, then sleep."""
         if self.stubborn:
-            from trenchcoat.linearize.blocks.jobtask import _end_with
+            from trenchcoat.linearize.blocks.jobs import _end_with
 
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stubborn else signal.SIG_DFL)

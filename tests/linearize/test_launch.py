@@ -25,12 +25,11 @@ from conftest import REPOSITORY, save_tiny_model
 from sleeper import Failing, Sleeper
 from trenchcoat.cli import app as cli
 from trenchcoat.config import Recipe, UsageError, UserError
-from trenchcoat.linearize.blocks import jobs, jobtask, launch
+from trenchcoat.linearize.blocks import jobs, launch
 from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.blocks.jobs import LocalJobs
-from trenchcoat.linearize.blocks.jobtask import Task
+from trenchcoat.linearize.blocks.jobs import LocalJobs, Task
 from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions, parse_slurm
-from trenchcoat.linearize.workshop import Stopped
+from trenchcoat.linearize.variants import Stopped
 from trenchcoat.runtime.lock import holder, locked
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 
@@ -176,7 +175,7 @@ def test_a_block_in_other_hands_is_waited_for(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the launcher, which does not start a job for it, and by a job that finds its block held."""
-    monkeypatch.setattr(jobtask, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "LOCK_SECONDS", 0.05)
     made = recipe([*overrides, "transfer.max_steps=1", "transfer.epochs=2"], tmp_path / "run", "blocks.size=5")
     blockstages.collect(made)
     block = tmp_path / "run" / "blocks" / "layers-000-004"

@@ -21,7 +21,7 @@ from trenchcoat.data import stream, stream_sources
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.evaluation import results
 from trenchcoat.evaluation.results import Results
-from trenchcoat.linearize import comparison, stages, workshop
+from trenchcoat.linearize import comparison, stages, variants
 from trenchcoat.linearize.comparison import final_row, rows_of, stages_of
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
@@ -64,12 +64,12 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert {line.get("stage") for line in read_metrics(folder)} >= set(stages_of(recipe))
 
     model, _ = load(folder)
-    with workshop.Workshop(recipe, []) as shop:
-        mine = comparison.evaluation_rows(shop.batches(2), recipe.eval.rows)
+    with variants.ModelVariants(recipe, []) as one:
+        mine = comparison.evaluation_rows(one.batches(2), recipe.eval.rows)
     again = comparison.score(model, mine, window=recipe.student.window)
     assert again.all.mean == pytest.approx(outcome.results.rows[results.TRANSFER_LORA].all.mean, abs=1e-6)
 
-    monkeypatch.setattr(workshop, "fit", _no_training)
+    monkeypatch.setattr(variants, "fit", _no_training)
     monkeypatch.setattr(loading, "load_model", _no_training)
     second = stages.linearize(recipe).results
     assert second is not None
@@ -106,20 +106,20 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(
 ) -> None:
     whole = stages.linearize(make()).results
     other = make(f"run.dir={tmp_path / 'stopped'}")
-    fit = workshop.fit
+    fit = variants.fit
 
     def stopped_in(stage: str) -> None:
         def interrupted(*arguments: Any, **keywords: Any) -> Any:
             done = fit(*arguments, **keywords)
             return dataclasses.replace(done, stopped=True) if keywords["stage"] == stage else done
 
-        monkeypatch.setattr(workshop, "fit", interrupted)
+        monkeypatch.setattr(variants, "fit", interrupted)
 
     for stage in stages_of(other):
         stopped_in(stage)
         with pytest.raises(KeyboardInterrupt):
             stages.linearize(other)
-    monkeypatch.setattr(workshop, "fit", fit)
+    monkeypatch.setattr(variants, "fit", fit)
     resumed = stages.linearize(other).results
     assert whole is not None
     assert resumed is not None
@@ -139,7 +139,7 @@ def test_selection_ranks_with_the_bare_model_once_and_trains_on_the_best(
     [line] = [line["text"] for line in read_metrics(tmp_path / "one") if "ranking" in line.get("text", "")]
     assert "effective sequence length" in line
     assert any("of 12 selected samples" in line.get("text", "") for line in read_metrics(tmp_path / "one"))
-    monkeypatch.setattr(workshop.EslRanking, "_score", _no_training)  # kept: not ranked again
+    monkeypatch.setattr(variants.EslRanking, "_score", _no_training)  # kept: not ranked again
     assert first is not None
     second = stages.linearize(recipe("two")).results
     assert second is not None

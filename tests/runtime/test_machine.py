@@ -11,7 +11,7 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.linearize.comparison import rows_of, stages_of
 from trenchcoat.linearize.estimate import estimate, stage_tokens
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.runtime import machine
 
 
@@ -48,13 +48,13 @@ def test_too_little_memory_and_disk_are_named_together(tmp_path: Path, monkeypat
 def test_the_estimate_grows_with_the_work_and_ends_at_nothing(tiny_overrides: list[str]) -> None:
     recipe = load_recipe("demo", tiny_overrides)
     longer = load_recipe("demo", [*tiny_overrides, "transfer.max_steps=400", "lora.max_steps=400"])
-    with Workshop(recipe, []) as shop:
-        short = estimate(shop, stages_of(recipe), len(rows_of(recipe)))
+    with ModelVariants(recipe, []) as variants:
+        short = estimate(variants, stages_of(recipe), len(rows_of(recipe)))
         assert 0 < short < 60
-        shop.recipe = longer
-        assert estimate(shop, stages_of(recipe), len(rows_of(recipe))) > 3 * short
-        assert estimate(shop, [], len(rows_of(recipe))) == 0
-        batches = shop.batches(2)
+        variants.recipe = longer
+        assert estimate(variants, stages_of(recipe), len(rows_of(recipe))) > 3 * short
+        assert estimate(variants, [], len(rows_of(recipe))) == 0
+        batches = variants.batches(2)
         cfg = TransferConfig(max_steps=10, accumulation=2, batch_size=2, eval_every=5, eval_batches=1)
         assert stage_tokens(cfg, batches, 48) == (10 * 2 * 2 * 48, 3 * 2 * 48)
 

@@ -15,7 +15,7 @@ import pytest
 from training_kit import numbers_of, two_stages
 from trenchcoat.runtime.runlog import read_metrics
 
-WORKER = Path(__file__).parent / "resume_worker.py"
+WORKER = Path(__file__).parents[1] / "resume_worker.py"
 PATIENCE = 300.0
 
 

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import environment
@@ -107,8 +107,8 @@ def child(kind: str, overrides: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     with _measured(found):
         if kind == "joint":
-            with Workshop(recipe, [TRANSFER]) as shop:
-                shop.train(TRANSFER)
+            with ModelVariants(recipe, [TRANSFER]) as variants:
+                variants.train(TRANSFER)
         else:
             with blockstages.opened(recipe) as work:
                 blockstages.transfer(work)

@@ -24,7 +24,7 @@ from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.linearize.comparison import evaluation_rows
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER
@@ -60,10 +60,10 @@ def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[s
             "student.feature_map.init=identity", "eval.rows=16", "data.seq_len=512",
         ],
     )  # fmt: skip
-    with Workshop(recipe, [TRANSFER]) as shop:
-        shop.train(TRANSFER)
-        text = evaluation_rows(shop.batches(2), recipe.eval.rows)
-        models = {"teacher": shop.assemble_teacher, scope: lambda: shop.assemble(weights=TRANSFER)}
+    with ModelVariants(recipe, [TRANSFER]) as variants:
+        variants.train(TRANSFER)
+        text = evaluation_rows(variants.batches(2), recipe.eval.rows)
+        models = {"teacher": variants.assemble_teacher, scope: lambda: variants.assemble(weights=TRANSFER)}
         found = {
             name: score(make(), text, window=recipe.student.window, batch_size=2).perplexity
             for name, make in models.items()

@@ -19,7 +19,7 @@ from trenchcoat.evaluation import results
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generation.generate import generate_text
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models import surgery
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
@@ -95,8 +95,8 @@ def evaluation_rows(batches: Batches, rows: int) -> EvalRows:
 class Comparison:
     """Scores, decoding curves and samples of one run, made or read back."""
 
-    def __init__(self, shop: Workshop) -> None:
-        self.shop, self.recipe = shop, shop.recipe
+    def __init__(self, variants: ModelVariants) -> None:
+        self.variants, self.recipe = variants, variants.recipe
         self._rows: EvalRows | None = None
 
     @property
@@ -107,16 +107,16 @@ class Comparison:
     def text(self) -> EvalRows:
         """The evaluation rows, read once."""
         if self._rows is None:
-            batches = self.shop.batches(self.recipe.eval.batch_size, self.seq_len)
+            batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
             self._rows = evaluation_rows(batches, self.recipe.eval.rows)
         return self._rows
 
     def assemble(self, row: Row) -> Any:
         """The model of a row, ready to be scored."""
         if row.teacher:
-            return self.shop.assemble_teacher()
-        student = self.shop.window_sinks() if row.window_sinks else None
-        model = self.shop.assemble(student=student, lora=row.lora, weights=row.weights)
+            return self.variants.assemble_teacher()
+        student = self.variants.window_sinks() if row.window_sinks else None
+        model = self.variants.assemble(student=student, lora=row.lora, weights=row.weights)
         surgery.set_far(model, row.far)
         return model
 
@@ -130,15 +130,15 @@ class Comparison:
         return {k: v for k, v in {**base, **stage, **text, **more, "far": row.far}.items() if k not in free}
 
     def _kept(self, name: str, key: Mapping[str, Any]) -> Results | None:
-        path = distributed.from_main(lambda: self.shop.folder.kept(name, key))
+        path = distributed.from_main(lambda: self.variants.folder.kept(name, key))
         return None if path is None else Results.load(path)
 
     def _keep(self, name: str, key: Mapping[str, Any], **found: Any) -> None:
         part = Results(self.recipe.student.window, self.seq_len, **found)
 
         def keep() -> None:
-            part.save(self.shop.folder.evaluation_path(name))
-            self.shop.folder.keep(name, key)
+            part.save(self.variants.folder.evaluation_path(name))
+            self.variants.folder.keep(name, key)
 
         distributed.from_main(keep)
 
@@ -177,7 +177,7 @@ class Comparison:
         prompts = self._prompts()
         written: dict[str, list[str]] = {}
         for row in rows:
-            made = generate_text(self.assemble(row), self.shop.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
+            made = generate_text(self.assemble(row), self.variants.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
             written[row.name] = [one.text for one in made]
         found = [Sample(p, {name: texts[i] for name, texts in written.items()}) for i, p in enumerate(prompts)]
         self._keep("samples", key, samples=found)
@@ -187,7 +187,7 @@ class Comparison:
         text = self.text()
         length = min(LONGEST_PROMPT, 3 * self.recipe.student.window, text.ids.shape[1] // 2)
         rows = text.ids[: 4 * SAMPLES, :length].tolist()
-        prompts = [self.shop.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+        prompts = [self.variants.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
         return [prompt for prompt in prompts if prompt.strip()][:SAMPLES]
 
     def facts(self) -> dict[str, Any]:
@@ -196,7 +196,7 @@ class Comparison:
         kept = self._kept("facts", key)
         if kept is not None:
             return kept.data
-        batches = self.shop.batches(self.recipe.eval.batch_size, self.seq_len)
+        batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
         text = self.text()
         data = {
             "source": self.recipe.data.path,
@@ -223,6 +223,6 @@ class Comparison:
             recipe=dataclasses.asdict(recipe),
             environment=environment(),
             data=self.facts(),
-            implementation=self.shop.implementation,
+            implementation=self.variants.implementation,
             seconds=max(parts, time.monotonic() - began),
         )

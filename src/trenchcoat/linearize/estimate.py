@@ -9,7 +9,7 @@ import torch
 
 from trenchcoat.config import LoraConfig, StageConfig
 from trenchcoat.data.batches import Batches
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.sharding import compute_device
@@ -28,9 +28,9 @@ def stage_tokens(cfg: StageConfig, batches: Batches, seq_len: int) -> tuple[int,
     return micro * cfg.batch_size * seq_len, evaluations * rows * seq_len
 
 
-def seconds_per_token(shop: Workshop, batches: Batches, repeats: int = 2) -> float:
+def seconds_per_token(variants: ModelVariants, batches: Batches, repeats: int = 2) -> float:
     """Time of a teacher forward pass, per token; the fastest of ``repeats`` after one to warm up."""
-    model = shop.assemble_teacher()
+    model = variants.assemble_teacher()
     device = compute_device(model)
     ids = batches.train_batch(0)["input_ids"].to(device)
     times = []
@@ -43,18 +43,18 @@ def seconds_per_token(shop: Workshop, batches: Batches, repeats: int = 2) -> flo
     return distributed.largest(min(times[1:])) / ids.numel() / distributed.size()
 
 
-def estimate(shop: Workshop, stages: list[str], rows: int) -> float:
+def estimate(variants: ModelVariants, stages: list[str], rows: int) -> float:
     """Seconds that the unfinished ``stages`` and the scoring of ``rows`` rows of the table will take, roughly."""
-    recipe = shop.recipe
-    left = [stage for stage in stages if shop.folder.result(stage) is None]
+    recipe = variants.recipe
+    left = [stage for stage in stages if variants.folder.result(stage) is None]
     seq_len = recipe.data.seq_len
     total, unit = 0.0, 0.0
     for stage in left:
         cfg = recipe.transfer if stage == TRANSFER else recipe.lora
         if cfg is None:
             continue
-        batches = shop.batches(cfg.batch_size)
-        unit = unit or seconds_per_token(shop, batches)
+        batches = variants.batches(cfg.batch_size)
+        unit = unit or seconds_per_token(variants, batches)
         trained, evaluated = stage_tokens(cfg, batches, seq_len)
         total += unit * (trained * (LORA_COST if isinstance(cfg, LoraConfig) else TRANSFER_COST) + evaluated * 1.5)
     return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or seq_len)

@@ -1,6 +1,6 @@
 """What each command does, from recipe to report: the order of the stages, what is skipped, what is kept.
 
-Data hops of `linearize`: workshop (model, students, data) -> train.fit (transfer) -> train.fit (LoRA) -> adapter ->
+Data hops of `linearize`: variants (model, students, data) -> train.fit (transfer) -> train.fit (LoRA) -> adapter ->
 comparison (every row of the table; the comparison rows are trained on the way) -> report. A killed command continues
 where it was: finished stages and finished scores are read from the run's folder.
 """
@@ -25,7 +25,7 @@ from trenchcoat.generation.conversation import softmax_twin
 from trenchcoat.generation.generate import Session, continue_and_save, generate_text
 from trenchcoat.linearize.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.linearize.estimate import estimate
-from trenchcoat.linearize.workshop import Workshop
+from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models import hub, surgery
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
@@ -58,59 +58,62 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
     if recipe.transfer is None and recipe.lora is None:
         raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
     began = time.monotonic()
-    with _workshop(recipe, stages_of(recipe)) as shop:
-        _open(shop, opening)
-        _announce_time(shop)
+    with _variants(recipe, stages_of(recipe)) as variants:
+        _open(variants, opening)
+        _announce_time(variants)
         own = _own_stages(recipe)
-        facts = {stage: _train(shop, stage) for stage in own}
-        shop.export(own[-1])
-        return _report(shop, facts, began)
+        facts = {stage: _train(variants, stage) for stage in own}
+        variants.export(own[-1])
+        return _report(variants, facts, began)
 
 
 def transfer(recipe: Recipe) -> Outcome:
     """Stage 1 alone, and the adapter folder of what it learned."""
-    with _workshop(recipe, [TRANSFER]) as shop:
-        _open(shop)
-        facts = _train(shop, TRANSFER)
-        if shop.folder.result(shop.main_lora_stage) is None:
-            shop.export(TRANSFER)
+    with _variants(recipe, [TRANSFER]) as variants:
+        _open(variants)
+        facts = _train(variants, TRANSFER)
+        if variants.folder.result(variants.main_lora_stage) is None:
+            variants.export(TRANSFER)
         return Outcome(
-            (_ended(facts), f"the adapter is in {shop.adapter}; the next stage is: trenchcoat finetune, same recipe")
+            (
+                _ended(facts),
+                f"the adapter is in {variants.adapter}; the next stage is: trenchcoat finetune, same recipe",
+            )
         )
 
 
 def finetune(recipe: Recipe) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, where the recipe has transfer=null)."""
-    with _workshop(recipe, _own_stages(recipe)) as shop:
-        shop.require_transfer()
-        _open(shop)
-        facts = _train(shop, shop.main_lora_stage)
-        shop.export(shop.main_lora_stage)
+    with _variants(recipe, _own_stages(recipe)) as variants:
+        variants.require_transfer()
+        _open(variants)
+        facts = _train(variants, variants.main_lora_stage)
+        variants.export(variants.main_lora_stage)
         return Outcome(
-            (_ended(facts), f"the adapter is in {shop.adapter}; score it with: trenchcoat eval {recipe.run.dir}")
+            (_ended(facts), f"the adapter is in {variants.adapter}; score it with: trenchcoat eval {recipe.run.dir}")
         )
 
 
 def evaluate_run(recipe: Recipe) -> Outcome:
     """Score a finished run (comparison rows are trained when the recipe asks for them) and write its report."""
     began = time.monotonic()
-    with _workshop(recipe, stages_of(recipe)) as shop:
-        missing = [stage for stage in _own_stages(recipe) if shop.folder.result(stage) is None]
+    with _variants(recipe, stages_of(recipe)) as variants:
+        missing = [stage for stage in _own_stages(recipe) if variants.folder.result(stage) is None]
         if missing:
             raise UserError(
                 f"{recipe.run.dir} is not finished ({missing[0]} is missing): run `trenchcoat linearize` on it"
             )
-        return _report(shop, {stage: shop.train(stage) for stage in _own_stages(recipe)}, began)
+        return _report(variants, {stage: variants.train(stage) for stage in _own_stages(recipe)}, began)
 
 
 # Parts of the commands
 
 
 @contextmanager
-def _workshop(recipe: Recipe, stages: list[str]) -> Iterator[Workshop]:
-    """The workshop of this process, after joining the others that torchrun may have started."""
-    with distributed.joined(recipe.parallel, recipe.model.device), Workshop(recipe, stages) as shop:
-        yield shop
+def _variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
+    """The variants of this process, after joining the others that torchrun may have started."""
+    with distributed.joined(recipe.parallel, recipe.model.device), ModelVariants(recipe, stages) as variants:
+        yield variants
 
 
 def _own_stages(recipe: Recipe) -> list[str]:
@@ -120,30 +123,32 @@ def _own_stages(recipe: Recipe) -> list[str]:
     return stage_1 + stage_2
 
 
-def _open(shop: Workshop, opening: Sequence[str] = ()) -> None:
+def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:
     """Write what the run is into its folder, and say it."""
-    recipe = shop.recipe
-    shop.log.write_recipe(dump_recipe(recipe))
+    recipe = variants.recipe
+    variants.log.write_recipe(dump_recipe(recipe))
     for sentence in opening:
-        shop.log.info(sentence)
-    shop.log.info(
+        variants.log.info(sentence)
+    variants.log.info(
         f"run folder {recipe.run.dir}; model {recipe.model.path}; student {recipe.student.name} "
         f"(window {recipe.student.window}, {recipe.student.feature_map.name} maps, {recipe.student.impl} operator)"
     )
 
 
-def _announce_time(shop: Workshop) -> None:
-    seconds = estimate(shop, stages_of(shop.recipe), len(rows_of(shop.recipe)))
+def _announce_time(variants: ModelVariants) -> None:
+    seconds = estimate(variants, stages_of(variants.recipe), len(rows_of(variants.recipe)))
     if seconds > 0:
-        shop.log.info(f"this will take about {in_words(seconds)} on this machine; stopped, the same command continues")
+        variants.log.info(
+            f"this will take about {in_words(seconds)} on this machine; stopped, the same command continues"
+        )
 
 
-def _train(shop: Workshop, stage: str) -> StageFacts:
-    if shop.folder.result(stage) is not None:
-        shop.log.info(f"{stage}: finished before, skipped")
+def _train(variants: ModelVariants, stage: str) -> StageFacts:
+    if variants.folder.result(stage) is not None:
+        variants.log.info(f"{stage}: finished before, skipped")
     else:
-        shop.log.info(f"{stage}: {_TITLES[stage]}")
-    return shop.train(stage)
+        variants.log.info(f"{stage}: {_TITLES[stage]}")
+    return variants.train(stage)
 
 
 def _ended(facts: StageFacts) -> str:
@@ -153,19 +158,19 @@ def _ended(facts: StageFacts) -> str:
     )
 
 
-def _report(shop: Workshop, facts: dict[str, StageFacts], began: float) -> Outcome:
+def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float) -> Outcome:
     """Score every row, train what the comparison rows need, write the report."""
-    comparison = Comparison(shop)
+    comparison = Comparison(variants)
     scores: dict[str, Scores] = {}
-    for row in rows_of(shop.recipe):
+    for row in rows_of(variants.recipe):
         if row.weights is not None and row.weights not in facts:
-            facts[row.weights] = _train(shop, row.weights)
+            facts[row.weights] = _train(variants, row.weights)
         scores[row.name] = found = comparison.scores(row)
-        shop.log.info(
+        variants.log.info(
             f"scored {ROW_LABELS[row.name]}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"
         )
     results = comparison.results(scores, list(facts.values()), began)
-    written = distributed.from_main(lambda: report.write_report(shop.recipe.run.dir, results))
+    written = distributed.from_main(lambda: report.write_report(variants.recipe.run.dir, results))
     samples = [text for sample in results.samples for text in _side_by_side(sample)]
     shown = (
         *samples,

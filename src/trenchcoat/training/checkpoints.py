@@ -8,22 +8,27 @@ checksum, and the newest sound checkpoint before it is used. Nothing is ever unp
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from trenchcoat.config import UserError
+from trenchcoat.models.identity import fingerprint
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import (
     PARTIAL_PREFIX,
@@ -36,9 +41,12 @@ from trenchcoat.runtime.files import (
     separate_storage,
     sha256,
 )
+from trenchcoat.students import StudentAttention
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+STATE_VERSION = 2
+"""Of what a checkpoint holds; 2: the best weights are in it."""
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -197,3 +205,134 @@ def prune_checkpoints(root: Path, keep: int) -> None:
     for path in checkpoint_folders(root)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     remove_partials(Path(root))
+
+
+class CheckpointManager:
+    """The checkpoints of one stage under ``root``; the newest ``keep`` of them are kept.
+
+    With ``background`` several processes write while training goes on; ``finish`` waits for that.
+    """
+
+    def __init__(self, root: Path, keep: int, warn: Callable[[str], None], *, background: bool) -> None:
+        self.root, self.keep, self.warn = root, max(keep, 1), warn
+        self._side = distributed.side_group() if background and distributed.size() > 1 else None
+        self._writing: CheckpointWriter | None = None
+
+    def write(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write the checkpoint of ``step`` (begin to, in the background); raises ``SaveError``."""
+        self.finish()
+        self._writing = CheckpointWriter(self.root, step, groups, state, self._side)
+        if self._side is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint being written, then delete those no longer needed."""
+        if self._writing is None:
+            return
+        writer, self._writing = self._writing, None
+        writer.finish()
+        if distributed.is_main():
+            prune_checkpoints(self.root, self.keep)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest sound checkpoint; damaged ones are named."""
+        found: Checkpoint | None = distributed.from_main(lambda: newest_checkpoint(self.root, self.warn))
+        return found
+
+
+def identity(
+    model: nn.Module, trainable: Mapping[str, nn.Parameter], batches: Any, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued: settings, data, trained names, base and frozen students."""
+    shapes = hashlib.sha256(str(sorted((name, tuple(p.shape)) for name, p in trainable.items())).encode())
+    frozen = hashlib.sha256()
+    for module in model.modules():
+        if isinstance(module, StudentAttention):
+            for parameter in module.parameters():
+                if not parameter.requires_grad:
+                    frozen.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
+    return {
+        "format": STATE_VERSION,
+        "settings": dict(settings),
+        "data": getattr(batches, "fingerprint", None),
+        "micro_batches_an_epoch": len(batches),
+        "trained_parameters": shapes.hexdigest()[:16],
+        "frozen_students": frozen.hexdigest()[:16],
+        "base_model": fingerprint(model) if hasattr(model, "config") else None,
+    }
+
+
+# What training continues from
+
+
+@dataclass
+class Counters:
+    """Where a stage stands. Losses are evaluation losses (infinite until there is one); steps count from 0."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens the objective counted in them."""
+    evaluated_step: int = -1
+    initial_loss: float = math.inf
+    last_loss: float = math.inf
+    seconds: float = 0.0
+    """Spent in this stage up to the checkpoint."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON with null for infinity."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Counters:
+        """Back from ``to_json``."""
+        values: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
+        for name, value in values.items():
+            values[name] = math.inf if value is None else value
+        return cls(**values)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """``{"exp_avg/<parameter>": ...}`` for every slot of every parameter stepped so far."""
+    return {
+        f"{slot}/{name}": value
+        for name, parameter in trainable.items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def optimizer_room(
+    optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Zeros for those of ``names`` that are slots (as in ``optimizer_tensors``), put into the unused optimizer.
+
+    Scalars (step counts) stay on the CPU, as torch has them; other slots are shaped and sharded as their parameter is.
+    """
+    room: dict[str, Tensor] = {}
+    for key in names:
+        slot, _, name = key.partition("/")
+        parameter = trainable.get(name)
+        if parameter is not None:
+            room[key] = torch.zeros(()) if slot == "step" else torch.zeros_like(parameter, requires_grad=False)
+            optimizer.state[parameter][slot] = room[key]
+    return room
+
+
+def require_same_identity(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` naming what differs between a checkpoint at ``where`` and the run that would continue it."""
+    changes = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict):
+            inner = old if isinstance(old, dict) else {}
+            plain = {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
+            changes += [
+                f"{key} {inner.get(key)!r} then, {item!r} now" for key, item in plain.items() if inner.get(key) != item
+            ]
+        elif old != value:
+            changes.append(f"{name.replace('_', ' ')} {old!r} then, {value!r} now")
+    if changes:
+        raise UserError(
+            f"{where} belongs to another run ({'; '.join(changes)}): use another run.dir, undo the change, or delete "
+            "that folder to start the stage again"
+        )

@@ -26,13 +26,18 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.runtime.runlog import RunLog, Tracker
 from trenchcoat.runtime.sharding import MasterCopies
-from trenchcoat.training.gradients import NonFiniteGradient, average_and_clip, clip_groups
-from trenchcoat.training.keeper import Keeper, identity
-from trenchcoat.training.layerwise import BEST, Units
+from trenchcoat.training.checkpoints import (
+    CheckpointManager,
+    Counters,
+    identity,
+    optimizer_room,
+    optimizer_tensors,
+    require_same_identity,
+)
+from trenchcoat.training.gradients import BEST, NonFiniteGradient, ParamGroups, average_and_clip, clip_groups
+from trenchcoat.training.metrics import Meter, MetricSums
 from trenchcoat.training.objectives import IDLE, Batch, Objective, first_nonfinite
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
-from trenchcoat.training.sums import Meter, Sums
-from trenchcoat.training.trainstate import Counters, optimizer_room, optimizer_tensors, require_same_identity
 
 _FREE_TO_CHANGE = (
     "epochs",
@@ -127,7 +132,7 @@ def fit(
         except Interrupted:
             stopped = True
             loop.abandon_step()
-        loop.keeper.finish()
+        loop.checkpoints.finish()
     return loop.finish(stopped)
 
 
@@ -151,12 +156,14 @@ class _Loop:
         self.micro_batches, self.total = training_length(cfg, len(batches))
         self.masters = MasterCopies(self.trainable)
         self.until = self.total if until is None else min(until, self.total)
-        groups = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
-        self.units = Units(groups, cfg, self.total)
+        members = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
+        self.groups = ParamGroups(members, cfg, self.total)
         self.optimizer = torch.optim.AdamW(
-            self.units.parameter_groups(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+            self.groups.parameter_groups(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        self.keeper = Keeper(log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=background_saves)
+        self.checkpoints = CheckpointManager(
+            log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=background_saves
+        )
         self.identity = identity(model, self.trainable, batches, _settings(cfg))
         self.at = Counters()
         self.saved_step = -1
@@ -182,7 +189,7 @@ class _Loop:
     @property
     def ended(self) -> bool:
         """Whether all steps are done, or early stopping has had enough."""
-        return self.at.step >= self.total or self.units.stopped
+        return self.at.step >= self.total or self.groups.stopped
 
     @property
     def seconds(self) -> float:
@@ -192,13 +199,15 @@ class _Loop:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _run_all(self, given: Iterable[Batch | None], spare: Callable[[], Batch], step: int, stop: StopSignal) -> Sums:
+    def _run_all(
+        self, given: Iterable[Batch | None], spare: Callable[[], Batch], step: int, stop: StopSignal
+    ) -> MetricSums:
         """The objective on this process's micro-batches, and the sums over all processes.
 
         None stands for a micro-batch that only other processes have: the model's collectives still want everyone, so
         ``spare`` is run through it and counts for nothing.
         """
-        sums = Sums()
+        sums = MetricSums()
         for place in given:
             if distributed.size() == 1:
                 stop.check()
@@ -221,10 +230,10 @@ class _Loop:
         mine = (None if index is None else self._train_batch(index) for index in distributed.share(indices))
         with torch.enable_grad():
             sums = self._run_all(mine, lambda: self.batches.train_batch(indices[0]), at.step + 1, stop)
-        rate = self.units.set_rates(self.optimizer, at.step)
+        rate = self.groups.set_rates(self.optimizer, at.step)
         self.masters.reduce()
         try:
-            norm = average_and_clip(self.units.active(), len(indices), self.cfg.clip)
+            norm = average_and_clip(self.groups.active(), len(indices), self.cfg.clip)
         except NonFiniteGradient as error:
             raise NonFiniteLoss(self.stage, at.step + 1, error.group, "gradient norm") from error
         self.optimizer.step()
@@ -245,7 +254,7 @@ class _Loop:
         torch.manual_seed(hash((getattr(self.batches, "seed", 0), index)) % (1 << 62))
         return self.batches.train_batch(index)
 
-    def _require_finite(self, sums: Sums, step: int) -> None:
+    def _require_finite(self, sums: MetricSums, step: int) -> None:
         if sums.finite():
             return
         layers = sorted(name for name in sums.broken() if "/layer_" in name)
@@ -271,7 +280,7 @@ class _Loop:
         at.last_loss, at.evaluated_step = numbers["loss"], at.step
         if at.step == 0:
             at.initial_loss = at.last_loss
-        self.units.observe(numbers, at.step)
+        self.groups.observe(numbers, at.step)
         self.saved_step = -1
         spent = round(time.monotonic() - began, 3)
         self.log.log("eval", stage=self.stage, step=at.step, **numbers, tokens=at.tokens, seconds=spent)
@@ -292,21 +301,21 @@ class _Loop:
         state = {
             "stage": self.stage,
             "counters": self.at.to_json(),
-            "units": self.units.state(),
+            "groups": self.groups.state(),
             "identity": self.identity,
         }
-        groups: dict[str, Mapping[str, Tensor]] = {
+        tensors: dict[str, Mapping[str, Tensor]] = {
             "weights": self.masters.parameters,
             "optimizer": optimizer_tensors(self.optimizer, self.masters.parameters),
-            "best": self.units.best_tensors(self.at.step),
+            "best": self.groups.best_tensors(self.at.step),
         }
         self.log.sync()
-        self.keeper.write(self.at.step, {name: group for name, group in groups.items() if group}, state)
+        self.checkpoints.write(self.at.step, {name: group for name, group in tensors.items() if group}, state)
         self.saved_step = self.at.step
 
     def resume(self) -> None:
         """Continue from the newest sound checkpoint of this stage, if there is one."""
-        found = self.keeper.newest()
+        found = self.checkpoints.newest()
         if found is None:
             self.log.rewind(self.stage, -1)
             return
@@ -318,10 +327,10 @@ class _Loop:
             )
         slots = [name for name in found.names() if not name.startswith(BEST)]
         room = optimizer_room(self.optimizer, self.masters.parameters, slots)
-        room |= self.units.room_for_best(found.state["units"], found.step)
+        room |= self.groups.room_for_best(found.state["groups"], found.step)
         weights = {name: parameter.detach() for name, parameter in self.masters.parameters.items()}
         found.load_into({**weights, **room})
-        self.units.adopt_weights(found.step)
+        self.groups.adopt_weights(found.step)
         self.masters.publish()
         self.at = Counters.from_json(found.state["counters"])
         self.seconds_before, self.saved_step, self.resumed_from = self.at.seconds, found.step, found.step
@@ -336,14 +345,14 @@ class _Loop:
         result = FitResult(
             steps=at.step,
             initial_loss=at.initial_loss,
-            best_loss=self.units.best_loss,
-            best_step=self.units.best_step,
+            best_loss=self.groups.best_loss,
+            best_step=self.groups.best_step,
             final_loss=at.last_loss,
             seconds=self.seconds,
             tokens=at.tokens,
             resumed_from=self.resumed_from,
             stopped=stopped,
-            early=self.units.stopped,
+            early=self.groups.stopped,
             finished=self.ended and not stopped,
         )
         if stopped:
@@ -351,7 +360,7 @@ class _Loop:
         if not result.finished:
             return result
         if self.cfg.restore_best:
-            self.units.restore_best()
+            self.groups.restore_best()
             self.masters.publish()
         self.log.log("result", stage=self.stage, step=at.step, **asdict(result))
         self.log.sync()

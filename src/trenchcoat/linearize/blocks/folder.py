@@ -1,4 +1,4 @@
-"""What a run's folder remembers of its blocks: one folder each, with the record of a stage and its log in it.
+"""What a run's folder records of its blocks: one folder each, with the record of a stage and its log in it.
 
 blocks/layers-003-005/stages/transfer/   settings, and when it is finished what it learned and its figures
 blocks/layers-003-005/checkpoints/       resumable checkpoints
@@ -183,3 +183,46 @@ def require_cover(blocks: list[Block], wanted: set[int]) -> None:
     missing = sorted(wanted - held.keys())
     if missing:
         raise UserError(f"layer {missing[0]} is in no block ({len(missing)} layers are not): run `blocks train` for it")
+
+
+# The log of the whole transfer
+
+
+def merge_logs(folders: Sequence[Path], log: RunLog, *, at_once: bool = False) -> int:
+    """Write one line a step of the blocks' training and evaluation lines to ``log``; returns how many.
+
+    Per-layer numbers stand side by side; ``loss`` and the like are means over the layers that the step still trained,
+    the gradient's norm that of all, seconds the blocks' together, or the most of one where they were trained
+    ``at_once``. What an earlier call wrote is dropped first.
+    """
+    lines: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for folder in folders:
+        for line in read_metrics(folder):
+            if line["kind"] in ("train", "eval") and line.get("stage") == TRANSFER:
+                # an evaluation comes after the step it is of
+                lines.setdefault((line["step"], int(line["kind"] == "eval")), []).append(line)
+    log.rewind(TRANSFER, -1)
+    for (step, evaluation), parts in sorted(lines.items()):
+        log.log("eval" if evaluation else "train", stage=TRANSFER, step=step, **dict(_together(parts, at_once)))
+    log.sync()
+    return len(lines)
+
+
+def _together(parts: Sequence[Mapping[str, Any]], at_once: bool) -> Iterator[tuple[str, Any]]:
+    layers = [max(1, sum(name.startswith("loss/layer_") for name in part)) for part in parts]
+    names = dict.fromkeys(name for part in parts for name in part)
+    for name in names:
+        found = [(part[name], weight) for part, weight in zip(parts, layers, strict=True) if name in part]
+        values = [value for value, _ in found]
+        if name in ("kind", "stage", "step", "time") or name.startswith("speed/"):
+            continue
+        if "/layer_" in name or name == "lr":
+            yield name, values[0] if "/layer_" in name else max(values)
+        elif name == "grad_norm":
+            yield name, sum(value * value for value in values) ** 0.5
+        elif name == "tokens":
+            yield name, max(values)
+        elif name == "seconds":
+            yield name, round(max(values) if at_once else sum(values), 3)
+        else:
+            yield name, sum(value * weight for value, weight in found) / sum(weight for _, weight in found)

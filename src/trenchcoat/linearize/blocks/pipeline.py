@@ -26,7 +26,7 @@ from trenchcoat.data.batches import Batches
 from trenchcoat.linearize.blocks.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
 from trenchcoat.linearize.blocks.folder import Block, BlockFolder
 from trenchcoat.linearize.blocks.run import BlockRun
-from trenchcoat.linearize.workshop import Stopped
+from trenchcoat.linearize.variants import Stopped
 from trenchcoat.models import surgery
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.blocksize import measure_block

@@ -29,7 +29,7 @@ from trenchcoat.linearize.blocks.data import ROWS, HiddenBatches, Pass, Span
 from trenchcoat.linearize.blocks.folder import Block, BlockFolder, BlockIdentity
 from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
 from trenchcoat.linearize.blocks.model import BlockSource, ReadAhead, global_names
-from trenchcoat.linearize.workshop import Stopped, stage_facts
+from trenchcoat.linearize.variants import Stopped, stage_facts
 from trenchcoat.models import surgery
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.shapes import shapes_of

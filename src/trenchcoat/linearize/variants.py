@@ -48,7 +48,7 @@ class Stopped(KeyboardInterrupt):
     """The user asked to stop; everything is saved."""
 
 
-class Workshop:
+class ModelVariants:
     """The recipe, the run's folder and log, and the loaded model of one command.
 
     Nothing is loaded before it is needed. Raises ``UserError`` at once for a student that does not exist, for a folder
@@ -133,7 +133,7 @@ class Workshop:
         self.log.close()
         self._held.close()
 
-    def __enter__(self) -> Workshop:
+    def __enter__(self) -> ModelVariants:
         return self
 
     def __exit__(self, *exception: object) -> None:

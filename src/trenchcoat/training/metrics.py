@@ -15,8 +15,8 @@ from trenchcoat.training.objectives import Batch, Metrics
 GIB = 1 << 30
 
 
-class Sums:
-    """Sums of metrics over micro-batches, plain and weighted by their tokens."""
+class MetricSums:
+    """MetricSums of metrics over micro-batches, plain and weighted by their tokens."""
 
     def __init__(self) -> None:
         self._plain: dict[str, float] = {}
