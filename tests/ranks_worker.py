@@ -33,8 +33,9 @@ from trenchcoat.linearize.blocks.chain import TRAIN, Item
 from trenchcoat.linearize.blocks.folder import Block, found_blocks
 from trenchcoat.linearize.blocks.run import BlockRun
 from trenchcoat.linearize.variants import ModelVariants
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.loading import load_base
+from trenchcoat.models.lora import freeze_for_lora
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import StopSignal
 from trenchcoat.runtime.sharding import is_sharded
@@ -51,19 +52,19 @@ def collectives(recipe: Recipe) -> dict[str, Any]:
     with ModelVariants(recipe, []) as variants:
         model = variants.assemble()
         batch = variants.batches(1).train_batch(0)
-        surgery.set_mode(model, "transfer")
-        surgery.freeze_for_transfer(model)
+        set_mode(model, "transfer")
+        freeze_for_transfer(model)
         with CommDebugMode() as seen:
             transfer_objective(recipe.transfer)(model, batch)
         found["transfer"] = {str(op): count for op, count in seen.get_comm_counts().items()}
         model = variants.assemble(lora=True)
-        surgery.freeze_for_lora(model, recipe.lora)
+        freeze_for_lora(model, recipe.lora)
         with CommDebugMode() as seen:
             next_token_objective()(model, batch)
         found["lora"] = {str(op): count for op, count in seen.get_comm_counts().items()}
         found["sharded"] = is_sharded(model)
         found["student parameters whole"] = all(
-            type(p.data) is torch.Tensor for s in surgery.students_of(model).values() for p in s.parameters()
+            type(p.data) is torch.Tensor for s in students_of(model).values() for p in s.parameters()
         )
     return found
 
@@ -76,7 +77,7 @@ def poisoned(recipe: Recipe) -> None:
         prepared = whole(variants, stage)
         if distributed.rank() == distributed.size() - 1:
             with torch.no_grad():
-                next(surgery.students_of(variants.model)[1].parameters()).fill_(float("nan"))
+                next(students_of(variants.model)[1].parameters()).fill_(float("nan"))
         return prepared
 
     ModelVariants._prepare = prepare  # type: ignore[method-assign]
@@ -121,7 +122,7 @@ def blocks_poisoned(recipe: Recipe) -> None:
         whole(work, model, block)
         if block.number == 1:
             with torch.no_grad():
-                next(surgery.students_of(model)[block.stop - 1].parameters()).fill_(float("nan"))
+                next(students_of(model)[block.stop - 1].parameters()).fill_(float("nan"))
 
     BlockRun.make_ready = make_ready  # type: ignore[method-assign]
     try:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.evaluation.local_tasks import task_folder
-from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
 
 SUBJECTS = sorted(path.stem for path in (task_folder() / "mmlu").glob("[!_]*.yaml"))
 WORDS = "coat sum window token state chunk linear small model bone star".split()

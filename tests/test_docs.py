@@ -14,7 +14,7 @@ from block_commands import parse_trenchcoat
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
-from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.students import STUDENTS, register_student
 
 REPOSITORY = Path(__file__).parents[1]

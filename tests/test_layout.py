@@ -31,7 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "triton": ("ops/triton",),
     "omegaconf": ("config",),
     "torch.distributed": ("runtime", "training/checkpoints.py", "planning/simulate.py", "linearize/blocks"),
-    "peft": ("models",),
+    "peft": ("models/lora.py",),
     "fastapi": ("serving",),
     "starlette": ("serving",),
     "uvicorn": ("serving",),

@@ -40,7 +40,7 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
         for pattern in (
             "*.py",
             "config/recipes/*.yaml",
-            "models/embedded/teacher/*",
+            "models/embedded_teacher/*",
             "evaluation/harness_tasks/*/*",
             "py.typed",
         )

@@ -1,4 +1,4 @@
-"""Tiny random models of many families, for the tests of surgery, cache, families and hub: no download."""
+"""Tiny random models of many families, for the tests of attaching, cache, families and hub: no download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
 
 VOCABULARY = 97
 WINDOW = 4

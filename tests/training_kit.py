@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
+from trenchcoat.models.hub import adapter_state
+from trenchcoat.models.lora import add_lora
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training.loop import FitResult, fit
 from trenchcoat.training.objectives import Objective, next_token_objective, transfer_objective
@@ -68,9 +70,9 @@ def transfer_model(*, layers: int = 2, **changes: Any) -> LlamaForCausalLM:
     """The tiny Llama with students, in transfer mode, students trainable."""
     model = tiny_llama(layers=layers, **changes)
     torch.manual_seed(1)
-    surgery.attach_students(model, STUDENT)
-    surgery.freeze_for_transfer(model)
-    surgery.set_mode(model, "transfer")
+    attach_students(model, STUDENT)
+    freeze_for_transfer(model)
+    set_mode(model, "transfer")
     return model
 
 
@@ -107,8 +109,8 @@ def fit_transfer(
 
 def start_lora(model: nn.Module, cfg: LoraConfig) -> None:
     """Students in place of the teacher, LoRA added."""
-    surgery.set_mode(model, "student")
-    surgery.add_lora(model, cfg)
+    set_mode(model, "student")
+    add_lora(model, cfg)
 
 
 def fit_lora(model: nn.Module, run_dir: Path, cfg: StageConfig, batches: RandomBatches) -> FitResult:
@@ -127,7 +129,7 @@ def two_stages(run_dir: Path, *, delay: float = 0.0) -> dict[str, Any]:
     cfg = lora_settings()
     start_lora(model, cfg)
     second = fit_lora(model, run_dir, cfg, batches)
-    weights = {name: p.detach().flatten().tolist() for name, p in surgery.adapter_state(model).items()}
+    weights = {name: p.detach().flatten().tolist() for name, p in adapter_state(model).items()}
     return {"stopped": second.stopped, "weights": weights, "best": [first.best_loss, second.best_loss]}
 
 

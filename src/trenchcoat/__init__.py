@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from trenchcoat.config.recipe_io import load_recipe
     from trenchcoat.generation.generate import Session
     from trenchcoat.generation.statefile import load_state, save_state
+    from trenchcoat.models.attach import attach_students, set_mode, set_state_dtype, students_of
     from trenchcoat.models.hub import load, save_adapter, save_merged
-    from trenchcoat.models.surgery import add_lora, attach_students, merge_lora, set_mode, set_state_dtype, students_of
+    from trenchcoat.models.lora import add_lora, merge_lora
     from trenchcoat.students import StudentAttention, register_student
 
 __all__ = [
@@ -48,12 +49,12 @@ _HOME = {
     "load_recipe": "config.recipe_io",
     "StudentAttention": "students",
     "register_student": "students",
-    "add_lora": "models.surgery",
-    "attach_students": "models.surgery",
-    "merge_lora": "models.surgery",
-    "set_mode": "models.surgery",
-    "set_state_dtype": "models.surgery",
-    "students_of": "models.surgery",
+    "add_lora": "models.lora",
+    "attach_students": "models.attach",
+    "merge_lora": "models.lora",
+    "set_mode": "models.attach",
+    "set_state_dtype": "models.attach",
+    "students_of": "models.attach",
     "Session": "generation.generate",
     "load_state": "generation.statefile",
     "save_state": "generation.statefile",

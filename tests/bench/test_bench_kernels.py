@@ -18,7 +18,7 @@ from trenchcoat import bench
 from trenchcoat.bench import gpu, kernels, kernels_decode, kernels_model, kernels_operator
 from trenchcoat.cli.app import main
 from trenchcoat.config import UserError
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runtime.files import write_json
 
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_model() -> None:
     assert round(shape.bytes(32) / 2e9, 1) == 8.0
     model = kernels_model.random_llama(SHAPE, 2, "cpu")
     assert kernels_decode.row_bytes(model, "softmax", 10) == 2 * 10 * 2 * 8 * 2
-    students = sum(p.nbytes for s in surgery.students_of(model).values() for p in s.parameters())
+    students = sum(p.nbytes for s in students_of(model).values() for p in s.parameters())
     norms = 2.0 * SHAPE.hidden * (2 * 2 + 1)
     assert kernels_decode.weight_bytes(model) == SHAPE.bytes(2) - 2 * 31 * 16 + norms + students
     cache = kernels_decode.student_cache(model, 3, 20)
@@ -162,7 +162,7 @@ def test_the_softmax_rival_computes_what_the_ordinary_cache_does() -> None:
 def test_the_loop_decodes_what_generate_does() -> None:
     torch.manual_seed(0)
     model = kernels_model.random_llama(replace(SHAPE, impl="chunkwise"), 2, "cpu").float()
-    surgery.set_mode(model, "student")
+    set_mode(model, "student")
     ids = torch.randint(0, 31, (2, 7))
     wanted = model.generate(ids, max_new_tokens=9, do_sample=False)
     cache = DynamicCache(config=model.config)

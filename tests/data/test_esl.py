@@ -16,7 +16,7 @@ from trenchcoat.config import StudentConfig
 from trenchcoat.data import esl
 from trenchcoat.data.esl import EslRanking, effective_lengths
 from trenchcoat.data.table import TableBuilder, TokenTable
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students
 from trenchcoat.models.families import UnsupportedFamilyError
 from trenchcoat.runtime.runlog import RunLog
 
@@ -91,7 +91,7 @@ def test_no_map_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_with_students_and_one_without_attention_are_refused() -> None:
     model = tiny_model("llama")
-    surgery.attach_students(model, StudentConfig(window=4))
+    attach_students(model, StudentConfig(window=4))
     with pytest.raises(ValueError, match="take the students out first"):
         effective_lengths(model, tokens(1, 8))
     with pytest.raises(UnsupportedFamilyError):

@@ -25,8 +25,8 @@ from trenchcoat.evaluation.harness import TrenchcoatLM, score_tasks
 from trenchcoat.evaluation.local_tasks import read_choices, read_mmlu, winogrande_rest
 from trenchcoat.evaluation.mmlu import letter_tokens, score_letters
 from trenchcoat.evaluation.task_results import STUDENT, TaskResults, paired, pooled_rows
+from trenchcoat.models.attach import set_mode
 from trenchcoat.models.hub import save_merged
-from trenchcoat.models.surgery import set_mode
 
 
 @pytest.fixture(autouse=True)

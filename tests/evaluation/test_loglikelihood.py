@@ -15,7 +15,7 @@ from tasks_kit import TOLERANCE, model_of
 from trenchcoat.config import UserError
 from trenchcoat.evaluation import loglikelihood as continuations
 from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request, plan_groups
-from trenchcoat.models.surgery import set_mode
+from trenchcoat.models.attach import set_mode
 from trenchcoat.students import STUDENTS
 
 

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.evaluation.scoring import EvalRows, cache_bytes, decode_curve, gather_rows, recall_probes, score
-from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
 
 VOCAB = 97
 

@@ -17,7 +17,8 @@ from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.generation.conversation import Conversation, softmax_twin
 from trenchcoat.models import hub
-from trenchcoat.models.surgery import add_lora, attach_students
+from trenchcoat.models.attach import attach_students
+from trenchcoat.models.lora import add_lora
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"

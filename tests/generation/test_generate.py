@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.generation.generate import Generation, Session, generate_text
-from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
 
 PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
 

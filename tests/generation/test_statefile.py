@@ -15,7 +15,7 @@ from tiny_families import GREEDY, make, tokens
 from trenchcoat.config import UserError
 from trenchcoat.generation.generate import PREFILL_TOKENS, Session, generation_config
 from trenchcoat.generation.statefile import _record, load_state, save_state
-from trenchcoat.models.surgery import set_mode, set_state_dtype
+from trenchcoat.models.attach import set_mode, set_state_dtype
 from trenchcoat.ops import StudentState
 from trenchcoat.ops.state import add_far
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors

@@ -12,7 +12,8 @@ from torch import Tensor
 from tiny_families import FAMILIES, tiny_model, tokens
 from trenchcoat.config import ModelConfig, StudentConfig, UserError
 from trenchcoat.linearize.blocks.model import BlockSource, ReadAhead, global_names, local_names
-from trenchcoat.models import identity, surgery
+from trenchcoat.models import identity
+from trenchcoat.models.attach import attach_students
 from trenchcoat.models.families import decoder_of
 from trenchcoat.runtime import files
 
@@ -62,7 +63,7 @@ def test_blocks_embedding_and_head_are_exact(family: str, tmp_path: Path) -> Non
             block = source.build(first, stop, source.read(first, stop))
             out = decoder_of(block)(inputs_embeds=states[first], attention_mask=mask, use_cache=False)
             assert torch.equal(out.last_hidden_state, states[stop]), (first, stop)
-            students = surgery.attach_students(block, StudentConfig(window=4))
+            students = attach_students(block, StudentConfig(window=4))
             assert list(students) == list(range(first, stop))
         assert torch.equal(source.head()(inputs_embeds=states[-1], use_cache=False).logits, logits)
 

@@ -15,8 +15,7 @@ from trenchcoat.config import UserError
 from trenchcoat.linearize import stages
 from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.folder import BlockFolder, cut
-from trenchcoat.runtime.files import load_tensors, read_json
-from trenchcoat.runtime.lock import locked
+from trenchcoat.runtime.files import load_tensors, locked, read_json
 from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import read_metrics
 

@@ -30,7 +30,7 @@ from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.jobs import LocalJobs, Task
 from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions, parse_slurm
 from trenchcoat.linearize.variants import Stopped
-from trenchcoat.runtime.lock import holder, locked
+from trenchcoat.runtime.files import holder, locked
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 
 PATHS = f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}"

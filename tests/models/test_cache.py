@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tiny_families import GREEDY, WINDOW, logits, make, tiny_model, tokens
+from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import StateLayer, cache_nbytes
-from trenchcoat.models.surgery import set_mode
 from trenchcoat.students import STUDENTS
 
 

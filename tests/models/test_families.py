@@ -15,17 +15,10 @@ from torch import Tensor
 from tiny_families import BASE, FAMILIES, logits, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
 from trenchcoat.models import hub
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.families import KNOWN_FAMILIES, UnsupportedFamilyError, attention_sites, check_family
-from trenchcoat.models.surgery import (
-    adapter_state,
-    add_lora,
-    attach_students,
-    freeze_for_transfer,
-    load_adapter_state,
-    merge_lora,
-    set_mode,
-    students_of,
-)
+from trenchcoat.models.hub import adapter_state, load_adapter_state
+from trenchcoat.models.lora import add_lora, merge_lora
 from trenchcoat.students import STUDENTS, student_class
 
 WINDOW, LENGTH, PAD = 4, 37, 5

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_families import tiny_model
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, TransferConfig
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.flops import (
     device_peak,
     layer_student,
@@ -20,6 +20,7 @@ from trenchcoat.models.flops import (
     student_parameters,
     transfer_flops_per_token,
 )
+from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import Shapes, shapes_of
 from trenchcoat.training import objectives
 
@@ -43,7 +44,7 @@ def _batch() -> dict[str, torch.Tensor]:
 
 def _model(student: StudentConfig) -> tuple[torch.nn.Module, Shapes]:
     model = tiny_model("llama", attn_implementation="eager", **WIDE)
-    surgery.attach_students(model, student)
+    attach_students(model, student)
     return model, shapes_of(model.config)
 
 
@@ -60,8 +61,8 @@ def _uncounted_near(shapes: Shapes, student: StudentConfig) -> float:
 def test_a_transfer_step_costs_what_is_counted(name: str, key_maps: str) -> None:
     student = replace(STUDENT, name=name, key_maps=key_maps)
     model, shapes = _model(student)
-    surgery.freeze_for_transfer(model)
-    surgery.set_mode(model, "transfer")
+    freeze_for_transfer(model)
+    set_mode(model, "transfer")
     objective = objectives.transfer_objective(TransferConfig())
     counted = _counted(lambda: objective(model, _batch()))
     expected = transfer_flops_per_token(shapes, student, TOKENS)
@@ -72,8 +73,8 @@ def test_a_transfer_step_costs_what_is_counted(name: str, key_maps: str) -> None
 
 def test_a_lora_step_costs_what_is_counted() -> None:
     model, shapes = _model(STUDENT)
-    surgery.add_lora(model, LORA)
-    surgery.set_mode(model, "student")
+    add_lora(model, LORA)
+    set_mode(model, "student")
     objective = objectives.next_token_objective()
     counted = _counted(lambda: objective(model, _batch()))
     expected = lora_flops_per_token(shapes, STUDENT, LORA, TOKENS)
@@ -100,7 +101,7 @@ def test_layers_that_stay_softmax_and_cross_entropy_count() -> None:
 def test_student_parameters_are_those_of_the_real_students() -> None:
     for cfg in (STUDENT, replace(STUDENT, key_maps="per_kv_head"), replace(STUDENT, keep_softmax=(1,))):
         model, shapes = _model(cfg)
-        real = sum(p.numel() for s in surgery.students_of(model).values() for p in s.parameters())
+        real = sum(p.numel() for s in students_of(model).values() for p in s.parameters())
         assert student_parameters(shapes, cfg) == real
     with pytest.raises(ValueError, match="skip needs feature_dim"):
         layer_student(shapes, replace(STUDENT, feature_map=FeatureMapConfig(feature_dim=5, skip=True)))

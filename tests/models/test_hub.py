@@ -20,8 +20,10 @@ import trenchcoat
 from tiny_families import FAMILIES, logits, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import auto, hub
+from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
+from trenchcoat.models.hub import adapter_state
 from trenchcoat.models.loading import load_model
-from trenchcoat.models.surgery import adapter_state, add_lora, attach_students, set_mode, student_config, students_of
+from trenchcoat.models.lora import add_lora
 from trenchcoat.runtime.files import CorruptFileError
 
 SMALL = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=6))

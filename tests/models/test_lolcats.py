@@ -23,8 +23,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.models import hub, lolcats
-from trenchcoat.models.surgery import adapter_state, add_lora, attach_students, set_mode, student_config
+from trenchcoat.models import hub
+from trenchcoat.models.attach import attach_students, set_mode, student_config
+from trenchcoat.models.hub import adapter_state
+from trenchcoat.models.lolcats import checkpoints
+from trenchcoat.models.lora import add_lora
 
 HEADS, GROUPS, DIM, COLUMNS, LAYERS, WINDOW = 4, 2, 8, 6, 2, 8
 State = dict[str, Tensor]
@@ -148,7 +151,7 @@ def imported(folder: Path, base: Path, maps: State, lora: State | None = None, *
     out = folder / "adapter"
     lora_file = None if lora is None else saved(folder / "l.pt", lora)
     asked = {"window": WINDOW, **asked}
-    lolcats.import_checkpoint(saved(folder / "m.pt", maps), lora_file, str(base), out, lolcats.Asked(**asked))
+    checkpoints.import_checkpoint(saved(folder / "m.pt", maps), lora_file, str(base), out, checkpoints.Asked(**asked))
     return out
 
 
@@ -224,7 +227,7 @@ def test_prefixes_and_nesting(prefix: str, nested: bool, tiny_model_dir: Path, t
     plain = imported(tmp_path / "plain", tiny_model_dir, maps_state())
     file = saved(tmp_path / "m.pt", maps_state(prefix=prefix), nested=nested)
     out = tmp_path / "out"
-    lolcats.import_checkpoint(file, None, str(tiny_model_dir), out, lolcats.Asked(window=WINDOW))
+    checkpoints.import_checkpoint(file, None, str(tiny_model_dir), out, checkpoints.Asked(window=WINDOW))
     assert (out / "adapter.safetensors").read_bytes() == (plain / "adapter.safetensors").read_bytes()
 
 
@@ -272,7 +275,7 @@ def test_files_come_back_exactly(case: str, tiny_model_dir: Path, tmp_path: Path
     state, said, _ = CASES[case]
     maps, lora = maps_state(**state), lora_state(targets="qkvo")
     adapter = imported(tmp_path, tiny_model_dir, maps, lora, **said)
-    lolcats.export_checkpoint(adapter, tmp_path / "back")
+    checkpoints.export_checkpoint(adapter, tmp_path / "back")
     for name, wanted in (("maps.pt", maps), ("lora.pt", lora)):
         content = torch.load(tmp_path / "back" / name, weights_only=True)["model_state_dict"]
         assert content.keys() == wanted.keys()
@@ -326,9 +329,9 @@ def test_what_the_original_does_not_have_is_not_exported(tiny_model_dir: Path, t
         folder = tmp_path / str(number)
         hub.save_adapter(model, folder, base=ModelConfig(path=str(tiny_model_dir)))
         with pytest.raises(UserError, match=reason):
-            lolcats.export_checkpoint(folder, tmp_path / "out")
+            checkpoints.export_checkpoint(folder, tmp_path / "out")
     with pytest.raises(UserError, match="holds no adapter"):
-        lolcats.export_checkpoint(tiny_model_dir, tmp_path / "out")
+        checkpoints.export_checkpoint(tiny_model_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -354,7 +357,7 @@ def test_a_pickle_that_would_execute_code_does_not(form: str, tiny_model_dir: Pa
     else:
         torch.save({"model_state_dict": state} if form == "nested" else state, file)
     with pytest.raises(UserError, match=r"bad\.pt"):
-        lolcats.import_checkpoint(file, None, str(tiny_model_dir), tmp_path / "out", lolcats.Asked())
+        checkpoints.import_checkpoint(file, None, str(tiny_model_dir), tmp_path / "out", checkpoints.Asked())
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
     if form == "pickle":
@@ -461,7 +464,7 @@ def test_damaged_files_are_a_clear_error_or_harmless(
     file.write_bytes(bytes(broken))
     out = tmp_path / "out"
     try:
-        lolcats.import_checkpoint(file, None, str(tiny_model_dir), out, lolcats.Asked(window=WINDOW))
+        checkpoints.import_checkpoint(file, None, str(tiny_model_dir), out, checkpoints.Asked(window=WINDOW))
     except UserError:
         assert not out.exists()
     else:

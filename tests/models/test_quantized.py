@@ -14,9 +14,11 @@ from conftest import save_tiny_model
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, ParallelConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.linearize import stages
-from trenchcoat.models import hub, loading, surgery
+from trenchcoat.models import hub, loading
+from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import load_base, load_model
+from trenchcoat.models.lora import add_lora, merge_lora, merged_state
 from trenchcoat.training.objectives import next_token_objective
 
 QUIET = pytest.mark.filterwarnings("ignore:.*_check_is_size.*", "ignore::FutureWarning")
@@ -50,9 +52,9 @@ def test_both_stages_over_four_bits_and_the_adapter_over_sixteen(
 @QUIET
 def test_lora_is_not_merged_into_four_bits(base: ModelConfig) -> None:
     model, _ = load_base(base, ParallelConfig())
-    surgery.attach_students(model, StudentConfig(window=8, feature_map=FeatureMapConfig(feature_dim=8)))
-    surgery.add_lora(model, LoraConfig(rank=4))
-    for merge in (surgery.merge_lora, surgery.merged_state):
+    attach_students(model, StudentConfig(window=8, feature_map=FeatureMapConfig(feature_dim=8)))
+    add_lora(model, LoraConfig(rank=4))
+    for merge in (merge_lora, merged_state):
         with pytest.raises(UserError, match="merge it over the ordinary base"):
             merge(model)
 
@@ -82,9 +84,9 @@ def _gradients(cfg: ModelConfig, *, dequantize: bool, dtype: torch.dtype) -> dic
         for parameter in model.requires_grad_(False).parameters():
             parameter.data = parameter.data.to(dtype)
     torch.manual_seed(0)
-    surgery.attach_students(model, StudentConfig(window=8, feature_map=FeatureMapConfig(feature_dim=8)))
-    surgery.set_mode(model, "student")
-    surgery.add_lora(model, LoraConfig(rank=4))
+    attach_students(model, StudentConfig(window=8, feature_map=FeatureMapConfig(feature_dim=8)))
+    set_mode(model, "student")
+    add_lora(model, LoraConfig(rank=4))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.manual_seed(len(name))

@@ -10,8 +10,8 @@ import pytest
 from tiny_families import tiny_model
 from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
-from trenchcoat.models.shapes import FOLDER, SHIPPED, find_config, shapes_of
-from trenchcoat.models.surgery import add_lora
+from trenchcoat.models.lora import add_lora
+from trenchcoat.models.shapes import SHIPPED, SHIPPED_FOLDER, find_config, shapes_of
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_shipped_configs_have_the_published_sizes(path: str, parameters: int, la
 
 
 def test_every_shipped_config_is_named_and_every_name_leads_to_one() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(SHIPPED.values())
+    assert {path.stem for path in SHIPPED_FOLDER.glob("*.json")} == set(SHIPPED.values())
 
 
 def test_the_rotary_settings_of_llama_3_1() -> None:
@@ -70,7 +70,7 @@ def test_what_cannot_be_found_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"neither in the local cache nor among the shipped ones \(llama3_1_405b, "):
         find_config("nobody/no-such-model")
-    config = json.loads((FOLDER / "llama3_1_8b.json").read_text())
+    config = json.loads((SHIPPED_FOLDER / "llama3_1_8b.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     assert shapes_of(find_config(str(tmp_path))).layers == 3
     with pytest.raises(UserError, match=r"lora\.targets names 'gate_proj'"):

@@ -22,7 +22,7 @@ from trenchcoat.bench.gpu import captured
 from trenchcoat.bench.kernels_decode import Loop, student_cache
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import set_mode
 from trenchcoat.ops import StudentState
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import check as triton_check
@@ -212,7 +212,7 @@ def test_a_captured_model_writes_what_the_ordinary_one_does() -> None:
     """The whole model's greedy loop, as the benchmark times it."""
     shape = Shape() if GPU else Shape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=2, columns=4)
     model = random_llama(shape, 2 if GPU else 1, DEVICE)
-    surgery.set_mode(model, "student")
+    set_mode(model, "student")
     context, written = 10 * shape.window + 1, []
     for wrap in (lambda work, device: work, captured):
         torch.manual_seed(1)

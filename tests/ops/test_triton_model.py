@@ -21,7 +21,7 @@ from torch import Tensor
 from kernel_kit import DEVICE
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import TransferConfig
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training.loop import fit
@@ -79,7 +79,7 @@ def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _logits(size: Size, impl: str, dtype: torch.dtype) -> Tensor:
     model = size.model(impl, dtype)
-    surgery.set_mode(model, "student")
+    set_mode(model, "student")
     with torch.no_grad():
         return model(input_ids=size.ids(0, times=4).to(DEVICE), use_cache=False).logits.double()
 
@@ -123,10 +123,10 @@ class _Batches:
 def _curve(size: Size, impl: str, dtype: torch.dtype, folder: Path) -> Tensor:
     """Losses of a stage 1 run, a row a step, a column a layer."""
     model = size.model(impl, dtype)
-    for student in surgery.students_of(model).values():
+    for student in students_of(model).values():
         student.float()
-    surgery.freeze_for_transfer(model)
-    surgery.set_mode(model, "transfer")
+    freeze_for_transfer(model)
+    set_mode(model, "transfer")
     cfg = TransferConfig(max_steps=size.steps, accumulation=1, eval_every=size.steps, save_every=size.steps, lr=1e-2)
     with RunLog(folder, progress="off") as run:
         fit(model, _Batches(size), transfer_objective(cfg), cfg, run, stage="transfer")
@@ -155,7 +155,7 @@ def test_greedy_tokens() -> None:
     mask[0, :2] = 0
     for impl in ("chunkwise", "triton"):
         model = TINY.model(impl, torch.float32)
-        surgery.set_mode(model, "student")
+        set_mode(model, "student")
         found[impl] = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
     assert torch.equal(found["triton"], found["chunkwise"])
     assert len(found["triton"][0].unique()) > 3

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.config.units import GIB
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
 from trenchcoat.models.families import decoder_of
+from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import find_config, shapes_of
 from trenchcoat.planning.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
 from trenchcoat.planning.simulate import shard_units, simulate
@@ -94,14 +95,14 @@ def test_the_simulated_step_takes_what_a_real_one_takes(stage: Any) -> None:
     config = _small(num_hidden_layers=2)
     found = simulate(config, STUDENT, stage, seq_len=TOKENS, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    surgery.attach_students(model, STUDENT)
+    attach_students(model, STUDENT)
     if isinstance(stage, LoraConfig):
-        surgery.add_lora(model, stage)
+        add_lora(model, stage)
         objective = objectives.next_token_objective()
     else:
-        surgery.freeze_for_transfer(model)
+        freeze_for_transfer(model)
         objective = objectives.transfer_objective(stage)
-    surgery.set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
+    set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
     ids = torch.randint(0, 500, (1, TOKENS))
     with live_tensor_memory() as memory:
         objective(model, {"input_ids": ids, "labels": ids})

@@ -27,7 +27,8 @@ from conftest import save_tiny_model
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import hub
-from trenchcoat.models.surgery import adapter_state, attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
+from trenchcoat.models.hub import adapter_state
 from trenchcoat.serving.server import ServeSettings, serve
 
 SOURCE = Path(cli.__file__).parents[2]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tiny_families import tiny_model
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models import auto, hub
-from trenchcoat.models.surgery import attach_students, set_mode
+from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.serving.vllm_plugin import MODELS, register
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, attend, heads_of_rank
 from trenchcoat.students import StudentAttention, build_student

@@ -13,7 +13,8 @@ import torch
 from conftest import small_file_system
 from training_kit import STUDENT, damage, lora_settings, start_lora, tiny_llama, transfer_model
 from trenchcoat.config import ModelConfig, UserError
-from trenchcoat.models import adapters, identity, loading, surgery
+from trenchcoat.models import hub, identity, loading
+from trenchcoat.models.attach import attach_students
 from trenchcoat.runtime import files
 from trenchcoat.runtime.files import CorruptFileError, SaveError
 from trenchcoat.training import checkpoints
@@ -141,8 +142,8 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_an_adapter_comes_back(tmp_path: Path) -> None:
-    adapters.write_adapter(tmp_path, GROUP["weights"], {"version": 1, "base": {"path": "x"}})
-    tensors, meta = adapters.read_adapter(tmp_path)
+    hub.write_adapter(tmp_path, GROUP["weights"], {"version": 1, "base": {"path": "x"}})
+    tensors, meta = hub.read_adapter(tmp_path)
     assert torch.equal(tensors["a"], GROUP["weights"]["a"])
     assert meta["version"] == 1
     assert meta["base"] == {"path": "x"}
@@ -151,11 +152,11 @@ def test_an_adapter_comes_back(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not an adapter folder: trenchcoat\.json is missing"):
-        adapters.read_adapter(tmp_path)
-    adapters.write_adapter(tmp_path, GROUP["weights"], {})
-    files.save_tensors(tmp_path / adapters.ADAPTER_FILE, {"a": torch.zeros(1)})
+        hub.read_adapter(tmp_path)
+    hub.write_adapter(tmp_path, GROUP["weights"], {})
+    files.save_tensors(tmp_path / hub.ADAPTER_FILE, {"a": torch.zeros(1)})
     with pytest.raises(CorruptFileError, match="does not match the checksum"):
-        adapters.read_adapter(tmp_path)
+        hub.read_adapter(tmp_path)
 
 
 # The identity of a base model
@@ -201,7 +202,7 @@ def test_a_model_folder_loads_frozen(tiny_model_dir: Path) -> None:
     assert tokenizer("abc")["input_ids"]
     model, _ = loading.load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", dtype="bfloat16"))
     assert next(model.parameters()).dtype == torch.bfloat16
-    surgery.attach_students(model, STUDENT)
+    attach_students(model, STUDENT)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_wrong_folders_are_explained(tmp_path: Path, tiny_model_dir: Path) -> No
         loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     with pytest.raises(UserError, match="is a file"):
         loading.load_model(ModelConfig(path=str(tiny_model_dir / "config.json"), device="cpu"))
-    adapters.write_adapter(tmp_path, GROUP["weights"], {})
+    hub.write_adapter(tmp_path, GROUP["weights"], {})
     with pytest.raises(UserError, match=r"trenchcoat\.load"):
         loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')

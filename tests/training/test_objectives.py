@@ -9,7 +9,8 @@ import torch
 
 from training_kit import RandomBatches, lora_settings, start_lora, tiny_llama, transfer_model
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig, UserError
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
+from trenchcoat.models.hub import adapter_state
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.training.objectives import (
     first_nonfinite,
@@ -89,7 +90,7 @@ def test_transfer_does_not_depend_on_padding() -> None:
 
 def test_transfer_needs_layers_in_transfer_mode() -> None:
     model = transfer_model()
-    surgery.set_mode(model, "teacher")
+    set_mode(model, "teacher")
     with pytest.raises(UserError, match="transfer mode"):
         transfer_objective(TransferConfig())(model, BATCHES.train_batch(0))
 
@@ -112,12 +113,12 @@ def test_the_head_is_not_run_in_transfer() -> None:
 def test_landmarks_come_from_the_text_and_other_maps_stay() -> None:
     for init, moves in (("landmarks", True), ("kaiming", False)):
         model = tiny_llama()
-        surgery.attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8, init=init)))
-        surgery.set_mode(model, "transfer")
-        before = surgery.adapter_state(model)
+        attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8, init=init)))
+        set_mode(model, "transfer")
+        before = adapter_state(model)
         before = {name: tensor.clone() for name, tensor in before.items()}
         initialise_from_text(model, BATCHES.train_batch(0))
-        for name, tensor in surgery.adapter_state(model).items():
+        for name, tensor in adapter_state(model).items():
             assert torch.equal(tensor, before[name]) != (moves and name.endswith("weight")), name
         assert not gradients(model)
 
@@ -128,9 +129,9 @@ def test_step_memory_does_not_grow_with_depth(xent: float) -> None:
 
     def peak(layers: int) -> int:
         model = tiny_llama(layers=layers, hidden_size=64, head_dim=16)
-        surgery.attach_students(model, StudentConfig(window=16, feature_map=FeatureMapConfig(feature_dim=16)))
-        parameters = surgery.freeze_for_transfer(model)
-        surgery.set_mode(model, "transfer")
+        attach_students(model, StudentConfig(window=16, feature_map=FeatureMapConfig(feature_dim=16)))
+        parameters = freeze_for_transfer(model)
+        set_mode(model, "transfer")
         batch = RandomBatches(tokens=256).train_batch(0)
         objective = transfer_objective(TransferConfig(xent_weight=xent))
         objective(model, batch)

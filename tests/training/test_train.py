@@ -27,7 +27,8 @@ from training_kit import (
     transfer_settings,
 )
 from trenchcoat.config import StageConfig, TransferConfig, UserError
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import students_of
+from trenchcoat.models.hub import adapter_state
 from trenchcoat.runtime.files import SaveError
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training import checkpoints
@@ -295,7 +296,7 @@ def test_stage_two_refuses_a_checkpoint_over_other_students(tmp_path: Path) -> N
     fit_lora(model, tmp_path, cfg, RandomBatches())
     other = transfer_model()
     with torch.no_grad():
-        surgery.students_of(other)[1].mix_H.add_(0.1)
+        students_of(other)[1].mix_H.add_(0.1)
     start_lora(other, cfg)
     with pytest.raises(UserError, match="frozen students"):
         fit_lora(other, tmp_path, cfg, RandomBatches())
@@ -312,8 +313,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(tmp
     warnings = [line["text"] for line in read_metrics(tmp_path / "mended") if line["kind"] == "warning"]
     assert any("step-00000008/optimizer.safetensors is damaged" in text for text in warnings)
     assert numbers_of(tmp_path / "mended") == numbers_of(tmp_path / "whole")
-    for name, tensor in surgery.adapter_state(whole).items():
-        assert torch.equal(tensor, surgery.adapter_state(mended)[name]), name
+    for name, tensor in adapter_state(whole).items():
+        assert torch.equal(tensor, adapter_state(mended)[name]), name
 
 
 def test_the_best_weights_are_in_every_checkpoint(tmp_path: Path) -> None:
@@ -338,8 +339,8 @@ def test_a_stage_run_in_pieces_is_the_stage(tmp_path: Path) -> None:
         pieces = transfer_model()
     assert fit_transfer(pieces, tmp_path / "pieces", cfg, RandomBatches()).finished
     assert numbers_of(tmp_path / "pieces") == numbers_of(tmp_path / "whole")
-    for name, tensor in surgery.adapter_state(whole).items():
-        assert torch.equal(tensor, surgery.adapter_state(pieces)[name]), name
+    for name, tensor in adapter_state(whole).items():
+        assert torch.equal(tensor, adapter_state(pieces)[name]), name
 
 
 def test_layers_are_scheduled_kept_and_stopped_each_by_its_own_loss(tmp_path: Path) -> None:
@@ -357,11 +358,11 @@ def test_layers_are_scheduled_kept_and_stopped_each_by_its_own_loss(tmp_path: Pa
             return found
 
     model = transfer_model()
-    before = {name: tensor.clone() for name, tensor in surgery.adapter_state(model).items()}
+    before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
     cfg = transfer_settings(max_steps=12, eval_every=2, early_stopping=2, schedule="plateau", plateau_patience=0)
     result = fit_transfer(model, tmp_path, cfg, RandomBatches(), objective=Lopsided())
     assert (result.steps, result.early, result.best_step) == (12, False, 12)
-    for name, tensor in surgery.adapter_state(model).items():
+    for name, tensor in adapter_state(model).items():
         assert torch.equal(tensor, before[name]) == (".layers.1." in name), name
     both = fit_transfer(transfer_model(), tmp_path / "whole", cfg, RandomBatches())
     assert both.best_loss <= both.initial_loss
@@ -399,8 +400,8 @@ def test_ctrl_c_stops_between_micro_batches_and_loses_nothing(tmp_path: Path) ->
     assert fit_transfer(model, tmp_path / "cut", cfg, RandomBatches()).resumed_from == result.steps
     fit_transfer(whole, tmp_path / "whole", cfg, RandomBatches())
     assert numbers_of(tmp_path / "cut") == numbers_of(tmp_path / "whole")
-    for name, tensor in surgery.adapter_state(whole).items():
-        assert torch.equal(tensor, surgery.adapter_state(model)[name]), name
+    for name, tensor in adapter_state(whole).items():
+        assert torch.equal(tensor, adapter_state(model)[name]), name
 
 
 # What cannot be trained
@@ -414,7 +415,7 @@ def test_a_nan_in_a_student_names_layer_and_step(tmp_path: Path) -> None:
         hits.append(1)
         if len(hits) == 7:
             with torch.no_grad():
-                surgery.students_of(model)[1].mix_H[0] = math.nan
+                students_of(model)[1].mix_H[0] = math.nan
 
     model.model.register_forward_pre_hook(spoil, with_kwargs=True)
     with pytest.raises(
@@ -439,7 +440,7 @@ def test_an_infinite_gradient_names_the_layer(tmp_path: Path) -> None:
     def overflow(model: nn.Module, batch: Batch) -> Metrics:
         metrics = transfer_objective(cfg)(model, batch)
         if torch.is_grad_enabled():
-            surgery.students_of(model)[1].mix_H.grad.fill_(math.inf)
+            students_of(model)[1].mix_H.grad.fill_(math.inf)
         return metrics
 
     with pytest.raises(NonFiniteLoss, match="gradient norm is not finite at step 1, first in layer 1"):
@@ -466,7 +467,7 @@ def test_nothing_to_train_wrong_precision_and_no_validation(tmp_path: Path) -> N
 
 def test_a_half_precision_teacher_and_float32_students(tmp_path: Path) -> None:
     model = transfer_model().bfloat16()
-    for student in surgery.students_of(model).values():
+    for student in students_of(model).values():
         student.float()
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     result = fit_transfer(model, tmp_path, transfer_settings(), RandomBatches())

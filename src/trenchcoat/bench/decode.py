@@ -22,7 +22,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from trenchcoat.bench.clock import wait
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.generation.generate import PREFILL_TOKENS, Session
-from trenchcoat.models import embedded, surgery
+from trenchcoat.models import embedded
+from trenchcoat.models.attach import attach_students, set_mode, set_state_dtype
 from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import environment
@@ -79,12 +80,12 @@ class Bench:
             key_maps=key_maps,  # type: ignore[arg-type]
             feature_map=FeatureMapConfig(feature_dim=64),
         )
-        surgery.attach_students(self.model, student)
+        attach_students(self.model, student)
         self.model.to(device).requires_grad_(False)
 
     def started(self, kind: str, context: int, rows: int = 1, room: int = 0) -> Any:
         """A cache that has read `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
-        surgery.set_mode(self.model, "student" if kind == "student" else "teacher")
+        set_mode(self.model, "student" if kind == "student" else "teacher")
         cache: Any = DynamicCache(config=self.model.config)
         ids = torch.randint(_LLAMA["vocab_size"], (1, context), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
@@ -101,7 +102,7 @@ class Bench:
 
     def steps(self, kind: str, cache: Any, rows: int, steps: int) -> list[float]:
         """Seconds of each of `steps` more tokens."""
-        surgery.set_mode(self.model, "student" if kind == "student" else "teacher")
+        set_mode(self.model, "student" if kind == "student" else "teacher")
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         taken = []
         with torch.no_grad():
@@ -171,8 +172,8 @@ def _batch(bench: Bench) -> dict[str, Any]:
 def _embedded(device: str) -> Any:
     """The embedded teacher with untrained terrace students, for any length."""
     model: Any = LlamaForCausalLM.from_pretrained(embedded.teacher_dir(), dtype=torch.float32).eval()
-    surgery.attach_students(model, StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=64)))
-    surgery.set_mode(model, "student")
+    attach_students(model, StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=64)))
+    set_mode(model, "student")
     return model.to(device).requires_grad_(False)
 
 
@@ -192,7 +193,7 @@ def _drift(sizes: Sizes, device: str) -> dict[str, dict[str, dict[str, float]]]:
         for token in range(1, max(sizes.drift) + 1):
             logits: dict[str, Tensor] = {}
             for name, model in models.items():
-                surgery.set_state_dtype(model, "bfloat16" if name == "bfloat16" else "float32")
+                set_state_dtype(model, "bfloat16" if name == "bfloat16" else "float32")
                 out = model(input_ids=ids, past_key_values=caches[name], use_cache=True).logits
                 logits[name] = out[0, -1].double().log_softmax(-1)
             exact = logits["float64"]

@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from trenchcoat.bench.gpu import Ceilings, Timer, attempt, captured, free_memory, judge, least, most, repeated
 from trenchcoat.bench.kernels_model import LLAMA_8B, Measurement, Shape, random_llama
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.cache import state_layer
 from trenchcoat.ops import StudentState
 
@@ -105,7 +105,7 @@ def softmax_cache(model: Any, rows: int, context: int) -> Cache:
 def student_cache(model: Any, rows: int, context: int) -> Cache:
     """The students' states after `context` tokens, random."""
     cache = DynamicCache(config=model.config)
-    for index, student in surgery.students_of(model).items():
+    for index, student in students_of(model).items():
         state = student.empty_state(rows, dtype=model.dtype, device=model.device)
         for pairs in (state.k_BGND, state.v_BGNE):
             pairs.normal_()
@@ -139,7 +139,7 @@ class Loop:
 
 def seconds_a_token(sizes: Sizes, timer: Timer, model: Any, kind: str, rows: int) -> float:
     """Of all rows together; `kind`: student or softmax."""
-    surgery.set_mode(model, "student" if kind == "student" else "teacher")
+    set_mode(model, "student" if kind == "student" else "teacher")
     if kind == "student":
         loop = Loop(model, student_cache(model, rows, sizes.context), rows, sizes.context, advance=True)
     else:
@@ -151,7 +151,7 @@ def seconds_a_token(sizes: Sizes, timer: Timer, model: Any, kind: str, rows: int
 def row_bytes(model: Any, kind: str, context: int) -> int:
     """Bytes of one row's cache."""
     if kind == "student":
-        return sum(_state(student).nbytes() for student in surgery.students_of(model).values())
+        return sum(_state(student).nbytes() for student in students_of(model).values())
     config = model.config
     return 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
 

@@ -22,7 +22,8 @@ import trenchcoat.bench.kernels_operator as operator
 from trenchcoat.bench.gpu import Ceilings, Timer, judge, least, most
 from trenchcoat.bench.transfer import Bench as TransferBench
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, set_mode
+from trenchcoat.models.lora import add_lora
 from trenchcoat.students import Mode
 from trenchcoat.training.gradients import average_and_clip, clip_groups
 from trenchcoat.training.objectives import next_token_objective
@@ -117,7 +118,7 @@ def random_llama(shape: Shape, layers: int, device: str, key_maps: str = "per_qu
         model: Any = LlamaForCausalLM._from_config(
             shape.config(layers), dtype=torch.bfloat16, attn_implementation="sdpa"
         )
-    surgery.attach_students(model.eval(), shape.student(key_maps))
+    attach_students(model.eval(), shape.student(key_maps))
     return model.requires_grad_(False)
 
 
@@ -169,7 +170,7 @@ class LoraStep:
 
     def __init__(self, model: Any, rows: int, tokens: int) -> None:
         self.model, cfg = model, LoraConfig(gradient_checkpointing=True)
-        surgery.add_lora(model, cfg)
+        add_lora(model, cfg)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.groups, self.clip = clip_groups(model, named, cfg.clip_scope), cfg.clip
         self.optimizer = torch.optim.AdamW(list(named.values()), lr=cfg.lr)
@@ -180,7 +181,7 @@ class LoraStep:
 
     def step(self, mode: Mode) -> float:
         """One step; the loss before it."""
-        surgery.set_mode(self.model, mode)
+        set_mode(self.model, mode)
         loss = self.objective(self.model, self.batch)["loss"]
         average_and_clip(self.groups, 1, self.clip)
         self.optimizer.step()
@@ -198,7 +199,7 @@ def _lora(sizes: Sizes, timer: Timer, rows: int, tokens: int) -> dict[str, Any]:
 @torch.no_grad()
 def read(model: Any, ids: torch.Tensor, mode: Mode) -> torch.Tensor:
     """Prefill into a new cache: logits [B, 1, vocabulary] of the last token."""
-    surgery.set_mode(model, mode)
+    set_mode(model, mode)
     cache = DynamicCache(config=model.config)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits

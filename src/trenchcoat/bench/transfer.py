@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trenchcoat.bench.clock import seconds
 from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import StudentAttention, operator_of
@@ -48,7 +48,7 @@ class Bench:
 
     def __init__(self, model: Any, tokens: int, *, rows: int = 1) -> None:
         self.model = model
-        self.parameters = surgery.freeze_for_transfer(self.model)
+        self.parameters = freeze_for_transfer(self.model)
         cfg = TransferConfig()
         named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.groups = clip_groups(self.model, named, cfg.clip_scope)
@@ -60,13 +60,13 @@ class Bench:
 
     def teacher(self, *, head: bool = False) -> None:
         """The untouched model's forward pass, without the vocabulary head (which transfer skips) unless asked for."""
-        surgery.set_mode(self.model, "teacher")
+        set_mode(self.model, "teacher")
         with torch.no_grad():
             (self.model if head else self.model.model)(input_ids=self.batch["input_ids"], use_cache=False)
 
     def gradients(self) -> None:
         """Forward pass with every layer's loss and gradients."""
-        surgery.set_mode(self.model, "transfer")
+        set_mode(self.model, "transfer")
         self.objective(self.model, self.batch)
 
     def step(self) -> None:
@@ -82,7 +82,7 @@ class Bench:
 
     def naive_gradients(self) -> None:
         """The same losses and gradients the naive way: all maps and graphs kept until one backward pass."""
-        surgery.set_mode(self.model, "transfer")
+        set_mode(self.model, "transfer")
         with _naive_transfer(self.model) as kept:
             with torch.no_grad():
                 self.model.model(input_ids=self.batch["input_ids"], use_cache=False)
@@ -107,9 +107,7 @@ def small_bench(layers: int, tokens: int, *, device: str = "cpu") -> Bench:
     """One row through a random float32 Llama with terrace students."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **_LLAMA)).eval().to(device)
-    surgery.attach_students(
-        model, StudentConfig(window=_WINDOW, feature_map=FeatureMapConfig(feature_dim=_LLAMA["head_dim"]))
-    )
+    attach_students(model, StudentConfig(window=_WINDOW, feature_map=FeatureMapConfig(feature_dim=_LLAMA["head_dim"])))
     return Bench(model.to(device), tokens)
 
 

@@ -169,12 +169,13 @@ def _json_prompt(line: str, where: str) -> str:
 def chat(args: argparse.Namespace) -> None:
     """`trenchcoat chat`."""
     from trenchcoat.generation.conversation import Conversation, softmax_twin
-    from trenchcoat.models import hub, surgery
+    from trenchcoat.models import hub
+    from trenchcoat.models.attach import set_state_dtype
 
     if args.compare and args.load_state is not None:
         raise UserError("the softmax model cannot go on from a linearized model's state; leave out one of the two")
     model, tokenizer = hub.load(Path(args.target), device=args.device)
-    surgery.set_state_dtype(model, args.state_dtype)
+    set_state_dtype(model, args.state_dtype)
     talks = {"linear": Conversation(model, tokenizer, _sampling(args), args.seed)}
     if args.load_state is not None:
         talks["linear"].load(args.load_state)

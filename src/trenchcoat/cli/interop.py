@@ -86,9 +86,9 @@ def _serve(args: argparse.Namespace, show: Callable[[Any], None]) -> None:
 
 def _import_lolcats(args: argparse.Namespace) -> Any:
     from trenchcoat.linearize.stages import Outcome
-    from trenchcoat.models import lolcats
+    from trenchcoat.models.lolcats import checkpoints
 
-    asked = lolcats.Asked(
+    asked = checkpoints.Asked(
         attention=args.attention,
         window=args.window,
         feature_map=args.feature_map,
@@ -98,7 +98,7 @@ def _import_lolcats(args: argparse.Namespace) -> Any:
         lora_alpha=args.lora_alpha,
     )
     lora = None if args.lora is None else Path(args.lora)
-    told = lolcats.import_checkpoint(Path(args.maps), lora, args.base, Path(args.out), asked)
+    told = checkpoints.import_checkpoint(Path(args.maps), lora, args.base, Path(args.out), asked)
     return Outcome((*told, f"the adapter is in {args.out}"))
 
 
@@ -112,6 +112,6 @@ def _layers(text: str) -> tuple[int, ...]:
 def export_lolcats(args: argparse.Namespace) -> Any:
     """`export DIR --to lolcats`."""
     from trenchcoat.linearize.stages import Outcome
-    from trenchcoat.models import lolcats
+    from trenchcoat.models.lolcats import checkpoints
 
-    return Outcome(tuple(lolcats.export_checkpoint(Path(args.target), Path(args.out))))
+    return Outcome(tuple(checkpoints.export_checkpoint(Path(args.target), Path(args.out))))

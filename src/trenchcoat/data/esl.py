@@ -23,8 +23,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from trenchcoat.data.table import TokenTable
+from trenchcoat.models.attach import attention_through
 from trenchcoat.models.interface import LazyMask, Output, mask, own_attention
-from trenchcoat.models.surgery import attention_through
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.runtime.runlog import RunLog

@@ -32,7 +32,9 @@ from trenchcoat.config import UserError
 from trenchcoat.evaluation.local_tasks import task_folder
 from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request, Work
 from trenchcoat.evaluation.task_results import Estimate, ModelScore, TaskRecord
-from trenchcoat.models import hub, surgery
+from trenchcoat.models import hub
+from trenchcoat.models.attach import mode_of, set_far, set_mode
+from trenchcoat.models.lora import remove_lora
 
 NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -88,7 +90,7 @@ class TrenchcoatLM(HFLM):
             model, tokenizer = hub.load(path, device=where, dtype=dtype, base=base)
             if teacher:
                 become_teacher(model)
-            surgery.set_far(model, far)
+            set_far(model, far)
         with _quietly():  # its warnings about ready-made models and several processes are met below
             super().__init__(
                 pretrained=model,
@@ -150,7 +152,7 @@ class TrenchcoatLM(HFLM):
         """What was scored, for the harness's results."""
         return {
             "path": self.path,
-            "mode": surgery.mode_of(self.model),
+            "mode": mode_of(self.model),
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
         }
@@ -175,8 +177,8 @@ def become_teacher(model: Any) -> None:
             "a merged folder no longer holds its teacher's weights: give the teacher's own folder (--teacher DIR), or "
             "score the run or adapter folder"
         )
-    surgery.remove_lora(model)
-    surgery.set_mode(model, "teacher")
+    remove_lora(model)
+    set_mode(model, "teacher")
 
 
 def task_manager(names: Sequence[str], *, task_dir: Path | None, data_dir: Path | None) -> TaskManager:

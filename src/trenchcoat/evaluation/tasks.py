@@ -24,8 +24,10 @@ from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.report.tasks import TASKS_FILE, terminal_tables
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.task_results import FAR_OFF, MODEL_LABELS, STUDENT, TEACHER, ProbeRecord, TaskResults
-from trenchcoat.models import hub, surgery
+from trenchcoat.models import hub
+from trenchcoat.models.attach import set_far, set_mode
 from trenchcoat.models.loading import load_model
+from trenchcoat.models.lora import remove_lora
 from trenchcoat.runtime.runlog import Tracker, environment, show_progress
 
 
@@ -123,12 +125,12 @@ def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
         )
     yield STUDENT, model, tokenizer
     if any(name in PROBES for name in plan.tasks):
-        surgery.set_far(model, False)
+        set_far(model, False)
         yield FAR_OFF, model, tokenizer
-        surgery.set_far(model, True)
+        set_far(model, True)
     if plan.teacher == "":
-        surgery.remove_lora(model)
-        surgery.set_mode(model, "teacher")
+        remove_lora(model)
+        set_mode(model, "teacher")
         yield TEACHER, model, tokenizer
     elif plan.teacher is not None:
         model, tokenizer = load_model(ModelConfig(path=plan.teacher, device=device))

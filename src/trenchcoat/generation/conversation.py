@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from trenchcoat.config import UserError
 from trenchcoat.generation.generate import Session, generation_config
-from trenchcoat.models.surgery import mode_of, remove_lora, set_mode
+from trenchcoat.models.attach import mode_of, set_mode
+from trenchcoat.models.lora import remove_lora
 
 USER, ANSWER = "User:", "Assistant:"
 """Names of the two in a plain transcript."""

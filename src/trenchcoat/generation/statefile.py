@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from trenchcoat.config import UserError
+from trenchcoat.models.attach import student_config, students_of
 from trenchcoat.models.cache import StateLayer, state_layer
-from trenchcoat.models.surgery import student_config, students_of
 from trenchcoat.ops import StudentState
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.runtime.sharding import first_elements

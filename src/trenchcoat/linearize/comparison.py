@@ -20,7 +20,7 @@ from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, 
 from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generation.generate import generate_text
 from trenchcoat.linearize.variants import ModelVariants
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import set_far
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
 from trenchcoat.runtime.runlog import environment
@@ -117,7 +117,7 @@ class Comparison:
             return self.variants.assemble_teacher()
         student = self.variants.window_sinks() if row.window_sinks else None
         model = self.variants.assemble(student=student, lora=row.lora, weights=row.weights)
-        surgery.set_far(model, row.far)
+        set_far(model, row.far)
         return model
 
     def _key(self, row: Row, **more: Any) -> dict[str, Any]:

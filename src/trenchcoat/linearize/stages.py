@@ -26,7 +26,8 @@ from trenchcoat.generation.generate import Session, continue_and_save, generate_
 from trenchcoat.linearize.comparison import Comparison, evaluation_rows, rows_of, stages_of
 from trenchcoat.linearize.estimate import estimate
 from trenchcoat.linearize.variants import ModelVariants
-from trenchcoat.models import hub, surgery
+from trenchcoat.models import hub
+from trenchcoat.models.attach import set_state_dtype, student_config
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
@@ -198,7 +199,7 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     model, tokenizer = hub.load(path, device=recipe.model.device)
     data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # of training rows, which it needs not
     batches = load_batches(data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
-    window = surgery.student_config(model).window
+    window = student_config(model).window
     text = evaluation_rows(batches, recipe.eval.rows)
     found = score(model, text, window=window, batch_size=recipe.eval.batch_size)
     scores = Results(window, text.ids.shape[1], rows={path.name: found}, recipe=dataclasses.asdict(recipe))
@@ -232,7 +233,7 @@ def generate_rows(
     sampling of several, no beams). ``options`` are those of ``generate_text``. Raises ``UserError``.
     """
     model, tokenizer = hub.load(path, device=device)
-    surgery.set_state_dtype(model, state_dtype)
+    set_state_dtype(model, state_dtype)
     if end is not None:
         if len(prompts) != 1 or compare:
             raise UserError(f"a state is saved after one prompt, without comparison; {len(prompts)} prompts are given")

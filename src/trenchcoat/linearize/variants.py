@@ -23,14 +23,23 @@ from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.tokens import cache_folder
 from trenchcoat.evaluation.results import StageFacts
-from trenchcoat.models import adapters, identity, surgery
+from trenchcoat.models import hub, identity
+from trenchcoat.models.attach import (
+    detach_students,
+    freeze_for_transfer,
+    replace_students,
+    set_far,
+    set_mode,
+    student_implementation,
+    teacher_implementation,
+)
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
-from trenchcoat.models.hub import save_adapter
+from trenchcoat.models.hub import adapter_state, load_adapter_state, save_adapter
 from trenchcoat.models.loading import load_base
+from trenchcoat.models.lora import add_lora, freeze_for_lora, remove_lora
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed, files
-from trenchcoat.runtime.files import read_json
-from trenchcoat.runtime.lock import locked
+from trenchcoat.runtime.files import locked, read_json
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.sharding import compute_device
@@ -74,9 +83,9 @@ class ModelVariants:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
-        attention = surgery.teacher_implementation(model)
+        attention = teacher_implementation(model)
         dtype, device = cast("torch.dtype", model.dtype), compute_device(model)
-        operator = surgery.student_implementation(model, self.recipe.student, dtype=dtype, device=device)
+        operator = student_implementation(model, self.recipe.student, dtype=dtype, device=device)
         self.log.write_environment(implementation=operator, teacher_attention=attention)
         return model, tokenizer
 
@@ -151,31 +160,31 @@ class ModelVariants:
         """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
         if self.recipe.data.select != "none":
             self.batches(LANDMARK_ROWS)  # ranks the samples, which takes everything off the model
-        surgery.remove_lora(self.model)
+        remove_lora(self.model)
         torch.manual_seed(self.recipe.run.seed)
-        students = surgery.replace_students(self.model, student if student is not None else self.recipe.student)
+        students = replace_students(self.model, student if student is not None else self.recipe.student)
         if weights is None and any(one.starts_from_text for one in students.values()):
-            surgery.set_mode(self.model, "transfer")
+            set_mode(self.model, "transfer")
             batch = self.batches(LANDMARK_ROWS).train_batch(0)
             device = compute_device(self.model)
             initialise_from_text(self.model, {name: t.to(device) for name, t in batch.items()})
         if lora:
             torch.manual_seed(self.recipe.run.seed)
-            surgery.add_lora(self.model, self._lora)
+            add_lora(self.model, self._lora)
         if weights is not None:
             self._load(self.folder.weights(weights))
-        surgery.set_far(self.model, True)
-        surgery.set_mode(self.model, "student")
+        set_far(self.model, True)
+        set_mode(self.model, "student")
         return self.model
 
     def assemble_teacher(self) -> nn.Module:
         """The model with its own attention, without LoRA."""
-        surgery.remove_lora(self.model)
-        surgery.detach_students(self.model)
+        remove_lora(self.model)
+        detach_students(self.model)
         return self.model
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        surgery.load_adapter_state(self.model, dict(tensors))
+        load_adapter_state(self.model, dict(tensors))
 
     @property
     def _lora(self) -> LoraConfig:
@@ -216,7 +225,7 @@ class ModelVariants:
             raise Stopped
         facts = stage_facts(stage, result)
         self._trained.add(stage)
-        learned = surgery.adapter_state(self.model)
+        learned = adapter_state(self.model)
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
         return facts
 
@@ -254,8 +263,8 @@ class ModelVariants:
             if self.recipe.transfer is None:
                 raise UserError("this recipe has transfer=null, so there is no stage 1; run `finetune`, or `linearize`")
             self.assemble()
-            surgery.set_mode(self.model, "transfer")
-            surgery.freeze_for_transfer(self.model)
+            set_mode(self.model, "transfer")
+            freeze_for_transfer(self.model)
             return transfer_objective(self.recipe.transfer), self.recipe.transfer
         if stage == WINDOW_SINKS_LORA:
             self.assemble(student=self.window_sinks(), lora=True)
@@ -264,8 +273,8 @@ class ModelVariants:
         else:
             self.assemble(weights=TRANSFER)
             torch.manual_seed(self.recipe.run.seed)
-            surgery.add_lora(self.model, self._lora)
-        surgery.freeze_for_lora(self.model, self._lora)
+            add_lora(self.model, self._lora)
+        freeze_for_lora(self.model, self._lora)
         return next_token_objective(), self._lora
 
     def require_transfer(self) -> None:
@@ -285,7 +294,7 @@ class ModelVariants:
 
     def _exported(self, lora: bool) -> bool:
         """Whether the adapter folder is there already, with or without a LoRA."""
-        meta = self.adapter / adapters.ADAPTER_META
+        meta = self.adapter / hub.ADAPTER_META
         return meta.is_file() and (files.read_json(meta).get("lora") is not None) == lora
 
     def export(self, stage: str) -> None:

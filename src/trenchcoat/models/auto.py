@@ -188,7 +188,7 @@ def _own_attention(config: Any) -> Any:
 
 def _attach(model: Any) -> None:
     from trenchcoat.config import UserError
-    from trenchcoat.models.surgery import attach_students, set_mode
+    from trenchcoat.models.attach import attach_students, set_mode
 
     ours = model.config.trenchcoat
     if not isinstance(ours, Mapping) or "student" not in ours:
@@ -204,7 +204,7 @@ def _attach(model: Any) -> None:
 
 def _initialize_students(model: Any) -> None:
     """Give students that were in no checkpoint their initial values (Transformers leaves them as allocated)."""
-    from trenchcoat.models.surgery import students_of
+    from trenchcoat.models.attach import students_of
 
     for student in students_of(model).values():
         loaded = [getattr(p, "_is_hf_initialized", False) for p in student.parameters()]

@@ -13,25 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import auto
-from trenchcoat.models.adapters import ADAPTER_META, read_adapter, write_adapter
+from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
 from trenchcoat.models.identity import fingerprint
-from trenchcoat.models.loading import load_model, resolve_device, resolve_dtype
-from trenchcoat.models.surgery import (
-    adapter_state,
-    add_lora,
-    attach_students,
-    has_lora,
-    load_adapter_state,
-    merged_state,
-    set_mode,
-    student_config,
+from trenchcoat.models.loading import ADAPTER_META, load_model, resolve_device, resolve_dtype
+from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
+from trenchcoat.runtime.files import (
+    CorruptFileError,
+    atomic_directory,
+    load_tensors,
+    read_json,
+    save_tensors,
+    sha256,
+    write_json,
 )
-from trenchcoat.runtime.files import atomic_directory, read_json
+
+ADAPTER_FILE = "adapter.safetensors"
 
 ADAPTER_VERSION = 1
 """Version of the adapter folder's layout."""
@@ -88,7 +89,7 @@ def write_students(
     student: StudentConfig,
     base_fingerprint: str,
 ) -> None:
-    """An adapter folder of students alone (as `surgery.adapter_state` names them), for a model that is not loaded;
+    """An adapter folder of students alone (as :func:`adapter_state` names them), for a model that is not loaded;
     ``config`` is its Transformers config."""
     source = {name: getattr(base, name) for name in _SOURCE}
     _write_adapter(
@@ -272,3 +273,69 @@ def _shape(config: Any) -> dict[str, Any]:
     found = {name: getattr(config, name, None) for name in _SHAPE}
     found["model_type"] = str(found["model_type"]).removeprefix(auto.PREFIX)
     return found
+
+
+# What was learned, as named tensors and as files
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Students' and LoRA's parameters by name, e.g. `model.layers.0.self_attn.student.mix_H` and
+    `model.layers.0.self_attn.q_proj.lora_A.weight`; detached, not copied."""
+    return {name: p.detach() for name, p in _learned(model).items()}
+
+
+def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` (as :func:`adapter_state` names them) into the model.
+
+    The names must be exactly the model's, and so the shapes: UserError names the first that differ, and nothing is
+    changed then.
+    """
+    own = _learned(model)
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or foreign:
+        hint = "; call add_lora(model, cfg) first" if any("lora_" in n for n in foreign) and not has_lora(model) else ""
+        parts = [f"{len(missing)} missing, e.g. {missing[0]}"] if missing else []
+        parts += [f"{len(foreign)} not of this model, e.g. {foreign[0]}"] if foreign else []
+        raise UserError(f"the adapter does not belong to this model and its settings: {'; '.join(parts)}{hint}")
+    for name, parameter in own.items():
+        given, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
+        if given != wanted:
+            raise UserError(f"the adapter does not fit: {name} is {given}, the model's is {wanted}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    lora = {id(p): name for name, p in lora_parameters(model).items()}
+    owned = {id(p) for student in students_of(model).values() for p in student.parameters()}
+    return {lora.get(id(p), name): p for name, p in model.named_parameters() if id(p) in owned or id(p) in lora}
+
+
+def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta`` plus the checksum of the tensors)."""
+    directory = Path(directory)
+    save_tensors(directory / ADAPTER_FILE, tensors, {"format": "pt"})
+    write_json(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter folder: ``(tensors, meta)``.
+
+    Raises ``UserError`` when the folder is no adapter and ``CorruptFileError`` when the tensors are damaged or do not
+    belong to the JSON beside them.
+    """
+    directory = Path(directory)
+    for name in (ADAPTER_META, ADAPTER_FILE):
+        if not (directory / name).is_file():
+            raise UserError(f"{directory} is not an adapter folder: {name} is missing")
+    meta = read_json(directory / ADAPTER_META)
+    if not isinstance(meta, dict):
+        raise CorruptFileError(f"{directory / ADAPTER_META} should hold a JSON object")
+    expected = meta.get("sha256")
+    if expected is not None and sha256(directory / ADAPTER_FILE) != expected:
+        raise CorruptFileError(
+            f"{directory / ADAPTER_FILE} does not match the checksum in {ADAPTER_META}: it is damaged or from another "
+            "export; export the adapter again"
+        )
+    return load_tensors(directory / ADAPTER_FILE), meta

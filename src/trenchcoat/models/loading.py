@@ -20,13 +20,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
-from trenchcoat.models.adapters import ADAPTER_META
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.identity import bear_fingerprint
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
+
+ADAPTER_META = "trenchcoat.json"
+"""The file that says that a folder holds an adapter and not a model."""
 
 _FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 """What is fetched of a hub model."""

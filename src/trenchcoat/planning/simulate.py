@@ -30,9 +30,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig, UserError
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.interface import LazyMask
+from trenchcoat.models.lora import add_lora
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
 from trenchcoat.runtime.memory import live_tensor_memory
@@ -118,12 +119,12 @@ def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConf
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError as error:
             raise UserError(f"--simulate needs a family with fused attention (sdpa): {error}") from error
-        surgery.attach_students(model, student)
+        attach_students(model, student)
         if isinstance(stage, LoraConfig):
-            surgery.add_lora(model, stage)
+            add_lora(model, stage)
         else:
-            surgery.freeze_for_transfer(model)
-    surgery.set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
+            freeze_for_transfer(model)
+    set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
     return model
 
 
@@ -169,7 +170,7 @@ def _step(
     """The tracker's snapshot of the peak."""
     _materialise(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    own = [p for s in surgery.students_of(model).values() for p in s.parameters()]
+    own = [p for s in students_of(model).values() for p in s.parameters()]
     outside = list(dict.fromkeys([*trained, *own]))
     copies = 2 if ranks == 1 else 4  # both moments; of a shard the parameter and gradient that are stepped too
     optimizer = [torch.empty(-(-p.numel() // ranks), dtype=torch.float32) for p in trained for _ in range(copies)]
@@ -221,10 +222,10 @@ def _transfer_step(model: Any, stage: TransferConfig, ids: Tensor) -> None:
     """What `objectives.transfer_objective` does."""
     model.eval()
     simulated = stage.xent_weight == 0 and stage.normalize == "none"
-    for student in surgery.students_of(model).values():
+    for student in students_of(model).values():
         student.request = TransferRequest(mse_weight=stage.mse_weight)
     if not simulated:
-        surgery.set_mode(model, "teacher")
+        set_mode(model, "teacher")
     mask = _CausalMask(*ids.shape) if simulated else None
     with torch.no_grad():
         run_decoder(model, input_ids=ids, attention_mask=mask, use_cache=False)

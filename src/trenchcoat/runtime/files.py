@@ -1,7 +1,8 @@
 """Files that are either complete or absent: written beside their place, flushed to disk, then renamed.
 
 Every file the system leaves behind (checkpoints, adapters, the run's record) goes through here, so a killed process or
-a full disk never leaves half a file under a name that a later run would trust.
+a full disk never leaves half a file under a name that a later run would trust. And one command at a time in a folder:
+:func:`locked` holds a lock that the operating system releases when its holder dies.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +31,10 @@ from trenchcoat.config import UserError
 PARTIAL_PREFIX = ".partial-"
 """Start of the names of files and folders that are still being written."""
 
+_LOCK_FILE, _HOLDER_FILE = ".lock", ".lock-holder"
+_PROBE_SECONDS = 0.05
+"""How long two processes that only look at a lock may be in each other's way."""
+
 
 class SaveError(UserError):
     """Writing failed (disk full, no permission); nothing that existed before was touched."""
@@ -33,6 +42,10 @@ class SaveError(UserError):
 
 class CorruptFileError(UserError):
     """A file does not hold what its record says it should."""
+
+
+class InUse(UserError):
+    """A folder that another command holds."""
 
 
 def sync(path: Path) -> None:
@@ -181,3 +194,49 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(directory: Path | str) -> Iterator[None]:
+    """Hold ``directory`` (made if need be) while the block runs; ``InUse`` naming the holder when it is taken."""
+    path, name = Path(directory) / _LOCK_FILE, Path(directory) / _HOLDER_FILE
+    lock = FileLock(path)
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InUse(
+                f"{directory} is in use by {_read_holder(name) or 'another process'}. Wait for it, stop it, or give "
+                "this run a folder of its own (run.dir=...)"
+            ) from error
+    try:
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300]
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with saving(name):
+            name.write_text(f"process {os.getpid()} on {platform.node()} since {since}: {command}", encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):
+            name.unlink()
+        lock.release()
+
+
+def holder(directory: Path | str) -> str | None:
+    """Who holds ``directory``, in words; None when nobody does. The lock stays as it is, and nothing is made."""
+    name = Path(directory) / _HOLDER_FILE
+    if not _read_holder(name):
+        return None
+    try:  # a killed holder leaves its name but not its lock
+        with FileLock(Path(directory) / _LOCK_FILE, timeout=_PROBE_SECONDS):
+            name.unlink(missing_ok=True)
+        return None
+    except OSError:  # held, or not ours to open
+        return _read_holder(name) or None
+
+
+def _read_holder(name: Path) -> str:
+    try:
+        return name.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return ""

@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from trenchcoat.config import UserError
 from trenchcoat.models import hub
-from trenchcoat.models.surgery import student_config
+from trenchcoat.models.attach import student_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.evaluation.results import StageFacts
-from trenchcoat.models.adapters import ADAPTER_FILE, ADAPTER_META, read_adapter
+from trenchcoat.models.hub import ADAPTER_FILE, ADAPTER_META, read_adapter
 from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
 

@@ -39,8 +39,7 @@ from trenchcoat.config import Recipe, UserError
 from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions
 from trenchcoat.linearize.variants import Stopped
-from trenchcoat.runtime.files import read_json, write_json
-from trenchcoat.runtime.lock import InUse
+from trenchcoat.runtime.files import InUse, read_json, write_json
 from trenchcoat.runtime.runlog import RunLog
 
 Step = Literal["collect", "train", "stitch"]

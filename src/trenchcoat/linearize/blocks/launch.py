@@ -29,8 +29,8 @@ from trenchcoat.linearize.blocks.jobs import Job, Jobs, LocalJobs, SlurmJobs, St
 from trenchcoat.linearize.blocks.slurmoptions import parse_slurm
 from trenchcoat.linearize.stages import Outcome
 from trenchcoat.linearize.variants import Stopped
+from trenchcoat.runtime.files import holder, locked
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
-from trenchcoat.runtime.lock import holder, locked
 from trenchcoat.runtime.runlog import RunLog, Tracker
 
 FOLDER = "jobs"

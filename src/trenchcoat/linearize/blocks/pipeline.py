@@ -27,7 +27,7 @@ from trenchcoat.linearize.blocks.chain import AHEAD, END, FAILED, START, STOP, T
 from trenchcoat.linearize.blocks.folder import Block, BlockFolder
 from trenchcoat.linearize.blocks.run import BlockRun
 from trenchcoat.linearize.variants import Stopped
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.blocksize import measure_block
 from trenchcoat.planning.plan import with_reserve
@@ -324,9 +324,9 @@ class Feed:
         """Run a micro-batch forward and send it, where there is somebody to send it to."""
         if self.chain.last:
             return
-        students = bool(surgery.students_of(self.model))
+        students = bool(students_of(self.model))
         if students:
-            surgery.set_mode(self.model, "teacher")
+            set_mode(self.model, "teacher")
         self.chain.send(item, forward_decoder(self.model, batch), batch["attention_mask"])
         if students:
-            surgery.set_mode(self.model, "transfer")
+            set_mode(self.model, "transfer")

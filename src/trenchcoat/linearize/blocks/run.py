@@ -30,8 +30,9 @@ from trenchcoat.linearize.blocks.folder import Block, BlockFolder, BlockIdentity
 from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
 from trenchcoat.linearize.blocks.model import BlockSource, ReadAhead, global_names
 from trenchcoat.linearize.variants import Stopped, stage_facts
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.flops import transfer_flops_per_token
+from trenchcoat.models.hub import adapter_state
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import StopSignal
@@ -161,8 +162,8 @@ class BlockRun:
     def make_ready(self, model: Any, block: Block) -> None:
         """Fresh students in transfer mode; nothing else of the model is trained."""
         self.attach(model, block)
-        surgery.set_mode(model, "transfer")
-        surgery.freeze_for_transfer(model)
+        set_mode(model, "transfer")
+        freeze_for_transfer(model)
 
     def train_layers(
         self,
@@ -195,7 +196,7 @@ class BlockRun:
         if result.stopped:
             raise Stopped
         if result.finished:
-            learned = global_names(surgery.adapter_state(model), folder.block.first)
+            learned = global_names(adapter_state(model), folder.block.first)
             figures = dataclasses.asdict(stage_facts(TRANSFER, result)) | {"early": result.early} | dict(facts or {})
             distributed.from_main(lambda: folder.finish(learned, figures))
         return result
@@ -205,7 +206,7 @@ class BlockRun:
         student = self.recipe.student
         kept = tuple(index for index in student.keep_softmax if block.first <= index < block.stop)
         torch.manual_seed(self.recipe.run.seed)
-        surgery.attach_students(model, dataclasses.replace(student, keep_softmax=kept))
+        attach_students(model, dataclasses.replace(student, keep_softmax=kept))
 
     def _flops_per_token(self, model: Any) -> float:
         """Of a training step; counted once for each number of layers."""
@@ -227,8 +228,8 @@ class BlockRun:
     ) -> None:
         """Put into ``out`` what a block makes of the ``wanted`` groups of rows (all, when not given) that it has not
         yet, with the model's own attention."""
-        if surgery.students_of(model):
-            surgery.set_mode(model, "teacher")
+        if students_of(model):
+            set_mode(model, "teacher")
         for group in rows.groups_missing(out, wanted):
             batch = {name: t.to(self.source.device) for name, t in rows.hidden(group, states).items()}
             out.write(group, forward_decoder(model, batch))

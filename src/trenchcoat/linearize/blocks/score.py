@@ -13,7 +13,8 @@ from trenchcoat.evaluation.results import Scores
 from trenchcoat.evaluation.scoring import EvalRows, score
 from trenchcoat.linearize.blocks.model import local_names
 from trenchcoat.linearize.blocks.run import BlockRun
-from trenchcoat.models import surgery
+from trenchcoat.models.attach import set_mode
+from trenchcoat.models.hub import load_adapter_state
 from trenchcoat.runtime import distributed
 from trenchcoat.training.objectives import forward_decoder
 
@@ -35,8 +36,8 @@ def score_blocks(
         _through(model, teacher, parts, run.source.device)
         if run.learns(block.number):
             run.attach(model, block)
-            surgery.load_adapter_state(model, local_names(weights, block.first, block.stop))
-            surgery.set_mode(model, "student")
+            load_adapter_state(model, local_names(weights, block.first, block.stop))
+            set_mode(model, "student")
         _through(model, student, parts, run.source.device)
         del model  # before the next one is built
     head = run.source.head()

@@ -42,16 +42,16 @@ from trenchcoat.linearize.comparison import evaluation_rows
 from trenchcoat.linearize.stages import Outcome
 from trenchcoat.linearize.variants import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 from trenchcoat.models import hub
+from trenchcoat.models.attach import student_implementation
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
-from trenchcoat.models.surgery import student_implementation
 from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.planning.blockpass import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocksize import choose_block_size
 from trenchcoat.planning.plan import HOST_LINK
 from trenchcoat.runtime import distributed
-from trenchcoat.runtime.lock import InUse, holder, locked
+from trenchcoat.runtime.files import InUse, holder, locked
 from trenchcoat.runtime.machine import free_disk, free_memory
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.students import student_class

@@ -11,20 +11,11 @@ from torch import Tensor
 
 from tiny_families import logits, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, UserError
-from trenchcoat.models.interface import LazyMask
-from trenchcoat.models.surgery import (
-    adapter_state,
-    add_lora,
+from trenchcoat.models.attach import (
     attach_students,
     detach_students,
-    freeze_for_lora,
     freeze_for_transfer,
-    has_lora,
-    load_adapter_state,
-    merge_lora,
-    merged_state,
     mode_of,
-    remove_lora,
     replace_students,
     set_far,
     set_mode,
@@ -32,6 +23,9 @@ from trenchcoat.models.surgery import (
     students_of,
     teacher_implementation,
 )
+from trenchcoat.models.hub import adapter_state, load_adapter_state
+from trenchcoat.models.interface import LazyMask
+from trenchcoat.models.lora import add_lora, freeze_for_lora, has_lora, merge_lora, merged_state, remove_lora
 from trenchcoat.students import TransferRequest
 
 SMALL = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6))

@@ -2,7 +2,7 @@
 
 The text is the Python standard library's own source, read from the running interpreter, so nothing is
 downloaded and no third-party text lives in the repository. The teacher beside this file was pretrained on it
-by ``scripts/pretrain_embedded_teacher.py``; ``teacher/README.md`` holds its log and held-out loss.
+by ``scripts/pretrain_embedded_teacher.py``; ``embedded_teacher/README.md`` holds its log and held-out loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-TEACHER_DIR = Path(__file__).parent / "teacher"
+TEACHER_DIR = Path(__file__).parent / "embedded_teacher"
 
 Split = Literal["train", "validation"]
 HELD_OUT_ONE_IN = 20

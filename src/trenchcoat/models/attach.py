@@ -1,30 +1,27 @@
-"""Students and LoRA into a model and out of it again, the mode it runs in, and what of it is trainable.
+"""Students into a model and out of it again, and the mode it runs in.
 
     attach_students(model, cfg.student)      the model still computes exactly what it did (mode `teacher`)
     set_mode(model, "transfer")              students learn beside it
-    add_lora(model, cfg.lora); set_mode(model, "student")
+    set_mode(model, "student")               the students' outputs take the place of softmax attention
 
 No modelling file is touched: a student is a submodule `self_attn.student` of its layer, and
-:mod:`trenchcoat.models.interface` is the function that the model's own `self_attn` calls. This is the only file that
-knows PEFT.
+:mod:`trenchcoat.models.interface` is the function that the model's own `self_attn` calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trenchcoat.config import LoraConfig, StudentConfig, UserError
-from trenchcoat.models.families import AttentionSite, attention_sites, choose_lora_targets, decoder_of
+from trenchcoat.config import StudentConfig, UserError
+from trenchcoat.models.families import AttentionSite, attention_sites, decoder_of
 from trenchcoat.models.interface import NAME, count_real_tokens, hand_over_cache, student_of
-from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
+from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
-
-_ADAPTER = "default"
 
 
 def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
@@ -217,164 +214,15 @@ def _configs(model: nn.Module) -> list[tuple[Any, str]]:
     return list(found.values())
 
 
-# What is trainable
-
-
 def freeze_for_transfer(model: nn.Module) -> list[nn.Parameter]:
     """Only the students' parameters require gradients; returns them."""
     model.requires_grad_(False)
-    return _require(p for student in students_of(model).values() for p in student.parameters())
+    return require_grad(p for student in students_of(model).values() for p in student.parameters())
 
 
-def freeze_for_lora(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:
-    """Only LoRA's parameters require gradients, and the students' with `cfg.train_feature_maps`; returns them."""
-    lora = [p for name, p in model.named_parameters() if "lora_" in name]
-    if not lora:
-        raise UserError("there is no LoRA in this model; call add_lora(model, cfg) first")
-    model.requires_grad_(False)
-    maps = [p for student in students_of(model).values() for p in student.parameters()]
-    return _require(lora + (maps if cfg.train_feature_maps else []))
-
-
-def _require(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def require_grad(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Make parameters trainable; returns them."""
     chosen = list(parameters)
     for parameter in chosen:
         parameter.requires_grad_(True)
     return chosen
-
-
-# LoRA (https://arxiv.org/abs/2106.09685), through PEFT
-
-
-def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
-    """Put a LoRA on the linear layers `cfg.targets` of every layer's attention; returns their paths.
-
-    Families with one fused `qkv_proj` get it there. LoRA's parameters are float32. Only LoRA is trainable afterwards
-    (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not have.
-    """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import inject_adapter_in_model
-
-    if has_lora(model):
-        raise UserError("this model has a LoRA already; merge_lora or remove_lora first")
-    paths = _lora_targets(model, cfg.targets)
-    settings = PeftLoraConfig(
-        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
-    )
-    inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
-    model.train(model.training)  # what was put in starts in training mode, with its dropout
-    device = compute_device(model) if is_sharded(model) else None
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(device, torch.float32)
-    freeze_for_lora(model, cfg)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return paths
-
-
-def has_lora(model: nn.Module) -> bool:
-    """True when a LoRA is in the model and not merged."""
-    return any("lora_" in name for name, _ in model.named_parameters())
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add LoRA's updates to the weights and take LoRA out. No-op without LoRA."""
-    _take_out_lora(model, merge=True)
-
-
-def remove_lora(model: nn.Module) -> None:
-    """Take LoRA out and forget it. No-op without LoRA."""
-    _take_out_lora(model, merge=False)
-
-
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model would have after `merge_lora`; the model is not changed.
-
-    Tensors are the model's own, except for merged weights, which are new.
-    """
-    state = {name: t for name, t in model.state_dict(keep_vars=False).items() if "lora_" not in name}
-    state = {name.replace(".base_layer.", "."): t for name, t in state.items()}
-    for path, layer in _lora_layers(model):
-        weight = _whole_weight(path, layer)
-        update = layer.get_delta_weight(_ADAPTER)
-        state[f"{path}.weight"] = (weight.float() + update.float()).to(weight.dtype).detach()
-    return state
-
-
-def _whole_weight(path: str, layer: Any) -> Tensor:
-    """The base weight under a LoRA; UserError for one that cannot take the update: quantized, or spread."""
-    weight: Tensor = layer.get_base_layer().weight
-    if not weight.is_floating_point() or is_sharded_tensor(weight):
-        raise UserError(
-            f"LoRA cannot be merged into {path}, whose weight is quantized or spread over processes: save the adapter, "
-            "and merge it over the ordinary base with `trenchcoat export --merge`"
-        )
-    return weight
-
-
-def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    paths = []
-    for site in attention_sites(model):
-        linear = [name for name, m in site.module.named_children() if isinstance(m, nn.Linear)]
-        chosen = choose_lora_targets(targets, linear, f"the attention of layer {site.index}")
-        paths += [f"{site.name}.{name}" for name in chosen]
-    return paths
-
-
-def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _take_out_lora(model: nn.Module, *, merge: bool) -> None:
-    if not has_lora(model):
-        return
-    for path, layer in _lora_layers(model):
-        base = layer.get_base_layer()
-        if merge:
-            _whole_weight(path, layer)
-            update = layer.get_delta_weight(_ADAPTER)
-            base.weight.data = (base.weight.data.float() + update.float()).to(base.weight.dtype)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, base)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
-# What was learned, as named tensors
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Students' and LoRA's parameters by name, e.g. `model.layers.0.self_attn.student.mix_H` and
-    `model.layers.0.self_attn.q_proj.lora_A.weight`; detached, not copied."""
-    return {name: p.detach() for name, p in _learned(model).items()}
-
-
-def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` (as :func:`adapter_state` names them) into the model.
-
-    The names must be exactly the model's, and so the shapes: UserError names the first that differ, and nothing is
-    changed then.
-    """
-    own = _learned(model)
-    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or foreign:
-        hint = "; call add_lora(model, cfg) first" if any("lora_" in n for n in foreign) and not has_lora(model) else ""
-        parts = [f"{len(missing)} missing, e.g. {missing[0]}"] if missing else []
-        parts += [f"{len(foreign)} not of this model, e.g. {foreign[0]}"] if foreign else []
-        raise UserError(f"the adapter does not belong to this model and its settings: {'; '.join(parts)}{hint}")
-    for name, parameter in own.items():
-        given, wanted = tuple(tensors[name].shape), tuple(parameter.shape)
-        if given != wanted:
-            raise UserError(f"the adapter does not fit: {name} is {given}, the model's is {wanted}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-
-
-def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
-    owned = {id(p) for student in students_of(model).values() for p in student.parameters()}
-    named = model.named_parameters()
-    return {n.replace(f".{_ADAPTER}.", "."): p for n, p in named if id(p) in owned or "lora_" in n}

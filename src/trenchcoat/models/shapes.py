@@ -20,7 +20,7 @@ from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of
 
-FOLDER = Path(__file__).parent
+SHIPPED_FOLDER = Path(__file__).parent / "shipped_configs"
 
 SHIPPED: dict[str, str] = {
     "meta-llama/llama-3.1-8b": "llama3_1_8b",
@@ -74,7 +74,7 @@ class Shapes:
     def lora_layers(self, cfg: LoraConfig) -> list[tuple[int, int]]:
         """(inputs, outputs) of the linear layers of one attention that `cfg.targets` gives a LoRA.
 
-        Families with one fused `qkv_proj` get it there, as in `surgery.add_lora`. UserError for a target that the
+        Families with one fused `qkv_proj` get it there, as in `lora.add_lora`. UserError for a target that the
         model does not have.
         """
         known = {name: (inputs, outputs) for name, inputs, outputs in self.projections}
@@ -164,7 +164,7 @@ def find_config(path: str, revision: str | None = None) -> Any:
     except (OSError, ValueError):
         shipped = SHIPPED.get(path.lower().removesuffix("-instruct"))
     if shipped is not None:
-        return AutoConfig.from_pretrained(str(FOLDER / f"{shipped}.json"))
+        return AutoConfig.from_pretrained(str(SHIPPED_FOLDER / f"{shipped}.json"))
     try:
         return AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:

@@ -1,0 +1,128 @@
+"""LoRA (https://arxiv.org/abs/2106.09685) into a model and out of it again. This is the only file that knows PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.models.attach import require_grad, students_of
+from trenchcoat.models.families import attention_sites, choose_lora_targets
+from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
+
+_ADAPTER = "default"
+"""PEFT's name for the one adapter of a model."""
+
+
+def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
+    """Put a LoRA on the linear layers `cfg.targets` of every layer's attention; returns their paths.
+
+    Families with one fused `qkv_proj` get it there. LoRA's parameters are float32. Only LoRA is trainable afterwards
+    (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not have.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
+    if has_lora(model):
+        raise UserError("this model has a LoRA already; merge_lora or remove_lora first")
+    paths = _lora_targets(model, cfg.targets)
+    settings = PeftLoraConfig(
+        r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
+    )
+    inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
+    model.train(model.training)  # what was put in starts in training mode, with its dropout
+    device = compute_device(model) if is_sharded(model) else None
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.to(device, torch.float32)
+    freeze_for_lora(model, cfg)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return paths
+
+
+def freeze_for_lora(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:
+    """Only LoRA's parameters require gradients, and the students' with `cfg.train_feature_maps`; returns them."""
+    lora = list(lora_parameters(model).values())
+    if not lora:
+        raise UserError("there is no LoRA in this model; call add_lora(model, cfg) first")
+    model.requires_grad_(False)
+    maps = [p for student in students_of(model).values() for p in student.parameters()]
+    return require_grad(lora + (maps if cfg.train_feature_maps else []))
+
+
+def has_lora(model: nn.Module) -> bool:
+    """True when a LoRA is in the model and not merged."""
+    return bool(lora_parameters(model))
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """LoRA's parameters by the names they are saved under, e.g. `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    return {n.replace(f".{_ADAPTER}.", "."): p for n, p in model.named_parameters() if "lora_" in n}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add LoRA's updates to the weights and take LoRA out. No-op without LoRA."""
+    _take_out_lora(model, merge=True)
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Take LoRA out and forget it. No-op without LoRA."""
+    _take_out_lora(model, merge=False)
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have after `merge_lora`; the model is not changed.
+
+    Tensors are the model's own, except for merged weights, which are new.
+    """
+    state = {name: t for name, t in model.state_dict(keep_vars=False).items() if "lora_" not in name}
+    state = {name.replace(".base_layer.", "."): t for name, t in state.items()}
+    for path, layer in _lora_layers(model):
+        weight = _whole_weight(path, layer)
+        update = layer.get_delta_weight(_ADAPTER)
+        state[f"{path}.weight"] = (weight.float() + update.float()).to(weight.dtype).detach()
+    return state
+
+
+def _whole_weight(path: str, layer: Any) -> Tensor:
+    """The base weight under a LoRA; UserError for one that cannot take the update: quantized, or spread."""
+    weight: Tensor = layer.get_base_layer().weight
+    if not weight.is_floating_point() or is_sharded_tensor(weight):
+        raise UserError(
+            f"LoRA cannot be merged into {path}, whose weight is quantized or spread over processes: save the adapter, "
+            "and merge it over the ordinary base with `trenchcoat export --merge`"
+        )
+    return weight
+
+
+def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    paths = []
+    for site in attention_sites(model):
+        linear = [name for name, m in site.module.named_children() if isinstance(m, nn.Linear)]
+        chosen = choose_lora_targets(targets, linear, f"the attention of layer {site.index}")
+        paths += [f"{site.name}.{name}" for name in chosen]
+    return paths
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _take_out_lora(model: nn.Module, *, merge: bool) -> None:
+    if not has_lora(model):
+        return
+    for path, layer in _lora_layers(model):
+        base = layer.get_base_layer()
+        if merge:
+            _whole_weight(path, layer)
+            update = layer.get_delta_weight(_ADAPTER)
+            base.weight.data = (base.weight.data.float() + update.float()).to(base.weight.dtype)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, base)
+    if hasattr(model, "peft_config"):
+        del model.peft_config

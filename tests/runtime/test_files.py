@@ -1,0 +1,56 @@
+"""One command at a time in a folder: the lock names its holder, and is free again when the holder dies."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trenchcoat.runtime.files import InUse, SaveError, holder, locked
+
+HOLD = """
+import sys, time
+from trenchcoat.runtime.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_command_is_refused_at_once_with_the_holder_named(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    assert holder(folder) is None
+    assert not folder.exists()
+    with locked(folder):
+        who = holder(folder)
+        assert who is not None
+        assert who.startswith(f"process {os.getpid()} on {platform.node()} since 20")
+        with pytest.raises(InUse, match=r"is in use by process \d+ on .* since 20.*: .*Wait for it, stop it, or give"):
+            locked(folder).__enter__()
+        assert holder(folder) == who
+    assert holder(folder) is None
+    with locked(folder):
+        pass
+
+
+def test_a_killed_holders_lock_is_free(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    assert (holder(tmp_path) or "").startswith(f"process {process.pid} on ")
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert holder(tmp_path) is None
+    with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match=r"cannot save .*file.*\.lock"), locked(tmp_path / "file" / "run"):
+        pass
