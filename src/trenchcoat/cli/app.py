@@ -52,7 +52,7 @@ def guarded(action: Callable[[], None], *, debug: bool) -> int:
     except UsageError as error:
         return _failed(str(error), 2, debug)
     except UserError as error:
-        if error.told and not debug:
+        if error.reported and not debug:
             return 1
         return _failed(str(error), 1, debug)
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """Every setting of the system, and the recipes that set them."""
 
+from trenchcoat.config.errors import UsageError, UserError
 from trenchcoat.config.settings import (
     BlocksConfig,
     DataConfig,
@@ -15,8 +16,6 @@ from trenchcoat.config.settings import (
     StageConfig,
     StudentConfig,
     TransferConfig,
-    UsageError,
-    UserError,
     dump_recipe,
 )
 

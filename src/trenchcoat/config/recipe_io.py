@@ -9,29 +9,26 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
-import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from trenchcoat.config.errors import UserError
+from trenchcoat.config.settings import Constraint, Recipe
 
-from trenchcoat.config.settings import DataConfig, Recipe, StageConfig, StudentConfig, UserError
-from trenchcoat.config.units import parse_tokens
+RECIPES = Path(__file__).parent / "recipes"
+"""The folder of the recipes that ship with the package."""
 
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
-    folder = resources.files("trenchcoat.config") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,48 +37,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ``overrides`` are ``key=value`` with the key's path (``transfer.lr=5e-3``, ``transfer=null``); values are YAML.
     A recipe that names no ``run.dir`` runs in ``runs/<its own name>``. Raises ``UserError``.
     """
-    name, text, folder = _read(str(path))
-    document = _merge(name, text, overrides)
+    file = _find(str(path))
+    document = parse_yaml(str(file), _text(file), overrides)
     if not isinstance(document.get("run", {}), Mapping):
-        raise UserError(f"{name}: run must be a mapping of fields, got {document['run']!r}")
+        raise UserError(f"{file}: run must be a mapping of fields, got {document['run']!r}")
     run = dict(document.get("run") or {})
-    chosen = [item for item in overrides if item.split("=", 1)[0].strip() == "run.dir"]
-    if folder is not None and not chosen:
-        run["dir"] = folder
-    run.setdefault("dir", f"runs/{Path(name).stem}")
+    if Path(path).is_dir() and not any(item.partition("=")[0].strip() == "run.dir" for item in overrides):
+        run["dir"] = str(path)
+    run.setdefault("dir", f"runs/{file.stem}")
     return recipe_from_dict({**document, "run": run})
-
-
-def parse_yaml(name: str, text: str) -> dict[str, Any]:
-    """YAML text as nested plain values, read as recipes are (``1e-4`` is a number); ``name`` is for messages.
-
-    Raises ``UserError`` for text that is not YAML or not a mapping.
-    """
-    return _merge(name, text, ())
 
 
 def recipe_from_dict(document: Mapping[str, Any]) -> Recipe:
     """A checked recipe from nested plain values, such as a parsed ``recipe.yaml``; raises ``UserError``."""
-    recipe = _build(Recipe, document, "")
-    check_recipe(recipe)
-    return recipe
+    return typing.cast(Recipe, _build(Recipe, document, ""))
 
 
-def _read(path: str) -> tuple[str, str, str | None]:
-    """(name for messages, YAML text, run folder or None)."""
+def _find(path: str) -> Path:
     place = Path(path)
     if place.is_dir():
-        inside = place / "recipe.yaml"
-        if not inside.is_file():
+        if not (place / "recipe.yaml").is_file():
             raise UserError(f"{path} is a folder without a recipe.yaml; give a recipe file or a run's folder")
-        return str(inside), _text(inside), path
+        return place / "recipe.yaml"
     if place.is_file():
-        return path, _text(place), None
+        return place
     known = builtin_recipes()
     stem = path.removesuffix(".yaml")
     if stem in known:
-        resource = resources.files("trenchcoat.config") / "recipes" / f"{stem}.yaml"
-        return f"{stem}.yaml", resource.read_text(encoding="utf-8"), None
+        return RECIPES / f"{stem}.yaml"
     near = difflib.get_close_matches(Path(stem).name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "give the path of a YAML file or one of these names."
     raise UserError(
@@ -96,7 +79,15 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file in UTF-8") from error
 
 
-def _merge(name: str, text: str, overrides: Sequence[str]) -> dict[str, Any]:
+def parse_yaml(name: str, text: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """YAML text as nested plain values, read as recipes are (``1e-4`` is a number); ``name`` is for messages.
+
+    Raises ``UserError`` for text that is not YAML or not a mapping, and for bad overrides.
+    """
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         base = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
     except yaml.YAMLError as error:
@@ -119,20 +110,52 @@ def _merge(name: str, text: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"{name}: {' '.join(str(error).split())}") from error
 
 
-def _build(cls: type, document: Any, path: str) -> Any:
-    """``cls`` (a frozen dataclass) from a mapping, field by field."""
-    if not isinstance(document, Mapping):
-        raise UserError(f"{path} must be a mapping of fields, got {document!r}")
-    hints = typing.get_type_hints(cls)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for key in document:
-        if key not in known:
-            raise UserError(_unknown_key(_join(path, str(key)), str(key), [_join(path, name) for name in known]))
-    return cls(**{name: _value(hints[name], document[name], _join(path, name)) for name in known if name in document})
+# From plain values to checked dataclasses
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A type and everything between its brackets: of ``tuple[PositiveInt, ...] | None`` also ``int`` and its range."""
+    yield hint
+    for argument in typing.get_args(hint):
+        yield from _parts(argument)
+
+
+def _section(hint: Any) -> type | None:
+    """The dataclass in ``X`` or ``X | None``; None for a plain field."""
+    return next((part for part in _parts(hint) if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def field_paths(cls: type, path: str = "") -> list[tuple[str, Any]]:
+    """(path, type) of every field under a dataclass, sections included: ``transfer``, ``transfer.lr``, ..."""
+    found: list[tuple[str, Any]] = []
+    for name, hint in _hints(cls).items():
+        found.append((_join(path, name), hint))
+        section = _section(hint)
+        if section is not None:
+            found += field_paths(section, _join(path, name))
+    return found
+
+
+def _build(cls: type, document: Any, path: str) -> Any:
+    """``cls`` (a section of the recipe) from a mapping, field by field, checked."""
+    if not isinstance(document, Mapping):
+        raise UserError(f"{path} must be a mapping of fields, got {document!r}")
+    hints = _hints(cls)
+    for key in document:
+        if key not in hints:
+            raise UserError(_unknown_key(_join(path, str(key)), str(key), [_join(path, name) for name in hints]))
+    made = cls(**{name: _value(hints[name], document[name], _join(path, name)) for name in hints if name in document})
+    made.check(path)
+    return made
 
 
 def _unknown_key(full: str, key: str, siblings: list[str]) -> str:
@@ -147,41 +170,27 @@ def _unknown_key(full: str, key: str, siblings: list[str]) -> str:
     return f"unknown key {full}: expected one of {', '.join(siblings)}"
 
 
-def field_paths(cls: type, path: str = "") -> list[tuple[str, Any]]:
-    """(path, type) of every field under a dataclass, sections included: ``transfer``, ``transfer.lr``, ..."""
-    found: list[tuple[str, Any]] = []
-    for name, hint in typing.get_type_hints(cls).items():
-        found.append((_join(path, name), hint))
-        section = _section(hint)
-        if section is not None:
-            found += field_paths(section, _join(path, name))
-    return found
-
-
-def _section(hint: Any) -> type | None:
-    """The dataclass in ``X`` or ``X | None``; None for a plain field."""
-    for candidate in (hint, *typing.get_args(hint)):
-        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
-
-
 def _value(hint: Any, value: Any, path: str) -> Any:
-    origin = typing.get_origin(hint)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _value(next(arg for arg in typing.get_args(hint) if arg is not type(None)), value, path)
-    section = _section(hint)
-    if section is not None:
-        return _build(section, value, path)
+        return _value(next(part for part in arguments if part is not type(None)), value, path)
+    if origin is typing.Annotated:
+        found = _value(arguments[0], value, path)
+        for constraint in arguments[1:]:
+            if not constraint.holds(found):
+                raise UserError(f"{path} must be {constraint.text}, got {found!r}")
+        return found
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
     if origin is typing.Literal:
-        return _choice(typing.get_args(hint), value, path)
+        return _choice(arguments, value, path)
     if origin is tuple:
         items = [value] if isinstance(value, str | int | float) else value
         if not isinstance(items, Sequence):
             raise UserError(f"{path} must be a list, got {value!r}")
-        return tuple(_value(typing.get_args(hint)[0], item, f"{path}[{i}]") for i, item in enumerate(items))
+        return tuple(_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(items))
     return _scalar(hint, value, path)
 
 
@@ -209,111 +218,10 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
     raise UserError(f"{path} must be {names.get(hint, hint)}, got {value!r}")
 
 
-Check = tuple[Callable[[Any], bool], str]
-
-_AT_LEAST_0: Check = (lambda value: value >= 0, "at least 0")
-_AT_LEAST_1: Check = (lambda value: value >= 1, "at least 1")
-_POSITIVE: Check = (lambda value: value > 0 and math.isfinite(value), "above 0 and finite")
-_NOT_NEGATIVE: Check = (lambda value: value >= 0 and math.isfinite(value), "at least 0 and finite")
-_BELOW_1: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
-_INSIDE_0_1: Check = (lambda value: 0 < value < 1, "above 0 and below 1")
-_NOT_EMPTY: Check = (lambda value: bool(value.strip()), "text that is not empty")
-
-_RANGES: dict[str, Check] = {
-    **dict.fromkeys(("model.path", "model.device", "data.path", "data.split", "run.dir", "student.name"), _NOT_EMPTY),
-    **dict.fromkeys(("window", "feature_map.feature_dim", "feature_map.adapter_dim"), _AT_LEAST_1),
-    **dict.fromkeys(("max_rows", "rows", "batch_size", "accumulation", "max_steps", "validation_rows"), _AT_LEAST_1),
-    **dict.fromkeys(("eval_every", "eval_batches", "save_every", "keep_checkpoints", "early_stopping"), _AT_LEAST_1),
-    **dict.fromkeys(("rank", "threads", "node_size", "timeout_seconds"), _AT_LEAST_1),
-    **dict.fromkeys(("blocks.size", "blocks.jobs", "blocks.shard_mib"), _AT_LEAST_1),
-    "blocks.epochs": (lambda value: all(item > 0 and math.isfinite(item) for item in value), "numbers above 0"),
-    "early_stopping_threshold": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    **dict.fromkeys(("min_tokens", "max_tokens", "select_rows"), _AT_LEAST_1),
-    **dict.fromkeys(("sinks", "warmup_steps", "plateau_patience", "run.seed"), _AT_LEAST_0),
-    **dict.fromkeys(("lr", "epochs", "clip", "alpha", "feature_map.eps"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "min_lr", "mse_weight", "xent_weight"), _NOT_NEGATIVE),
-    **dict.fromkeys(("beta1", "beta2", "dropout"), _BELOW_1),
-    **dict.fromkeys(("mix_init", "plateau_factor", "validation_fraction"), _INSIDE_0_1),
-    "seq_len": (lambda value: value >= 2, "at least 2"),
-    "keep_softmax": (lambda value: all(item >= 0 for item in value), "layer indices of at least 0"),
-    "decode_lengths": (lambda value: all(item >= 1 for item in value), "lengths of at least 1"),
-    "targets": (bool, "the names of one linear layer or more"),
-}
-"""Ranges by the end of the field's path; the longest matching end is used. A null value is not checked."""
+# Help texts
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise ``UserError`` for the first value out of its range, or the first two fields that do not fit together."""
-    for path, hint in field_paths(Recipe):
-        value = _lookup(recipe, path)
-        if value is None or _section(hint) is not None:
-            continue
-        check = _range_of(path)
-        if check is not None and not check[0](value):
-            raise UserError(f"{path} must be {check[1]}, got {value!r}")
-    _check_window(recipe.student, recipe.data)
-    check_data(recipe.data)
-    parse_tokens(recipe.blocks.pass_tokens)
-    for name, stage in (("transfer", recipe.transfer), ("lora", recipe.lora)):
-        if stage is not None:
-            _check_stage(name, stage)
-            if recipe.data.streaming and stage.max_steps is None:
-                raise UserError(
-                    f"data.streaming=true needs {name}.max_steps: a stream has no length that {name}.epochs "
-                    f"({stage.epochs:g}) could be counted in"
-                )
-    if recipe.transfer is not None and recipe.transfer.mse_weight == 0 and recipe.transfer.xent_weight == 0:
-        raise UserError("transfer.mse_weight and transfer.xent_weight are both 0: there is no loss to learn from")
-
-
-def _range_of(path: str) -> Check | None:
-    parts = path.split(".")
-    ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((_RANGES[end] for end in ends if end in _RANGES), None)
-
-
-def _lookup(recipe: Any, path: str) -> Any:
-    value = recipe
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _check_window(student: StudentConfig, data: DataConfig) -> None:
-    if student.name != "linear" and student.window > data.seq_len:
-        raise UserError(
-            f"student.window must be at most data.seq_len ({data.seq_len}), got {student.window}: "
-            "no token would be outside the window"
-        )
-    if student.sinks >= data.seq_len:
-        raise UserError(f"student.sinks must be below data.seq_len ({data.seq_len}), got {student.sinks}")
-
-
-def check_data(data: DataConfig) -> None:
-    """Raise ``UserError`` for the first two fields of ``data`` that do not fit together."""
-    if data.min_tokens is not None and data.max_tokens is not None and data.min_tokens > data.max_tokens:
-        raise UserError(f"data.min_tokens must be at most data.max_tokens ({data.max_tokens}), got {data.min_tokens}")
-    if (data.select == "none") != (data.select_rows is None):
-        raise UserError(
-            f"data.select={data.select} and data.select_rows={data.select_rows} do not fit: set both, for example "
-            "data.select=esl data.select_rows=5000, or neither"
-        )
-    if not data.streaming:
-        return
-    apart = {"select": "none", "max_rows": None, "validation_fraction": None}
-    for name, without in apart.items():
-        if getattr(data, name) != without:
-            raise UserError(
-                f"data.{name}={getattr(data, name)} needs to see all rows, and data.streaming=true never does: "
-                f"leave one of the two out{' (data.validation_rows works)' if name == 'validation_fraction' else ''}"
-            )
-
-
-def _check_stage(name: str, stage: StageConfig) -> None:
-    if stage.schedule != "constant" and stage.min_lr > stage.lr:
-        raise UserError(f"{name}.min_lr must be at most {name}.lr ({stage.lr:g}), got {stage.min_lr:g}")
-
-
+@functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """The text under each field of a dataclass, inherited fields included, as one paragraph a field."""
     docs: dict[str, str] = {}
@@ -331,36 +239,29 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def settings_help(sections: Sequence[str] | None = None, width: int = 100) -> str:
-    """Every setting of a recipe as help text: path, default or choices, and the docstring of the field.
+    """Every setting of a recipe as help text: path, default, range or choices, and the docstring of the field.
 
     ``sections`` (``["transfer", "lora"]``) restricts it to those.
     """
     lines: list[str] = []
-    _describe(Recipe, "", lines, width, sections)
+    for field in dataclasses.fields(Recipe):
+        if sections is None or field.name in sections:
+            lines += _described(Recipe, field, "", width)
     return "\n".join(lines).strip()
 
 
-def _describe(cls: type, path: str, lines: list[str], width: int, sections: Sequence[str] | None = None) -> None:
-    docs = field_docs(cls)
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        if sections is not None and field.name not in sections:
-            continue
-        full = _join(path, field.name)
-        section = _section(hints[field.name])
-        if section is not None:
-            lines += ["", f"{full}: {docs[field.name]}"]
-            _describe(section, full, lines, width)
-            continue
-        lines.append(f"  {full}={_shown(field.default)}")
-        for choices in _choices(hints[field.name]):
-            lines.append(f"      one of {' | '.join(map(str, choices))}")
-        lines += textwrap.wrap(docs[field.name], width, initial_indent="      ", subsequent_indent="      ")
-
-
-def _choices(hint: Any) -> list[tuple[Any, ...]]:
-    literal = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal]
-    return [typing.get_args(part) for part in literal]
+def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) -> list[str]:
+    """The lines of a field, or of a section and its fields."""
+    hint, text, full = _hints(cls)[field.name], field_docs(cls)[field.name], _join(path, field.name)
+    section = _section(hint)
+    if section is not None:
+        inner = [_described(section, each, full, width) for each in dataclasses.fields(section)]
+        return ["", f"{full}: {text}", *itertools.chain(*inner)]
+    limits = [part.text for part in _parts(hint) if isinstance(part, Constraint)]
+    lines = [f"  {full}={_shown(field.default)}" + "".join(f"  ({limit})" for limit in limits)]
+    choices = [typing.get_args(part) for part in _parts(hint) if typing.get_origin(part) is typing.Literal]
+    lines += [f"      one of {' | '.join(map(str, each))}" for each in choices]
+    return lines + textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
 
 
 def _shown(value: Any) -> str:

@@ -1,14 +1,18 @@
 """Every setting of the system, as frozen dataclasses; a recipe is one YAML file over them.
 
-Field docstrings (the string below each field) are the help texts of the command line.
+The string below a field is its help text on the command line, its type says which values it takes. What two fields
+must have in common is checked by the ``check`` method beside them, when a recipe is read.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-import yaml
+from trenchcoat.config.errors import UserError
+from trenchcoat.config.units import parse_tokens
 
 Kind = Literal["terrace", "sliding", "linear"]
 """Which keys are near (softmax) and which far (linear); the formula is in ``trenchcoat.ops.reference``."""
@@ -16,28 +20,42 @@ Kind = Literal["terrace", "sliding", "linear"]
 FeatureMapName = Literal["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", "elu"]
 
 
-class UserError(ValueError):
-    """A mistake of the user's: the message names the value, what was expected and the mend, in one line."""
+@dataclass(frozen=True)
+class Constraint:
+    """What the value of a field must be beyond its type, as in ``Annotated[int, Constraint(...)]``; null is exempt."""
 
-    told = False
-    """Whether another process has told the user already."""
+    text: str
+    """Completes "must be ..."."""
+    holds: Callable[[Any], bool]
 
 
-class UsageError(UserError):
-    """The command line or the recipe is wrong; nothing was started."""
+PositiveInt = Annotated[int, Constraint("at least 1", lambda value: value >= 1)]
+NonNegativeInt = Annotated[int, Constraint("at least 0", lambda value: value >= 0)]
+RowLength = Annotated[int, Constraint("at least 2", lambda value: value >= 2)]
+PositiveFloat = Annotated[float, Constraint("above 0 and finite", lambda value: 0 < value < math.inf)]
+NonNegativeFloat = Annotated[float, Constraint("at least 0 and finite", lambda value: 0 <= value < math.inf)]
+Share = Annotated[float, Constraint("at least 0 and below 1", lambda value: 0 <= value < 1)]
+InnerShare = Annotated[float, Constraint("above 0 and below 1", lambda value: 0 < value < 1)]
+Text = Annotated[str, Constraint("text that is not empty", lambda value: bool(value.strip()))]
+LayerNames = Annotated[tuple[str, ...], Constraint("the names of one linear layer or more", bool)]
+
+
+class _Section:
+    def check(self, path: str) -> None:
+        """Raise ``UserError`` for fields that do not fit together; ``path`` is where the section is in the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The pretrained softmax Transformer to start from."""
 
-    path: str = "embedded"
+    path: Text = "embedded"
     """Hub id, local folder in Hugging Face format, or `embedded` for the small Llama that ships with trenchcoat."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
     """Precision of the frozen base weights; `auto` is bfloat16 on a GPU and float32 on a CPU."""
-    device: str = "auto"
+    device: Text = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     attention: str = "auto"
     """The attention the teacher runs: Transformers' `sdpa`, `eager`, `flash_attention_2`, ..., or `auto`: `sdpa` where
@@ -47,33 +65,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureMapConfig:
+class FeatureMapConfig(_Section):
     """phi(x) = act(x W + b), one W per head, applied after RoPE (DESIGN section 1; LoLCATs, section 3.2)."""
 
     name: FeatureMapName = "hedgehog"
     """Activation: hedgehog (softmax of u and of -u), t2r (relu), exp, elu; `_half` keeps only the first of the pair."""
-    feature_dim: int = 64
+    feature_dim: PositiveInt = 64
     """Columns of W. hedgehog and exp give twice as many features, the others exactly this many."""
     bias: bool | None = None
     """Learn a bias b; default (null): only for t2r."""
     skip: bool = False
     """Residual map u = x + x W (+ b); needs feature_dim equal to the head dimension."""
-    adapter_dim: int | None = None
+    adapter_dim: PositiveInt | None = None
     """Width r of a bottleneck before the map, x + relu(x A) B with A [D, r], B [r, D]; null for none."""
     init: Literal["identity", "kaiming", "normal", "landmarks"] = "identity"
     """Initial W: identity (eye, rectangular when feature_dim != head dim), kaiming uniform, normal(0, 0.02), or
     landmarks (scores against keys of the first training rows). With `skip`, identity means W = 0."""
-    eps: float = 1e-12
+    eps: PositiveFloat = 1e-12
     """Features are clamped from below at this value."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentConfig:
+class StudentConfig(_Section):
     """The attention that replaces softmax."""
 
-    name: str = "terrace"
+    name: Text = "terrace"
     """Name in the STUDENTS registry: `terrace`, `sliding`, `linear`, `window_sinks`, or one of your own."""
-    window: int = 64
+    window: PositiveInt = 64
     """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W."""
     feature_map: FeatureMapConfig = field(default_factory=FeatureMapConfig)
     """The feature map of queries and keys."""
@@ -83,11 +101,11 @@ class StudentConfig:
     """One key map per query head, or per key/value head (decoding state smaller by the GQA factor)."""
     affine: bool = False
     """Weight of the far part: 1 (false) or 1 - g (true)."""
-    mix_init: float = 0.1
+    mix_init: InnerShare = 0.1
     """Initial g = sigmoid(mix), the weight of the near (softmax) part."""
-    sinks: int = 0
+    sinks: NonNegativeInt = 0
     """The first `sinks` tokens of a row stay in the near set of every query."""
-    keep_softmax: tuple[int, ...] = ()
+    keep_softmax: tuple[NonNegativeInt, ...] = ()
     """Indices of layers that keep their softmax attention."""
     impl: Literal["chunkwise", "reference", "triton", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
@@ -96,28 +114,28 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(_Section):
     """Text, its template and its packing."""
 
-    path: str = "embedded"
+    path: Text = "embedded"
     """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library).
     `path[5000]` takes 5000 rows of it, always the same ones, in its order (all, where it has fewer)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
-    split: str = "train"
+    split: Text = "train"
     """Split to train on."""
     validation_path: str | None = None
     """Separate validation file; without it the `validation` split, else rows held out from `split`."""
-    validation_rows: int = 500
+    validation_rows: PositiveInt = 500
     """Rows held out from the front when there is no validation split."""
-    validation_fraction: float | None = None
+    validation_fraction: InnerShare | None = None
     """Hold out this fraction of the rows instead of `validation_rows`; of a `.txt` file, of its end (null: 0.05)."""
     format: Literal["auto", "alpaca", "chat", "text"] = "auto"
     """Schema of a row: {instruction, input, output}, {conversations | messages}, or {text}; `auto` looks at each row,
     so Long-LLM files, which mix {text} and {conversations}, need nothing."""
     text_column: str = "text"
     """Column read by the `text` format."""
-    seq_len: int = 1024
+    seq_len: RowLength = 1024
     """Tokens of one training row, T."""
     packing: Literal["across", "contiguous"] = "across"
     """`across`: samples are concatenated and cut; `contiguous`: a row holds one sample (short rows are padded)."""
@@ -125,16 +143,16 @@ class DataConfig:
     """alpaca and chat: only the response counts in the labels."""
     eos: bool = True
     """End every sample with the tokenizer's end token; false for models that never saw one (BOS then separates)."""
-    max_rows: int | None = None
+    max_rows: PositiveInt | None = None
     """Use only this many rows of the source (after the held-out ones)."""
-    min_tokens: int | None = None
+    min_tokens: PositiveInt | None = None
     """Leave out (and count) samples of fewer tokens, marks included; held-out ones too."""
-    max_tokens: int | None = None
+    max_tokens: PositiveInt | None = None
     """Leave out (and count) samples of more tokens, marks included; held-out ones too."""
     select: Literal["none", "esl"] = "none"
     """`esl` trains on the samples with the largest effective sequence length (LoLCATs, equation 9): how far back the
     model's attention looks, over a sample's first `seq_len` tokens. One pass of the model, kept in `cache_dir`."""
-    select_rows: int | None = None
+    select_rows: PositiveInt | None = None
     """Training samples that `select` keeps; needed with it."""
     streaming: bool = False
     """Read the training rows as a stream, for data larger than memory and disk cache. Needs max_steps in both stages,
@@ -144,88 +162,119 @@ class DataConfig:
     cache_dir: str | None = None
     """Where tokenized data is kept, by a hash of its content; null is `~/.cache/trenchcoat`."""
 
+    def check(self, path: str = "data") -> None:
+        """Raise ``UserError`` for fields that do not fit together."""
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"{path}.min_tokens must be at most {path}.max_tokens ({self.max_tokens}), got {self.min_tokens}"
+            )
+        if (self.select == "none") != (self.select_rows is None):
+            raise UserError(
+                f"{path}.select={self.select} and {path}.select_rows={self.select_rows} do not fit: set both, for "
+                f"example {path}.select=esl {path}.select_rows=5000, or neither"
+            )
+        needs_all_rows = {"select": "none", "max_rows": None, "validation_fraction": None}
+        for name, unset in needs_all_rows.items() if self.streaming else ():
+            if getattr(self, name) != unset:
+                instead = " (data.validation_rows works)" if name == "validation_fraction" else ""
+                raise UserError(
+                    f"{path}.{name}={getattr(self, name)} needs to see all rows, and {path}.streaming=true never does: "
+                    f"leave one of the two out{instead}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(_Section):
     """What both training stages share; read by `train.fit`."""
 
-    lr: float = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's decoupled weight decay."""
-    beta1: float = 0.9
+    beta1: Share = 0.9
     """AdamW's first moment decay."""
-    beta2: float = 0.999
+    beta2: Share = 0.999
     """AdamW's second moment decay."""
-    epochs: float = 2.0
+    epochs: PositiveFloat = 2.0
     """Passes over the training rows; ignored when max_steps is given."""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """Optimizer steps; overrides epochs."""
-    batch_size: int = 1
+    batch_size: PositiveInt = 1
     """Rows a forward pass (micro-batch)."""
-    accumulation: int = 8
+    accumulation: PositiveInt = 8
     """Micro-batches an optimizer step, over all processes together."""
-    clip: float | None = 1.0
+    clip: PositiveFloat | None = 1.0
     """Gradient norm limit; null for none."""
     clip_scope: Literal["layer", "global"] = "global"
     """Clip every layer's student by its own norm, or all trainable parameters by one norm."""
     schedule: Literal["plateau", "cosine", "linear", "constant"] = "plateau"
     """Learning-rate schedule; plateau is stepped on the evaluation loss (of each layer, with `clip_scope: layer`)."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Linear warm-up, in optimizer steps (any schedule)."""
-    min_lr: float = 1e-5
+    min_lr: NonNegativeFloat = 1e-5
     """Floor of the plateau, cosine and linear schedules."""
-    plateau_factor: float = 0.1
+    plateau_factor: InnerShare = 0.1
     """plateau: what the rate is multiplied by."""
-    plateau_patience: int = 10
+    plateau_patience: NonNegativeInt = 10
     """plateau: evaluations without improvement before the rate falls."""
-    eval_every: int = 100
+    eval_every: PositiveInt = 100
     """Evaluate every this many optimizer steps (and at the end)."""
-    eval_batches: int | None = None
+    eval_batches: PositiveInt | None = None
     """Use only this many validation micro-batches; null for all."""
-    save_every: int = 100
+    save_every: PositiveInt = 100
     """Write a resumable checkpoint every this many optimizer steps (and at the end)."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = 2
     """Complete checkpoints kept; each holds the best weights so far too."""
-    early_stopping: int | None = None
+    early_stopping: PositiveInt | None = None
     """Stop after this many evaluations without improvement; null for never. With `clip_scope: layer` every layer stops
     by itself."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: Share = 0.0
     """early_stopping: an evaluation is an improvement when it is below the best one by this share."""
     restore_best: bool = True
     """End with the weights of the best evaluation loss (with `clip_scope: layer`, of each layer's own)."""
+
+    def check(self, path: str) -> None:
+        """Raise ``UserError`` for a schedule that would end above its start."""
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise UserError(f"{path}.min_lr must be at most {path}.lr ({self.lr:g}), got {self.min_lr:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferConfig(StageConfig):
     """Stage 1, attention transfer (LoLCATs, section 3.1 and appendix A)."""
 
-    lr: float = 1e-2
+    lr: PositiveFloat = 1e-2
     """Peak learning rate of AdamW."""
     clip_scope: Literal["layer", "global"] = "layer"
     """The layers are independent: clip each student by its own norm, and schedule, keep and stop it by its own loss
     (`layer`); or clip all by one norm and judge them by their mean (`global`)."""
-    mse_weight: float = 1000.0
+    mse_weight: NonNegativeFloat = 1000.0
     """Weight of the squared error of the attention outputs, before the output projection."""
-    xent_weight: float = 0.0
+    xent_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy between the rows of both attention maps."""
     normalize: Literal["none", "layer"] = "none"
     """`layer` divides the squared error by mean(y^2) of that layer."""
+
+    def check(self, path: str) -> None:
+        """Raise ``UserError`` for a bad schedule, or when there is no loss."""
+        super().check(path)
+        if self.mse_weight == 0 and self.xent_weight == 0:
+            raise UserError(f"{path}.mse_weight and {path}.xent_weight are both 0: there is no loss to learn from")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(StageConfig):
     """Stage 2, LoRA with next-token loss (LoLCATs, section 3.1 and appendix A)."""
 
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
-    rank: int = 8
+    rank: PositiveInt = 8
     """LoRA rank r."""
-    alpha: float = 16.0
+    alpha: PositiveFloat = 16.0
     """LoRA alpha; updates are scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout before the LoRA matrices."""
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: LayerNames = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the linear layers that get a LoRA."""
     train_feature_maps: bool = False
     """Train feature maps and mixes too."""
@@ -234,29 +283,29 @@ class LoraConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(_Section):
     """How a run under `torchrun` is spread over its processes; nothing here acts on a single one."""
 
     shard: Literal["full", "node", "none"] = "full"
     """Who holds the frozen base: `full`, a share on every process (FSDP2); `node`, a whole copy a node, shared by its
     processes (HSDP); `none`, a whole copy on each."""
-    node_size: int | None = None
+    node_size: PositiveInt | None = None
     """Processes that share a copy under `node`; null is those that torchrun started on this node."""
     cpu_offload: bool = False
     """Keep the shards in host memory and bring them to the device layer by layer."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Collectives; `auto` is nccl on GPUs (with gloo for the host's), gloo on CPUs."""
-    timeout_seconds: int = 600
+    timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this ends the job."""
     async_save: bool = True
     """Write checkpoints while training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlocksConfig:
+class BlocksConfig(_Section):
     """Attention transfer block by block (`trenchcoat blocks`), for models larger than the machine."""
 
-    size: int | None = None
+    size: PositiveInt | None = None
     """Layers a block, k (the last block may have fewer); null is as many as the device's memory takes, for streaming
     at most the number that lets the next block be read meanwhile, and 1 where `ranks` is `pipeline`."""
     pass_tokens: str = "auto"
@@ -266,48 +315,52 @@ class BlocksConfig:
     """Where a pass keeps the hidden states between two blocks; `auto`: in memory where they fit."""
     hidden_dir: str | None = None
     """Folder of hidden states on disk; null is `blocks/hidden` in the run's folder."""
-    shard_mib: int = 256
+    shard_mib: PositiveInt = 256
     """Size of a file of hidden states at most, in MiB."""
-    epochs: tuple[float, ...] = ()
+    epochs: tuple[PositiveFloat, ...] = ()
     """Passes over the training rows of each block, in order; empty is `transfer.epochs` for all of them."""
     ranks: Literal["data", "pipeline"] = "data"
     """What several processes under torchrun do: `data`, all train the same block on their share of the micro-batches;
     `pipeline` (for `blocks run`), each holds a range of the blocks for good and hands its outputs to the next."""
     launcher: Literal["local", "slurm"] = "local"
     """Who runs `blocks run --parallel`: this machine's devices, or a Slurm job array (extra `cluster`)."""
-    jobs: int | None = None
+    jobs: PositiveInt | None = None
     """Blocks trained at once by the launcher; null is one a GPU (one without GPUs) for `local`, all for `slurm`."""
     slurm: tuple[str, ...] = ()
     """Further sbatch options as `name=value`: [partition=gpu, account=lab, time=240]."""
 
+    def check(self, path: str) -> None:
+        """Raise ``UserError`` for a ``pass_tokens`` that is no number of tokens."""
+        parse_tokens(self.pass_tokens, f"{path}.pass_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(_Section):
     """The report's evaluation."""
 
-    rows: int = 32
+    rows: PositiveInt = 32
     """Validation rows scored."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Rows a forward pass."""
-    seq_len: int | None = None
+    seq_len: RowLength | None = None
     """Tokens of an evaluation row; null is data.seq_len."""
     baselines: bool = True
     """Also train and score the comparison rows (LoRA only; window + sinks with the same LoRA budget)."""
-    sinks: int = 4
+    sinks: NonNegativeInt = 4
     """Sink tokens of the window + sinks rows."""
-    decode_lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    decode_lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024, 2048)
     """Context lengths at which decoding time and state size are measured; empty for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(_Section):
     """Where a run lives and how it is reproduced."""
 
-    dir: str = "runs/default"
+    dir: Text = "runs/default"
     """The run's folder: recipe, log, checkpoints, adapter, report."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of initialisation, data order and dropout."""
-    threads: int | None = None
+    threads: PositiveInt | None = None
     """CPU threads; null leaves torch's choice."""
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     """Progress display: a bar on a terminal, plain lines otherwise."""
@@ -318,7 +371,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(_Section):
     """One complete run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -340,15 +393,26 @@ class Recipe:
     run: RunConfig = field(default_factory=RunConfig)
     """Folder, seed, display."""
 
+    def check(self, path: str = "") -> None:
+        """Raise ``UserError`` for sections that do not fit together."""
+        student, data = self.student, self.data
+        if student.name != "linear" and student.window > data.seq_len:
+            raise UserError(
+                f"student.window must be at most data.seq_len ({data.seq_len}), got {student.window}: "
+                "no token would be outside the window"
+            )
+        if student.sinks >= data.seq_len:
+            raise UserError(f"student.sinks must be below data.seq_len ({data.seq_len}), got {student.sinks}")
+        for name, stage in (("transfer", self.transfer), ("lora", self.lora)):
+            if data.streaming and stage is not None and stage.max_steps is None:
+                raise UserError(
+                    f"data.streaming=true needs {name}.max_steps: a stream has no length that {name}.epochs "
+                    f"({stage.epochs:g}) could be counted in"
+                )
+
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML text, every field written out; ``recipe_io.load_recipe`` reads it back to an equal recipe."""
-    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False, allow_unicode=True)
+    import yaml
 
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)

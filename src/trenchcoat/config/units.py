@@ -6,7 +6,7 @@ import math
 import re
 from typing import Literal
 
-from trenchcoat.config.settings import UserError
+from trenchcoat.config.errors import UserError
 
 GIB = 1 << 30
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}

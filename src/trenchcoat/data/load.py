@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.config.recipe_io import check_data
 from trenchcoat.data.batches import Batch, Batches, Part
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
@@ -52,7 +51,7 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int,
     ``rank`` is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one).
     Raises ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
     """
-    check_data(cfg)
+    cfg.check()
     _check(cfg, batch_size, seed)
     pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
     if cfg.streaming:

@@ -44,7 +44,7 @@ class ProcessLost(UserError):
 class FailedElsewhere(UserError):
     """What the main process alone did has failed there; every process raises it with the same message."""
 
-    told = True
+    reported = True
 
 
 @dataclass(frozen=True)
