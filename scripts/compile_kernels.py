@@ -28,8 +28,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from trenchcoat.ops import StudentState
-from trenchcoat.ops.state import Rule
+from trenchcoat.ops import HeadWeights, Rule, StateSizes, StudentState, Tokens
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import crossent_launch
 from trenchcoat.ops.triton import decode as triton_decode
@@ -93,39 +92,38 @@ class Layer:
         def empty(heads: int) -> torch.Tensor:
             return torch.empty(1, heads, TOKENS, dim, dtype=dtype).requires_grad_()
 
-        self.q, self.k, self.v = empty(HEADS), empty(KV_HEADS), empty(KV_HEADS)
-        self.maps = [launch.FusedMap("hedgehog", torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
-        self.log_ratio = torch.empty(HEADS).requires_grad_()
+        self.tokens = Tokens(empty(HEADS), empty(KV_HEADS), empty(KV_HEADS))
+        maps = [launch.FusedMap("hedgehog", torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
+        self.maps, self.heads = (maps[0], maps[1]), HeadWeights(torch.empty(HEADS).requires_grad_())
         self.rule = Rule(kind=kind, window=window, scale=dim**-0.5)  # type: ignore[arg-type]
 
     def training(self) -> None:
         """Outputs and every gradient."""
-        y, _ = triton.attend(self.q, self.k, self.v, *self.maps, self.log_ratio, rule=self.rule)
+        y, _ = triton.attend(self.tokens, self.maps, self.heads, self.rule)
         y.backward(torch.empty_like(y))
 
     def reading(self) -> None:
         """Outputs without gradients."""
         with torch.no_grad():
-            triton.attend(self.q, self.k, self.v, *self.maps, self.log_ratio, rule=self.rule)
+            triton.attend(self.tokens, self.maps, self.heads, self.rule)
 
     def transfer(self) -> None:
         """Attention transfer."""
-        y = torch.empty_like(self.q)
-        triton.transfer(self.q, self.k, self.v, y, *self.maps, self.log_ratio, rule=self.rule)
+        y = torch.empty_like(self.tokens.q_BHTD)
+        triton.transfer(self.tokens, y, self.maps, self.heads, self.rule)
 
     def crossing(self) -> None:
         """Attention transfer's cross-entropy of attention rows."""
         with torch.no_grad():
-            crossent_launch.cross_entropy(self.q, self.k, *self.maps, self.log_ratio, rule=self.rule)
+            crossent_launch.cross_entropy(self.tokens, self.maps, self.heads, self.rule)
 
     def decoding(self) -> None:
         """A decode step."""
-        state = StudentState.empty(
-            1, rule=self.rule, kv_heads=KV_HEADS, key_map_heads=HEADS, key_dim=self.q.shape[3],
-            value_dim=self.q.shape[3], features=self.maps[0].features, dtype=self.q.dtype,
-        )  # fmt: skip
-        new = [x.detach()[:, :, :1] for x in (self.q, self.k, self.v)]
-        triton_decode.decode(*new, *self.maps, self.log_ratio, state, rule=self.rule)
+        q, features = self.tokens.q_BHTD, self.maps[0].features
+        dim = q.shape[3]
+        sizes = StateSizes(kv_heads=KV_HEADS, key_maps=HEADS, key_dim=dim, value_dim=dim, features=features)
+        state = StudentState.empty(1, self.rule, sizes, dtype=q.dtype)
+        triton_decode.decode(self.tokens[:1], self.maps, self.heads, state, self.rule)
 
 
 def longest_loop(cubin: bytes) -> list[str]:

@@ -50,7 +50,8 @@ def run(kind: str, size: dict[str, int], dtype: torch.dtype, device: str) -> Non
         found.append(student.metrics["loss"])
         before, after = size["tokens"] - 3, slice(size["tokens"] - 3, None)
         prefix = [x[:, :, :before] for x in (q, k, v)]
-        _, state = student(*prefix, scale=scale, return_state=True)
+        empty = student.empty_state(1, dtype=dtype, device=device)
+        _, state = student(*prefix, scale=scale, state=empty)
         found.append(student.decode(*(x[:, :, after] for x in (q, k, v)), state=state, scale=scale))
     for x in found:
         if x is not None and not bool(torch.isfinite(x).all()):

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed; pip install 'tren
 
 from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
-from trenchcoat.ops import Rule, linear_window_attention
+from trenchcoat.ops import Features, HeadWeights, Rule, Tokens, linear_window_attention
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import launch as triton_launch
 from trenchcoat.ops.triton import passes as triton_passes
@@ -113,15 +113,10 @@ class KernelCase:
 
     def run_reference(self, leaves: dict[str, Tensor]) -> Tensor:
         """y of the quadratic reference."""
-        far = self.rule.far
-        fq, fk = (self.phi(leaves, s)(leaves[x]) if far else None for s, x in (("query", "q"), ("key", "k")))
-        rule = self.rule
-        y, _ = linear_window_attention(
-            leaves["q"], leaves["k"], leaves["v"], fq, fk, leaves["mix"], kind=rule.kind, window=rule.window,
-            scale=rule.scale, softcap=rule.softcap, sinks=rule.sinks, affine=rule.affine, far=rule.far,
-            sink_logit_H=leaves["sink_logit"] if self.sink_logit else None, mask_BT=self.real(), impl="reference",
-        )  # fmt: skip
-        return y
+        features = None
+        if self.rule.far:
+            features = Features(*(self.phi(leaves, s)(leaves[x]) for s, x in (("query", "q"), ("key", "k"))))
+        return linear_window_attention(self.qkv(leaves), features, self.weights(leaves), self.rule, impl="reference")[0]
 
     def low_precision(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same by the independent run in 16 bits; for rows without padding."""
@@ -133,24 +128,28 @@ class KernelCase:
         run = LowPrecision(rule=self.rule, map=self.map, dtype=dtype, store=store)
         return run(leaves, bias=self.bias, sink_logit=self.sink_logit)
 
-    def maps(self, leaves: dict[str, Tensor]) -> list[triton.FusedMap | None]:
+    def qkv(self, leaves: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tokens:
+        """The tokens, in `dtype`."""
+        return Tokens(*(leaves[name].to(dtype or leaves[name].dtype) for name in "qkv"), self.real())
+
+    def weights(self, leaves: dict[str, Tensor]) -> HeadWeights:
+        """Mix and sink logit."""
+        return HeadWeights(leaves["mix"], leaves["sink_logit"] if self.sink_logit else None)
+
+    def maps(self, leaves: dict[str, Tensor]) -> triton_launch.FusedMaps | None:
         """Query and key map as the kernels take them."""
         if not self.rule.far:
-            return [None, None]
-        return [
+            return None
+        query, key = (
             triton.FusedMap(self.map, leaves[f"{s}_matrix"].float(), leaves[f"{s}_bias"].float() if self.bias else None)
             for s in ("query", "key")
-        ]
+        )
+        return query, key
 
     def kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same by the kernels; parameters stay float32."""
         leaves = self.leaves(torch.float32)
-        q, k, v = (leaves[name].to(dtype) for name in "qkv")
-        rule = self.rule
-        y, _ = triton.attend(
-            q, k, v, *self.maps(leaves), rule.log_ratio(leaves["mix"]), rule=rule,
-            sink_logit_H=leaves["sink_logit"] if self.sink_logit else None, mask_BT=self.real(),
-        )  # fmt: skip
+        y, _ = triton.attend(self.qkv(leaves, dtype), self.maps(leaves), self.weights(leaves), self.rule)
         assert y.dtype == dtype
         return self.differentiated(y, leaves)
 
@@ -191,12 +190,10 @@ class KernelCase:
     def transfer_kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same by the kernels; parameters stay float32."""
         leaves = self.leaves(torch.float32)
-        q, k, v = (leaves[name].to(dtype) for name in "qkv")
         mask = self.real()
         with torch.no_grad():
             total, grads = triton.transfer(
-                q, k, v, self.teacher().to(dtype), *self.maps(leaves), self.rule.log_ratio(leaves["mix"]),
-                rule=self.rule, sink_logit_H=leaves["sink_logit"] if self.sink_logit else None,
+                self.qkv(leaves, dtype), self.teacher().to(dtype), self.maps(leaves), self.weights(leaves), self.rule,
                 length_B=None if mask is None else mask.sum(1), error_scale=WEIGHT,
             )  # fmt: skip
         found = {"loss": total, **{n: g for n, g in zip(LEARNED, grads, strict=True) if g is not None}}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat.ops import StudentState, linear_window_attention
+from trenchcoat.ops import Features, HeadWeights, Rule, StateSizes, StudentState, Tokens, linear_window_attention
 
 NAMES = ("q", "k", "v", "fq", "fk", "mix", "sink_logit")
 
@@ -72,6 +72,25 @@ class Case:
                 mask[b] = torch.rand(self.tokens, generator=torch.Generator().manual_seed(b)) > 0.3
         return mask
 
+    @property
+    def rule(self) -> Rule:
+        """The operator's settings."""
+        return Rule(kind=self.kind, window=self.window, scale=0.7, **self.options)  # type: ignore[arg-type]
+
+    def inputs(self, tensors: Sequence[Tensor], span: slice = slice(None)) -> tuple[Tokens, Features, HeadWeights]:
+        """What the operator and a decode step take, of the tokens `span`."""
+        q, k, v, fq, fk, mix, sink = tensors
+        heads = HeadWeights(mix, sink if self.sink_logit else None)
+        return Tokens(q, k, v, self.real())[span], Features(fq, fk, self.phi)[span], heads
+
+    def empty(self, dtype: torch.dtype = torch.float64) -> StudentState:
+        """The state before the first token."""
+        sizes = StateSizes(
+            kv_heads=self.kv_heads, key_maps=self.key_maps, key_dim=self.dim, value_dim=self.values,
+            features=self.features,
+        )  # fmt: skip
+        return StudentState.empty(self.batch, self.rule, sizes, dtype=dtype)
+
     def call(
         self,
         tensors: Sequence[Tensor],
@@ -82,26 +101,9 @@ class Case:
         return_state: bool = False,
     ) -> tuple[Tensor, StudentState | None]:
         """The operator on tokens `span`."""
-        q, k, v, fq, fk, mix, sink = tensors
-        mask = self.real()
-        return linear_window_attention(
-            q[:, :, span],
-            k[:, :, span],
-            v[:, :, span],
-            fq[:, :, span],
-            fk[:, :, span],
-            mix,
-            kind=self.kind,  # type: ignore[arg-type]
-            window=self.window,
-            scale=0.7,
-            sink_logit_H=sink if self.sink_logit else None,
-            mask_BT=None if mask is None else mask[:, span],
-            state=state,
-            phi_k=self.phi,
-            return_state=return_state,
-            impl=impl,
-            **self.options,
-        )
+        if return_state and state is None:
+            state = self.empty(tensors[1].dtype)
+        return linear_window_attention(*self.inputs(tensors, span), self.rule, state=state, impl=impl)
 
     def results(self, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Output and the gradients of a random projection of it, in float64."""

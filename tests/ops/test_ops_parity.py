@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from operator_kit import Case, budget, error, label, variants
-from trenchcoat.ops import IMPLEMENTATIONS, linear_window_attention
+from trenchcoat.ops import IMPLEMENTATIONS, Features, HeadWeights, Rule, Tokens, linear_window_attention
 from trenchcoat.ops.chunked import chunkwise, layout
 
 KINDS = ("terrace", "sliding", "linear")
@@ -119,9 +120,9 @@ def test_a_row_of_padding_only() -> None:
     tensors = case.tensors()
     mask = torch.ones(2, case.tokens, dtype=torch.bool)
     mask[1] = False
-    q, k, v, fq, fk, mix, _ = tensors
+    tokens, features, heads = case.inputs(tensors)
     for rows in (mask, torch.zeros_like(mask)):
-        y, _ = linear_window_attention(q, k, v, fq, fk, mix, kind="terrace", window=4, scale=0.7, mask_BT=rows)
+        y, _ = linear_window_attention(replace(tokens, mask_BT=rows), features, heads, case.rule)
         assert bool((y[1] == 0).all())
         assert bool(torch.isfinite(y).all())
 
@@ -131,7 +132,8 @@ def test_extreme_scores_stay_finite() -> None:
     q, k, v, fq, fk, mix, _ = (t.float() for t in case.tensors())
     tensors = [1e4 * q, 1e4 * k, v, fq, fk, mix]
     leaves = [t.requires_grad_() for t in tensors]
-    y, _ = linear_window_attention(*leaves, kind="terrace", window=4, scale=1.0)
+    rule = Rule(kind="terrace", window=4, scale=1.0)
+    y, _ = linear_window_attention(Tokens(*leaves[:3]), Features(*leaves[3:5]), HeadWeights(leaves[5]), rule)
     y.sum().backward()
     for t in (y, *(leaf.grad for leaf in leaves)):
         assert t is not None
@@ -182,9 +184,15 @@ def test_parts_cover_everything_once() -> None:
 )
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     q, k, v, fq, fk, mix, _ = Case().tensors()
-    call: dict[str, object] = {
-        "q_BHTD": q, "k_BGTD": k, "v_BGTE": v, "fq_BHTF": fq, "fk_BKTF": fk, "mix_H": mix,
-        "kind": "terrace", "window": 4, "scale": 1.0,
+    call: dict[str, Any] = {
+        "q_BHTD": q, "k_BGTD": k, "v_BGTE": v, "mask_BT": None, "fq_BHTF": fq, "fk_BKTF": fk, "mix_H": mix,
+        "kind": "terrace", "window": 4, "sinks": 0, "softcap": None, "impl": "chunkwise", **change,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        linear_window_attention(**{**call, **change})  # type: ignore[arg-type]
+        linear_window_attention(
+            Tokens(*(call[name] for name in ("q_BHTD", "k_BGTD", "v_BGTE", "mask_BT"))),
+            None if call["fq_BHTF"] is None else Features(call["fq_BHTF"], call["fk_BKTF"]),
+            HeadWeights(call["mix_H"]),
+            Rule(scale=1.0, **{name: call[name] for name in ("kind", "window", "sinks", "softcap")}),
+            impl=call["impl"],
+        )

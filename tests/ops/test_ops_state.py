@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from operator_kit import Case, error, label
-from trenchcoat.ops import IMPLEMENTATIONS, Rule, StudentState, decode_step
-from trenchcoat.ops.decode import Places, step
+from trenchcoat.ops import IMPLEMENTATIONS, Rule, StudentState
+from trenchcoat.ops.decode import Places, decode, step
 
 KINDS = ("terrace", "sliding", "linear")
 TOLERANCE = 1e-10
@@ -35,39 +35,9 @@ def _cases() -> list[Case]:
     return cases
 
 
-def _empty(case: Case, dtype: torch.dtype = torch.float64) -> StudentState:
-    rule = Rule(kind=case.kind, window=case.window, scale=0.7, sinks=case.options.get("sinks", 0))  # type: ignore[arg-type]
-    return StudentState.empty(
-        case.batch,
-        rule=rule,
-        kv_heads=case.kv_heads,
-        key_map_heads=case.key_maps,
-        key_dim=case.dim,
-        value_dim=case.values,
-        features=case.features,
-        dtype=dtype,
-    )
-
-
 def _decode(case: Case, tensors: list[Tensor], state: StudentState, span: slice) -> Tensor:
-    q, k, v, fq, fk = (t[:, :, span] for t in tensors[:5])
-    mask = case.real()
-    return decode_step(
-        q,
-        k,
-        v,
-        fq,
-        fk,
-        tensors[5],
-        state,
-        kind=case.kind,  # type: ignore[arg-type]
-        window=case.window,
-        scale=0.7,
-        sink_logit_H=tensors[6] if case.sink_logit else None,
-        mask_BT=None if mask is None else mask[:, span],
-        phi_k=case.phi,
-        **case.options,
-    )
+    with torch.no_grad():
+        return decode(*case.inputs(tensors, span), state, case.rule)
 
 
 def _visible(state: StudentState, case: Case) -> dict[str, Tensor]:
@@ -90,13 +60,13 @@ def test_any_split_gives_the_same(case: Case, impl: str) -> None:
         ((0, 1, 31), (0, 3, 4, 31), (0, 8, 17, 31), (0, 13, 30, 31), (0, 31)) if impl == "chunkwise" else ((0, 13, 31),)
     )
     for edges in cuts:
-        state: StudentState | None = _empty(case)
+        state: StudentState | None = case.empty()
         for start, stop in itertools.pairwise(edges):
             y, state = case.call(tensors, impl=impl, span=slice(start, stop), state=state, return_state=True)
             assert error(y, whole[:, :, start:stop]) < TOLERANCE
     expected = None
     if impl == "chunkwise" and state is not None:
-        _, expected = case.call(tensors, impl="reference", return_state=True, state=_empty(case))
+        _, expected = case.call(tensors, impl="reference", return_state=True, state=case.empty())
     if expected is not None and state is not None:
         found, want = _visible(state, case), _visible(expected, case)
         for name in found:
@@ -109,7 +79,7 @@ def test_any_split_gives_the_same(case: Case, impl: str) -> None:
 def test_decoding_continues_prefill(case: Case, step: int, prefill: int) -> None:
     tensors = case.tensors()
     whole, _ = case.call(tensors, impl="reference")
-    state = _empty(case)
+    state = case.empty()
     if prefill:
         _, after = case.call(tensors, impl="chunkwise", span=slice(prefill), state=state, return_state=True)
         assert after is not None
@@ -159,9 +129,9 @@ def test_rows_of_a_state_can_be_picked_repeated_and_cleared() -> None:
     size = state.nbytes()
     fresh = state.clone().zero_()
     assert state.seen_B.tolist() == [30, 30]
-    assert fresh.nbytes() == size == _empty(case).nbytes()
+    assert fresh.nbytes() == size == case.empty().nbytes()
     tensors = case.tensors()
-    want = _decode(case, tensors, _empty(case), slice(0, 12))
+    want = _decode(case, tensors, case.empty(), slice(0, 12))
     assert torch.equal(_decode(case, tensors, fresh, slice(0, 12)), want)
 
 
@@ -170,9 +140,9 @@ def test_a_buffer_needs_the_key_map() -> None:
     tensors = case.tensors()
     _, state = case.call(tensors, impl="chunkwise", return_state=True)
     assert state is not None
-    q, k, v, fq, fk, mix, _ = tensors
+    tokens, features, heads = case.inputs(tensors)
     with pytest.raises(ValueError, match="phi_k"):
-        decode_step(q, k, v, fq, fk, mix, state, kind="terrace", window=4, scale=1.0)
+        decode(tokens, replace(features, phi_k=None), heads, state, case.rule)
 
 
 def test_low_precision_buffers_keep_float32_sums() -> None:
@@ -180,13 +150,13 @@ def test_low_precision_buffers_keep_float32_sums() -> None:
     tensors = [t.to(torch.bfloat16) for t in case.tensors()[:3]] + [t.float() for t in case.tensors()[3:]]
     tensors[4] = case.phi(tensors[1].float())
     whole, _ = case.call(tensors, impl="chunkwise")
-    state = _empty(case, torch.bfloat16)
+    state = case.empty(torch.bfloat16)
     assert state.far_s_BKFE.dtype == torch.float32
     steps = []
     for t in range(case.tokens):
-        q, k, v, fq, fk = (x[:, :, t : t + 1] for x in tensors[:5])
-        phi = lambda keys: case.phi(keys.float())  # noqa: E731
-        steps.append(decode_step(q, k, v, fq, fk, tensors[5], state, kind="terrace", window=4, scale=0.7, phi_k=phi))
+        tokens, features, heads = case.inputs(tensors, slice(t, t + 1))
+        features = replace(features, phi_k=lambda keys: case.phi(keys.float()))
+        steps.append(decode(tokens, features, heads, state, case.rule))
     assert error(torch.cat(steps, 2), whole) <= torch.finfo(torch.bfloat16).eps
 
 
@@ -196,19 +166,17 @@ def test_the_step_is_one_graph_at_every_position(kind: str, masked: bool) -> Non
     """No value is asked for (a whole graph), and no position makes another one (compiled once)."""
     options = {} if kind == "linear" else {"sinks": 2, "softcap": 2.0}
     case = Case(kind=kind, tokens=31, batch=3, options=options, mask="odd" if masked else None)
-    rule = Rule(kind=kind, window=case.window, scale=0.7, **options)  # type: ignore[arg-type]
-    tensors, eager, compiled = case.tensors(), _empty(case), _empty(case)
-    real_BT = case.real()
+    tensors, eager, compiled = case.tensors(), case.empty(), case.empty()
     counter = CompileCounterWithBackend("aot_eager")
     one = torch.compile(step, fullgraph=True, backend=counter)
     for t in range(case.tokens):
-        q, k, v, fq, fk = (x[:, :, t : t + 1] for x in tensors[:5])
-        real = None if real_BT is None else real_BT[:, t]
-        places = None if kind == "linear" else Places.of(compiled, rule, torch.float64)
-        found = one(q, k, v, fq, fk, tensors[5].sigmoid(), compiled, places, rule=rule, real_B=real)
+        inputs = case.inputs(tensors, slice(t, t + 1))
+        real = None if inputs[0].mask_BT is None else inputs[0].mask_BT[:, 0]
+        places = None if kind == "linear" else Places.of(compiled, case.rule, torch.float64)
+        found = one(*inputs, compiled, places, case.rule)
         compiled.count(real)
-        # by itself the step does not fold, so the rule below must not either
-        wanted = step(q, k, v, fq, fk, tensors[5].sigmoid(), eager, places, rule=rule, real_B=real)
+        # by itself the step does not fold, so the one below must not either
+        wanted = step(*inputs, eager, places, case.rule)
         eager.count(real)
         assert error(found, wanted) < TOLERANCE
     assert counter.frame_count == 1
@@ -220,14 +188,11 @@ def test_rows_out_of_step_fold_when_their_own_chunk_is_full() -> None:
     tensors = case.tensors()
     late = torch.ones(2, 37, dtype=torch.bool)
     late[1, :2] = False
-    state = _empty(case)
-    alone = [replace(case, batch=1), _empty(replace(case, batch=1))]
+    state = case.empty()
+    alone = [replace(case, batch=1), replace(case, batch=1).empty()]
     for t in range(37):
-        q, k, v, fq, fk = (x[:, :, t : t + 1] for x in tensors[:5])
-        both = decode_step(
-            q, k, v, fq, fk, tensors[5], state, kind="terrace", window=4, scale=0.7, mask_BT=late[:, t : t + 1],
-            phi_k=case.phi,
-        )  # fmt: skip
+        tokens, features, heads = case.inputs(tensors, slice(t, t + 1))
+        both = decode(replace(tokens, mask_BT=late[:, t : t + 1]), features, heads, state, case.rule)
         if t >= 2:
             one = _decode(alone[0], [x[1:] if x.ndim == 4 else x for x in tensors], alone[1], slice(t, t + 1))  # type: ignore[arg-type]
             assert error(both[1:], one) < TOLERANCE
@@ -251,7 +216,7 @@ def test_generation_in_any_pieces_equals_recomputation(
     options = {"sinks": sinks} if kind != "linear" else {}
     tokens = sum(length for length, _ in pieces)
     case = Case(kind=kind, window=window, batch=batch, mask=mask, key_maps=key_maps, tokens=tokens, options=options)
-    tensors, state, start = case.tensors(), _empty(case), 0
+    tensors, state, start = case.tensors(), case.empty(), 0
     whole, _ = case.call(tensors, impl="reference")
     for length, stepwise in pieces:
         span = slice(start, start + length)

@@ -16,7 +16,7 @@ import low_precision
 from kernel_kit import DEVICE, KernelCase, group, name_of, output_tolerances, poison, sum_errors, transfer_tolerances
 from low_precision import DRAWS, FACTOR
 from operator_kit import budget, error
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import StateSizes, StudentState
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import launch as triton_launch
 from trenchcoat.ops.triton.launch import Call, Spans
@@ -51,7 +51,9 @@ def test_wide_heads_and_maps_are_cut() -> None:
     for case in WIDE_CASES:
         leaves = case.leaves(torch.float32)
         qkv, ratio = [leaves[name] for name in "qkv"], leaves["mix"]
-        call = Call(case.rule, *qkv, *case.maps(leaves), ratio, None, None, None, None, Spans())
+        maps = case.maps(leaves)
+        assert maps is not None
+        call = Call(case.rule, *qkv, *maps, ratio, None, None, None, None, Spans())
         c = call.constants
         assert c.piece.value > 0
         assert len(call.slices) == 2
@@ -184,16 +186,11 @@ def test_any_split_gives_the_same(case: KernelCase, monkeypatch: pytest.MonkeyPa
     assert mask is not None
     whole = case.reference(torch.float64)["y"]
     independent = error(case.reference(torch.float32)["y"], whole)
-    state = StudentState.empty(
-        case.batch, rule=case.rule, kv_heads=1, key_map_heads=1, key_dim=case.dim, value_dim=case.values,
-        features=2 * case.columns, device=DEVICE,
-    )  # fmt: skip
+    sizes = StateSizes(kv_heads=1, key_maps=1, key_dim=case.dim, value_dim=case.values, features=2 * case.columns)
+    state: StudentState | None = StudentState.empty(case.batch, case.rule, sizes, device=DEVICE)
     for span in (slice(0, 5), slice(5, 13), slice(13, 14)):
-        q, k, v = (leaves[name][:, :, span] for name in "qkv")
-        y, state = triton.attend(
-            q, k, v, *case.maps(leaves), case.rule.log_ratio(leaves["mix"]), rule=case.rule, mask_BT=mask[:, span],
-            state=state, return_state=True,
-        )  # fmt: skip
+        tokens = case.qkv(leaves)[span]
+        y, state = triton.attend(tokens, case.maps(leaves), case.weights(leaves), case.rule, state=state)
         assert state is not None
         assert error(y, whole[:, :, span]) <= budget(independent, case.terms)
 
@@ -202,14 +199,11 @@ def test_any_split_gives_the_same(case: KernelCase, monkeypatch: pytest.MonkeyPa
 def test_packed_sequences_do_not_see_one_another(kind: str) -> None:
     case = KernelCase(kind=kind, tokens=13, window=3, batch=1, heads=1, key_maps=1)
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
-    q, k, v = (leaves[name] for name in "qkv")
-    ratio, maps = case.rule.log_ratio(leaves["mix"]), case.maps(leaves)
+    tokens, more = case.qkv(leaves), (case.maps(leaves), case.weights(leaves), case.rule)
     edges = [0, 5, 6, 13]
-    packed, _ = triton.attend(
-        q, k, v, *maps, ratio, rule=case.rule, cu_seqlens=torch.tensor(edges, dtype=torch.int32, device=DEVICE)
-    )
+    packed, _ = triton.attend(tokens, *more, cu_seqlens=torch.tensor(edges, dtype=torch.int32, device=DEVICE))
     for start, stop in itertools.pairwise(edges):
-        alone, _ = triton.attend(*(x[:, :, start:stop] for x in (q, k, v)), *maps, ratio, rule=case.rule)
+        alone, _ = triton.attend(tokens[start:stop], *more)
         assert torch.equal(packed[:, :, start:stop], alone)
 
 

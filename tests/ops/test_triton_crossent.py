@@ -20,7 +20,7 @@ from kernel_kit import DEVICE, KernelCase
 from low_precision import DRAWS, LowPrecision, tolerances
 from operator_kit import budget, error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops import Rule, attention_cross_entropy, crossent
+from trenchcoat.ops import Features, HeadWeights, Rule, attention_cross_entropy, crossent
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.ops.triton import crossent_launch
 from trenchcoat.ops.triton.crossent import key_range, query_range
@@ -52,10 +52,8 @@ class Rows:
     @property
     def keywords(self) -> dict[str, Any]:
         """What both implementations take."""
-        logit = self.case.leaves(torch.float64)["sink_logit"].detach() if self.case.sink_logit else None
         length = None if self.lengths is None else torch.tensor(self.lengths, device=DEVICE)
-        window = self.teacher_window
-        return {"rule": self.case.rule, "length_B": length, "teacher_window": window, "sink_logit_H": logit}
+        return {"length_B": length, "teacher_window": self.teacher_window}
 
     def phi(self, leaves: dict[str, Tensor], side: str) -> FeatureMap:
         """The case's map with this floor."""
@@ -74,9 +72,11 @@ class Rows:
     def expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """By the blockwise code, and autograd through the maps."""
         leaves = self.leaves(dtype)
-        log_ratio = self.case.rule.log_ratio(leaves["mix"]).detach()
         fq, fk = self.phi(leaves, "query")(leaves["q"]), self.phi(leaves, "key")(leaves["k"])
-        found = attention_cross_entropy(leaves["q"], leaves["k"], fq.detach(), fk.detach(), log_ratio, **self.keywords)
+        found = attention_cross_entropy(
+            self.case.qkv(leaves), Features(fq.detach(), fk.detach()), self.case.weights(leaves), self.case.rule,
+            **self.keywords,
+        )  # fmt: skip
         assert found.dfq_BHTF is not None
         assert found.dfk_BKTF is not None
         named = [leaves[n] for n in PARAMETERS[:4]]
@@ -95,9 +95,9 @@ class Rows:
     def kernels(self, dtype: torch.dtype, *, learn: bool = True) -> dict[str, Tensor]:
         """The same by the kernels; parameters stay float32."""
         leaves = {n: t.detach() for n, t in self.leaves(torch.float32).items()}
-        maps = [replace(m, floor=self.eps) for m in self.case.maps(leaves) if m is not None]
-        q, k, log_ratio = leaves["q"].to(dtype), leaves["k"].to(dtype), self.case.rule.log_ratio(leaves["mix"])
-        return _named(*cross_entropy(q, k, *maps, log_ratio, learn=learn, **self.keywords))
+        query, key = (replace(m, floor=self.eps) for m in self.case.maps(leaves) or ())
+        inputs = self.case.qkv(leaves, dtype), (query, key), self.case.weights(leaves), self.case.rule
+        return _named(*cross_entropy(*inputs, learn=learn, **self.keywords))
 
 
 def _named(total: Tensor, grads: list[Tensor | None]) -> dict[str, Tensor]:
@@ -316,9 +316,9 @@ def test_what_the_kernels_cannot_do_is_refused(
     monkeypatch.setattr(crossent_launch, "shared_limit", lambda device: shared)
     case = replace(KernelCase(tokens=3, batch=1), **change)
     maps = case.maps({n: t.detach() for n, t in case.leaves(torch.float32).items()})
-    q, k = (case.leaves(dtype)[n] for n in "qk")
+    heads = HeadWeights(torch.zeros(2, device=DEVICE))
     with pytest.raises(ValueError, match=message):
-        cross_entropy(q, k, *maps, torch.zeros(2, device=DEVICE), rule=case.rule)
+        cross_entropy(case.qkv(case.leaves(dtype)), maps, heads, case.rule)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 from kernel_kit import DEVICE, KernelCase, output_tolerances, poison
 from operator_kit import budget, error
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import Features, StateSizes, StudentState
 from trenchcoat.ops.decode import decode as torch_decode
 from trenchcoat.ops.triton import decode as triton_decode
 
@@ -28,10 +28,11 @@ CASES = [
 
 def _state(case: KernelCase, dtype: torch.dtype = torch.float32, far: torch.dtype | None = None) -> StudentState:
     paired = 2 if case.map in ("hedgehog", "exp") else 1
-    return StudentState.empty(
-        case.batch, rule=case.rule, kv_heads=case.kv_heads, key_map_heads=case.key_maps, key_dim=case.dim,
-        value_dim=case.values, features=paired * case.columns, dtype=dtype, far_dtype=far, device=DEVICE,
+    sizes = StateSizes(
+        kv_heads=case.kv_heads, key_maps=case.key_maps, key_dim=case.dim, value_dim=case.values,
+        features=paired * case.columns,
     )  # fmt: skip
+    return StudentState.empty(case.batch, case.rule, sizes, dtype=dtype, far_dtype=far, device=DEVICE)
 
 
 def _decode(
@@ -39,19 +40,16 @@ def _decode(
 ) -> torch.Tensor:
     """y of all tokens, `step` of them a call."""
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
-    mask, found = case.real(), []
-    log_ratio, logit = case.rule.log_ratio(leaves["mix"]), leaves["sink_logit"] if case.sink_logit else None
+    whole, heads, found = case.qkv(leaves, dtype), case.weights(leaves), []
     phi_q, phi_k = (case.phi(leaves, side) for side in ("query", "key"))
     for start in range(0, case.tokens, step):
-        span = slice(start, start + step)
-        q, k, v = (leaves[name][:, :, span].to(dtype) for name in "qkv")
-        more = {"rule": case.rule, "sink_logit_H": logit, "mask_BT": None if mask is None else mask[:, span]}
+        tokens = whole[start : start + step]
         if impl == "triton":
-            found.append(triton_decode.decode(q, k, v, *case.maps(leaves), log_ratio, state, **more))
+            found.append(triton_decode.decode(tokens, case.maps(leaves), heads, state, case.rule))
         else:
-            fq, fk = phi_q(q.float()), phi_k(k.float()) if case.kind == "linear" else None
-            far = {"phi_k": lambda x: phi_k(x.float())}
-            found.append(torch_decode(q, k, v, fq, fk, log_ratio.exp(), state, **more, **far))  # type: ignore[arg-type]
+            fk = phi_k(tokens.k_BGTD.float()) if case.kind == "linear" else None
+            features = Features(phi_q(tokens.q_BHTD.float()), fk, lambda x: phi_k(x.float()))
+            found.append(torch_decode(tokens, features, heads, state, case.rule))
     return torch.cat(found, 2)
 
 

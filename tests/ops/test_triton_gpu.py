@@ -23,7 +23,7 @@ from trenchcoat.bench.kernels_decode import Loop, student_cache
 from trenchcoat.bench.kernels_model import Shape, random_llama
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models.attach import set_mode
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import StateSizes, StudentState, Tokens
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.ops.triton import decode as triton_decode
@@ -117,10 +117,9 @@ def test_every_run_gives_the_same_bits(case: Sized, monkeypatch: pytest.MonkeyPa
 def _transfer(case: Sized) -> list[Tensor]:
     """Summed squared error and its gradients."""
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
-    q, k, v = (leaves[name].to(torch.bfloat16) for name in "qkv")
-    make = torch.Generator().manual_seed(3)
-    y = torch.randn(*q.shape[:3], case.values, generator=make).to(DEVICE, torch.bfloat16)
-    total, grads = triton.transfer(q, k, v, y, *case.maps(leaves), case.rule.log_ratio(leaves["mix"]), rule=case.rule)
+    tokens, make = case.qkv(leaves, torch.bfloat16), torch.Generator().manual_seed(3)
+    y = torch.randn(*tokens.q_BHTD.shape[:3], case.values, generator=make).to(DEVICE, torch.bfloat16)
+    total, grads = triton.transfer(tokens, y, case.maps(leaves), case.weights(leaves), case.rule)
     return [total, *(g for g in grads if g is not None)]
 
 
@@ -245,22 +244,20 @@ def test_many_rows_of_differing_lengths(kind: str) -> None:
     )  # fmt: skip
     whole, independent = (case.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
-    ratio, maps, rule = case.rule.log_ratio(leaves["mix"]), case.maps(leaves), case.rule
-    empty = StudentState.empty(
-        1, rule=rule, kv_heads=case.kv_heads, key_map_heads=case.key_maps, key_dim=DIM, value_dim=DIM,
-        features=2 * COLUMNS, device=DEVICE,
-    )  # fmt: skip
+    maps, heads, rule = case.maps(leaves), case.weights(leaves), case.rule
+    sizes = StateSizes(kv_heads=case.kv_heads, key_maps=case.key_maps, key_dim=DIM, value_dim=DIM, features=2 * COLUMNS)
+    empty = StudentState.empty(1, rule, sizes, device=DEVICE)
     states = []
     for row, length in enumerate(lengths):
-        before = [leaves[name][row : row + 1, :, :length] for name in "qkv"]
-        _, state = triton.attend(*before, *maps, ratio, rule=rule, state=empty.clone(), return_state=True)
+        before = Tokens(*(leaves[name][row : row + 1, :, :length] for name in "qkv"))
+        _, state = triton.attend(before, maps, heads, rule, state=empty.clone())
         assert state is not None
         states.append(state.tensors())
     state = StudentState(**{name: torch.cat([one[name] for one in states]) for name in states[0]})
     for t in range(new):
         place = [length + t for length in lengths]
         now = [torch.stack([leaves[name][row, :, n] for row, n in enumerate(place)])[:, :, None] for name in "qkv"]
-        y = triton_decode.decode(*now, *maps, ratio, state, rule=rule)
+        y = triton_decode.decode(Tokens(*now), maps, heads, state, rule)
         exact = torch.stack([whole[row, :, n] for row, n in enumerate(place)])[:, :, None]
         assert error(y, exact) <= budget(error(independent, whole), case.terms), t
     assert state.seen_B.tolist() == [length + new for length in lengths]

@@ -68,7 +68,8 @@ def test_prefill_and_decode() -> None:
     q, k, v, _ = _inputs(11)
     found = []
     for student in _pair("terrace", sinks=1):
-        y, state = student(q[:, :, :7], k[:, :, :7], v[:, :, :7], scale=0.4, return_state=True)
+        empty = student.empty_state(1, dtype=q.dtype, device=DEVICE)
+        y, state = student(q[:, :, :7], k[:, :, :7], v[:, :, :7], scale=0.4, state=empty)
         steps = [student.decode(*(x[:, :, 7:] for x in (q, k, v)), state=state, scale=0.4)]
         found.append(torch.cat([y, *steps], 2))
     assert error(found[1], found[0]) <= TOLERANCE

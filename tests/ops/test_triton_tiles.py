@@ -43,10 +43,7 @@ CASE = KernelCase(tokens=9, window=3, batch=1, heads=1, key_maps=1)
 
 def _run() -> torch.Tensor:
     leaves = {name: t.detach() for name, t in CASE.leaves(torch.float32).items()}
-    y, _ = triton.attend(
-        *(leaves[n] for n in "qkv"), *CASE.maps(leaves), CASE.rule.log_ratio(leaves["mix"]), rule=CASE.rule
-    )
-    return y
+    return triton.attend(CASE.qkv(leaves), CASE.maps(leaves), CASE.weights(leaves), CASE.rule)[0]
 
 
 def test_the_fastest_is_kept_and_used(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

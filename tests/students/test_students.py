@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops import reference
+from trenchcoat.ops import HeadWeights, Tokens, reference
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.students import (
@@ -80,11 +80,11 @@ def _expected_xent(
     sink = call.get("sink_logit")
     softcap = call.get("softcap")
     rule = student._rule(SCALE, softcap)
-    fq, fk = student._features(q, k, rule)
-    assert fq is not None
-    mix = student._mix(q).double()
-    hat = reference.weights(q, k, fq, fk, mix, rule=rule, sink_logit_H=sink, mask_BT=mask)
-    a = reference.teacher_weights(q, k, scale=SCALE, softcap=softcap, sink_logit_H=sink, mask_BT=mask)
+    features = student._features(q, k, rule)
+    assert features is not None
+    tokens = Tokens(q, k, k, mask)
+    hat = reference.weights(tokens, features, HeadWeights(student._mix(q).double(), sink), rule)
+    a = reference.teacher_weights(tokens, rule, sink)
     a = a[..., : hat.shape[-1]]
     log_hat = torch.where(a > 0, hat.clamp_min(1e-300), 1.0).log()
     rows = -(a * log_hat).sum(-1) * real[:, None]
@@ -217,7 +217,8 @@ def test_forward_then_decode_equals_forward(name: str, key_maps: Any) -> None:
     student = _student(name, key_maps=key_maps, sinks=0 if name == "linear" else 2)
     q, k, v, _ = _inputs(31, torch.float32)
     whole, _ = student(q, k, v, scale=SCALE)
-    y, state = student(q[:, :, :13], k[:, :, :13], v[:, :, :13], scale=SCALE, return_state=True)
+    empty = student.empty_state(3, dtype=torch.float32)
+    y, state = student(q[:, :, :13], k[:, :, :13], v[:, :, :13], scale=SCALE, state=empty)
     size = state.nbytes()
     outputs = [y]
     for t in range(13, 31):

@@ -186,7 +186,10 @@ def _student(
         y = student.decode(query, key, value, state=layer.state, **options)
         layer.advance(layer.state, tokens)
         return y
-    y, state = student(query, key, value, state=layer.state, return_state=True, **options)
+    before = layer.state
+    if before is None:
+        before = student.empty_state(key.shape[0], dtype=key.dtype, device=key.device)
+    y, state = student(query, key, value, state=before, **options)
     layer.advance(state, tokens)
     return y
 

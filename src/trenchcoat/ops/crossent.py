@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.state import LINEAR_EPS, Rule
+from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, Rule, Tokens
 
 BLOCK_ELEMENTS = 1 << 19
 """Entries of one piece of a map."""
@@ -35,34 +35,34 @@ class CrossEntropy:
 
 @torch.no_grad()
 def attention_cross_entropy(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    fq_BHTF: Tensor,
-    fk_BKTF: Tensor,
-    log_ratio_H: Tensor,
-    *,
+    tokens: Tokens,
+    features: Features,
+    heads: HeadWeights,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
+    *,
     length_B: Tensor | None = None,
     teacher_window: int | None = None,
     gradients: bool = True,
 ) -> CrossEntropy:
     """For rows without holes (`length_B` tokens each, None: all T); the teacher is causal softmax, over the last
     `teacher_window` tokens when given. Needs `rule.far`: without it the student's map has zeros."""
-    if not rule.far:
+    if not rule.far or features.k_BKTF is None:
         raise ValueError(NEEDS_FAR)
-    batch, heads, tokens, _ = q_BHTD.shape
+    q_BHTD, k_BGTD, fq_BHTF, fk_BKTF = tokens.q_BHTD, tokens.k_BGTD, features.q_BHTF, features.k_BKTF
+    batch, heads_count, count, _ = q_BHTD.shape
+    log_ratio_H = rule.log_ratio(heads.mix_H)
+    sink_H = None if heads.sink_logit_H is None else heads.sink_logit_H.to(fq_BHTF.dtype)
     total = torch.zeros((), dtype=fq_BHTF.dtype, device=q_BHTD.device)
     dfq = torch.zeros_like(fq_BHTF) if gradients else None
     dfk = torch.zeros_like(fk_BKTF) if gradients else None
     dratio = torch.zeros_like(log_ratio_H) if gradients else None
-    lengths = [tokens] * batch if length_B is None else length_B.tolist()
-    block = max(1, BLOCK_ELEMENTS // tokens)
+    lengths = [count] * batch if length_B is None else length_B.tolist()
+    block = max(1, BLOCK_ELEMENTS // count)
     for b in range(batch):
-        for h in range(heads):
-            key_map = h * fk_BKTF.shape[1] // heads
-            k = k_BGTD[b, h * k_BGTD.shape[1] // heads].to(fq_BHTF.dtype)
-            sink = None if sink_logit_H is None else sink_logit_H[h].to(fq_BHTF.dtype)
+        for h in range(heads_count):
+            key_map = h * fk_BKTF.shape[1] // heads_count
+            k = k_BGTD[b, h * k_BGTD.shape[1] // heads_count].to(fq_BHTF.dtype)
+            sink = None if sink_H is None else sink_H[h]
             for t0 in range(0, lengths[b], block):
                 t1 = min(t0 + block, lengths[b])
                 fq, fk = fq_BHTF[b, h, t0:t1], fk_BKTF[b, key_map, :t1]

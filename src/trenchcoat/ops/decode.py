@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.state import LINEAR_EPS, PhiK, Rule, StudentState, add_far
+from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, PhiK, Rule, StudentState, Tokens, add_far
 
 
 @dataclass(frozen=True)
@@ -64,74 +64,59 @@ def _places(state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
     return made
 
 
-def decode(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
-    fq_BHTF: Tensor | None,
-    fk_BKTF: Tensor | None,
-    ratio_H: Tensor,
-    state: StudentState,
-    *,
-    rule: Rule,
-    sink_logit_H: Tensor | None = None,
-    mask_BT: Tensor | None = None,
-    phi_k: PhiK | None = None,
-) -> Tensor:
+def decode(tokens: Tokens, features: Features | None, heads: HeadWeights, state: StudentState, rule: Rule) -> Tensor:
     """y [B, H, T, E] in q's dtype; a token with mask False changes nothing and gets 0. Call it under `no_grad`.
 
-    `ratio_H` is g / l. Only kind `linear` reads `fk_BKTF`; the others compute a key's features when it leaves the
-    buffer, with `phi_k`.
+    Only kind `linear` reads the keys' features; the others compute those of a key when it leaves the buffer.
     """
-    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    y, tokens = [], q_BHTD.shape[2]
-    for t in range(tokens):
-        real_B = None if mask_BT is None else mask_BT[:, t].to(state.seen_B.device)
-        if rule.kind == "linear":
-            places = None
-        else:
-            if rule.far and rule.kind == "terrace":
-                _fold_chunks(state, rule, phi_k, real_B)
-            elif rule.far:
-                _fold_oldest(state, rule, phi_k, real_B)
+    wide = torch.promote_types(tokens.q_BHTD.dtype, torch.float32)
+    phi_k = None if features is None else features.phi_k
+    y, count = [], tokens.q_BHTD.shape[2]
+    for t in range(count):
+        one = tokens if count == 1 else tokens[t : t + 1]
+        real_B, places = _real(one, state), None
+        if rule.kind != "linear":
+            if rule.far:
+                fold = _fold_chunks if rule.kind == "terrace" else _fold_oldest
+                fold(state, rule, phi_k, real_B)
             places = _places(state, rule, wide)
-        new = (q_BHTD, k_BGTD, v_BGTE, fq_BHTF, fk_BKTF)
-        if tokens > 1:
-            new = tuple(None if x is None else x.narrow(2, t, 1) for x in new)  # type: ignore[assignment]
-        y.append(step(*new, ratio_H, state, places, rule=rule, sink_logit_H=sink_logit_H, real_B=real_B))
+        far = features if features is None or count == 1 else features[t : t + 1]
+        y.append(step(one, far, heads, state, places, rule))
         state.count(real_B)
-    return y[0] if tokens == 1 else torch.cat(y, 2)
+    return y[0] if count == 1 else torch.cat(y, 2)
 
 
 def step(
-    q_BH1D: Tensor,
-    k_BG1D: Tensor,
-    v_BG1E: Tensor,
-    fq_BH1F: Tensor | None,
-    fk_BK1F: Tensor | None,
-    ratio_H: Tensor,
+    token: Tokens,
+    features: Features | None,
+    heads: HeadWeights,
     state: StudentState,
     places: Places | None,
-    *,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
-    real_B: Tensor | None = None,
 ) -> Tensor:
     """y [B, H, 1, E] of one token a row, whose pair joins the state; what leaves the buffer has been folded before.
 
     The caller counts the token (`StudentState.count`) afterwards. `places` is None for kind `linear` only.
     """
+    q_BH1D, real_B = token.q_BHTD, _real(token, state)
+    fq_BH1F = fk_BK1F = None
+    if features is not None and rule.far:
+        fq_BH1F, fk_BK1F = features.q_BHTF, features.k_BKTF
     if places is None:
-        if rule.far and fk_BK1F is not None:
+        if fk_BK1F is not None:
             fk = fk_BK1F if real_B is None else fk_BK1F * real_B[:, None, None, None]
-            add_far(state.far_s_BKFE, state.far_z_BKF, fk, v_BG1E, state.seen_B)
+            add_far(state.far_s_BKFE, state.far_z_BKF, fk, token.v_BGTE, state.seen_B)
         y = _read_linear(q_BH1D, fq_BH1F, state)
     else:
-        _store(k_BG1D, v_BG1E, state, places, rule, real_B)
-        y = _read(q_BH1D, fq_BH1F, ratio_H, state, places, rule, sink_logit_H)
+        _store(token, state, places, rule, real_B)
+        y = _read(q_BH1D, fq_BH1F, heads, state, places, rule)
     if y.dtype != q_BH1D.dtype:
         y = y.to(q_BH1D.dtype)
     return y if real_B is None else y * real_B[:, None, None, None]
+
+
+def _real(token: Tokens, state: StudentState) -> Tensor | None:
+    return None if token.mask_BT is None else token.mask_BT[:, 0].to(state.seen_B.device)
 
 
 # What becomes far
@@ -189,10 +174,9 @@ def _fold(
 # The step
 
 
-def _store(
-    k_BG1D: Tensor, v_BG1E: Tensor, state: StudentState, places: Places, rule: Rule, real_B: Tensor | None
-) -> None:
+def _store(token: Tokens, state: StudentState, places: Places, rule: Rule, real_B: Tensor | None) -> None:
     """The new pair takes its slot (and its sink slot)."""
+    k_BG1D, v_BG1E = token.k_BGTD, token.v_BGTE
     slots = (k_BG1D, state.k_BGND, places.key_slot), (v_BG1E, state.v_BGNE, places.value_slot)
     for new, buffer, index in slots:
         pair = _in(new, buffer.dtype)
@@ -211,25 +195,25 @@ def _store(
 def _read(
     q_BH1D: Tensor,
     fq_BH1F: Tensor | None,
-    ratio_H: Tensor,
+    heads: HeadWeights,
     state: StudentState,
     places: Places,
     rule: Rule,
-    sink_logit_H: Tensor | None,
 ) -> Tensor:
     """y [B, H, 1, E] of the token just stored: with p the softmax over the near set and m its largest weight,
     y = (r p v + fq S) / (r + fq z) with r = g / (l m), as the sum of exp(s - c) over the near set is 1 / m.
     """
-    batch, heads = q_BH1D.shape[:2]
-    p, v = _near(q_BH1D, state, places, rule, sink_logit_H)
-    if not rule.far or fq_BH1F is None:
-        return torch.bmm(p, v).view(batch, heads, 1, -1)
+    shape = (*q_BH1D.shape[:3], -1)
+    batch = shape[0]
+    p, v = _near(q_BH1D, state, places, rule, heads.sink_logit_H)
+    if fq_BH1F is None:
+        return torch.bmm(p, v).view(shape)
     s, z, fq = _far(fq_BH1F, state, p.dtype)
-    r = _in(ratio_H, p.dtype).view(-1, p.shape[1]) / p.amax(-1).view(batch, -1, p.shape[1])
+    r = _in(rule.ratio(heads.mix_H), p.dtype).view(-1, p.shape[1]) / p.amax(-1).view(batch, -1, p.shape[1])
     near = torch.bmm(p * r.view(p.shape[0], -1, 1), v)
     num = torch.baddbmm(near.view(s.shape[0], -1, s.shape[2]), fq, s)
     den = torch.baddbmm(r.view(s.shape[0], -1, 1), fq, z)
-    return (num / den).view(batch, heads, 1, -1)
+    return (num / den).view(shape)
 
 
 def _read_linear(q_BH1D: Tensor, fq_BH1F: Tensor | None, state: StudentState) -> Tensor:

@@ -29,39 +29,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.state import LINEAR_EPS, PhiK, Rule, StudentState
+from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, PhiK, Rule, StudentState, Tokens
 
 
 def attention(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
-    fq_BHTF: Tensor | None,
-    fk_BKTF: Tensor | None,
-    mix_H: Tensor,
-    *,
-    rule: Rule,
-    sink_logit_H: Tensor | None = None,
-    mask_BT: Tensor | None = None,
-    state: StudentState | None = None,
-    phi_k: PhiK | None = None,
+    tokens: Tokens, features: Features | None, heads: HeadWeights, rule: Rule, state: StudentState | None = None
 ) -> Tensor:
     """y [B, H, T, E] in q's dtype; arguments as in :func:`trenchcoat.ops.linear_window_attention`."""
-    dtype = q_BHTD.dtype
+    dtype = tokens.q_BHTD.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    q_BHTD, k_BGTD, v_BGTE = q_BHTD.to(wide), k_BGTD.to(wide), v_BGTE.to(wide)
-    real_BT, position_BT = _positions(q_BHTD, mask_BT, state)
-    keys = _Keys(k_BGTD, v_BGTE, fk_BKTF.to(wide) if rule.far and fk_BKTF is not None else None, position_BT, real_BT)
+    q_BHTD = tokens.q_BHTD.to(wide)
+    real_BT, position_BT = _positions(tokens, state)
+    keys = _Keys(tokens, features if rule.far else None, position_BT, real_BT, wide)
     if state is not None:
-        keys.prepend_state(state, rule, phi_k)
-    near_num, near_den = _near(q_BHTD, keys, position_BT, sink_logit_H, rule)
-    gain_H11 = torch.sigmoid(mix_H.to(q_BHTD.dtype))[:, None, None]
+        keys.prepend_state(state, rule, None if features is None else features.phi_k)
+    near_num, near_den = _near(q_BHTD, keys, position_BT, heads.sink_logit_H, rule)
+    gain_H11 = torch.sigmoid(heads.mix_H.to(wide))[:, None, None]
     num, den = gain_H11 * near_num, gain_H11 * near_den
     if rule.kind == "linear":
         num, den = torch.zeros_like(num), torch.full_like(den, LINEAR_EPS)
     if rule.far:
-        assert fq_BHTF is not None
-        far_num, far_den = _far(fq_BHTF.to(wide), keys, position_BT, state, rule)
+        assert features is not None
+        far_num, far_den = _far(features.q_BHTF.to(wide), keys, position_BT, state, rule)
         weight = 1 - gain_H11 if rule.affine and rule.kind != "linear" else 1.0
         num, den = num + weight * far_num, den + weight * far_den
     real_B1T1 = real_BT[:, None, :, None]
@@ -69,23 +58,16 @@ def attention(
     return y.to(dtype)
 
 
-def next_state(
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
-    fk_BKTF: Tensor | None,
-    *,
-    rule: Rule,
-    mask_BT: Tensor | None,
-    state: StudentState,
-    phi_k: PhiK | None,
-) -> StudentState:
+def next_state(tokens: Tokens, features: Features | None, rule: Rule, state: StudentState) -> StudentState:
     """The state after the tokens, one token after the other; `state` itself is left alone."""
     state = state.clone()
-    real_BT = torch.ones_like(k_BGTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
+    real_BT, _ = _positions(tokens, None)
+    k_BGTD, v_BGTE = tokens.k_BGTD.detach(), tokens.v_BGTE.detach()
+    fk_BKTF, phi_k = (None, None) if features is None else (features.k_BKTF, features.phi_k)
     for b in range(k_BGTD.shape[0]):
         for t in real_BT[b].nonzero()[:, 0].tolist():
             feature = None if fk_BKTF is None else fk_BKTF[b, :, t].detach()
-            _append(state, b, k_BGTD[b, :, t].detach(), v_BGTE[b, :, t].detach(), feature, rule, phi_k)
+            _append(state, b, k_BGTD[b, :, t], v_BGTE[b, :, t], feature, rule, phi_k)
     return state
 
 
@@ -119,30 +101,21 @@ def _append(
     state.seen_B[b] += 1
 
 
-def weights(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    fq_BHTF: Tensor | None,
-    fk_BKTF: Tensor | None,
-    mix_H: Tensor,
-    *,
-    rule: Rule,
-    sink_logit_H: Tensor | None = None,
-    mask_BT: Tensor | None = None,
-) -> Tensor:
+def weights(tokens: Tokens, features: Features | None, heads: HeadWeights, rule: Rule) -> Tensor:
     """The student's attention map, [B, H, T, T (+ 1 with a sink logit)]: y = weights @ v. Rows sum to 1."""
-    real_BT, position_BT = _positions(q_BHTD, mask_BT, None)
-    keys = _Keys(k_BGTD, k_BGTD, fk_BKTF if rule.far else None, position_BT, real_BT)
-    gain_H11 = torch.sigmoid(mix_H.to(q_BHTD.dtype))[:, None, None]
-    map_BHTJ = torch.zeros_like(q_BHTD[..., :1]).expand(*q_BHTD.shape[:3], k_BGTD.shape[2])
+    q_BHTD = tokens.q_BHTD
+    real_BT, position_BT = _positions(tokens, None)
+    keys = _Keys(tokens, features if rule.far else None, position_BT, real_BT, q_BHTD.dtype)
+    gain_H11 = torch.sigmoid(heads.mix_H.to(q_BHTD.dtype))[:, None, None]
+    map_BHTJ = torch.zeros_like(q_BHTD[..., :1]).expand(*q_BHTD.shape[:3], q_BHTD.shape[2])
     sink_BHT1 = None
     if rule.kind != "linear":
-        near_BHTJ, sink_BHT1 = _near_weights(q_BHTD, keys, position_BT, sink_logit_H, rule)
+        near_BHTJ, sink_BHT1 = _near_weights(q_BHTD, keys, position_BT, heads.sink_logit_H, rule)
         map_BHTJ = gain_H11 * near_BHTJ
     if rule.far:
-        assert fq_BHTF is not None
+        assert features is not None
         weight = 1 - gain_H11 if rule.affine and rule.kind != "linear" else 1.0
-        map_BHTJ = map_BHTJ + weight * _far_weights(fq_BHTF, keys, position_BT, rule)
+        map_BHTJ = map_BHTJ + weight * _far_weights(features.q_BHTF, keys, position_BT, rule)
     if sink_BHT1 is not None:
         map_BHTJ = torch.cat([map_BHTJ, gain_H11 * sink_BHT1], -1)
     den = map_BHTJ.sum(-1, keepdim=True) + (LINEAR_EPS if rule.kind == "linear" else 0.0)
@@ -151,23 +124,15 @@ def weights(
 
 
 def teacher_weights(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sink_logit_H: Tensor | None = None,
-    mask_BT: Tensor | None = None,
-    teacher_window: int | None = None,
+    tokens: Tokens, rule: Rule, sink_logit_H: Tensor | None = None, teacher_window: int | None = None
 ) -> Tensor:
     """The softmax attention map, causal (and limited to the last `teacher_window` tokens), same shape as `weights`."""
-    real_BT, position_BT = _positions(q_BHTD, mask_BT, None)
-    keys = _Keys(k_BGTD, k_BGTD, None, position_BT, real_BT)
+    real_BT, position_BT = _positions(tokens, None)
     query, key = position_BT[:, None, :, None], position_BT[:, None, None, :]
     seen = (key <= query) & real_BT[:, None, None, :]
     if teacher_window is not None:
         seen = seen & (key > query - teacher_window)
-    scores = _scores(q_BHTD, keys.k, scale, softcap).masked_fill(~seen, float("-inf"))
+    scores = _scores(tokens.q_BHTD, tokens.k_BGTD, rule).masked_fill(~seen, float("-inf"))
     if sink_logit_H is not None:
         scores = torch.cat([scores, sink_logit_H.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)], -1)
     map_BHTJ = scores.masked_fill(~real_BT[:, None, :, None], 0.0).softmax(-1)
@@ -177,8 +142,11 @@ def teacher_weights(
 class _Keys:
     """Keys with position and existence; prepending a state makes buffered pairs ordinary keys."""
 
-    def __init__(self, k: Tensor, v: Tensor, fk: Tensor | None, position_BJ: Tensor, real_BJ: Tensor) -> None:
-        self.k, self.v, self.fk = k, v, fk
+    def __init__(
+        self, tokens: Tokens, features: Features | None, position_BJ: Tensor, real_BJ: Tensor, dtype: torch.dtype
+    ) -> None:
+        self.k, self.v = tokens.k_BGTD.to(dtype), tokens.v_BGTE.to(dtype)
+        self.fk = None if features is None or features.k_BKTF is None else features.k_BKTF.to(dtype)
         self.position_BJ, self.real_BJ = position_BJ, real_BJ
 
     def prepend_state(self, state: StudentState, rule: Rule, phi_k: PhiK | None) -> None:
@@ -200,9 +168,10 @@ class _Keys:
         self.real_BJ = torch.cat([real, self.real_BJ], 1)
 
 
-def _positions(q_BHTD: Tensor, mask_BT: Tensor | None, state: StudentState | None) -> tuple[Tensor, Tensor]:
-    shape = (q_BHTD.shape[0], q_BHTD.shape[2])
-    real = torch.ones(shape, dtype=torch.bool, device=q_BHTD.device) if mask_BT is None else mask_BT.bool()
+def _positions(tokens: Tokens, state: StudentState | None) -> tuple[Tensor, Tensor]:
+    """(is a token real, its position), both [B, T]."""
+    mask_BT, like_BT = tokens.mask_BT, tokens.k_BGTD[:, 0, :, 0]
+    real = torch.ones_like(like_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     position = real.long().cumsum(1) - 1
     return real, position if state is None else position + state.seen_B[:, None]
 
@@ -212,9 +181,9 @@ def _to_heads(x_BG: Tensor, heads: int) -> Tensor:
     return x_BG.repeat_interleave(heads // x_BG.shape[1], dim=1)
 
 
-def _scores(q_BHTD: Tensor, k_BGJD: Tensor, scale: float, softcap: float | None) -> Tensor:
-    scores = scale * q_BHTD @ _to_heads(k_BGJD, q_BHTD.shape[1]).mT
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+def _scores(q_BHTD: Tensor, k_BGJD: Tensor, rule: Rule) -> Tensor:
+    scores = rule.scale * q_BHTD @ _to_heads(k_BGJD, q_BHTD.shape[1]).mT
+    return scores if rule.softcap is None else rule.softcap * torch.tanh(scores / rule.softcap)
 
 
 def _near_weights(
@@ -223,7 +192,7 @@ def _near_weights(
     """exp(s - c) on the near set, 0 elsewhere, and the sink's own weight; both without g."""
     near = rule.is_near(position_BT[:, None, :, None], keys.position_BJ[:, None, None, :])
     near = near & keys.real_BJ[:, None, None, :]
-    scores = _scores(q_BHTD, keys.k, rule.scale, rule.softcap)
+    scores = _scores(q_BHTD, keys.k, rule)
     lowest = torch.finfo(scores.dtype).min
     largest = scores.masked_fill(~near, lowest).amax(-1, keepdim=True)
     if sink_logit_H is not None:

@@ -1,9 +1,9 @@
-"""What every implementation shares: the rule that says which keys are near, and the state of constant size.
+"""What every implementation shares: a call's tensors, the rule that says which keys are near, the constant-size state.
 
-This is vocabulary, not machinery: implementations import it and never one another.
+Implementations import these types and never one another.
 
-Shape legend: B batch rows, G key/value heads, K heads of the key feature map (G or H), N buffer slots (2W terrace,
-W sliding, 0 linear), S sink slots, D key dim, E value dim, F features.
+Shape legend: B batch rows, H query heads, G key/value heads, K heads of the key feature map (G or H), T tokens, N
+buffer slots (2W terrace, W sliding, 0 linear), S sink slots, D key dim, E value dim, F features.
 """
 
 from __future__ import annotations
@@ -23,6 +23,49 @@ PhiK = Callable[[Tensor], Tensor]
 
 LINEAR_EPS = 1e-12
 """Added to the denominator of kind ``linear``, whose features can all be zero."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The new tokens of a call, after RoPE and norms: any floating dtype, H a multiple of G.
+
+    `mask_BT` is True at real tokens, in any pattern (None: all are real); outputs elsewhere are 0.
+    """
+
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    v_BGTE: Tensor
+    mask_BT: Tensor | None = None
+
+    def __getitem__(self, span: slice) -> Tokens:
+        """The tokens `span`."""
+        parts = (self.q_BHTD[:, :, span], self.k_BGTD[:, :, span], self.v_BGTE[:, :, span])
+        return Tokens(*parts, None if self.mask_BT is None else self.mask_BT[:, span])
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features (float32) of the tokens' queries and keys, K = H or G.
+
+    `phi_k` makes features of keys that wait in a state's buffer; a state with a buffer needs it.
+    """
+
+    q_BHTF: Tensor
+    k_BKTF: Tensor | None
+    """None only in a decode step of a kind with a buffer, which computes them when a key leaves it."""
+    phi_k: PhiK | None = None
+
+    def __getitem__(self, span: slice) -> Features:
+        """Those of the tokens `span`."""
+        return Features(self.q_BHTF[:, :, span], None if self.k_BKTF is None else self.k_BKTF[:, :, span], self.phi_k)
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """One number a query head: the raw mix (g = sigmoid(mix) weighs the near part) and a learned sink's logit."""
+
+    mix_H: Tensor
+    sink_logit_H: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +123,17 @@ class Rule:
         return (key <= query) & ~self.is_near(query, key)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateSizes:
+    """G, K, D, E and F of a state."""
+
+    kv_heads: int
+    key_maps: int
+    key_dim: int
+    value_dim: int
+    features: int
+
+
 @dataclass
 class StudentState:
     """Everything a row must remember, in tensors whose sizes never change.
@@ -103,13 +157,9 @@ class StudentState:
     def empty(
         cls,
         batch_size: int,
-        *,
         rule: Rule,
-        kv_heads: int,
-        key_map_heads: int,
-        key_dim: int,
-        value_dim: int,
-        features: int,
+        sizes: StateSizes,
+        *,
         dtype: torch.dtype = torch.float32,
         far_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -119,6 +169,7 @@ class StudentState:
         z, which is small, is at least float32 always.
         """
         wide = torch.promote_types(dtype, torch.float32)
+        kv_heads, key_dim, value_dim = sizes.kv_heads, sizes.key_dim, sizes.value_dim
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(batch_size, *shape, dtype=of, device=device)
@@ -128,8 +179,8 @@ class StudentState:
             v_BGNE=zeros(kv_heads, rule.slots, value_dim),
             sink_k_BGSD=zeros(kv_heads, rule.sinks, key_dim),
             sink_v_BGSE=zeros(kv_heads, rule.sinks, value_dim),
-            far_s_BKFE=zeros(key_map_heads, features, value_dim, of=far_dtype or wide),
-            far_z_BKF=zeros(key_map_heads, features, of=wide),
+            far_s_BKFE=zeros(sizes.key_maps, sizes.features, value_dim, of=far_dtype or wide),
+            far_z_BKF=zeros(sizes.key_maps, sizes.features, of=wide),
             seen_B=zeros(of=torch.int64),
         )
 

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 import trenchcoat.students.fused as fused
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import (
+    Features,
+    HeadWeights,
     Kind,
     Learner,
     Rows,
     Rule,
+    StateSizes,
     StudentState,
+    Tokens,
     attend_with_maps,
     attention_cross_entropy,
     decode,
@@ -134,37 +138,23 @@ class StudentAttention(nn.Module):
         sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
         state: StudentState | None = None,
-        return_state: bool = False,
     ) -> tuple[Tensor, StudentState | None]:
-        """y [B, H, T, E] in q's dtype with autograd, and the state after it when asked for."""
-        rule = self._rule(scale, softcap)
-        if self._impl(q_BHTD) == "triton":
-            if return_state and state is None:
-                state = self.empty_state(k_BGTD.shape[0], dtype=k_BGTD.dtype, device=k_BGTD.device)
-            options = {"rule": rule, "sink_logit_H": sink_logit, "mask_BT": mask_BT}
-            maps, mix_H = (self.query_map, self.keys_phi), self._mix(q_BHTD)
-            return fused.attend(q_BHTD, k_BGTD, v_BGTE, maps, mix_H, state=state, return_state=return_state, **options)
-        if state is None and not return_state and rule.far and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
-            y = self._attend(q_BHTD, k_BGTD, v_BGTE, rule, sink_logit, mask_BT)
-            return y, None
-        fq, fk = self._features(q_BHTD, k_BGTD, rule)
-        if return_state and state is None:
-            state = self.empty_state(k_BGTD.shape[0], dtype=k_BGTD.dtype, device=k_BGTD.device)
-        return linear_window_attention(
-            q_BHTD,
-            k_BGTD,
-            v_BGTE,
-            fq,
-            fk,
-            self._mix(q_BHTD),
-            **self._keywords(rule),
-            sink_logit_H=sink_logit,
-            mask_BT=mask_BT,
-            state=state,
-            phi_k=self.keys_phi,
-            return_state=return_state,
-            impl=self._impl(q_BHTD),
-        )
+        """y [B, H, T, E] in q's dtype with autograd, and the state after it where one came in (else None).
+
+        `state` is what came before, :meth:`empty_state` at the start of a row; it is not modified.
+        """
+        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
+        heads, impl = HeadWeights(self._mix(q_BHTD), sink_logit), self._impl(q_BHTD)
+        if impl == "triton":
+            from trenchcoat.ops.triton.attention import attend
+
+            return attend(tokens, fused.fused_maps(self.query_map, self.keys_phi, rule), heads, rule, state=state)
+        if state is None and rule.far and impl == "chunkwise" and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
+            learners = self._learners(rule, False)
+            assert learners is not None
+            return attend_with_maps(tokens, learners, heads, rule), None
+        features = self._features(q_BHTD, k_BGTD, rule)
+        return linear_window_attention(tokens, features, heads, rule, state=state, impl=impl)
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`."""
@@ -176,18 +166,7 @@ class StudentAttention(nn.Module):
 
     def _only_reads(self, *inputs: Tensor) -> bool:
         """Nothing needs a gradient, so features need not outlive their tile."""
-        if self._impl(inputs[0]) != "chunkwise":
-            return False
         return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, sink_logit: Tensor | None, mask_BT: Tensor | None
-    ) -> Tensor:
-        query, key = _learner(self.query_map, False), _learner(self.keys_phi, False)
-        assert query is not None
-        assert key is not None
-        mix_H = self._mix(q)
-        return attend_with_maps(q, k, v, query, key, mix_H, rule=rule, sink_logit_H=sink_logit, mask_BT=mask_BT)
 
     @torch.no_grad()
     def decode(
@@ -203,29 +182,16 @@ class StudentAttention(nn.Module):
         mask_BT: Tensor | None = None,
     ) -> Tensor:
         """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
-        rule = self._rule(scale, softcap)
+        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
+        heads, query, key = HeadWeights(self._mix(q_BHTD), sink_logit), self.query_map, self.keys_phi
         if self._impl(q_BHTD) == "triton":
-            options = {"rule": rule, "sink_logit_H": sink_logit, "mask_BT": mask_BT}
-            maps, mix_H = (self.query_map, self.keys_phi), self._mix(q_BHTD)
-            return fused.decode(q_BHTD, k_BGTD, v_BGTE, maps, mix_H, state, **options)
-        fq = fk = phi_k = None
-        if rule.far and self.query_map is not None and self.keys_phi is not None:
-            fq, phi_k = self.query_map.rows(q_BHTD), self.keys_phi.rows
-            fk = phi_k(k_BGTD) if rule.kind == "linear" else None
-        ratio_H = rule.ratio(self._mix(q_BHTD))
-        return decode(
-            q_BHTD,
-            k_BGTD,
-            v_BGTE,
-            fq,
-            fk,
-            ratio_H,
-            state,
-            rule=rule,
-            sink_logit_H=sink_logit,
-            mask_BT=mask_BT,
-            phi_k=phi_k,
-        )
+            from trenchcoat.ops.triton.decode import decode as fused_decode
+
+            return fused_decode(tokens, fused.fused_maps(query, key, rule), heads, state, rule)
+        features = None
+        if rule.far and query is not None and key is not None:
+            features = Features(query.rows(q_BHTD), key.rows(k_BGTD) if rule.kind == "linear" else None, key.rows)
+        return decode(tokens, features, heads, state, rule)
 
     def empty_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
@@ -236,18 +202,15 @@ class StudentAttention(nn.Module):
         """
         keys = self.keys_phi
         short = self.state_dtype == torch.bfloat16
-        return StudentState.empty(
-            batch_size,
-            rule=self._rule(scale=1.0),
+        sizes = StateSizes(
             kv_heads=self.num_kv_heads,
-            key_map_heads=0 if keys is None else keys.num_heads,
+            key_maps=0 if keys is None else keys.num_heads,
             key_dim=self.head_dim,
             value_dim=self.value_dim,
             features=0 if keys is None else keys.features,
-            dtype=torch.bfloat16 if short else dtype,
-            far_dtype=torch.bfloat16 if short else None,
-            device=device,
         )
+        types = {"dtype": torch.bfloat16, "far_dtype": torch.bfloat16} if short else {"dtype": dtype}
+        return StudentState.empty(batch_size, self._rule(scale=1.0), sizes, device=device, **types)
 
     def transfer(
         self,
@@ -274,19 +237,21 @@ class StudentAttention(nn.Module):
         with torch.no_grad():
             rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
             q, k, v, y = (rows.align(t.detach()) for t in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
-            tokens = q.shape[0] * q.shape[2] if rows.length_B is None else int(rows.length_B.sum())
-            count = max(1, tokens * self.num_heads * self.value_dim)
+            tokens_count = q.shape[0] * q.shape[2] if rows.length_B is None else int(rows.length_B.sum())
+            count = max(1, tokens_count * self.num_heads * self.value_dim)
             power = _power(y, rows) / count
             weight = request.mse_weight / (power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0)
             learns = request.backward and self.query_map is not None
-            log_ratio = rule.log_ratio(self._mix(q))
-            settings = {"rule": rule, "sink_logit_H": sink_logit, "length_B": rows.length_B}
-            error, dlog_ratio = self._transfer_error((q, k, v, y), log_ratio, weight / count, learns, settings)
+            tokens, heads = Tokens(q, k, v), HeadWeights(self._mix(q), sink_logit)
+            lengths = rows.length_B
+            error, dlog_ratio = self._transfer_error(tokens, y, heads, rule, lengths, weight / count, learns)
             mse, xent = error / count, torch.zeros_like(power)
             if request.xent_weight and rule.far:
-                rows_count = max(1, tokens * self.num_heads)
-                xent, dlog = self._cross_entropy(q, k, rule, sink_logit, rows, request.xent_weight / rows_count, learns)
-                xent, dlog_ratio = xent / rows_count, dlog_ratio + dlog
+                rows_count = max(1, tokens_count * self.num_heads)
+                scale_of_rows = request.xent_weight / rows_count
+                xent, dlog = self._cross_entropy(tokens, heads, rule, lengths, scale_of_rows, learns)
+                xent = xent / rows_count
+                dlog_ratio = dlog_ratio + dlog
             if learns:
                 self._add_mix_gradient(dlog_ratio)
         loss = weight * mse + request.xent_weight * xent
@@ -294,20 +259,27 @@ class StudentAttention(nn.Module):
 
     def _transfer_error(
         self,
-        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-        log_ratio_H: Tensor,
+        tokens: Tokens,
+        y_BHTE: Tensor,
+        heads: HeadWeights,
+        rule: Rule,
+        length_B: Tensor | None,
         scale: float,
         learns: bool,
-        settings: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """(summed squared error, gradient of `scale` times it for log(g / l)); the maps' go to their `.grad`."""
-        if self._impl(tensors[0]) == "triton":
+        dlog_ratio = torch.zeros_like(heads.mix_H)
+        options: dict[str, Any] = {"length_B": length_B, "error_scale": scale}
+        if self._impl(tokens.q_BHTD) == "triton":
+            from trenchcoat.ops.triton.attention import transfer as fused_transfer
+
             maps = (self.query_map, self.keys_phi)
-            return fused.transfer(tensors, maps, log_ratio_H, error_scale=scale, learn=learns, **settings)
-        dlog_ratio = torch.zeros_like(log_ratio_H)
-        learners = _learner(self.query_map, learns), _learner(self.keys_phi, learns)
+            fused_pair = fused.fused_maps(*maps, rule)
+            total, found = fused_transfer(tokens, y_BHTE, fused_pair, heads, rule, learn=learns, **options)
+            dlog = fused.add_gradients(*maps, found)
+            return total, dlog_ratio if dlog is None else dlog
         wanted = dlog_ratio if learns else None
-        total = transfer(*tensors, *learners, log_ratio_H, error_scale=scale, dlog_ratio_H=wanted, **settings)
+        total = transfer(tokens, y_BHTE, self._learners(rule, learns), heads, rule, dlog_ratio_H=wanted, **options)
         return total, dlog_ratio
 
     def _set_landmarks(self, k_BGTD: Tensor, scale: float, mask_BT: Tensor | None) -> None:
@@ -317,23 +289,28 @@ class StudentAttention(nn.Module):
                 feature_map.set_landmarks(k_BGTD.transpose(0, 1)[:, real_BT], scale)
 
     def _cross_entropy(
-        self, q: Tensor, k: Tensor, rule: Rule, sink_logit: Tensor | None, rows: Rows, weight: float, learns: bool
+        self, tokens: Tokens, heads: HeadWeights, rule: Rule, length_B: Tensor | None, weight: float, learns: bool
     ) -> tuple[Tensor, Tensor]:
         """(summed cross-entropy, `weight` times its gradient for log(g / l)); adds the maps' gradients to `.grad`."""
-        log_ratio = rule.log_ratio(self._mix(q).detach())
-        settings: dict[str, Any] = {"rule": rule, "sink_logit_H": sink_logit, "length_B": rows.length_B}
-        if self._impl(q) == "triton":
+        none = torch.zeros_like(heads.mix_H)
+        if self._impl(tokens.q_BHTD) == "triton":
+            from trenchcoat.ops.triton.crossent_launch import cross_entropy
+
             maps = (self.query_map, self.keys_phi)
-            return fused.cross_entropy(q, k, maps, log_ratio, weight, learn=learns, **settings)
+            fused_pair = fused.fused_maps(*maps, rule)
+            total, found = cross_entropy(tokens, fused_pair, heads, rule, length_B=length_B, learn=learns)
+            dlog = fused.add_gradients(*maps, found, weight)
+            return total, none if dlog is None else dlog
         with torch.set_grad_enabled(learns):
-            fq, fk = self._features(q, k, rule)
-        assert fq is not None
-        assert fk is not None
-        result = attention_cross_entropy(q, k, fq.detach(), fk.detach(), log_ratio, gradients=learns, **settings)
+            features = self._features(tokens.q_BHTD, tokens.k_BGTD, rule)
+        assert features is not None and features.k_BKTF is not None  # noqa: PT018
+        fixed = Features(features.q_BHTF.detach(), features.k_BKTF.detach())
+        result = attention_cross_entropy(tokens, fixed, heads, rule, length_B=length_B, gradients=learns)
         if not learns or result.dfq_BHTF is None or result.dfk_BKTF is None or result.dlog_ratio_H is None:
-            return result.total, torch.zeros_like(self._mix(q))
+            return result.total, none
         with torch.enable_grad():
-            torch.autograd.backward((fq, fk), (result.dfq_BHTF.mul_(weight), result.dfk_BKTF.mul_(weight)))
+            both = (features.q_BHTF, features.k_BKTF)
+            torch.autograd.backward(both, (result.dfq_BHTF.mul_(weight), result.dfk_BKTF.mul_(weight)))
         return result.total, result.dlog_ratio_H.mul_(weight)
 
     def _add_mix_gradient(self, dlog_ratio_H: Tensor) -> None:
@@ -342,10 +319,18 @@ class StudentAttention(nn.Module):
         d = dlog_ratio_H if self.cfg.affine else dlog_ratio_H * torch.sigmoid(-self.mix_H)
         self.mix_H.grad = d if self.mix_H.grad is None else self.mix_H.grad.add_(d)
 
-    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor, rule: Rule) -> tuple[Tensor | None, Tensor | None]:
+    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor, rule: Rule) -> Features | None:
         if not rule.far or self.query_map is None or self.keys_phi is None:
-            return None, None
-        return self.query_map(q_BHTD), self.keys_phi(k_BGTD)
+            return None
+        return Features(self.query_map(q_BHTD), self.keys_phi(k_BGTD), self.keys_phi)
+
+    def _learners(self, rule: Rule, learns: bool) -> tuple[Learner[Weights], Learner[Weights]] | None:
+        if not rule.far or self.query_map is None or self.keys_phi is None:
+            return None
+        query, key = (
+            Learner(phi, phi.weights(), phi.gradients() if learns else None) for phi in (self.query_map, self.keys_phi)
+        )
+        return query, key
 
     def _mix(self, like: Tensor) -> Tensor:
         """The raw mix; a constant 0 where the student learns none (its value then cancels or is not used)."""
@@ -357,18 +342,6 @@ class StudentAttention(nn.Module):
         far, cfg = self.has_far and self.far_enabled, self.cfg
         return _known_rule(self.kind, cfg.window, scale, softcap, cfg.sinks, cfg.affine, far)
 
-    @staticmethod
-    def _keywords(rule: Rule) -> dict[str, Any]:
-        return {
-            "kind": rule.kind,
-            "window": rule.window,
-            "scale": rule.scale,
-            "softcap": rule.softcap,
-            "sinks": rule.sinks,
-            "affine": rule.affine,
-            "far": rule.far,
-        }
-
     def extra_repr(self) -> str:
         """One line for printing the module."""
         return f"{self.kind}, heads={self.num_heads}/{self.num_kv_heads}, window={self.cfg.window}"
@@ -379,10 +352,6 @@ def _known_rule(
     kind: Kind, window: int, scale: float, softcap: float | None, sinks: int, affine: bool, far: bool
 ) -> Rule:
     return Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
-
-
-def _learner(phi: FeatureMap | None, learns: bool) -> Learner[Weights] | None:
-    return None if phi is None else Learner(phi, phi.weights(), phi.gradients() if learns else None)
 
 
 def _power(y_BHLE: Tensor, rows: Rows) -> Tensor:

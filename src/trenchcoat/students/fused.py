@@ -9,17 +9,17 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig
-from trenchcoat.ops import Rule, StudentState
+from trenchcoat.ops import Rule
 from trenchcoat.students.feature_maps import FeatureMap
 
 if TYPE_CHECKING:
-    from trenchcoat.ops.triton.launch import FusedMap
+    from trenchcoat.ops.triton.launch import FusedMaps
 
 log = logging.getLogger("trenchcoat")
 OLDEST, NOT_YET = (8, 0), (10, 0)
@@ -106,84 +106,26 @@ def _unfit(device: torch.device, shape: Shape, cfg: FeatureMapConfig | None) -> 
     return refusal(Call(shape.rule, q, q, v, phi, phi, q, None, None, None, None, Spans()))
 
 
-def _fused(phi: FeatureMap | None, rule: Rule) -> FusedMap | None:
-    """A feature map as the kernels take it; gradients flow to its parameters."""
-    if phi is None or not rule.far:
+def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> FusedMaps | None:
+    """Feature maps as the kernels take them, or None without a far part; gradients flow to their parameters."""
+    if query is None or key is None or not rule.far:
         return None
     from trenchcoat.ops.triton.launch import FusedMap
 
-    return FusedMap(phi.cfg.name, phi.matrix(), phi.bias, phi.cfg.eps)
+    q, k = (FusedMap(phi.cfg.name, phi.matrix(), phi.bias, phi.cfg.eps) for phi in (query, key))
+    return q, k
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, maps: tuple[FeatureMap | None, FeatureMap | None], mix_H: Tensor, **options: Any
-) -> tuple[Tensor, StudentState | None]:
-    """:func:`trenchcoat.ops.triton.attention.attend` with a student's maps."""
-    from trenchcoat.ops.triton.attention import attend
-
-    rule: Rule = options["rule"]
-    query, key = (_fused(m, rule) for m in maps)
-    return attend(q, k, v, query, key, rule.log_ratio(mix_H), **options)
-
-
-def decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    maps: tuple[FeatureMap | None, FeatureMap | None],
-    mix_H: Tensor,
-    state: StudentState,
-    **options: Any,
-) -> Tensor:
-    """:func:`trenchcoat.ops.triton.decode.decode` with a student's maps."""
-    from trenchcoat.ops.triton.decode import decode
-
-    rule: Rule = options["rule"]
-    query, key = (_fused(m, rule) for m in maps)
-    return decode(q, k, v, query, key, rule.log_ratio(mix_H), state, **options)
-
-
-def transfer(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    maps: tuple[FeatureMap | None, FeatureMap | None],
-    log_ratio_H: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """(summed squared error, gradient for log(g / l)); the maps' gradients are added to their parameters' `.grad`."""
-    from trenchcoat.ops.triton.attention import transfer
-
-    query, key = (_fused(m, options["rule"]) for m in maps)
-    total, grads = transfer(*tensors, query, key, log_ratio_H, **options)
-    return total, _add(maps, grads, log_ratio_H, 1.0)
-
-
-def cross_entropy(
-    q: Tensor,
-    k: Tensor,
-    maps: tuple[FeatureMap | None, FeatureMap | None],
-    log_ratio_H: Tensor,
-    weight: float,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """(summed cross-entropy of the attention rows, gradient of `weight` times it for log(g / l)); the maps' gradients
-    are added to their parameters' `.grad`."""
-    from trenchcoat.ops.triton.crossent_launch import cross_entropy
-
-    query, key = (_fused(m, options["rule"]) for m in maps)
-    total, grads = cross_entropy(q, k, query, key, log_ratio_H, **options)
-    return total, _add(maps, grads, log_ratio_H, weight)
-
-
-def _add(
-    maps: tuple[FeatureMap | None, FeatureMap | None], grads: list[Tensor | None], log_ratio_H: Tensor, weight: float
-) -> Tensor:
-    """Add `weight` times the maps' gradients (query matrix and bias, key matrix and bias) to their `.grad`; returns
-    that for log(g / l), which comes last."""
-    for phi, matrix, bias in ((maps[0], grads[0], grads[1]), (maps[1], grads[2], grads[3])):
+def add_gradients(
+    query: FeatureMap | None, key: FeatureMap | None, found: list[Tensor | None], weight: float = 1.0
+) -> Tensor | None:
+    """Add `weight` times the kernels' gradients (query matrix and bias, key matrix and bias) to the maps' `.grad`;
+    returns that for log(g / l), which comes last."""
+    for phi, matrix, bias in ((query, found[0], found[1]), (key, found[2], found[3])):
         if phi is None or matrix is None:
             continue
         gradients = phi.gradients()
         gradients.weight.add_(matrix, alpha=weight)
         if bias is not None and gradients.bias is not None:
             gradients.bias.add_(bias, alpha=weight)
-    return torch.zeros_like(log_ratio_H) if grads[4] is None else grads[4] * weight
+    return None if found[4] is None else found[4] * weight

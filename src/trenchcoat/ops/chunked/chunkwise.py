@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, Part, Work, grouped, parts
-from trenchcoat.ops.chunked.maps import Learner, fill
+from trenchcoat.ops.chunked.maps import Learners, fill
 from trenchcoat.ops.chunked.tiles import Scratch, bmm_shared, run
 from trenchcoat.ops.state import Rule
 
@@ -62,7 +62,7 @@ class _Attention(torch.autograd.Function):
         return None, None, None, None, *cast
 
 
-def aligned_attention(x: Inputs, *, rule: Rule) -> Tensor:
+def aligned_attention(x: Inputs, rule: Rule) -> Tensor:
     """y [B, H, T, E] in q's dtype of plain rows, differentiable in everything but the state."""
     s0, z0 = (None, None) if x.start is None else x.start
     tensors = (x.q_BHTD, x.k_BGTD, x.v_BGTE, x.fq_BHTF, x.fk_BKTF, x.log_ratio_H)
@@ -71,9 +71,9 @@ def aligned_attention(x: Inputs, *, rule: Rule) -> Tensor:
     return y
 
 
-def attend(x: Inputs, query: Learner[W], key: Learner[W], *, rule: Rule) -> Tensor:
+def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
     """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles."""
-    return _forward(x, rule, keep=False, maps=(query, key))[0]
+    return _forward(x, rule, keep=False, maps=maps)[0]
 
 
 def _chains(x: Inputs, rule: Rule) -> list[list[Part]]:
@@ -84,9 +84,7 @@ def _chains(x: Inputs, rule: Rule) -> list[list[Part]]:
     return grouped(tiles, lambda part: (part.b.start, part.g.start))
 
 
-def _forward(
-    x: Inputs, rule: Rule, *, keep: bool, maps: tuple[Learner[W], Learner[W]] | None = None
-) -> tuple[Tensor, _Kept | None]:
+def _forward(x: Inputs, rule: Rule, *, keep: bool, maps: Learners[W] | None = None) -> tuple[Tensor, _Kept | None]:
     batch, heads, tokens, _ = x.q_BHTD.shape
     wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
     y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
@@ -99,7 +97,7 @@ def _forward(
         for part in tiles:
             tile = Work(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
             if maps is not None and rule.far:
-                tile.fq, tile.fk = fill(tile, tile.tile, *maps)
+                tile.fq, tile.fk = fill(tile, tile.tile, maps)
             tile_y, tile_den, carry = _forward_tile(tile, carry, starts if keep else None)
             tile.pack.unpack(tile_y, y)
             if exact is not y:

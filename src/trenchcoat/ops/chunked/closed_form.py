@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, Part, Work, parts
-from trenchcoat.ops.chunked.maps import Learner, by_group, clear_sinks, fill, picked
+from trenchcoat.ops.chunked.maps import Learner, Learners, by_group, clear_sinks, fill, picked
 from trenchcoat.ops.chunked.tiles import Scratch, Tile, bmm_shared, run
-from trenchcoat.ops.state import Rule
+from trenchcoat.ops.state import HeadWeights, Rule, Tokens
 
 W = TypeVar("W")
 
@@ -28,41 +28,43 @@ ATTEND_TOKENS = 8192
 
 
 def transfer(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
+    tokens: Tokens,
     y_BHTE: Tensor,
-    query: Learner[W] | None,
-    key: Learner[W] | None,
-    log_ratio_H: Tensor,
-    *,
+    maps: Learners[W] | None,
+    heads: HeadWeights,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
+    *,
     length_B: Tensor | None = None,
     error_scale: float = 1.0,
     dlog_ratio_H: Tensor | None = None,
 ) -> Tensor:
     """Sum of (y - y_hat)^2 over real tokens, 0-d; adds the gradients of `error_scale` times it to the learners' grads.
 
-    Rows must be free of holes; `length_B` int64 gives their tokens (None: all T). `query`/`key` None: no far part.
+    Rows must be free of holes; `length_B` int64 gives their tokens (None: all T). `maps` None: no far part.
     """
-    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
-    first_B = torch.zeros(q_BHTD.shape[0], dtype=torch.int64, device=q_BHTD.device)
-    sinks = _sinks(k_BGTD, rule), _sinks(v_BGTE, rule)
-    x = Inputs(q_BHTD, k_BGTD, v_BGTE, None, None, log_ratio_H, sink_logit_H, *sinks, first_B, None)
+    q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
+    wide = torch.promote_types(q.dtype, torch.float32)
+    first_B = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
+    sinks = _sinks(k, rule), _sinks(v, rule)
+    x = Inputs(q, k, v, None, None, rule.log_ratio(heads.mix_H), heads.sink_logit_H, *sinks, first_B, None)
 
     def work(part: Part, scratch: Scratch) -> Tensor:
-        tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
-        y_hat = scratch("y", tile.tile.n, tile.tile.total, rule.window, v_BGTE.shape[-1])
-        far = _forward(tile, query, key, y_hat)
+        tile, y_hat = _opened(x, rule, part, scratch, maps)
+        far = _forward(tile, maps, y_hat)
         error = _error(tile, y_hat, y_BHTE, length_B)
         squares = torch.dot(error.flatten(), error.flatten())
         if far is not None and far.query.grads is not None:
             _backward(tile, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
         return squares
 
-    squares = run(_tiles(x, rule, TILE_TOKENS), work, device=q_BHTD.device, dtype=wide, purpose="transfer")
+    squares = run(_tiles(x, rule, TILE_TOKENS), work, device=q.device, dtype=wide, purpose="transfer")
     return torch.stack(squares).sum()
+
+
+def _opened(x: Inputs, rule: Rule, part: Part, scratch: Scratch, maps: Learners[W] | None) -> tuple[Work, Tensor]:
+    """A tile, and scratch for its outputs."""
+    tile = Work(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
+    return tile, scratch("y", tile.tile.n, tile.tile.total, rule.window, x.v_BGTE.shape[-1])
 
 
 def _tiles(x: Inputs, rule: Rule, budget: int) -> Iterator[Part]:
@@ -72,15 +74,14 @@ def _tiles(x: Inputs, rule: Rule, budget: int) -> Iterator[Part]:
     return parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, budget, whole_rows=True)
 
 
-def attend(x: Inputs, query: Learner[W] | None, key: Learner[W] | None, *, rule: Rule) -> Tensor:
+def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
     """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles; short rows only are quick."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
 
     def work(part: Part, scratch: Scratch) -> None:
-        tile = Work(x, rule, part, scratch, key.phi.num_heads if key is not None else None)
-        y_hat = scratch("y", tile.tile.n, tile.tile.total, rule.window, x.v_BGTE.shape[-1])
-        _forward(tile, query, key, y_hat)
+        tile, y_hat = _opened(x, rule, part, scratch, maps)
+        _forward(tile, maps, y_hat)
         tile.pack.unpack(y_hat, y)
 
     wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
@@ -112,7 +113,7 @@ def _sinks(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
     return torch.nn.functional.pad(x_BGTD[:, :, : rule.sinks], (0, 0, 0, max(0, rule.sinks - x_BGTD.shape[2])))
 
 
-def _forward(work: Work, query: Learner[W] | None, key: Learner[W] | None, y_hat: Tensor) -> _Far[W] | None:
+def _forward(work: Work, maps: Learners[W] | None, y_hat: Tensor) -> _Far[W] | None:
     """Fills y_hat [n, X, W, E]; the far part is None where no query has far keys.
 
     In a tile of one row only later chunks of queries and earlier chunks of keys have a far part, in pairs.
@@ -122,18 +123,18 @@ def _forward(work: Work, query: Learner[W] | None, key: Learner[W] | None, y_hat
         work.near_softmax()
     paired = work.rule.kind == "terrace" and tile.rows == 1
     skip = tile.lag if paired else 0
-    if query is None or key is None or (work.rule.kind == "terrace" and tile.chunks <= tile.lag):
+    if maps is None or (work.rule.kind == "terrace" and tile.chunks <= tile.lag):
         bmm_shared(work.p, work.near_v[None], y_hat)
         return None
     late, early = slice(skip, tile.total), slice(0, 1 + tile.total - skip)
     far_tile = replace(tile, chunks=tile.chunks - skip, lag=0) if paired else tile
-    fq, fk = fill(work, far_tile, query, key, late, early)
-    sums = far_tile.prefix_sums(fk, work.v[early], work.row_start(key.phi.features))
+    fq, fk = fill(work, far_tile, maps, late, early)
+    sums = far_tile.prefix_sums(fk, work.v[early], work.row_start(maps[1].phi.features))
     near = (work.p[:, late], work.near_v[late]) if work.near else None
     if skip:
         bmm_shared(work.p[:, :skip], work.near_v[None, :skip], y_hat[:, :skip])
     den = far_tile.combine(near, fq, fk, work.v[early], sums, work.ratio_nX[:, late], y_hat[:, late])
-    return _Far(far_tile, query, key, late, early, fq, fk, sums, den)
+    return _Far(far_tile, *maps, late, early, fq, fk, sums, den)
 
 
 def _error(work: Work, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | None) -> Tensor:

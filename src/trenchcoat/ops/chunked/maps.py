@@ -52,14 +52,17 @@ class Learner(Generic[W]):
     grads: W | None = None
 
 
-def fill(
-    work: Work, tile: Tile, query: Learner[W], key: Learner[W], late: slice = EVERY, early: slice = EVERY
-) -> tuple[Tensor, Tensor]:
+Learners = tuple[Learner[W], Learner[W]]
+"""Those of queries and keys."""
+
+
+def fill(work: Work, tile: Tile, maps: Learners[W], late: slice = EVERY, early: slice = EVERY) -> tuple[Tensor, Tensor]:
     """Features of the queries of chunks `late` [n, X, W, F] and of the keys of padded chunks `early` [m, 1 + X, W, F].
 
     Slot 0 of the keys holds the chunk before the tile where its keys can be far for the tile's own queries, else zeros.
     """
-    scratch, total, window = tile.scratch, tile.total, tile.window
+    (query, key), scratch = maps, tile.scratch
+    total, window = tile.total, tile.window
     fq = scratch("fq", tile.n, total, window, query.phi.features)
     fk = scratch("fk", tile.m, 1 + total, window, key.phi.features)
     k = work.k[early]

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
-from trenchcoat.ops.state import Rule, StudentState, round_to_bfloat16
-from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, inner, refusal, refused, run
+from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
+from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, inner, refusal, refused, run
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
@@ -107,59 +107,58 @@ def _accept(call: Call) -> Call:
 
 
 def attend(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
-    query: FusedMap | None,
-    key: FusedMap | None,
-    log_ratio_H: Tensor,
-    *,
+    tokens: Tokens,
+    maps: FusedMaps | None,
+    heads: HeadWeights,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
-    mask_BT: Tensor | None = None,
+    *,
     state: StudentState | None = None,
-    return_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, StudentState | None]:
     """y [B, H, T, E] in q's dtype, differentiable in everything but the state, and the state after the tokens.
 
     Args:
-        q_BHTD, k_BGTD, v_BGTE: after RoPE and norms; bfloat16, float16 or float32.
-        query, key: feature maps; None with `rule.far` off.
-        log_ratio_H: log(g / l).
-        rule, sink_logit_H, mask_BT, state: as for :func:`trenchcoat.ops.linear_window_attention`.
-        return_state: needs `state` (an empty one at the start of a row).
+        tokens: bfloat16, float16 or float32.
+        maps: feature maps of queries and keys; may be None where the rule has no far part.
+        heads, rule, state: as for :func:`trenchcoat.ops.linear_window_attention`.
         cu_seqlens: int32 [R + 1], where the R sequences packed into the one batch row begin and end; then without
             mask and state.
 
     Raises:
         ValueError: what the kernels cannot do.
     """
-    if cu_seqlens is not None and (mask_BT is not None or state is not None or q_BHTD.shape[0] != 1 or rule.sinks):
+    q, k, v, mask_BT = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, tokens.mask_BT
+    if cu_seqlens is not None and (mask_BT is not None or state is not None or q.shape[0] != 1 or rule.sinks):
         raise ValueError("cu_seqlens packs sequences into one batch row, without mask, state or sinks")
     if rule.kind == "linear" and not rule.far:
-        return q_BHTD.new_zeros(*q_BHTD.shape[:3], v_BGTE.shape[3]), state
-    rows, spans = _lay_out(q_BHTD, rule, mask_BT, state, return_state, cu_seqlens)
+        return q.new_zeros(*q.shape[:3], v.shape[3]), state
+    rows, spans = _lay_out(q, rule, mask_BT, state, cu_seqlens)
     before = None if state is None or not rule.slots else state
-    q = rows.align(q_BHTD, None if before is None else q_BHTD.new_zeros(*q_BHTD.shape[:2], rule.slots, q_BHTD.shape[3]))
-    k = rows.align(k_BGTD, None if before is None else before.k_BGND)
-    v = rows.align(v_BGTE, None if before is None else before.v_BGNE)
+    q = rows.align(q, None if before is None else q.new_zeros(*q.shape[:2], rule.slots, q.shape[3]))
+    k = rows.align(k, None if before is None else before.k_BGND)
+    v = rows.align(v, None if before is None else before.v_BGNE)
     q, k, v = (inner(x) for x in (q, k, v))
     if spans is None:
         spans = _spans(rows, q.shape[2])
     sinks = (None, None) if not rule.sinks else tuple(inner(x) for x in sink_pairs(k, v, rows, rule, state))
     start = (None, None) if state is None or not rule.far else (state.far_s_BKFE.float(), state.far_z_BKF)
-    maps = [(None, None) if m is None or not rule.far else (m.matrix, m.bias) for m in (query, key)]
-    tensors = (q, k, v, *maps[0], *maps[1], log_ratio_H, sink_logit_H, *sinks, *start)
-    names = ("", "", 0.0) if query is None or key is None else (query.name, key.name, query.floor)
+    names, parameters = _opened(maps if rule.far else None)
+    tensors = (q, k, v, *parameters, rule.log_ratio(heads.mix_H), heads.sink_logit_H, *sinks, *start)
     call = _accept(_call(rule, spans, names, *tensors))
     if len(call.slices) == 1:
         y = _Attention.apply(rule, spans, names, *tensors)
     else:
         parts = [_Attention.apply(rule, spans, names, *_columns(tensors, values)) for values in call.slices]
         y = torch.cat(parts, -1)
-    y = rows.restore(y)
-    return y, _state_after(call, rows, state) if return_state and state is not None else None
+    return rows.restore(y), None if state is None else _state_after(call, rows, state)
+
+
+def _opened(maps: FusedMaps | None) -> tuple[tuple[str, str, float], tuple[Tensor | None, ...]]:
+    """Names and floor of the maps, and their parameters in the order of :func:`_call`."""
+    if maps is None:
+        return ("", "", 0.0), (None,) * 4
+    query, key = maps
+    return (query.name, key.name, query.floor), (query.matrix, query.bias, key.matrix, key.bias)
 
 
 def _columns(tensors: tuple[Tensor | None, ...], values: slice) -> list[Tensor | None]:
@@ -172,7 +171,6 @@ def _lay_out(
     rule: Rule,
     mask_BT: Tensor | None,
     state: StudentState | None,
-    return_state: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Rows, Spans | None]:
     """Rows to gather, or (in a packed batch, or where padding lies at the rows' ends) where they lie already."""
@@ -180,7 +178,7 @@ def _lay_out(
     if cu_seqlens is not None:
         edges = cu_seqlens.to(q.device, torch.int32)
         return plain, Spans(edges[:-1].contiguous(), edges.diff(), torch.zeros_like(edges[:-1]), packed=True)
-    if mask_BT is not None and state is None and not return_state and not rule.sinks:
+    if mask_BT is not None and state is None and not rule.sinks:
         real = mask_BT.bool()
         length, start = real.sum(1), real.int().argmax(1)
         token = torch.arange(q.shape[2], device=real.device)
@@ -214,16 +212,12 @@ def _state_after(call: Call, rows: Rows, state: StudentState) -> StudentState:
 
 @torch.no_grad()
 def transfer(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
+    tokens: Tokens,
     y_BHTE: Tensor,
-    query: FusedMap | None,
-    key: FusedMap | None,
-    log_ratio_H: Tensor,
-    *,
+    maps: FusedMaps | None,
+    heads: HeadWeights,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
+    *,
     length_B: Tensor | None = None,
     error_scale: float = 1.0,
     learn: bool = True,
@@ -233,14 +227,12 @@ def transfer(
     The gradients: query matrix, query bias, key matrix, key bias, log(g / l); all None without `learn`. Rows must be
     free of holes; `length_B` int64 gives their tokens (None: all T).
     """
-    q, k, v, y = (inner(x) for x in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
+    q, k, v, y = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, y_BHTE))
     spans = Spans.of_lengths(length_B, q.device)
     sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
-    maps = [(None, None) if m is None or not rule.far else (m.matrix, m.bias) for m in (query, key)]
-    names = ("", "", 0.0) if query is None or key is None else (query.name, key.name, query.floor)
-    call = _accept(
-        _call(rule, spans, names, q, k, v, *maps[0], *maps[1], log_ratio_H, sink_logit_H, *sinks, None, None)
-    )
+    names, parameters = _opened(maps if rule.far else None)
+    log_ratio_H, logit_H = rule.log_ratio(heads.mix_H), heads.sink_logit_H
+    call = _accept(_call(rule, spans, names, q, k, v, *parameters, log_ratio_H, logit_H, *sinks, None, None))
     parts = [
         _transfer(call.sliced(values), y[..., values], error_scale, learn and call.query is not None)
         for values in call.slices

@@ -12,11 +12,11 @@ from triton.errors import TritonError
 
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.reference import attention
-from trenchcoat.ops.state import Kind, Rule, StudentState
+from trenchcoat.ops.state import Features, HeadWeights, Kind, Rule, StateSizes, StudentState, Tokens
 from trenchcoat.ops.triton.attention import attend, transfer
 from trenchcoat.ops.triton.crossent_launch import cross_entropy
 from trenchcoat.ops.triton.decode import decode
-from trenchcoat.ops.triton.launch import FusedMap
+from trenchcoat.ops.triton.launch import FusedMap, FusedMaps
 
 TOKENS, WINDOW, DIM, PREFILLED = 200, 64, 64, 191
 """The case: two heads that share keys. Decoding goes from a prefill to the first token of a new chunk."""
@@ -128,22 +128,18 @@ def passes(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list[
     return [y.detach(), *filled[:6], error.detach(), *filled[6:]]
 
 
-def _short(leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (t.to(torch.bfloat16) for t in leaves[:3])
-    return q, k, v
-
-
-def _maps(leaves: list[Tensor], rule: Rule) -> tuple[FusedMap, FusedMap]:
-    return FusedMap(MAPS[rule.kind], leaves[3]), FusedMap(MAPS[rule.kind], leaves[4])
+def _inputs(leaves: list[Tensor], rule: Rule) -> tuple[Tokens, FusedMaps, HeadWeights]:
+    query, key = (FusedMap(MAPS[rule.kind], matrix) for matrix in leaves[3:5])
+    return Tokens(*(t.to(torch.bfloat16) for t in leaves[:3])), (query, key), HeadWeights(leaves[5])
 
 
 def _kernels(x: list[Tensor], rule: Rule) -> Tensor:
-    return attend(*_short(x), *_maps(x, rule), rule.log_ratio(x[5]), rule=rule)[0].float()
+    return attend(*_inputs(x, rule), rule)[0].float()
 
 
 def _transfer(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
-    teacher, log_ratio = leaves[7].to(torch.bfloat16), rule.log_ratio(leaves[5])
-    error, grads = transfer(*_short(leaves), teacher, *_maps(leaves, rule), log_ratio, rule=rule)
+    tokens, maps, heads = _inputs(leaves, rule)
+    error, grads = transfer(tokens, leaves[7].to(torch.bfloat16), maps, heads, rule)
     query, _, key, _, dlog = grads
     assert query is not None and key is not None and dlog is not None  # noqa: PT018
     return [error, query, key, dlog * torch.sigmoid(-leaves[5])]
@@ -151,25 +147,17 @@ def _transfer(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
 
 def _decode(leaves: list[Tensor], rule: Rule) -> Tensor:
     """y of two tokens after a prefill."""
-    maps, log_ratio = _maps(leaves, rule), rule.log_ratio(leaves[5])
-    empty = StudentState.empty(
-        1, rule=rule, kv_heads=1, key_map_heads=1, key_dim=DIM, value_dim=DIM, features=2 * DIM, dtype=torch.bfloat16,
-        device=leaves[0].device,
-    )  # fmt: skip
-
-    def tokens(start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _short(leaves)
-        return q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop]
-
-    _, state = attend(*tokens(0, PREFILLED), *maps, log_ratio, rule=rule, state=empty, return_state=True)
+    tokens, maps, heads = _inputs(leaves, rule)
+    sizes = StateSizes(kv_heads=1, key_maps=1, key_dim=DIM, value_dim=DIM, features=2 * DIM)
+    empty = StudentState.empty(1, rule, sizes, dtype=torch.bfloat16, device=leaves[0].device)
+    _, state = attend(tokens[:PREFILLED], maps, heads, rule, state=empty)
     assert state is not None
-    steps = [decode(*tokens(t, t + 1), *maps, log_ratio, state, rule=rule) for t in (PREFILLED, PREFILLED + 1)]
+    steps = [decode(tokens[t : t + 1], maps, heads, state, rule) for t in (PREFILLED, PREFILLED + 1)]
     return torch.cat(steps, 2).float()
 
 
 def _rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
-    q, k, _v = _short(leaves)
-    total, grads = cross_entropy(q, k, *_maps(leaves, rule), rule.log_ratio(leaves[5]), rule=rule)
+    total, grads = cross_entropy(*_inputs(leaves, rule), rule)
     return [total, *(g for g in grads if g is not None)]
 
 
@@ -185,15 +173,17 @@ def _phi(x: Tensor, matrix: Tensor, rule: Rule) -> Tensor:
 
 def reference(x: list[Tensor], rule: Rule) -> Tensor:
     """y of the quadratic reference."""
-    return attention(x[0], x[1], x[2], _phi(x[0], x[3], rule), _phi(x[1], x[4], rule), x[5], rule=rule)
+    features = Features(_phi(x[0], x[3], rule), _phi(x[1], x[4], rule))
+    return attention(Tokens(*x[:3]), features, HeadWeights(x[5]), rule)
 
 
 def reference_rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
     """The cross-entropy and its gradients of query map, key map and log(g / l), by the blockwise code."""
-    q, k, maps = leaves[0], leaves[1], [t.clone().requires_grad_() for t in leaves[3:5]]
+    maps = [t.clone().requires_grad_() for t in leaves[3:5]]
     with torch.enable_grad():
-        fq, fk = _phi(q, maps[0], rule), _phi(k, maps[1], rule)
-    found = attention_cross_entropy(q, k, fq.detach(), fk.detach(), rule.log_ratio(leaves[5]), rule=rule)
+        fq, fk = (_phi(x, matrix, rule) for x, matrix in zip(leaves[:2], maps, strict=True))
+    features = Features(fq.detach(), fk.detach())
+    found = attention_cross_entropy(Tokens(*leaves[:3]), features, HeadWeights(leaves[5]), rule)
     assert found.dfq_BHTF is not None and found.dfk_BKTF is not None and found.dlog_ratio_H is not None  # noqa: PT018
     grads = torch.autograd.grad((fq, fk), maps, (found.dfq_BHTF, found.dfk_BKTF))
     return [found.total, *grads, found.dlog_ratio_H]

@@ -13,10 +13,21 @@ import torch
 from torch import Tensor
 
 from trenchcoat.ops.crossent import NEEDS_FAR, SMALLEST
-from trenchcoat.ops.state import Rule
+from trenchcoat.ops.state import HeadWeights, Rule, Tokens
 from trenchcoat.ops.triton.crossent import key_side, query_side
 from trenchcoat.ops.triton.features import stored_features
-from trenchcoat.ops.triton.launch import INTERPRETED, Call, FusedMap, Spans, inner, refusal, refused, run, shared_limit
+from trenchcoat.ops.triton.launch import (
+    INTERPRETED,
+    Call,
+    FusedMap,
+    FusedMaps,
+    Spans,
+    inner,
+    refusal,
+    refused,
+    run,
+    shared_limit,
+)
 from trenchcoat.ops.triton.parts import Constants, features_of
 from trenchcoat.ops.triton.passes import map_gradient, total
 from trenchcoat.ops.triton.tiles import Tile
@@ -95,14 +106,11 @@ class Pass:
 
 
 def cross_entropy(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    query: FusedMap | None,
-    key: FusedMap | None,
-    log_ratio_H: Tensor,
-    *,
+    tokens: Tokens,
+    maps: FusedMaps | None,
+    heads: HeadWeights,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
+    *,
     length_B: Tensor | None = None,
     teacher_window: int | None = None,
     learn: bool = True,
@@ -116,12 +124,13 @@ def cross_entropy(
     Raises:
         ValueError: what the kernels cannot do.
     """
-    if not rule.far or query is None or key is None:
+    if not rule.far or maps is None:
         raise ValueError(NEEDS_FAR)
-    q, k = inner(q_BHTD.detach()), inner(k_BGTD.detach())
+    query, key = maps
+    q, k = inner(tokens.q_BHTD.detach()), inner(tokens.k_BGTD.detach())
     spans = Spans.of_lengths(length_B, q.device)
-    logit = None if sink_logit_H is None else sink_logit_H.detach().to(q.device, torch.float32).contiguous()
-    log_ratio = log_ratio_H.detach().float().contiguous()
+    logit = None if heads.sink_logit_H is None else heads.sink_logit_H.detach().to(q.device, torch.float32).contiguous()
+    log_ratio = rule.log_ratio(heads.mix_H.detach()).float().contiguous()
     call = Call(rule, q, k, k, query, key, log_ratio * LOG2E, logit, None, None, None, spans)
     tiles = _accepted(call)
     fq, _none = _store(call, q, query, None)

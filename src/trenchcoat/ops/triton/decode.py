@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trenchcoat.ops.state import Rule, StudentState
-from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, block, inner, refusal, refused, run, wanted_programs
+from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens
+from trenchcoat.ops.triton.launch import Call, FusedMaps, Spans, block, inner, refusal, refused, run, wanted_programs
 from trenchcoat.ops.triton.parts import Constants, features_of, place
 from trenchcoat.ops.triton.prepare import count_of, exact, leaving, load_features, prepare, row_tokens
 from trenchcoat.ops.triton.tiles import Tile
@@ -204,17 +204,11 @@ def read(
 
 @torch.no_grad()
 def decode(
-    q_BHTD: Tensor,
-    k_BGTD: Tensor,
-    v_BGTE: Tensor,
-    query: FusedMap | None,
-    key: FusedMap | None,
-    log_ratio_H: Tensor,
+    tokens: Tokens,
+    maps: FusedMaps | None,
+    heads: HeadWeights,
     state: StudentState,
-    *,
     rule: Rule,
-    sink_logit_H: Tensor | None = None,
-    mask_BT: Tensor | None = None,
 ) -> Tensor:
     """y [B, H, T, E] in q's dtype for a few tokens, updating `state` in place; a token with mask False changes nothing
     and gets 0. A bfloat16 S is rounded as :func:`trenchcoat.ops.state.round_to_bfloat16` does it, once a call.
@@ -222,17 +216,17 @@ def decode(
     Raises:
         ValueError: what the kernels cannot do.
     """
-    if not rule.far:
-        query = key = None
-    q, k, v = (inner(x) for x in (q_BHTD, k_BGTD, v_BGTE))
-    call = Call(rule, q, k, v, query, key, log_ratio_H, sink_logit_H, None, None, None, Spans())
+    query, key = maps if maps is not None and rule.far else (None, None)
+    q, k, v = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE))
+    log_ratio_H = rule.log_ratio(heads.mix_H)
+    call = Call(rule, q, k, v, query, key, log_ratio_H, heads.sink_logit_H, None, None, None, Spans())
     reason = refusal(call)
     if reason is None and rule.kind == "linear" and not rule.far:
         reason = "kind 'linear' has nothing to read with its far part off"
     if reason is not None:
         raise refused(reason)
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    real = None if mask_BT is None else mask_BT.to(q.device, torch.int32)
+    real = None if tokens.mask_BT is None else tokens.mask_BT.to(q.device, torch.int32)
     for t in range(0, q.shape[2], rule.window):
         span = slice(t, t + rule.window)
         pieces = [x[:, :, span] for x in (q, k, v, y)]

@@ -64,6 +64,10 @@ class FusedMap:
         return int(self.matrix.shape[2]) * (2 if ACTIVATIONS[self.name][1] else 1)
 
 
+FusedMaps = tuple[FusedMap, FusedMap]
+"""Those of queries and keys."""
+
+
 @dataclass(frozen=True)
 class Spans:
     """Where rows lie: row r has `length` tokens from token `start` of its batch row, the first at position `first`.

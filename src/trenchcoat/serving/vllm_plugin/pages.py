@@ -95,9 +95,12 @@ def attend(
     for request in range(decodes, len(lengths)):
         begin, end = starts[request], starts[request + 1]
         slot, before = slots[request : request + 1], lengths[request] - (end - begin)
-        known = layout.read(pages, slot, student, q_TX.dtype) if before else None
+        if before:
+            known = layout.read(pages, slot, student, q_TX.dtype)
+        else:
+            known = student.empty_state(1, dtype=q_TX.dtype, device=q_TX.device)
         row = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
-        y, after = student(*row, scale=scale, state=known, return_state=True)
+        y, after = student(*row, scale=scale, state=known)
         y_TX[begin:end] = y[0].transpose(0, 1).flatten(1)
         layout.write(pages, slot, after)
     return y_TX
