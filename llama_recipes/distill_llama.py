@@ -6,7 +6,7 @@ torchrun --nnodes 1 --nproc_per_node 8 llama_recipes/distill_llama.py --model_co
 import sys
 from pathlib import Path
 
-from trenchcoat.cli import compat
+from trenchcoat.cli.compat.scripts import run_script
 
 if __name__ == "__main__":
-    sys.exit(compat.main("transfer", configs=Path(__file__).resolve().parents[1] / "configs"))
+    sys.exit(run_script("transfer", configs=Path(__file__).resolve().parents[1] / "configs"))

@@ -43,7 +43,7 @@ command_of() {
   local step=$1
   shift
   case $step in
-    tests) run "$PYTHON" -m pytest -q tests/test_triton*.py tests/bench/test_bench_kernels.py ;;
+    tests) run "$PYTHON" -m pytest -q tests/ops/test_triton*.py tests/bench/test_bench_kernels.py ;;
     memcheck | racecheck | initcheck) checked "$step" ;;
     operator | model | decode) measured "$step" "$@" ;;
     *)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernel_kit import DEVICE
-from trenchcoat.cli.app import build_parser
+from trenchcoat.cli import app as cli
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.ops.triton import launch as triton_launch
 
@@ -45,7 +45,7 @@ def test_the_commands_are_accepted() -> None:
         assert words[2:5] == ["compute-sanitizer", "--tool", tool]
         assert (REPOSITORY / words[-1]).is_file()
     for words, part in zip(measured, PARTS, strict=True):
-        args = build_parser().parse_args(words[words.index("trenchcoat") + 1 :])
+        args = cli._parse(words[words.index("trenchcoat") + 1 :])
         assert (args.what, args.only, args.device, args.quick, args.layers) == ("kernels", part, "cuda", True, 2)
         assert args.out == f"somewhere/kernels_{part}.json"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from block_commands import parse_trenchcoat
-from trenchcoat.cli import compat
+from trenchcoat.cli.compat import scripts
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = sorted((REPOSITORY / "scripts").glob("*/*.sh"))
@@ -99,14 +99,14 @@ def test_a_script_is_strict_and_names_no_absolute_path(script: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_the_printed_commands_are_accepted(script: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("trenchcoat.cli.compat.base_config", lambda path: None)
+    monkeypatch.setattr("trenchcoat.cli.compat.scripts.base_config", lambda path: None)
     monkeypatch.chdir(tmp_path)
     baseline = "no_distill" in script.name
     commands = [_split(words) for words in _commands(script, "--eval_steps", "7")]
     names = ["distill_llama_finetune.py"] if baseline else ["distill_llama.py", "distill_llama_finetune.py"]
     assert [name for _, name, _ in commands] == names
     plans = [
-        compat.plan_of("finetune" if "finetune" in name else "transfer", arguments, REPOSITORY / "configs")
+        scripts.plan_of("finetune" if "finetune" in name else "transfer", arguments, REPOSITORY / "configs")
         for _, name, arguments in commands
     ]
     assert len({plan.recipe.run.dir for plan in plans}) == 1

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from trenchcoat.cli import app as cli
+from trenchcoat.cli.terminal import guarded
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import field_paths
 from trenchcoat.runtime.distributed import FailedElsewhere
@@ -124,7 +125,7 @@ def test_overrides_may_stand_after_options() -> None:
     assert args.debug
 
 
-def test_a_keyboard_interrupt_exits_1_and_says_how_to_go_on(
+def test_a_keyboard_interrupt_exits_130_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from trenchcoat.linearize import stages
@@ -133,7 +134,7 @@ def test_a_keyboard_interrupt_exits_1_and_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "transfer", interrupted)
-    assert "run the same command again" in _fails(["transfer", "demo", *tiny_overrides], 1, capsys)
+    assert "run the same command again" in _fails(["transfer", "demo", *tiny_overrides], 130, capsys)
 
 
 def test_ctrl_c_saves_stops_cleanly_and_says_so(tiny_overrides: list[str], tmp_path: Path) -> None:
@@ -150,7 +151,7 @@ def test_ctrl_c_saves_stops_cleanly_and_says_so(tiny_overrides: list[str], tmp_p
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "run the same command again" in errors
     assert "Traceback" not in errors
     assert list((tmp_path / "run" / "checkpoints" / "transfer").glob("step-*"))
@@ -183,7 +184,7 @@ def test_each_process_says_who_it_is_and_what_the_main_one_said_is_not_repeated(
         def action() -> None:
             raise error
 
-        return cli.guarded(action, debug=False)
+        return guarded(action, debug=False)
 
     assert fail(UserError("no such file")) == 1
     monkeypatch.setenv("RANK", "3")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from trenchcoat.cli import compat
+from trenchcoat.cli.compat import scripts
 from trenchcoat.cli.compat.configs import read_config
 from trenchcoat.cli.compat.flags import FLAGS
-from trenchcoat.cli.compat.plan import Plan
+from trenchcoat.cli.compat.plan import ScriptPlan
 from trenchcoat.config import FeatureMapConfig, LoraConfig, TransferConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 
@@ -46,15 +46,15 @@ FINETUNES = [
 
 
 @pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Plan]:
+def plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ScriptPlan]:
     """``plan(stage, "--flag ...")``: the plan of a command line over the 8B configurations, from an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trenchcoat.cli.compat.base_config", lambda path: None)
+    monkeypatch.setattr("trenchcoat.cli.compat.scripts.base_config", lambda path: None)
 
-    def made(stage: str = "transfer", line: str = "", **configs: str) -> Plan:
+    def made(stage: str = "transfer", line: str = "", **configs: str) -> ScriptPlan:
         names = {"model": f"distill_llama3_1_8b_{TERRACE}", "distill": ALPACA, "finetune": FINETUNES[0], **configs}
         words = [word for kind, name in names.items() for word in (f"--{kind}_config", name)]
-        return compat.plan_of(stage, [*words, *line.split()], CONFIGS)  # type: ignore[arg-type]
+        return scripts.plan_of(stage, [*words, *line.split()], CONFIGS)  # type: ignore[arg-type]
 
     return made
 
@@ -71,7 +71,7 @@ def test_the_documented_table_is_the_programs() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_named_model_configuration_is_a_checked_recipe(model: str, plan: Callable[..., Plan]) -> None:
+def test_every_named_model_configuration_is_a_checked_recipe(model: str, plan: Callable[..., ScriptPlan]) -> None:
     student = plan(model=model).recipe.student
     kind = model.removesuffix("_attn4layers")
     name = {TERRACE: "terrace", SLIDING: "sliding", LINEAR: "linear", "t2r": "linear"}
@@ -86,7 +86,9 @@ def test_every_named_model_configuration_is_a_checked_recipe(model: str, plan: C
 
 @pytest.mark.parametrize("distill", DISTILLS)
 @pytest.mark.parametrize("finetune", FINETUNES)
-def test_every_named_experiment_is_a_checked_recipe(distill: str, finetune: str, plan: Callable[..., Plan]) -> None:
+def test_every_named_experiment_is_a_checked_recipe(
+    distill: str, finetune: str, plan: Callable[..., ScriptPlan]
+) -> None:
     first = plan("transfer", distill=distill, finetune=finetune, eval="eval_alpaca_clean").recipe
     second = plan("finetune", distill=distill, finetune=finetune, eval="eval_alpaca_clean").recipe
     assert (first.transfer is None) == distill.startswith("no_")
@@ -105,7 +107,7 @@ def test_every_named_experiment_is_a_checked_recipe(distill: str, finetune: str,
     assert second.data.path == "yahma/alpaca-cleaned"
 
 
-def test_base_models_say_what_they_are_for(plan: Callable[..., Plan]) -> None:
+def test_base_models_say_what_they_are_for(plan: Callable[..., ScriptPlan]) -> None:
     for name in ("base_llama3_1_8b", "base_llama3_1_70b"):
         rope = read_config("model", name, [CONFIGS]).at("model.rope_scaling")
         assert rope == {
@@ -116,8 +118,8 @@ def test_base_models_say_what_they_are_for(plan: Callable[..., Plan]) -> None:
             plan(model=name)
 
 
-def test_the_default_run_is_the_recipe_that_ships(plan: Callable[..., Plan]) -> None:
-    """With --lk_zero_init, as every documented command has it, both doors lead to the same numbers."""
+def test_the_default_run_is_the_recipe_that_ships(plan: Callable[..., ScriptPlan]) -> None:
+    """With --lk_zero_init, as every documented command has it, both entry points lead to the same numbers."""
     old = plan("finetune", "--lk_zero_init").recipe
     new = load_recipe("llama3_1_8b")
     assert old.student == new.student
@@ -163,27 +165,29 @@ def test_the_default_run_is_the_recipe_that_ships(plan: Callable[..., Plan]) -> 
         ("--project_name cats", "run.project", "cats"),
     ],
 )  # fmt: skip
-def test_a_flag_sets_its_field(flags: str, path: str, value: object, plan: Callable[..., Plan]) -> None:
+def test_a_flag_sets_its_field(flags: str, path: str, value: object, plan: Callable[..., ScriptPlan]) -> None:
     found: Any = plan("finetune", flags).recipe
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value
 
 
-def test_the_skip_connection_starts_as_the_identity(plan: Callable[..., Plan]) -> None:
+def test_the_skip_connection_starts_as_the_identity(plan: Callable[..., ScriptPlan]) -> None:
     made = plan(line="--lk_skip_connection --lk_zero_init").recipe.student.feature_map
     assert (made.skip, made.init) == (True, "identity")
     assert plan(line="--lk_skip_connection").recipe.student.feature_map.init == "kaiming"
 
 
-def test_weights_and_biases_need_an_entity(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_need_an_entity(plan: Callable[..., ScriptPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_ENTITY", "nobody")
     assert plan(line="--wandb_entity us").recipe.run.trackers == ("wandb",)
-    assert compat.os.environ["WANDB_ENTITY"] == "us"
+    assert scripts.os.environ["WANDB_ENTITY"] == "us"
     assert plan(line="--wandb_entity us --no_wandb").recipe.run.trackers == ()
 
 
-def test_the_token_reaches_the_hub_and_nothing_else(plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_reaches_the_hub_and_nothing_else(
+    plan: Callable[..., ScriptPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from huggingface_hub import get_token
 
     monkeypatch.setenv("HF_TOKEN", "another")
@@ -192,7 +196,7 @@ def test_the_token_reaches_the_hub_and_nothing_else(plan: Callable[..., Plan], m
     assert "hf_secret" not in str(made)
 
 
-def test_flags_without_effect_are_named_in_one_warning(plan: Callable[..., Plan]) -> None:
+def test_flags_without_effect_are_named_in_one_warning(plan: Callable[..., ScriptPlan]) -> None:
     every = [
         f"--{flag.name}" + {"switch": "", "int": " 3", "float": " 0.5", "str": " x"}[flag.kind]
         for flag in FLAGS
@@ -225,8 +229,8 @@ def test_flags_without_effect_are_named_in_one_warning(plan: Callable[..., Plan]
         ("--distill_config distil_alpaca_clean_xent0_mse1000_lr1e-2", ("did you mean", ALPACA)),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_with_the_mend(
-    line: str, words: tuple[str, ...], plan: Callable[..., Plan]
+def test_what_cannot_be_done_is_refused_with_the_fix(
+    line: str, words: tuple[str, ...], plan: Callable[..., ScriptPlan]
 ) -> None:
     with pytest.raises(UserError) as refused:
         plan(line=line)
@@ -237,10 +241,10 @@ def test_what_cannot_be_done_is_refused_with_the_mend(
 
 def test_the_configurations_must_be_named() -> None:
     with pytest.raises(UserError, match=r"--model_config and --distill_config must be given"):
-        compat.plan_of("transfer", [], CONFIGS)
+        scripts.plan_of("transfer", [], CONFIGS)
 
 
-def test_block_flags_that_mean_all_layers_are_accepted(plan: Callable[..., Plan], tiny_model_dir: Path) -> None:
+def test_block_flags_that_mean_all_layers_are_accepted(plan: Callable[..., ScriptPlan], tiny_model_dir: Path) -> None:
     from trenchcoat.cli.compat.start import base_config, check_layers
 
     base = base_config(str(tiny_model_dir))
@@ -250,7 +254,7 @@ def test_block_flags_that_mean_all_layers_are_accepted(plan: Callable[..., Plan]
             check_layers(flags, base)
 
 
-def test_the_same_arguments_name_the_same_run(plan: Callable[..., Plan]) -> None:
+def test_the_same_arguments_name_the_same_run(plan: Callable[..., ScriptPlan]) -> None:
     for line in (
         "",
         "--lr 0.1 --lk_zero_init --seed 3",
@@ -263,7 +267,7 @@ def test_the_same_arguments_name_the_same_run(plan: Callable[..., Plan]) -> None
     assert len(folders) == 4
 
 
-def test_stage_2_has_its_own_folder_where_stage_1_can_be_shared(plan: Callable[..., Plan]) -> None:
+def test_stage_2_has_its_own_folder_where_stage_1_can_be_shared(plan: Callable[..., ScriptPlan]) -> None:
     home = plan("transfer").recipe.run.dir
     folders = [
         plan("finetune", line) for line in ("", "--finetune_lr 0.1", "--finetune_lr 0.2", "--finetune_attn_mlps")
@@ -307,7 +311,7 @@ attention:
 """
 
 
-def test_an_old_style_model_file_is_read(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_an_old_style_model_file_is_read(plan: Callable[..., ScriptPlan], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(OLD_MODEL)
     made = plan(model=str(tmp_path / "mine.yaml"))
     model, student = made.recipe.model, made.recipe.student
@@ -345,7 +349,7 @@ fsdp: {gradient_clipping: false}
 """
 
 
-def test_an_old_style_experiment_file_is_read(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_an_old_style_experiment_file_is_read(plan: Callable[..., ScriptPlan], tmp_path: Path) -> None:
     (tmp_path / "configs" / "experiment").mkdir(parents=True)
     (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(OLD_EXPERIMENT)
     (tmp_path / "data" / "sub").mkdir(parents=True)
@@ -376,7 +380,7 @@ def test_an_old_style_experiment_file_is_read(plan: Callable[..., Plan], tmp_pat
     ],
 )  # fmt: skip
 def test_mistakes_in_a_file_are_answered_in_one_line(
-    old: str, new: str, words: str, plan: Callable[..., Plan], tmp_path: Path
+    old: str, new: str, words: str, plan: Callable[..., ScriptPlan], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(OLD_MODEL.replace(old, new, 1))
     with pytest.raises(UserError) as refused:
@@ -385,7 +389,7 @@ def test_mistakes_in_a_file_are_answered_in_one_line(
     assert "\n" not in str(refused.value)
 
 
-def test_lora_files_say_which_weights_learn(plan: Callable[..., Plan], tmp_path: Path) -> None:
+def test_lora_files_say_which_weights_learn(plan: Callable[..., ScriptPlan], tmp_path: Path) -> None:
     (tmp_path / "ft.yaml").write_text(
         f"base: {FINETUNES[0]}\nfinetune: {{trainable_weights: [feature_map_q.mlp.layer, window_factors]}}\n"
     )

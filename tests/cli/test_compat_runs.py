@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat.cli import compat
+from trenchcoat.cli.compat import scripts
 from trenchcoat.cli.compat.configs import read_config
 from trenchcoat.cli.compat.start import base_config, check_rope
 from trenchcoat.config import UserError
@@ -86,7 +86,7 @@ def _script(stage: str, *arguments: str, cwd: Path) -> subprocess.CompletedProce
 
 
 def _main(stage: str, *arguments: str) -> int:
-    return compat.main(stage, CONFIGS, [*ARGUMENTS, *arguments])  # type: ignore[arg-type]
+    return scripts.run_script(stage, CONFIGS, [*ARGUMENTS, *arguments])  # type: ignore[arg-type]
 
 
 def test_the_two_scripts_find_each_others_run(workplace: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from trenchcoat.cli import app as cli
 from trenchcoat.config import UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation import tasks
 from trenchcoat.evaluation.task_results import TaskResults
 from trenchcoat.models import hub
@@ -78,7 +79,7 @@ def test_tasks_and_probes_of_a_run_beside_its_teacher(
 def test_the_teacher_is_the_base_model(run: Path, tiny_model_dir: Path) -> None:
     """Named by its own folder it scores as the adapter's base does: no LoRA, its own attention."""
     plan = {"tasks": ("copy",), "probe_lengths": (1.0,), "probe_rows": 3, "trained": 64, "device": "cpu"}
-    recipe = cli.cli_eval.text_recipe(str(run), [])
+    recipe = load_recipe(run)
     ways = [tasks.TaskPlan(teacher=teacher, **plan) for teacher in ("", str(tiny_model_dir))]  # type: ignore[arg-type]
     own, named = (tasks.evaluate_tasks(run / "adapter", way, recipe).results for way in ways)
     assert own.probes["copy"].shares["teacher"] == named.probes["copy"].shares["teacher"]

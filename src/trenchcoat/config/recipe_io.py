@@ -257,8 +257,8 @@ def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) 
     if section is not None:
         inner = [_described(section, each, full, width) for each in dataclasses.fields(section)]
         return ["", f"{full}: {text}", *itertools.chain(*inner)]
-    limits = [part.text for part in _parts(hint) if isinstance(part, Constraint)]
-    lines = [f"  {full}={_shown(field.default)}" + "".join(f"  ({limit})" for limit in limits)]
+    ranges = [part.text for part in _parts(hint) if isinstance(part, Constraint) and str not in _parts(hint)]
+    lines = [f"  {full}={_shown(field.default)}" + "".join(f"  ({each})" for each in ranges)]
     choices = [typing.get_args(part) for part in _parts(hint) if typing.get_origin(part) is typing.Literal]
     lines += [f"      one of {' | '.join(map(str, each))}" for each in choices]
     return lines + textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")

@@ -15,62 +15,50 @@ from typing import Any, Literal
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import parse_yaml
 
-Kind = Literal["model", "experiment"]
+ConfigKind = Literal["model", "experiment"]
 
-_MODEL = """
-name
-model.pretrained_model_name_or_path model.pretrained_model_name_or_path_backup model.cache_dir model.return_dict
-model.load_in_8bit model.load_in_4bit model.device_map model.low_cpu_mem_usage model.torch_dtype
-model.attn_implementation model.rope_theta
-model.rope_scaling.type model.rope_scaling.rope_type model.rope_scaling.factor model.rope_scaling.low_freq_factor
-model.rope_scaling.high_freq_factor model.rope_scaling.original_max_position_embeddings
-attention.attention_type attention.state_chunk_len attention.window_size attention.decode_window_size
-attention.affine_attention_factors attention.init_window_factor attention.train_window_factor
-attention.train_attention_weights attention.feature_map attention.feature_map_kwargs.eps
-attention.feature_map_kwargs.mlp attention.feature_map_kwargs.fullspace attention.layer_idx attention.learned_kernel
-attention.learned_kernel_kwargs.feature_dim attention.learned_kernel_kwargs.skip_connection
-attention.learned_kernel_kwargs.bias attention.learned_kernel_kwargs.zero_init
-attention.learned_kernel_kwargs.normal_init attention.learned_kernel_kwargs.hidden_dim
-attention.tie_qk_kernels attention.train_qk attention.softmax_attentions
+_KEYS: dict[ConfigKind, str] = {
+    "model": """
+: name
+model: pretrained_model_name_or_path pretrained_model_name_or_path_backup! cache_dir! return_dict load_in_8bit
+model: load_in_4bit device_map low_cpu_mem_usage torch_dtype attn_implementation rope_theta
+model.rope_scaling: type rope_type factor low_freq_factor high_freq_factor original_max_position_embeddings
+attention: attention_type state_chunk_len window_size decode_window_size! affine_attention_factors init_window_factor
+attention: train_window_factor train_attention_weights feature_map layer_idx learned_kernel tie_qk_kernels train_qk
+attention: softmax_attentions
+attention.feature_map_kwargs: eps mlp fullspace
+attention.learned_kernel_kwargs: feature_dim skip_connection bias zero_init normal_init hidden_dim
+""",
+    "experiment": """
+dataset: name preprocess_config
+dataset.dataset_config: name path chunk_size concat_data cache_dir! validation_rows train_data eval_data
+dataset.dataset_config: num_train_samples max_train_samples! max_eval_num max_length min_length chat_template! seed
+dataset.dataset_config: load_from_cache_file esl_model_config! filter_by_esl dataloaders_dir! use_c4
+dataset.pretrained_model_config: pretrained_model_name_or_path cache_dir pretrained_model_name_or_path_backup
+dataloader: batch_size num_workers drop_last pin_memory
+optimizer: optim lr weight_decay max_optimizer_steps
+lr_scheduler: lr_scheduler_type mode factor patience min_lr num_warmup_steps num_training_steps!
+trainer: name reverse_kl mse_factor xent_factor bf16 train_split val_split num_train_epochs gradient_accumulation_steps
+trainer: seed batch_size load_best_model_at_end greater_is_better metric_for_best_model logging_steps
+trainer: evaluation_strategy eval_strategy max_steps eval_steps max_eval_batches num_save_ckpt_steps
+finetune: method trainable_weights
+finetune.kwargs: r lora_alpha lora_dropout target_modules
+fsdp: save_model run_validation use_fp16 save_optimizer gradient_clipping gradient_clipping_threshold
+""",
+}
+"""Every key of the two schemas, behind its section. A ``!`` marks a key that might be expected to act and does not: a
+file that sets one has it named in the warning. The other keys without a counterpart (``return_dict``, ``device_map``,
+``pin_memory``, ...) describe how the original loaded or logged, and are ignored.
 """
-_EXPERIMENT = """
-dataset.name dataset.preprocess_config
-dataset.dataset_config.name dataset.dataset_config.path dataset.dataset_config.chunk_size
-dataset.dataset_config.concat_data dataset.dataset_config.cache_dir dataset.dataset_config.validation_rows
-dataset.dataset_config.train_data dataset.dataset_config.eval_data dataset.dataset_config.num_train_samples
-dataset.dataset_config.max_train_samples dataset.dataset_config.max_eval_num dataset.dataset_config.max_length
-dataset.dataset_config.min_length dataset.dataset_config.chat_template dataset.dataset_config.seed
-dataset.dataset_config.load_from_cache_file dataset.dataset_config.esl_model_config
-dataset.dataset_config.filter_by_esl dataset.dataset_config.dataloaders_dir dataset.dataset_config.use_c4
-dataset.pretrained_model_config.pretrained_model_name_or_path dataset.pretrained_model_config.cache_dir
-dataset.pretrained_model_config.pretrained_model_name_or_path_backup
-dataloader.batch_size dataloader.num_workers dataloader.drop_last dataloader.pin_memory
-optimizer.optim optimizer.lr optimizer.weight_decay optimizer.max_optimizer_steps
-lr_scheduler.lr_scheduler_type lr_scheduler.mode lr_scheduler.factor lr_scheduler.patience lr_scheduler.min_lr
-lr_scheduler.num_warmup_steps lr_scheduler.num_training_steps
-trainer.name trainer.reverse_kl trainer.mse_factor trainer.xent_factor trainer.bf16 trainer.train_split
-trainer.val_split trainer.num_train_epochs trainer.gradient_accumulation_steps trainer.seed trainer.batch_size
-trainer.load_best_model_at_end trainer.greater_is_better trainer.metric_for_best_model trainer.logging_steps
-trainer.evaluation_strategy trainer.eval_strategy trainer.max_steps trainer.eval_steps trainer.max_eval_batches
-trainer.num_save_ckpt_steps
-finetune.method finetune.kwargs.r finetune.kwargs.lora_alpha finetune.kwargs.lora_dropout
-finetune.kwargs.target_modules finetune.trainable_weights
-fsdp.save_model fsdp.run_validation fsdp.use_fp16 fsdp.save_optimizer fsdp.gradient_clipping
-fsdp.gradient_clipping_threshold
-"""
-_KNOWN: dict[Kind, list[str]] = {"model": _MODEL.split(), "experiment": _EXPERIMENT.split()}
 
-NO_EFFECT = (
-    "model.cache_dir", "model.pretrained_model_name_or_path_backup", "attention.decode_window_size",
-    "dataset.dataset_config.cache_dir", "dataset.dataset_config.max_train_samples",
-    "dataset.dataset_config.chat_template", "dataset.dataset_config.esl_model_config",
-    "dataset.dataset_config.dataloaders_dir", "lr_scheduler.num_training_steps",
-)  # fmt: skip
-"""Keys that might be expected to act and do not; a file that sets one has it named in the warning.
 
-The other keys without a counterpart (``return_dict``, ``device_map``, ``pin_memory``, ...) describe how the original
-loaded or logged, and are read over.
-"""
+def _paths(kind: ConfigKind) -> list[str]:
+    sections = (line.split(": ") for line in _KEYS[kind].strip().splitlines())
+    return [f"{section}.{key}".lstrip(".") for section, keys in sections for key in keys.split()]
+
+
+_KNOWN = {kind: [path.rstrip("!") for path in _paths(kind)] for kind in _KEYS}
+_NO_EFFECT = [path.rstrip("!") for kind in _KEYS for path in _paths(kind) if path.endswith("!")]
 
 
 @dataclass(frozen=True)
@@ -94,11 +82,11 @@ class OldConfig:
         return isinstance(parent, Mapping) and last in parent
 
     def without_effect(self) -> list[str]:
-        """The keys of :data:`NO_EFFECT` that the file sets."""
-        return [path for path in NO_EFFECT if self.at(path) is not None]
+        """The keys marked in the schema that the file sets."""
+        return [path for path in _NO_EFFECT if self.at(path) is not None]
 
 
-def read_config(kind: Kind, name: str, folders: Sequence[Path]) -> OldConfig:
+def read_config(kind: ConfigKind, name: str, folders: Sequence[Path]) -> OldConfig:
     """The configuration ``name``: a file's path, or a file under ``<folder>/<kind>`` of the first folder that has it.
 
     Raises ``UserError`` for one that is not found, is not YAML, or holds a key that the schema does not know.
@@ -107,7 +95,7 @@ def read_config(kind: Kind, name: str, folders: Sequence[Path]) -> OldConfig:
     return OldConfig(name, _resolve(kind, _find(kind, name, places), places, ()))
 
 
-def _find(kind: Kind, name: str, places: Sequence[Path]) -> Path:
+def _find(kind: ConfigKind, name: str, places: Sequence[Path]) -> Path:
     plain = Path(name)
     if plain.is_file():
         return plain
@@ -122,7 +110,7 @@ def _find(kind: Kind, name: str, places: Sequence[Path]) -> Path:
     raise UserError(f"there is no {kind} configuration {name!r}, as a file or in {looked}; {hint}")
 
 
-def _resolve(kind: Kind, file: Path, places: Sequence[Path], above: tuple[Path, ...]) -> dict[str, Any]:
+def _resolve(kind: ConfigKind, file: Path, places: Sequence[Path], above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise UserError(f"{file} is its own base, by way of {' -> '.join(path.name for path in above)}")
     try:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from trenchcoat.cli.app import UsageError
+from trenchcoat.config import UsageError
 
 NO_EFFECT = "no effect here: "
 """Start of the effect of a flag that is accepted, and named in the warning, for the sake of old command lines."""

@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trenchcoat.cli.app import UsageError
 from trenchcoat.cli.compat.configs import OldConfig, read_config
 from trenchcoat.cli.compat.flags import FLAGS, given_flags
 from trenchcoat.cli.compat.translate import data_section, lora_section, model_section, student_section, transfer_section
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.config.recipe_io import recipe_from_dict
 
-Stage = Literal["transfer", "finetune"]
+ScriptStage = Literal["transfer", "finetune"]
 
 _NAMES_THE_RUN = (
     "pretrained_model_name_or_path", "attention_type", "learned_kernel", "lk_skip_connection", "lk_zero_init",
@@ -31,7 +30,7 @@ _STAGE_2_ALONE = ("finetune_lr", "finetune_attn_mlps")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScriptPlan:
     """What a command line asks for."""
 
     recipe: Recipe
@@ -43,7 +42,7 @@ class Plan:
     """Parts of the one warning."""
 
 
-def make_plan(stage: Stage, args: argparse.Namespace, folders: Sequence[Path]) -> Plan:
+def make_script_plan(stage: ScriptStage, args: argparse.Namespace, folders: Sequence[Path]) -> ScriptPlan:
     """Read the configurations that ``args`` name, in ``folders``, and translate them. Raises ``UserError``."""
     given = given_flags(args)
     _refuse(stage, given)
@@ -62,10 +61,10 @@ def make_plan(stage: Stage, args: argparse.Namespace, folders: Sequence[Path]) -
         transfer_dir = _named_checkpoint(given) or first_dir
     recipe = recipe_from_dict(document)
     recipe = replace(recipe, run=replace(recipe.run, dir=str(run_dir)))
-    return Plan(recipe, transfer_dir, model, tuple(_remarks(given, model, files)))
+    return ScriptPlan(recipe, transfer_dir, model, tuple(_remarks(given, model, files)))
 
 
-def _refuse(stage: Stage, given: Mapping[str, Any]) -> None:
+def _refuse(stage: ScriptStage, given: Mapping[str, Any]) -> None:
     needed = ["model_config", "distill_config", *(["finetune_config"] if stage == "finetune" else [])]
     missing = [f"--{name}" for name in needed if name not in given]
     if missing:

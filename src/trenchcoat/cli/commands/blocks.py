@@ -1,0 +1,145 @@
+"""`trenchcoat blocks ACTION`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.cli.command import Command, recipe_command
+from trenchcoat.cli.machine import add_machine, machine_of, with_json
+from trenchcoat.config import UsageError, UserError
+
+_SECTIONS = ("model", "student", "data", "transfer", "parallel", "blocks", "run")
+
+
+def _blocks(args: argparse.Namespace) -> None:
+    """Attention transfer block by block, for models larger than the machine.
+
+    Attention transfer of a model that does not fit: a few layers (a block) at a time.
+    """
+
+
+def _plan(args: argparse.Namespace) -> Any:
+    """Layers a block, memory, disk and hours of each way, before anything runs.
+
+    Say how many layers a block may have on a machine, what streaming (hidden states in memory or on disk), a pipeline
+    over the GPUs and blocks in parallel need there, how many bytes they read and write, and how long they take at
+    least, for 1, 2, 4, ... GPUs; which resource is short or takes longest; and what `blocks run` would choose. It is
+    arithmetic on the model's sizes: no weights, no GPU.
+    """
+    from trenchcoat.planning.blockplan_report import report_blocks_plan
+
+    machine, tokens = machine_of(args)
+    return with_json(args, report_blocks_plan(args.recipe, machine, tokens=tokens))
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--parallel", action="store_true", help="every block a job of its own, several at a time (docs/CLUSTER.md)")
+    runs = "who runs the jobs of --parallel: this machine's devices, or Slurm (blocks.launcher)"
+    add("--launcher", choices=["local", "slurm"], help=runs)
+
+
+def _run(args: argparse.Namespace) -> Any:
+    """The whole transfer on this machine, one block in memory at a time.
+
+    Stream the training rows through the blocks: load a block, train its students on a pass of rows, hand the teacher's
+    outputs to the next block. Hidden states wait in memory or on disk, whichever is quicker here. At the end the blocks
+    are stitched into one adapter and scored. Killed or stopped, the same command continues. Under torchrun the
+    processes share the micro-batches or, with blocks.ranks=pipeline, the layers. With --parallel the inputs of all
+    blocks are collected on disk first, then every block is trained by a job of its own. `trenchcoat finetune` with the
+    same recipe continues from the result.
+    """
+    from trenchcoat.linearize.blocks import stages
+
+    recipe = args.recipe
+    if not args.parallel:
+        if args.launcher is not None:
+            raise UsageError(f"--launcher {args.launcher} is for `blocks run --parallel`: add it, or leave this out")
+        return stages.run(recipe)
+    if find_spec("submitit") is None:
+        raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
+    from trenchcoat.linearize.blocks import launch
+
+    launcher = args.launcher or recipe.blocks.launcher
+    return launch.run(dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, launcher=launcher)))
+
+
+def _collect(args: argparse.Namespace) -> Any:
+    """Keep the inputs of every block on disk, to train blocks apart.
+
+    One pass of the teacher alone through all rows, one block in memory at a time. The hidden states before each block
+    are kept in files with checksums; `blocks train` reads them, on any machine that sees the folder.
+    """
+    from trenchcoat.linearize.blocks import stages
+
+    return stages.collect(args.recipe)
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--block", type=int, required=True, metavar="I", help="number of the block, from 0")
+    source = "read its weights from a folder that `blocks shard` made of it"
+    parser.add_argument("--weights", type=Path, metavar="DIR", help=source)
+
+
+def _train(args: argparse.Namespace) -> Any:
+    """Train one block from collected inputs, alone.
+
+    Train the students of one block on the inputs that `blocks collect` kept. Blocks depend on nothing but their inputs,
+    so any number of these commands may run at once.
+    """
+    from trenchcoat.linearize.blocks import stages
+
+    return stages.train(args.recipe, args.block, args.weights)
+
+
+def _stitch(args: argparse.Namespace) -> Any:
+    """Make one adapter of all blocks, and score it.
+
+    Check that every layer is in exactly one finished block and that all blocks come from the same weights, recipe and
+    text; leave in the run's folder what the joint run leaves there; score teacher and students block by block.
+    """
+    from trenchcoat.linearize.blocks import stages
+
+    return stages.stitch(args.recipe)
+
+
+def _shard_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the blocks' folders are made")
+
+
+def _shard(args: argparse.Namespace) -> Any:
+    """Copy each block's tensors into a folder of its own.
+
+    For machines without a shared file system: a block's folder is all that `blocks train --weights` reads of the model.
+    """
+    from trenchcoat.linearize.blocks import stages
+
+    return stages.shard(args.recipe, args.out)
+
+
+def _status(args: argparse.Namespace) -> Any:
+    """A table of the blocks: state, steps, loss, time, disk.
+
+    Show how far each block of a run is.
+    """
+    from trenchcoat.linearize.blocks import stages
+
+    return stages.status(args.recipe)
+
+
+COMMAND = Command(
+    _blocks,
+    actions={
+        "plan": recipe_command(_plan, add_machine, sections=("blocks",)),
+        "run": recipe_command(_run, _run_options, sections=_SECTIONS),
+        "collect": recipe_command(_collect, sections=_SECTIONS),
+        "train": recipe_command(_train, _train_options, sections=_SECTIONS),
+        "stitch": recipe_command(_stitch, sections=_SECTIONS),
+        "shard": recipe_command(_shard, _shard_options, sections=("model", "blocks")),
+        "status": recipe_command(_status, sections=("blocks",)),
+    },
+)

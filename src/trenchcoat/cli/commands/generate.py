@@ -1,0 +1,93 @@
+"""`trenchcoat generate`: continue prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.cli.command import TARGET_HELP, Command, values
+from trenchcoat.cli.sampling import add_sampling, sampling_of, write
+from trenchcoat.config import UserError
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", type=Path, metavar="DIR", help=TARGET_HELP)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="text to continue, `-` for standard input; may be repeated")
+    lines = 'prompts, one a line, or {"prompt": ...} a line of a .jsonl; `-`: stdin'
+    source.add_argument("--prompts", metavar="FILE", help=lines)
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (64)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at once (8)")
+    add("--beams", type=int, default=1, metavar="N", help="beam search with N beams (1)")
+    add_sampling(parser)
+    add("--jsonl", action="store_true", help="a JSON object a line: prompt, text, tokens, seconds")
+    add("--out", type=Path, metavar="FILE", help="write the JSON lines to FILE")
+    add("--save-state", type=Path, metavar="FILE", help="write the state after the prompt and its continuation")
+    add("--compare", action="store_true", help="show the softmax teacher's continuation beside it")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Write text with a linearized model.
+
+    Continue one or more prompts with a linearized model: a run's folder, an adapter folder or a merged folder. The
+    state held while writing has a constant size, and so has the file that --save-state writes: a long beginning is read
+    once (--max-new-tokens 0) and continued with --load-state.
+    """
+    from trenchcoat.linearize import stages
+    from trenchcoat.runtime.files import atomic_file
+
+    rows = stages.generate_rows(
+        args.target,
+        _prompts(args),
+        start=args.load_state,
+        end=args.save_state,
+        num_beams=args.beams,
+        **values(args, "device", "compare", "state_dtype", "batch_size", "seed"),
+        **sampling_of(args),
+    )
+    if args.out is not None:
+        with atomic_file(args.out) as partial, open(partial, "w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return
+    for row in rows:
+        write(json.dumps(row, ensure_ascii=False) if args.jsonl else _readable(row))
+
+
+def _readable(row: dict[str, Any]) -> str:
+    if "softmax" in row:
+        return f"{row['prompt']}\n  linear: {row['text']}\n  softmax: {row['softmax']}"
+    return f"{row['prompt']}{row['text']}"
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompts is None:
+        return [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    where = "standard input" if args.prompts == "-" else args.prompts
+    try:
+        text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text ({error})") from error
+    lines = text.splitlines()
+    if args.prompts.endswith(".jsonl"):
+        lines = [_json_prompt(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{where} holds no prompts; expected one a line")
+    return lines
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error}); expected an object with a text under `prompt`") from error
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise UserError(f'{where} has no text under `prompt`; expected {{"prompt": "..."}}')
+    return str(found["prompt"])
+
+
+COMMAND = Command(_run, _options)

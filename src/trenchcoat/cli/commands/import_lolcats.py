@@ -1,0 +1,53 @@
+"""`trenchcoat import-lolcats`: an adapter from a checkpoint of the original LoLCATs code."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.cli.command import Command, values
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--maps", type=Path, required=True, metavar="FILE", help="feature maps and window factors, a .pt file")
+    add("--lora", type=Path, metavar="FILE", help="LoRA of stage 2, a .pt file")
+    add("--base", required=True, metavar="DIR", help="the model it was made from: a folder or a hub id")
+    add("--out", type=Path, required=True, metavar="DIR", help="adapter folder to write")
+    names = "terrace, sliding or linear, or the original's attention_type (terrace where there are window factors)"
+    add("--attention", metavar="NAME", help=names)
+    add("--window", type=int, metavar="W", help="width of the window in tokens (64)")
+    names = "hedgehog, t2r, exp, elu, or the original's feature_map (hedgehog; t2r where the maps have a bias)"
+    add("--feature-map", metavar="NAME", help=names)
+    skip = "the maps have a skip connection"
+    add("--skip-connection", dest="skip", action="store_true", default=None, help=skip)
+    add("--affine", action="store_true", default=None, help="affine_attention_factors was true")
+    add("--keep-softmax", type=_layers, metavar="N,N", help="layers that kept their softmax attention (none)")
+    add("--lora-alpha", type=float, metavar="A", help="alpha of the LoRA (twice the rank)")
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected layer numbers like 7,15,23,31") from error
+
+
+def _run(args: argparse.Namespace) -> Any:
+    """Take over a LoLCATs checkpoint.
+
+    Convert a checkpoint of the original LoLCATs code into an adapter: its feature maps and window factors (--maps), and
+    its LoRA (--lora). The files are read without executing anything in them, and checked against the base model. What
+    the keys do not say (the window, the activation) is the original's default unless given here. docs/LOLCATS.md has
+    the rest.
+    """
+    from trenchcoat.models.lolcats import checkpoints
+
+    names = ("attention", "window", "feature_map", "skip", "affine", "keep_softmax", "lora_alpha")
+    asked = checkpoints.Asked(**values(args, *names))
+    found = checkpoints.import_checkpoint(args.maps, args.lora, args.base, args.out, asked)
+    return *found, f"the adapter is in {args.out}"
+
+
+COMMAND = Command(_run, _options)

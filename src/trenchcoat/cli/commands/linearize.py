@@ -1,0 +1,23 @@
+"""`trenchcoat linearize`: both stages, evaluation, export and report."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from trenchcoat.cli.command import recipe_command
+
+
+def _run(args: argparse.Namespace) -> Any:
+    """Transfer, LoRA, evaluation, export and report of one recipe.
+
+    Run a whole recipe: attention transfer, LoRA, evaluation, export of the adapter, report. Everything goes into the
+    run's folder (run.dir). Run the same command again after a crash or Ctrl-C and it continues; finished stages are
+    skipped.
+    """
+    from trenchcoat.linearize import stages
+
+    return stages.linearize(args.recipe)
+
+
+COMMAND = recipe_command(_run)

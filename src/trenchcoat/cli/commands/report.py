@@ -1,0 +1,37 @@
+"""`trenchcoat report`: any number of runs side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.cli.command import Command
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files of eval --out")
+    place = "where the comparison goes (report)"
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help=place)
+
+
+def _run(args: argparse.Namespace) -> Any:
+    """Any number of runs side by side.
+
+    Put any number of runs side by side: losses and differences with 95 % intervals (row by row where the rows are the
+    same), tasks, probes, one page of pictures; as comparison.md and a self-contained comparison.html. With one run,
+    write its report.md and report.html again.
+    """
+    from trenchcoat.evaluation.report import compare as compare_runs
+    from trenchcoat.evaluation.report import run as report
+    from trenchcoat.evaluation.results import Results
+
+    runs = compare_runs.read_runs(args.runs)
+    if len(runs) == 1 and (args.runs[0] / report.RESULTS_FILE).is_file():
+        path = report.write_report(args.runs[0], Results.load(args.runs[0] / report.RESULTS_FILE))
+        return (f"the report: {path} and {path.with_suffix('.html').name}",)
+    path = compare_runs.write_comparison(runs, args.out)
+    return compare_runs.terminal_table(runs), f"the comparison: {path} and {path.with_suffix('.html').name}"
+
+
+COMMAND = Command(_run, _options)

@@ -1,0 +1,41 @@
+"""`trenchcoat serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trenchcoat.cli.command import DEVICE_HELP, TARGET_HELP, Command, values
+from trenchcoat.cli.terminal import show
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("target", type=Path, metavar="DIR", help=TARGET_HELP)
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--name", help="name that clients give as `model` (the folder's)")
+    length = "tokens of a prompt and its answer together (the positions that the base model was made for)"
+    add("--context", type=int, metavar="N", help=length)
+    add("--grace", type=float, default=30.0, metavar="SECONDS", help="what running requests get after Ctrl-C (30)")
+    add("--chat-template", metavar="FILE", help="a Jinja chat template, where the tokenizer has none")
+    add("--base", metavar="DIR", help="adapters: where the base model is, if it has moved")
+    add("--device", default="auto", help=DEVICE_HELP)
+    add("--dtype", default="auto", help="of the base weights: auto, float32, bfloat16, float16 (auto)")
+    add("--log-level", default="warning", help="debug, info, warning or error (warning)")
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Serve a linearized model over HTTP.
+
+    Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), by Transformers' own server
+    (extra `serve`). Requests wait for one another; each holds a state of constant size. docs/SERVE.md says what a
+    client can ask.
+    """
+    from trenchcoat.serving.server import ServeSettings, serve
+
+    names = ("host", "port", "name", "context", "grace", "chat_template", "base", "device", "dtype", "log_level")
+    serve(args.target, ServeSettings(**values(args, *names)), lambda line: show((line,)))
+
+
+COMMAND = Command(_run, _options)

@@ -1,0 +1,94 @@
+"""The two scripts of the original research code: its flags and configuration files, run by our stages.
+
+``distill_llama.py`` is stage 1 and ``distill_llama_finetune.py`` stage 2 of one run; given the same arguments both name
+the same folder, so the second finds the first. Each flag's counterpart is in ``docs/COMPAT.md``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trenchcoat.cli.compat.flags import given_flags, parse
+from trenchcoat.cli.compat.plan import ScriptPlan, ScriptStage, make_script_plan
+from trenchcoat.cli.compat.start import adopt_transfer, base_config, check_layers, check_rope
+from trenchcoat.cli.terminal import guarded, quiet_libraries, show, warn
+from trenchcoat.config import UsageError, UserError
+from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
+
+_SCRIPTS: dict[ScriptStage, str] = {"transfer": "distill_llama.py", "finetune": "distill_llama_finetune.py"}
+_DESCRIPTIONS: dict[ScriptStage, str] = {
+    "transfer": "Stage 1, attention transfer, with the flags of the original research code. Under torchrun, "
+    "--enable_fsdp shards the model over the processes.",
+    "finetune": "Stage 2, LoRA on the transferred model, with the flags of the original research code. Given the same "
+    "arguments as distill_llama.py, it takes up that script's run.",
+}
+
+
+def run_script(stage: ScriptStage, configs: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run one script; returns the exit code (0 done, 1 failed, 2 wrong usage, 130 stopped).
+
+    Named configurations are looked for in ``./configs``, then in ``configs``. Errors are one line on standard error.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    return guarded(lambda: _run(stage, words, configs, debug), debug=debug)
+
+
+def plan_of(stage: ScriptStage, arguments: Sequence[str], configs: Path) -> ScriptPlan:
+    """What a command line asks for, checked against the base model's config; nothing is run.
+
+    A token or an entity goes to the environment variable that its library reads. Raises ``UserError``.
+    """
+    args = parse(_SCRIPTS[stage], _DESCRIPTIONS[stage], arguments)
+    flags = given_flags(args)
+    if "huggingface_token" in flags:
+        os.environ["HF_TOKEN"] = flags["huggingface_token"]
+    plan = make_script_plan(stage, args, [Path("configs"), configs])
+    base = base_config(plan.recipe.model.path)
+    check_layers(flags, base)
+    remarks = check_rope(plan.model_config, base, overridden="pretrained_model_name_or_path" in flags)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        remarks.append(f"gradient_accumulation_steps counts micro-batches of all {processes} processes together")
+    if plan.recipe.run.trackers and "wandb_entity" in flags:
+        os.environ["WANDB_ENTITY"] = flags["wandb_entity"]
+    return replace(plan, remarks=(*plan.remarks, *remarks))
+
+
+def _run(stage: ScriptStage, arguments: Sequence[str], configs: Path, debug: bool) -> None:
+    from trenchcoat.linearize import stages
+
+    if not debug:
+        quiet_libraries()
+    try:
+        plan = plan_of(stage, arguments, configs)
+    except UserError as error:
+        raise UsageError(str(error)) from error
+    if plan.remarks:
+        warn("; ".join(plan.remarks))
+    if stage == "finetune":
+        if plan.recipe.transfer is not None:
+            _take_up(plan)
+        show(stages.finetune(plan.recipe))
+    elif plan.recipe.transfer is None:
+        warn("this --distill_config has no transfer (trainer.name: null): nothing to do before stage 2")
+    else:
+        show(stages.transfer(plan.recipe))
+
+
+def _take_up(plan: ScriptPlan) -> None:
+    """Find the first script's run; raises ``UserError`` that says how to make it when there is none."""
+    own = Path(plan.recipe.run.dir)
+    if plan.transfer_dir.is_dir() and plan.transfer_dir.resolve() != own.resolve():
+        adopt_transfer(plan.transfer_dir, plan.recipe)
+    if RunFolder(own).result(TRANSFER) is not None:
+        return
+    state = "is not finished" if RunFolder(plan.transfer_dir).begun(TRANSFER) else "has not been run"
+    raise UserError(
+        f"the attention transfer of these arguments {state} (expected in {plan.transfer_dir}): run distill_llama.py "
+        "with the same arguments first, or name another run's folder with --load_distill_checkpoint"
+    )

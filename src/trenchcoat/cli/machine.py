@@ -1,0 +1,56 @@
+"""The options that describe a machine to plan for, which `plan` and `blocks plan` take."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.cli.command import values
+from trenchcoat.config import UsageError, UserError
+from trenchcoat.config.units import parse_size
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Options that describe a machine, and where to write the plan."""
+    add = parser.add_argument
+    add("--gpus", type=int, default=1, metavar="N", help="GPUs in all (1)")
+    add("--gpu-memory", default="80GB", metavar="SIZE", help="memory of one GPU (80GB; GB is 2^30 here)")
+    add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a node (8)")
+    add("--gpu", default="H100", metavar="NAME", help="which GPU, for its peak FLOP/s (H100)")
+    add("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
+    add("--link", metavar="RATE", help="what a GPU receives from others (300GB/s in a node, else 50GB/s)")
+    add("--host-memory", metavar="SIZE", help="host memory of a node (128GB a GPU; GB is 2^30 here)")
+    add("--disk", metavar="SIZE", help="free disk, to compare with (2TB)")
+    add("--bandwidth", metavar="RATE", help="what a node reads from that disk (3GB/s)")
+    add("--write-bandwidth", metavar="RATE", help="what a node writes to it (as much as it reads)")
+    add("--tokens", metavar="N", help="tokens of one pass over the training data (10M)")
+    add("--json", metavar="FILE", help="also write everything as JSON")
+
+
+def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
+    """(`plan.Machine`, tokens of one pass) that the options of :func:`add_machine` describe; raises ``UsageError``."""
+    from trenchcoat.planning.plan import Machine
+
+    def size(name: str, *, binary: bool = False) -> float | None:
+        text = getattr(args, name)
+        return None if text is None else parse_size(text, f"--{name.replace('_', '-')}", binary=binary)
+
+    try:
+        described = values(args, "gpus", "gpus_per_node", "gpu", "mfu")
+        described |= {name: size(name, binary=True) for name in ("gpu_memory", "host_memory")}
+        described |= {name: size(name) for name in ("link", "disk", "bandwidth", "write_bandwidth")}
+        return Machine(**described), size("tokens")
+    except UserError as error:
+        raise UsageError(str(error)) from error
+
+
+def with_json(args: argparse.Namespace, report: Any) -> Any:
+    """``report`` (a `plan.PlanReport`), written to the file that `--json` names, which it then mentions."""
+    from trenchcoat.runtime.files import write_json
+
+    if args.json is None:
+        return report
+    write_json(Path(args.json), report.document)
+    return dataclasses.replace(report, shown=(*report.shown, f"all of it: {args.json}"))

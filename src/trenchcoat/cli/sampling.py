@@ -1,0 +1,50 @@
+"""What `generate` and `chat` have in common: the options of sampling and of the state, and writing as text arrives."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from trenchcoat.cli.command import DEVICE_HELP, values
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How the next token is chosen, and what the state is kept in."""
+    add = parser.add_argument
+    add("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
+    add("--top-p", type=float, metavar="P", help="sample from the smallest set of this mass")
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    more = "any option of Transformers' GenerationConfig, such as repetition_penalty=1.1; may be repeated"
+    add("--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help=more)
+    add("--seed", type=int, default=0, help="seed of sampling (0)")
+    add("--device", default="auto", help=DEVICE_HELP)
+    kinds = ["float32", "bfloat16"]
+    add("--state-dtype", choices=kinds, default="float32", help="what the state is kept in (float32)")
+    add("--load-state", type=Path, metavar="FILE", help="continue from a saved state")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"the value of {text!r} cannot be read ({error})") from error
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Options for `generate_text` and `generation_config`."""
+    chosen = {name: value for name, value in values(args, "temperature", "top_p", "top_k").items() if value is not None}
+    options = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(chosen), **chosen, **dict(args.option)}
+    if options["do_sample"]:
+        options.setdefault("top_k", 0)
+    return options
+
+
+def write(text: str, end: str = "\n") -> None:
+    """Text on standard output, at once."""
+    print(text, end=end, flush=True)
