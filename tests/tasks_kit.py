@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.evaluation.local_tasks import task_folder
+from trenchcoat.evaluation.mmlu import task_folder
 from trenchcoat.models.attach import attach_students, set_mode
 
 SUBJECTS = sorted(path.stem for path in (task_folder() / "mmlu").glob("[!_]*.yaml"))

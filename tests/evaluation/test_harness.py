@@ -19,11 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from tasks_kit import TOLERANCE, model_of
 from trenchcoat.cli import app as cli
 from trenchcoat.config import UserError
-from trenchcoat.evaluation import harness
-from trenchcoat.evaluation import loglikelihood as continuations
+from trenchcoat.evaluation import harness, loglikelihood
 from trenchcoat.evaluation.harness import TrenchcoatLM, score_tasks
-from trenchcoat.evaluation.local_tasks import read_choices, read_mmlu, winogrande_rest
-from trenchcoat.evaluation.mmlu import letter_tokens, score_letters
+from trenchcoat.evaluation.mmlu import letter_tokens, read_choices, read_mmlu, score_mmlu, winogrande_rest
 from trenchcoat.evaluation.task_results import STUDENT, TaskResults, paired, pooled_rows
 from trenchcoat.models.attach import set_mode
 from trenchcoat.models.hub import save_merged
@@ -31,7 +29,7 @@ from trenchcoat.models.hub import save_merged
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(continuations.LEAST_SAVED, "cpu", 10)
+    monkeypatch.setitem(loglikelihood.LEAST_SAVED, "cpu", 10)
     logger = logging.getLogger("lm_eval")
     level, handlers, propagate = logger.level, logger.handlers[:], logger.propagate
     logger.setLevel(logging.ERROR)
@@ -105,8 +103,8 @@ def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Pa
 
 def test_the_four_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
     """Against the logits at the end of the whole prompt."""
-    scorer = continuations.ContinuationScorer(student)
-    records = score_letters(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2)
+    scorer = loglikelihood.LoglikelihoodScorer(student)
+    records = score_mmlu(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2)
     opening, letters = letter_tokens(tokenizer)
     folder = data_dir / "mmlu"
     for subject in ("anatomy", "astronomy"):
@@ -127,7 +125,7 @@ def test_the_four_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
         assert records[f"mmlu_letters_{subject}"].scores[STUDENT].rows["acc"] == expected
     assert records["mmlu_letters"].count == 57 * 3
     assert scorer.work.beginnings == 57
-    short = score_letters(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2, max_length=10)
+    short = score_mmlu(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2, max_length=10)
     assert short["mmlu_letters"].scores[STUDENT].metrics["acc"].value == 0
     assert short["mmlu_letters"].scores[STUDENT].too_long == 57 * 3
 
@@ -143,7 +141,7 @@ def test_letters_that_one_token_does_not_tell_apart_are_refused(data_dir: Path) 
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [1] * len(text.split())}
 
-    with pytest.raises(UserError, match="do not tell them apart"):
+    with pytest.raises(UserError, match="not four different ones"):
         letter_tokens(Blind())
 
 

@@ -13,8 +13,8 @@ import torch
 
 from tasks_kit import TOLERANCE, model_of
 from trenchcoat.config import UserError
-from trenchcoat.evaluation import loglikelihood as continuations
-from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request, plan_groups
+from trenchcoat.evaluation import loglikelihood
+from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request, plan_groups
 from trenchcoat.models.attach import set_mode
 from trenchcoat.students import STUDENTS
 
@@ -50,7 +50,7 @@ def plain(model: Any, requests: Sequence[Request]) -> list[tuple[float, bool]]:
 
 @pytest.fixture(autouse=True)
 def _share_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(continuations.LEAST_SAVED, "cpu", 10)
+    monkeypatch.setitem(loglikelihood.LEAST_SAVED, "cpu", 10)
 
 
 @pytest.mark.parametrize("kind", [*STUDENTS, "teacher", "kept softmax layer"])
@@ -60,14 +60,14 @@ def test_shared_beginnings_change_nothing(kind: str, tiny_model_dir: Path) -> No
     if kind == "teacher":
         set_mode(model, "teacher")
     requests = prompts()
-    scorer = ContinuationScorer(model)
+    scorer = LoglikelihoodScorer(model)
     answers = scorer.scores(requests)
     for answer, (logprob, greedy) in zip(answers, plain(model, requests), strict=True):
         assert answer.logprob == pytest.approx(logprob, abs=TOLERANCE)
         assert answer.greedy is greedy
     assert scorer.work.beginnings >= 3
     assert scorer.work.tokens_read < scorer.work.tokens_given / 2
-    whole = ContinuationScorer(model, share=False, batch_size=3)
+    whole = LoglikelihoodScorer(model, share=False, batch_size=3)
     assert [a.logprob for a in whole.scores(requests)] == pytest.approx([a.logprob for a in answers], abs=TOLERANCE)
     assert whole.work.tokens_read == whole.work.tokens_given
 
@@ -76,7 +76,7 @@ def test_what_reads_the_beginning_of_another_row_is_not_read_again(tiny_model_di
     model = model_of(tiny_model_dir)
     context = list(range(10, 60))
     requests = [Request(context, [70]), Request(context, [71]), Request(context, [72, 73]), Request(context[:-3], [74])]
-    scorer = ContinuationScorer(model)
+    scorer = LoglikelihoodScorer(model)
     answers = scorer.scores(requests)
     assert scorer.work.rows == 1
     assert scorer.work.tokens_read == 51
@@ -107,28 +107,28 @@ def test_members_of_a_group_begin_alike_and_all_rows_are_in_one(seed: int) -> No
 def test_short_memory_halves_the_batch(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(tiny_model_dir)
     requests = prompts()
-    expected = [a.logprob for a in ContinuationScorer(model).scores(requests)]
-    forward = ContinuationScorer._forward
+    expected = [a.logprob for a in LoglikelihoodScorer(model).scores(requests)]
+    forward = LoglikelihoodScorer._forward
     most = 2
 
-    def small(self: ContinuationScorer, beginning: Any, shared: int, rows: list[Any]) -> Any:
+    def small(self: LoglikelihoodScorer, beginning: Any, shared: int, rows: list[Any]) -> Any:
         if len(rows) > most:
             raise torch.OutOfMemoryError
         return forward(self, beginning, shared, rows)
 
-    monkeypatch.setattr(ContinuationScorer, "_forward", small)
+    monkeypatch.setattr(LoglikelihoodScorer, "_forward", small)
     for batch_size in (None, 64):
-        found = [a.logprob for a in ContinuationScorer(model, batch_size=batch_size).scores(requests)]
+        found = [a.logprob for a in LoglikelihoodScorer(model, batch_size=batch_size).scores(requests)]
         assert found == pytest.approx(expected, abs=TOLERANCE)
     most = 0
     with pytest.raises(UserError, match="a single row"):
-        ContinuationScorer(model).scores(requests)
+        LoglikelihoodScorer(model).scores(requests)
 
 
 def test_an_embedding_that_depends_on_the_length_is_not_shared(tiny_model_dir: Path) -> None:
     model = model_of(tiny_model_dir)
     model.config.rope_parameters = {"rope_type": "longrope"}
-    scorer = ContinuationScorer(model)
+    scorer = LoglikelihoodScorer(model)
     scorer.scores(prompts())
     assert scorer.work.beginnings == 0
     assert "longrope" in scorer.why_not
@@ -137,4 +137,4 @@ def test_an_embedding_that_depends_on_the_length_is_not_shared(tiny_model_dir: P
 @pytest.mark.parametrize("request_", [Request([], [1]), Request([1], [])])
 def test_nothing_to_read_or_to_score_is_an_error(request_: Request, tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="request 0"):
-        ContinuationScorer(model_of(tiny_model_dir)).scores([request_])
+        LoglikelihoodScorer(model_of(tiny_model_dir)).scores([request_])

@@ -29,14 +29,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.local_tasks import task_folder
-from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request, Work
+from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request, ScoringCost
+from trenchcoat.evaluation.mmlu import task_folder
 from trenchcoat.evaluation.task_results import Estimate, ModelScore, TaskRecord
 from trenchcoat.models import hub
 from trenchcoat.models.attach import mode_of, set_far, set_mode
 from trenchcoat.models.lora import remove_lora
 
-NAME = "trenchcoat"
+MODEL_NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The harness's own defaults."""
 HARNESS_DEVICE = "cuda:0"
@@ -48,7 +48,7 @@ CPU_ROWS = 16
 
 
 class TrenchcoatLM(HFLM):
-    """A linearized model in the harness. Likelihoods go through :class:`ContinuationScorer`: contexts are read whole
+    """A linearized model in the harness. Likelihoods go through :class:`LoglikelihoodScorer`: contexts are read whole
     unless ``max_length`` is given (the harness would cut them at the trained length), shared beginnings once.
 
     Args (as ``--model_args path=DIR,teacher=true``):
@@ -81,7 +81,7 @@ class TrenchcoatLM(HFLM):
     ) -> None:
         if unknown:
             known = "path, teacher, far, base, device, dtype, batch_size, max_batch_size, max_length, share"
-            raise UserError(f"--model_args has {', '.join(unknown)}, which {NAME} does not know; expected {known}")
+            raise UserError(f"--model_args has {', '.join(unknown)}, which trenchcoat does not know; expected {known}")
         accelerator = Accelerator() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
         if model is None:
             if path is None:
@@ -104,7 +104,7 @@ class TrenchcoatLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         rows = None if str(batch_size).startswith("auto") else int(batch_size)
         self._recent: dict[str, list[int]] = {}
-        self.path, self.scorer = path, ContinuationScorer(model, batch_size=rows, share=share, progress=progress)
+        self.path, self.scorer = path, LoglikelihoodScorer(model, batch_size=rows, share=share, progress=progress)
 
     @staticmethod
     def _harness_batch(batch_size: int | str, model: Any) -> int | str:
@@ -166,8 +166,8 @@ def _usable(device: str | None) -> str:
     return device or "auto"
 
 
-if NAME not in model_registry:
-    model_registry.register(NAME, target=TrenchcoatLM)
+if MODEL_NAME not in model_registry:
+    model_registry.register(MODEL_NAME, target=TrenchcoatLM)
 
 
 def become_teacher(model: Any) -> None:
@@ -231,11 +231,11 @@ def score_tasks(
     limit: int | None = None,
     task_dir: Path | None = None,
     data_dir: Path | None = None,
-) -> tuple[dict[str, TaskRecord], Work]:
+) -> tuple[dict[str, TaskRecord], ScoringCost]:
     """Score tasks; records with the scores of this one model under ``model_name``. Empty on all processes but one."""
     manager = task_manager(names, task_dir=task_dir, data_dir=data_dir)
     before = lm.scorer.work
-    lm.scorer.work = work = Work()
+    lm.scorer.work = work = ScoringCost()
     with _quietly():
         found = simple_evaluate(
             model=lm,
@@ -319,10 +319,10 @@ def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
     return bar(*args, **{**kwargs, "disable": True})
 
 
-def main() -> None:
+def run_lm_eval() -> None:
     """The harness's own command line, which now knows ``--model trenchcoat``."""
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    main()
+    run_lm_eval()

@@ -32,9 +32,9 @@ LEAST_SAVED = {"cpu": 256}
 LEAST_SAVED_GPU = 8192
 MOST_KEPT = 64
 """Positions of a row whose logits may be kept for requests that read only its beginning."""
-BATCH_TOKENS = {"cpu": 1 << 14}
-"""Tokens of a call when the batch size is automatic, by device; else BATCH_TOKENS_GPU, halved when memory is short."""
-BATCH_TOKENS_GPU = 1 << 17
+CALL_TOKENS = {"cpu": 1 << 14}
+"""Tokens of a call when the batch size is automatic, by device; else CALL_TOKENS_GPU, halved when memory is short."""
+CALL_TOKENS_GPU = 1 << 17
 
 
 class Request(NamedTuple):
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Work:
+class ScoringCost:
     """What scoring cost."""
 
     rows: int = 0
@@ -72,7 +72,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Rows that share their first ``shared`` tokens; 0: they are read whole."""
 
     shared: int
@@ -118,11 +118,11 @@ def _distinct_rows(requests: Sequence[Request]) -> list[_Row]:
     return found[::-1]
 
 
-class ContinuationScorer:
+class LoglikelihoodScorer:
     """Scores requests on a model that is ready (mode, LoRA and far part are the caller's business).
 
     Args:
-        batch_size: rows of a call; None: as many as make up ``BATCH_TOKENS``, halved when the GPU's memory is short.
+        batch_size: rows of a call; None: as many as make up ``CALL_TOKENS``, halved when the GPU's memory is short.
         share: read a shared beginning once. Ignored, and ``why_not`` says why, for models whose rotary embedding
             depends on the length of the whole text.
         progress: called with the number of requests answered so far, and of all.
@@ -142,8 +142,8 @@ class ContinuationScorer:
         if share and _rotary_type(model) in ("dynamic", "longrope"):
             self.why_not = f"its rotary embedding is {_rotary_type(model)!r}, which depends on the length of the text"
         self.share = not self.why_not
-        self.budget = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS_GPU)
-        self.work = Work()
+        self.budget = CALL_TOKENS.get(self.device.type, CALL_TOKENS_GPU)
+        self.work = ScoringCost()
         self._least_columns = _least_columns(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -167,7 +167,9 @@ class ContinuationScorer:
     def _calls(self, rows: list[_Row]) -> Iterator[tuple[list[int], Tensor]]:
         """(members, log-probabilities [b, K, V] float32, aligned at the last column) of each call."""
         least = LEAST_SAVED.get(self.device.type, LEAST_SAVED_GPU)
-        groups = plan_groups([row.shareable for row in rows], least) if self.share else [Group(0, [*range(len(rows))])]
+        groups = (
+            plan_groups([row.shareable for row in rows], least) if self.share else [RowGroup(0, [*range(len(rows))])]
+        )
         self.work.rows += len(rows)
         self.work.tokens_given += sum(len(row.ids) for row in rows)
         for group in groups:
@@ -268,13 +270,13 @@ class _Node:
     pool: list[int] = field(default_factory=list)
 
 
-def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[Group]:
+def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[RowGroup]:
     """Which rows to read after a beginning of their own; ``rows`` are sorted.
 
     Going up the tree of common beginnings, rows become a group where reading their beginning once saves more than
     ``least_saved`` tokens against leaving them to the next shorter common beginning. O(total tokens).
     """
-    groups: list[Group] = []
+    groups: list[RowGroup] = []
     stack = [_Node(0)]
     common = [0, *(_common(a, b) for a, b in pairwise(rows)), 0]
     for i in range(len(rows) + 1):
@@ -283,7 +285,7 @@ def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[Group]:
             node = stack.pop()
             above = max(stack[-1].depth, before)
             if _saved(node, above) > least_saved:
-                groups.append(Group(node.depth, node.pool))
+                groups.append(RowGroup(node.depth, node.pool))
                 node.pool = []
             if stack[-1].depth < before:
                 stack.append(_Node(before, node.pool))
@@ -294,7 +296,7 @@ def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[Group]:
                 stack.append(_Node(common[i + 1]))
             stack[-1].pool.append(i)
     if stack[0].pool:
-        groups.append(Group(0, stack[0].pool))
+        groups.append(RowGroup(0, stack[0].pool))
     return groups
 
 

@@ -1,28 +1,154 @@
-"""MMLU without the harness: the model's logits after the prompt, over the four letters alone.
+"""Benchmarks from files on this machine, and MMLU scored without the harness.
 
-The way of the benchmark's authors (https://arxiv.org/abs/2009.03300) and of LoLCATs' standalone evaluation: the
-examples of dev in their order, then the question, and the letter with the largest logit is the answer. The prompt is
-the harness's. Prompts longer than ``max_length`` tokens count as wrong, as there (2048).
+    DIR[/mmlu]/{dev,test}/SUBJECT_{dev,test}.csv     question, A, B, C, D, answer letter; no header
+    DIR[/commonsense]/NAME.jsonl                     {"question": ..., "choices": [...], "label": index}
+
+The task files in ``harness_tasks`` name functions of this module, so the harness's own command line can use them too.
+
+``mmlu_letters`` is MMLU as its authors (https://arxiv.org/abs/2009.03300) and LoLCATs' standalone evaluation score it:
+the examples of dev in their order, then the question, and the letter with the largest logit is the answer. The prompt
+is the harness's. Prompts longer than ``max_length`` tokens count as wrong, as there (2048).
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.local_tasks import LETTERS, Item, mmlu_folder, mmlu_subjects, read_mmlu
-from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Request
+from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request
 from trenchcoat.evaluation.task_results import ModelScore, TaskRecord, mean_estimate
 
-NAME = "mmlu_letters"
-ANSWER = "Answer:"
+MMLU_LETTERS = "mmlu_letters"
+"""The task's name on the command line and in the results."""
+LETTERS = "ABCD"
+_PROMPT_END = "Answer:"
 
 
-def score_letters(
-    scorer: ContinuationScorer,
+class Question(TypedDict):
+    """One multiple-choice question."""
+
+    question: str
+    choices: list[str]
+    label: int
+    """Index of the right choice."""
+
+
+def task_folder() -> Path:
+    """Where the harness's task files for these formats are."""
+    return Path(__file__).parent / "harness_tasks"
+
+
+def mmlu_folder(data_dir: Path | str | None) -> Path:
+    """The folder of MMLU's ``dev`` and ``test`` under ``data_dir``. Raises ``UserError`` when there is none."""
+    root = _root(data_dir)
+    for folder in (root / "mmlu", root):
+        if (folder / "test").is_dir():
+            return folder
+    raise UserError(f"--data-dir {root}: no MMLU there; expected mmlu/test/SUBJECT_test.csv (and mmlu/dev) inside it")
+
+
+def mmlu_subjects(folder: Path) -> list[str]:
+    """Subjects that have a test file, in order."""
+    return sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
+
+
+def read_mmlu(folder: Path, subject: str, split: str) -> list[Question]:
+    """The questions of ``split`` (``dev`` or ``test``). Raises ``UserError`` naming the line that is not MMLU's."""
+    path = folder / split / f"{subject}_{split}.csv"
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; expected MMLU's CSV of subject {subject!r}, split {split!r}")
+    items: list[Question] = []
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            for row in reader:
+                if len(row) != 6 or row[5] not in LETTERS or len(row[5]) != 1:
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(row)} columns ending in {row[-1:]}; expected question, "
+                        "A, B, C, D and the answer's letter"
+                    )
+                items.append({"question": row[0], "choices": row[1:5], "label": LETTERS.index(row[5])})
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a readable CSV file in UTF-8: {error}") from error
+    if not items:
+        raise UserError(f"{path} is empty; expected MMLU's questions")
+    return items
+
+
+def read_choices(path: Path) -> list[Question]:
+    """Questions of a JSONL file. Raises ``UserError`` naming the line that has another form."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}; expected lines of {{question, choices, label}}")
+    items: list[Question] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            item: Question = {"question": row["question"], "choices": row["choices"], "label": row["label"]}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}: {type(error).__name__} {error}; expected {{question, choices, label}}"
+            ) from error
+        label, choices = item["label"], item["choices"]
+        if not isinstance(label, int) or not isinstance(choices, list) or not 0 <= label < len(choices):
+            raise UserError(f"{path}, line {number}: label {label!r} is not the index of one of the choices")
+        items.append(item)
+    if not items:
+        raise UserError(f"{path} is empty; expected lines of {{question, choices, label}}")
+    return items
+
+
+def mmlu_dataset(subject: str, data_dir: str | None = None, **_: Any) -> dict[str, Any]:
+    """The harness's data set of one subject: splits ``dev`` and ``test``."""
+    from datasets import Dataset
+
+    folder = mmlu_folder(data_dir)
+    return {split: Dataset.from_list([*read_mmlu(folder, subject, split)]) for split in ("dev", "test")}
+
+
+def commonsense_dataset(file: str, data_dir: str | None = None, **_: Any) -> dict[str, Any]:
+    """The harness's data set of one JSONL file: split ``test``."""
+    from datasets import Dataset
+
+    root = _root(data_dir)
+    found = next((path for path in (root / "commonsense" / file, root / file) if path.is_file()), None)
+    if found is None:
+        raise UserError(f"--data-dir {root}: no {file} there; expected commonsense/{file} inside it")
+    return {"test": Dataset.from_list([*read_choices(found)])}
+
+
+def winogrande_contexts(item: Question) -> list[str]:
+    """The sentence up to the blank, with each option in it."""
+    return [item["question"].split("_", 1)[0] + choice for choice in item["choices"]]
+
+
+def winogrande_rest(item: Question) -> str:
+    """The sentence after the blank."""
+    before, blank, rest = item["question"].partition("_")
+    if not blank:
+        raise UserError(f"the WinoGrande question {before[:60]!r} has no blank; expected one '_' in it")
+    return rest.strip()
+
+
+def _root(data_dir: Path | str | None) -> Path:
+    if data_dir is None:
+        raise UserError(
+            "these tasks read local files: give their folder with --data-dir (lm_eval: --metadata data_dir=DIR)"
+        )
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root} is not a folder; expected one with mmlu/ or commonsense/ inside")
+    return root
+
+
+def score_mmlu(
+    scorer: LoglikelihoodScorer,
     tokenizer: Any,
     data_dir: Path | None,
     *,
@@ -52,8 +178,8 @@ def score_letters(
             too_long += not fits[place]
             place += 1
         identity = "".join(f"{text}{item['label']}" for text, item in zip(prompts[subject], asked, strict=True))
-        records[f"{NAME}_{subject}"] = TaskRecord(
-            name=f"{NAME}_{subject}",
+        records[f"{MMLU_LETTERS}_{subject}"] = TaskRecord(
+            name=f"{MMLU_LETTERS}_{subject}",
             alias=subject.replace("_", " "),
             count=len(rows),
             rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16],
@@ -63,11 +189,11 @@ def score_letters(
     members = [*records]
     every = [row for name in members for row in records[name].scores[model_name].rows["acc"]]
     whole = TaskRecord(
-        name=NAME, alias=NAME, count=len(every), members=members,
+        name=MMLU_LETTERS, alias=MMLU_LETTERS, count=len(every), members=members,
         settings=settings,
         scores={model_name: ModelScore({"acc": mean_estimate(every)}, too_long=len(fits) - sum(fits))},
     )  # fmt: skip
-    return {NAME: whole, **records}
+    return {MMLU_LETTERS: whole, **records}
 
 
 def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -75,13 +201,13 @@ def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
     Raises ``UserError`` for a tokenizer whose answers do not end in four different tokens.
     """
-    length = len(tokenizer(ANSWER)["input_ids"])
-    answers = [tokenizer(f"{ANSWER} {letter}")["input_ids"][length:] for letter in LETTERS]
+    length = len(tokenizer(_PROMPT_END)["input_ids"])
+    answers = [tokenizer(f"{_PROMPT_END} {letter}")["input_ids"][length:] for letter in LETTERS]
     letters = [ids[-1] if ids else -1 for ids in answers]
     if -1 in letters or len(set(letters)) < len(LETTERS):
         raise UserError(
-            f"{NAME}: after {ANSWER!r} this tokenizer's answers A, B, C, D end in the tokens {letters}, which do not "
-            "tell them apart; use the task mmlu, which scores answers of any length"
+            f"{MMLU_LETTERS}: after {_PROMPT_END!r} this tokenizer's answers A, B, C, D end in the tokens {letters}, "
+            "which are not four different ones; use the task mmlu, which scores answers of any length"
         )
     openings = {tuple(ids[:-1]) for ids in answers}
     return [*openings.pop()] if len(openings) == 1 else [], letters
@@ -93,7 +219,7 @@ def _choose(logprobs: Sequence[float]) -> int:
 
 def _prompts(
     folder: Path, subjects: Sequence[str], num_fewshot: int, limit: int | None
-) -> tuple[dict[str, list[str]], dict[str, list[Item]]]:
+) -> tuple[dict[str, list[str]], dict[str, list[Question]]]:
     if not subjects:
         raise UserError(f"{folder / 'test'} holds no SUBJECT_test.csv; expected MMLU's files")
     prompts, items = {}, {}
@@ -110,6 +236,6 @@ def _prompts(
     return prompts, items
 
 
-def _ask(item: Item) -> str:
+def _ask(item: Question) -> str:
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, item["choices"], strict=True))
-    return f"{item['question'].strip()}\n{choices}\n{ANSWER}"
+    return f"{item['question'].strip()}\n{choices}\n{_PROMPT_END}"

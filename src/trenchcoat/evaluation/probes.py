@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.loglikelihood import Answer, ContinuationScorer, Request
+from trenchcoat.evaluation.loglikelihood import Answer, LoglikelihoodScorer, Request
 from trenchcoat.evaluation.task_results import ProbeRecord
 
 PROBES = ("needle", "recall", "copy")
@@ -134,7 +134,7 @@ def _hits(answers: Sequence[Answer]) -> float:
 
 def probe(
     name: str,
-    scorer: ContinuationScorer,
+    scorer: LoglikelihoodScorer,
     hay: Haystack,
     *,
     trained: int,
@@ -175,7 +175,7 @@ def probe(
 
 
 def _shares(
-    scorer: ContinuationScorer, questions: dict[tuple[int, int], list[_Question]]
+    scorer: LoglikelihoodScorer, questions: dict[tuple[int, int], list[_Question]]
 ) -> dict[tuple[int, int], list[float]]:
     flat = [question for cell in questions.values() for question in cell]
     answers = iter(scorer.scores([request for question in flat for request in question.requests]))

@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trenchcoat.data.packing import IGNORED
 from trenchcoat.evaluation.results import DecodePoint, RowSums, Scores
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import compute_device
 
-IGNORED = -100
-"""Label of a token that does not count."""
 LOGIT_ELEMENTS = 1 << 24
 """Largest float32 piece of logits made at once, in elements (64 MiB)."""
 

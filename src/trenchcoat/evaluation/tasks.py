@@ -16,9 +16,8 @@ import torch
 
 from trenchcoat.config import ModelConfig, Recipe, UserError
 from trenchcoat.data.load import load_batches
-from trenchcoat.evaluation.loglikelihood import ContinuationScorer, Work
-from trenchcoat.evaluation.mmlu import NAME as LETTERS
-from trenchcoat.evaluation.mmlu import score_letters
+from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, ScoringCost
+from trenchcoat.evaluation.mmlu import MMLU_LETTERS, score_mmlu
 from trenchcoat.evaluation.probes import LENGTHS, PROBES, Haystack, corpus_tokens, probe
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.report.tasks import TASKS_FILE, terminal_tables
@@ -69,12 +68,12 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     Results join those in ``out``, by default ``tasks.json`` of a run's folder, whose report is written again. Raises
     ``UserError`` for unknown tasks, missing files, and a harness that is not installed.
     """
-    own = [name for name in plan.tasks if name == LETTERS or name in PROBES]
+    own = [name for name in plan.tasks if name == MMLU_LETTERS or name in PROBES]
     others = [name for name in plan.tasks if name not in own]
     if others and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
             f"--tasks {','.join(others)} needs the evaluation harness: pip install 'trenchcoat[eval]' (without it "
-            f"there are {LETTERS}, {', '.join(PROBES)})"
+            f"there are {MMLU_LETTERS}, {', '.join(PROBES)})"
         )
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -179,14 +178,14 @@ def _score_own(
     if int(os.environ.get("RANK", "0")) > 0:
         return
     for task in tasks:
-        if task == LETTERS and name == FAR_OFF:
+        if task == MMLU_LETTERS and name == FAR_OFF:
             continue
         began = time.monotonic()
         with _Bar(f"{MODEL_LABELS[name]}: {task}") as bar:
-            scorer = ContinuationScorer(model, batch_size=plan.batch_size, share=plan.share, progress=bar)
-            if task == LETTERS:
+            scorer = LoglikelihoodScorer(model, batch_size=plan.batch_size, share=plan.share, progress=bar)
+            if task == MMLU_LETTERS:
                 fewshot = 5 if plan.num_fewshot is None else plan.num_fewshot
-                records = score_letters(
+                records = score_mmlu(
                     scorer,
                     tokenizer,
                     plan.data_dir,
@@ -204,7 +203,7 @@ def _score_own(
 
 
 def _probe(
-    task: str, scorer: ContinuationScorer, tokenizer: Any, plan: TaskPlan, recipe: Recipe, name: str
+    task: str, scorer: LoglikelihoodScorer, tokenizer: Any, plan: TaskPlan, recipe: Recipe, name: str
 ) -> ProbeRecord:
     assert plan.trained is not None, "settled before a probe is made"
     data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # of training rows, which it needs not
@@ -245,7 +244,9 @@ class _Bar:
         self.open.close()
 
 
-def _made(name: str, tasks: Sequence[str], began: float, work: Work, scorer: ContinuationScorer) -> dict[str, Any]:
+def _made(
+    name: str, tasks: Sequence[str], began: float, work: ScoringCost, scorer: LoglikelihoodScorer
+) -> dict[str, Any]:
     """What it cost, for the record."""
     return {
         "model": name,
