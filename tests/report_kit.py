@@ -7,9 +7,11 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from trenchcoat.evaluation.results import ROW_LABELS, DecodePoint, Results, RowSums, Sample, Scores, StageFacts
+from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.rows import ROWS
+from trenchcoat.evaluation.statistics import RowSums
 
-ROWS, LENGTH, WINDOW = 16, 512, 32
+TEXT_ROWS, LENGTH, WINDOW = 16, 512, 32
 GOOD: dict[str, tuple[float, float]] = {
     "teacher": (0.0, 0.0),
     "untrained_swap": (2.0, 2.3),
@@ -28,7 +30,7 @@ def made_scores(near: float, far: float, recall: float, seed: int) -> Scores:
     text, own = random.Random(5), random.Random(seed)
     queries = LENGTH - 1
     by_row: list[list[float]] = []
-    for _ in range(ROWS):
+    for _ in range(TEXT_ROWS):
         hard = text.gauss(0, 0.3)
         base = [1.6 + 3.5 / (1 + n) ** 0.6 + hard + text.gauss(0, 0.4) for n in range(queries)]
         extra = own.gauss(0, 0.02)
@@ -39,18 +41,18 @@ def made_scores(near: float, far: float, recall: float, seed: int) -> Scores:
             ]
         )
     past = [row[2 * WINDOW :] for row in by_row]
-    probes = [20 + text.randrange(20) for _ in range(ROWS)]
+    probes = [20 + text.randrange(20) for _ in range(TEXT_ROWS)]
     return Scores(
         window=WINDOW,
         seq_len=LENGTH,
-        all=RowSums([sum(row) for row in by_row], [queries] * ROWS),
+        all=RowSums([sum(row) for row in by_row], [queries] * TEXT_ROWS),
         far=RowSums([sum(row) for row in past], [len(row) for row in past]),
         recall=RowSums([(4 - 2 * recall) * p for p in probes], probes),
         recall_hits=RowSums(
             [float(round(p * min(1.0, max(0.0, recall + own.gauss(0, 0.03))))) for p in probes], probes
         ),
-        position_loss=[sum(column) / ROWS for column in zip(*by_row, strict=True)],
-        position_count=[ROWS] * queries,
+        position_loss=[sum(column) / TEXT_ROWS for column in zip(*by_row, strict=True)],
+        position_count=[TEXT_ROWS] * queries,
     )
 
 
@@ -61,7 +63,7 @@ def made_results(offsets: Mapping[str, tuple[float, float]] | None = None, **cha
         window=WINDOW,
         seq_len=LENGTH,
         rows={
-            name: made_scores(near, far, 0.6 * math.exp(-6 * far), list(ROW_LABELS).index(name))
+            name: made_scores(near, far, 0.6 * math.exp(-6 * far), list(ROWS).index(name))
             for name, (near, far) in rows.items()
         },
         decode={

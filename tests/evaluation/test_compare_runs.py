@@ -12,28 +12,20 @@ import pytest
 from report_kit import made_results, made_scores
 from trenchcoat.cli import app as cli
 from trenchcoat.evaluation.report.compare import (
-    HEADINGS,
+    RUN_HEADINGS,
     Run,
-    loss_rows,
-    probe_rows,
+    loss_table,
+    probe_table,
     read_runs,
     same_rows,
-    task_rows,
+    task_table,
     write_comparison,
 )
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import LOOK
 from trenchcoat.evaluation.results import Results
-from trenchcoat.evaluation.task_results import (
-    Estimate,
-    ModelScore,
-    ProbeRecord,
-    TaskRecord,
-    TaskResults,
-    interval,
-    mean_estimate,
-    paired,
-)
+from trenchcoat.evaluation.statistics import Estimate, interval, mean_estimate
+from trenchcoat.evaluation.task_results import ModelScore, ProbeRecord, TaskRecord, TaskResults, paired
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +72,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def test_differences_are_over_the_same_rows_only(runs: list[Path]) -> None:
     found = read_runs(runs)
-    first, second, third = loss_rows(found)
+    first, second, third = loss_table(found).cells
     assert first[6:] == ["–", "–"]
     gap = [float(number) for number in re.findall(r"[+-]\d+\.\d+", second[6])]
     assert gap[1] < gap[0] < gap[2]
@@ -100,7 +92,7 @@ def test_tasks_are_compared_where_the_rows_are_the_same() -> None:
     unpaired = (0.5 * 0.5 / 200 + 0.7 * 0.3 / 200) ** 0.5
     assert 0 < gap.error < 0.8 * unpaired
     assert paired(other, a, "piqa", "acc", ("student", "student")) is None
-    ((_, _, first, second, third),) = task_rows([Run("a", None, a), Run("b", None, b), Run("c", None, other)])
+    ((_, _, first, second, third),) = task_table([Run("a", None, a), Run("b", None, b), Run("c", None, other)]).cells
     assert "points" in second
     assert "points" not in first + third
 
@@ -125,8 +117,8 @@ def test_runs_of_one_name_are_told_apart_and_a_file_of_tasks_is_a_run(tmp_path: 
     made_tasks(0.5).save(tmp_path / "only.json")
     runs = read_runs([tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "only.json"])
     assert len({run.name for run in runs}) == 3
-    assert loss_rows(runs)[2][1:] == ["–"] * (len(HEADINGS) - 1)
-    assert probe_rows(runs) == [["needle", "only.json", "1x 50 %, 2x 50 %"]]
+    assert loss_table(runs).cells[2][1:] == ["–"] * (len(RUN_HEADINGS) - 1)
+    assert probe_table(runs).cells == [["needle", "only.json", "1x 50 %, 2x 50 %"]]
 
 
 def test_runs_without_anything_in_common_are_still_a_report(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -21,7 +22,8 @@ from trenchcoat.cli import app as cli
 from trenchcoat.config import UserError
 from trenchcoat.evaluation import harness, loglikelihood
 from trenchcoat.evaluation.harness import TrenchcoatLM, score_tasks
-from trenchcoat.evaluation.mmlu import letter_tokens, read_choices, read_mmlu, score_mmlu, winogrande_rest
+from trenchcoat.evaluation.mmlu import MmluLetters, letter_tokens, read_choices, read_mmlu, winogrande_rest
+from trenchcoat.evaluation.task import ScoredModel, TaskPlan
 from trenchcoat.evaluation.task_results import STUDENT, TaskResults, paired, pooled_rows
 from trenchcoat.models.attach import set_mode
 from trenchcoat.models.hub import save_merged
@@ -104,7 +106,9 @@ def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Pa
 def test_the_four_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
     """Against the logits at the end of the whole prompt."""
     scorer = loglikelihood.LoglikelihoodScorer(student)
-    records = score_mmlu(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2)
+    subject_model = ScoredModel(STUDENT, scorer, tokenizer, list)
+    plan = TaskPlan(tasks=("mmlu_letters",), data_dir=data_dir, num_fewshot=2)
+    records = MmluLetters().score(subject_model, plan)
     opening, letters = letter_tokens(tokenizer)
     folder = data_dir / "mmlu"
     for subject in ("anatomy", "astronomy"):
@@ -125,7 +129,7 @@ def test_the_four_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
         assert records[f"mmlu_letters_{subject}"].scores[STUDENT].rows["acc"] == expected
     assert records["mmlu_letters"].count == 57 * 3
     assert scorer.work.beginnings == 57
-    short = score_mmlu(scorer, tokenizer, data_dir, model_name=STUDENT, num_fewshot=2, max_length=10)
+    short = MmluLetters().score(subject_model, dataclasses.replace(plan, max_length=10))
     assert short["mmlu_letters"].scores[STUDENT].metrics["acc"].value == 0
     assert short["mmlu_letters"].scores[STUDENT].too_long == 57 * 3
 

@@ -10,9 +10,10 @@ import pytest
 
 from trenchcoat.config import UserError
 from trenchcoat.evaluation.loglikelihood import Answer, Request
-from trenchcoat.evaluation.probes import ANSWER, CUE, DEPTHS, PAIRS, Haystack, copy_row, needle_row, probe, recall_row
-from trenchcoat.evaluation.report.tasks import plot_probes, probe_rows
-from trenchcoat.evaluation.task_results import TaskResults
+from trenchcoat.evaluation.probes import ASKED_TOKENS, CUE_TOKENS, PAIRS, Copy, Haystack, Needle, Probe, Recall
+from trenchcoat.evaluation.report.tasks import plot_probes, probe_table
+from trenchcoat.evaluation.task import TaskPlan
+from trenchcoat.evaluation.task_results import ProbeRecord, TaskResults
 
 OPENING = [0]
 
@@ -35,6 +36,20 @@ class LooksUp:
         return found
 
 
+def measured(
+    probe: Probe,
+    sight: int,
+    hay: Haystack,
+    *,
+    trained: int,
+    lengths: tuple[float, ...],
+    rows: int,
+    model: str = "student",
+) -> ProbeRecord:
+    plan = TaskPlan(tasks=(probe.name,), trained=trained, probe_lengths=lengths, probe_rows=rows)
+    return probe.record(model, LooksUp(sight), hay, plan)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def hay() -> Haystack:
     rng = random.Random(0)
@@ -42,27 +57,27 @@ def hay() -> Haystack:
 
 
 @pytest.mark.parametrize("length", [64, 129, 1000])
-@pytest.mark.parametrize("depth", [*DEPTHS, None])
+@pytest.mark.parametrize("depth", [*Needle.depths, None])
 def test_a_needle_row(length: int, depth: float | None, hay: Haystack) -> None:
-    question = needle_row(hay, "a", length, depth)
+    question = Needle().question(hay, random.Random("a"), length, depth)
     (context, answer) = question.requests[0]
     assert len(context) + len(answer) == length
-    assert len(answer) == ANSWER
-    needle = [*context[-CUE:], *answer]
-    places = [i for i in range(len(context) - CUE) if [*context, *answer][i : i + len(needle)] == needle]
+    assert len(answer) == ASKED_TOKENS
+    needle = [*context[-CUE_TOKENS:], *answer]
+    places = [i for i in range(len(context) - CUE_TOKENS) if [*context, *answer][i : i + len(needle)] == needle]
     if depth is None:
         assert not places
     else:
-        room = length - 1 - 2 * (CUE + ANSWER)
+        room = length - 1 - 2 * (CUE_TOKENS + ASKED_TOKENS)
         assert places == [1 + round(depth * room)]
 
 
 def test_a_recall_row(hay: Haystack) -> None:
-    question = recall_row(hay, "b", 500)
-    context = question.requests[0].context
+    question = Recall().question(hay, random.Random("b"), 500, 0.0)
+    context, _ = question.requests[0]
     assert len(context) == 500
     assert len(question.requests) == PAIRS
-    values = [request.continuation[0] for request in question.requests]
+    values = [continuation[0] for _, continuation in question.requests]
     assert len(set(values)) == PAIRS
     answers = [Answer(-1.0, False, 0, 1)] * PAIRS
     key = context[-2:]
@@ -72,35 +87,35 @@ def test_a_recall_row(hay: Haystack) -> None:
 
 
 def test_a_copy_row(hay: Haystack) -> None:
-    (context, answer) = copy_row(hay, "c", 401).requests[0]
+    (context, answer) = Copy().question(hay, random.Random("c"), 401, 0.0).requests[0]
     text = [*context, *answer][1:]
     assert text[:200] == text[200:]
     assert len(answer) == 64
-    (other, same) = copy_row(hay, "c", 401, present=False).requests[0]
+    (other, same) = Copy().control(hay, random.Random("c"), 401).requests[0]
     assert same == answer
     assert other[-100:] == context[-100:]
     assert other[1:201] != context[1:201]
 
 
 def test_looking_up_finds_everything_and_a_window_does_not(hay: Haystack) -> None:
-    for name in ("needle", "recall", "copy"):
+    for probe in (Needle(), Recall(), Copy()):
+        name = probe.name
         found = TaskResults("made-up")
         for model, sight in (("student", 10_000), ("far_off", 48)):
-            record = probe(name, LooksUp(sight), hay, trained=256, lengths=(0.5, 4.0), rows=6, model_name=model)  # type: ignore[arg-type]
+            record = measured(probe, sight, hay, trained=256, lengths=(0.5, 4.0), rows=6, model=model)
             known = found.probes.setdefault(name, record)
-            known.shares |= record.shares
-            known.controls |= record.controls
+            known.join(record)
         whole, window = known.shares["student"], known.shares["far_off"]
         assert all(sum(cell) / 6 > 0.9 for cells in whole for cell in cells)
         assert sum(window[1][0]) / 6 < 0.4  # at the greatest distance
         if name != "recall":
             assert all(sum(rows) / 6 < 0.2 for rows in known.controls["student"])
         assert known.lengths == [128, 1024]
-        assert len(probe_rows(known)) == (3 if name == "recall" else 4)
+        assert len(probe_table(known, "model").cells) == (3 if name == "recall" else 4)
 
 
 def test_the_heat_map_is_drawn(tmp_path: Path, hay: Haystack) -> None:
-    record = probe("needle", LooksUp(99), hay, trained=128, lengths=(1.0, 2.0), rows=2, model_name="student")  # type: ignore[arg-type]
+    record = measured(Needle(), 99, hay, trained=128, lengths=(1.0, 2.0), rows=2)
     assert plot_probes(TaskResults("x", probes={"needle": record}), tmp_path / "probes.png")
     assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
     assert not plot_probes(TaskResults("x"), tmp_path / "none.png")
@@ -112,4 +127,4 @@ def test_too_little_text_and_too_short_rows_are_named(hay: Haystack) -> None:
     with pytest.raises(UserError, match="different tokens"):
         Haystack([1, 2, 3] * 100, OPENING, 64)
     with pytest.raises(UserError, match=r"0\.1 x 128 tokens"):
-        probe("copy", LooksUp(9), hay, trained=128, lengths=(0.1, 1.0), rows=2, model_name="student")  # type: ignore[arg-type]
+        measured(Copy(), 9, hay, trained=128, lengths=(0.1, 1.0), rows=2)

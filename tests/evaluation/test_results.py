@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from report_kit import made_results
-from trenchcoat.evaluation.results import Difference, Results, RowSums, gap_closed, paired_difference
+from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.statistics import Estimate, RowSums, gap_closed, paired_difference
 
 
 def row_sums(means: list[float], count: int = 50) -> RowSums:
@@ -64,7 +65,7 @@ def test_share_of_a_gap() -> None:
         share = gap_closed(row_sums([x + excess for x in text]), bottom, top)
         assert share is not None
         assert share.value == pytest.approx(expected)
-    assert gap_closed(top, bottom, top) == Difference(1.0, 0.0)
+    assert gap_closed(top, bottom, top) == Estimate(1.0, 0.0)
 
 
 def test_no_share_of_a_gap_that_is_not_there() -> None:
@@ -87,8 +88,8 @@ def test_share_of_the_gap_carries_the_noise_of_its_ends() -> None:
 
 def test_the_better_window_row_is_the_reference() -> None:
     results = made_results()
-    assert results.best_window_sinks() == "window_sinks_lora"
-    assert made_results(window_sinks=(0.1, 0.1)).best_window_sinks() == "window_sinks"
+    assert results.best_window_row() == "window_sinks_lora"
+    assert made_results(window_sinks=(0.1, 0.1)).best_window_row() == "window_sinks"
     share = results.far_share_closed("window_sinks_lora")
     assert share is not None
     assert share.value == pytest.approx(0)

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from report_kit import GOOD, made_results
-from trenchcoat.evaluation.report.verdicts import Verdict, bytes_text, headline, verdicts
-from trenchcoat.evaluation.results import DecodePoint, Results, RowSums
+from trenchcoat.evaluation.report.texts import bytes_text
+from trenchcoat.evaluation.report.verdicts import Verdict, headline, verdicts
+from trenchcoat.evaluation.results import DecodePoint, Results
+from trenchcoat.evaluation.statistics import RowSums
 
 
 def answer(results: Results, key: str) -> Verdict:
@@ -25,8 +27,8 @@ def test_all_is_well() -> None:
     ("beats_window_sinks", {"window_sinks": (0.0, 0.02)}, "does NOT beat 'window + sinks, untrained'"),
     ("beats_window_sinks_lora", {"window_sinks_lora": (0.0, 0.01)}, "does NOT beat 'window + sinks + LoRA'"),
     ("needs_far", {"far_off": (0.04, 0.02)}, "does NOT need its linear part"),
-    ("transfer_helps", {"lora_only": (0.0, 0.02)}, "does NOT beat 'LoRA only (no transfer)'"),
-    ("has_structure", {"window_sinks": (0.0, -0.02)}, "no linear part can show its worth"),
+    ("beats_lora_only", {"lora_only": (0.0, 0.02)}, "does NOT beat 'LoRA only (no transfer)'"),
+    ("has_structure", {"window_sinks": (0.0, -0.02)}, "no linear part can help on this text"),
     ("recalls", {"window_sinks_lora": (0.0, 0.01)}, "difference in points: -"),
     ("share_target", {"transfer_lora": (0.25, 0.3)}, "MISSED: 'transfer + LoRA' closes 8"),
     ("far_share_target", {"transfer_lora": (0.1, 0.11)}, "MISSED: 'transfer + LoRA' closes"),
@@ -98,7 +100,7 @@ def test_what_was_not_measured_is_said_and_is_no_success() -> None:
 
 def test_the_no_transfer_baseline_is_not_compared_with_itself() -> None:
     results = made_results({name: GOOD[name] for name in ("teacher", "untrained_swap", "lora_only", "window_sinks")})
-    assert answer(results, "transfer_helps").outcome == "not measured"
+    assert answer(results, "beats_lora_only").outcome == "not measured"
     assert answer(results, "order_target").outcome == "not measured"
     assert answer(results, "share_target").outcome == "no"
 

@@ -19,10 +19,18 @@ from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data import stream, stream_sources
 from trenchcoat.data.stream import StreamedBatches
-from trenchcoat.evaluation import results
 from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.rows import (
+    FAR_OFF,
+    ROWS,
+    LoraOnlyRow,
+    TransferLoraRow,
+    TransferOnlyRow,
+    asked_rows,
+    final_row,
+)
 from trenchcoat.linearize import comparison, stages, variants
-from trenchcoat.linearize.comparison import final_row, rows_of, stages_of
+from trenchcoat.linearize.comparison import stages_of
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
 from trenchcoat.runtime import machine
@@ -52,7 +60,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     recipe = make()
     outcome = stages.linearize(recipe)
     assert outcome.results is not None
-    assert set(outcome.results.rows) == set(results.ROW_LABELS)
+    assert set(outcome.results.rows) == set(ROWS)
     folder = Path(recipe.run.dir)
     names = ("recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.md", "rows.png")
     for name in (*names, "adapter/trenchcoat.json", "adapter/adapter.safetensors", "checkpoints/transfer"):
@@ -67,7 +75,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     with variants.ModelVariants(recipe, []) as one:
         mine = comparison.evaluation_rows(one.batches(2), recipe.eval.rows)
     again = comparison.score(model, mine, window=recipe.student.window)
-    assert again.all.mean == pytest.approx(outcome.results.rows[results.TRANSFER_LORA].all.mean, abs=1e-6)
+    assert again.all.mean == pytest.approx(outcome.results.rows[TransferLoraRow.name].all.mean, abs=1e-6)
 
     monkeypatch.setattr(variants, "fit", _no_training)
     monkeypatch.setattr(loading, "load_model", _no_training)
@@ -98,7 +106,7 @@ def test_the_two_stages_alone_give_what_linearize_gives(make: Make, tmp_path: Pa
     assert one is not None
     assert two is not None
     assert _losses(two) == {name: loss for name, loss in _losses(one).items() if name in two.rows}
-    assert results.LORA_ONLY not in two.rows
+    assert LoraOnlyRow.name not in two.rows
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(
@@ -200,8 +208,8 @@ def test_without_transfer_stage_2_is_the_baseline(make: Make) -> None:
     assert stages_of(recipe) == ["lora_only", "window_sinks_lora"]
     found = stages.linearize(recipe).results
     assert found is not None
-    assert found.converted() == results.LORA_ONLY
-    assert results.TRANSFER_ONLY not in found.rows
+    assert found.converted() == LoraOnlyRow.name
+    assert TransferOnlyRow.name not in found.rows
     assert found.decode == {}
 
 
@@ -210,16 +218,15 @@ def test_without_lora_only_the_transfer_is_scored(make: Make) -> None:
     assert stages_of(recipe) == ["transfer"]
     found = stages.linearize(recipe).results
     assert found is not None
-    assert found.converted() == results.TRANSFER_ONLY
+    assert found.converted() == TransferOnlyRow.name
     with pytest.raises(UserError, match="lora=null"):
         stages.finetune(recipe)
 
 
 def test_a_linear_student_has_no_row_without_its_far_part(make: Make) -> None:
-    names = [row.name for row in rows_of(make("student.name=linear"))]
-    assert results.FAR_OFF not in names
-    assert results.FAR_OFF in [row.name for row in rows_of(make())]
-    assert final_row(make()).name == results.TRANSFER_LORA
+    assert FAR_OFF not in asked_rows(make("student.name=linear"))
+    assert FAR_OFF in asked_rows(make())
+    assert final_row(make()) == TransferLoraRow.name
 
 
 def test_both_stages_null_is_refused(make: Make) -> None:

@@ -9,8 +9,8 @@ import pytest
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
-from trenchcoat.linearize.comparison import rows_of, stages_of
-from trenchcoat.linearize.estimate import estimate, stage_tokens
+from trenchcoat.evaluation.rows import asked_rows
+from trenchcoat.linearize.comparison import estimate_seconds, stage_tokens, stages_of
 from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.runtime import machine
 
@@ -49,11 +49,11 @@ def test_the_estimate_grows_with_the_work_and_ends_at_nothing(tiny_overrides: li
     recipe = load_recipe("demo", tiny_overrides)
     longer = load_recipe("demo", [*tiny_overrides, "transfer.max_steps=400", "lora.max_steps=400"])
     with ModelVariants(recipe, []) as variants:
-        short = estimate(variants, stages_of(recipe), len(rows_of(recipe)))
+        short = estimate_seconds(variants, stages_of(recipe), len(asked_rows(recipe)))
         assert 0 < short < 60
         variants.recipe = longer
-        assert estimate(variants, stages_of(recipe), len(rows_of(recipe))) > 3 * short
-        assert estimate(variants, [], len(rows_of(recipe))) == 0
+        assert estimate_seconds(variants, stages_of(recipe), len(asked_rows(recipe))) > 3 * short
+        assert estimate_seconds(variants, [], len(asked_rows(recipe))) == 0
         batches = variants.batches(2)
         cfg = TransferConfig(max_steps=10, accumulation=2, batch_size=2, eval_every=5, eval_batches=1)
         assert stage_tokens(cfg, batches, 48) == (10 * 2 * 2 * 48, 3 * 2 * 48)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ from lm_eval.tasks import TaskManager
 from trenchcoat.config import UserError
 from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request, ScoringCost
 from trenchcoat.evaluation.mmlu import task_folder
-from trenchcoat.evaluation.task_results import Estimate, ModelScore, TaskRecord
+from trenchcoat.evaluation.statistics import Estimate
+from trenchcoat.evaluation.task_results import ModelScore, TaskRecord
 from trenchcoat.models import hub
 from trenchcoat.models.attach import mode_of, set_far, set_mode
 from trenchcoat.models.lora import remove_lora
@@ -271,7 +273,7 @@ def _record(name: str, found: Mapping[str, Any], model_name: str, more: Mapping[
             continue
         error = numbers.get(f"{metric}_stderr,{kind}")
         shown = metric if kind == "none" else str(key)
-        metrics[shown] = Estimate(float(value), float(error) if isinstance(error, int | float) else None)
+        metrics[shown] = Estimate(float(value), float(error) if isinstance(error, int | float) else math.nan)
         values = [sample.get(metric) for sample in samples if sample["filter"] == kind]
         if values and all(isinstance(one, int | float) for one in values):
             rows[shown] = [float(one) for one in values]

@@ -94,7 +94,7 @@ class _Row:
         return self.ids[: len(self.ids) - self.kept]
 
 
-def _distinct_rows(requests: Sequence[Request]) -> list[_Row]:
+def _distinct_rows(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[_Row]:
     """What must be read, sorted: requests that read the same, or the beginning of what another reads, share a row."""
     rows: dict[bytes, _Row] = {}
     for number, (context, continuation) in enumerate(requests):
@@ -147,8 +147,11 @@ class LoglikelihoodScorer:
         self._least_columns = _least_columns(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def scores(self, requests: Sequence[Request]) -> list[Answer]:
-        """One answer a request, in their order. Raises ``ValueError`` for an empty context or continuation."""
+    def scores(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
+        """One answer a :class:`Request` (or plain pair), in their order.
+
+        Raises ``ValueError`` for an empty context or continuation.
+        """
         rows = _distinct_rows(requests)
         answers: list[Answer | None] = [None] * len(requests)
         done = 0
@@ -158,7 +161,7 @@ class LoglikelihoodScorer:
             for members, logp_bKV in self._calls(rows):
                 for place, row in enumerate(members):
                     for number, before_end in rows[row].askers:
-                        answers[number] = _answer(logp_bKV[place], requests[number].continuation, before_end)
+                        answers[number] = _answer(logp_bKV[place], requests[number][1], before_end)
                         done += 1
                 if self.progress is not None:
                     self.progress(done, len(requests))

@@ -15,13 +15,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request
-from trenchcoat.evaluation.task_results import ModelScore, TaskRecord, mean_estimate
+from trenchcoat.evaluation.task import ScoredModel, Task, TaskPlan
+
+if TYPE_CHECKING:
+    from trenchcoat.evaluation.task_results import TaskRecord
 
 MMLU_LETTERS = "mmlu_letters"
 """The task's name on the command line and in the results."""
@@ -29,7 +31,7 @@ LETTERS = "ABCD"
 _PROMPT_END = "Answer:"
 
 
-class Question(TypedDict):
+class ChoiceItem(TypedDict):
     """One multiple-choice question."""
 
     question: str
@@ -57,12 +59,12 @@ def mmlu_subjects(folder: Path) -> list[str]:
     return sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
 
 
-def read_mmlu(folder: Path, subject: str, split: str) -> list[Question]:
+def read_mmlu(folder: Path, subject: str, split: str) -> list[ChoiceItem]:
     """The questions of ``split`` (``dev`` or ``test``). Raises ``UserError`` naming the line that is not MMLU's."""
     path = folder / split / f"{subject}_{split}.csv"
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected MMLU's CSV of subject {subject!r}, split {split!r}")
-    items: list[Question] = []
+    items: list[ChoiceItem] = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.reader(file)
         try:
@@ -80,17 +82,17 @@ def read_mmlu(folder: Path, subject: str, split: str) -> list[Question]:
     return items
 
 
-def read_choices(path: Path) -> list[Question]:
+def read_choices(path: Path) -> list[ChoiceItem]:
     """Questions of a JSONL file. Raises ``UserError`` naming the line that has another form."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected lines of {{question, choices, label}}")
-    items: list[Question] = []
+    items: list[ChoiceItem] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            item: Question = {"question": row["question"], "choices": row["choices"], "label": row["label"]}
+            item: ChoiceItem = {"question": row["question"], "choices": row["choices"], "label": row["label"]}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}, line {number}: {type(error).__name__} {error}; expected {{question, choices, label}}"
@@ -123,12 +125,12 @@ def commonsense_dataset(file: str, data_dir: str | None = None, **_: Any) -> dic
     return {"test": Dataset.from_list([*read_choices(found)])}
 
 
-def winogrande_contexts(item: Question) -> list[str]:
+def winogrande_contexts(item: ChoiceItem) -> list[str]:
     """The sentence up to the blank, with each option in it."""
     return [item["question"].split("_", 1)[0] + choice for choice in item["choices"]]
 
 
-def winogrande_rest(item: Question) -> str:
+def winogrande_rest(item: ChoiceItem) -> str:
     """The sentence after the blank."""
     before, blank, rest = item["question"].partition("_")
     if not blank:
@@ -147,53 +149,47 @@ def _root(data_dir: Path | str | None) -> Path:
     return root
 
 
-def score_mmlu(
-    scorer: LoglikelihoodScorer,
-    tokenizer: Any,
-    data_dir: Path | None,
-    *,
-    model_name: str,
-    num_fewshot: int = 5,
-    limit: int | None = None,
-    max_length: int | None = None,
-) -> dict[str, TaskRecord]:
-    """Every subject, and all of them together under ``mmlu_letters``; records with the scores of this one model."""
-    folder = mmlu_folder(data_dir)
-    subjects = mmlu_subjects(folder)
-    opening, letters = letter_tokens(tokenizer)
-    prompts, items = _prompts(folder, subjects, num_fewshot, limit)
-    encoded = tokenizer([text for texts in prompts.values() for text in texts])["input_ids"]
-    contexts = [[*ids, *opening] for ids in encoded]
-    fits = [max_length is None or len(ids) <= max_length for ids in contexts]
-    kept = [ids for ids, fit in zip(contexts, fits, strict=True) if fit]
-    answers = iter(scorer.scores([Request(ids, [letter]) for ids in kept for letter in letters]))
-    settings = {"fewshot": num_fewshot, "limit": limit, "max_length": max_length, "data": "local"}
-    records: dict[str, TaskRecord] = {}
-    place = 0
-    for subject, asked in items.items():
-        rows, too_long = [], 0
-        for item in asked:
-            chosen = _choose([next(answers).logprob for _ in letters]) if fits[place] else None
-            rows.append(float(chosen == item["label"]))
-            too_long += not fits[place]
-            place += 1
-        identity = "".join(f"{text}{item['label']}" for text, item in zip(prompts[subject], asked, strict=True))
-        records[f"{MMLU_LETTERS}_{subject}"] = TaskRecord(
-            name=f"{MMLU_LETTERS}_{subject}",
-            alias=subject.replace("_", " "),
-            count=len(rows),
-            rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16],
-            settings=settings,
-            scores={model_name: ModelScore({"acc": mean_estimate(rows)}, {"acc": rows}, too_long)},
-        )
-    members = [*records]
-    every = [row for name in members for row in records[name].scores[model_name].rows["acc"]]
-    whole = TaskRecord(
-        name=MMLU_LETTERS, alias=MMLU_LETTERS, count=len(every), members=members,
-        settings=settings,
-        scores={model_name: ModelScore({"acc": mean_estimate(every)}, too_long=len(fits) - sum(fits))},
-    )  # fmt: skip
-    return {MMLU_LETTERS: whole, **records}
+class MmluLetters(Task):
+    """Every subject of MMLU, and all of them together under ``mmlu_letters``."""
+
+    name = MMLU_LETTERS
+    description = "MMLU from local files: the largest of the four letters' logits is the answer"
+
+    def score(self, model: ScoredModel, plan: TaskPlan) -> Mapping[str, TaskRecord]:
+        """Records with the scores of this one model."""
+        from trenchcoat.evaluation.statistics import mean_estimate
+        from trenchcoat.evaluation.task_results import ModelScore, TaskRecord
+
+        fewshot = 5 if plan.num_fewshot is None else plan.num_fewshot
+        opening, letters = letter_tokens(model.tokenizer)
+        prompts, items = _prompts(mmlu_folder(plan.data_dir), fewshot, plan.limit)
+        encoded = model.tokenizer([text for texts in prompts.values() for text in texts])["input_ids"]
+        contexts = [[*ids, *opening] for ids in encoded]
+        fits = [plan.max_length is None or len(ids) <= plan.max_length for ids in contexts]
+        kept = [ids for ids, fit in zip(contexts, fits, strict=True) if fit]
+        answers = iter(model.scorer.scores([(ids, [letter]) for ids in kept for letter in letters]))
+        settings = {"fewshot": fewshot, "limit": plan.limit, "max_length": plan.max_length, "data": "local"}
+        records: dict[str, TaskRecord] = {}
+        every: list[float] = []
+        for subject, asked in items.items():
+            fit_here = fits[len(every) : len(every) + len(asked)]
+            chosen = [_largest([next(answers).logprob for _ in letters]) if fit else None for fit in fit_here]
+            rows = [float(choice == item["label"]) for choice, item in zip(chosen, asked, strict=True)]
+            every += rows
+            identity = "".join(f"{text}{item['label']}" for text, item in zip(prompts[subject], asked, strict=True))
+            records[f"{self.name}_{subject}"] = TaskRecord(
+                name=f"{self.name}_{subject}",
+                alias=subject.replace("_", " "),
+                count=len(rows),
+                rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+                settings=settings,
+                scores={model.name: ModelScore({"acc": mean_estimate(rows)}, {"acc": rows}, fit_here.count(False))},
+            )
+        whole = TaskRecord(
+            self.name, self.name, len(every), members=[*records], settings=settings,
+            scores={model.name: ModelScore({"acc": mean_estimate(every)}, too_long=fits.count(False))},
+        )  # fmt: skip
+        return {self.name: whole, **records}
 
 
 def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -213,13 +209,15 @@ def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [*openings.pop()] if len(openings) == 1 else [], letters
 
 
-def _choose(logprobs: Sequence[float]) -> int:
+def _largest(logprobs: Sequence[float]) -> int:
     return max(range(len(logprobs)), key=lambda i: logprobs[i])
 
 
 def _prompts(
-    folder: Path, subjects: Sequence[str], num_fewshot: int, limit: int | None
-) -> tuple[dict[str, list[str]], dict[str, list[Question]]]:
+    folder: Path, num_fewshot: int, limit: int | None
+) -> tuple[dict[str, list[str]], dict[str, list[ChoiceItem]]]:
+    """(prompts, questions) of every subject."""
+    subjects = mmlu_subjects(folder)
     if not subjects:
         raise UserError(f"{folder / 'test'} holds no SUBJECT_test.csv; expected MMLU's files")
     prompts, items = {}, {}
@@ -236,6 +234,6 @@ def _prompts(
     return prompts, items
 
 
-def _ask(item: Question) -> str:
+def _ask(item: ChoiceItem) -> str:
     choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, item["choices"], strict=True))
     return f"{item['question'].strip()}\n{choices}\n{_PROMPT_END}"

@@ -1,48 +1,40 @@
 """What is left of a long text: needle, recall and copy, made from the model's own text and tokenizer.
 
-Nothing is downloaded and nothing is asked in words, so the probes mean something for models of any size. A row is
-held-out text (the filler) with something hidden in it, at 0.5 to 16 times the length the model was trained on.
-
-* ``needle``: a passage from elsewhere stands once, at some depth; the row ends with the passage's first tokens. Share
-  of the next tokens that are the model's first choice. Its control: the same ending, the passage not there.
-* ``recall``: eight pairs of two rare tokens and one more, scattered; the row ends with the two tokens of one pair.
-  Whether the right one of the eight is the likeliest (associative recall with one query, after arXiv 2312.04927).
-* ``copy``: half a row of text, then the same text again; share of its last tokens that are the first choice. Its
-  control: other text in place of the first half.
-
-Every model gets the same rows.
+Nothing is downloaded and no question is put in natural language, so the probes mean something for models of any size.
+A row is held-out text (the filler) with something hidden in it, at 0.5 to 16 times the length the model was trained on.
+Every model gets the same rows. A new probe is a class here and its line in ``own_tasks.py``.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.loglikelihood import Answer, LoglikelihoodScorer, Request
-from trenchcoat.evaluation.task_results import ProbeRecord
+from trenchcoat.evaluation.task import ScoredModel, Task, TaskPlan
 
-PROBES = ("needle", "recall", "copy")
-LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Lengths, in lengths of a training row."""
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CUE, ANSWER = 8, 8
+if TYPE_CHECKING:
+    from trenchcoat.evaluation.loglikelihood import Answer, LoglikelihoodScorer
+    from trenchcoat.evaluation.task_results import ProbeRecord
+
+CUE_TOKENS, ASKED_TOKENS = 8, 8
 """Tokens of a needle that are shown again, and that are asked for."""
 PAIRS = 8
-COPIED = 64
+MOST_COPIED = 64
 """Tokens at the end of a copy that are asked for, a quarter of the row where that is less."""
 LEAST_LENGTH = 64
 SEED = 7
 
 
 @dataclass(frozen=True)
-class _Question:
-    """One row: what to score, and how the answers make a share."""
+class Question:
+    """One row: what to score, and how the answers make a share of right tokens."""
 
-    requests: list[Request]
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]]
+    """Token ids of a context, and of a continuation whose likelihood is asked for."""
     share: Callable[[Sequence[Answer]], float]
 
 
@@ -83,99 +75,140 @@ class Haystack:
         return self.corpus[at : at + tokens]
 
 
-def needle_row(hay: Haystack, rng_seed: str, length: int, depth: float | None) -> _Question:
-    """A needle at ``depth`` of a row of ``length`` tokens; None leaves it out (the control)."""
-    rng = random.Random(rng_seed)
-    room = length - len(hay.opening) - 2 * (CUE + ANSWER)
-    text, start = hay.filler(rng, room + CUE + ANSWER)
-    needle = hay.passage(rng, CUE + ANSWER, start, len(text))
-    if depth is not None:
-        at = round(depth * room)
-        text = [*text[:at], *needle, *text[at:room]]
-    context = [*hay.opening, *text, *needle[:CUE]]
-    return _Question([Request(context, needle[CUE:])], _hits)
-
-
-def recall_row(hay: Haystack, rng_seed: str, length: int) -> _Question:
-    """Pairs scattered over a row of ``length`` tokens; the last two tokens ask for one of them."""
-    rng = random.Random(rng_seed)
-    tokens = rng.sample(hay.rare, 3 * PAIRS)
-    pairs = [tokens[3 * i : 3 * i + 3] for i in range(PAIRS)]
-    text, _ = hay.filler(rng, length - len(hay.opening) - 3 * PAIRS - 2)
-    cuts = sorted(rng.randrange(len(text) + 1) for _ in pairs)
-    context, done = [*hay.opening], 0
-    for cut, pair in zip(cuts, pairs, strict=True):
-        context += [*text[done:cut], *pair]
-        done = cut
-    asked = rng.randrange(PAIRS)
-    context += [*text[done:], *pairs[asked][:2]]
-
-    def share(answers: Sequence[Answer]) -> float:
-        return float(max(range(PAIRS), key=lambda i: answers[i].logprob) == asked)
-
-    return _Question([Request(context, pair[2:]) for pair in pairs], share)
-
-
-def copy_row(hay: Haystack, rng_seed: str, length: int, *, present: bool = True) -> _Question:
-    """Half a row of text and the same again; without ``present`` the first half is other text (the control)."""
-    rng = random.Random(rng_seed)
-    half = (length - len(hay.opening)) // 2
-    text, start = hay.filler(rng, half)
-    first = text if present else hay.passage(rng, half, start, half)
-    asked = min(COPIED, half // 2)
-    context = [*hay.opening, *first, *text[:-asked]]
-    return _Question([Request(context, text[-asked:])], _hits)
-
-
-def _hits(answers: Sequence[Answer]) -> float:
+def share_of_hits(answers: Sequence[Answer]) -> float:
     """Share of the first request's tokens that are first choices."""
     return answers[0].hits / answers[0].tokens
 
 
-def probe(
-    name: str,
-    scorer: LoglikelihoodScorer,
-    hay: Haystack,
-    *,
-    trained: int,
-    lengths: Sequence[float] = LENGTHS,
-    rows: int = 16,
-    model_name: str,
-) -> ProbeRecord:
-    """Score one probe; a record with the shares of this one model."""
-    sizes = [round(trained * length) for length in lengths]
-    if min(sizes) < LEAST_LENGTH:
-        raise UserError(
-            f"--probe-lengths: {min(lengths):g} x {trained} tokens is under {LEAST_LENGTH}; give longer ones"
+class Probe(Task):
+    """A task made from held-out text: shares of right tokens by length of the row and depth of the answer."""
+
+    long_context = True
+    depths: ClassVar[tuple[float, ...]] = (0.0,)
+    """Where in the text the answer is, 0 at its beginning; one entry for a probe without a depth."""
+    chance: ClassVar[float | None] = None
+    """What guessing gives, where that is known."""
+
+    def question(self, hay: Haystack, rng: random.Random, length: int, depth: float) -> Question:
+        """One row of ``length`` tokens."""
+        raise NotImplementedError
+
+    def control(self, hay: Haystack, rng: random.Random, length: int) -> Question | None:
+        """The same ending without what it refers to; None where chance is known."""
+        return None
+
+    def score(self, model: ScoredModel, plan: TaskPlan) -> Mapping[str, ProbeRecord]:
+        """One record."""
+        assert plan.trained is not None, "settled before a probe is made"
+        corpus = corpus_tokens(model.held_out(), model.tokenizer)
+        opening = [] if model.tokenizer.bos_token_id is None else [model.tokenizer.bos_token_id]
+        hay = Haystack(corpus, opening, round(plan.trained * max(plan.probe_lengths)))
+        return {self.name: self.record(model.name, model.scorer, hay, plan)}
+
+    def record(self, model: str, scorer: LoglikelihoodScorer, hay: Haystack, plan: TaskPlan) -> ProbeRecord:
+        """The shares of one model on the rows of ``plan``."""
+        from trenchcoat.evaluation.task_results import ProbeRecord
+
+        trained = plan.trained or 0
+        sizes = [round(trained * length) for length in plan.probe_lengths]
+        if min(sizes) < LEAST_LENGTH:
+            raise UserError(
+                f"--probe-lengths: {min(plan.probe_lengths):g} x {trained} tokens is under {LEAST_LENGTH}; "
+                "give longer ones"
+            )
+        questions: dict[tuple[int, int], list[Question]] = {}
+        for i, size in enumerate(sizes):
+            seeds = [f"{SEED} {self.name} {size} {row}" for row in range(plan.probe_rows)]
+            for j, depth in enumerate(self.depths):
+                questions[i, j] = [self.question(hay, random.Random(seed), size, depth) for seed in seeds]
+            controls = [self.control(hay, random.Random(seed), size) for seed in seeds]
+            questions[i, -1] = [control for control in controls if control is not None]
+        shares = _shares(scorer, questions)
+        return ProbeRecord(
+            name=self.name,
+            lengths=sizes,
+            depths=[*self.depths],
+            trained=trained,
+            chance=self.chance,
+            settings={"rows": plan.probe_rows, "seed": SEED, "corpus_tokens": len(hay.corpus)},
+            shares={model: [[shares[i, j] for j in range(len(self.depths))] for i in range(len(sizes))]},
+            controls={model: [shares[i, -1] for i in range(len(sizes)) if shares[i, -1]]},
         )
-    depths = list(DEPTHS) if name == "needle" else [0.0]
-    questions: dict[tuple[int, int], list[_Question]] = {}
-    controls: dict[int, list[_Question]] = {}
-    for i, size in enumerate(sizes):
-        seeds = [f"{SEED} {name} {size} {row}" for row in range(rows)]
-        if name == "needle":
-            questions |= {(i, j): [needle_row(hay, s, size, depth) for s in seeds] for j, depth in enumerate(depths)}
-            controls[i] = [needle_row(hay, s, size, None) for s in seeds]
-        elif name == "recall":
-            questions[i, 0] = [recall_row(hay, s, size) for s in seeds]
-        else:
-            questions[i, 0] = [copy_row(hay, s, size) for s in seeds]
-            controls[i] = [copy_row(hay, s, size, present=False) for s in seeds]
-    shares = _shares(scorer, {**questions, **{(i, -1): asked for i, asked in controls.items()}})
-    return ProbeRecord(
-        name=name,
-        lengths=sizes,
-        depths=depths,
-        trained=trained,
-        chance=1 / PAIRS if name == "recall" else None,
-        settings={"rows": rows, "seed": SEED, "corpus_tokens": len(hay.corpus)},
-        shares={model_name: [[shares[i, j] for j in range(len(depths))] for i in range(len(sizes))]},
-        controls={model_name: [shares[i, -1] for i in sorted(controls)]},
-    )
+
+
+class Needle(Probe):
+    """A passage from elsewhere is hidden once; the row ends with its first tokens, and the next ones are asked for."""
+
+    name = "needle"
+    description = "a passage hidden at some depth, its next tokens asked for at the end"
+    depths = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+    def question(self, hay: Haystack, rng: random.Random, length: int, depth: float | None) -> Question:
+        """The needle is at ``depth`` of the row; None leaves it out."""
+        room = length - len(hay.opening) - 2 * (CUE_TOKENS + ASKED_TOKENS)
+        text, start = hay.filler(rng, room + CUE_TOKENS + ASKED_TOKENS)
+        needle = hay.passage(rng, CUE_TOKENS + ASKED_TOKENS, start, len(text))
+        if depth is not None:
+            at = round(depth * room)
+            text = [*text[:at], *needle, *text[at:room]]
+        context = [*hay.opening, *text, *needle[:CUE_TOKENS]]
+        return Question([(context, needle[CUE_TOKENS:])], share_of_hits)
+
+    def control(self, hay: Haystack, rng: random.Random, length: int) -> Question:
+        """The same ending, the passage not there."""
+        return self.question(hay, rng, length, None)
+
+
+class Recall(Probe):
+    """Eight pairs of two rare tokens and one more are scattered; the row ends with the two tokens of one pair.
+
+    Whether the right one of the eight is the likeliest: associative recall with one query, after arXiv 2312.04927.
+    """
+
+    name = "recall"
+    description = "one of eight scattered pairs asked for at the end"
+    chance = 1 / PAIRS
+
+    def question(self, hay: Haystack, rng: random.Random, length: int, depth: float) -> Question:
+        """Pairs at random places."""
+        tokens = rng.sample(hay.rare, 3 * PAIRS)
+        pairs = [tokens[3 * i : 3 * i + 3] for i in range(PAIRS)]
+        text, _ = hay.filler(rng, length - len(hay.opening) - 3 * PAIRS - 2)
+        cuts = sorted(rng.randrange(len(text) + 1) for _ in pairs)
+        context, done = [*hay.opening], 0
+        for cut, pair in zip(cuts, pairs, strict=True):
+            context += [*text[done:cut], *pair]
+            done = cut
+        asked = rng.randrange(PAIRS)
+        context += [*text[done:], *pairs[asked][:2]]
+
+        def share(answers: Sequence[Answer]) -> float:
+            return float(max(range(PAIRS), key=lambda i: answers[i].logprob) == asked)
+
+        return Question([(context, pair[2:]) for pair in pairs], share)
+
+
+class Copy(Probe):
+    """Half a row of text, then the same again; its last tokens are asked for."""
+
+    name = "copy"
+    description = "half a row of text, then the same again"
+
+    def question(self, hay: Haystack, rng: random.Random, length: int, depth: float | None) -> Question:
+        """With a ``depth`` of None the first half is other text."""
+        half = (length - len(hay.opening)) // 2
+        text, start = hay.filler(rng, half)
+        first = text if depth is not None else hay.passage(rng, half, start, half)
+        asked = min(MOST_COPIED, half // 2)
+        return Question([([*hay.opening, *first, *text[:-asked]], text[-asked:])], share_of_hits)
+
+    def control(self, hay: Haystack, rng: random.Random, length: int) -> Question:
+        """Other text in place of the first half."""
+        return self.question(hay, rng, length, None)
 
 
 def _shares(
-    scorer: LoglikelihoodScorer, questions: dict[tuple[int, int], list[_Question]]
+    scorer: LoglikelihoodScorer, questions: dict[tuple[int, int], list[Question]]
 ) -> dict[tuple[int, int], list[float]]:
     flat = [question for cell in questions.values() for question in cell]
     answers = iter(scorer.scores([request for question in flat for request in question.requests]))

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trenchcoat.data.packing import IGNORED
-from trenchcoat.evaluation.results import DecodePoint, RowSums, Scores
+from trenchcoat.evaluation.results import DecodePoint, Scores
+from trenchcoat.evaluation.statistics import RowSums
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import compute_device
 
@@ -157,10 +158,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return compute_device(model)
-
-
 def score(
     model: nn.Module, rows: Tensor | Sequence[Mapping[str, Tensor]] | EvalRows, *, window: int, batch_size: int = 4
 ) -> Scores:
@@ -210,7 +207,7 @@ def _token_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     No mask is needed: padding stands behind the real tokens, and a causal model does not look ahead.
     """
-    ids = ids.to(_device(model))
+    ids = ids.to(compute_device(model))
     logits = model(input_ids=ids, use_cache=False).logits
     piece = max(1, LOGIT_ELEMENTS // (logits.shape[0] * logits.shape[2]))
     losses, hits = [], []
@@ -274,7 +271,7 @@ def decode_curve(
 
 def _decode_point(model: nn.Module, ids: Tensor, context: int, warmup: int) -> DecodePoint:
     """[1, context + warmup + steps] ids -> one point of the curve."""
-    device = _device(model)
+    device = compute_device(model)
     ids = ids.to(device)
     short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     started = _clock(device)

@@ -1,4 +1,4 @@
-"""What tasks and probes found, as data: the file ``tasks.json``, standard errors, paired differences, intervals.
+"""What tasks and probes found, as data: the file ``tasks.json``.
 
 A task keeps the result of every row it scored, so that two models on the same rows are compared row by row: the error
 of a difference is that of the paired differences, which is smaller than the errors of the two sides suggest.
@@ -6,31 +6,22 @@ of a difference is that of the paired differences, which is smaller than the err
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.results import Difference
+from trenchcoat.evaluation.results import json_ready, number_or_nan
+from trenchcoat.evaluation.statistics import Estimate, mean_estimate
 from trenchcoat.runtime.files import read_json, write_json
 
-FORMAT_VERSION = 1
+TASKS_FILE = "tasks.json"
+TASKS_FORMAT = 1
 STUDENT, TEACHER, FAR_OFF = "student", "teacher", "far_off"
 MODEL_LABELS = {STUDENT: "linear", FAR_OFF: "far part off", TEACHER: "teacher"}
 """The models of a record in their order."""
-NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
-"""Standard errors in half a 95 % interval."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric with its standard error (None where the task gives none)."""
-
-    value: float
-    error: float | None = None
 
 
 @dataclass
@@ -61,6 +52,23 @@ class TaskRecord:
     scores: dict[str, ModelScore] = field(default_factory=dict)
     """``student`` and ``teacher``."""
 
+    @property
+    def identity(self) -> Any:
+        """Equal for records whose scores can stand side by side."""
+        return self.rows_id, self.members, self.settings
+
+    def join(self, other: TaskRecord) -> None:
+        """Take over the scores of other models on the same rows."""
+        self.scores |= other.scores
+
+    def metrics(self) -> list[str]:
+        """Every metric that some model has."""
+        return list(dict.fromkeys(metric for score in self.scores.values() for metric in score.metrics))
+
+    def metric(self, model: str, metric: str) -> Estimate | None:
+        """A metric of one model, where it was scored."""
+        return self.scores[model].metrics.get(metric) if model in self.scores else None
+
 
 @dataclass
 class ProbeRecord:
@@ -80,9 +88,24 @@ class ProbeRecord:
     controls: dict[str, list[list[float]]] = field(default_factory=dict)
     """Model to [length][row] of the same question without what it asks for; no lengths where chance is known."""
 
+    @property
+    def identity(self) -> Any:
+        """Equal for records whose shares can stand side by side."""
+        return self.lengths, self.depths, self.trained, self.settings
+
+    def join(self, other: ProbeRecord) -> None:
+        """Take over the shares of other models on the same rows."""
+        self.shares |= other.shares
+        self.controls |= other.controls
+
     def mean(self, model: str, length: int, depth: int) -> float:
         """Mean share of a cell."""
         return statistics.fmean(self.shares[model][length][depth])
+
+    def means(self, model: str) -> list[float]:
+        """Mean share at each length, over all depths; empty for a model that was not scored."""
+        cells_by_length = self.shares.get(model, [])
+        return [statistics.fmean(row for cell in cells for row in cell) for cells in cells_by_length]
 
 
 @dataclass
@@ -98,35 +121,25 @@ class TaskResults:
 
     def add(self, other: TaskResults) -> None:
         """Take over what ``other`` has: scores join a record of the same rows and settings, else they replace it."""
-        for name, task in other.tasks.items():
-            known = self.tasks.get(name)
-            if known is not None and (known.rows_id, known.members, known.settings) == (
-                task.rows_id,
-                task.members,
-                task.settings,
-            ):
-                known.scores |= task.scores
-            else:
-                self.tasks[name] = task
-        for name, probe in other.probes.items():
-            before = self.probes.get(name)
-            if before is not None and _same_probe(before, probe):
-                before.shares |= probe.shares
-                before.controls |= probe.controls
-            else:
-                self.probes[name] = probe
+        for mine, theirs in ((self.tasks, other.tasks), (self.probes, other.probes)):
+            for name, record in cast("Mapping[str, Any]", theirs).items():
+                known = cast("dict[str, Any]", mine).setdefault(name, record)
+                if known.identity == record.identity:
+                    known.join(record)
+                else:
+                    mine[name] = record
         self.made += other.made
         self.environment = other.environment
 
     def save(self, path: Path) -> None:
         """Write JSON, whole or not at all."""
-        write_json(path, _finite({"format": FORMAT_VERSION, **asdict(self), "differences": self._differences()}))
+        write_json(path, json_ready({"format": TASKS_FORMAT, **asdict(self), "differences": self._differences()}))
 
     def _differences(self) -> dict[str, Any]:
         """Student minus teacher by task and metric, for readers of the file; not read back."""
         found: dict[str, Any] = {}
         for name, record in self.tasks.items():
-            pairs = {metric: paired(self, self, name, metric) for metric in _metrics(record)}
+            pairs = {metric: paired(self, self, name, metric) for metric in record.metrics()}
             found |= {name: {metric: asdict(gap) for metric, gap in pairs.items() if gap is not None}}
         return found
 
@@ -135,8 +148,8 @@ class TaskResults:
         """Read what ``save`` wrote. Raises ``UserError`` for a damaged file or one of another format."""
         raw = read_json(path)
         try:
-            if raw["format"] != FORMAT_VERSION:
-                raise ValueError(f"format {raw['format']!r} is not {FORMAT_VERSION}")
+            if raw["format"] != TASKS_FORMAT:
+                raise ValueError(f"format {raw['format']!r} is not {TASKS_FORMAT}")
             return cls(
                 model=raw["model"],
                 tasks={name: _task(task) for name, task in raw["tasks"].items()},
@@ -151,35 +164,12 @@ class TaskResults:
             ) from error
 
 
-def _same_probe(a: ProbeRecord, b: ProbeRecord) -> bool:
-    return (a.lengths, a.depths, a.trained, a.settings) == (b.lengths, b.depths, b.trained, b.settings)
-
-
 def _task(raw: dict[str, Any]) -> TaskRecord:
-    scores = {
-        model: ModelScore(**{**score, "metrics": {name: Estimate(**one) for name, one in score["metrics"].items()}})
-        for model, score in raw["scores"].items()
-    }
-    return TaskRecord(**{**raw, "scores": scores})
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: such numbers become None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _metrics(record: TaskRecord) -> list[str]:
-    return list(dict.fromkeys(metric for score in record.scores.values() for metric in score.metrics))
-
-
-def mean_estimate(rows: Sequence[float]) -> Estimate:
-    """Mean over rows and its standard error (sample standard deviation / sqrt(n))."""
-    error = statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None
-    return Estimate(statistics.fmean(rows), error)
+    for score in raw["scores"].values():
+        score["metrics"] = {
+            name: Estimate(one["value"], number_or_nan(one["error"])) for name, one in score["metrics"].items()
+        }
+    return TaskRecord(**{**raw, "scores": {model: ModelScore(**score) for model, score in raw["scores"].items()}})
 
 
 def pooled_rows(results: TaskResults, name: str, model: str, metric: str) -> tuple[str, list[float]]:
@@ -198,24 +188,11 @@ def pooled_rows(results: TaskResults, name: str, model: str, metric: str) -> tup
 
 def paired(
     a: TaskResults, b: TaskResults, name: str, metric: str, models: tuple[str, str] = (STUDENT, TEACHER)
-) -> Difference | None:
+) -> Estimate | None:
     """Metric of ``models[0]`` in ``a`` minus that of ``models[1]`` in ``b``, row by row; None when rows differ."""
     if name not in a.tasks or name not in b.tasks:
         return None
     (one, left), (other, right) = pooled_rows(a, name, models[0], metric), pooled_rows(b, name, models[1], metric)
     if not left or not one.strip() or one != other or len(left) != len(right):
         return None
-    gap = mean_estimate([x - y for x, y in zip(left, right, strict=True)])
-    return Difference(gap.value, math.nan if gap.error is None else gap.error)
-
-
-def interval(estimate: Estimate, rows: Sequence[float] = ()) -> tuple[float, float] | None:
-    """95 % interval: Wilson's (1927) for rows that are 0 or 1, else the normal one; None where no error is known."""
-    if rows and set(rows) <= {0.0, 1.0}:
-        n, p, z2 = len(rows), statistics.fmean(rows), NORMAL_95**2
-        centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = NORMAL_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return centre - half, centre + half
-    if estimate.error is None or not math.isfinite(estimate.error):
-        return None
-    return estimate.value - NORMAL_95 * estimate.error, estimate.value + NORMAL_95 * estimate.error
+    return mean_estimate([x - y for x, y in zip(left, right, strict=True)])

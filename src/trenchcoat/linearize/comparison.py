@@ -1,4 +1,5 @@
-"""The rows of the report: each variant of the model, trained where it must be, scored on the same text.
+"""The rows of the report: each variant of the model, trained where it must be, scored on the same text; and how long
+that will take.
 
 Every row is kept in the run's folder under the settings behind it, so a second call scores only what is new.
 """
@@ -6,25 +7,25 @@ Every row is kept in the run's folder under the settings behind it, so a second 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trenchcoat.config import Recipe
+from trenchcoat.config import LoraConfig, Recipe, StageConfig
 from trenchcoat.data.batches import Batches
-from trenchcoat.evaluation import results
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.rows import TEACHER, Variant, asked_rows, final_row
 from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
 from trenchcoat.generation.generate import generate_text
 from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models.attach import set_far
 from trenchcoat.runtime import distributed
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, flatten, stage_settings
+from trenchcoat.runtime.runfolder import TRANSFER, flatten, stage_settings
 from trenchcoat.runtime.runlog import environment
-from trenchcoat.students import student_class
+from trenchcoat.runtime.sharding import compute_device
 
 SAMPLES = 3
 """Prompts continued by both models."""
@@ -32,60 +33,18 @@ SAMPLE_TOKENS = 48
 """Length of those continuations."""
 LONGEST_PROMPT = 160
 """Most tokens of a sample's prompt; three windows, when that is less."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """How the model behind one row of the table is put together."""
-
-    name: str
-    weights: str | None = None
-    """The stage whose weights it has; None for untrained students."""
-    teacher: bool = False
-    """Score the teacher's own attention."""
-    window_sinks: bool = False
-    """The student is the window with sinks, without a far part."""
-    far: bool = True
-    """False switches the far part off."""
-
-    @property
-    def lora(self) -> bool:
-        """Whether its stage has a LoRA."""
-        return self.weights not in (None, TRANSFER)
-
-
-def final_row(recipe: Recipe) -> Row:
-    """The model that the recipe is for: the last stage that it trains."""
-    if recipe.lora is not None:
-        stage, name = (LORA, results.TRANSFER_LORA) if recipe.transfer else (LORA_ONLY, results.LORA_ONLY)
-        return Row(name, stage)
-    return Row(results.TRANSFER_ONLY, TRANSFER) if recipe.transfer else Row(results.UNTRAINED)
-
-
-def rows_of(recipe: Recipe) -> list[Row]:
-    """The rows that a recipe asks for, in the order they are made: the recipe's own first."""
-    final = final_row(recipe)
-    student = student_class(recipe.student.name)
-    rows = [Row(results.TEACHER, teacher=True), Row(results.UNTRAINED)]
-    if recipe.transfer is not None:
-        rows.append(Row(results.TRANSFER_ONLY, TRANSFER))
-    rows.append(final)
-    if student.has_far and student.kind != "linear":  # without its far part, a linear student has nothing
-        rows.append(Row(results.FAR_OFF, final.weights, far=False))
-    rows.append(Row(results.WINDOW_SINKS, window_sinks=True))
-    if recipe.lora is not None and recipe.eval.baselines:
-        rows.append(Row(results.LORA_ONLY, LORA_ONLY))
-        rows.append(Row(results.WINDOW_SINKS_LORA, WINDOW_SINKS_LORA, window_sinks=True))
-    return list({row.name: row for row in rows}.values())
+TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
+"""Time per token of a training step (and of scoring) in teacher forward passes; measured on the demo, on two cores."""
 
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The training stages behind the recipe's rows, in order."""
-    return list(dict.fromkeys(row.weights for row in rows_of(recipe) if row.weights is not None))
+    stages = (variant.stage for variant in asked_rows(recipe).values())
+    return list(dict.fromkeys(stage for stage in stages if stage is not None))
 
 
 def evaluation_rows(batches: Batches, rows: int) -> EvalRows:
-    """``rows`` validation rows, evenly spread: neighbours are often of one document, and tell less together."""
+    """``rows`` validation rows, evenly spread: neighbours are often of one document, and so more alike."""
     found = gather_rows(list(batches.validation()))
     available = len(found.ids)
     chosen = torch.arange(min(rows, available)) * available // min(rows, available)
@@ -97,7 +56,8 @@ class Comparison:
 
     def __init__(self, variants: ModelVariants) -> None:
         self.variants, self.recipe = variants, variants.recipe
-        self._rows: EvalRows | None = None
+        self.rows = asked_rows(self.recipe)
+        self._text: EvalRows | None = None
 
     @property
     def seq_len(self) -> int:
@@ -106,28 +66,29 @@ class Comparison:
 
     def text(self) -> EvalRows:
         """The evaluation rows, read once."""
-        if self._rows is None:
+        if self._text is None:
             batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
-            self._rows = evaluation_rows(batches, self.recipe.eval.rows)
-        return self._rows
+            self._text = evaluation_rows(batches, self.recipe.eval.rows)
+        return self._text
 
-    def assemble(self, row: Row) -> Any:
+    def assemble(self, row: str) -> Any:
         """The model of a row, ready to be scored."""
-        if row.teacher:
+        variant = self.rows[row]
+        if variant.teacher:
             return self.variants.assemble_teacher()
-        student = self.variants.window_sinks() if row.window_sinks else None
-        model = self.variants.assemble(student=student, lora=row.lora, weights=row.weights)
-        set_far(model, row.far)
+        model = self.variants.assemble(student=variant.student, lora=variant.lora, weights=variant.stage)
+        set_far(model, variant.far)
         return model
 
-    def _key(self, row: Row, **more: Any) -> dict[str, Any]:
-        """Everything in the recipe that the figures of a row depend on."""
+    def _key(self, variant: Variant, **more: Any) -> dict[str, Any]:
+        """Everything in the recipe that the figures of a variant depend on."""
         everything = flatten(self.recipe)
         base = {k: v for k, v in everything.items() if k.split(".")[0] in ("model", "student", "data")}
-        stage = stage_settings(self.recipe, row.weights) if row.weights is not None else {}
+        stage = stage_settings(self.recipe, variant.stage) if variant.stage is not None else {}
         text = {k: everything[k] for k in ("eval.rows", "eval.seq_len", "eval.sinks", "run.seed")}
-        free = ("model.device", "data.cache_dir")
-        return {k: v for k, v in {**base, **stage, **text, **more, "far": row.far}.items() if k not in free}
+        other = {} if variant.student is None else flatten(variant.student, "other_student")
+        parts = {**base, **stage, **text, **other, **more, "far": variant.far}
+        return {k: v for k, v in parts.items() if k not in ("model.device", "data.cache_dir")}
 
     def _kept(self, name: str, key: Mapping[str, Any]) -> Results | None:
         path = distributed.from_main(lambda: self.variants.folder.kept(name, key))
@@ -142,25 +103,25 @@ class Comparison:
 
         distributed.from_main(keep)
 
-    def scores(self, row: Row) -> Scores:
+    def scores(self, row: str) -> Scores:
         """Scores of one row."""
-        key = self._key(row)
-        kept = self._kept(row.name, key)
+        key = self._key(self.rows[row])
+        kept = self._kept(row, key)
         if kept is not None:
-            return kept.rows[row.name]
+            return kept.rows[row]
         text = self.text()
         found = score(
             self.assemble(row), text, window=self.recipe.student.window, batch_size=self.recipe.eval.batch_size
         )
-        self._keep(row.name, key, rows={row.name: found})
+        self._keep(row, key, rows={row: found})
         return found
 
-    def decode(self, row: Row, mode: str) -> list[DecodePoint]:
+    def decode(self, row: str, mode: str) -> list[DecodePoint]:
         """Decoding time and state size of one row, at the recipe's context lengths."""
         lengths = self.recipe.eval.decode_lengths
         if not lengths:
             return []
-        name, key = f"decode_{mode}", self._key(row, lengths=list(lengths))
+        name, key = f"decode_{mode}", self._key(self.rows[row], lengths=list(lengths))
         kept = self._kept(name, key)
         if kept is not None:
             return kept.decode[mode]
@@ -168,9 +129,9 @@ class Comparison:
         self._keep(name, key, decode={mode: points})
         return points
 
-    def samples(self, rows: list[Row]) -> list[Sample]:
+    def samples(self, rows: list[str]) -> list[Sample]:
         """Continuations of the same prompts by the models of ``rows``."""
-        key = self._key(rows[-1], rows=[row.name for row in rows], tokens=SAMPLE_TOKENS)
+        key = self._key(self.rows[rows[-1]], rows=rows, tokens=SAMPLE_TOKENS)
         kept = self._kept("samples", key)
         if kept is not None:
             return kept.samples
@@ -178,7 +139,7 @@ class Comparison:
         written: dict[str, list[str]] = {}
         for row in rows:
             made = generate_text(self.assemble(row), self.variants.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
-            written[row.name] = [one.text for one in made]
+            written[row] = [one.text for one in made]
         found = [Sample(p, {name: texts[i] for name, texts in written.items()}) for i, p in enumerate(prompts)]
         self._keep("samples", key, samples=found)
         return found
@@ -192,7 +153,7 @@ class Comparison:
 
     def facts(self) -> dict[str, Any]:
         """Where the text came from and how much of it there is."""
-        key = self._key(Row("facts"))
+        key = self._key(Variant())
         kept = self._kept("facts", key)
         if kept is not None:
             return kept.data
@@ -210,15 +171,14 @@ class Comparison:
     def results(self, scores: dict[str, Scores], stages: list[StageFacts], began: float) -> Results:
         """Everything together, for the report."""
         recipe, final = self.recipe, final_row(self.recipe)
-        teacher = Row(results.TEACHER, teacher=True)
-        curves = {"teacher": self.decode(teacher, "teacher"), "student": self.decode(final, "student")}
+        curves = {"teacher": self.decode(TEACHER, "teacher"), "student": self.decode(final, "student")}
         parts = sum(stage.seconds for stage in stages) + sum(one.seconds for one in scores.values())
         return Results(
             window=recipe.student.window,
             seq_len=self.seq_len,
             rows=scores,
             decode={mode: points for mode, points in curves.items() if points},
-            samples=self.samples([teacher, final]),
+            samples=self.samples([TEACHER, final]),
             stages=stages,
             recipe=dataclasses.asdict(recipe),
             environment=environment(),
@@ -226,3 +186,46 @@ class Comparison:
             implementation=self.variants.implementation,
             seconds=max(parts, time.monotonic() - began),
         )
+
+
+def stage_tokens(cfg: StageConfig, batches: Batches, seq_len: int) -> tuple[int, int]:
+    """(tokens trained, tokens evaluated) by a whole stage."""
+    micro = cfg.max_steps * cfg.accumulation if cfg.max_steps is not None else math.ceil(cfg.epochs * len(batches))
+    evaluations = 1 + math.ceil(micro / cfg.accumulation / cfg.eval_every)
+    rows = batches.rows("validation")
+    if cfg.eval_batches is not None:
+        rows = min(rows, cfg.eval_batches * cfg.batch_size)
+    return micro * cfg.batch_size * seq_len, evaluations * rows * seq_len
+
+
+def seconds_per_token(variants: ModelVariants, batches: Batches, repeats: int = 2) -> float:
+    """Time of a teacher forward pass, per token; the fastest of ``repeats`` after one to warm up."""
+    model = variants.assemble_teacher()
+    device = compute_device(model)
+    ids = batches.train_batch(0)["input_ids"].to(device)
+    times = []
+    with torch.no_grad():
+        for _ in range(1 + repeats):
+            began = time.perf_counter()
+            logits = model(input_ids=ids, use_cache=False).logits
+            float(logits[0, -1, 0])  # waits for the device
+            times.append(time.perf_counter() - began)
+    return distributed.largest(min(times[1:])) / ids.numel() / distributed.size()
+
+
+def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> float:
+    """What the unfinished ``stages`` and the scoring of ``rows`` rows of the table will take, roughly; from one timed
+    forward pass of the teacher."""
+    recipe = variants.recipe
+    left = [stage for stage in stages if variants.folder.result(stage) is None]
+    seq_len = recipe.data.seq_len
+    total, unit = 0.0, 0.0
+    for stage in left:
+        cfg = recipe.transfer if stage == TRANSFER else recipe.lora
+        if cfg is None:
+            continue
+        batches = variants.batches(cfg.batch_size)
+        unit = unit or seconds_per_token(variants, batches)
+        trained, evaluated = stage_tokens(cfg, batches, seq_len)
+        total += unit * (trained * (LORA_COST if isinstance(cfg, LoraConfig) else TRANSFER_COST) + evaluated * 1.5)
+    return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or seq_len)

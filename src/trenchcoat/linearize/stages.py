@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.data.load import load_batches
 from trenchcoat.evaluation.report import run as report
-from trenchcoat.evaluation.results import ROW_LABELS, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.conversation import softmax_twin
 from trenchcoat.generation.generate import Session, continue_and_save, generate_text
-from trenchcoat.linearize.comparison import Comparison, evaluation_rows, rows_of, stages_of
-from trenchcoat.linearize.estimate import estimate
+from trenchcoat.linearize.comparison import Comparison, estimate_seconds, evaluation_rows, stages_of
 from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models import hub
 from trenchcoat.models.attach import set_state_dtype, student_config
@@ -38,14 +37,6 @@ _TITLES = {
     LORA_ONLY: "LoRA without transfer",
     WINDOW_SINKS_LORA: "for comparison: LoRA on window + sinks, without a linear part",
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command leaves for the terminal: texts and tables, in order."""
-
-    shown: tuple[Any, ...]
-    results: Results | None = None
 
 
 def demo(recipe: Recipe) -> Outcome:
@@ -62,7 +53,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
     with _variants(recipe, stages_of(recipe)) as variants:
         _open(variants, opening)
         _announce_time(variants)
-        own = _own_stages(recipe)
+        own = own_stages(recipe)
         facts = {stage: _train(variants, stage) for stage in own}
         variants.export(own[-1])
         return _report(variants, facts, began)
@@ -85,7 +76,7 @@ def transfer(recipe: Recipe) -> Outcome:
 
 def finetune(recipe: Recipe) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, where the recipe has transfer=null)."""
-    with _variants(recipe, _own_stages(recipe)) as variants:
+    with _variants(recipe, own_stages(recipe)) as variants:
         variants.require_transfer()
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)
@@ -99,12 +90,12 @@ def evaluate_run(recipe: Recipe) -> Outcome:
     """Score a finished run (comparison rows are trained when the recipe asks for them) and write its report."""
     began = time.monotonic()
     with _variants(recipe, stages_of(recipe)) as variants:
-        missing = [stage for stage in _own_stages(recipe) if variants.folder.result(stage) is None]
+        missing = [stage for stage in own_stages(recipe) if variants.folder.result(stage) is None]
         if missing:
             raise UserError(
                 f"{recipe.run.dir} is not finished ({missing[0]} is missing): run `trenchcoat linearize` on it"
             )
-        return _report(variants, {stage: variants.train(stage) for stage in _own_stages(recipe)}, began)
+        return _report(variants, {stage: variants.train(stage) for stage in own_stages(recipe)}, began)
 
 
 # Parts of the commands
@@ -115,13 +106,6 @@ def _variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
     """The variants of this process, after joining the others that torchrun may have started."""
     with distributed.joined(recipe.parallel, recipe.model.device), ModelVariants(recipe, stages) as variants:
         yield variants
-
-
-def _own_stages(recipe: Recipe) -> list[str]:
-    """The stages that the recipe's own model goes through."""
-    stage_1 = [TRANSFER] if recipe.transfer is not None else []
-    stage_2 = [LORA if recipe.transfer is not None else LORA_ONLY] if recipe.lora is not None else []
-    return stage_1 + stage_2
 
 
 def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:
@@ -137,7 +121,7 @@ def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:
 
 
 def _announce_time(variants: ModelVariants) -> None:
-    seconds = estimate(variants, stages_of(variants.recipe), len(rows_of(variants.recipe)))
+    seconds = estimate_seconds(variants, stages_of(variants.recipe), len(asked_rows(variants.recipe)))
     if seconds > 0:
         variants.log.info(
             f"this will take about {in_words(seconds)} on this machine; stopped, the same command continues"
@@ -163,12 +147,12 @@ def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float)
     """Score every row, train what the comparison rows need, write the report."""
     comparison = Comparison(variants)
     scores: dict[str, Scores] = {}
-    for row in rows_of(variants.recipe):
-        if row.weights is not None and row.weights not in facts:
-            facts[row.weights] = _train(variants, row.weights)
-        scores[row.name] = found = comparison.scores(row)
+    for row, variant in comparison.rows.items():
+        if variant.stage is not None and variant.stage not in facts:
+            facts[variant.stage] = _train(variants, variant.stage)
+        scores[row] = found = comparison.scores(row)
         variants.log.info(
-            f"scored {ROW_LABELS[row.name]}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"
+            f"scored {row_label(row)}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"
         )
     results = comparison.results(scores, list(facts.values()), began)
     written = distributed.from_main(lambda: report.write_report(variants.recipe.run.dir, results))
@@ -186,7 +170,7 @@ def _side_by_side(sample: Sample) -> list[str]:
     """The end of a prompt and what each model wrote after it."""
     lines = ["", f"prompt ends: ...{sample.prompt[-160:]}"]
     for name, text in sample.outputs.items():
-        lines.append(f"[{ROW_LABELS.get(name, name)}]")
+        lines.append(f"[{row_label(name)}]")
         lines += [f"    {line}" for line in text.splitlines() or [""]]
     return lines
 

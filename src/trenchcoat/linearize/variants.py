@@ -23,6 +23,7 @@ from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.tokens import cache_folder
 from trenchcoat.evaluation.results import StageFacts
+from trenchcoat.evaluation.rows import window_sinks_student
 from trenchcoat.models import hub, identity
 from trenchcoat.models.attach import (
     detach_students,
@@ -150,10 +151,6 @@ class ModelVariants:
 
     # Variants of the model
 
-    def window_sinks(self) -> StudentConfig:
-        """The student of the comparison rows: window and sinks, no far part, nothing to train."""
-        return dataclasses.replace(self.recipe.student, name="window_sinks", sinks=self.recipe.eval.sinks)
-
     def assemble(
         self, *, student: StudentConfig | None = None, lora: bool = False, weights: str | None = None
     ) -> nn.Module:
@@ -267,7 +264,7 @@ class ModelVariants:
             freeze_for_transfer(self.model)
             return transfer_objective(self.recipe.transfer), self.recipe.transfer
         if stage == WINDOW_SINKS_LORA:
-            self.assemble(student=self.window_sinks(), lora=True)
+            self.assemble(student=window_sinks_student(self.recipe), lora=True)
         elif stage == LORA_ONLY:
             self.assemble(lora=True)
         else:

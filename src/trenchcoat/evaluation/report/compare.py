@@ -6,7 +6,6 @@ Runs scored on the same rows are compared row by row with the first one named; o
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,30 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich import table as rich_table
 
 from trenchcoat.config import UserError
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import LOOK, log_bins, name_lines
-from trenchcoat.evaluation.report.tasks import TASKS_FILE, shown_tasks
-from trenchcoat.evaluation.results import TEACHER, Difference, Results, RowSums, Scores, paired_difference
-from trenchcoat.evaluation.task_results import NORMAL_95, STUDENT, TaskResults, interval, paired, pooled_rows
-from trenchcoat.evaluation.task_results import TEACHER as TASK_TEACHER
+from trenchcoat.evaluation.report.table import Table
+from trenchcoat.evaluation.report.tasks import shown_tasks
+from trenchcoat.evaluation.report.texts import with_interval
+from trenchcoat.evaluation.results import RESULTS_FILE, Results, Scores
+from trenchcoat.evaluation.statistics import NORMAL_95, Estimate, interval, paired_difference
+from trenchcoat.evaluation.task_results import (
+    FAR_OFF,
+    STUDENT,
+    TASKS_FILE,
+    TEACHER,
+    TaskResults,
+    paired,
+    pooled_rows,
+)
 from trenchcoat.runtime.files import write_text
 
-RESULTS_FILE = "results.json"
 MARKDOWN, PAGE, PICTURE = "comparison.md", "comparison.html", "comparison.png"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")
-HEADINGS = (
+RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8c8c8c")
+RUN_HEADINGS = (
     "run",
     "student",
     "perplexity",
@@ -99,68 +106,59 @@ def same_rows(a: Results, b: Results) -> bool:
     return all(math.isclose(x, y, rel_tol=1e-4) for x, y in zip(left.all.sums, right.all.sums, strict=True))
 
 
-def between(value: float, error: float, show: Callable[[float], str] = "{:.3f}".format) -> str:
-    """``0.021 [0.011, 0.031]``, a 95 % interval; without one where the error is not known."""
-    if not math.isfinite(value):
-        return "–"
-    if not math.isfinite(error):
-        return show(value)
-    return f"{show(value)} [{show(value - NORMAL_95 * error)}, {show(value + NORMAL_95 * error)}]"
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.3f}" if loss < 700 else "inf"
 
 
-def _perplexity(losses: RowSums) -> str:
-    return between(losses.mean, losses.error, lambda loss: f"{math.exp(loss):.3f}" if loss < 700 else "inf")
-
-
-def _gap(gap: Difference | None) -> str:
-    return "–" if gap is None else between(gap.value, gap.error, "{:+.4f}".format)
-
-
-def loss_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """One list of texts a run, under ``HEADINGS``."""
+def loss_table(runs: Sequence[Run]) -> Table:
+    """One row a run, with 95 % intervals."""
     first = runs[0]
     rows = []
     for run in runs:
-        own, teacher = run.converted, run.teacher
+        own = run.converted
         if run.results is None or own is None:
-            rows.append([run.name, *["–"] * (len(HEADINGS) - 1)])
+            rows.append([run.name, *["–"] * (len(RUN_HEADINGS) - 1)])
             continue
         student = run.results.recipe.get("student", {})
-        cells = [run.name, f"{student.get('name', '?')}, W {run.results.window}", _perplexity(own.all)]
-        cells.append(_perplexity(own.far))
-        cells += [_gap(_above(own, teacher, part)) for part in ("all", "far")]
         comparable = run is not first and first.results is not None and same_rows(run.results, first.results)
-        cells += [_gap(_above(own, first.converted if comparable else None, part)) for part in ("all", "far")]
-        rows.append(cells)
-    return rows
+        gaps = [_above(own, other, part) for other in (run.teacher, first.converted if comparable else None)
+                for part in ("all", "far")]  # fmt: skip
+        rows.append([
+            run.name,
+            f"{student.get('name', '?')}, W {run.results.window}",
+            *(with_interval(losses.estimate, _perplexity) for losses in (own.all, own.far)),
+            *(with_interval(gap, "{:+.4f}".format) for gap in gaps),
+        ])  # fmt: skip
+    return Table(RUN_HEADINGS, rows)
 
 
-def _above(own: Scores, other: Scores | None, part: str) -> Difference | None:
+def _above(own: Scores, other: Scores | None, part: str) -> Estimate | None:
     """Paired difference of losses; None where the tokens are not the same (past 2W of another W, say)."""
     a, b = getattr(own, part), None if other is None else getattr(other, part)
     return None if b is None or a.counts != b.counts else paired_difference(a, b)
 
 
-def task_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """[task, metric, one cell a run]: the value with its interval, and the paired difference from the first run."""
-    rows = []
-    for name, alias, metric in _shown(runs):
-        cells = [alias, metric]
-        for run in runs:
-            found = _estimate(run, name, metric)
-            if found is None or run.tasks is None:
-                cells.append("–")
-                continue
-            value, ends = found
-            text = f"{100 * value:.1f}" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "") + " %"
-            gap = None
-            if run is not runs[0] and runs[0].tasks is not None:
-                gap = paired(run.tasks, runs[0].tasks, name, metric, (STUDENT, STUDENT))
-            if gap is not None:
-                text += f"; {between(100 * gap.value, 100 * gap.error, '{:+.1f}'.format)} points against the first"
-            cells.append(text)
-        rows.append(cells)
-    return rows
+def task_table(runs: Sequence[Run]) -> Table:
+    """A row for each task and metric, a column a run: the value with its interval, and the paired difference from the
+    first run."""
+    rows = [[alias, metric, *(_task_cell(run, runs[0], name, metric) for run in runs)]
+            for name, alias, metric in _shown(runs)]  # fmt: skip
+    return Table(["task", "metric", *(run.name for run in runs)], rows)
+
+
+def _task_cell(run: Run, first: Run, name: str, metric: str) -> str:
+    found = _estimate(run, name, metric)
+    if found is None or run.tasks is None:
+        return "–"
+    value, ends = found
+    text = f"{100 * value:.1f}" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "") + " %"
+    if run is first or first.tasks is None:
+        return text
+    gap = paired(run.tasks, first.tasks, name, metric, (STUDENT, STUDENT))
+    if gap is None:
+        return text
+    in_points = with_interval(Estimate(100 * gap.value, 100 * gap.error), "{:+.1f}".format)
+    return f"{text}; {in_points} points against the first"
 
 
 def _shown(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
@@ -168,31 +166,26 @@ def _shown(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     found: dict[tuple[str, str], str] = {}
     for run in runs:
         for record in shown_tasks(run.tasks) if run.tasks is not None else []:
-            for score in record.scores.values():
-                found |= {(record.name, metric): record.alias for metric in score.metrics}
+            found |= {(record.name, metric): record.alias for metric in record.metrics()}
     return [(name, alias, metric) for (name, metric), alias in found.items()]
 
 
 def _estimate(
     run: Run, name: str, metric: str, model: str = STUDENT
 ) -> tuple[float, tuple[float, float] | None] | None:
-    if run.tasks is None or name not in run.tasks.tasks or model not in run.tasks.tasks[name].scores:
+    if run.tasks is None or name not in run.tasks.tasks:
         return None
-    estimate = run.tasks.tasks[name].scores[model].metrics.get(metric)
+    estimate = run.tasks.tasks[name].metric(model, metric)
     if estimate is None:
         return None
     return estimate.value, interval(estimate, pooled_rows(run.tasks, name, model, metric)[1])
 
 
-def terminal_table(runs: Sequence[Run]) -> Table:
+def terminal_comparison(runs: Sequence[Run]) -> rich_table.Table:
     """The table of losses without its intervals, to print with rich."""
+    short = [[cell.partition(" [")[0] for cell in cells] for cells in loss_table(runs).cells]
     title = "Runs (the files have 95 % intervals, tasks and probes)"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left")
-    for cells in loss_rows(runs):
-        table.add_row(*(cell.partition(" [")[0] for cell in cells))
-    return table
+    return Table(RUN_HEADINGS, short).as_rich(title, compact=True, wrap=True)
 
 
 def write_comparison(runs: Sequence[Run], out: Path) -> Path:
@@ -211,49 +204,41 @@ def comparison_text(runs: Sequence[Run], *, drawn: bool) -> str:
     """The comparison in Markdown."""
     lines = [f"# {len(runs)} runs side by side", ""]
     if any(run.converted for run in runs):
-        lines += _table(HEADINGS, loss_rows(runs))
         lines += [
+            *loss_table(runs).as_markdown(),
             "Losses in nats a token, of the model that each run was for; perplexity is exp(loss). Brackets: 95 % "
             "intervals, bootstrap over the rows of text. Differences are taken row by row, so their intervals are "
             "narrower than the two sides suggest; – means that the rows are not the same ones.",
             "",
         ]
-    tasks = task_rows(runs)
-    if tasks:
-        lines += ["## Tasks", "", *_table(["task", "metric", *(run.name for run in runs)], tasks)]
+    tasks = task_table(runs)
+    if tasks.cells:
+        lines += ["## Tasks", "", *tasks.as_markdown()]
         lines += ["Brackets: 95 % intervals (Wilson's for right or wrong); differences are over the same rows.", ""]
-    probes = probe_rows(runs)
-    if probes:
-        lines += ["## Long-context probes", "", *_table(["probe", "run", "share of right tokens by length"], probes)]
+    probes = probe_table(runs)
+    if probes.cells:
+        lines += ["## Long-context probes", "", *probes.as_markdown()]
     if drawn:
         lines += ["## Pictures", "", f"![The runs' losses, tasks and probes]({PICTURE})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    shown = [[cell.replace("|", "\\|") for cell in row] for row in (headings, *rows)]
-    rule = "|---" + "|---:" * (len(headings) - 1) + "|"
-    lines = [f"| {' | '.join(row)} |" for row in shown]
-    return [lines[0], rule, *lines[1:], ""]
+def _probe_names(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs if run.tasks for name in run.tasks.probes))
 
 
-def probe_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """[probe, run, shares by length] of the converted models."""
-    rows = []
-    for name in dict.fromkeys(name for run in runs if run.tasks for name in run.tasks.probes):
-        for run in runs:
-            curve = _probe_curve(run, name)
-            if curve:
-                rows.append([name, run.name, ", ".join(f"{x:g}x {100 * y:.0f} %" for x, y in curve)])
-    return rows
+def probe_table(runs: Sequence[Run]) -> Table:
+    """Shares by length of the converted models."""
+    curves = [(name, run.name, _probe_curve(run, name)) for name in _probe_names(runs) for run in runs]
+    rows = [[name, run, ", ".join(f"{x:g}x {100 * y:.0f} %" for x, y in curve)] for name, run, curve in curves if curve]
+    return Table(("probe", "run", "share of right tokens by length"), rows)
 
 
 def _probe_curve(run: Run, name: str, model: str = STUDENT) -> list[tuple[float, float]]:
     record = run.tasks.probes.get(name) if run.tasks is not None else None
     if record is None or model not in record.shares:
         return []
-    means = [statistics.fmean(row for cell in cells for row in cell) for cells in record.shares[model]]
-    return [(length / record.trained, mean) for length, mean in zip(record.lengths, means, strict=True)]
+    return [(n / record.trained, mean) for n, mean in zip(record.lengths, record.means(model), strict=True)]
 
 
 def plot_runs(runs: Sequence[Run], path: Path) -> bool:
@@ -265,7 +250,7 @@ def plot_runs(runs: Sequence[Run], path: Path) -> bool:
     tasks = [shown for shown in _shown(runs) if shown[2] == "acc"]
     if tasks:
         panels.append((1.2 + 0.22 * len(tasks) * (len(runs) + 1), lambda axes: _draw_tasks(axes, runs, tasks)))
-    for name in dict.fromkeys(name for run in runs if run.tasks for name in run.tasks.probes):
+    for name in _probe_names(runs):
         panels.append((2.6, lambda axes, name=name: _draw_probe(axes, runs, name)))  # type: ignore[misc]
     if not panels:
         return False
@@ -279,7 +264,7 @@ def plot_runs(runs: Sequence[Run], path: Path) -> bool:
 
 
 def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
+    return RUN_COLOURS[number % len(RUN_COLOURS)]
 
 
 def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
@@ -319,7 +304,7 @@ def _draw_tasks(axes: Axes, runs: Sequence[Run], tasks: Sequence[tuple[str, str,
     for place, (name, _, metric) in enumerate(tasks):
         for number, run in enumerate(runs):
             height = place - 0.4 + step * (number + 0.5)
-            for model, marker in ((STUDENT, "o"), (TASK_TEACHER, "x")):
+            for model, marker in ((STUDENT, "o"), (TEACHER, "x")):
                 found = _estimate(run, name, metric, model)
                 if found is not None:
                     value, ends = found
@@ -339,7 +324,7 @@ def _draw_probe(axes: Axes, runs: Sequence[Run], name: str) -> None:
     axes.set_xlabel("lengths of a training row")
     ends = []
     for number, run in enumerate(runs):
-        for model, style in ((STUDENT, "-"), ("far_off", "--")):
+        for model, style in ((STUDENT, "-"), (FAR_OFF, "--")):
             curve = _probe_curve(run, name, model)
             if curve:
                 axes.plot(*zip(*curve, strict=True), style, color=_colour(number), marker="o", markersize=3)

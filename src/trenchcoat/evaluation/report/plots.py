@@ -1,6 +1,6 @@
 """The report's pictures, as PNG files; drawn without a display.
 
-Colours are those of M. Okabe and K. Ito, told apart with any colour vision; every line also has its name beside it.
+Colours are those of M. Okabe and K. Ito, which any colour vision distinguishes; every line also has its name beside it.
 """
 
 from __future__ import annotations
@@ -15,35 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from trenchcoat.evaluation.report.verdicts import bytes_text
-from trenchcoat.evaluation.results import (
-    FAR_OFF,
-    LORA_ONLY,
-    ROW_LABELS,
-    TEACHER,
-    TRANSFER_LORA,
-    TRANSFER_ONLY,
-    UNTRAINED,
-    WINDOW_SINKS,
-    WINDOW_SINKS_LORA,
-    Results,
-    Scores,
-    paired_difference,
-)
+from trenchcoat.evaluation.report.texts import bytes_text
+from trenchcoat.evaluation.results import Results, Scores
+from trenchcoat.evaluation.rows import ROWS, TEACHER, UNTRAINED, ReportRow, TeacherRow, TransferLoraRow, row_label
+from trenchcoat.evaluation.statistics import paired_difference
+from trenchcoat.runtime.runfolder import TRANSFER
 
-COLOURS = {
-    TEACHER: "#000000",
-    UNTRAINED: "#8c8c8c",
-    TRANSFER_ONLY: "#56B4E9",
-    LORA_ONLY: "#E69F00",
-    TRANSFER_LORA: "#0072B2",
-    FAR_OFF: "#CC79A7",
-    WINDOW_SINKS: "#D55E00",
-    WINDOW_SINKS_LORA: "#009E73",
-}
-STYLES = {UNTRAINED: ":", FAR_OFF: "--", WINDOW_SINKS: "-.", WINDOW_SINKS_LORA: (0, (5, 1, 1, 1, 1, 1))}
-STAGE_ROWS = {"lora": TRANSFER_LORA, "lora_only": LORA_ONLY, "window_sinks_lora": WINDOW_SINKS_LORA}
-"""Training stages with a next-token loss, and the row of the table that each one makes."""
 LOOK: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -112,7 +89,7 @@ def plot_positions(results: Results, path: Path) -> bool:
             base = dict(curves.pop(TEACHER))
             excess = {name: [(x, y - base[x]) for x, y in curve if x in base] for name, curve in curves.items()}
             _draw_positions(panels[1], excess, "Loss above the teacher's (0 = as good as the teacher)")
-            panels[1].axhline(0, color=COLOURS[TEACHER], linewidth=1)
+            panels[1].axhline(0, color=TeacherRow.colour, linewidth=1)
             panels[1].set_ylabel("excess loss (nats a token)")
         for axes in panels:
             _mark_window(axes, 2 * results.window)
@@ -126,8 +103,8 @@ def _draw_positions(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     for name, curve in curves.items():
-        style = STYLES.get(name, "-")
-        width = 2.6 if name == TRANSFER_LORA else 1.6
+        style = _look(name).line
+        width = 2.6 if name == TransferLoraRow.name else 1.6
         axes.plot(*zip(*curve, strict=True), color=_colour(name), linestyle=style, linewidth=width, label=name)
     shown = [y for name, curve in curves.items() if name != UNTRAINED for x, y in curve if x >= 4]
     if shown:
@@ -135,7 +112,7 @@ def _draw_positions(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float
         axes.set_ylim(min(shown) - room, max(shown) + room)
     top = axes.get_ylim()[1]
     ends = [(curve[-1][1], name) for name, curve in curves.items() if curve]
-    names = [(y, _name(name) + (" (off the scale)" if y > top else ""), _colour(name)) for y, name in ends]
+    names = [(y, row_label(name) + (" (off the scale)" if y > top else ""), _colour(name)) for y, name in ends]
     name_lines(axes, names)
 
 
@@ -147,12 +124,13 @@ def _mark_window(axes: Axes, tokens: int) -> None:
     )
 
 
-def _name(row: str) -> str:
-    return ROW_LABELS.get(row, row)
+def _look(row: str) -> ReportRow:
+    """Colour and line of a row; of one that is not registered the common ones."""
+    return ROWS.get(row, ReportRow())
 
 
 def _colour(row: str) -> str:
-    return COLOURS.get(row, "#666666")
+    return _look(row).colour
 
 
 def plot_rows(results: Results, path: Path) -> bool:
@@ -175,10 +153,10 @@ def plot_rows(results: Results, path: Path) -> bool:
             axes.set_xlim(low - 0.06 * (high - low), limit)
             for height, (name, difference) in enumerate(found.items()):
                 _dot(axes, height, difference.value, difference.error, limit, _colour(name))
-            axes.axvline(0, color=COLOURS[TEACHER], linewidth=1)
+            axes.axvline(0, color=TeacherRow.colour, linewidth=1)
             axes.set_title(title)
             axes.set_ylim(-0.7, len(rows) - 0.4)
-        panels[0].set_yticks(range(len(rows)), [_name(name) for name, _ in rows])
+        panels[0].set_yticks(range(len(rows)), [row_label(name) for name, _ in rows])
         panels[0].invert_yaxis()
         figure.supxlabel(
             "loss above the teacher's, in nats a token (0 = as good; bars: ± 2 standard errors)", fontsize=10
@@ -212,7 +190,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Attention transfer layer by layer, and next-token loss of the LoRA stages. False when neither was logged."""
     lines = [line for line in metrics if line.get("kind") in ("train", "eval") and "step" in line]
     transfer = [line for line in lines if line.get("stage") == "transfer"]
-    lora = [line for line in lines if line.get("stage") in STAGE_ROWS]
+    lora = [line for line in lines if line.get("stage") in _lora_rows()]
     panels: list[Callable[[Axes], None]] = []
     if _layers(transfer, "loss"):
         panels.append(lambda axes: _draw_transfer_loss(axes, transfer))
@@ -229,6 +207,11 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.savefig(path)
     return True
+
+
+def _lora_rows() -> dict[str, str]:
+    """Training stages with a next-token loss, and the row that each one makes."""
+    return {row.stage: name for name, row in ROWS.items() if row.stage not in (None, TRANSFER)}
 
 
 def _layers(lines: Sequence[Mapping[str, Any]], measure: str) -> list[str]:
@@ -304,7 +287,7 @@ def _draw_lora(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.set_xlabel("optimizer steps   (thin: training, running mean; thick with dots: held-out)")
     ends = []
-    for stage, row in STAGE_ROWS.items():
+    for stage, row in _lora_rows().items():
         mine = [line for line in lines if line["stage"] == stage]
         train, held_out = _smooth(_series(mine, "train", "loss")), _series(mine, "eval", "loss")
         if train:
@@ -313,7 +296,7 @@ def _draw_lora(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(*zip(*held_out, strict=True), color=_colour(row), linewidth=2, marker="o", markersize=4)
         last = (held_out or train)[-1:]
         if last:
-            ends.append((last[0][1], _name(row), _colour(row)))
+            ends.append((last[0][1], row_label(row), _colour(row)))
     shown = sorted(y for line in lines if line["step"] > 0 for y in [float(line.get("loss", math.nan))] if y == y)
     if shown:
         low, high = shown[0], shown[int(0.98 * (len(shown) - 1))]
@@ -327,7 +310,7 @@ def plot_decode(results: Results, path: Path) -> bool:
     curves = {mode: points for mode, points in results.decode.items() if points}
     if not curves:
         return False
-    looks = {"teacher": (COLOURS[TEACHER], "s"), "student": (COLOURS[TRANSFER_LORA], "o")}
+    looks = {"teacher": (TeacherRow.colour, "s"), "student": (TransferLoraRow.colour, "o")}
     texts = {"teacher": "teacher", "student": "converted"}
     with matplotlib.rc_context(LOOK):
         figure = _figure(9, 4)

@@ -7,90 +7,56 @@ first time. An answer that speaks against the conversion stands in the same plac
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich import table as rich_table
 from rich.text import Text
 
+from trenchcoat.evaluation.columns import COLUMNS
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import plot_decode, plot_positions, plot_rows, plot_training
-from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, TASKS_FILE, markdown_sections, plot_probes
-from trenchcoat.evaluation.report.verdicts import Verdict, bytes_text, headline, label, percent, verdicts
-from trenchcoat.evaluation.results import TEACHER, DecodePoint, Difference, Results, RowSums
-from trenchcoat.evaluation.task_results import TaskResults
+from trenchcoat.evaluation.report.table import Table
+from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, markdown_sections, plot_probes
+from trenchcoat.evaluation.report.texts import bytes_text, duration
+from trenchcoat.evaluation.report.verdicts import Verdict, headline, verdicts
+from trenchcoat.evaluation.results import RESULTS_FILE, Results
+from trenchcoat.evaluation.rows import ROWS, TEACHER, row_label
+from trenchcoat.evaluation.task_results import TASKS_FILE, TaskResults
 from trenchcoat.runtime.files import write_text
 from trenchcoat.runtime.runlog import read_metrics
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
-RESULTS_FILE = "results.json"
-HEADINGS = (
-    "row",
-    "perplexity, all tokens",
-    "perplexity, past 2W",
-    "recall probe",
-    "gap closed, all tokens",
-    "gap closed, past 2W",
-)
-SHORT_HEADINGS = (
-    "\n\nrow",
-    "\nppl\nall",
-    "\nppl\npast 2W",
-    "\nrecall\nprobe",
-    "gap\nclosed\nall",
-    "gap\nclosed\npast 2W",
-)
 MARKS = {"yes": "✅ **YES**", "no": "❌ **NO**", "not measured": "➖ not measured"}
 TERMINAL_MARKS = {"yes": ("YES", "bold green"), "no": ("NO", "bold red"), "not measured": ("?", "dim")}
 
 
-def table_cells(results: Results, *, noise: bool = True) -> list[list[str]]:
-    """One list of texts a row, under ``HEADINGS``; ``noise`` adds one standard error over the rows of text."""
-    return [
-        [
-            label(name),
-            _perplexity(scores.all, scores.perplexity, noise),
-            _perplexity(scores.far, scores.far_perplexity, noise),
-            _share(Difference(scores.recall_hits.mean, scores.recall_hits.error), noise, "no probes"),
-            _share(results.share_closed(name), noise),
-            _share(results.far_share_closed(name), noise),
-        ]
-        for name, scores in results.ordered_rows()
-    ]
+def report_table(results: Results, *, short: bool = False) -> Table:
+    """The rows under the headings of ``COLUMNS``, the converted model's in bold.
+
+    ``short``: three-line headings, and no standard errors (over the rows of text).
+    """
+    names = [name for name, _ in results.ordered_rows()]
+    columns = COLUMNS.values()
+    headings = [column.short_heading if short else column.heading for column in columns]
+    cells = [[row_label(name), *(c.cell(results, name, noise=not short) for c in columns)] for name in names]
+    bold = [number for number, name in enumerate(names) if name == results.converted()]
+    return Table(["\n\nrow" if short else "row", *headings], cells, bold)
 
 
-def _perplexity(losses: RowSums, perplexity: float, noise: bool) -> str:
-    if not math.isfinite(perplexity):
-        return "not finite" if losses.count else "no tokens"
-    digits = 3 if perplexity < 100 else 1
-    error = perplexity * losses.error
-    return f"{perplexity:.{digits}f}" + (f" ± {error:.{digits}f}" if noise and math.isfinite(error) else "")
-
-
-def _share(share: Difference | None, noise: bool, absent: str = "–") -> str:
-    if share is None or not math.isfinite(share.value):
-        return absent
-    return percent(share) if noise else percent(share).partition(" ±")[0]
-
-
-def terminal_table(results: Results) -> Table:
+def terminal_table(results: Results) -> rich_table.Table:
     """The table of the report without its noise, to print with rich."""
     title = f"Perplexity (ppl), recall and gap closed (W = {results.window})"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(SHORT_HEADINGS):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for (name, _), cells in zip(results.ordered_rows(), table_cells(results, noise=False), strict=True):
-        table.add_row(*cells, style="bold" if name == results.converted() else None)
-    return table
+    return report_table(results, short=True).as_rich(title)
 
 
-def terminal_verdicts(results: Results) -> Table:
+def terminal_verdicts(results: Results) -> rich_table.Table:
     """The answers of the report, to print with rich."""
     found = verdicts(results)
-    table = Table(title=headline(found), title_justify="left", show_header=False, show_lines=True)
+    table = rich_table.Table(title=headline(found), title_justify="left", show_header=False, show_lines=True)
     table.add_column("answer", justify="center", no_wrap=True)
     table.add_column("question and numbers")
     for verdict in found:
@@ -161,16 +127,13 @@ def _opening(results: Results) -> list[str]:
 
 
 def _answers(found: Sequence[Verdict]) -> list[str]:
-    rows = [f"| {MARKS[v.outcome]} | {_cell(v.question)} | {_cell(v.sentence)} |" for v in found]
+    table = Table(("answer", "question", "numbers"), [(MARKS[v.outcome], v.question, v.sentence) for v in found])
     return [
         "## Answers",
         "",
         f"**{headline(found)}**",
         "",
-        "| answer | question | numbers |",
-        "|---|---|---|",
-        *rows,
-        "",
+        *table.as_markdown(numbers=False),
         "A comparison is answered YES only if the difference is in favour and more than twice its standard error; "
         "what lies within the noise was not shown, and is a NO.",
         "",
@@ -181,13 +144,9 @@ def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
     lines = ["## The table", ""]
     if not results.rows:
         return [*lines, "Nothing was scored.", ""]
-    lines += [f"| {' | '.join(HEADINGS)} |", "|---" + "|---:" * (len(HEADINGS) - 1) + "|"]
-    for (name, _), cells in zip(results.ordered_rows(), table_cells(results), strict=True):
-        bold = "**" if name == results.converted() else ""
-        lines.append("| " + " | ".join(f"{bold}{_cell(cell)}{bold}" for cell in cells) + " |")
     first = next(iter(results.rows.values()))
     lines += [
-        "",
+        *report_table(results).as_markdown(),
         f"Scored on the same {len(first.all.counts)} rows of up to {first.seq_len:,} tokens for every model: "
         f"{first.all.count:,} tokens, of which {first.far.count:,} past 2W, and {first.recall.count:,} recall probes. "
         "± is one standard error (bootstrap over the rows of text). Two models differ far less in their noise than "
@@ -201,7 +160,7 @@ def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
 
 def _words(results: Results) -> list[str]:
     window, few = results.window, _get(results.recipe, "eval", "sinks") or "few"
-    best = results.best_window_sinks()
+    best = results.best_window_row()
     none = (
         " (the student of this run, `linear`, has none)" if _get(results.recipe, "student", "name") == "linear" else ""
     )
@@ -220,21 +179,12 @@ def _words(results: Results) -> list[str]:
         "no other row. The column is the share of them that the model ranks first.",
         "- **Gap closed, all tokens**: how much of the loss between the untrained swap (0 %) and the teacher (100 %) "
         "is made up. **Gap closed, past 2W**: the same between the better window + sinks row"
-        f"{f' ({label(best)})' if best else ''} and the teacher; it says what the far part is worth. Negative is worse "
+        f"{f' ({row_label(best)})' if best else ''} and the teacher; it says what the far part adds. Negative is worse "
         "than the start, and – means that there is no such gap or that it is within the noise.",
         "",
         "### What the rows are",
         "",
-        "- **teacher**: the untouched model. **untrained swap**: attention replaced, nothing trained.",
-        "- **transfer only**: after *attention transfer*, which trains only the feature maps and mixes, so that each "
-        "layer's output imitates softmax attention's. **LoRA only**: no transfer; only *LoRA*, small low-rank "
-        "corrections to the attention projections, trained on the next token. **transfer + LoRA**: first one, "
-        "then the other; this is the conversion.",
-        "- **the same, far part off**: the converted model with only its window. It was trained with the far part in "
-        "place, so the difference flatters the far part; the last row is the fair opponent.",
-        f"- **window + sinks**: each token sees the window and the first {few} tokens (*sinks*, on which attention "
-        "likes to rest), and nothing else; no far part at all. Once without any training, and once (**+ LoRA**) with "
-        "the same LoRA budget as the conversion.",
+        *(f"- **{row.label}**: {row.description.format(sinks=few)}" for row in ROWS.values()),
         "",
     ]
 
@@ -263,59 +213,54 @@ def _samples(results: Results) -> list[str]:
     for number, sample in enumerate(results.samples, 1):
         lines += [f"### Beginning {number}", "", *_fenced(sample.prompt), ""]
         for name, text in sample.outputs.items():
-            lines += [f"**{label(name)}**", "", *_fenced(text), ""]
+            lines += [f"**{row_label(name)}**", "", *_fenced(text), ""]
     return lines
 
 
 def _fenced(text: str) -> list[str]:
     """A code block whose fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in _backtick_runs(text)), default=0)
+    longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}text", text, fence]
-
-
-def _backtick_runs(text: str) -> list[str]:
-    return [run for run in "".join(c if c == "`" else " " for c in text).split(" ") if run]
 
 
 def _making(results: Results) -> list[str]:
     lines = ["## How it was made", ""]
     if results.stages:
-        lines += ["| stage | steps | tokens read | time | best held-out loss |", "|---|---:|---:|---:|---:|"]
-        for stage in results.stages:
-            best = f"{stage.best_loss:.4f}" if math.isfinite(stage.best_loss) else "–"
-            cells = (stage.name, f"{stage.steps:,}", f"{stage.tokens:,}", duration(stage.seconds), best)
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        stages = [
+            (stage.name, f"{stage.steps:,}", f"{stage.tokens:,}", duration(stage.seconds),
+             f"{stage.best_loss:.4f}" if math.isfinite(stage.best_loss) else "–")
+            for stage in results.stages
+        ]  # fmt: skip
+        lines += Table(("stage", "steps", "tokens read", "time", "best held-out loss"), stages).as_markdown()
     facts = {"whole run": duration(results.seconds)} if math.isfinite(results.seconds) else {}
     if results.implementation:
         facts["implementation of the attention"] = results.implementation
     lines += [f"- {name}: {value}" for name, value in facts.items()] + [""] * bool(facts)
     for title, content in (("Data", results.data), ("Settings", results.recipe), ("Machine", results.environment)):
         if content:
-            lines += [f"<details><summary>{title}</summary>", "", "| | |", "|---|---|", *_flat_rows(content)]
-            lines += ["", "</details>", ""]
+            lines += [f"<details><summary>{title}</summary>", ""]
+            lines += [*Table(("", ""), [*_flat_rows(content)]).as_markdown(numbers=False), "</details>", ""]
     if any(results.decode.values()):
-        lines += ["### Decoding", "", "| model | context | ms a token, median | mean | reading the context | cache |"]
-        lines += ["|---|---:|---:|---:|---:|---:|"]
-        lines += [_decode_row(mode, point) for mode, points in results.decode.items() for point in points] + [""]
+        decode = [
+            (mode, f"{point.context:,}", f"{point.ms_per_token:.2f}", f"{point.ms_mean:.2f}",
+             f"{point.prefill_ms:.0f} ms", bytes_text(point.cache_bytes))
+            for mode, points in results.decode.items() for point in points
+        ]  # fmt: skip
+        headings = ("model", "context", "ms a token, median", "mean", "reading the context", "cache")
+        lines += ["### Decoding", "", *Table(headings, decode).as_markdown()]
         lines += ["The mean has its share of the step, one in every W tokens, that moves a chunk into the sum.", ""]
     return lines
 
 
-def _decode_row(mode: str, point: DecodePoint) -> str:
-    times = f"{point.ms_per_token:.2f} | {point.ms_mean:.2f} | {point.prefill_ms:.0f} ms"
-    return f"| {mode} | {point.context:,} | {times} | {bytes_text(point.cache_bytes)} |"
-
-
-def _flat_rows(content: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
-    """``| a.b | value |`` of nested settings."""
+def _flat_rows(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(a.b, value) of nested settings."""
     for key, value in content.items():
         if isinstance(value, Mapping) and value:
             yield from _flat_rows(value, f"{prefix}{key}.")
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            yield f"| {_cell(prefix + str(key))} | {_cell('' if shown is None else str(shown))} |"
+            yield prefix + str(key), "" if shown is None else str(shown)
 
 
 def _limits(results: Results) -> list[str]:
@@ -330,22 +275,6 @@ def _limits(results: Results) -> list[str]:
     if results.rows and TEACHER not in results.rows:
         lines.append("- The teacher was not scored, so no share of a gap could be computed.")
     return [*lines, *(f"- {note}" for note in results.notes), ""]
-
-
-def duration(seconds: float) -> str:
-    """``4 min 05 s``; a dash when it was not measured."""
-    if not math.isfinite(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def _cell(text: str) -> str:
-    """Text safe inside a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _get(content: Mapping[str, Any], *path: str) -> Any:

@@ -23,11 +23,11 @@ import torch
 
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.config.units import in_words
+from trenchcoat.evaluation.results import Outcome
 from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.folder import Block, BlockFolder, blocks_folder, found_blocks
 from trenchcoat.linearize.blocks.jobs import Job, Jobs, LocalJobs, SlurmJobs, Step, Task
 from trenchcoat.linearize.blocks.slurmoptions import parse_slurm
-from trenchcoat.linearize.stages import Outcome
 from trenchcoat.linearize.variants import Stopped
 from trenchcoat.runtime.files import holder, locked
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals

@@ -19,9 +19,9 @@ from trenchcoat.config import Recipe, TransferConfig, UserError, dump_recipe
 from trenchcoat.config.units import in_words, tera
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
-from trenchcoat.evaluation import results
 from trenchcoat.evaluation.report import run as report
-from trenchcoat.evaluation.results import Results, StageFacts
+from trenchcoat.evaluation.results import Outcome, Results, StageFacts
+from trenchcoat.evaluation.rows import TEACHER, TransferOnlyRow
 from trenchcoat.linearize.blocks.data import spans
 from trenchcoat.linearize.blocks.folder import (
     Block,
@@ -39,7 +39,6 @@ from trenchcoat.linearize.blocks.pipeline import Pipeline
 from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
 from trenchcoat.linearize.blocks.score import score_blocks
 from trenchcoat.linearize.comparison import evaluation_rows
-from trenchcoat.linearize.stages import Outcome
 from trenchcoat.linearize.variants import BASE_WEIGHTS, LANDMARK_ROWS, run_log
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_implementation
@@ -401,7 +400,7 @@ def _stitched(work: BlockRun) -> Outcome:
     found = Results(
         recipe.student.window,
         text.ids.shape[1],
-        rows={results.TEACHER: teacher, results.TRANSFER_ONLY: student},
+        rows={TEACHER: teacher, TransferOnlyRow.name: student},
         recipe=dataclasses.asdict(recipe),
     )
     distributed.from_main(lambda: found.save(blocks_folder(recipe) / "evaluation.json"))

@@ -1,0 +1,118 @@
+"""The columns of the report's table: a heading, and how a row's scores become a cell.
+
+A new column is a class here and its line in ``COLUMNS``; its figures also join the row's ``summary`` in
+``results.json``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from trenchcoat.evaluation.statistics import Estimate
+
+if TYPE_CHECKING:
+    from trenchcoat.evaluation.results import Results
+
+
+def percent(share: Estimate) -> str:
+    """``93.1 % ± 0.8``; without an error where it is known to be zero, as for the two ends of a gap."""
+    digits = 1 if abs(share.value) < 2 and share.error != 0 else 0
+    noise = f" ± {100 * share.error:.{digits}f}" if math.isfinite(share.error) and share.error != 0 else ""
+    return f"{100 * share.value:.{digits}f} %{noise}"
+
+
+class ReportColumn:
+    """One column of the table; as it is here, of a share that is shown in per cent."""
+
+    key: ClassVar[str]
+    """Its key in the summary of a row in ``results.json``."""
+    heading: ClassVar[str]
+    short_heading: ClassVar[str]
+    """The heading on a terminal, three lines high."""
+    absent: ClassVar[str] = "–"
+    """The cell of a row without a value."""
+
+    def value(self, results: Results, row: str) -> Estimate | None:
+        """The figure of ``row``; None where it has none."""
+        raise NotImplementedError
+
+    def text(self, value: Estimate) -> str:
+        """A figure as readers see it, with its standard error behind " ±"."""
+        return percent(value)
+
+    def cell(self, results: Results, row: str, *, noise: bool = True) -> str:
+        """The text of ``row``; ``noise`` adds the standard error."""
+        value = self.value(results, row)
+        text = self.absent if value is None or math.isnan(value.value) else self.text(value)
+        return text if noise else text.partition(" ±")[0]
+
+
+class PerplexityColumn(ReportColumn):
+    """exp(mean loss) over all counted tokens."""
+
+    key, heading, short_heading = "perplexity", "perplexity, all tokens", "\nppl\nall"
+    absent = "no tokens"
+
+    def value(self, results: Results, row: str) -> Estimate | None:
+        """The perplexity with its error."""
+        losses = results.rows[row].all
+        value = results.rows[row].perplexity
+        return Estimate(value, value * losses.error) if losses.count else None
+
+    def text(self, value: Estimate) -> str:
+        """Three digits below 100, one above."""
+        if not math.isfinite(value.value):
+            return "not finite"
+        digits = 3 if value.value < 100 else 1
+        return f"{value.value:.{digits}f}" + (f" ± {value.error:.{digits}f}" if math.isfinite(value.error) else "")
+
+
+class FarPerplexityColumn(PerplexityColumn):
+    """exp(mean loss) over tokens past 2W."""
+
+    key, heading, short_heading = "perplexity_past_2w", "perplexity, past 2W", "\nppl\npast 2W"
+
+    def value(self, results: Results, row: str) -> Estimate | None:
+        """The perplexity with its error."""
+        losses = results.rows[row].far
+        value = results.rows[row].far_perplexity
+        return Estimate(value, value * losses.error) if losses.count else None
+
+
+class RecallColumn(ReportColumn):
+    """Recall probes whose token is the first choice."""
+
+    key, heading, short_heading = "recall_accuracy", "recall probe", "\nrecall\nprobe"
+    absent = "no probes"
+
+    def value(self, results: Results, row: str) -> Estimate | None:
+        """The accuracy."""
+        return results.rows[row].recall_hits.estimate
+
+
+class GapColumn(ReportColumn):
+    """Share of the gap between the untrained swap and the teacher that is closed."""
+
+    key, heading, short_heading = "share_closed", "gap closed, all tokens", "gap\nclosed\nall"
+
+    def value(self, results: Results, row: str) -> Estimate | None:
+        """The share."""
+        return results.share_closed(row)
+
+
+class FarGapColumn(ReportColumn):
+    """Share of the gap between the better window-only row and the teacher that is closed past 2W."""
+
+    key, heading, short_heading = "far_share_closed", "gap closed, past 2W", "gap\nclosed\npast 2W"
+
+    def value(self, results: Results, row: str) -> Estimate | None:
+        """The share."""
+        return results.far_share_closed(row)
+
+
+COLUMNS: dict[str, ReportColumn] = {
+    column.key: column
+    for column in (PerplexityColumn(), FarPerplexityColumn(), RecallColumn(), GapColumn(), FarGapColumn())
+}
+"""Every column by its key, in the order of the table. Add yours here."""

@@ -1,0 +1,10 @@
+"""The tasks and probes that need no harness, by name."""
+
+from __future__ import annotations
+
+from trenchcoat.evaluation.mmlu import MmluLetters
+from trenchcoat.evaluation.probes import Copy, Needle, Recall
+from trenchcoat.evaluation.task import Task
+
+OWN_TASKS: dict[str, Task] = {task.name: task for task in (MmluLetters(), Needle(), Recall(), Copy())}
+"""Add yours here."""

@@ -1,0 +1,220 @@
+"""The rows of the report: which variants of the model are compared, and what each one shows.
+
+A new row is a class here and its line in ``ROWS``. A row only says how its model is put together; the stages of
+``trenchcoat.linearize`` train and score it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from trenchcoat.config import Recipe, StudentConfig
+from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.students import student_class
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the model of a row is put together from the base model of a run."""
+
+    stage: str | None = None
+    """The training stage whose weights it has; None: untrained students."""
+    teacher: bool = False
+    """The base model with its own attention."""
+    student: StudentConfig | None = None
+    """Another student than the recipe's."""
+    far: bool = True
+    """False switches the far part off."""
+
+    @property
+    def lora(self) -> bool:
+        """Whether its stage trains a LoRA."""
+        return self.stage not in (None, TRANSFER)
+
+
+class ReportRow:
+    """One row of the report: its texts, its line in the pictures, and its model."""
+
+    name: ClassVar[str]
+    """Its key in ``results.json``."""
+    label: ClassVar[str]
+    """Its name for readers."""
+    description: ClassVar[str]
+    """What the row is, as the report explains it; ``{sinks}`` is the recipe's number of sinks."""
+    stage: ClassVar[str | None] = None
+    """The training stage that makes it, where one does."""
+    question: ClassVar[str] = ""
+    """What the report asks about the converted model against this row; empty: nothing."""
+    window_only: ClassVar[bool] = False
+    """A model without a far part, against which gaps past 2W are measured."""
+    colour: ClassVar[str] = "#666666"
+    line: ClassVar[Any] = "-"
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """The row's model under a recipe; None where the recipe does not ask for the row."""
+        return Variant(self.stage)
+
+
+def own_stages(recipe: Recipe) -> list[str]:
+    """The training stages that the recipe's own model goes through."""
+    stage_1 = [TRANSFER] if recipe.transfer is not None else []
+    stage_2 = [LORA if recipe.transfer is not None else LORA_ONLY] if recipe.lora is not None else []
+    return stage_1 + stage_2
+
+
+def window_sinks_student(recipe: Recipe) -> StudentConfig:
+    """The student of the comparison rows: window and sinks, no far part, nothing to train."""
+    return dataclasses.replace(recipe.student, name="window_sinks", sinks=recipe.eval.sinks)
+
+
+class TeacherRow(ReportRow):
+    """The model that was converted."""
+
+    name, label, description = "teacher", "teacher", "the untouched model."
+    colour = "#000000"
+
+    def variant(self, recipe: Recipe) -> Variant:
+        """The base model."""
+        return Variant(teacher=True)
+
+
+class UntrainedRow(ReportRow):
+    """Students without any training."""
+
+    name, label = "untrained_swap", "untrained swap"
+    description = "attention replaced, nothing trained."
+    colour, line = "#8c8c8c", ":"
+
+
+class TransferOnlyRow(ReportRow):
+    """Stage 1 alone."""
+
+    name, label, stage = "transfer_only", "transfer only", TRANSFER
+    description = (
+        "after *attention transfer*, which trains only the feature maps and mixes, so that each layer's output "
+        "imitates softmax attention's."
+    )
+    colour = "#56B4E9"
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """For recipes with a transfer."""
+        return Variant(TRANSFER) if recipe.transfer is not None else None
+
+
+class LoraOnlyRow(ReportRow):
+    """Stage 2 without stage 1."""
+
+    name, label, stage = "lora_only", "LoRA only (no transfer)", LORA_ONLY
+    description = (
+        "no transfer; only *LoRA*, small low-rank corrections to the attention projections, trained on the next token."
+    )
+    question = "Is attention transfer worth having, against LoRA alone?"
+    colour = "#E69F00"
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """The recipe's own model without a transfer, else a baseline."""
+        asked = recipe.lora is not None and (recipe.transfer is None or recipe.eval.baselines)
+        return Variant(LORA_ONLY) if asked else None
+
+
+class TransferLoraRow(ReportRow):
+    """Both stages."""
+
+    name, label, stage = "transfer_lora", "transfer + LoRA", LORA
+    description = "attention transfer first, then LoRA; this is the conversion."
+    colour = "#0072B2"
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """For recipes with both stages."""
+        return Variant(LORA) if LORA in own_stages(recipe) else None
+
+
+class FarOffRow(ReportRow):
+    """The converted model with only its window."""
+
+    name, label = "far_off", "the same, far part off"
+    description = (
+        "the converted model with only its window. It was trained with the far part in place, so the difference "
+        "flatters the far part; the last row is the fair opponent."
+    )
+    colour, line = "#CC79A7", "--"
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """For students that have something left without a far part."""
+        student = student_class(recipe.student.name)
+        if not student.has_far or student.kind == "linear":
+            return None
+        return Variant(next(reversed(own_stages(recipe)), None), far=False)
+
+
+class WindowSinksRow(ReportRow):
+    """Window and sinks, untrained."""
+
+    name, label = "window_sinks", "window + sinks, untrained"
+    description = (
+        "each token sees the window and the first {sinks} tokens (*sinks*, on which attention likes to rest), and "
+        "nothing else: no far part at all, and no training."
+    )
+    question = "Does it beat a plain window with sinks, without training?"
+    window_only = True
+    colour, line = "#D55E00", "-."
+
+    def variant(self, recipe: Recipe) -> Variant:
+        """Always asked for."""
+        return Variant(student=window_sinks_student(recipe))
+
+
+class WindowSinksLoraRow(ReportRow):
+    """Window and sinks with the conversion's LoRA."""
+
+    name, label, stage = "window_sinks_lora", "window + sinks + LoRA", WINDOW_SINKS_LORA
+    description = "the same with the LoRA budget of the conversion."
+    question = "Does it beat window + sinks with the same LoRA?"
+    window_only = True
+    colour, line = "#009E73", (0, (5, 1, 1, 1, 1, 1))
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """A baseline."""
+        asked = recipe.lora is not None and recipe.eval.baselines
+        return Variant(WINDOW_SINKS_LORA, student=window_sinks_student(recipe)) if asked else None
+
+
+ROWS: dict[str, ReportRow] = {
+    row.name: row
+    for row in (
+        TeacherRow(),
+        UntrainedRow(),
+        TransferOnlyRow(),
+        LoraOnlyRow(),
+        TransferLoraRow(),
+        FarOffRow(),
+        WindowSinksRow(),
+        WindowSinksLoraRow(),
+    )
+}
+"""Every row by its name, in the order of the table. Add yours here."""
+
+TEACHER, UNTRAINED, FAR_OFF = TeacherRow.name, UntrainedRow.name, FarOffRow.name
+CONVERTED = (TransferLoraRow.name, TransferOnlyRow.name, LoraOnlyRow.name)
+"""Rows that may be the model a run is for; the first of them that was scored is."""
+
+
+def row_label(name: str) -> str:
+    """The row's name as readers see it; of a row that is not registered (a folder's, say) the name itself."""
+    return ROWS[name].label if name in ROWS else name
+
+
+def asked_rows(recipe: Recipe) -> dict[str, Variant]:
+    """The rows that a recipe asks for, in the order they are made: those of the recipe's own stages first."""
+    found = {name: row.variant(recipe) for name, row in ROWS.items()}
+    variants = {name: variant for name, variant in found.items() if variant is not None}
+    own = (None, *own_stages(recipe))
+    return dict(sorted(variants.items(), key=lambda item: item[1].stage not in own))
+
+
+def final_row(recipe: Recipe) -> str:
+    """The row of the model that the recipe is for: made by the last stage that it trains."""
+    stage = next(reversed(own_stages(recipe)), None)
+    return next((row.name for row in ROWS.values() if stage is not None and row.stage == stage), UNTRAINED)

@@ -1,0 +1,65 @@
+"""What a task or probe that needs no harness is: a name, a description, and how a model is scored on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer
+    from trenchcoat.evaluation.task_results import ProbeRecord, TaskRecord
+
+LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+"""Lengths of a probe's rows, in lengths of a training row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPlan:
+    """What ``trenchcoat eval --tasks`` scores."""
+
+    tasks: tuple[str, ...]
+    """Names of ``OWN_TASKS`` or of the harness's tasks."""
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    """Rows of a call; None: chosen."""
+    max_length: int | None = None
+    task_dir: Path | None = None
+    data_dir: Path | None = None
+    teacher: str | None = None
+    """Score the teacher too: an empty text for the run's or adapter's base, or where the teacher is."""
+    share: bool = True
+    """Read shared beginnings once."""
+    device: str = "auto"
+    probe_lengths: tuple[float, ...] = LENGTHS
+    probe_rows: int = 16
+    trained: int | None = None
+    """Length of a training row, where no recipe says it."""
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """The model that is being scored."""
+
+    name: str
+    """``student``, ``far_off`` or ``teacher``."""
+    scorer: LoglikelihoodScorer
+    tokenizer: Any
+    held_out: Callable[[], list[int]]
+    """Token ids of held-out text."""
+
+
+class Task:
+    """A task, scored without the harness."""
+
+    name: ClassVar[str]
+    """Its name on the command line and in ``tasks.json``."""
+    description: ClassVar[str]
+    long_context: ClassVar[bool] = False
+    """Made from held-out text at lengths of a training row, and scored with the far part off too."""
+
+    def score(self, model: ScoredModel, plan: TaskPlan) -> Mapping[str, TaskRecord | ProbeRecord]:
+        """Records by name, with the scores of this one model. Raises ``UserError`` for data that is not there."""
+        raise NotImplementedError
