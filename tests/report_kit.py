@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
-from trenchcoat.evaluation.rows import ROWS
+from trenchcoat.evaluation.rows import REPORT_ROWS
 from trenchcoat.evaluation.statistics import RowSums
 
 TEXT_ROWS, LENGTH, WINDOW = 16, 512, 32
@@ -63,7 +63,7 @@ def made_results(offsets: Mapping[str, tuple[float, float]] | None = None, **cha
         window=WINDOW,
         seq_len=LENGTH,
         rows={
-            name: made_scores(near, far, 0.6 * math.exp(-6 * far), list(ROWS).index(name))
+            name: made_scores(near, far, 0.6 * math.exp(-6 * far), list(REPORT_ROWS).index(name))
             for name, (near, far) in rows.items()
         },
         decode={

@@ -18,7 +18,7 @@ from trenchcoat.evaluation.report.plots import LOOK, log_bins, name_lines
 from trenchcoat.evaluation.report.run import report_text, terminal_table, terminal_verdicts, write_report
 from trenchcoat.evaluation.report.texts import duration
 from trenchcoat.evaluation.results import Results, Sample
-from trenchcoat.evaluation.rows import ROWS
+from trenchcoat.evaluation.rows import REPORT_ROWS
 
 PICTURES = {"rows.png", "positions.png", "training.png", "decode.png"}
 
@@ -55,7 +55,7 @@ def test_all_pictures_are_drawn_and_shown(written: Path) -> None:
 
 def test_every_row_setting_and_remark_is_there(written: Path) -> None:
     text = (written / "report.md").read_text()
-    for row in ROWS.values():
+    for row in REPORT_ROWS.values():
         assert text.count(row.label) >= 2  # in the table, and explained
     for expected in (
         "transfer.lr | 0.01", "1,638,400", "1 min 15 s", "4 min 41 s", "chunkwise", "packages.torch | 2.13.0",

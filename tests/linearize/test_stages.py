@@ -22,7 +22,7 @@ from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import (
     FAR_OFF,
-    ROWS,
+    REPORT_ROWS,
     LoraOnlyRow,
     TransferLoraRow,
     TransferOnlyRow,
@@ -60,7 +60,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     recipe = make()
     outcome = stages.linearize(recipe)
     assert outcome.results is not None
-    assert set(outcome.results.rows) == set(ROWS)
+    assert set(outcome.results.rows) == set(REPORT_ROWS)
     folder = Path(recipe.run.dir)
     names = ("recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.md", "rows.png")
     for name in (*names, "adapter/trenchcoat.json", "adapter/adapter.safetensors", "checkpoints/transfer"):

@@ -1,6 +1,6 @@
 """The columns of the report's table: a heading, and how a row's scores become a cell.
 
-A new column is a class here and its line in ``COLUMNS``; its figures also join the row's ``summary`` in
+A new column is a class here and its line in ``REPORT_COLUMNS``; its figures also join the row's ``summary`` in
 ``results.json``.
 """
 
@@ -111,7 +111,7 @@ class FarGapColumn(ReportColumn):
         return results.far_share_closed(row)
 
 
-COLUMNS: dict[str, ReportColumn] = {
+REPORT_COLUMNS: dict[str, ReportColumn] = {
     column.key: column
     for column in (PerplexityColumn(), FarPerplexityColumn(), RecallColumn(), GapColumn(), FarGapColumn())
 }

@@ -321,10 +321,10 @@ def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
     return bar(*args, **{**kwargs, "disable": True})
 
 
-def run_lm_eval() -> None:
+def harness_command() -> None:
     """The harness's own command line, which now knows ``--model trenchcoat``."""
     cli_evaluate()
 
 
 if __name__ == "__main__":
-    run_lm_eval()
+    harness_command()

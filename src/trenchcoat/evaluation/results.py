@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.evaluation.columns import COLUMNS
-from trenchcoat.evaluation.rows import CONVERTED, ROWS, TEACHER, UNTRAINED
+from trenchcoat.evaluation.columns import REPORT_COLUMNS
+from trenchcoat.evaluation.rows import CONVERTED, REPORT_ROWS, TEACHER, UNTRAINED
 from trenchcoat.evaluation.statistics import Estimate, RowSums, gap_closed
 from trenchcoat.runtime.files import write_text
 
@@ -134,7 +134,7 @@ class Results:
 
     def ordered_rows(self) -> list[tuple[str, Scores]]:
         """The rows in the order of the table, unregistered names last."""
-        return [(name, self.rows[name]) for name in dict.fromkeys([*ROWS, *self.rows]) if name in self.rows]
+        return [(name, self.rows[name]) for name in dict.fromkeys([*REPORT_ROWS, *self.rows]) if name in self.rows]
 
     def converted(self) -> str | None:
         """Name of the row the run was for: the last stage that was trained; None when there is none."""
@@ -142,7 +142,7 @@ class Results:
 
     def best_window_row(self) -> str | None:
         """Name of the best row without a far part on tokens past 2W; None when none was scored."""
-        names = [name for name, row in ROWS.items() if row.window_only and name in self.rows]
+        names = [name for name, row in REPORT_ROWS.items() if row.window_only and name in self.rows]
         return min(names, key=lambda name: self.rows[name].far.mean, default=None)
 
     def share_closed(self, name: str) -> Estimate | None:
@@ -180,7 +180,7 @@ class Results:
             "recall_loss": scores.recall.mean,
             "recall_probes": scores.recall.count,
         }
-        values = {key: column.value(self, name) for key, column in COLUMNS.items() if key not in figures}
+        values = {key: column.value(self, name) for key, column in REPORT_COLUMNS.items() if key not in figures}
         return figures | {key: asdict(value) if value else None for key, value in values.items()}
 
     def save(self, path: str | Path) -> None:

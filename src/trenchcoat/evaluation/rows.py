@@ -1,6 +1,6 @@
 """The rows of the report: which variants of the model are compared, and what each one shows.
 
-A new row is a class here and its line in ``ROWS``. A row only says how its model is put together; the stages of
+A new row is a class here and its line in ``REPORT_ROWS``. A row only says how its model is put together; the stages of
 ``trenchcoat.linearize`` train and score it.
 """
 
@@ -45,6 +45,8 @@ class ReportRow:
     """What the row is, as the report explains it; ``{sinks}`` is the recipe's number of sinks."""
     stage: ClassVar[str | None] = None
     """The training stage that makes it, where one does."""
+    baseline: ClassVar[bool] = False
+    """Its stage is trained for the comparison alone where the recipe has ``eval.baselines``."""
     question: ClassVar[str] = ""
     """What the report asks about the converted model against this row; empty: nothing."""
     window_only: ClassVar[bool] = False
@@ -52,9 +54,16 @@ class ReportRow:
     colour: ClassVar[str] = "#666666"
     line: ClassVar[Any] = "-"
 
+    def student(self, recipe: Recipe) -> StudentConfig | None:
+        """Another student than the recipe's, where the row has one."""
+        return None
+
     def variant(self, recipe: Recipe) -> Variant | None:
         """The row's model under a recipe; None where the recipe does not ask for the row."""
-        return Variant(self.stage)
+        asked = self.stage in (None, *own_stages(recipe))
+        if self.baseline and recipe.lora is not None and recipe.eval.baselines:
+            asked = True
+        return Variant(self.stage, student=self.student(recipe)) if asked else None
 
 
 def own_stages(recipe: Recipe) -> list[str]:
@@ -98,10 +107,6 @@ class TransferOnlyRow(ReportRow):
     )
     colour = "#56B4E9"
 
-    def variant(self, recipe: Recipe) -> Variant | None:
-        """For recipes with a transfer."""
-        return Variant(TRANSFER) if recipe.transfer is not None else None
-
 
 class LoraOnlyRow(ReportRow):
     """Stage 2 without stage 1."""
@@ -111,12 +116,8 @@ class LoraOnlyRow(ReportRow):
         "no transfer; only *LoRA*, small low-rank corrections to the attention projections, trained on the next token."
     )
     question = "Is attention transfer worth having, against LoRA alone?"
+    baseline = True
     colour = "#E69F00"
-
-    def variant(self, recipe: Recipe) -> Variant | None:
-        """The recipe's own model without a transfer, else a baseline."""
-        asked = recipe.lora is not None and (recipe.transfer is None or recipe.eval.baselines)
-        return Variant(LORA_ONLY) if asked else None
 
 
 class TransferLoraRow(ReportRow):
@@ -125,10 +126,6 @@ class TransferLoraRow(ReportRow):
     name, label, stage = "transfer_lora", "transfer + LoRA", LORA
     description = "attention transfer first, then LoRA; this is the conversion."
     colour = "#0072B2"
-
-    def variant(self, recipe: Recipe) -> Variant | None:
-        """For recipes with both stages."""
-        return Variant(LORA) if LORA in own_stages(recipe) else None
 
 
 class FarOffRow(ReportRow):
@@ -161,27 +158,22 @@ class WindowSinksRow(ReportRow):
     window_only = True
     colour, line = "#D55E00", "-."
 
-    def variant(self, recipe: Recipe) -> Variant:
-        """Always asked for."""
-        return Variant(student=window_sinks_student(recipe))
+    def student(self, recipe: Recipe) -> StudentConfig:
+        """Nothing to train, and no far part."""
+        return window_sinks_student(recipe)
 
 
-class WindowSinksLoraRow(ReportRow):
+class WindowSinksLoraRow(WindowSinksRow):
     """Window and sinks with the conversion's LoRA."""
 
     name, label, stage = "window_sinks_lora", "window + sinks + LoRA", WINDOW_SINKS_LORA
     description = "the same with the LoRA budget of the conversion."
     question = "Does it beat window + sinks with the same LoRA?"
-    window_only = True
+    baseline = True
     colour, line = "#009E73", (0, (5, 1, 1, 1, 1, 1))
 
-    def variant(self, recipe: Recipe) -> Variant | None:
-        """A baseline."""
-        asked = recipe.lora is not None and recipe.eval.baselines
-        return Variant(WINDOW_SINKS_LORA, student=window_sinks_student(recipe)) if asked else None
 
-
-ROWS: dict[str, ReportRow] = {
+REPORT_ROWS: dict[str, ReportRow] = {
     row.name: row
     for row in (
         TeacherRow(),
@@ -203,12 +195,12 @@ CONVERTED = (TransferLoraRow.name, TransferOnlyRow.name, LoraOnlyRow.name)
 
 def row_label(name: str) -> str:
     """The row's name as readers see it; of a row that is not registered (a folder's, say) the name itself."""
-    return ROWS[name].label if name in ROWS else name
+    return REPORT_ROWS[name].label if name in REPORT_ROWS else name
 
 
 def asked_rows(recipe: Recipe) -> dict[str, Variant]:
     """The rows that a recipe asks for, in the order they are made: those of the recipe's own stages first."""
-    found = {name: row.variant(recipe) for name, row in ROWS.items()}
+    found = {name: row.variant(recipe) for name, row in REPORT_ROWS.items()}
     variants = {name: variant for name, variant in found.items() if variant is not None}
     own = (None, *own_stages(recipe))
     return dict(sorted(variants.items(), key=lambda item: item[1].stage not in own))
@@ -217,4 +209,4 @@ def asked_rows(recipe: Recipe) -> dict[str, Variant]:
 def final_row(recipe: Recipe) -> str:
     """The row of the model that the recipe is for: made by the last stage that it trains."""
     stage = next(reversed(own_stages(recipe)), None)
-    return next((row.name for row in ROWS.values() if stage is not None and row.stage == stage), UNTRAINED)
+    return next((row.name for row in REPORT_ROWS.values() if stage is not None and row.stage == stage), UNTRAINED)

@@ -51,7 +51,7 @@ class ScoredModel:
     """Token ids of held-out text."""
 
 
-class Task:
+class OwnTask:
     """A task, scored without the harness."""
 
     name: ClassVar[str]

@@ -17,7 +17,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from trenchcoat.evaluation.report.texts import bytes_text
 from trenchcoat.evaluation.results import Results, Scores
-from trenchcoat.evaluation.rows import ROWS, TEACHER, UNTRAINED, ReportRow, TeacherRow, TransferLoraRow, row_label
+from trenchcoat.evaluation.rows import (
+    REPORT_ROWS,
+    TEACHER,
+    UNTRAINED,
+    ReportRow,
+    TeacherRow,
+    TransferLoraRow,
+    row_label,
+)
 from trenchcoat.evaluation.statistics import paired_difference
 from trenchcoat.runtime.runfolder import TRANSFER
 
@@ -126,7 +134,7 @@ def _mark_window(axes: Axes, tokens: int) -> None:
 
 def _look(row: str) -> ReportRow:
     """Colour and line of a row; of one that is not registered the common ones."""
-    return ROWS.get(row, ReportRow())
+    return REPORT_ROWS.get(row, ReportRow())
 
 
 def _colour(row: str) -> str:
@@ -211,7 +219,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def _lora_rows() -> dict[str, str]:
     """Training stages with a next-token loss, and the row that each one makes."""
-    return {row.stage: name for name, row in ROWS.items() if row.stage not in (None, TRANSFER)}
+    return {row.stage: name for name, row in REPORT_ROWS.items() if row.stage not in (None, TRANSFER)}
 
 
 def _layers(lines: Sequence[Mapping[str, Any]], measure: str) -> list[str]:

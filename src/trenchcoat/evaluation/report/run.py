@@ -15,7 +15,7 @@ from typing import Any
 from rich import table as rich_table
 from rich.text import Text
 
-from trenchcoat.evaluation.columns import COLUMNS
+from trenchcoat.evaluation.columns import REPORT_COLUMNS
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import plot_decode, plot_positions, plot_rows, plot_training
 from trenchcoat.evaluation.report.table import Table
@@ -23,7 +23,7 @@ from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, markdown_sections
 from trenchcoat.evaluation.report.texts import bytes_text, duration
 from trenchcoat.evaluation.report.verdicts import Verdict, headline, verdicts
 from trenchcoat.evaluation.results import RESULTS_FILE, Results
-from trenchcoat.evaluation.rows import ROWS, TEACHER, row_label
+from trenchcoat.evaluation.rows import REPORT_ROWS, TEACHER, row_label
 from trenchcoat.evaluation.task_results import TASKS_FILE, TaskResults
 from trenchcoat.runtime.files import write_text
 from trenchcoat.runtime.runlog import read_metrics
@@ -35,12 +35,12 @@ TERMINAL_MARKS = {"yes": ("YES", "bold green"), "no": ("NO", "bold red"), "not m
 
 
 def report_table(results: Results, *, short: bool = False) -> Table:
-    """The rows under the headings of ``COLUMNS``, the converted model's in bold.
+    """The rows under the headings of ``REPORT_COLUMNS``, the converted model's in bold.
 
     ``short``: three-line headings, and no standard errors (over the rows of text).
     """
     names = [name for name, _ in results.ordered_rows()]
-    columns = COLUMNS.values()
+    columns = REPORT_COLUMNS.values()
     headings = [column.short_heading if short else column.heading for column in columns]
     cells = [[row_label(name), *(c.cell(results, name, noise=not short) for c in columns)] for name in names]
     bold = [number for number, name in enumerate(names) if name == results.converted()]
@@ -184,7 +184,7 @@ def _words(results: Results) -> list[str]:
         "",
         "### What the rows are",
         "",
-        *(f"- **{row.label}**: {row.description.format(sinks=few)}" for row in ROWS.values()),
+        *(f"- **{row.label}**: {row.description.format(sinks=few)}" for row in REPORT_ROWS.values()),
         "",
     ]
 

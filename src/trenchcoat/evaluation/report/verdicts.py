@@ -19,7 +19,7 @@ from trenchcoat.evaluation.report.texts import bytes_text, signed
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import (
     FAR_OFF,
-    ROWS,
+    REPORT_ROWS,
     TEACHER,
     UNTRAINED,
     LoraOnlyRow,
@@ -58,7 +58,7 @@ def verdicts(results: Results) -> list[Verdict]:
     """All questions in the order of the report; those whose rows are missing are "not measured"."""
     from_swap = "Target: close at least {:.0%} of the gap from the untrained swap to the teacher, all tokens"
     from_window = "Target: close at least {:.0%} of the gap from window + sinks to the teacher, past 2W"
-    beats = {window_only: [_beats(name, window_only) for name in ROWS] for window_only in (True, False)}
+    beats = {window_only: [_beats(name, window_only) for name in REPORT_ROWS] for window_only in (True, False)}
     asked: list[_Question | None] = [
         ("order_target", "Target: past 2W, better than LoRA only and than both window + sinks rows", _order_target),
         ("share_target", from_swap.format(SHARE_TARGET), _share_target),
@@ -79,7 +79,7 @@ _Question = tuple[str, str, Callable[[Results], tuple[bool, str]]]
 
 def _beats(name: str, window_only: bool) -> _Question | None:
     """The question whether the converted model beats a row that asks it."""
-    row = ROWS[name]
+    row = REPORT_ROWS[name]
     asks = bool(row.question) and row.window_only == window_only
     return (f"beats_{name}", row.question, partial(_better_than, other=name)) if asks else None
 
