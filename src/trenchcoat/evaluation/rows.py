@@ -156,7 +156,8 @@ class WindowSinksRow(ReportRow):
     )
     question = "Does it beat a plain window with sinks, without training?"
     window_only = True
-    colour, line = "#D55E00", "-."
+    colour = "#D55E00"
+    line: ClassVar[Any] = "-."
 
     def student(self, recipe: Recipe) -> StudentConfig:
         """Nothing to train, and no far part."""
