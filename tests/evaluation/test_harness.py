@@ -59,9 +59,10 @@ def test_its_likelihoods_are_the_harness_models_own(mode: Any, student: Any, tok
     ours = TrenchcoatLM(model=student, tokenizer=tokenizer)
     theirs = HFLM(pretrained=student, tokenizer=tokenizer, batch_size=2, max_length=100_000)
     settings = {"num_fewshot": 3, "limit": 2, "data_dir": data_dir}
-    found, work = score_tasks(ours, names, model_name=STUDENT, **settings)
-    theirs.scorer, theirs._max_length = ours.scorer, 100_000
-    expected, _ = score_tasks(theirs, names, model_name=STUDENT, **settings)  # type: ignore[arg-type]
+    found = score_tasks(ours, names, model_name=STUDENT, **settings)
+    work = ours.scorer.work
+    theirs._max_length = 100_000
+    expected = score_tasks(theirs, names, model_name=STUDENT, **settings)  # type: ignore[arg-type]
     set_mode(student, "student")
     assert set(found) == set(expected) >= {"mmlu", "mmlu_stem", "mmlu_anatomy", "piqa"}
     for name, record in found.items():
@@ -89,7 +90,7 @@ def test_a_limit_cuts_where_the_harness_cuts(max_length: int, student: Any, toke
 
 def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Path) -> None:
     lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
-    records, _ = score_tasks(lm, ["mmlu", "piqa"], model_name=STUDENT, limit=2, data_dir=data_dir)
+    records = score_tasks(lm, ["mmlu", "piqa"], model_name=STUDENT, limit=2, data_dir=data_dir)
     results = TaskResults("x", tasks=records)
     assert results.tasks["mmlu"].count == 114
     identity, rows = pooled_rows(results, "mmlu", STUDENT, "acc")
@@ -99,7 +100,7 @@ def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Pa
     gap = paired(results, results, "mmlu", "acc", (STUDENT, STUDENT))
     assert gap is not None
     assert (gap.value, gap.error) == (0, 0)
-    others, _ = score_tasks(lm, ["mmlu"], model_name=STUDENT, limit=2, num_fewshot=1, data_dir=data_dir)
+    others = score_tasks(lm, ["mmlu"], model_name=STUDENT, limit=2, num_fewshot=1, data_dir=data_dir)
     assert paired(results, TaskResults("y", tasks=others), "mmlu", "acc", (STUDENT, STUDENT)) is None
 
 
@@ -157,7 +158,7 @@ def test_users_task_files(student: Any, tokenizer: Any, data_dir: Path, tmp_path
         "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
     )
     lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
-    records, _ = score_tasks(lm, ["mine"], model_name=STUDENT, task_dir=tmp_path)
+    records = score_tasks(lm, ["mine"], model_name=STUDENT, task_dir=tmp_path)
     assert records["mine"].count == 5
     assert len(records["mine"].scores[STUDENT].rows["acc"]) == 5
 

@@ -10,11 +10,11 @@ import pytest
 from trenchcoat.cli import app as cli
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
 from trenchcoat.evaluation.statistics import mean_estimate
-from trenchcoat.evaluation.task import OwnTask, ScoredModel, TaskPlan
+from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
 from trenchcoat.evaluation.task_results import ModelScore, TaskRecord, TaskResults
 
 
-class Grammar(OwnTask):
+class Grammar(EvalTask):
     """Is "the coat is" likelier than "the coat are"?"""
 
     name = "grammar"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar
 
-from trenchcoat.evaluation.statistics import Estimate
+from trenchcoat.evaluation.statistics import Estimate, RowSums
 
 if TYPE_CHECKING:
-    from trenchcoat.evaluation.results import Results
+    from trenchcoat.evaluation.results import Results, Scores
 
 
 def percent(share: Estimate) -> str:
@@ -30,6 +30,8 @@ class ReportColumn:
     heading: ClassVar[str]
     short_heading: ClassVar[str]
     """The heading on a terminal, three lines high."""
+    description: ClassVar[str] = ""
+    """What the report explains about it."""
     absent: ClassVar[str] = "–"
     """The cell of a row without a value."""
 
@@ -54,11 +56,14 @@ class PerplexityColumn(ReportColumn):
     key, heading, short_heading = "perplexity", "perplexity, all tokens", "\nppl\nall"
     absent = "no tokens"
 
+    def losses(self, scores: Scores) -> RowSums:
+        """Of the tokens that count here."""
+        return scores.all
+
     def value(self, results: Results, row: str) -> Estimate | None:
         """The perplexity with its error."""
-        losses = results.rows[row].all
-        value = results.rows[row].perplexity
-        return Estimate(value, value * losses.error) if losses.count else None
+        losses = self.losses(results.rows[row])
+        return Estimate(losses.perplexity, losses.perplexity * losses.error) if losses.count else None
 
     def text(self, value: Estimate) -> str:
         """Three digits below 100, one above."""
@@ -73,17 +78,20 @@ class FarPerplexityColumn(PerplexityColumn):
 
     key, heading, short_heading = "perplexity_past_2w", "perplexity, past 2W", "\nppl\npast 2W"
 
-    def value(self, results: Results, row: str) -> Estimate | None:
-        """The perplexity with its error."""
-        losses = results.rows[row].far
-        value = results.rows[row].far_perplexity
-        return Estimate(value, value * losses.error) if losses.count else None
+    def losses(self, scores: Scores) -> RowSums:
+        """Of the tokens that count here."""
+        return scores.far
 
 
 class RecallColumn(ReportColumn):
     """Recall probes whose token is the first choice."""
 
     key, heading, short_heading = "recall_accuracy", "recall probe", "\nrecall\nprobe"
+    description = (
+        "tokens that can hardly be predicted without what stood more than 2W tokens ago: the same three tokens stood "
+        "there before, the token itself is not among the last 2W, and the three stand together in no other row. The "
+        "column is the share of them that the model ranks first."
+    )
     absent = "no probes"
 
     def value(self, results: Results, row: str) -> Estimate | None:
@@ -95,6 +103,10 @@ class GapColumn(ReportColumn):
     """Share of the gap between the untrained swap and the teacher that is closed."""
 
     key, heading, short_heading = "share_closed", "gap closed, all tokens", "gap\nclosed\nall"
+    description = (
+        "how much of the loss between the untrained swap (0 %) and the teacher (100 %) is made up. Negative is worse "
+        "than the start, and – means that there is no such gap or that it is within the noise."
+    )
 
     def value(self, results: Results, row: str) -> Estimate | None:
         """The share."""
@@ -105,6 +117,9 @@ class FarGapColumn(ReportColumn):
     """Share of the gap between the better window-only row and the teacher that is closed past 2W."""
 
     key, heading, short_heading = "far_share_closed", "gap closed, past 2W", "gap\nclosed\npast 2W"
+    description = (
+        "the same between the better window + sinks row{window_row} and the teacher; it says what the far part adds."
+    )
 
     def value(self, results: Results, row: str) -> Estimate | None:
         """The share."""

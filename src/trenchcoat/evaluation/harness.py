@@ -14,7 +14,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request, ScoringCost
+from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, Request
 from trenchcoat.evaluation.mmlu import task_folder
 from trenchcoat.evaluation.statistics import Estimate
+from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
 from trenchcoat.evaluation.task_results import ModelScore, TaskRecord
 from trenchcoat.models import hub
 from trenchcoat.models.attach import mode_of, set_far, set_mode
@@ -78,7 +79,6 @@ class TrenchcoatLM(HFLM):
         max_batch_size: int = 64,
         max_length: int | None = None,
         share: bool = True,
-        progress: Callable[[int, int], None] | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -106,7 +106,7 @@ class TrenchcoatLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         rows = None if str(batch_size).startswith("auto") else int(batch_size)
         self._recent: dict[str, list[int]] = {}
-        self.path, self.scorer = path, LoglikelihoodScorer(model, batch_size=rows, share=share, progress=progress)
+        self.path, self.scorer = path, LoglikelihoodScorer(model, batch_size=rows, share=share)
 
     @staticmethod
     def _harness_batch(batch_size: int | str, model: Any) -> int | str:
@@ -233,11 +233,9 @@ def score_tasks(
     limit: int | None = None,
     task_dir: Path | None = None,
     data_dir: Path | None = None,
-) -> tuple[dict[str, TaskRecord], ScoringCost]:
+) -> dict[str, TaskRecord]:
     """Score tasks; records with the scores of this one model under ``model_name``. Empty on all processes but one."""
     manager = task_manager(names, task_dir=task_dir, data_dir=data_dir)
-    before = lm.scorer.work
-    lm.scorer.work = work = ScoringCost()
     with _quietly():
         found = simple_evaluate(
             model=lm,
@@ -250,9 +248,8 @@ def score_tasks(
             torch_random_seed=SEEDS["torch"],
             fewshot_random_seed=SEEDS["fewshot"],
         )
-    lm.scorer.work = before
     if found is None:
-        return {}, work
+        return {}
     more = {
         "limit": limit,
         "max_length": lm._max_length,
@@ -260,7 +257,37 @@ def score_tasks(
         "data": "local" if data_dir or task_dir else "hub",
         "harness": found["lm_eval_version"],
     }
-    return {name: _record(name, found, model_name, more) for name in found["results"]}, work
+    return {name: _record(name, found, model_name, more) for name in found["results"]}
+
+
+class HarnessTasks(EvalTask):
+    """Tasks of the harness, scored together."""
+
+    description = "the harness's"
+    every_process = True
+
+    def __init__(self, path: str, names: Sequence[str]) -> None:
+        self.path, self.names, self.name = path, names, ",".join(names)
+
+    def score(self, model: ScoredModel, plan: TaskPlan) -> dict[str, TaskRecord]:
+        """Records of the tasks, and of the tasks inside groups."""
+        lm = TrenchcoatLM(
+            self.path,
+            model=model.scorer.model,
+            tokenizer=model.tokenizer,
+            batch_size=plan.batch_size or "auto",
+            max_length=plan.max_length,
+        )
+        lm.scorer = model.scorer
+        return score_tasks(
+            lm,
+            self.names,
+            model_name=model.name,
+            num_fewshot=plan.num_fewshot,
+            limit=plan.limit,
+            task_dir=plan.task_dir,
+            data_dir=plan.data_dir,
+        )
 
 
 def _record(name: str, found: Mapping[str, Any], model_name: str, more: Mapping[str, Any]) -> TaskRecord:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.task import OwnTask, ScoredModel, TaskPlan
+from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
 
 if TYPE_CHECKING:
     from trenchcoat.evaluation.task_results import TaskRecord
@@ -149,7 +149,7 @@ def _root(data_dir: Path | str | None) -> Path:
     return root
 
 
-class MmluLetters(OwnTask):
+class MmluLetters(EvalTask):
     """Every subject of MMLU, and all of them together under ``mmlu_letters``."""
 
     name = MMLU_LETTERS

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trenchcoat.config import UserError
-from trenchcoat.evaluation.task import OwnTask, ScoredModel, TaskPlan
+from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
 
 if TYPE_CHECKING:
     from trenchcoat.evaluation.loglikelihood import Answer, LoglikelihoodScorer
@@ -80,7 +80,7 @@ def share_of_hits(answers: Sequence[Answer]) -> float:
     return answers[0].hits / answers[0].tokens
 
 
-class Probe(OwnTask):
+class Probe(EvalTask):
     """A task made from held-out text: shares of right tokens by length of the row and depth of the answer."""
 
     long_context = True

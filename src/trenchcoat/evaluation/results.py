@@ -55,16 +55,12 @@ class Scores:
     @property
     def perplexity(self) -> float:
         """exp(mean loss) over all counted tokens."""
-        return _exp(self.all.mean)
+        return self.all.perplexity
 
     @property
     def far_perplexity(self) -> float:
         """exp(mean loss) over tokens past 2 x window."""
-        return _exp(self.far.mean)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+        return self.far.perplexity
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class FarOffRow(ReportRow):
     name, label = "far_off", "the same, far part off"
     description = (
         "the converted model with only its window. It was trained with the far part in place, so the difference "
-        "flatters the far part; the last row is the fair opponent."
+        "flatters the far part; the rows without one are the fair opponents."
     )
     colour, line = "#CC79A7", "--"
 

@@ -59,6 +59,11 @@ class RowSums:
         """Mean over tokens; NaN when nothing was counted."""
         return sum(self.sums) / self.count if self.count else math.nan
 
+    @property
+    def perplexity(self) -> float:
+        """exp(mean)."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
     def replicates(self) -> Tensor:
         """[BOOTSTRAP_DRAWS] float64: the mean in each resampling of the rows."""
         weights = _bootstrap_weights(len(self.counts))

@@ -1,4 +1,4 @@
-"""What a task or probe that needs no harness is: a name, a description, and how a model is scored on it."""
+"""What a task or probe is: a name, a description, and how a model is scored on it."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ class ScoredModel:
     """Token ids of held-out text."""
 
 
-class OwnTask:
-    """A task, scored without the harness."""
+class EvalTask:
+    """What one name of ``--tasks`` stands for. A new one is a class, and its line in ``own_tasks.py``."""
 
-    name: ClassVar[str]
+    name: str
     """Its name on the command line and in ``tasks.json``."""
-    description: ClassVar[str]
+    description: str
+    every_process: ClassVar[bool] = False
+    """Scored by all processes together; else the first one scores it alone."""
     long_context: ClassVar[bool] = False
     """Made from held-out text at lengths of a training row, and scored with the far part off too."""
 

@@ -6,8 +6,8 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 
 from trenchcoat.config import ModelConfig, Recipe, UserError
 from trenchcoat.data.load import load_batches
-from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer, ScoringCost
+from trenchcoat.evaluation.loglikelihood import LoglikelihoodScorer
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.report.tasks import terminal_tables
 from trenchcoat.evaluation.results import RESULTS_FILE, Outcome, Results
-from trenchcoat.evaluation.task import ScoredModel, TaskPlan
+from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
 from trenchcoat.evaluation.task_results import (
     FAR_OFF,
     MODEL_LABELS,
@@ -58,10 +58,15 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     if path is not None and path.is_file():
         TaskResults.load(path)  # a damaged file is an error before the work, not after it
     found = TaskResults(str(target), environment=environment())
+    tasks = [OWN_TASKS[name] for name in plan.tasks if name in OWN_TASKS]
+    if others:
+        from trenchcoat.evaluation.harness import HarnessTasks
+
+        tasks.insert(0, HarnessTasks(str(target), others))
     for name, model, tokenizer in _models(target, plan):
-        _score_harness(found, name, model, tokenizer, others, plan)
-        if _is_first():
-            _score_own(found, name, model, tokenizer, plan, recipe)
+        for task in tasks:
+            if (name != FAR_OFF or task.long_context) and (_is_first() or task.every_process):
+                _score(found, task, name, model, tokenizer, plan, recipe)
     if not _is_first():
         return Outcome((), found)
     shown: list[Any] = terminal_tables(found)
@@ -127,51 +132,29 @@ def _device(plan: TaskPlan) -> str:
     return f"cuda:{rank}" if rank is not None and plan.device == "auto" and torch.cuda.is_available() else plan.device
 
 
-def _score_harness(found: TaskResults, name: str, model: Any, tokenizer: Any, tasks: list[str], plan: TaskPlan) -> None:
-    if not tasks or name == FAR_OFF:
-        return
-    from trenchcoat.evaluation import harness
-
+def _score(
+    found: TaskResults, task: EvalTask, name: str, model: Any, tokenizer: Any, plan: TaskPlan, recipe: Recipe
+) -> None:
+    """Add the scores of one model on one task, and what they cost, to ``found``."""
     began = time.monotonic()
-    with _Bar(f"{MODEL_LABELS[name]}: {','.join(tasks)}") as bar:
-        lm = harness.TrenchcoatLM(
-            str(found.model),
-            model=model,
-            tokenizer=tokenizer,
-            batch_size=plan.batch_size or "auto",
-            max_length=plan.max_length,
-            share=plan.share,
-            progress=bar,
-        )
-        records, work = harness.score_tasks(
-            lm,
-            tasks,
-            model_name=name,
-            num_fewshot=plan.num_fewshot,
-            limit=plan.limit,
-            task_dir=plan.task_dir,
-            data_dir=plan.data_dir,
-        )
-    made = _made(name, tasks, began, work, lm.scorer)
-    found.add(TaskResults(found.model, tasks=records, made=[made], environment=found.environment))
-
-
-def _score_own(found: TaskResults, name: str, model: Any, tokenizer: Any, plan: TaskPlan, recipe: Recipe) -> None:
-    for task in (OWN_TASKS[asked] for asked in plan.tasks if asked in OWN_TASKS):
-        if name == FAR_OFF and not task.long_context:
-            continue
-        began = time.monotonic()
-        part = TaskResults(found.model, environment=found.environment)
-        with _Bar(f"{MODEL_LABELS[name]}: {task.name}") as bar:
-            scorer = LoglikelihoodScorer(model, batch_size=plan.batch_size, share=plan.share, progress=bar)
-            subject = ScoredModel(name, scorer, tokenizer, partial(_held_out, recipe, tokenizer))
-            for key, record in task.score(subject, plan).items():
-                if isinstance(record, ProbeRecord):
-                    part.probes[key] = record
-                else:
-                    part.tasks[key] = record
-        part.made.append(_made(name, [task.name], began, scorer.work, scorer))
-        found.add(part)
+    with _progress(f"{MODEL_LABELS[name]}: {task.name}") as progress:
+        scorer = LoglikelihoodScorer(model, batch_size=plan.batch_size, share=plan.share, progress=progress)
+        records = task.score(ScoredModel(name, scorer, tokenizer, partial(_held_out, recipe, tokenizer)), plan)
+    cost = {
+        "model": name,
+        "tasks": task.name.split(","),
+        "seconds": round(time.monotonic() - began, 1),
+        **dataclasses.asdict(scorer.work),
+        "beginnings_shared": scorer.share,
+        **({} if scorer.share else {"not_shared_because": scorer.why_not}),
+    }
+    part = TaskResults(found.model, made=[cost], environment=found.environment)
+    for key, record in records.items():
+        if isinstance(record, ProbeRecord):
+            part.probes[key] = record
+        else:
+            part.tasks[key] = record
+    found.add(part)
 
 
 def _held_out(recipe: Recipe, tokenizer: Any) -> list[int]:
@@ -184,38 +167,20 @@ def _held_out(recipe: Recipe, tokenizer: Any) -> list[int]:
     return found
 
 
-class _Bar:
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Progress that opens with the first answers, when their number is known; of several processes one shows it."""
+    tracker: Tracker | None = None
+    known = 0
+    with ExitStack() as shown:
 
-    def __init__(self, title: str) -> None:
-        self.title, self.total = title, 0
-        self.open = ExitStack()
-        self.tracker: Tracker | None = None
+        def update(done: int, total: int) -> None:
+            nonlocal tracker, known
+            if not _is_first():
+                return
+            if tracker is None or total != known:
+                shown.close()
+                tracker, known = shown.enter_context(show_progress(title, total)), total
+            tracker.update(done)
 
-    def __call__(self, done: int, total: int) -> None:
-        if not _is_first():
-            return
-        if self.tracker is None or total != self.total:
-            self.open.close()
-            self.tracker, self.total = self.open.enter_context(show_progress(self.title, total)), total
-        self.tracker.update(done)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.open.close()
-
-
-def _made(
-    name: str, tasks: Sequence[str], began: float, work: ScoringCost, scorer: LoglikelihoodScorer
-) -> dict[str, Any]:
-    """What it cost, for the record."""
-    return {
-        "model": name,
-        "tasks": list(tasks),
-        "seconds": round(time.monotonic() - began, 1),
-        **dataclasses.asdict(work),
-        "beginnings_shared": scorer.share,
-        **({} if scorer.share else {"not_shared_because": scorer.why_not}),
-    }
+        yield update

@@ -9,16 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import table as rich_table
 
 from trenchcoat.config import UserError
 from trenchcoat.evaluation.report.html import write_page
-from trenchcoat.evaluation.report.plots import LOOK, log_bins, name_lines
+from trenchcoat.evaluation.report.plots import log_bins, name_lines, page
 from trenchcoat.evaluation.report.table import Table
 from trenchcoat.evaluation.report.tasks import shown_tasks
 from trenchcoat.evaluation.report.texts import with_interval
@@ -254,12 +251,10 @@ def plot_runs(runs: Sequence[Run], path: Path) -> bool:
         panels.append((2.6, lambda axes, name=name: _draw_probe(axes, runs, name)))  # type: ignore[misc]
     if not panels:
         return False
-    with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(9, sum(height for height, _ in panels)), layout="constrained")
-        grid: Any = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[height for height, _ in panels])
-        for axes, (_, draw) in zip(grid[:, 0], panels, strict=True):
+    heights = [height for height, _ in panels]
+    with page(path, (9, sum(heights)), len(panels), height_ratios=heights) as (_, grid):
+        for axes, (_, draw) in zip(grid, panels, strict=True):
             draw(axes)
-        figure.savefig(path)
     return True
 
 

@@ -6,7 +6,8 @@ Colours are those of M. Okabe and K. Ito, which any colour vision distinguishes;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ LOOK: dict[str, Any] = {
 MOST_LAYER_LABELS = 8
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+@contextmanager
+def page(
+    path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, *, grid: bool = True, **layout: Any
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A new figure and its axes, row by row; written to ``path`` when all is drawn."""
+    with matplotlib.rc_context({**LOOK, "axes.grid": grid}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
+        figure.savefig(path)
 
 
 def name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], gap: float = 0.052) -> None:
@@ -88,9 +96,7 @@ def plot_positions(results: Results, path: Path) -> bool:
     if not rows:
         return False
     curves = {name: log_bins(scores) for name, scores in rows}
-    with matplotlib.rc_context(LOOK):
-        figure = _figure(9, 8.2 if TEACHER in curves else 4.4)
-        panels: list[Axes] = list(figure.subplots(2 if TEACHER in curves else 1, 1, squeeze=False)[:, 0])
+    with page(path, (9, 8.2), 2) if TEACHER in curves else page(path, (9, 4.4)) as (_, panels):
         _draw_positions(panels[0], curves, "Loss by position: how much a longer context helps")
         panels[0].set_ylabel("loss (nats a token)")
         if TEACHER in curves:
@@ -102,7 +108,6 @@ def plot_positions(results: Results, path: Path) -> bool:
         for axes in panels:
             _mark_window(axes, 2 * results.window)
         panels[-1].set_xlabel("tokens of context before the predicted token")
-        figure.savefig(path)
     return True
 
 
@@ -147,9 +152,7 @@ def plot_rows(results: Results, path: Path) -> bool:
         return False
     teacher = results.rows[TEACHER]
     rows = [(name, scores) for name, scores in results.ordered_rows() if name != TEACHER]
-    with matplotlib.rc_context(LOOK):
-        figure = _figure(9, 1.3 + 0.42 * len(rows))
-        panels = figure.subplots(1, 2, sharey=True)
+    with page(path, (9, 1.3 + 0.42 * len(rows)), 1, 2, sharey=True) as (figure, panels):
         pairs = (("all", "All tokens"), ("far", f"Tokens past 2W = {2 * results.window}"))
         for axes, (part, title) in zip(panels, pairs, strict=True):
             found = {name: paired_difference(getattr(s, part), getattr(teacher, part)) for name, s in rows}
@@ -169,7 +172,6 @@ def plot_rows(results: Results, path: Path) -> bool:
         figure.supxlabel(
             "loss above the teacher's, in nats a token (0 = as good; bars: ± 2 standard errors)", fontsize=10
         )
-        figure.savefig(path)
     return True
 
 
@@ -208,12 +210,10 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
         panels.append(lambda axes: _draw_lora(axes, lora))
     if not panels:
         return False
-    with matplotlib.rc_context(LOOK):
-        figure = _figure(9, 3.7 * len(panels))
-        for axes, draw in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    with page(path, (9, 3.7 * len(panels)), len(panels)) as (_, grid):
+        for axes, draw in zip(grid, panels, strict=True):
             draw(axes)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.savefig(path)
     return True
 
 
@@ -320,9 +320,7 @@ def plot_decode(results: Results, path: Path) -> bool:
         return False
     looks = {"teacher": (TeacherRow.colour, "s"), "student": (TransferLoraRow.colour, "o")}
     texts = {"teacher": "teacher", "student": "converted"}
-    with matplotlib.rc_context(LOOK):
-        figure = _figure(9, 4)
-        speed, memory = figure.subplots(1, 2)
+    with page(path, (9, 4), 1, 2) as (_, (speed, memory)):
         ends: list[list[tuple[float, str, str]]] = [[], []]
         for mode, points in curves.items():
             colour, marker = looks.get(mode, ("#666666", "^"))
@@ -349,5 +347,4 @@ def plot_decode(results: Results, path: Path) -> bool:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("tokens of context")
             name_lines(axes, names)
-        figure.savefig(path)
     return True

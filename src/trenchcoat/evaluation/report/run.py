@@ -21,7 +21,7 @@ from trenchcoat.evaluation.report.plots import plot_decode, plot_positions, plot
 from trenchcoat.evaluation.report.table import Table
 from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, markdown_sections, plot_probes
 from trenchcoat.evaluation.report.texts import bytes_text, duration
-from trenchcoat.evaluation.report.verdicts import Verdict, headline, verdicts
+from trenchcoat.evaluation.report.verdicts import headline, verdicts
 from trenchcoat.evaluation.results import RESULTS_FILE, Results
 from trenchcoat.evaluation.rows import REPORT_ROWS, TEACHER, row_label
 from trenchcoat.evaluation.task_results import TASKS_FILE, TaskResults
@@ -94,58 +94,47 @@ def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mappin
 
 def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults | None = None) -> str:
     """The report in Markdown; ``drawn`` says which pictures exist."""
-    parts = [
-        *_opening(results),
-        *_answers(verdicts(results)),
-        *_table(results, drawn),
-        *_words(results),
-        *_pictures(drawn),
-        *([] if tasks is None else markdown_sections(tasks, drawn=drawn.get(PROBES_PICTURE, False))),
-        *_samples(results),
-        *_making(results),
-        *_limits(results),
-    ]
-    return "\n".join(parts).rstrip() + "\n"
+    found, best = verdicts(results), results.best_window_row()
+    stages = (("transfer", "attention transfer"), ("lora", "LoRA"))
+    descriptions = [(column.heading, column.description) for column in REPORT_COLUMNS.values() if column.description]
+    answers = [(MARKS[verdict.outcome], verdict.question, verdict.sentence) for verdict in found]
+    missing = "- The teacher was not scored, so no share of a gap could be computed."
+    text = Path(__file__).with_name("report_template.md").read_text(encoding="utf-8").format(
+        model=_get(results.recipe, "model", "path") or "the model",
+        trained=" and ".join(text for stage, text in stages if results.recipe.get(stage) is not None) or "not at all",
+        headline=headline(found),
+        answers=_lines(Table(("answer", "question", "numbers"), answers).as_markdown(numbers=False)),
+        table=_lines(_table(results, drawn)),
+        window=results.window,
+        two_windows=2 * results.window,
+        no_near_part=" (the student of this run, `linear`, has none)"
+        if _get(results.recipe, "student", "name") == "linear"
+        else "",
+        columns=_lines(f"- **{heading[0].upper()}{heading[1:]}**: {text}" for heading, text in descriptions).format(
+            window_row=f" ({row_label(best)})" if best else ""
+        ),
+        rows=_lines(f"- **{row.label}**: {row.description}" for row in REPORT_ROWS.values()).format(
+            sinks=_get(results.recipe, "eval", "sinks") or "few"
+        ),
+        pictures=_lines(_pictures(drawn)),
+        tasks="" if tasks is None else _lines(markdown_sections(tasks, drawn=drawn.get(PROBES_PICTURE, False))),
+        samples=_lines(_samples(results)),
+        making=_lines(_making(results)),
+        notes=_lines([missing] * (bool(results.rows) and TEACHER not in results.rows))
+        + _lines(f"- {note}" for note in results.notes),
+    )  # fmt: skip
+    return text.rstrip() + "\n"
 
 
-def _opening(results: Results) -> list[str]:
-    model = _get(results.recipe, "model", "path") or "the model"
-    done = " and ".join(
-        text
-        for stage, text in (("transfer", "attention transfer"), ("lora", "LoRA"))
-        if results.recipe.get(stage) is not None
-    )
-    return [
-        f"# What became of `{model}`",
-        "",
-        f"`{model}` is a Transformer with softmax attention: the work and memory of writing one more token grow with "
-        "the length of the text. Here its attention was replaced by one that looks exactly at a window of recent "
-        f"tokens and at everything older through a sum of constant size, and trained ({done or 'not at all'}) to make "
-        "up for the difference. This page says what was kept and what was lost. It is computed from `results.json`.",
-        "",
-    ]
-
-
-def _answers(found: Sequence[Verdict]) -> list[str]:
-    table = Table(("answer", "question", "numbers"), [(MARKS[v.outcome], v.question, v.sentence) for v in found])
-    return [
-        "## Answers",
-        "",
-        f"**{headline(found)}**",
-        "",
-        *table.as_markdown(numbers=False),
-        "A comparison is answered YES only if the difference is in favour and more than twice its standard error; "
-        "what lies within the noise was not shown, and is a NO.",
-        "",
-    ]
+def _lines(lines: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
-    lines = ["## The table", ""]
     if not results.rows:
-        return [*lines, "Nothing was scored.", ""]
+        return ["Nothing was scored.", ""]
     first = next(iter(results.rows.values()))
-    lines += [
+    lines = [
         *report_table(results).as_markdown(),
         f"Scored on the same {len(first.all.counts)} rows of up to {first.seq_len:,} tokens for every model: "
         f"{first.all.count:,} tokens, of which {first.far.count:,} past 2W, and {first.recall.count:,} recall probes. "
@@ -153,40 +142,8 @@ def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
         "these errors suggest, because they read the same text: the answers above use the error of the difference.",
         "",
     ]
-    if drawn.get("rows.png"):
-        lines += ["![Loss of each row above the teacher's, with noise](rows.png)", ""]
-    return lines
-
-
-def _words(results: Results) -> list[str]:
-    window, few = results.window, _get(results.recipe, "eval", "sinks") or "few"
-    best = results.best_window_row()
-    none = (
-        " (the student of this run, `linear`, has none)" if _get(results.recipe, "student", "name") == "linear" else ""
-    )
-    return [
-        "### What the words mean",
-        "",
-        "- **Token**: the unit the model reads and writes, a word or a piece of one. **Loss**: how surprised the model "
-        "is by the next token, -log of the probability it gave, in nats. **Perplexity**: exp(mean loss); 1 would be "
-        "certainty, and the size of the vocabulary would be blind guessing. Lower is better.",
-        f"- **W**: the window, {window} tokens. The **near part** is exact softmax attention over at most 2W = "
-        f"{2 * window} recent tokens{none}; the **far part** (or linear part) is everything older, through learned "
-        "feature maps and a sum of constant size. **Past 2W**: tokens with more than 2W tokens before them, where a "
-        "window alone has forgotten something.",
-        "- **Recall probe**: tokens that can hardly be predicted without what stood more than 2W tokens ago: the same "
-        "three tokens stood there before, the token itself is not among the last 2W, and the three stand together in "
-        "no other row. The column is the share of them that the model ranks first.",
-        "- **Gap closed, all tokens**: how much of the loss between the untrained swap (0 %) and the teacher (100 %) "
-        "is made up. **Gap closed, past 2W**: the same between the better window + sinks row"
-        f"{f' ({row_label(best)})' if best else ''} and the teacher; it says what the far part adds. Negative is worse "
-        "than the start, and – means that there is no such gap or that it is within the noise.",
-        "",
-        "### What the rows are",
-        "",
-        *(f"- **{row.label}**: {row.description.format(sinks=few)}" for row in REPORT_ROWS.values()),
-        "",
-    ]
+    picture = ["![Loss of each row above the teacher's, with noise](rows.png)", ""]
+    return [*lines, *picture] if drawn.get("rows.png") else lines
 
 
 def _pictures(drawn: Mapping[str, bool]) -> list[str]:
@@ -261,20 +218,6 @@ def _flat_rows(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[s
         else:
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
             yield prefix + str(key), "" if shown is None else str(shown)
-
-
-def _limits(results: Results) -> list[str]:
-    lines = [
-        "## What this page cannot tell",
-        "",
-        "- The noise is that of the choice of text. Training again with another seed would move the numbers too; that "
-        "was not measured here.",
-        "- Loss on held-out text of the training's own kind says nothing about other text or about tasks.",
-        "- Decoding was timed with a batch of one on this machine, with random tokens, beside whatever else ran on it.",
-    ]
-    if results.rows and TEACHER not in results.rows:
-        lines.append("- The teacher was not scored, so no share of a gap could be computed.")
-    return [*lines, *(f"- {note}" for note in results.notes), ""]
 
 
 def _get(content: Mapping[str, Any], *path: str) -> Any:

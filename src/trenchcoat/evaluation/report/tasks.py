@@ -5,15 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import table as rich_table
 
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
-from trenchcoat.evaluation.report.plots import LOOK
+from trenchcoat.evaluation.report.plots import page
 from trenchcoat.evaluation.report.table import Table
 from trenchcoat.evaluation.report.texts import points
 from trenchcoat.evaluation.statistics import interval
@@ -140,13 +137,11 @@ def plot_probes(results: TaskResults, path: Path) -> bool:
     if not panels:
         return False
     heights = [0.9 + 0.38 * len(rows) for _, rows, *_ in panels]
-    with matplotlib.rc_context({**LOOK, "axes.grid": False}):
-        figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
-        axes: Any = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-        for place, panel in enumerate(panels):
-            _heat(axes[place, 0], *panel)
+    size = (8, sum(heights) + 0.6)
+    with page(path, size, len(panels), grid=False, height_ratios=heights) as (figure, grid):
+        for axes, panel in zip(grid, panels, strict=True):
+            _heat(axes, *panel)
         figure.supxlabel("tokens of the row (lengths of a training row)", fontsize=10)
-        figure.savefig(path)
     return True
 
 
