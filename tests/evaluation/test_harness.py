@@ -58,11 +58,11 @@ def test_its_likelihoods_are_the_harness_models_own(mode: Any, student: Any, tok
     names = ["mmlu", "piqa", "winogrande", "hellaswag"]
     ours = TrenchcoatLM(model=student, tokenizer=tokenizer)
     theirs = HFLM(pretrained=student, tokenizer=tokenizer, batch_size=2, max_length=100_000)
-    settings = {"num_fewshot": 3, "limit": 2, "data_dir": data_dir}
-    found = score_tasks(ours, names, model_name=STUDENT, **settings)
+    plan = TaskPlan(tasks=(), num_fewshot=3, limit=2, data_dir=data_dir)
+    found = score_tasks(ours, names, plan, model_name=STUDENT)
     work = ours.scorer.work
     theirs._max_length = 100_000
-    expected = score_tasks(theirs, names, model_name=STUDENT, **settings)  # type: ignore[arg-type]
+    expected = score_tasks(theirs, names, plan, model_name=STUDENT)  # type: ignore[arg-type]
     set_mode(student, "student")
     assert set(found) == set(expected) >= {"mmlu", "mmlu_stem", "mmlu_anatomy", "piqa"}
     for name, record in found.items():
@@ -90,7 +90,8 @@ def test_a_limit_cuts_where_the_harness_cuts(max_length: int, student: Any, toke
 
 def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Path) -> None:
     lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
-    records = score_tasks(lm, ["mmlu", "piqa"], model_name=STUDENT, limit=2, data_dir=data_dir)
+    plan = TaskPlan(tasks=(), limit=2, data_dir=data_dir)
+    records = score_tasks(lm, ["mmlu", "piqa"], plan, model_name=STUDENT)
     results = TaskResults("x", tasks=records)
     assert results.tasks["mmlu"].count == 114
     identity, rows = pooled_rows(results, "mmlu", STUDENT, "acc")
@@ -100,7 +101,7 @@ def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Pa
     gap = paired(results, results, "mmlu", "acc", (STUDENT, STUDENT))
     assert gap is not None
     assert (gap.value, gap.error) == (0, 0)
-    others = score_tasks(lm, ["mmlu"], model_name=STUDENT, limit=2, num_fewshot=1, data_dir=data_dir)
+    others = score_tasks(lm, ["mmlu"], dataclasses.replace(plan, num_fewshot=1), model_name=STUDENT)
     assert paired(results, TaskResults("y", tasks=others), "mmlu", "acc", (STUDENT, STUDENT)) is None
 
 
@@ -158,7 +159,7 @@ def test_users_task_files(student: Any, tokenizer: Any, data_dir: Path, tmp_path
         "doc_to_choice: choices\nmetric_list:\n  - metric: acc\n"
     )
     lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
-    records = score_tasks(lm, ["mine"], model_name=STUDENT, task_dir=tmp_path)
+    records = score_tasks(lm, ["mine"], TaskPlan(tasks=(), task_dir=tmp_path), model_name=STUDENT)
     assert records["mine"].count == 5
     assert len(records["mine"].scores[STUDENT].rows["acc"]) == 5
 
@@ -167,7 +168,7 @@ def test_mistakes_are_named(student: Any, tokenizer: Any, data_dir: Path, tmp_pa
     def fails(names: list[str], **more: Any) -> str:
         lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
         with pytest.raises(UserError) as error:
-            score_tasks(lm, names, model_name=STUDENT, **more)
+            score_tasks(lm, names, TaskPlan(tasks=(), **more), model_name=STUDENT)
         return str(error.value)
 
     assert "did you mean" in fails(["winogrand"], data_dir=data_dir)

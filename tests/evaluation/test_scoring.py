@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from conftest import tiny_llama_config
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.evaluation.scoring import EvalRows, cache_bytes, decode_curve, gather_rows, recall_probes, score
 from trenchcoat.models.attach import attach_students, set_mode
@@ -24,9 +25,9 @@ VOCAB = 97
 @pytest.fixture(scope="module")
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    config = tiny_llama_config(
+        vocab_size=VOCAB, intermediate_size=48, max_position_embeddings=256, tie_word_embeddings=False,
+        initializer_range=0.02,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 

@@ -23,7 +23,7 @@ def percent(share: Estimate) -> str:
 
 
 class ReportColumn:
-    """One column of the table; as it is here, of a share that is shown in per cent."""
+    """One column of the table. The cells of the base class are shares in per cent."""
 
     key: ClassVar[str]
     """Its key in the summary of a row in ``results.json``."""
@@ -88,8 +88,8 @@ class RecallColumn(ReportColumn):
 
     key, heading, short_heading = "recall_accuracy", "recall probe", "\nrecall\nprobe"
     description = (
-        "tokens that can hardly be predicted without what stood more than 2W tokens ago: the same three tokens stood "
-        "there before, the token itself is not among the last 2W, and the three stand together in no other row. The "
+        "tokens that can hardly be predicted without what was read more than 2W tokens ago: the same three tokens were "
+        "there before, the token itself is not among the last 2W, and the three occur together in no other row. The "
         "column is the share of them that the model ranks first."
     )
     absent = "no probes"

@@ -227,21 +227,18 @@ def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
 def score_tasks(
     lm: TrenchcoatLM,
     names: Sequence[str],
+    plan: TaskPlan,
     *,
     model_name: str,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    task_dir: Path | None = None,
-    data_dir: Path | None = None,
 ) -> dict[str, TaskRecord]:
     """Score tasks; records with the scores of this one model under ``model_name``. Empty on all processes but one."""
-    manager = task_manager(names, task_dir=task_dir, data_dir=data_dir)
+    manager = task_manager(names, task_dir=plan.task_dir, data_dir=plan.data_dir)
     with _quietly():
         found = simple_evaluate(
             model=lm,
             tasks=load_tasks(manager, names),
-            num_fewshot=num_fewshot,
-            limit=limit,
+            num_fewshot=plan.num_fewshot,
+            limit=plan.limit,
             task_manager=manager,
             random_seed=SEEDS["random"],
             numpy_random_seed=SEEDS["numpy"],
@@ -251,10 +248,10 @@ def score_tasks(
     if found is None:
         return {}
     more = {
-        "limit": limit,
+        "limit": plan.limit,
         "max_length": lm._max_length,
         "seeds": SEEDS,
-        "data": "local" if data_dir or task_dir else "hub",
+        "data": "local" if plan.data_dir or plan.task_dir else "hub",
         "harness": found["lm_eval_version"],
     }
     return {name: _record(name, found, model_name, more) for name in found["results"]}
@@ -279,15 +276,7 @@ class HarnessTasks(EvalTask):
             max_length=plan.max_length,
         )
         lm.scorer = model.scorer
-        return score_tasks(
-            lm,
-            self.names,
-            model_name=model.name,
-            num_fewshot=plan.num_fewshot,
-            limit=plan.limit,
-            task_dir=plan.task_dir,
-            data_dir=plan.data_dir,
-        )
+        return score_tasks(lm, self.names, plan, model_name=model.name)
 
 
 def _record(name: str, found: Mapping[str, Any], model_name: str, more: Mapping[str, Any]) -> TaskRecord:

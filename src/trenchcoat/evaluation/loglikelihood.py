@@ -28,7 +28,7 @@ from trenchcoat.students import StudentAttention
 Ids = NDArray[np.int64]
 
 LEAST_SAVED = {"cpu": 256}
-"""Tokens that sharing a beginning must save before it is worth a call of its own, by device; else LEAST_SAVED_GPU."""
+"""Tokens that sharing a beginning must save before it gets a call of its own, by device; else LEAST_SAVED_GPU."""
 LEAST_SAVED_GPU = 8192
 MOST_KEPT = 64
 """Positions of a row whose logits may be kept for requests that read only its beginning."""
@@ -119,7 +119,7 @@ def _distinct_rows(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> l
 
 
 class LoglikelihoodScorer:
-    """Scores requests on a model that is ready (mode, LoRA and far part are the caller's business).
+    """Scores requests on a model that is ready (the caller sets mode, LoRA and far part).
 
     Args:
         batch_size: rows of a call; None: as many as make up ``CALL_TOKENS``, halved when the GPU's memory is short.

@@ -1,6 +1,6 @@
 """Scoring a causal language model on rows of text, and timing its decoding.
 
-``score`` and ``decode_curve`` take a model that is ready (mode, adapters and far part are the caller's business),
+``score`` and ``decode_curve`` take a model that is ready (the caller sets mode, adapters and far part),
 so one and the same function measures every row of the report's table.
 
 Shapes: N rows, b rows of a batch, T tokens, V vocabulary. Position n is a query: its output predicts token n + 1.
@@ -71,15 +71,15 @@ def gather_rows(rows: Tensor | Sequence[Mapping[str, Tensor]]) -> EvalRows:
 
 
 def recall_probes(rows: EvalRows, window: int) -> Tensor:
-    """Find the tokens that can hardly be predicted without what stood more than ``2 * window`` tokens ago.
+    """Find the tokens that can hardly be predicted without what was read more than ``2 * window`` tokens ago.
 
     Token n + 1 of a row is a probe when all of these hold:
 
-    1. The row said the same before, far away: the two tokens before it and itself, (x[n-1], x[n], x[n+1]), stand
+    1. The row said the same before, far away: the two tokens before it and itself, (x[n-1], x[n], x[n+1]), occur
        together at an earlier place of the row that ends at or before n - 2W. So it can be looked up.
     2. The token itself does not occur among the last 2W tokens, x[n-2W+1 .. n], so a model that sees only those
        cannot copy it. (A terrace or sliding near set never holds more than 2W tokens.)
-    3. The same three tokens stand together in no other of the N rows. This leaves out what the language alone makes
+    3. The same three tokens occur together in no other of the N rows. This leaves out what the language alone makes
        likely (`for i in`, `return None`): names, numbers and phrases private to this text remain.
 
     A two-token context names its place better than one token, and costs only a quarter of the probes: 32 rows of
@@ -95,7 +95,7 @@ def recall_probes(rows: EvalRows, window: int) -> Tensor:
     tokens = _dense(ids)
     pairs = _dense(tokens[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 1:])
     triples = _dense(pairs[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 2:])
-    # Padding stands behind the real tokens, so it cannot come before a probe; here it must not equal other rows' text.
+    # Padding comes after the real tokens, so never before a probe; here it must not equal other rows' text.
     real_triples = rows.real[:, 2:]
     triples = torch.where(real_triples, triples, -1)
     place = torch.arange(length)
@@ -164,7 +164,7 @@ def score(
     """Next-token scores of ``model`` on N rows: over all tokens, past 2W, on recall probes, and by position.
 
     ``rows`` as in ``gather_rows``. ``window`` is the student's W also for the teacher, so that all models are scored
-    on the same tokens: token n + 1 is "past 2W" when n >= 2W, that is when more than 2W tokens stand before it.
+    on the same tokens: token n + 1 is "past 2W" when n >= 2W, that is when more than 2W tokens come before it.
     Padding and labels of -100 are left out. Losses are in nats, computed in float32, and summed in float64.
     Raises ``ValueError`` for a window or batch size under 1 and for rows without a token to score.
     """
@@ -203,9 +203,9 @@ def _row_sums(values: Tensor, chosen: Tensor) -> RowSums:
 
 
 def _token_losses(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[b, T] ids -> losses [b, T - 1] float64 and hits [b, T - 1] bool, on the CPU; padding gets whatever comes.
+    """[b, T] ids -> losses [b, T - 1] float64 and hits [b, T - 1] bool, on the CPU; padding gets arbitrary values.
 
-    No mask is needed: padding stands behind the real tokens, and a causal model does not look ahead.
+    No mask is needed: padding comes after the real tokens, and a causal model does not look ahead.
     """
     ids = ids.to(compute_device(model))
     logits = model(input_ids=ids, use_cache=False).logits

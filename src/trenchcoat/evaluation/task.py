@@ -52,7 +52,7 @@ class ScoredModel:
 
 
 class EvalTask:
-    """What one name of ``--tasks`` stands for. A new one is a class, and its line in ``own_tasks.py``."""
+    """What one name of ``--tasks`` scores. A new one is a class, and its line in ``own_tasks.py``."""
 
     name: str
     """Its name on the command line and in ``tasks.json``."""

@@ -54,7 +54,7 @@ class TaskRecord:
 
     @property
     def identity(self) -> Any:
-        """Equal for records whose scores can stand side by side."""
+        """Equal for records whose scores are of the same rows."""
         return self.rows_id, self.members, self.settings
 
     def join(self, other: TaskRecord) -> None:
@@ -77,7 +77,7 @@ class ProbeRecord:
     name: str
     lengths: list[int]
     depths: list[float]
-    """Where in the text the answer stands, 0 at its beginning; one entry where the probe has no depth."""
+    """Where in the text the answer is, 0 at its beginning; one entry where the probe has no depth."""
     trained: int
     """Tokens of the rows that the model was trained on."""
     chance: float | None = None
@@ -90,7 +90,7 @@ class ProbeRecord:
 
     @property
     def identity(self) -> Any:
-        """Equal for records whose shares can stand side by side."""
+        """Equal for records whose shares are of the same rows."""
         return self.lengths, self.depths, self.trained, self.settings
 
     def join(self, other: ProbeRecord) -> None:

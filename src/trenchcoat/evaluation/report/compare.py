@@ -21,15 +21,7 @@ from trenchcoat.evaluation.report.tasks import shown_tasks
 from trenchcoat.evaluation.report.texts import with_interval
 from trenchcoat.evaluation.results import RESULTS_FILE, Results, Scores
 from trenchcoat.evaluation.statistics import NORMAL_95, Estimate, interval, paired_difference
-from trenchcoat.evaluation.task_results import (
-    FAR_OFF,
-    STUDENT,
-    TASKS_FILE,
-    TEACHER,
-    TaskResults,
-    paired,
-    pooled_rows,
-)
+from trenchcoat.evaluation.task_results import FAR_OFF, STUDENT, TASKS_FILE, TEACHER, TaskResults, paired, pooled_rows
 from trenchcoat.runtime.files import write_text
 
 MARKDOWN, PAGE, PICTURE = "comparison.md", "comparison.html", "comparison.png"

@@ -16,7 +16,7 @@ class Table:
     headings: Sequence[str]
     cells: Sequence[Sequence[str]]
     bold: Collection[int] = ()
-    """Rows that stand out."""
+    """Rows set in bold."""
 
     def as_rich(self, title: str, *, compact: bool = False, wrap: bool = False) -> rich_table.Table:
         """To print with rich; ``compact`` puts one space between columns, ``wrap`` breaks lines of long cells."""
