@@ -183,6 +183,7 @@ class Recall(Probe):
         context += [*text[done:], *pairs[asked][:2]]
 
         def share(answers: Sequence[Answer]) -> float:
+            """1 where the right token is the likeliest of the eight."""
             return float(max(range(PAIRS), key=lambda i: answers[i].logprob) == asked)
 
         return Question([(context, pair[2:]) for pair in pairs], share)

@@ -175,6 +175,7 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with ExitStack() as shown:
 
         def update(done: int, total: int) -> None:
+            """Show what is done, on a new bar where the total is another."""
             nonlocal tracker, known
             if not _is_first():
                 return

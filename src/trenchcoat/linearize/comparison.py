@@ -98,6 +98,7 @@ class Comparison:
         part = Results(self.recipe.student.window, self.seq_len, **found)
 
         def keep() -> None:
+            """Write the file, then the settings behind it."""
             part.save(self.variants.folder.evaluation_path(name))
             self.variants.folder.keep(name, key)
 

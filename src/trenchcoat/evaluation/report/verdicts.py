@@ -107,6 +107,14 @@ def _better(difference: Estimate) -> bool:
     return difference.clear and difference.value > 0
 
 
+def _converted(results: Results, needed: str, *others: str) -> str:
+    """The row that the run was for. Raises for a run without it or one of ``others``, or where it is one of them."""
+    name = results.converted()
+    if name is None or name in others or any(other not in results.rows for other in others):
+        raise _NotMeasuredError(f"this needs {needed}")
+    return name
+
+
 def _compare(results: Results, name: str, other: str) -> Estimate:
     """Loss of ``other`` minus loss of ``name`` past 2W: positive when ``name`` is better."""
     return paired_difference(results.rows[other].far, results.rows[name].far)
@@ -133,9 +141,7 @@ def _has_structure(results: Results) -> tuple[bool, str]:
 
 
 def _better_than(results: Results, other: str) -> tuple[bool, str]:
-    name = results.converted()
-    if name is None or other not in results.rows or name == other:
-        raise _NotMeasuredError(f"this needs a converted model and the row '{row_label(other)}'")
+    name = _converted(results, f"a converted model and the row '{row_label(other)}'", other)
     difference = _compare(results, name, other)
     good = _better(difference)
     verb = "beats" if good else "does NOT beat"
@@ -147,9 +153,7 @@ def _better_than(results: Results, other: str) -> tuple[bool, str]:
 
 
 def _needs_far(results: Results) -> tuple[bool, str]:
-    name = results.converted()
-    if name is None or FAR_OFF not in results.rows:
-        raise _NotMeasuredError("this needs the converted model with its far part switched off")
+    name = _converted(results, "the converted model with its far part switched off", FAR_OFF)
     difference = _compare(results, name, FAR_OFF)
     good = _better(difference) and difference.value >= LEAST_EFFECT
     mine, its = results.rows[name].far_perplexity, results.rows[FAR_OFF].far_perplexity
@@ -166,9 +170,8 @@ def _needs_far(results: Results) -> tuple[bool, str]:
 
 
 def _recalls(results: Results) -> tuple[bool, str]:
-    name, window = results.converted(), results.best_window_row()
-    if name is None or window is None:
-        raise _NotMeasuredError("this needs a converted model and a window + sinks row")
+    window = results.best_window_row() or ""
+    name = _converted(results, "a converted model and a window + sinks row", window)
     mine, its = results.rows[name], results.rows[window]
     if not mine.recall.count:
         raise _NotMeasuredError("the rows hold no recall probe (they are too short for the window)")
@@ -212,9 +215,8 @@ def _decodes_faster(results: Results) -> tuple[bool, str]:
 
 
 def _order_target(results: Results) -> tuple[bool, str]:
-    name, others = results.converted(), (LoraOnlyRow.name, WindowSinksRow.name, WindowSinksLoraRow.name)
-    if name is None or name == LoraOnlyRow.name or any(other not in results.rows for other in others):
-        raise _NotMeasuredError("this needs a transferred model and " + ", ".join(map(row_label, others)))
+    others = (LoraOnlyRow.name, WindowSinksRow.name, WindowSinksLoraRow.name)
+    name = _converted(results, "a transferred model and " + ", ".join(map(row_label, others)), *others)
     found = {row_label(other): _compare(results, name, other) for other in others}
     lost = [other for other, difference in found.items() if not _better(difference)]
     parts = "; ".join(f"against '{other}' {_in_words(difference)}" for other, difference in found.items())
@@ -229,19 +231,17 @@ def _share_target(results: Results) -> tuple[bool, str]:
 
 def _far_share_target(results: Results) -> tuple[bool, str]:
     past_2w = {name: scores.far for name, scores in results.rows.items()}
-    return _gap_target(results, past_2w, results.best_window_row(), results.far_share_closed, FAR_SHARE_TARGET)
+    return _gap_target(results, past_2w, results.best_window_row() or "", results.far_share_closed, FAR_SHARE_TARGET)
 
 
 def _gap_target(
     results: Results,
     losses: dict[str, RowSums],
-    bottom: str | None,
+    bottom: str,
     share_closed: Callable[[str], Estimate | None],
     goal: float,
 ) -> tuple[bool, str]:
-    name = results.converted()
-    if name is None or bottom not in losses or TEACHER not in losses:
-        raise _NotMeasuredError("this needs the teacher, the converted model and the row the gap starts from")
+    name = _converted(results, "the teacher, the converted model and the row the gap starts from", bottom, TEACHER)
     share = share_closed(name)
     span = f"loss {losses[bottom].mean:.4f} ('{row_label(bottom)}') to {losses[TEACHER].mean:.4f} (teacher)"
     if share is None:
