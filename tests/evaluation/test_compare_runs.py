@@ -79,7 +79,7 @@ def test_differences_are_over_the_same_rows_only(runs: list[Path]) -> None:
     assert gap[0] == pytest.approx(0.26 * 447 / 511 + 0.26 * 32 / 511, abs=0.02)  # tokens after the first W
     assert gap[2] - gap[1] < 0.05
     assert third[6:] == ["–", "–"]
-    assert not same_rows(found[0].results, found[2].results)  # type: ignore[arg-type]
+    assert not same_rows(found[0].results, found[2].results)
     assert third[4] != "–"
 
 
@@ -92,7 +92,7 @@ def test_tasks_are_compared_where_the_rows_are_the_same() -> None:
     unpaired = (0.5 * 0.5 / 200 + 0.7 * 0.3 / 200) ** 0.5
     assert 0 < gap.error < 0.8 * unpaired
     assert paired(other, a, "piqa", "acc", ("student", "student")) is None
-    ((_, _, first, second, third),) = task_table([Run("a", None, a), Run("b", None, b), Run("c", None, other)]).cells
+    ((_, _, first, second, third),) = task_table([Run("a", tasks=a), Run("b", tasks=b), Run("c", tasks=other)]).cells
     assert "points" in second
     assert "points" not in first + third
 
@@ -122,8 +122,8 @@ def test_runs_of_one_name_are_told_apart_and_a_file_of_tasks_is_a_run(tmp_path: 
 
 
 def test_runs_without_anything_in_common_are_still_a_report(tmp_path: Path) -> None:
-    empty = Run("empty", Results(window=4, seq_len=8), None)
-    path = write_comparison([empty, Run("tasks", None, made_tasks(0.5))], tmp_path)
+    empty = Run("empty", Results(window=4, seq_len=8))
+    path = write_comparison([empty, Run("tasks", tasks=made_tasks(0.5))], tmp_path)
     assert "## Tasks" in path.read_text()
 
 

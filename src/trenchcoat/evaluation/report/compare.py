@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from rich import table as rich_table
@@ -40,23 +41,21 @@ RUN_HEADINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left."""
+    """What one run left; empty results where it left none."""
 
     name: str
-    results: Results | None
-    tasks: TaskResults | None
+    results: Results = field(default_factory=lambda: Results(window=0, seq_len=0))
+    tasks: TaskResults = field(default_factory=lambda: TaskResults(""))
 
     @property
     def converted(self) -> Scores | None:
         """Scores of the model that the run was for."""
-        if self.results is None:
-            return None
         return self.results.rows.get(self.results.converted() or "")
 
     @property
     def teacher(self) -> Scores | None:
         """Scores of its teacher."""
-        return None if self.results is None else self.results.rows.get(TEACHER)
+        return self.results.rows.get(TEACHER)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -67,23 +66,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     names = [path.name for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        shown = name if names.count(name) == 1 and name else str(path)
-        if path.is_file():
-            runs.append(Run(shown, None, TaskResults.load(path)))
-            continue
-        results, tasks = path / RESULTS_FILE, path / TASKS_FILE
+        results, tasks = path / RESULTS_FILE, path if path.is_file() else path / TASKS_FILE
         if not results.is_file() and not tasks.is_file():
             raise UserError(
                 f"{path} has no {RESULTS_FILE} and no {TASKS_FILE}; expected a run's folder that was evaluated "
                 "(trenchcoat linearize, or eval), or a file of eval --out"
             )
-        runs.append(
-            Run(
-                shown,
-                Results.load(results) if results.is_file() else None,
-                TaskResults.load(tasks) if tasks.is_file() else None,
-            )
-        )
+        left: dict[str, Any] = {"results": Results.load(results)} if results.is_file() else {}
+        left |= {"tasks": TaskResults.load(tasks)} if tasks.is_file() else {}
+        runs.append(Run(name if names.count(name) == 1 and name else str(path), **left))
     return runs
 
 
@@ -105,11 +96,11 @@ def loss_table(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         own = run.converted
-        if run.results is None or own is None:
+        if own is None:
             rows.append([run.name, *["–"] * (len(RUN_HEADINGS) - 1)])
             continue
         student = run.results.recipe.get("student", {})
-        comparable = run is not first and first.results is not None and same_rows(run.results, first.results)
+        comparable = run is not first and same_rows(run.results, first.results)
         gaps = [_above(own, other, part) for other in (run.teacher, first.converted if comparable else None)
                 for part in ("all", "far")]  # fmt: skip
         rows.append([
@@ -137,14 +128,12 @@ def task_table(runs: Sequence[Run]) -> Table:
 
 def _task_cell(run: Run, first: Run, name: str, metric: str) -> str:
     found = _estimate(run, name, metric)
-    if found is None or run.tasks is None:
+    if found is None:
         return "–"
     value, ends = found
     text = f"{100 * value:.1f}" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else "") + " %"
-    if run is first or first.tasks is None:
-        return text
     gap = paired(run.tasks, first.tasks, name, metric, (STUDENT, STUDENT))
-    if gap is None:
+    if run is first or gap is None:
         return text
     in_points = with_interval(Estimate(100 * gap.value, 100 * gap.error), "{:+.1f}".format)
     return f"{text}; {in_points} points against the first"
@@ -152,19 +141,17 @@ def _task_cell(run: Run, first: Run, name: str, metric: str) -> str:
 
 def _shown(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     """(task, its title, metric) of everything that some run has."""
-    found: dict[tuple[str, str], str] = {}
-    for run in runs:
-        for record in shown_tasks(run.tasks) if run.tasks is not None else []:
-            found |= {(record.name, metric): record.alias for metric in record.metrics()}
+    records = [record for run in runs for record in shown_tasks(run.tasks)]
+    found = {(record.name, metric): record.alias for record in records for metric in record.metrics()}
     return [(name, alias, metric) for (name, metric), alias in found.items()]
 
 
 def _estimate(
     run: Run, name: str, metric: str, model: str = STUDENT
 ) -> tuple[float, tuple[float, float] | None] | None:
-    if run.tasks is None or name not in run.tasks.tasks:
-        return None
-    estimate = run.tasks.tasks[name].metric(model, metric)
+    """(value, 95 % interval) of a metric, where the run has it."""
+    record = run.tasks.tasks.get(name)
+    estimate = None if record is None else record.metric(model, metric)
     if estimate is None:
         return None
     return estimate.value, interval(estimate, pooled_rows(run.tasks, name, model, metric)[1])
@@ -213,7 +200,7 @@ def comparison_text(runs: Sequence[Run], *, drawn: bool) -> str:
 
 
 def _probe_names(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(name for run in runs if run.tasks for name in run.tasks.probes))
+    return list(dict.fromkeys(name for run in runs for name in run.tasks.probes))
 
 
 def probe_table(runs: Sequence[Run]) -> Table:
@@ -224,7 +211,7 @@ def probe_table(runs: Sequence[Run]) -> Table:
 
 
 def _probe_curve(run: Run, name: str, model: str = STUDENT) -> list[tuple[float, float]]:
-    record = run.tasks.probes.get(name) if run.tasks is not None else None
+    record = run.tasks.probes.get(name)
     if record is None or model not in record.shares:
         return []
     return [(n / record.trained, mean) for n, mean in zip(record.lengths, record.means(model), strict=True)]
