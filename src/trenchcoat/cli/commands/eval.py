@@ -9,15 +9,15 @@ from typing import Any
 from trenchcoat.cli.command import DEVICE_HELP, TARGET_HELP, Command, add_overrides, values, whole_number
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
-
-OWN_TASKS = "mmlu_letters, needle, recall, copy"
+from trenchcoat.evaluation.own_tasks import OWN_TASKS
+from trenchcoat.evaluation.task import LENGTHS, TaskPlan
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN_OR_DIR", type=Path, help=TARGET_HELP)
     add_overrides(parser)
     add = parser.add_argument_group("tasks", "with --tasks, these are scored instead of text").add_argument
-    add("--tasks", type=_names, metavar="A,B", help=f"harness tasks; or {OWN_TASKS}")
+    add("--tasks", type=_names, metavar="A,B", help=f"harness tasks; or {', '.join(OWN_TASKS)}")
     add("--num-fewshot", type=whole_number(0), metavar="N", help="examples (default: each task's)")
     add("--limit", type=whole_number(1), metavar="N", help="only the first N rows of each task")
     add("--batch-size", type=_batch, metavar="auto|N", help="rows of a call (auto)")
@@ -58,8 +58,7 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _score_tasks(args: argparse.Namespace) -> Any:
-    from trenchcoat.evaluation.probes import LENGTHS
-    from trenchcoat.evaluation.tasks import TaskPlan, evaluate_tasks
+    from trenchcoat.evaluation.tasks import evaluate_tasks
 
     names = ("tasks", "num_fewshot", "limit", "batch_size", "max_length", "task_dir", "data_dir", "teacher", "share")
     settings = values(args, *names, "device", "probe_rows", "trained")

@@ -23,7 +23,7 @@ def _run(args: argparse.Namespace) -> None:
 
     before, sys.argv = sys.argv, ["lm_eval", *args.rest]
     try:
-        harness.main()
+        harness.harness_command()
     finally:
         sys.argv = before
 

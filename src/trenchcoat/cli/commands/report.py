@@ -24,14 +24,14 @@ def _run(args: argparse.Namespace) -> Any:
     """
     from trenchcoat.evaluation.report import compare as compare_runs
     from trenchcoat.evaluation.report import run as report
-    from trenchcoat.evaluation.results import Results
+    from trenchcoat.evaluation.results import RESULTS_FILE, Results
 
     runs = compare_runs.read_runs(args.runs)
-    if len(runs) == 1 and (args.runs[0] / report.RESULTS_FILE).is_file():
-        path = report.write_report(args.runs[0], Results.load(args.runs[0] / report.RESULTS_FILE))
+    if len(runs) == 1 and (args.runs[0] / RESULTS_FILE).is_file():
+        path = report.write_report(args.runs[0], Results.load(args.runs[0] / RESULTS_FILE))
         return (f"the report: {path} and {path.with_suffix('.html').name}",)
     path = compare_runs.write_comparison(runs, args.out)
-    return compare_runs.terminal_table(runs), f"the comparison: {path} and {path.with_suffix('.html').name}"
+    return compare_runs.terminal_comparison(runs), f"the comparison: {path} and {path.with_suffix('.html').name}"
 
 
 COMMAND = Command(_run, _options)
