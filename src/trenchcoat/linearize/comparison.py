@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -90,31 +90,33 @@ class Comparison:
         parts = {**base, **stage, **text, **other, **more, "far": variant.far}
         return {k: v for k, v in parts.items() if k not in ("model.device", "data.cache_dir")}
 
-    def _kept(self, name: str, key: Mapping[str, Any]) -> Results | None:
-        path = distributed.from_main(lambda: self.variants.folder.kept(name, key))
-        return None if path is None else Results.load(path)
-
-    def _keep(self, name: str, key: Mapping[str, Any], **found: Any) -> None:
-        part = Results(self.recipe.student.window, self.seq_len, **found)
+    def _once(self, name: str, key: Mapping[str, Any], part: str, make: Callable[[], Any]) -> Any:
+        """``part`` of the results kept under ``name``; made and kept where the settings behind it, ``key``, are new."""
+        folder = self.variants.folder
+        path = distributed.from_main(lambda: folder.kept(name, key))
+        if path is not None:
+            return getattr(Results.load(path), part)
+        found = make()
 
         def keep() -> None:
             """Write the file, then the settings behind it."""
-            part.save(self.variants.folder.evaluation_path(name))
-            self.variants.folder.keep(name, key)
+            Results(self.recipe.student.window, self.seq_len, **{part: found}).save(folder.evaluation_path(name))
+            folder.keep(name, key)
 
         distributed.from_main(keep)
+        return found
 
     def scores(self, row: str) -> Scores:
         """Scores of one row."""
-        key = self._key(self.rows[row])
-        kept = self._kept(row, key)
-        if kept is not None:
-            return kept.rows[row]
-        text = self.text()
-        found = score(
-            self.assemble(row), text, window=self.recipe.student.window, batch_size=self.recipe.eval.batch_size
-        )
-        self._keep(row, key, rows={row: found})
+
+        def make() -> dict[str, Scores]:
+            """Score it."""
+            text = self.text()  # before the model is put together: reading may take everything off the model
+            recipe = self.recipe
+            model = self.assemble(row)
+            return {row: score(model, text, window=recipe.student.window, batch_size=recipe.eval.batch_size)}
+
+        found: Scores = self._once(row, self._key(self.rows[row]), "rows", make)[row]
         return found
 
     def decode(self, row: str, mode: str) -> list[DecodePoint]:
@@ -122,28 +124,22 @@ class Comparison:
         lengths = self.recipe.eval.decode_lengths
         if not lengths:
             return []
-        name, key = f"decode_{mode}", self._key(self.rows[row], lengths=list(lengths))
-        kept = self._kept(name, key)
-        if kept is not None:
-            return kept.decode[mode]
-        points = decode_curve(self.assemble(row), lengths)
-        self._keep(name, key, decode={mode: points})
-        return points
+        key = self._key(self.rows[row], lengths=list(lengths))
+        curves = self._once(f"decode_{mode}", key, "decode", lambda: {mode: decode_curve(self.assemble(row), lengths)})
+        return list(curves[mode])
 
     def samples(self, rows: list[str]) -> list[Sample]:
         """Continuations of the same prompts by the models of ``rows``."""
         key = self._key(self.rows[rows[-1]], rows=rows, tokens=SAMPLE_TOKENS)
-        kept = self._kept("samples", key)
-        if kept is not None:
-            return kept.samples
+        return list(self._once("samples", key, "samples", lambda: self._samples(rows)))
+
+    def _samples(self, rows: list[str]) -> list[Sample]:
         prompts = self._prompts()
         written: dict[str, list[str]] = {}
         for row in rows:
             made = generate_text(self.assemble(row), self.variants.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
             written[row] = [one.text for one in made]
-        found = [Sample(p, {name: texts[i] for name, texts in written.items()}) for i, p in enumerate(prompts)]
-        self._keep("samples", key, samples=found)
-        return found
+        return [Sample(p, {name: texts[i] for name, texts in written.items()}) for i, p in enumerate(prompts)]
 
     def _prompts(self) -> list[str]:
         text = self.text()
@@ -154,20 +150,17 @@ class Comparison:
 
     def facts(self) -> dict[str, Any]:
         """Where the text came from and how much of it there is."""
-        key = self._key(Variant())
-        kept = self._kept("facts", key)
-        if kept is not None:
-            return kept.data
+        return dict(self._once("facts", self._key(Variant()), "data", self._facts))
+
+    def _facts(self) -> dict[str, Any]:
         batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
         text = self.text()
-        data = {
+        return {
             "source": self.recipe.data.path,
             **batches.counts,
             "rows scored": len(text.ids),
             "tokens scored": int(text.counted.sum()),
         }
-        self._keep("facts", key, data=data)
-        return data
 
     def results(self, scores: dict[str, Scores], stages: list[StageFacts], began: float) -> Results:
         """Everything together, for the report."""
