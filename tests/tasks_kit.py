@@ -17,7 +17,8 @@ from trenchcoat.models.attach import attach_students, set_mode
 SUBJECTS = sorted(path.stem for path in (task_folder() / "mmlu").glob("[!_]*.yaml"))
 WORDS = "coat sum window token state chunk linear small model bone star".split()
 
-
+SHORTEST_RUN = ["lora=null", "transfer.max_steps=1", "eval.baselines=false", "eval.decode_lengths=[]"]
+"""Overrides of a run that only has to be there."""
 TOLERANCE = 2e-5
 """Nats: five tokens whose log-probabilities, of size up to about 10, are float32 sums taken in another order."""
 

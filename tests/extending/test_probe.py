@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks_kit import SHORTEST_RUN
 from trenchcoat.cli import app as cli
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
 from trenchcoat.evaluation.probes import Haystack, Probe, Question, share_of_hits
@@ -38,8 +39,7 @@ def test_a_probe_is_offered_scored_and_reported(
         cli.main(["eval", "--help"])
     assert "echo" in capsys.readouterr().out
     run = tmp_path / "run"
-    short = ["lora=null", "transfer.max_steps=1", "eval.baselines=false", "eval.decode_lengths=[]"]
-    assert cli.main(["linearize", "demo", *tiny_overrides, *short]) == 0
+    assert cli.main(["linearize", "demo", *tiny_overrides, *SHORTEST_RUN]) == 0
     options = ["--probe-lengths", "2", "--probe-rows", "2", "--device", "cpu"]
     assert cli.main(["eval", str(run), "--tasks", "echo", *options]) == 0
     assert "echo: the beginning of the row again" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks_kit import SHORTEST_RUN
 from trenchcoat.cli import app as cli
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
 from trenchcoat.evaluation.statistics import mean_estimate
@@ -42,8 +43,7 @@ def test_a_task_is_offered_scored_and_compared_with_the_teacher(
     with pytest.raises(SystemExit):
         cli.main(["eval", "--help"])
     assert "grammar" in capsys.readouterr().out
-    short = ["lora=null", "transfer.max_steps=1", "eval.baselines=false", "eval.decode_lengths=[]"]
-    assert cli.main(["linearize", "demo", *tiny_overrides, *short]) == 0
+    assert cli.main(["linearize", "demo", *tiny_overrides, *SHORTEST_RUN]) == 0
     assert cli.main(["eval", str(tmp_path / "run"), "--tasks", "grammar", "--teacher", "--device", "cpu"]) == 0
     assert "grammar" in capsys.readouterr().out
     found = TaskResults.load(tmp_path / "run" / "tasks.json").tasks["grammar"]
