@@ -65,7 +65,7 @@ def test_the_contributors_student_works(tiny_model_dir: Path, monkeypatch: pytes
     space: dict[str, object] = {"__name__": "terrace_sinks"}
     exec(compile(code, "terrace_sinks.py", "exec"), space)
     name, class_name = re.fullmatch(r'\s*"(\w+)": (\w+),\s*', line).groups()  # type: ignore[union-attr]
-    monkeypatch.setattr("trenchcoat.students.STUDENTS", dict(STUDENTS))
+    monkeypatch.setattr("trenchcoat.students.registry.STUDENTS", dict(STUDENTS))
     register_student(name, space[class_name])  # type: ignore[arg-type]
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()

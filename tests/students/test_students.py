@@ -17,6 +17,7 @@ from trenchcoat.students import (
     ACTIVATIONS,
     STUDENTS,
     StudentAttention,
+    SumAttention,
     TransferRequest,
     build_student,
     register_student,
@@ -283,7 +284,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_a_student_of_ones_own_is_one_registry_line() -> None:
-    class Own(StudentAttention):
+    class Own(SumAttention):
         kind = "sliding"
 
     assert register_student("own", Own) is Own

@@ -24,7 +24,7 @@ from trenchcoat.bench.gpu import Ceilings, Timer, attempt, captured, free_memory
 from trenchcoat.bench.kernels_model import LLAMA_8B, Measurement, Shape, random_llama
 from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.cache import state_layer
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import RowState
 
 SOFTMAX_CACHE = "buffers of exactly the context, PyTorch's attention without a mask, CUDA graph"
 
@@ -107,10 +107,11 @@ def student_cache(model: Any, rows: int, context: int) -> Cache:
     cache = DynamicCache(config=model.config)
     for index, student in students_of(model).items():
         state = student.empty_state(rows, dtype=model.dtype, device=model.device)
-        for pairs in (state.k_BGND, state.v_BGNE):
-            pairs.normal_()
-        for sums in (state.far_s_BKFE, state.far_z_BKF):
-            sums.uniform_(0.5, 1.5)
+        for name, tensor in state.tensors().items():
+            if name in state.near_fields:
+                tensor.normal_()
+            elif tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
         state.seen_B += context
         state_layer(cache, index).advance(state, context)
     return cache
@@ -156,8 +157,8 @@ def row_bytes(model: Any, kind: str, context: int) -> int:
     return 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
 
 
-def _state(student: Any) -> StudentState:
-    state: StudentState = student.empty_state(1, dtype=torch.bfloat16, device="meta")
+def _state(student: Any) -> RowState:
+    state: RowState = student.empty_state(1, dtype=torch.bfloat16, device="meta")
     return state
 
 

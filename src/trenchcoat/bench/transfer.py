@@ -23,7 +23,7 @@ from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import environment
-from trenchcoat.students import StudentAttention, operator_of
+from trenchcoat.students import StudentAttention, SumAttention, operator_of
 from trenchcoat.training.gradients import average_and_clip, clip_groups
 from trenchcoat.training.objectives import Objective, transfer_objective
 
@@ -139,7 +139,7 @@ def _naive_loss(
     """(1000 x mean squared error, student's map [B, H, T, T], teacher's map), by the terrace's formula spelled out."""
     assert student.query_map is not None
     assert student.key_map is not None
-    assert student.mix_H is not None
+    assert isinstance(student, SumAttention) and student.mix_H is not None  # noqa: PT018
     groups, tokens = q_BHTD.shape[1] // k_BGTD.shape[1], q_BHTD.shape[2]
     k_BHTD, v_BHTD = k_BGTD.repeat_interleave(groups, dim=1), v_BGTD.repeat_interleave(groups, dim=1)
     position = torch.arange(tokens, device=q_BHTD.device)

@@ -21,7 +21,7 @@ from transformers import Cache, DynamicCache
 from trenchcoat.config import UserError
 from trenchcoat.models.attach import student_config, students_of
 from trenchcoat.models.cache import StateLayer, state_layer
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import RowState
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.runtime.sharding import first_elements
 
@@ -114,12 +114,13 @@ def _record(path: Path) -> dict[str, str]:
         raise CorruptFileError(f"{path} is not a readable safetensors file ({error})") from error
 
 
-def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens: int) -> StudentState:
+def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens: int) -> RowState:
     """The state of one layer; CorruptFileError naming what does not fit."""
     seen = found.get("seen_B")
     if seen is None or seen.dtype != torch.int64 or seen.ndim != 1 or not len(seen):
         raise CorruptFileError(f"{path} is damaged: layers.{index}.seen_B is missing or not whole numbers")
-    wanted = student.empty_state(len(seen), dtype=torch.float32, device="meta").tensors()
+    state: RowState = student.empty_state(len(seen), dtype=torch.float32, device="meta")
+    wanted = state.tensors()
     for name, like in wanted.items():
         tensor = found.get(name)
         if tensor is None or tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
@@ -133,4 +134,4 @@ def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens
         raise CorruptFileError(f"{path} is damaged: layer {index} does not agree with the {tokens} tokens on record")
     weight = next(iter(student.parameters()), None)
     device = torch.device("cpu") if weight is None else weight.device
-    return StudentState(**{name: tensor.to(device, copy=True) for name, tensor in found.items()})
+    return state.replaced({name: tensor.to(device, copy=True) for name, tensor in found.items()})

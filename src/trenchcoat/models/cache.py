@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import RowState
 
 
 class StateLayer(CacheLayerMixin):
-    """The cache of one linearized layer: a :class:`StudentState` and the number of columns seen (padding included).
+    """The cache of one linearized layer: a student's state and the number of columns seen (padding included).
 
     `state` is None before the first token. Attention reads and replaces it; nothing here grows.
     """
@@ -30,13 +30,13 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self, mask_length: int | None = None) -> None:
         super().__init__()
-        self.state: StudentState | None = None
+        self.state: RowState | None = None
         self.tokens = 0
         self.mask_length = mask_length
         """Length of the mask when the cache's other layers are preallocated; None when they grow."""
         self._home: torch.device | None = None
 
-    def advance(self, state: StudentState, tokens: int) -> None:
+    def advance(self, state: RowState, tokens: int) -> None:
         """Take over the state after `tokens` more columns."""
         self.state = state
         self.tokens += tokens
@@ -112,7 +112,7 @@ class StateLayer(CacheLayerMixin):
 
     def _move(self, device: torch.device) -> None:
         if self.state is not None:
-            self.state = StudentState(**{name: t.to(device) for name, t in self.state.tensors().items()})
+            self.state = self.state.to(device)
 
 
 def state_layer(cache: Cache, index: int) -> StateLayer:

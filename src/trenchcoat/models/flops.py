@@ -42,15 +42,13 @@ def transfer_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, seq_len
     student = layer_student(shapes, student_cfg)
     linear = shapes.layers - len(set(student_cfg.keep_softmax))
     teacher = shapes.layers * (2.0 * shapes.used_parameters + _softmax_forward(shapes, seq_len))
-    maps, near = _maps(student), _near(shapes, student, seq_len)
-    sums, read = _far(shapes, student, seq_len)
+    own = student.flops(seq_len)
     # q, k and v are constants: gradients of the query features, the later queries' sums, those of the key features
-    forward, backward = maps + sums + read + near, 2.0 * read + sums + maps
+    forward, backward = own.maps + own.write + own.read + own.near, 2.0 * own.read + own.write + own.maps
     if xent and student.has_far:
         pairs = shapes.heads * (seq_len + 1) / 2
-        features = _features(student)
-        forward += pairs * 2.0 * (shapes.head_dim + features)
-        backward += pairs * 4.0 * features + maps
+        forward += pairs * 2.0 * (shapes.head_dim + student.features)
+        backward += pairs * 4.0 * student.features + own.maps
     return Cost(teacher + linear * forward, linear * backward)
 
 
@@ -64,7 +62,8 @@ def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: L
     linear = shapes.layers - kept
     base = 2.0 * (shapes.layers * shapes.used_parameters + shapes.vocab * shapes.hidden)
     lora = 2.0 * shapes.lora_parameters(lora_cfg)
-    maps, near, far = _maps(student), _near(shapes, student, seq_len), sum(_far(shapes, student, seq_len))
+    own = student.flops(seq_len)
+    maps, near, far = own.maps, own.near, own.write + own.read
     softmax = _softmax_forward(shapes, seq_len)
     forward = base + lora + linear * (maps + far + near) + kept * softmax
     learned_maps = maps if lora_cfg.train_feature_maps else 0.0
@@ -92,36 +91,6 @@ def student_parameters(shapes: Shapes, cfg: StudentConfig) -> int:
 
 def _softmax_forward(shapes: Shapes, seq_len: int) -> float:
     return 4.0 * shapes.heads * shapes.head_dim * (seq_len + 1) / 2
-
-
-def _features(student: StudentAttention) -> int:
-    return 0 if student.query_map is None else student.query_map.features
-
-
-def _maps(student: StudentAttention) -> float:
-    """phi of a token's queries and keys, in every head: 2 D P each (and an adapter's)."""
-    total = 0.0
-    for phi in (student.query_map, student.keys_phi):
-        if phi is not None:
-            total += 2.0 * sum(p.numel() for p in phi.parameters() if p.ndim == 3)
-    return total
-
-
-def _far(shapes: Shapes, student: StudentAttention, seq_len: int) -> tuple[float, float]:
-    """A token's key joins the sums (2 K F D), and its query reads them (2 H F D), where there is something far."""
-    if student.keys_phi is None or (student.kind != "linear" and seq_len <= student.cfg.window):
-        return 0.0, 0.0
-    each = 2.0 * _features(student) * shapes.head_dim
-    return each * student.keys_phi.num_heads, each * shapes.heads
-
-
-def _near(shapes: Shapes, student: StudentAttention, seq_len: int) -> float:
-    """Scores and values of the near keys: on average 1.5 W (terrace) or W (sliding) of them, and the sinks."""
-    if student.kind == "linear":
-        return 0.0
-    window = student.cfg.window
-    keys = (1.5 if student.kind == "terrace" else 1.0) * window + student.cfg.sinks
-    return 4.0 * shapes.heads * shapes.head_dim * min(keys, (seq_len + 1) / 2)
 
 
 # Devices

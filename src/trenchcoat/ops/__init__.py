@@ -6,7 +6,7 @@ from trenchcoat.ops.chunked.rows import Rows
 from trenchcoat.ops.crossent import CrossEntropy, attention_cross_entropy
 from trenchcoat.ops.decode import decode
 from trenchcoat.ops.operator import IMPLEMENTATIONS, attend_with_maps, linear_window_attention
-from trenchcoat.ops.state import Features, HeadWeights, Kind, PhiK, Rule, StateSizes, StudentState, Tokens
+from trenchcoat.ops.state import Features, HeadWeights, Kind, PhiK, RowState, Rule, StateSizes, StudentState, Tokens
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -16,6 +16,7 @@ __all__ = [
     "Kind",
     "Learner",
     "PhiK",
+    "RowState",
     "Rows",
     "Rule",
     "StateSizes",

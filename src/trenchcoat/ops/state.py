@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -135,8 +135,61 @@ class StateSizes:
 
 
 @dataclass
-class StudentState:
-    """Everything a row must remember, in tensors whose sizes never change.
+class RowState:
+    """What a student remembers of each row: the fields of a dataclass, tensors with the rows first and of fixed sizes.
+
+    Caches, files and servers handle states through this class alone, so that a student may define its own.
+    """
+
+    seen_B: Tensor = field(kw_only=True)
+    """Real tokens seen, int64."""
+    near_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that hold keys and values of the window and the sinks; the rest stands for the far past."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def replaced(self, tensors: dict[str, Tensor]) -> Self:
+        """A state of the same kind with other tensors."""
+        return type(self)(**tensors)
+
+    def nbytes(self) -> int:
+        """Bytes held; the same at any number of tokens seen."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def index_select(self, index: Tensor) -> Self:
+        """Rows picked (and repeated) by `index`, int64 [n]."""
+        return self.replaced({name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()})
+
+    def repeat_interleave(self, n: int) -> Self:
+        """Every row n times, copies of a row side by side."""
+        return self.replaced({name: t.repeat_interleave(n, dim=0) for name, t in self.tensors().items()})
+
+    def clone(self) -> Self:
+        """A copy that shares no memory."""
+        return self.replaced({name: t.clone() for name, t in self.tensors().items()})
+
+    def to(self, device: torch.device) -> Self:
+        """The state on `device`."""
+        return self.replaced({name: t.to(device) for name, t in self.tensors().items()})
+
+    def zero_(self) -> Self:
+        """Forget everything, in place."""
+        for t in self.tensors().values():
+            t.zero_()
+        return self
+
+    def copy_(self, other: RowState) -> Self:
+        """Take over the values of a state of the same kind and sizes, in place."""
+        for name, t in other.tensors().items():
+            getattr(self, name).copy_(t)
+        return self
+
+
+@dataclass
+class StudentState(RowState):
+    """The state of a softmax window and sums over what is older.
 
     `far_s_BKFE` and `far_z_BKF` (float32; the first may be bfloat16) hold the keys that were far for the last query;
     the buffer holds the others and possibly some older ones: the pair of position p lives in slot p modulo N, so what
@@ -150,8 +203,8 @@ class StudentState:
     sink_v_BGSE: Tensor
     far_s_BKFE: Tensor
     far_z_BKF: Tensor
-    seen_B: Tensor
     _host: list[int] | None = field(default=None, init=False, repr=False, compare=False)
+    near_fields = frozenset({"k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE"})
 
     @classmethod
     def empty(
@@ -184,10 +237,6 @@ class StudentState:
             seen_B=zeros(of=torch.int64),
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-
     def positions(self) -> list[int]:
         """`seen_B` as known to the host, which asks the device only when it has not counted along."""
         if self._host is None:
@@ -203,28 +252,15 @@ class StudentState:
         """`seen_B` has grown by `tokens` in every row; None: by what the host does not know."""
         self._host = None if tokens is None or self._host is None else [n + tokens for n in self._host]
 
-    def nbytes(self) -> int:
-        """Bytes held; the same at any number of tokens seen."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def index_select(self, index: Tensor) -> StudentState:
-        """Rows picked (and repeated) by `index`, int64 [n]."""
-        return StudentState(**{name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()})
-
-    def repeat_interleave(self, n: int) -> StudentState:
-        """Every row n times, copies of a row side by side."""
-        return StudentState(**{name: t.repeat_interleave(n, dim=0) for name, t in self.tensors().items()})
-
-    def clone(self) -> StudentState:
-        """A copy that shares no memory."""
-        return StudentState(**{name: t.clone() for name, t in self.tensors().items()})
-
-    def zero_(self) -> StudentState:
+    def zero_(self) -> Self:
         """Forget everything, in place."""
-        for t in self.tensors().values():
-            t.zero_()
         self._host = None
-        return self
+        return super().zero_()
+
+    def copy_(self, other: RowState) -> Self:
+        """Take over the values of a state of the same kind and sizes, in place."""
+        self._host = None
+        return super().copy_(other)
 
     def slot_positions(self) -> Tensor:
         """Position held by each buffer slot, int64 [B, N]; negative where the slot is still empty."""

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.models.flops import layer_student, student_parameters
 from trenchcoat.models.shapes import Shapes
@@ -109,12 +111,13 @@ def state_bytes(shapes: Shapes, student: StudentConfig, dtype_bytes: int = 2) ->
 
     Layers that stay softmax are not counted: their cache grows.
     """
-    one = layer_student(shapes, student)
+    with torch.device("meta"):
+        state = layer_student(shapes, student).empty_state(1, dtype=torch.bfloat16)
     layers = shapes.layers - len(set(student.keep_softmax))
-    maps, features = (0, 0) if one.keys_phi is None else (one.keys_phi.num_heads, one.keys_phi.features)
-    slots = {"terrace": 2 * student.window, "sliding": student.window}.get(one.kind, 0) + student.sinks
-    far = 4.0 * layers * maps * features * (shapes.head_dim + 1)
-    return far, 2.0 * dtype_bytes * layers * shapes.kv_heads * shapes.head_dim * slots
+    numbers = {name: t for name, t in state.tensors().items() if t.is_floating_point()}
+    far = sum(t.nbytes for name, t in numbers.items() if name not in state.near_fields)
+    near = sum(t.numel() for name, t in numbers.items() if name in state.near_fields)
+    return float(layers * far), float(layers * dtype_bytes * near)
 
 
 @dataclass(frozen=True)
@@ -208,13 +211,13 @@ class _Step:
 
     def _layer_saved(self) -> float:
         """What autograd keeps of one layer: the matrices are frozen, so only what LoRA, norms, MLP and student need."""
-        s, phi = self.shapes, self.student.keys_phi
+        s, student = self.shapes, self.student
         assert isinstance(self.stage, LoraConfig)
         dropout = 1.0 if self.stage.dropout > 0 else 0.0  # the mask
         adapted = (4.0 + dropout) * sum(inputs for inputs, _ in s.lora_layers(self.stage))
         norms = 2 * 4.0 * s.hidden
         heads = self.size * (s.heads + 2 * s.kv_heads) * s.head_dim
-        features = 0.0 if phi is None else 4.0 * phi.features * (s.heads + phi.num_heads)
+        features = 4.0 * student.features * (s.heads + student.key_heads)
         output = 4.0 * s.heads * (s.head_dim + 1)
         mlp = 3.0 * self.size * s.mlp_width
         return self.tokens * (adapted + norms + heads + features + output + mlp)
@@ -224,28 +227,27 @@ class _Step:
 
     def _student_transfer(self) -> float:
         """q, k, v, both outputs, the residual, a tile; with the cross-entropy all features and their gradients."""
-        s, phi = self.shapes, self.student.keys_phi
+        s, student = self.shapes, self.student
         cross = isinstance(self.stage, TransferConfig) and self.stage.xent_weight > 0
-        features = 8.0 * phi.features * (s.heads + phi.num_heads) if cross and phi is not None else 0.0
+        features = 8.0 * student.features * (s.heads + student.key_heads) if cross else 0.0
         rows = self.size * (2 * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden)
         whole_rows = s.heads // s.kv_heads * self.seq_len
         return self.tokens * (rows + features) + self._tile(max(closed_form.TILE_TOKENS, whole_rows), 3, 2, 4, 1)
 
     def _student_backward(self) -> float:
         """Gradients of the features, of q, k, v and of the residual, and a tile."""
-        s, phi = self.shapes, self.student.keys_phi
-        features = 0.0 if phi is None else 4.0 * phi.features * (s.heads + phi.num_heads)
+        s, student = self.shapes, self.student
+        features = 4.0 * student.features * (s.heads + student.key_heads)
         rows = 4.0 * (s.heads + 2 * s.kv_heads) * s.head_dim + 2.0 * self.size * s.hidden
         return self.tokens * (rows + features) + self._tile(TILE_TOKENS, 6, 4, 6, 2)
 
     def _tile(self, most: int, queries: int, keys: int, columns: int, features: int) -> float:
         """Scratch of a tile of up to ``most`` query rows: so many arrays of queries, of keys, of window columns, of
         features, and the running sums (forwards and backwards)."""
-        s, phi = self.shapes, self.student.keys_phi
+        s, width = self.shapes, self.student.features
         rows = min(most, s.heads * self.tokens)
         dim, window = s.head_dim, self.student.cfg.window
         numbers = queries * dim + keys * dim * s.kv_heads / s.heads + columns * window
-        if phi is not None:
-            share = phi.num_heads / s.heads
-            numbers += features * phi.features * (1 + share) + 2.75 * share * phi.features * dim / window
+        share = self.student.key_heads / s.heads
+        numbers += features * width * (1 + share) + 2.75 * share * width * dim / window
         return 4.0 * rows * numbers

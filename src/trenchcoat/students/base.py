@@ -1,4 +1,8 @@
-"""The base class of every student attention: parameters, the three ways it runs, and its layer-local learning.
+"""What every student attention shares: its maps, how it learns beside the teacher, and what it must say of itself.
+
+A student is one file in this package and one line in `students.registry`: a subclass of :class:`StudentAttention` (its
+docstring says what to write), or of :class:`trenchcoat.students.sums.SumAttention` where the far part is the usual sum.
+Caches, saved states, checkpoints and plans ask the methods here and know no student by name.
 
 Shape legend: B rows, H query heads, G key/value heads, K heads of the key map, T tokens, D head dim, E value dim,
 F features.
@@ -6,33 +10,15 @@ F features.
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-import trenchcoat.students.fused as fused
 from trenchcoat.config import StudentConfig
-from trenchcoat.ops import (
-    Features,
-    HeadWeights,
-    Kind,
-    Learner,
-    Rows,
-    Rule,
-    StateSizes,
-    StudentState,
-    Tokens,
-    attend_with_maps,
-    attention_cross_entropy,
-    decode,
-    linear_window_attention,
-    transfer,
-)
-from trenchcoat.students.feature_maps import FeatureMap, Weights
+from trenchcoat.ops import Kind, RowState, Tokens
+from trenchcoat.students.feature_maps import FeatureMap
 
 Mode = Literal["teacher", "transfer", "student"]
 
@@ -58,14 +44,43 @@ class TransferRequest:
     """Only set the initial values that come from real text (`init: landmarks`); no loss."""
 
 
-class StudentAttention(nn.Module):
-    """A trainable sub-quadratic attention with the q, k, v of one layer as input.
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Floating-point operations of a token's forward pass in one layer, two a multiply-add."""
 
-    A subclass sets `kind` (and `has_far = False` when it has no feature maps). Parameters are float32.
+    maps: float
+    """Features of queries and keys."""
+    near: float
+    """Scores and values of the near keys."""
+    write: float
+    """The token joins the state of the far part."""
+    read: float
+    """Its query reads that state."""
+
+
+class StudentAttention(nn.Module):
+    """A trainable sub-quadratic attention with the q, k, v of one layer as input. Parameters are float32.
+
+    A subclass writes
+
+    * `__init__`, where it has parameters beyond the feature maps `query_map` and `key_map`, and `reset_parameters`;
+    * `forward`, differentiable, and `empty_state`, whose class (a dataclass derived from
+      :class:`trenchcoat.ops.RowState`) is its own affair. Deriving it from `StudentState` instead gives it the
+      window's ring of keys and values, which the operator keeps under a rule with `far=False`;
+
+    and, where the general answer does not fit, `decode` (here `forward`, written back into the state), `learn` (here
+    autograd through `forward`), `flops`, `features` and `key_heads` (here those of feature maps and of a state of F x E
+    numbers a head) and `implementation` (here one, in PyTorch).
+
+    What a gate would need that depends on the layer's input: `models.interface.hand_over_cache` is called with the
+    hidden states of `self_attn` and could hand them to `attention` as it does the cache; they would arrive as one more
+    keyword of `forward`, `decode` and `transfer`.
     """
 
-    kind: ClassVar[Kind] = "terrace"
+    kind: ClassVar[Kind] = "linear"
+    """Which keys the softmax part sees; `linear`: there is none."""
     has_far: ClassVar[bool] = True
+    """Whether there is a far part, with feature maps."""
 
     def __init__(
         self, cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
@@ -73,8 +88,6 @@ class StudentAttention(nn.Module):
         super().__init__()
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads")
-        if not 0.0 < cfg.mix_init < 1.0:
-            raise ValueError(f"student.mix_init is {cfg.mix_init}; it must lie strictly between 0 and 1")
         self.cfg = cfg
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, head_dim if value_dim is None else value_dim
@@ -86,11 +99,8 @@ class StudentAttention(nn.Module):
         self.metrics: dict[str, Tensor] = {}
         self.query_map: FeatureMap | None = None
         self.key_map: FeatureMap | None = None
-        self.mix_H: nn.Parameter | None = None
         if self.has_far:
             self._build_maps()
-        self._rule(scale=1.0)
-        self.reset_parameters()
 
     def _build_maps(self) -> None:
         cfg = self.cfg
@@ -105,8 +115,6 @@ class StudentAttention(nn.Module):
         self.query_map = FeatureMap(cfg.feature_map, num_heads=self.num_heads, head_dim=self.head_dim)
         if not cfg.tied:
             self.key_map = FeatureMap(cfg.feature_map, num_heads=key_heads, head_dim=self.head_dim)
-        if self.kind != "linear":
-            self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -114,8 +122,6 @@ class StudentAttention(nn.Module):
         for feature_map in (self.query_map, self.key_map):
             if feature_map is not None:
                 feature_map.reset_parameters()
-        if self.mix_H is not None:
-            self.mix_H.fill_(math.log(self.cfg.mix_init / (1.0 - self.cfg.mix_init)))
 
     @property
     def starts_from_text(self) -> bool:
@@ -127,6 +133,18 @@ class StudentAttention(nn.Module):
         """The key feature map (the query map when tied)."""
         return self.key_map if self.key_map is not None else self.query_map
 
+    @property
+    def features(self) -> int:
+        """F, 0 without a far part."""
+        return 0 if self.query_map is None else self.query_map.features
+
+    @property
+    def key_heads(self) -> int:
+        """K, 0 without a far part."""
+        return 0 if self.keys_phi is None else self.keys_phi.num_heads
+
+    # What it computes
+
     def forward(
         self,
         q_BHTD: Tensor,
@@ -137,36 +155,22 @@ class StudentAttention(nn.Module):
         softcap: float | None = None,
         sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
-        state: StudentState | None = None,
-    ) -> tuple[Tensor, StudentState | None]:
+        state: Any = None,
+    ) -> tuple[Tensor, Any]:
         """y [B, H, T, E] in q's dtype with autograd, and the state after it where one came in (else None).
 
-        `state` is what came before, :meth:`empty_state` at the start of a row; it is not modified.
+        `scale`, `softcap` and `sink_logit` are those of the teacher's scores. `mask_BT` is True at real tokens, in any
+        pattern; the others do not exist, and their outputs are 0. `state` is what came before, :meth:`empty_state` at
+        the start of a row; it is not modified.
         """
-        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
-        heads, impl = HeadWeights(self._mix(q_BHTD), sink_logit), self._impl(q_BHTD)
-        if impl == "triton":
-            from trenchcoat.ops.triton.attention import attend
+        raise NotImplementedError
 
-            return attend(tokens, fused.fused_maps(self.query_map, self.keys_phi, rule), heads, rule, state=state)
-        if state is None and rule.far and impl == "chunkwise" and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
-            learners = self._learners(rule, False)
-            assert learners is not None
-            return attend_with_maps(tokens, learners, heads, rule), None
-        features = self._features(q_BHTD, k_BGTD, rule)
-        return linear_window_attention(tokens, features, heads, rule, state=state, impl=impl)
+    def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None) -> RowState:
+        """The state before the first token, at its final size; `dtype` is the model's.
 
-    def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
-        """The implementation that runs for inputs of `dtype` on `device`."""
-        shape = fused.Shape(dtype, self._rule(scale=1.0), self.head_dim, self.value_dim)
-        return fused.implementation(self.cfg.impl, device, self.query_map, shape)
-
-    def _impl(self, like: Tensor) -> str:
-        return self.implementation(like.dtype, like.device)
-
-    def _only_reads(self, *inputs: Tensor) -> bool:
-        """Nothing needs a gradient, so features need not outlive their tile."""
-        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
+        `state_dtype` bfloat16 asks for one of half the size.
+        """
+        raise NotImplementedError
 
     @torch.no_grad()
     def decode(
@@ -175,42 +179,27 @@ class StudentAttention(nn.Module):
         k_BGTD: Tensor,
         v_BGTE: Tensor,
         *,
-        state: StudentState,
+        state: Any,
         scale: float,
         softcap: float | None = None,
         sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
     ) -> Tensor:
         """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
-        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
-        heads, query, key = HeadWeights(self._mix(q_BHTD), sink_logit), self.query_map, self.keys_phi
-        if self._impl(q_BHTD) == "triton":
-            from trenchcoat.ops.triton.decode import decode as fused_decode
+        scores = {"scale": scale, "softcap": softcap, "sink_logit": sink_logit}
+        y, after = self(q_BHTD, k_BGTD, v_BGTE, state=state, mask_BT=mask_BT, **scores)
+        state.copy_(after)
+        return y
 
-            return fused_decode(tokens, fused.fused_maps(query, key, rule), heads, state, rule)
-        features = None
-        if rule.far and query is not None and key is not None:
-            features = Features(query.rows(q_BHTD), key.rows(k_BGTD) if rule.kind == "linear" else None, key.rows)
-        return decode(tokens, features, heads, state, rule)
+    def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The implementation that runs for inputs of `dtype` on `device`; ValueError when the one asked for cannot."""
+        if self.cfg.impl != "auto":
+            raise ValueError(
+                f"student.impl is {self.cfg.impl}, but {self.cfg.name!r} has one implementation of its own; use auto"
+            )
+        return "pytorch"
 
-    def empty_state(
-        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> StudentState:
-        """The state before the first token, at its final size; `dtype` is the keys' and values'.
-
-        With `state_dtype` bfloat16 the far sums and the buffered pairs are bfloat16.
-        """
-        keys = self.keys_phi
-        short = self.state_dtype == torch.bfloat16
-        sizes = StateSizes(
-            kv_heads=self.num_kv_heads,
-            key_maps=0 if keys is None else keys.num_heads,
-            key_dim=self.head_dim,
-            value_dim=self.value_dim,
-            features=0 if keys is None else keys.features,
-        )
-        types = {"dtype": torch.bfloat16, "far_dtype": torch.bfloat16} if short else {"dtype": dtype}
-        return StudentState.empty(batch_size, self._rule(scale=1.0), sizes, device=device, **types)
+    # How it learns
 
     def transfer(
         self,
@@ -233,54 +222,43 @@ class StudentAttention(nn.Module):
         if request.initialise:
             self._set_landmarks(k_BGTD, scale, mask_BT)
             return
-        rule = self._rule(scale, softcap)
-        with torch.no_grad():
-            rows = Rows.plan(q_BHTD.shape[0], q_BHTD.shape[2], rule, mask_BT, None)
-            q, k, v, y = (rows.align(t.detach()) for t in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
-            tokens_count = q.shape[0] * q.shape[2] if rows.length_B is None else int(rows.length_B.sum())
-            count = max(1, tokens_count * self.num_heads * self.value_dim)
-            power = _power(y, rows) / count
-            weight = request.mse_weight / (power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0)
-            learns = request.backward and self.query_map is not None
-            tokens, heads = Tokens(q, k, v), HeadWeights(self._mix(q), sink_logit)
-            lengths = rows.length_B
-            error, dlog_ratio = self._transfer_error(tokens, y, heads, rule, lengths, weight / count, learns)
-            mse, xent = error / count, torch.zeros_like(power)
-            if request.xent_weight and rule.far:
-                rows_count = max(1, tokens_count * self.num_heads)
-                scale_of_rows = request.xent_weight / rows_count
-                xent, dlog = self._cross_entropy(tokens, heads, rule, lengths, scale_of_rows, learns)
-                xent = xent / rows_count
-                dlog_ratio = dlog_ratio + dlog
-            if learns:
-                self._add_mix_gradient(dlog_ratio)
-        loss = weight * mse + request.xent_weight * xent
-        self.metrics = {"loss": loss, "mse": mse, "xent": xent, "target_power": power}
+        q, k, v, y = (x.detach() for x in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
+        tokens = Tokens(q, k, v, mask_BT)
+        self.metrics = self.learn(request, tokens, y, scale=scale, softcap=softcap, sink_logit=sink_logit)
 
-    def _transfer_error(
+    def learn(
         self,
+        request: TransferRequest,
         tokens: Tokens,
         y_BHTE: Tensor,
-        heads: HeadWeights,
-        rule: Rule,
-        length_B: Tensor | None,
+        *,
         scale: float,
-        learns: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(summed squared error, gradient of `scale` times it for log(g / l)); the maps' go to their `.grad`."""
-        dlog_ratio = torch.zeros_like(heads.mix_H)
-        options: dict[str, Any] = {"length_B": length_B, "error_scale": scale}
-        if self._impl(tokens.q_BHTD) == "triton":
-            from trenchcoat.ops.triton.attention import transfer as fused_transfer
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss, mse, xent and mean squared target, 0-d without a graph; gradients go to the parameters' `.grad`."""
+        if request.xent_weight:
+            raise ValueError(f"{self.cfg.name!r} has no attention rows to compare; use transfer.xent_weight=0")
+        mask_BT = tokens.mask_BT
+        y = y_BHTE if mask_BT is None else y_BHTE * mask_BT[:, None, :, None]
+        number = y.shape[0] * y.shape[2] if mask_BT is None else int(mask_BT.sum())
+        count, power, weight = self._loss_scale(request, y, number)
+        with torch.set_grad_enabled(request.backward):
+            scores = {"scale": scale, "softcap": softcap, "sink_logit": sink_logit}
+            y_hat, _ = self(tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, mask_BT=mask_BT, **scores)
+            mse = (y_hat.to(power.dtype) - y).square().sum() / count
+            if mse.requires_grad:
+                (weight * mse).backward()
+        mse = mse.detach()
+        return {"loss": weight * mse, "mse": mse, "xent": torch.zeros_like(mse), "target_power": power}
 
-            maps = (self.query_map, self.keys_phi)
-            fused_pair = fused.fused_maps(*maps, rule)
-            total, found = fused_transfer(tokens, y_BHTE, fused_pair, heads, rule, learn=learns, **options)
-            dlog = fused.add_gradients(*maps, found)
-            return total, dlog_ratio if dlog is None else dlog
-        wanted = dlog_ratio if learns else None
-        total = transfer(tokens, y_BHTE, self._learners(rule, learns), heads, rule, dlog_ratio_H=wanted, **options)
-        return total, dlog_ratio
+    def _loss_scale(self, request: TransferRequest, y_BHTE: Tensor, tokens: int) -> tuple[int, Tensor, float]:
+        """(numbers in `tokens` outputs, mean of y^2 over them, weight of the mean squared error); y is 0 elsewhere."""
+        count = max(1, tokens * self.num_heads * self.value_dim)
+        wide = torch.promote_types(y_BHTE.dtype, torch.float32)
+        power = torch.linalg.vector_norm(y_BHTE, dtype=wide).square() / count
+        divisor = power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0
+        return count, power, request.mse_weight / divisor
 
     def _set_landmarks(self, k_BGTD: Tensor, scale: float, mask_BT: Tensor | None) -> None:
         real_BT = torch.ones_like(k_BGTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
@@ -288,75 +266,21 @@ class StudentAttention(nn.Module):
             if feature_map is not None:
                 feature_map.set_landmarks(k_BGTD.transpose(0, 1)[:, real_BT], scale)
 
-    def _cross_entropy(
-        self, tokens: Tokens, heads: HeadWeights, rule: Rule, length_B: Tensor | None, weight: float, learns: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(summed cross-entropy, `weight` times its gradient for log(g / l)); adds the maps' gradients to `.grad`."""
-        none = torch.zeros_like(heads.mix_H)
-        if self._impl(tokens.q_BHTD) == "triton":
-            from trenchcoat.ops.triton.crossent_launch import cross_entropy
+    # What it costs
 
-            maps = (self.query_map, self.keys_phi)
-            fused_pair = fused.fused_maps(*maps, rule)
-            total, found = cross_entropy(tokens, fused_pair, heads, rule, length_B=length_B, learn=learns)
-            dlog = fused.add_gradients(*maps, found, weight)
-            return total, none if dlog is None else dlog
-        with torch.set_grad_enabled(learns):
-            features = self._features(tokens.q_BHTD, tokens.k_BGTD, rule)
-        assert features is not None and features.k_BKTF is not None  # noqa: PT018
-        fixed = Features(features.q_BHTF.detach(), features.k_BKTF.detach())
-        result = attention_cross_entropy(tokens, fixed, heads, rule, length_B=length_B, gradients=learns)
-        if not learns or result.dfq_BHTF is None or result.dfk_BKTF is None or result.dlog_ratio_H is None:
-            return result.total, none
-        with torch.enable_grad():
-            both = (features.q_BHTF, features.k_BKTF)
-            torch.autograd.backward(both, (result.dfq_BHTF.mul_(weight), result.dfk_BKTF.mul_(weight)))
-        return result.total, result.dlog_ratio_H.mul_(weight)
-
-    def _add_mix_gradient(self, dlog_ratio_H: Tensor) -> None:
-        if self.mix_H is None:
-            return
-        d = dlog_ratio_H if self.cfg.affine else dlog_ratio_H * torch.sigmoid(-self.mix_H)
-        self.mix_H.grad = d if self.mix_H.grad is None else self.mix_H.grad.add_(d)
-
-    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor, rule: Rule) -> Features | None:
-        if not rule.far or self.query_map is None or self.keys_phi is None:
-            return None
-        return Features(self.query_map(q_BHTD), self.keys_phi(k_BGTD), self.keys_phi)
-
-    def _learners(self, rule: Rule, learns: bool) -> tuple[Learner[Weights], Learner[Weights]] | None:
-        if not rule.far or self.query_map is None or self.keys_phi is None:
-            return None
-        query, key = (
-            Learner(phi, phi.weights(), phi.gradients() if learns else None) for phi in (self.query_map, self.keys_phi)
-        )
-        return query, key
-
-    def _mix(self, like: Tensor) -> Tensor:
-        """The raw mix; a constant 0 where the student learns none (its value then cancels or is not used)."""
-        if self.mix_H is not None:
-            return self.mix_H
-        return torch.zeros(self.num_heads, dtype=torch.float32, device=like.device)
-
-    def _rule(self, scale: float, softcap: float | None = None) -> Rule:
-        far, cfg = self.has_far and self.far_enabled, self.cfg
-        return _known_rule(self.kind, cfg.window, scale, softcap, cfg.sinks, cfg.affine, far)
+    def flops(self, seq_len: int) -> Flops:
+        """Of a token in a row of `seq_len`: on average 1.5 W (terrace) or W (sliding) near keys, and the sinks."""
+        near, window = 0.0, self.cfg.window
+        if self.kind != "linear":
+            keys = (1.5 if self.kind == "terrace" else 1.0) * window + self.cfg.sinks
+            near = 2.0 * self.num_heads * (self.head_dim + self.value_dim) * min(keys, (seq_len + 1) / 2)
+        maps = [phi for phi in (self.query_map, self.keys_phi) if phi is not None]
+        each = 2.0 * self.features * self.value_dim if self.kind == "linear" or seq_len > window else 0.0
+        return Flops(
+            maps=2.0 * sum(p.numel() for phi in maps for p in phi.parameters() if p.ndim == 3),
+            near=near, write=each * self.key_heads, read=each * self.num_heads,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """One line for printing the module."""
         return f"{self.kind}, heads={self.num_heads}/{self.num_kv_heads}, window={self.cfg.window}"
-
-
-@functools.lru_cache(maxsize=256)
-def _known_rule(
-    kind: Kind, window: int, scale: float, softcap: float | None, sinks: int, affine: bool, far: bool
-) -> Rule:
-    return Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
-
-
-def _power(y_BHLE: Tensor, rows: Rows) -> Tensor:
-    """Sum of squares over real tokens."""
-    if rows.length_B is not None:
-        token = torch.arange(y_BHLE.shape[2], device=y_BHLE.device)
-        y_BHLE = y_BHLE.masked_fill((token >= rows.length_B[:, None])[:, None, :, None], 0.0)
-    return torch.linalg.vector_norm(y_BHLE, dtype=torch.promote_types(y_BHLE.dtype, torch.float32)).square()

@@ -21,14 +21,15 @@ from trenchcoat.students.feature_maps import FeatureMap
 if TYPE_CHECKING:
     from trenchcoat.ops.triton.launch import FusedMaps
 
-log = logging.getLogger("trenchcoat")
+_log = logging.getLogger("trenchcoat")
 OLDEST, NOT_YET = (8, 0), (10, 0)
-"""Compute capabilities: older tensor cores have no bfloat16, newer ones are for who asks for `triton` by name."""
-_told: set[str] = set()
+"""Compute capabilities: tensor cores older than the first have no bfloat16; from the second on `auto` does not choose
+the kernels, which were not tuned there."""
+_reported: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """What a layer asks of the kernels."""
 
     dtype: torch.dtype
@@ -37,7 +38,7 @@ class Shape:
     values: int
 
 
-def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: Shape) -> str:
+def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape) -> str:
     """What `student.impl` stands for on `device`.
 
     `auto` is `triton` on CUDA devices where the kernels can do what `feature_map` and `shape` ask, else `chunkwise`.
@@ -60,10 +61,10 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
         elif reason is not None:
             raise ValueError(f"student.impl is triton, but {reason}; student.impl=chunkwise can do it")
     chosen = "triton" if reason is None else "chunkwise"
-    said = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
-    if said not in _told:
-        _told.add(said)
-        log.info("attention on %s", said)
+    choice = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
+    if choice not in _reported:
+        _reported.add(choice)
+        _log.info("attention on %s", choice)
     if chosen == "triton":
         from trenchcoat.ops.triton.check import check
 
@@ -93,7 +94,7 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
 
 
 @lru_cache
-def _unfit(device: torch.device, shape: Shape, cfg: FeatureMapConfig | None) -> str | None:
+def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None) -> str | None:
     """Why the kernels cannot, or should not, take tensors of this shape; or None."""
     from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, refusal
 

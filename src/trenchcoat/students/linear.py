@@ -5,10 +5,10 @@ Source: LoLCATs (https://arxiv.org/abs/2410.10254), section 3.1; Hedgehog (https
 
 from __future__ import annotations
 
-from trenchcoat.students.base import StudentAttention
+from trenchcoat.students.sums import SumAttention
 
 
-class LinearAttention(StudentAttention):
+class LinearAttention(SumAttention):
     """Linear attention over every token up to the query; the state has no buffer."""
 
     kind = "linear"

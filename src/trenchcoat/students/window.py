@@ -6,22 +6,22 @@ for window + sinks.
 
 from __future__ import annotations
 
-from trenchcoat.students.base import StudentAttention
+from trenchcoat.students.sums import SumAttention
 
 
-class TerraceAttention(StudentAttention):
+class TerraceAttention(SumAttention):
     """Softmax over the query's own chunk of W tokens and the one before, linear attention over everything older."""
 
     kind = "terrace"
 
 
-class SlidingAttention(StudentAttention):
+class SlidingAttention(SumAttention):
     """Softmax over the last W tokens, linear attention over everything older."""
 
     kind = "sliding"
 
 
-class WindowSinksAttention(StudentAttention):
+class WindowSinksAttention(SumAttention):
     """Softmax over the terrace window and the first `sinks` tokens; no far part and no parameters."""
 
     kind = "terrace"

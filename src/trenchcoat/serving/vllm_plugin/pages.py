@@ -1,6 +1,6 @@
 """A request's state as one page of a server's cache, and attention of many requests' tokens against such pages.
 
-A page is what :class:`trenchcoat.ops.StudentState` holds for one row: a few tensors of fixed shapes. The tokens of a
+A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes. The tokens of a
 step come in one flat row, those of requests that decode (one token each) before those of requests that prefill.
 
 Shape legend: P pages, T tokens of a step, R requests of it, H query heads, G key/value heads, D head dim.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trenchcoat.ops import StudentState
+from trenchcoat.ops import RowState
 from trenchcoat.students import StudentAttention
 
 _SEEN = "seen_B"
@@ -41,21 +41,18 @@ class PageLayout:
             dtypes=tuple(torch.int32 if name == _SEEN else t.dtype for name, t in kept),
         )
 
-    def read(
-        self, pages: Sequence[Tensor], slots: Tensor, student: StudentAttention, dtype: torch.dtype
-    ) -> StudentState:
+    def read(self, pages: Sequence[Tensor], slots: Tensor, student: StudentAttention, dtype: torch.dtype) -> RowState:
         """The states in `slots` (int [R]); copies."""
         state = student.empty_state(slots.shape[0], dtype=dtype, device=slots.device)
         for name, page in zip(self.names, pages, strict=True):
-            tensor: Tensor = getattr(state, name)
+            tensor = state.tensors()[name]
             tensor.copy_(page[slots.long()].view(tensor.shape))
         return state
 
-    def write(self, pages: Sequence[Tensor], slots: Tensor, state: StudentState) -> None:
+    def write(self, pages: Sequence[Tensor], slots: Tensor, state: RowState) -> None:
         """Put `state` into `slots`."""
         for name, page in zip(self.names, pages, strict=True):
-            tensor: Tensor = getattr(state, name)
-            page[slots.long()] = tensor.view(-1, *page.shape[1:]).to(page.dtype)
+            page[slots.long()] = state.tensors()[name].view(-1, *page.shape[1:]).to(page.dtype)
 
 
 def attend(

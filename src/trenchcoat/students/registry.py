@@ -1,0 +1,52 @@
+"""Student attentions by name. A new one is one file beside this one and one line in STUDENTS."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+
+from trenchcoat.config import StudentConfig
+from trenchcoat.students.base import StudentAttention
+from trenchcoat.students.linear import LinearAttention
+from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
+
+STUDENTS: dict[str, type[StudentAttention]] = {
+    "terrace": TerraceAttention,
+    "sliding": SlidingAttention,
+    "linear": LinearAttention,
+    "window_sinks": WindowSinksAttention,
+}
+"""Name in a recipe (`student.name`) -> class."""
+
+
+def register_student(name: str, cls: type[StudentAttention]) -> type[StudentAttention]:
+    """Make `cls` available as `student.name: <name>`; ValueError when the name is taken by another class."""
+    if STUDENTS.get(name, cls) is not cls:
+        raise ValueError(f"student {name!r} is already {STUDENTS[name].__name__}; choose another name")
+    STUDENTS[name] = cls
+    return cls
+
+
+def student_class(name: str) -> type[StudentAttention]:
+    """The class registered as `name`; ValueError with the nearest known name otherwise."""
+    if name in STUDENTS:
+        return STUDENTS[name]
+    near = difflib.get_close_matches(name, STUDENTS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"student.name is {name!r}{hint} Known students: {', '.join(sorted(STUDENTS))}")
+
+
+def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What `cfg.impl` stands for in layers of this head size, type and device."""
+    with torch.device("meta"):
+        student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
+    return student.implementation(dtype, device)
+
+
+def build_student(
+    cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
+) -> StudentAttention:
+    """The student `cfg.name` for one layer."""
+    cls = student_class(cfg.name)
+    return cls(cfg, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)

@@ -1,0 +1,260 @@
+"""Softmax attention over a window and, over everything older, sums of phi(k) v^T: the students of the operator.
+
+The formula is in :mod:`trenchcoat.ops.reference`; transfer is in closed form, without a graph.
+
+Shape legend: as in :mod:`trenchcoat.students.base`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trenchcoat.config import StudentConfig
+from trenchcoat.ops import (
+    Features,
+    HeadWeights,
+    Kind,
+    Learner,
+    Rows,
+    Rule,
+    StateSizes,
+    StudentState,
+    Tokens,
+    attend_with_maps,
+    attention_cross_entropy,
+    decode,
+    linear_window_attention,
+    transfer,
+)
+from trenchcoat.students import fused
+from trenchcoat.students.base import StudentAttention, TransferRequest
+from trenchcoat.students.feature_maps import Weights
+
+
+class SumAttention(StudentAttention):
+    """A subclass sets `kind`, and `has_far = False` when it has no far part."""
+
+    kind: ClassVar[Kind] = "terrace"
+
+    def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
+        super().__init__(cfg, **sizes)
+        if not 0.0 < cfg.mix_init < 1.0:
+            raise ValueError(f"student.mix_init is {cfg.mix_init}; it must lie strictly between 0 and 1")
+        self.mix_H: nn.Parameter | None = None
+        if self.has_far and self.kind != "linear":
+            self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self._rule(scale=1.0)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """(Re)initialise every parameter from the config; for use after `to_empty`."""
+        super().reset_parameters()
+        if self.mix_H is not None:
+            self.mix_H.fill_(math.log(self.cfg.mix_init / (1.0 - self.cfg.mix_init)))
+
+    def forward(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        state: StudentState | None = None,
+    ) -> tuple[Tensor, StudentState | None]:
+        """See :meth:`StudentAttention.forward`."""
+        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
+        heads, impl = HeadWeights(self._mix(q_BHTD), sink_logit), self._impl(q_BHTD)
+        if impl == "triton":
+            from trenchcoat.ops.triton.attention import attend
+
+            return attend(tokens, self._fused(rule), heads, rule, state=state)
+        if state is None and rule.far and impl == "chunkwise" and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
+            learners = self._learners(rule, False)
+            assert learners is not None
+            return attend_with_maps(tokens, learners, heads, rule), None
+        features = self._features(q_BHTD, k_BGTD, rule)
+        return linear_window_attention(tokens, features, heads, rule, state=state, impl=impl)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        state: StudentState,
+        scale: float,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> Tensor:
+        """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
+        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
+        heads, query, key = HeadWeights(self._mix(q_BHTD), sink_logit), self.query_map, self.keys_phi
+        if self._impl(q_BHTD) == "triton":
+            from trenchcoat.ops.triton.decode import decode as fused_decode
+
+            return fused_decode(tokens, self._fused(rule), heads, state, rule)
+        features = None
+        if rule.far and query is not None and key is not None:
+            features = Features(query.rows(q_BHTD), key.rows(k_BGTD) if rule.kind == "linear" else None, key.rows)
+        return decode(tokens, features, heads, state, rule)
+
+    def empty_state(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> StudentState:
+        """The state before the first token, at its final size; `dtype` is the keys' and values'.
+
+        With `state_dtype` bfloat16 the far sums and the buffered pairs are bfloat16.
+        """
+        sizes = StateSizes(
+            kv_heads=self.num_kv_heads, key_maps=self.key_heads, key_dim=self.head_dim, value_dim=self.value_dim,
+            features=self.features,
+        )  # fmt: skip
+        short = self.state_dtype == torch.bfloat16
+        types = {"dtype": torch.bfloat16, "far_dtype": torch.bfloat16} if short else {"dtype": dtype}
+        return StudentState.empty(batch_size, self._rule(scale=1.0), sizes, device=device, **types)
+
+    @torch.no_grad()
+    def learn(
+        self,
+        request: TransferRequest,
+        tokens: Tokens,
+        y_BHTE: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sink_logit: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """In closed form, with the cross-entropy of attention rows; see :meth:`StudentAttention.learn`."""
+        rule, like = self._rule(scale, softcap), tokens.q_BHTD
+        rows = Rows.plan(like.shape[0], like.shape[2], rule, tokens.mask_BT, None)
+        q, k, v, y = (rows.align(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, y_BHTE))
+        number = q.shape[0] * q.shape[2] if rows.length_B is None else int(rows.length_B.sum())
+        count, power, weight = self._loss_scale(request, _real(y, rows), number)
+        learns = request.backward and self.query_map is not None
+        call = Tokens(q, k, v), HeadWeights(self._mix(q), sink_logit), rule, rows.length_B
+        error, dlog_ratio = self._squared_error(*call, y, weight / count if learns else None)
+        mse, xent = error / count, torch.zeros_like(power)
+        if request.xent_weight and rule.far:
+            pairs = max(1, number * self.num_heads)
+            xent, dlog = self._cross_entropy(*call, request.xent_weight / pairs if learns else None)
+            xent, dlog_ratio = xent / pairs, dlog_ratio + dlog
+        if learns:
+            self._add_mix_gradient(dlog_ratio)
+        loss = weight * mse + request.xent_weight * xent
+        return {"loss": loss, "mse": mse, "xent": xent, "target_power": power}
+
+    def _squared_error(
+        self,
+        tokens: Tokens,
+        heads: HeadWeights,
+        rule: Rule,
+        length_B: Tensor | None,
+        y_BHTE: Tensor,
+        weight: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(sum, gradient of `weight` times it for log(g / l)); the maps' go to their `.grad`. None: no gradients."""
+        learns, dlog_ratio = weight is not None, torch.zeros_like(heads.mix_H)
+        options: dict[str, Any] = {"length_B": length_B, "error_scale": weight or 0.0}
+        if self._impl(tokens.q_BHTD) == "triton":
+            from trenchcoat.ops.triton.attention import transfer as fused_transfer
+
+            total, found = fused_transfer(tokens, y_BHTE, self._fused(rule), heads, rule, learn=learns, **options)
+            dlog = fused.add_gradients(self.query_map, self.keys_phi, found)
+            return total, dlog_ratio if dlog is None else dlog
+        wanted = dlog_ratio if learns else None
+        total = transfer(tokens, y_BHTE, self._learners(rule, learns), heads, rule, dlog_ratio_H=wanted, **options)
+        return total, dlog_ratio
+
+    def _cross_entropy(
+        self, tokens: Tokens, heads: HeadWeights, rule: Rule, length_B: Tensor | None, weight: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `_squared_error`, of the attention rows' cross-entropy."""
+        learns, none = weight is not None, torch.zeros_like(heads.mix_H)
+        if self._impl(tokens.q_BHTD) == "triton":
+            from trenchcoat.ops.triton.crossent_launch import cross_entropy
+
+            total, found = cross_entropy(tokens, self._fused(rule), heads, rule, length_B=length_B, learn=learns)
+            dlog = fused.add_gradients(self.query_map, self.keys_phi, found, weight or 0.0)
+            return total, none if dlog is None else dlog
+        with torch.set_grad_enabled(learns):
+            features = self._features(tokens.q_BHTD, tokens.k_BGTD, rule)
+        assert features is not None and features.k_BKTF is not None  # noqa: PT018
+        fixed = Features(features.q_BHTF.detach(), features.k_BKTF.detach())
+        result = attention_cross_entropy(tokens, fixed, heads, rule, length_B=length_B, gradients=learns)
+        dfq, dfk, dlog = result.dfq_BHTF, result.dfk_BKTF, result.dlog_ratio_H
+        if weight is None or dfq is None or dfk is None or dlog is None:
+            return result.total, none
+        with torch.enable_grad():
+            both = (features.q_BHTF, features.k_BKTF)
+            torch.autograd.backward(both, (dfq.mul_(weight), dfk.mul_(weight)))
+        return result.total, dlog.mul_(weight)
+
+    def _add_mix_gradient(self, dlog_ratio_H: Tensor) -> None:
+        if self.mix_H is None:
+            return
+        d = dlog_ratio_H if self.cfg.affine else dlog_ratio_H * torch.sigmoid(-self.mix_H)
+        self.mix_H.grad = d if self.mix_H.grad is None else self.mix_H.grad.add_(d)
+
+    def _features(self, q_BHTD: Tensor, k_BGTD: Tensor, rule: Rule) -> Features | None:
+        if not rule.far or self.query_map is None or self.keys_phi is None:
+            return None
+        return Features(self.query_map(q_BHTD), self.keys_phi(k_BGTD), self.keys_phi)
+
+    def _fused(self, rule: Rule) -> fused.FusedMaps | None:
+        return fused.fused_maps(self.query_map, self.keys_phi, rule)
+
+    def _learners(self, rule: Rule, learns: bool) -> tuple[Learner[Weights], Learner[Weights]] | None:
+        if not rule.far or self.query_map is None or self.keys_phi is None:
+            return None
+        query, key = (
+            Learner(phi, phi.weights(), phi.gradients() if learns else None) for phi in (self.query_map, self.keys_phi)
+        )
+        return query, key
+
+    def _mix(self, like: Tensor) -> Tensor:
+        """The raw mix; a constant 0 where the student learns none (its value then cancels or is not used)."""
+        if self.mix_H is not None:
+            return self.mix_H
+        return torch.zeros(self.num_heads, dtype=torch.float32, device=like.device)
+
+    def _rule(self, scale: float, softcap: float | None = None) -> Rule:
+        far, cfg = self.has_far and self.far_enabled, self.cfg
+        return _known_rule(self.kind, cfg.window, scale, softcap, cfg.sinks, cfg.affine, far)
+
+    def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The implementation that runs for inputs of `dtype` on `device`."""
+        shape = fused.LayerShape(dtype, self._rule(scale=1.0), self.head_dim, self.value_dim)
+        return fused.implementation(self.cfg.impl, device, self.query_map, shape)
+
+    def _impl(self, like: Tensor) -> str:
+        return self.implementation(like.dtype, like.device)
+
+    def _only_reads(self, *inputs: Tensor) -> bool:
+        """Nothing needs a gradient, so features need not outlive their tile."""
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
+
+
+@functools.lru_cache(maxsize=256)
+def _known_rule(
+    kind: Kind, window: int, scale: float, softcap: float | None, sinks: int, affine: bool, far: bool
+) -> Rule:
+    return Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
+
+
+def _real(y_BHLE: Tensor, rows: Rows) -> Tensor:
+    """Zeros where there is no token."""
+    if rows.length_B is None:
+        return y_BHLE
+    token = torch.arange(y_BHLE.shape[2], device=y_BHLE.device)
+    return y_BHLE.masked_fill((token >= rows.length_B[:, None])[:, None, :, None], 0.0)
