@@ -110,7 +110,7 @@ def test_the_page_stands_alone(runs: list[Path], tmp_path: Path) -> None:
     assert "needle" in text
 
 
-def test_runs_of_one_name_are_told_apart_and_a_file_of_tasks_is_a_run(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_shown_by_their_paths_and_a_file_of_tasks_is_a_run(tmp_path: Path) -> None:
     for place in ("x", "y"):
         (tmp_path / place / "run").mkdir(parents=True)
         made_results().save(tmp_path / place / "run" / "results.json")

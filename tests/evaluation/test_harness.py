@@ -142,7 +142,7 @@ def torch_row(ids: list[int]) -> Any:
     return torch.tensor([ids])
 
 
-def test_letters_that_one_token_does_not_tell_apart_are_refused(data_dir: Path) -> None:
+def test_answers_that_end_in_the_same_token_are_refused(data_dir: Path) -> None:
     class Blind:
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [1] * len(text.split())}

@@ -80,7 +80,7 @@ def test_nothing_at_all_is_still_a_report(tmp_path: Path) -> None:
     assert "Targets met: 0 of 3 (3 not measured)" in text
 
 
-def test_failures_stand_where_successes_stand() -> None:
+def test_failures_are_shown_where_successes_are() -> None:
     good = report_text(made_results(), {})
     bad = report_text(made_results(window_sinks=(0.0, 0.0), far_off=(0.0, 0.0)), {})
     table = [line for line in bad.splitlines() if line.startswith("| ❌ **NO**")]

@@ -93,7 +93,8 @@ class TrenchcoatLM(HFLM):
             if teacher:
                 become_teacher(model)
             set_far(model, far)
-        with _quietly():  # its warnings about ready-made models and several processes are met below
+        self._encode_plain = functools.lru_cache(RECENT)(super().tok_encode)
+        with _quietly():  # it warns about ready-made models and several processes, both of which are handled below
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -105,7 +106,6 @@ class TrenchcoatLM(HFLM):
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         rows = None if str(batch_size).startswith("auto") else int(batch_size)
-        self._recent: dict[str, list[int]] = {}
         self.path, self.scorer = path, LoglikelihoodScorer(model, batch_size=rows, share=share)
 
     @staticmethod
@@ -117,15 +117,10 @@ class TrenchcoatLM(HFLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        """As the harness's; the last few plain texts are remembered, for the choices of a question ask in turn."""
-        plain = add_special_tokens is None and left_truncate_len is None and not kwargs
-        if plain and string in self._recent:
-            return self._recent[string]
+        """As the harness's; the last few plain texts are kept, because the choices of a question ask for the same one."""
+        if add_special_tokens is None and left_truncate_len is None and not kwargs:
+            return self._encode_plain(string)
         found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        if plain:
-            if len(self._recent) > RECENT:
-                self._recent.clear()
-            self._recent[string] = found
         return found
 
     def _loglikelihood_tokens(
