@@ -117,7 +117,7 @@ class TrenchcoatLM(HFLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        """As the harness's; the last few plain texts are kept, because the choices of a question ask for the same one."""
+        """As the harness's; the last few plain texts are kept: the choices of a question ask for the same one."""
         if add_special_tokens is None and left_truncate_len is None and not kwargs:
             return self._encode_plain(string)
         found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
