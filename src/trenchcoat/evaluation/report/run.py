@@ -98,6 +98,7 @@ def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults 
     stages = (("transfer", "attention transfer"), ("lora", "LoRA"))
     descriptions = [(column.heading, column.description) for column in REPORT_COLUMNS.values() if column.description]
     answers = [(MARKS[verdict.outcome], verdict.question, verdict.sentence) for verdict in found]
+    linear = _get(results.recipe, "student", "name") == "linear"
     missing = "- The teacher was not scored, so no share of a gap could be computed."
     text = Path(__file__).with_name("report_template.md").read_text(encoding="utf-8").format(
         model=_get(results.recipe, "model", "path") or "the model",
@@ -107,9 +108,7 @@ def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults 
         table=_lines(_table(results, drawn)),
         window=results.window,
         two_windows=2 * results.window,
-        no_near_part=" (the student of this run, `linear`, has none)"
-        if _get(results.recipe, "student", "name") == "linear"
-        else "",
+        no_near_part=" (the student of this run, `linear`, has none)" if linear else "",
         columns=_lines(f"- **{heading[0].upper()}{heading[1:]}**: {text}" for heading, text in descriptions).format(
             window_row=f" ({row_label(best)})" if best else ""
         ),
