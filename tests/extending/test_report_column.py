@@ -42,7 +42,7 @@ def test_a_column_is_in_the_report_on_the_terminal_and_in_the_results(tmp_path: 
     results = made_results()
     loss = results.rows["teacher"].all.mean / math.log(2)
     assert "| gap closed, past 2W | bits a token |" in report_text(results, {})
-    [teacher] = [line for line in report_text(results, {}).splitlines() if line.startswith("| teacher | ")]
+    teacher = next(line for line in report_text(results, {}).splitlines() if line.startswith("| teacher | "))
     assert f"| {loss:.2f} ± " in teacher
     stream = io.StringIO()
     Console(file=stream, width=120).print(terminal_table(results))
