@@ -46,7 +46,7 @@ def main(seed: str, delay: str, kills: str, *overrides: str) -> None:
     while True:
         child = os.fork()
         if child == 0:
-            blockstages.run(recipe)
+            blockstages.run_blocks(recipe)
             os._exit(0)
         if killed < int(kills):
             time.sleep(moments.uniform(0.0, 1.2))

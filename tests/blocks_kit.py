@@ -17,7 +17,7 @@ LAYERS = 5
 
 
 def block_overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
-    """Two epochs over a few rows, a schedule and clipping that listen to each layer, weights drawn at random.
+    """Two epochs over a few rows, a schedule and clipping by layer, weights drawn at random.
 
     The rate is so high that losses go up and down: layers then differ in their schedules and in their best weights.
     """

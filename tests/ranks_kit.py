@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from trenchcoat.runtime.runlog import read_metrics
 
 WORKER = Path(__file__).parent / "ranks_worker.py"
 
@@ -34,3 +38,18 @@ def run(processes: int, jobs: list[Job], out: Path) -> list[list[Any]]:
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def run_with_a_kill(job: Job, out: Path, folder: Path, lines: int) -> None:
+    """Two processes, of which the second is killed once ``folder``'s log holds ``lines`` numbers, and started again."""
+    process = start(2, [job], out, delay=0.15, restarts=1)
+    deadline = time.monotonic() + 120
+    while sum(line["kind"] in ("train", "eval") for line in read_metrics(folder)) < lines:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(int((out / "pid-1-0").read_text()), signal.SIGKILL)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "process 1 (on " in said
+    assert "is gone" in said

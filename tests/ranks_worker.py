@@ -29,10 +29,10 @@ from trenchcoat.data import load as data
 from trenchcoat.linearize import stages
 from trenchcoat.linearize.blocks import pipeline
 from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.blocks.chain import TRAIN, Item
-from trenchcoat.linearize.blocks.folder import Block, found_blocks
+from trenchcoat.linearize.blocks.chain import TRAIN, BatchKey
+from trenchcoat.linearize.blocks.folder import LayerBlock, found_blocks
 from trenchcoat.linearize.blocks.run import BlockRun
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.linearize.variants import ModelVariants, open_variants
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.loading import load_base
 from trenchcoat.models.lora import freeze_for_lora
@@ -49,7 +49,7 @@ def collectives(recipe: Recipe) -> dict[str, Any]:
     assert recipe.transfer is not None
     assert recipe.lora is not None
     found: dict[str, Any] = {}
-    with ModelVariants(recipe, []) as variants:
+    with open_variants(recipe, []) as variants:
         model = variants.assemble()
         batch = variants.batches(1).train_batch(0)
         set_mode(model, "transfer")
@@ -110,7 +110,7 @@ def stopped(recipe: Recipe) -> str:
 
 def blocks(recipe: Recipe) -> str:
     """The transfer block by block."""
-    blockstages.run(recipe)
+    blockstages.run_blocks(recipe)
     return "done"
 
 
@@ -118,7 +118,7 @@ def blocks_poisoned(recipe: Recipe) -> None:
     """The same with a NaN in the last layer's student of the second process."""
     whole = BlockRun.make_ready
 
-    def make_ready(work: BlockRun, model: Any, block: Block) -> None:
+    def make_ready(work: BlockRun, model: Any, block: LayerBlock) -> None:
         whole(work, model, block)
         if block.number == 1:
             with torch.no_grad():
@@ -126,7 +126,7 @@ def blocks_poisoned(recipe: Recipe) -> None:
 
     BlockRun.make_ready = make_ready  # type: ignore[method-assign]
     try:
-        blockstages.run(recipe)
+        blockstages.run_blocks(recipe)
     finally:
         BlockRun.make_ready = whole  # type: ignore[method-assign]
 
@@ -135,14 +135,14 @@ def blocks_stopped(recipe: Recipe) -> list[list[str]] | str:
     """The same with a SIGTERM for the last process alone before micro-batch 13; the checkpoints of every block."""
     whole = pipeline.Feed._take
 
-    def take(feed: pipeline.Feed, item: Item) -> data.Batch:
-        if feed.chain.last and item == Item(TRAIN, 13):
+    def take(feed: pipeline.Feed, item: BatchKey) -> data.Batch:
+        if feed.chain.last and item == BatchKey(TRAIN, 13):
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(feed, item)
 
     pipeline.Feed._take = take  # type: ignore[method-assign]
     try:
-        blockstages.run(recipe)
+        blockstages.run_blocks(recipe)
     except KeyboardInterrupt:
         distributed.barrier()
         return [[path.name for path in folders] for folders in _block_checkpoints(recipe)]
@@ -185,10 +185,10 @@ def _status(name: str) -> int:
 
 def blocks_apart(recipe: Recipe) -> str:
     """Inputs collected together, every block trained together."""
-    blockstages.collect(recipe)
+    blockstages.collect_inputs(recipe)
     for number in (1, 0):
-        blockstages.train(recipe, number)
-    blockstages.stitch(recipe)
+        blockstages.train_block(recipe, number)
+    blockstages.stitch_blocks(recipe)
     return "done"
 
 

@@ -1,4 +1,4 @@
-"""A job that sleeps, for tests of launchers: light to start, and it may not want to end."""
+"""A job that sleeps, for tests of launchers: light to start, and it may ignore SIGTERM."""
 
 from __future__ import annotations
 

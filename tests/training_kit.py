@@ -15,7 +15,7 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.hub import adapter_state
 from trenchcoat.models.lora import add_lora
 from trenchcoat.runtime.runlog import RunLog, read_metrics
-from trenchcoat.training.loop import FitResult, fit
+from trenchcoat.training.loop import FitOptions, FitResult, fit
 from trenchcoat.training.objectives import Objective, next_token_objective, transfer_objective
 
 VOCABULARY = 61
@@ -104,7 +104,15 @@ def fit_transfer(
 ) -> FitResult:
     """Stage 1 in ``run_dir``."""
     with RunLog(run_dir, progress="off") as run:
-        return fit(model, batches, objective or transfer_objective(cfg), cfg, run, stage="transfer", until=until)
+        return fit(
+            model,
+            batches,
+            objective or transfer_objective(cfg),
+            cfg,
+            run,
+            stage="transfer",
+            options=FitOptions(until=until),
+        )
 
 
 def start_lora(model: nn.Module, cfg: LoraConfig) -> None:

@@ -47,7 +47,7 @@ def watched(model: Any, ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_embedding_and_head_are_exact(family: str, tmp_path: Path) -> None:
-    """Error 0, with padding; the identity is that of the whole model; students bear the layers' own numbers."""
+    """Error 0, with padding; the identity is that of the whole model; students have the layers' own indices."""
     model = saved(family, tmp_path)
     attention = model.config._attn_implementation
     ids = tokens(2, 23)
@@ -93,7 +93,7 @@ def test_reading_ahead_gives_the_same_block(tmp_path: Path) -> None:
             assert torch.equal(own, wanted), name
 
 
-def test_a_copied_block_stands_in_for_the_model(tmp_path: Path) -> None:
+def test_a_copied_block_replaces_the_model(tmp_path: Path) -> None:
     saved("mixtral", tmp_path / "model")
     whole = BlockSource(ModelConfig(path=str(tmp_path / "model")))
     whole.copy_block(1, 3, tmp_path / "part")

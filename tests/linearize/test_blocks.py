@@ -45,7 +45,7 @@ def test_streaming_gives_the_students_of_the_joint_run(
 ) -> None:
     """Bit for bit: weights, and every per-layer number of the log."""
     blocks = [f"blocks.size={size}", f"blocks.pass_tokens={passes}", f"blocks.hidden={hidden}"]
-    found = blockstages.run(recipe(overrides, tmp_path / "blocks", *blocks))
+    found = blockstages.run_blocks(recipe(overrides, tmp_path / "blocks", *blocks))
     require_same(learned(tmp_path / "blocks"), joint)
     require_same(load_tensors(tmp_path / "blocks" / "adapter" / "adapter.safetensors"), joint)
     assert lines(tmp_path / "blocks") == lines(tmp_path / "joint")
@@ -61,10 +61,10 @@ def test_a_block_killed_between_its_last_checkpoint_and_its_record_is_finished_b
     passes: str, overrides: list[str], joint: dict[str, Tensor], tmp_path: Path
 ) -> None:
     made = recipe(overrides, tmp_path / "blocks", "blocks.size=2", f"blocks.pass_tokens={passes}")
-    blockstages.run(made)
+    blockstages.run_blocks(made)
     for block in cut(LAYERS, 2)[:2]:
         (BlockFolder(made, block).directory / "stages" / "transfer" / "result.json").unlink()
-    blockstages.run(made)
+    blockstages.run_blocks(made)
     require_same(learned(tmp_path / "blocks"), joint)
 
 
@@ -77,26 +77,26 @@ def test_landmarks_kept_layers_and_padding(overrides: list[str], tmp_path: Path)
     stages.transfer(recipe(overrides, tmp_path / "joint", *more))
     for size in (1, 3):
         blocks = [f"blocks.size={size}", "blocks.pass_tokens=1", "blocks.hidden=memory"]
-        blockstages.run(recipe(overrides, tmp_path / f"{size}", *more, *blocks))
+        blockstages.run_blocks(recipe(overrides, tmp_path / f"{size}", *more, *blocks))
         require_same(learned(tmp_path / f"{size}"), learned(tmp_path / "joint"))
 
 
-def test_blocks_trained_apart_and_stitched(
+def test_blocks_trained_separately_and_stitched(
     overrides: list[str], joint: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Collected once, trained in any order from copied tensors, stitched; then LoRA goes on as after the joint run."""
+    """Collected once, trained in any order from copied tensors, stitched; LoRA continues as after the joint run."""
     made = recipe(overrides, tmp_path / "apart", "blocks.size=2")
-    blockstages.collect(made)
-    blockstages.shard(made, tmp_path / "parts")
+    blockstages.collect_inputs(made)
+    blockstages.shard_blocks(made, tmp_path / "parts")
     for number, folder in ((2, "layers-004-004"), (0, None)):
         weights = None if folder is None else tmp_path / "parts" / folder
-        blockstages.train(made, number, weights)
+        blockstages.train_block(made, number, weights)
     with pytest.raises(UserError, match=r"layer 2 is in no block \(2 layers are not\): run `blocks train`"):
-        blockstages.stitch(made)
-    blockstages.train(made, 1)
-    found = blockstages.stitch(made)
+        blockstages.stitch_blocks(made)
+    blockstages.train_block(made, 1)
+    found = blockstages.stitch_blocks(made)
     require_same(learned(tmp_path / "apart"), joint)
-    table = blockstages.status(made)
+    table = blockstages.show_status(made)
     assert list(table.shown[0].columns[2].cells) == ["finished"] * 3
     stages.finetune(made)
     stages.finetune(recipe(overrides, tmp_path / "joint"))
@@ -112,25 +112,25 @@ def test_blocks_trained_apart_and_stitched(
 
 def test_damaged_inputs_are_named_and_computed_again(overrides: list[str], joint: Any, tmp_path: Path) -> None:
     made = recipe(overrides, tmp_path / "apart", "blocks.size=2")
-    blockstages.collect(made)
+    blockstages.collect_inputs(made)
     hidden = tmp_path / "apart" / "blocks" / "hidden" / "collected"
     (hidden / "boundary-001" / "states-00000.safetensors").unlink()
     damaged = hidden / "boundary-002" / "states-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     for number in (2, 1, 0):
-        blockstages.train(made, number)
-    blockstages.stitch(made)
+        blockstages.train_block(made, number)
+    blockstages.stitch_blocks(made)
     require_same(learned(tmp_path / "apart"), joint)
     folder = BlockFolder(made, cut(LAYERS, 2)[2]).directory
     told = [line["text"] for line in read_metrics(folder) if line["kind"] == "warning"]
     assert any("boundary-002" in text and "is damaged" in text for text in told)
 
 
-def test_each_block_has_its_epochs_and_stops_when_it_is_flat(overrides: list[str], tmp_path: Path) -> None:
+def test_each_block_has_its_epochs_and_stops_early_by_itself(overrides: list[str], tmp_path: Path) -> None:
     """What the joint run cannot: block 0 trains half as long, and the others' students are unchanged."""
     plain = ["transfer.schedule=constant", "blocks.size=2", "blocks.hidden=memory"]
-    blockstages.run(recipe(overrides, tmp_path / "plain", *plain))
-    blockstages.run(recipe(overrides, tmp_path / "epochs", *plain, "blocks.epochs=[1,2,2]"))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "plain", *plain))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "epochs", *plain, "blocks.epochs=[1,2,2]"))
     steps = [
         BlockFolder(recipe(overrides, tmp_path / "epochs"), block).result() for block in cut(LAYERS, 2)
     ]  # fmt: skip
@@ -140,11 +140,11 @@ def test_each_block_has_its_epochs_and_stops_when_it_is_flat(overrides: list[str
         shorter = any(f"layers.{layer}." in name for layer in (0, 1))
         assert torch.equal(tensor, after[name]) != shorter, name
     flat = ["transfer.early_stopping=1", "transfer.early_stopping_threshold=0.9", "transfer.eval_every=1"]
-    blockstages.run(recipe(overrides, tmp_path / "flat", *plain, *flat))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "flat", *plain, *flat))
     result = BlockFolder(recipe(overrides, tmp_path / "flat"), cut(LAYERS, 2)[0]).result()
     assert result is not None
     assert (result["early"], result["steps"]) == (True, 1)
-    state = blockstages.status(recipe(overrides, tmp_path / "flat")).shown[0].columns[2].cells
+    state = blockstages.show_status(recipe(overrides, tmp_path / "flat")).shown[0].columns[2].cells
     assert list(state) == ["stopped early"] * 3
 
 
@@ -162,24 +162,24 @@ def test_each_block_has_its_epochs_and_stops_when_it_is_flat(overrides: list[str
 )
 def test_what_cannot_work_is_refused(more: list[str], message: str, overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        blockstages.run(recipe(overrides, tmp_path / "run", *more))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run", *more))
 
 
 def test_other_recipes_blocks_and_states_are_refused(overrides: list[str], text_file: Path, tmp_path: Path) -> None:
     made = recipe(overrides, tmp_path / "run", "blocks.size=2", "transfer.max_steps=1")
-    blockstages.collect(made)
-    blockstages.train(made, 0)
+    blockstages.collect_inputs(made)
+    blockstages.train_block(made, 0)
     again = [*overrides, "transfer.max_steps=1"]
     with pytest.raises(UserError, match=r"layers 0 to 1, which is none of those that blocks\.size=3 gives"):
-        blockstages.run(recipe(again, tmp_path / "run", "blocks.size=3"))
+        blockstages.run_blocks(recipe(again, tmp_path / "run", "blocks.size=3"))
     with pytest.raises(UserError, match=r"--block 7: the blocks of .* are 0 to 2"):
-        blockstages.train(made, 7)
+        blockstages.train_block(made, 7)
     with pytest.raises(UserError, match=r"of another recipe: student\.window was 8, now 9"):
-        blockstages.train(recipe(again, tmp_path / "run", "blocks.size=2", "student.window=9"), 0)
+        blockstages.train_block(recipe(again, tmp_path / "run", "blocks.size=2", "student.window=9"), 0)
     text_file.with_name("other.jsonl").write_text(text_file.read_text().replace("coat", "boat"))
     other = recipe([*again, f"data.validation_path={text_file.with_name('other.jsonl')}"], tmp_path / "run")
     with pytest.raises(UserError, match="validation_path was None"):
-        blockstages.train(other, 1)
+        blockstages.train_block(other, 1)
     text_file.with_name("other.jsonl").unlink()
 
 
@@ -187,14 +187,14 @@ def test_changed_text_under_old_states_is_refused(overrides: list[str], text_fil
     mine = tmp_path / "mine.jsonl"
     mine.write_text(text_file.read_text())
     made = recipe([*overrides, f"data.path={mine}"], tmp_path / "run", "blocks.size=2", "transfer.max_steps=1")
-    blockstages.collect(made)
+    blockstages.collect_inputs(made)
     mine.write_text(text_file.read_text().replace("coat", "boat"))
     with pytest.raises(UserError, match="lists hidden states of something else: text was"):
-        blockstages.train(made, 1)
+        blockstages.train_block(made, 1)
 
 
 def test_two_runs_on_one_folder_are_refused_naming_the_holder(overrides: list[str], tmp_path: Path) -> None:
     with locked(tmp_path / "run"), pytest.raises(UserError, match=r"is in use by process \d+ on .* since 20"):
-        blockstages.run(recipe(overrides, tmp_path / "run"))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run"))
     with locked(tmp_path / "run"):
         pass

@@ -1,4 +1,4 @@
-"""Block-wise transfer in half precision, of families whose tensors are renamed, on failing disks; then QLoRA."""
+"""Blockwise transfer in half precision, of families whose tensors are renamed, on failing disks; then QLoRA."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
 def test_half_precision_states_are_kept_as_they_are(hidden: str, overrides: list[str], tmp_path: Path) -> None:
     more = ["model.dtype=bfloat16"]
     stages.transfer(recipe(overrides, tmp_path / "joint", *more))
-    blockstages.run(recipe(overrides, tmp_path / "blocks", *more, f"blocks.hidden={hidden}"))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "blocks", *more, f"blocks.hidden={hidden}"))
     require_same(learned(tmp_path / "blocks"), learned(tmp_path / "joint"))
 
 
@@ -48,17 +48,17 @@ def test_families_that_scale_embeddings_or_join_experts(family: str, overrides: 
     byte_tokenizer().save_pretrained(tmp_path / "model")
     more = [f"model.path={tmp_path / 'model'}"]
     stages.transfer(recipe(overrides, tmp_path / "joint", *more))
-    blockstages.run(recipe(overrides, tmp_path / "blocks", *more))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "blocks", *more))
     require_same(learned(tmp_path / "blocks"), learned(tmp_path / "joint"))
 
 
 @pytest.mark.filterwarnings("ignore:.*_check_is_size.*", "ignore::FutureWarning")
-def test_lora_goes_on_over_four_bits(overrides: list[str], tmp_path: Path) -> None:
+def test_lora_continues_on_a_four_bit_base(overrides: list[str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
     more = ["model.dtype=bfloat16", "transfer.max_steps=1"]
     with pytest.raises(UserError, match="blocks are read as they are stored"):
-        blockstages.run(recipe(overrides, tmp_path / "run", *more, "model.quantize=nf4"))
-    blockstages.run(recipe(overrides, tmp_path / "run", *more))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run", *more, "model.quantize=nf4"))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "run", *more))
     stages.finetune(recipe(overrides, tmp_path / "run", *more, "model.quantize=nf4"))
     with pytest.raises(UserError, match=r"model\.quantize was 'nf4', now 'none'"):
         stages.finetune(recipe(overrides, tmp_path / "run", *more))
@@ -66,30 +66,30 @@ def test_lora_goes_on_over_four_bits(overrides: list[str], tmp_path: Path) -> No
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 384 KiB, whose free space lies when asked in advance."""
+    """A real file system of 384 KiB, which reports more free space than it has."""
     with small_file_system(tmp_path / "disk", "384k") as folder:
         yield folder
 
 
-def test_a_disk_that_is_too_small_is_told_before_and_a_full_one_keeps_what_is_finished(
+def test_a_disk_that_is_too_small_is_reported_first_and_a_full_one_keeps_what_is_finished(
     overrides: list[str], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages.transfer(recipe(overrides, tmp_path / "joint"))
     disk = ["blocks.hidden=disk", f"blocks.hidden_dir={small_disk}"]
     with pytest.raises(UserError, match="hidden states of a pass do not fit"):
-        blockstages.run(recipe(overrides, tmp_path / "run", *disk))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run", *disk))
     with pytest.raises(UserError, match="the inputs of all blocks take"):
-        blockstages.collect(recipe(overrides, tmp_path / "run", *disk))
+        blockstages.collect_inputs(recipe(overrides, tmp_path / "run", *disk))
     monkeypatch.setattr(blockstages, "free_disk", lambda place: 1 << 40)
     with pytest.raises(SaveError, match=r"the disk is full while saving .*states-00000"):
-        blockstages.run(recipe(overrides, tmp_path / "run", *disk))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run", *disk))
     monkeypatch.undo()
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    blockstages.run(recipe(overrides, tmp_path / "run", *disk, "blocks.shard_mib=1"))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "run", *disk, "blocks.shard_mib=1"))
     require_same(learned(tmp_path / "run"), learned(tmp_path / "joint"))
 
 
-def test_a_disk_that_vanishes_is_told_and_the_next_run_goes_on(
+def test_a_disk_that_vanishes_is_reported_and_the_next_run_continues(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder of hidden states disappears while the second block is trained."""
@@ -106,9 +106,9 @@ def test_a_disk_that_vanishes_is_told_and_the_next_run_goes_on(
 
     monkeypatch.setattr(HiddenBatches, "_make", vanishing)
     with pytest.raises(UserError, match=r"cannot (be read|save)|No such file"):
-        blockstages.run(made)
+        blockstages.run_blocks(made)
     monkeypatch.undo()
-    blockstages.run(made)
+    blockstages.run_blocks(made)
     require_same(learned(tmp_path / "run"), learned(tmp_path / "joint"))
 
 
@@ -116,16 +116,16 @@ def test_a_folder_that_cannot_be_written_is_named(overrides: list[str], tmp_path
     (tmp_path / "file").write_text("")
     made = recipe(overrides, tmp_path / "run", "blocks.hidden=disk", f"blocks.hidden_dir={tmp_path / 'file'}/below")
     with pytest.raises(UserError, match=r"cannot save .*file/below"):
-        blockstages.run(made)
+        blockstages.run_blocks(made)
     with pytest.raises(UserError, match=r"cannot save .*file/run"):
-        blockstages.run(recipe(overrides, tmp_path / "file" / "run"))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "file" / "run"))
 
 
 def test_weights_that_are_not_there_are_named(overrides: list[str], model_dir: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(model_dir, tmp_path / "model")
     next(iter(copied.glob("*.safetensors"))).unlink()
     with pytest.raises(UserError, match="has no safetensors files"):
-        blockstages.run(recipe(overrides, tmp_path / "run", f"model.path={copied}"))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run", f"model.path={copied}"))
     torch.save({}, copied / "pytorch_model.bin")
     with pytest.raises(UserError, match="has no safetensors files"):
-        blockstages.run(recipe(overrides, tmp_path / "run", f"model.path={copied}"))
+        blockstages.run_blocks(recipe(overrides, tmp_path / "run", f"model.path={copied}"))

@@ -1,4 +1,4 @@
-"""A block-wise transfer killed at random moments ends as an undisturbed one."""
+"""A block-wise transfer killed at random moments ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.linearize import stages
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
-KILLER = Path(__file__).parent / "blocks_killer.py"
+KILLER = Path(__file__).parents[1] / "blocks_killer.py"
 
 
 @pytest.mark.parametrize(("hidden", "tokens", "kills"), [("disk", "all", 20), ("memory", "700", 6)])
 def test_killed_at_random_moments(
     hidden: str, tokens: str, kills: int, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    """The same students, to the last bit, as the joint run that nobody disturbs."""
+    """The same students, to the last bit, as the uninterrupted joint run."""
     save_tiny_model(tmp_path / "model", seed=0, num_hidden_layers=4)
     overrides: list[Any] = [
         *tiny_overrides, f"model.path={tmp_path / 'model'}", "transfer.max_steps=24", "transfer.eval_every=4",

@@ -1,4 +1,4 @@
-"""Block-wise transfer under torchrun: the processes share the micro-batches, and the numbers are those of one."""
+"""Blockwise transfer under torchrun: the processes share the micro-batches, and the numbers are those of one."""
 
 from __future__ import annotations
 

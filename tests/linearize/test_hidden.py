@@ -1,4 +1,4 @@
-"""Hidden states in memory and on disk: kept exactly, resumed, checked, and never of something else."""
+"""Hidden states in memory and on disk: kept exactly, resumed, checked, and refused for another model or text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenShape, HiddenStates
 from trenchcoat.runtime.files import SaveError
 
-SHAPE = Shape(rows=11, tokens=5, hidden=3, dtype=torch.bfloat16)
+SHAPE = HiddenShape(rows=11, tokens=5, hidden=3, dtype=torch.bfloat16)
 IDENTITY = {"base": "abc", "layer": 4}
 FOUR_ROWS = 4 * 5 * 3 * 2
 
@@ -32,7 +32,7 @@ def files(folder: Path, **changes: Any) -> HiddenFiles:
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
 def test_rows_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
-    """Written in any order and in any company, read in any other; what is there already is not written again."""
+    """Written in any order and grouping, read in any other; what is there already is not written again."""
     kept: HiddenStates = HiddenMemory(SHAPE) if kind == "memory" else files(tmp_path / "new" / "folder")
     wanted = states()
     with pytest.raises(KeyError, match="row 3"):
@@ -47,7 +47,7 @@ def test_rows_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
     kept.close()
 
 
-def test_files_are_safetensors_of_bounded_size_and_are_taken_up_again(tmp_path: Path) -> None:
+def test_files_are_safetensors_of_bounded_size_and_are_continued(tmp_path: Path) -> None:
     wanted, first = states(), files(tmp_path)
     first.write(range(9), wanted[:9])
     first.close()
@@ -65,7 +65,7 @@ def test_files_are_safetensors_of_bounded_size_and_are_taken_up_again(tmp_path: 
 
 
 def test_several_writers_fill_one_folder(tmp_path: Path) -> None:
-    """Each is given everything and writes the shards that are its own; then each sees what the others wrote."""
+    """Each gets all rows and writes only its own shards; then each sees what the others wrote."""
     wanted = states()
     parts = [files(tmp_path, writer=writer, writers=2) for writer in (0, 1)]
     assert parts[1].missing() == [4, 5, 6, 7]
@@ -108,8 +108,8 @@ def test_damaged_and_missing_shards_are_named_and_their_rows_missing(tmp_path: P
     ("changes", "named"),
     [
         ({"identity": {"base": "xyz", "layer": 4}}, "base was 'abc' there and is 'xyz' now"),
-        ({"shape": Shape(rows=11, tokens=5, hidden=3, dtype=torch.float32)}, "dtype was 'BF16'"),
-        ({"shape": Shape(rows=12, tokens=5, hidden=3, dtype=torch.bfloat16)}, "rows was 11"),
+        ({"shape": HiddenShape(rows=11, tokens=5, hidden=3, dtype=torch.float32)}, "dtype was 'BF16'"),
+        ({"shape": HiddenShape(rows=12, tokens=5, hidden=3, dtype=torch.bfloat16)}, "rows was 11"),
     ],
 )
 def test_states_of_something_else_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_states_of_something_else_are_refused(changes: dict[str, Any], named: st
         files(tmp_path, **changes)
 
 
-def test_a_full_disk_is_told_and_what_was_finished_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, wanted = files(tmp_path), states()
     kept.write(range(4), wanted[:4])
     kept.finish()
@@ -140,7 +140,7 @@ def test_a_full_disk_is_told_and_what_was_finished_stays(tmp_path: Path, monkeyp
     assert torch.equal(again.read(range(11)), wanted)
 
 
-def test_a_disk_that_fails_in_the_background_is_told_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_in_the_background_is_reported_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = files(tmp_path)
 
     def broken(*arguments: Any) -> None:

@@ -29,7 +29,7 @@ from trenchcoat.linearize.blocks import jobs, launch
 from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.jobs import LocalJobs, Task
 from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions, parse_slurm
-from trenchcoat.linearize.variants import Stopped
+from trenchcoat.linearize.run import Stopped
 from trenchcoat.runtime.files import holder, locked
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 
@@ -52,12 +52,12 @@ def overrides(model_dir: Path, tiny_overrides: list[str], monkeypatch: pytest.Mo
 @pytest.fixture
 def streamed(overrides: list[str], tmp_path: Path) -> dict[str, Tensor]:
     """What `blocks run` in one process learns."""
-    blockstages.run(recipe(overrides, tmp_path / "streamed", "blocks.hidden=memory"))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "streamed", "blocks.hidden=memory"))
     return learned(tmp_path / "streamed")
 
 
 def told(folder: Path) -> list[str]:
-    """What the launcher of a run said."""
+    """What the launcher of a run logged."""
     return [line["text"] for line in read_metrics(folder / "blocks" / "jobs") if "text" in line]
 
 
@@ -118,7 +118,7 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
         until(lambda: checkpoints(run, FIRST) and held(run, FIRST), "a checkpoint")
         pid = trainer(run, FIRST)
         with pytest.raises(UserError, match=r"jobs is in use by process \d+ on .*: cli.py blocks run llama3_1_8b"):
-            launch.run(recipe(overrides, run))
+            launch.launch_blocks(recipe(overrides, run))
     finally:
         os.killpg(first.pid, signal.SIGINT)  # what a terminal does: all processes of the launcher's group get it
     errors = first.communicate()[1]
@@ -135,7 +135,7 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
         os.kill(trainer(run, FIRST), signal.SIGKILL)
 
     with meanwhile(kill):
-        found = launch.run(recipe(overrides, run, "blocks.jobs=2"))
+        found = launch.launch_blocks(recipe(overrides, run, "blocks.jobs=2"))
     require_same(learned(run), streamed)
     assert found.results is not None
     failed = [text for text in told(run) if "failed" in text]
@@ -147,37 +147,39 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
     )
 
 
-def test_local_jobs_are_taken_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later launcher finds jobs that still run, with their devices, and ends also one that does not listen."""
+def test_local_jobs_are_found_again_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later launcher finds jobs that still run, with their devices, and also ends one that ignores SIGTERM."""
     monkeypatch.setattr(jobs, "STOP_SECONDS", 3.0)
     monkeypatch.setenv("PYTHONPATH", PATHS)
     with RunLog(tmp_path, progress="off") as log:
         before = LocalJobs(tmp_path / "jobs", log, ["0", "5"])
         before.start({"a": Sleeper(), "b": Sleeper(True)})  # type: ignore[dict-item]
         until(lambda: len(list(tmp_path.glob("jobs/*/awake"))) == 2, "both jobs")
-        assert before.room() == 0
+        assert before.free_slots() == 0
         later = LocalJobs(tmp_path / "jobs", log, ["0", "5", "7"])
-        later.take_up()
+        later.find_earlier()
         assert {name: job.device for name, job in later.running.items()} == {"a": "0", "b": "5"}
         assert later._free() == ["7"]
         assert later.ended() == []
         pids = [int(path.read_text()) for path in tmp_path.glob("jobs/*/awake")]
-        threading.Timer(0.05, lambda: until(lambda: not before._living(), "the end")).start()  # reaps its children
+        threading.Timer(
+            0.05, lambda: until(lambda: not before._still_running(), "the end")
+        ).start()  # reaps its children
         later.stop()
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of both processes")
         assert any("1 jobs were killed" in line["text"] for line in read_metrics(tmp_path))
         after = LocalJobs(tmp_path / "jobs", log, ["0"])
-        after.take_up()
+        after.find_earlier()
         assert after.running == {}
 
 
-def test_a_block_in_other_hands_is_waited_for(
+def test_a_block_that_another_process_holds_is_waited_for(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the launcher, which does not start a job for it, and by a job that finds its block held."""
     monkeypatch.setattr(jobs, "LOCK_SECONDS", 0.05)
     made = recipe([*overrides, "transfer.max_steps=1", "transfer.epochs=2"], tmp_path / "run", "blocks.size=5")
-    blockstages.collect(made)
+    blockstages.collect_inputs(made)
     block = tmp_path / "run" / "blocks" / "layers-000-004"
     taken = threading.Event()
 
@@ -196,14 +198,14 @@ def test_a_block_in_other_hands_is_waited_for(
     def finish() -> None:
         with locked(block):
             taken.set()
-            until(lambda: any("is in the hands of process" in text for text in told(tmp_path / "run")), "its word")
+            until(lambda: any("is in use by process" in text for text in told(tmp_path / "run")), "its word")
             (tmp_path / "result.json").rename(block / "stages" / "transfer" / "result.json")
 
     with meanwhile(finish):
         taken.wait()
         with pytest.raises(UserError, match=r"block 0 \(layers 0 to 4\) is in use by process \d+.*Stop it"):
-            blockstages.run(made)
-        launch.run(made)
+            blockstages.run_blocks(made)
+        launch.launch_blocks(made)
     assert not list((tmp_path / "run" / "blocks" / "jobs").glob("layers-*"))
 
 
@@ -240,12 +242,12 @@ def test_slurm_jobs_left_preempted_and_found_again(
         os.kill(os.getpid(), signal.SIGINT)
 
     with meanwhile(interrupt), pytest.raises(Stopped):
-        launch.run(made)
+        launch.launch_blocks(made)
     assert "Slurm jobs 101 go on: the same command waits for them again, `scancel 101` ends them" in told(run)
-    found = launch.run(made)
+    found = launch.launch_blocks(made)
     require_same(learned(run), streamed)
     assert found.results is not None
-    assert any("jobs of an earlier launcher still work at" in text for text in told(run))
+    assert any("jobs of an earlier launcher are still running" in text for text in told(run))
     options = {path.stem: json.loads(path.read_text()) for path in slurm.glob("*.options")}
     assert sorted(options) == ["100", "101", "102"]
     assert options["101"]["array"] == "0-1%2"
@@ -264,11 +266,11 @@ def test_slurm_jobs_left_preempted_and_found_again(
 def test_slurm_jobs_that_fail(
     overrides: list[str], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last line of the error is told, a second try made, and the rest kept; what Slurm refuses is told."""
+    """The last line of the error is reported, a second try made, and the rest kept; so is what Slurm refuses."""
     made = recipe(overrides, tmp_path / "run", "blocks.launcher=slurm")
     monkeypatch.setattr(launch, "Task", lambda *given: Failing())
     with pytest.raises(UserError) as caught:
-        launch.run(made)
+        launch.launch_blocks(made)
     assert re.match(
         r"1 of 1 jobs failed 2 times: collect: the disk is full \(log .*/101_0_log.out\)\. What is finished is kept",
         str(caught.value),
@@ -276,14 +278,16 @@ def test_slurm_jobs_that_fail(
     first = next(text for text in told(tmp_path / "run") if "failed" in text)
     assert re.match(r"collect failed: the disk is full \(log .*/100_0_log.out\); tried once more", first)
     with pytest.raises(UserError, match="sbatch refused the job: sbatch: error: invalid partition specified: nowhere"):
-        launch.run(recipe(overrides, tmp_path / "else", "blocks.launcher=slurm", "blocks.slurm=[partition=nowhere]"))
+        launch.launch_blocks(
+            recipe(overrides, tmp_path / "else", "blocks.launcher=slurm", "blocks.slurm=[partition=nowhere]")
+        )
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no `sbatch` on this machine; start it on a login node"):
-        launch.run(made)
+        launch.launch_blocks(made)
 
 
-def test_a_cancelled_slurm_job_is_told(slurm: Path, tmp_path: Path) -> None:
-    """And one that a record names but Slurm does not know is not waited for."""
+def test_a_cancelled_slurm_job_is_reported(slurm: Path, tmp_path: Path) -> None:
+    """A job that the record names but Slurm does not know is not waited for."""
     with RunLog(tmp_path, progress="off") as log:
         before = jobs.SlurmJobs(tmp_path / "jobs", log, parse_slurm([]), name="x", at_once=None)
         before.start({"a": Sleeper(), "b": Sleeper()})  # type: ignore[dict-item]
@@ -291,11 +295,11 @@ def test_a_cancelled_slurm_job_is_told(slurm: Path, tmp_path: Path) -> None:
         subprocess.run(["scancel", "100_1"], check=True)
         ended = until(before.ended, "the end of one")
         assert [job.name for job in ended] == ["b"]
-        reason = "it ended without a result (Slurm says CANCELLED): killed, or out of memory"
+        reason = "it ended without a result (Slurm state CANCELLED): killed, or out of memory"
         assert before.failure(ended[0]) == reason
         subprocess.run(["scancel", "100"], check=True)
         later = jobs.SlurmJobs(tmp_path / "jobs", log, parse_slurm([]), name="x", at_once=None)
-        until(lambda: not (later.take_up() or later.running), "nothing to take up")
+        until(lambda: not (later.find_earlier() or later.running), "nothing to find")
 
 
 @pytest.mark.parametrize(
@@ -341,16 +345,16 @@ def test_what_a_launcher_refuses(
 ) -> None:
     plain = [item for item in overrides if not item.startswith("blocks.size")]
     with pytest.raises(UserError, match=r"blocks\.size is needed with the launcher slurm"):
-        launch.run(recipe(plain, tmp_path / "run", "blocks.launcher=slurm"))
+        launch.launch_blocks(recipe(plain, tmp_path / "run", "blocks.launcher=slurm"))
     with pytest.raises(UserError, match=r"blocks.epochs has 1 entries, and there are 2 blocks"):
-        launch.run(recipe(overrides, tmp_path / "run", "blocks.epochs=[1]"))
+        launch.launch_blocks(recipe(overrides, tmp_path / "run", "blocks.epochs=[1]"))
     assert cli.main(["blocks", "run", "llama3_1_8b", "--launcher", "slurm", *overrides]) == 2
     assert "--launcher slurm is for `blocks run --parallel`" in capsys.readouterr().err
     assert cli.main(["blocks", "run", "llama3_1_8b", "--parallel", "blocks.slurm=[a]", "blocks.launcher=slurm"]) == 2
     assert "blocks.slurm holds 'a'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="run it without torchrun"):
-        launch.run(recipe(overrides, tmp_path / "run"))
+        launch.launch_blocks(recipe(overrides, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +10,12 @@ import torch
 
 from blocks_kit import lines
 from conftest import save_tiny_model
-from ranks_kit import run, start
+from ranks_kit import run, run_with_a_kill
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.linearize import stages
 from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.blocks.folder import Block, BlockFolder, cut, divide, found_blocks
+from trenchcoat.linearize.blocks.folder import BlockFolder, LayerBlock, cut, divide, found_blocks
 from trenchcoat.linearize.blocks.pipeline import FINISHED, Position, schedule
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.runtime.runlog import read_metrics
@@ -35,7 +32,7 @@ PIPELINE = "blocks.ranks=pipeline"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> list[str]:
-    """Overrides of every run here: an epoch, a schedule and clipping that listen to each layer, random weights."""
+    """Overrides of every run here: an epoch, a schedule and clipping by layer, random weights."""
     model = save_tiny_model(tmp_path_factory.mktemp("five-layers"), seed=0, num_hidden_layers=LAYERS)
     return [
         f"model.path={model}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
@@ -59,8 +56,8 @@ def single(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("single")
     stages.transfer(recipe(base, root / "whole"))
     stages.transfer(recipe(base, root / "text", *FROM_TEXT))
-    blockstages.run(recipe(base, root / "epochs", *EPOCHS))
-    blockstages.run(recipe(base, root / "flat", *FLAT))
+    blockstages.run_blocks(recipe(base, root / "epochs", *EPOCHS))
+    blockstages.run_blocks(recipe(base, root / "flat", *FLAT))
     return root
 
 
@@ -106,7 +103,7 @@ def test_three_processes_give_the_joint_runs_students(single: Path, three: tuple
     require_same(root / "whole", single / "whole")
     assert "pipeline: 3 processes hold the layers 0 to 0; 1 to 2; 3 to 4" in said(root / "whole")
     made = load_recipe("demo", [f"run.dir={root / 'whole'}"])
-    assert found_blocks(made) == [Block(0, 0, 1), Block(1, 1, 3), Block(2, 3, 5)]
+    assert found_blocks(made) == [LayerBlock(0, 0, 1), LayerBlock(1, 1, 3), LayerBlock(2, 3, 5)]
     results = [BlockFolder(made, block).result() for block in found_blocks(made)]
     whole = RunFolder(root / "whole").result(TRANSFER)
     assert whole is not None
@@ -117,7 +114,7 @@ def test_it_is_scored_and_stitched_again_like_any_other(
     base: list[str], single: Path, three: tuple[Path, list[list[Any]]]
 ) -> None:
     root, _ = three
-    found = blockstages.stitch(recipe(base, root / "whole")).results
+    found = blockstages.stitch_blocks(recipe(base, root / "whole")).results
     joint = stages.evaluate_run(
         recipe(base, single / "whole", "lora=null", "eval.baselines=false", "eval.decode_lengths=[]")
     )
@@ -125,12 +122,12 @@ def test_it_is_scored_and_stitched_again_like_any_other(
     assert joint.results is not None
     for row, scores in found.rows.items():
         assert scores.all.sums == pytest.approx(joint.results.rows[row].all.sums, rel=1e-6), row
-    state = blockstages.status(recipe(base, root / "whole")).shown[0].columns[2].cells
+    state = blockstages.show_status(recipe(base, root / "whole")).shown[0].columns[2].cells
     assert list(state) == ["finished"] * 3
 
 
 def test_a_stop_of_one_process_stops_all_at_one_step(single: Path, three: tuple[Path, list[list[Any]]]) -> None:
-    """And then one has lost that step: it is made up for, while the others hand on."""
+    """Then one has lost that step and repeats it, while the others pass states on."""
     root, reports = three
     for report in reports:
         steps = report[1]
@@ -144,7 +141,7 @@ def test_a_stop_of_one_process_stops_all_at_one_step(single: Path, three: tuple[
     assert f"the processes are at: step {last}, step {last}, step {before}" in said(root / "stopped")
 
 
-def test_initial_values_from_text_and_a_process_that_only_hands_on(
+def test_initial_values_from_text_and_a_process_that_only_passes_on(
     single: Path, three: tuple[Path, list[list[Any]]]
 ) -> None:
     root, reports = three
@@ -154,7 +151,7 @@ def test_initial_values_from_text_and_a_process_that_only_hands_on(
 
 
 @pytest.mark.parametrize(("name", "job"), [("epochs", 5), ("flat", 6)])
-def test_processes_that_end_before_the_others_hand_on(
+def test_processes_that_end_before_the_others_pass_on(
     name: str, job: int, single: Path, three: tuple[Path, list[list[Any]]]
 ) -> None:
     root, reports = three
@@ -183,32 +180,22 @@ def test_what_cannot_be_divided_is_refused(three: tuple[Path, list[list[Any]]]) 
         assert "blocks.epochs gives blocks 1 to 2 [1.0, 2.0] epochs" in report[9]
 
 
-def test_a_killed_process_is_named_and_the_run_goes_on(base: list[str], single: Path, tmp_path: Path) -> None:
+def test_a_killed_process_is_named_and_the_run_continues(base: list[str], single: Path, tmp_path: Path) -> None:
     """Two processes, of which the second dies in the middle; then another number of processes is refused."""
     folder = tmp_path / "run"
     job = {"do": "blocks", "overrides": [*base, PIPELINE, f"run.dir={folder}"]}
-    process = start(2, [job], tmp_path / "out", delay=0.15, restarts=1)
-    deadline = time.monotonic() + 120
-    while len(lines(folder / "blocks" / "layers-002-004")) < 6:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(int((tmp_path / "out" / "pid-1-0").read_text()), signal.SIGKILL)
-    heard, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, heard
-    assert "process 1 (on " in heard
-    assert "is gone" in heard
+    run_with_a_kill(job, tmp_path / "out", folder / "blocks" / "layers-002-004", 6)
     require_same(folder, single / "whole")
     assert "pipeline: continuing" in said(folder)
     with pytest.raises(UserError, match="holds a block of layers 0 to 1, which is none of those"):
-        blockstages.run(recipe(base, folder))
+        blockstages.run_blocks(recipe(base, folder))
 
 
-def test_where_it_is_not_for(base: list[str], tmp_path: Path) -> None:
+def test_commands_that_refuse_a_pipeline(base: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is for several processes: start them with torchrun"):
-        blockstages.run(recipe(base, tmp_path / "run", PIPELINE))
+        blockstages.run_blocks(recipe(base, tmp_path / "run", PIPELINE))
     with pytest.raises(UserError, match=r"blocks\.ranks=pipeline is a way of `blocks run`"):
-        blockstages.collect(recipe(base, tmp_path / "run", PIPELINE))
+        blockstages.collect_inputs(recipe(base, tmp_path / "run", PIPELINE))
 
 
 def test_blocks_are_divided_by_layers() -> None:
@@ -223,8 +210,8 @@ def test_blocks_are_divided_by_layers() -> None:
         assert max(sizes) - min(sizes) <= size
 
 
-def test_the_order_goes_on_from_the_one_who_is_most_behind() -> None:
-    """Evaluations come where any of the processes wants one, and the one that all have done is left out."""
+def test_the_order_continues_from_the_process_that_is_furthest_behind() -> None:
+    """Evaluations come where any process needs one; one that all have done is left out."""
     from trenchcoat.config import TransferConfig
 
     class Text:

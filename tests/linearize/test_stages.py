@@ -72,7 +72,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert {line.get("stage") for line in read_metrics(folder)} >= set(stages_of(recipe))
 
     model, _ = load(folder)
-    with variants.ModelVariants(recipe, []) as one:
+    with variants.open_variants(recipe, []) as one:
         mine = comparison.evaluation_rows(one.batches(2), recipe.eval.rows)
     again = comparison.score(model, mine, window=recipe.student.window)
     assert again.all.mean == pytest.approx(outcome.results.rows[TransferLoraRow.name].all.mean, abs=1e-6)
@@ -84,7 +84,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert _losses(second) == _losses(outcome.results)
 
 
-def test_a_transfer_over_other_weights_is_not_taken_up(make: Make, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_transfer_over_other_weights_is_not_continued(make: Make, tiny_model_dir: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_model_dir, model)
     recipe = make(f"model.path={model}", "eval.baselines=false")

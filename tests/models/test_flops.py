@@ -13,7 +13,6 @@ from tiny_families import tiny_model
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.flops import (
-    device_peak,
     layer_student,
     lora_flops_per_token,
     mfu,
@@ -22,6 +21,7 @@ from trenchcoat.models.flops import (
 )
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import Shapes, shapes_of
+from trenchcoat.runtime.devices import device_peak
 from trenchcoat.training import objectives
 
 TOKENS = 512

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from conftest import byte_tokenizer, save_tiny_model, tiny_llama_config
-from ranks_kit import run, start
+from ranks_kit import run, run_with_a_kill
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.results import Results
@@ -187,17 +184,7 @@ def test_a_killed_process_is_named_and_torchrun_resumes(base: list[str], single:
         "do": "linearize",
         "overrides": [*base, *STEPS, "parallel.timeout_seconds=60", f"run.dir={tmp_path / 'run'}"],
     }
-    process = start(2, [job], tmp_path / "out", delay=0.15, restarts=1)
-    deadline = time.monotonic() + 120
-    while len(lines(tmp_path / "run")) < 5:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(int((tmp_path / "out" / "pid-1-0").read_text()), signal.SIGKILL)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    assert "process 1 (on " in said
-    assert "is gone" in said
+    run_with_a_kill(job, tmp_path / "out", tmp_path / "run", 5)
     assert_same_run(single, tmp_path / "run")
     assert any(
         "continuing from step" in line["text"] for line in read_metrics(tmp_path / "run") if line["kind"] == "info"

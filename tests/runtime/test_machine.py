@@ -11,7 +11,7 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.evaluation.rows import asked_rows
 from trenchcoat.linearize.comparison import estimate_seconds, stage_tokens, stages_of
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.linearize.variants import open_variants
 from trenchcoat.runtime import machine
 
 
@@ -48,7 +48,7 @@ def test_too_little_memory_and_disk_are_named_together(tmp_path: Path, monkeypat
 def test_the_estimate_grows_with_the_work_and_ends_at_nothing(tiny_overrides: list[str]) -> None:
     recipe = load_recipe("demo", tiny_overrides)
     longer = load_recipe("demo", [*tiny_overrides, "transfer.max_steps=400", "lora.max_steps=400"])
-    with ModelVariants(recipe, []) as variants:
+    with open_variants(recipe, []) as variants:
         short = estimate_seconds(variants, stages_of(recipe), len(asked_rows(recipe)))
         assert 0 < short < 60
         variants.recipe = longer

@@ -1,4 +1,4 @@
-"""Files are complete or absent; damaged ones are named; adapters, fingerprints and model loading answer clearly."""
+"""Files are complete or absent; damaged ones are named; adapters, fingerprints, errors of model loading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trenchcoat.runtime import files
 from trenchcoat.runtime.files import CorruptFileError, SaveError
 from trenchcoat.training import checkpoints
 
-GROUP = {"weights": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}}
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 
 
 # Atomic files
@@ -42,11 +42,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_and_the_old_file_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "weights.safetensors"
-    files.save_tensors(target, GROUP["weights"])
+    files.save_tensors(target, TENSORS)
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(SaveError, match=r"disk is full while saving .*weights\.safetensors.*intact"):
         files.save_tensors(target, {"a": torch.zeros(2)})
-    assert torch.equal(files.load_tensors(target)["a"], GROUP["weights"]["a"])
+    assert torch.equal(files.load_tensors(target)["a"], TENSORS["a"])
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
@@ -58,9 +58,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_really_full_disk(small_disk: Path) -> None:
-    checkpoints.write_checkpoint(small_disk, 1, {"weights": {"a": torch.zeros(100_000)}}, {})
+    checkpoints.CheckpointWriter(small_disk, 1, {"a": torch.zeros(100_000)}, {}).finish()
     with pytest.raises(SaveError, match="the disk is full while saving"):
-        checkpoints.write_checkpoint(small_disk, 2, {"weights": {"a": torch.zeros(200_000)}}, {})
+        checkpoints.CheckpointWriter(small_disk, 2, {"a": torch.zeros(200_000)}, {}).finish()
     found = checkpoints.newest_checkpoint(small_disk, pytest.fail)
     assert found is not None
     assert found.step == 1
@@ -100,19 +100,19 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_named(tmp_path: Path) -> None:
     for step in (5, 10, 20):
-        checkpoints.write_checkpoint(tmp_path, step, GROUP, {"step": step})
-    damage(tmp_path / "step-00000020" / "weights.safetensors")
+        checkpoints.CheckpointWriter(tmp_path, step, TENSORS, {"step": step}).finish()
+    damage(tmp_path / "step-00000020" / "tensors.safetensors")
     (tmp_path / ".partial-1234-step-00000030").mkdir()
     warnings: list[str] = []
     found = checkpoints.newest_checkpoint(tmp_path, warnings.append)
     assert found is not None
     assert (found.step, found.state) == (10, {"step": 10})
-    assert found.names() == sorted(GROUP["weights"])
-    room = torch.zeros_like(GROUP["weights"]["a"])
+    assert found.names() == sorted(TENSORS)
+    room = torch.zeros_like(TENSORS["a"])
     found.load_into({"a": room})
-    assert torch.equal(room, GROUP["weights"]["a"])
+    assert torch.equal(room, TENSORS["a"])
     assert len(warnings) == 1
-    assert "step-00000020/weights.safetensors is damaged" in warnings[0]
+    assert "step-00000020/tensors.safetensors is damaged" in warnings[0]
 
     (tmp_path / "step-00000010" / "state.json").unlink()
     (tmp_path / "step-00000005" / "manifest.json").write_text("{")
@@ -123,7 +123,7 @@ def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_named(tmp_path:
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     for step in (0, 5, 10):
-        checkpoints.write_checkpoint(tmp_path, step, GROUP, {})
+        checkpoints.CheckpointWriter(tmp_path, step, TENSORS, {}).finish()
     (tmp_path / ".partial-1234-step-00000030").mkdir()
     checkpoints.prune_checkpoints(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
@@ -131,8 +131,8 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 
 
 def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
-    checkpoints.write_checkpoint(tmp_path, 5, GROUP, {"try": 1})
-    checkpoints.write_checkpoint(tmp_path, 5, GROUP, {"try": 2})
+    checkpoints.CheckpointWriter(tmp_path, 5, TENSORS, {"try": 1}).finish()
+    checkpoints.CheckpointWriter(tmp_path, 5, TENSORS, {"try": 2}).finish()
     found = checkpoints.newest_checkpoint(tmp_path, pytest.fail)
     assert found is not None
     assert found.state == {"try": 2}
@@ -142,9 +142,9 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_an_adapter_comes_back(tmp_path: Path) -> None:
-    hub.write_adapter(tmp_path, GROUP["weights"], {"version": 1, "base": {"path": "x"}})
+    hub.write_adapter(tmp_path, TENSORS, {"version": 1, "base": {"path": "x"}})
     tensors, meta = hub.read_adapter(tmp_path)
-    assert torch.equal(tensors["a"], GROUP["weights"]["a"])
+    assert torch.equal(tensors["a"], TENSORS["a"])
     assert meta["version"] == 1
     assert meta["base"] == {"path": "x"}
     assert not (tmp_path / "config.json").exists()
@@ -153,7 +153,7 @@ def test_an_adapter_comes_back(tmp_path: Path) -> None:
 def test_damaged_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not an adapter folder: trenchcoat\.json is missing"):
         hub.read_adapter(tmp_path)
-    hub.write_adapter(tmp_path, GROUP["weights"], {})
+    hub.write_adapter(tmp_path, TENSORS, {})
     files.save_tensors(tmp_path / hub.ADAPTER_FILE, {"a": torch.zeros(1)})
     with pytest.raises(CorruptFileError, match="does not match the checksum"):
         hub.read_adapter(tmp_path)
@@ -224,7 +224,7 @@ def test_wrong_folders_are_explained(tmp_path: Path, tiny_model_dir: Path) -> No
         loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     with pytest.raises(UserError, match="is a file"):
         loading.load_model(ModelConfig(path=str(tiny_model_dir / "config.json"), device="cpu"))
-    hub.write_adapter(tmp_path, GROUP["weights"], {})
+    hub.write_adapter(tmp_path, TENSORS, {})
     with pytest.raises(UserError, match=r"trenchcoat\.load"):
         loading.load_model(ModelConfig(path=str(tmp_path), device="cpu"))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')

@@ -171,7 +171,7 @@ def test_next_token_trains_what_requires_gradients() -> None:
     assert not model.training
 
 
-def test_the_first_broken_place_is_named() -> None:
+def test_the_first_module_that_is_not_finite_is_named() -> None:
     model, batch = tiny_llama(layers=3), BATCHES.train_batch(0)
     objective = next_token_objective()
     with torch.no_grad():

@@ -60,7 +60,7 @@ def test_killed_in_both_stages(tmp_path: Path, uninterrupted: tuple[Path, dict[s
     assert any("lora: continuing from step 8 of 12" in text for text in resumed)
 
 
-def test_ctrl_c_stops_cleanly_and_goes_on(tmp_path: Path, uninterrupted: tuple[Path, dict[str, object]]) -> None:
+def test_ctrl_c_stops_cleanly_and_continues(tmp_path: Path, uninterrupted: tuple[Path, dict[str, object]]) -> None:
     first = start(tmp_path, 0.1)
     assert kill_after(first, tmp_path, "transfer", 5, signal.SIGINT) == 130
     steps = [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "train"]

@@ -1,4 +1,4 @@
-"""The loop: stepping, schedules, clipping, best weights, early stopping, saving, and every way it can go wrong."""
+"""The loop: stepping, schedules, clipping, best weights, early stopping, saving, and every failure."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from training_kit import (
     transfer_settings,
 )
 from trenchcoat.config import StageConfig, TransferConfig, UserError
+from trenchcoat.data.batches import Batch
 from trenchcoat.models.attach import students_of
 from trenchcoat.models.hub import adapter_state
 from trenchcoat.runtime.files import SaveError
@@ -34,8 +35,8 @@ from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training import checkpoints
 from trenchcoat.training.gradients import average_and_clip, clip_groups
 from trenchcoat.training.loop import FitResult, NonFiniteLoss, fit
-from trenchcoat.training.objectives import Batch, Metrics, transfer_objective
-from trenchcoat.training.schedules import Schedule
+from trenchcoat.training.objectives import Metrics, transfer_objective
+from trenchcoat.training.schedules import build_schedule
 
 
 class Point(nn.Module):
@@ -100,7 +101,7 @@ def evals(run_dir: Path) -> list[tuple[int, float]]:
 
 def test_plateau_is_torchs() -> None:
     cfg = settings(schedule="plateau", plateau_factor=0.3, plateau_patience=2, min_lr=1e-3)
-    ours = Schedule(cfg, 100)
+    ours = build_schedule(cfg, 100)
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=cfg.lr)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=2, min_lr=1e-3)
@@ -114,8 +115,8 @@ def test_plateau_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant", "plateau"])
-def test_warmup_and_floor(name: str) -> None:
-    schedule = Schedule(settings(schedule=name, warmup_steps=4, min_lr=0.01), 24)
+def test_warmup_and_minimum(name: str) -> None:
+    schedule = build_schedule(settings(schedule=name, warmup_steps=4, min_lr=0.01), 24)
     assert [schedule.lr(step) for step in range(4)] == pytest.approx([0.025, 0.05, 0.075, 0.1])
     end = 0.01 if name in ("cosine", "linear") else 0.1
     assert schedule.lr(24) == pytest.approx(end)
@@ -125,11 +126,11 @@ def test_warmup_and_floor(name: str) -> None:
         assert schedule.lr(14) == pytest.approx(0.055)
 
 
-def test_a_floor_above_the_rate_does_not_raise_it_and_unknown_names_are_refused() -> None:
-    schedule = Schedule(settings(schedule="cosine", lr=1e-6, min_lr=1e-5), 10)
+def test_a_minimum_above_the_rate_does_not_raise_it_and_unknown_names_are_refused() -> None:
+    schedule = build_schedule(settings(schedule="cosine", lr=1e-6, min_lr=1e-5), 10)
     assert schedule.lr(9) == pytest.approx(1e-6)
     with pytest.raises(UserError, match="step_down"):
-        Schedule(dataclasses.replace(settings(), schedule="step_down"), 10)  # type: ignore[arg-type]
+        build_schedule(dataclasses.replace(settings(), schedule="step_down"), 10)  # type: ignore[arg-type]
 
 
 # Stepping
@@ -269,7 +270,7 @@ def test_a_reduced_rate_outlives_a_restart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"lr": 0.2}, "lr 0.1 then, 0.2 now"), ({"accumulation": 4}, "accumulation 1 then, 4 now")],
+    [({"lr": 0.2}, "lr was 0.1, is 0.2 now"), ({"accumulation": 4}, "accumulation was 1, is 4 now")],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     run_fit(tmp_path, Point(), distance, settings())
@@ -286,7 +287,7 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path: Path) -> Non
         fit_transfer(transfer_model(layers=3), tmp_path, cfg, RandomBatches())
     other = RandomBatches()
     other.fingerprint = "other tokens"
-    with pytest.raises(UserError, match="data 'random tokens' then, 'other tokens' now"):
+    with pytest.raises(UserError, match="data was 'random tokens', is 'other tokens' now"):
         fit_transfer(transfer_model(), tmp_path, cfg, other)
 
 
@@ -304,17 +305,17 @@ def test_stage_two_refuses_a_checkpoint_over_other_students(tmp_path: Path) -> N
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(tmp_path: Path) -> None:
     cfg = transfer_settings()
-    whole, mended = transfer_model(), transfer_model()
+    whole, continued = transfer_model(), transfer_model()
     fit_transfer(whole, tmp_path / "whole", cfg, RandomBatches())
-    fit_transfer(transfer_model(), tmp_path / "mended", dataclasses.replace(cfg, max_steps=8), RandomBatches())
-    damage(tmp_path / "mended" / "checkpoints" / "transfer" / "step-00000008" / "optimizer.safetensors")
-    result = fit_transfer(mended, tmp_path / "mended", cfg, RandomBatches())
+    fit_transfer(transfer_model(), tmp_path / "continued", dataclasses.replace(cfg, max_steps=8), RandomBatches())
+    damage(tmp_path / "continued" / "checkpoints" / "transfer" / "step-00000008" / "tensors.safetensors")
+    result = fit_transfer(continued, tmp_path / "continued", cfg, RandomBatches())
     assert result.resumed_from == 4
-    warnings = [line["text"] for line in read_metrics(tmp_path / "mended") if line["kind"] == "warning"]
-    assert any("step-00000008/optimizer.safetensors is damaged" in text for text in warnings)
-    assert numbers_of(tmp_path / "mended") == numbers_of(tmp_path / "whole")
+    warnings = [line["text"] for line in read_metrics(tmp_path / "continued") if line["kind"] == "warning"]
+    assert any("step-00000008/tensors.safetensors is damaged" in text for text in warnings)
+    assert numbers_of(tmp_path / "continued") == numbers_of(tmp_path / "whole")
     for name, tensor in adapter_state(whole).items():
-        assert torch.equal(tensor, adapter_state(mended)[name]), name
+        assert torch.equal(tensor, adapter_state(continued)[name]), name
 
 
 def test_the_best_weights_are_in_every_checkpoint(tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_the_best_weights_are_in_every_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_stage_run_in_pieces_is_the_stage(tmp_path: Path) -> None:
-    """``until`` ends a call in the middle; the next one goes on, with no evaluation more or less."""
+    """``until`` ends a call in the middle; the next one continues, with the same evaluations."""
     cfg = transfer_settings(schedule="plateau", plateau_patience=0, lr=0.3)
     whole, pieces = transfer_model(), transfer_model()
     fit_transfer(whole, tmp_path / "whole", cfg, RandomBatches())
@@ -344,7 +345,7 @@ def test_a_stage_run_in_pieces_is_the_stage(tmp_path: Path) -> None:
 
 
 def test_layers_are_scheduled_kept_and_stopped_each_by_its_own_loss(tmp_path: Path) -> None:
-    """Layer 1's loss never improves: it stops, at the weights it had, while layer 0 learns on."""
+    """Layer 1's loss never improves: it stops, at the weights it had, while layer 0 continues."""
 
     class Lopsided:
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Block-wise transfer against the joint run: memory of the process and throughput, on a random model of 2 GB.
+"""Blockwise transfer against the joint run: memory of the process and throughput, on a random model of 2 GB.
 
 Each run is a process of its own, because what a process has held at most cannot be taken back. The bound on memory is
 that of the design: weights of two blocks (one at work, one being read), the pass's hidden states (inputs and outputs),
@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.linearize.variants import open_variants
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import environment
@@ -107,11 +107,11 @@ def child(kind: str, overrides: list[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     with _measured(found):
         if kind == "joint":
-            with ModelVariants(recipe, [TRANSFER]) as variants:
+            with open_variants(recipe, [TRANSFER]) as variants:
                 variants.train(TRANSFER)
         else:
-            with blockstages.opened(recipe) as work:
-                blockstages.transfer(work)
+            with blockstages.open_blocks(recipe) as work:
+                blockstages.stream_blocks(work)
     return found
 
 

@@ -24,7 +24,7 @@ from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.linearize.comparison import evaluation_rows
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.linearize.variants import open_variants
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER
@@ -60,7 +60,7 @@ def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[s
             "student.feature_map.init=identity", "eval.rows=16", "data.seq_len=512",
         ],
     )  # fmt: skip
-    with ModelVariants(recipe, [TRANSFER]) as variants:
+    with open_variants(recipe, [TRANSFER]) as variants:
         variants.train(TRANSFER)
         text = evaluation_rows(variants.batches(2), recipe.eval.rows)
         models = {"teacher": variants.assemble_teacher, scope: lambda: variants.assemble(weights=TRANSFER)}

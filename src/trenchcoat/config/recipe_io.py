@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config.errors import UserError
-from trenchcoat.config.settings import Constraint, Recipe
+from trenchcoat.config.settings import Constraint, NameIn, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that ship with the package."""
@@ -179,7 +179,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is typing.Annotated:
         found = _value(arguments[0], value, path)
         for constraint in arguments[1:]:
-            if not constraint.holds(found):
+            if isinstance(constraint, NameIn):
+                found = _choice(constraint.names, found, path)
+            elif not constraint.holds(found):
                 raise UserError(f"{path} must be {constraint.text}, got {found!r}")
         return found
     if dataclasses.is_dataclass(hint):
@@ -260,6 +262,7 @@ def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) 
     ranges = [part.text for part in _parts(hint) if isinstance(part, Constraint) and str not in _parts(hint)]
     lines = [f"  {full}={_shown(field.default)}" + "".join(f"  ({each})" for each in ranges)]
     choices = [typing.get_args(part) for part in _parts(hint) if typing.get_origin(part) is typing.Literal]
+    choices += [part.names for part in _parts(hint) if isinstance(part, NameIn)]
     lines += [f"      one of {' | '.join(map(str, each))}" for each in choices]
     return lines + textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
 

@@ -6,6 +6,7 @@ must have in common is checked by the ``check`` method beside them, when a recip
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,23 @@ class Constraint:
     holds: Callable[[Any], bool]
 
 
+@dataclass(frozen=True)
+class NameIn:
+    """The value of a field is a name in a registry, as in ``Annotated[str, NameIn(...)]``.
+
+    The registry's module belongs to a later package and is imported when names are checked or shown; it must not import
+    torch.
+    """
+
+    module: str
+    registry: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that are registered now."""
+        return tuple(getattr(importlib.import_module(self.module), self.registry))
+
+
 PositiveInt = Annotated[int, Constraint("at least 1", lambda value: value >= 1)]
 NonNegativeInt = Annotated[int, Constraint("at least 0", lambda value: value >= 0)]
 RowLength = Annotated[int, Constraint("at least 2", lambda value: value >= 2)]
@@ -37,6 +55,7 @@ NonNegativeFloat = Annotated[float, Constraint("at least 0 and finite", lambda v
 Share = Annotated[float, Constraint("at least 0 and below 1", lambda value: 0 <= value < 1)]
 InnerShare = Annotated[float, Constraint("above 0 and below 1", lambda value: 0 < value < 1)]
 Text = Annotated[str, Constraint("text that is not empty", lambda value: bool(value.strip()))]
+ScheduleName = Annotated[str, NameIn("trenchcoat.training.schedules", "SCHEDULES")]
 LayerNames = Annotated[tuple[str, ...], Constraint("the names of one linear layer or more", bool)]
 
 
@@ -207,12 +226,12 @@ class StageConfig(_Section):
     """Gradient norm limit; null for none."""
     clip_scope: Literal["layer", "global"] = "global"
     """Clip every layer's student by its own norm, or all trainable parameters by one norm."""
-    schedule: Literal["plateau", "cosine", "linear", "constant"] = "plateau"
+    schedule: ScheduleName = "plateau"
     """Learning-rate schedule; plateau is stepped on the evaluation loss (of each layer, with `clip_scope: layer`)."""
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up, in optimizer steps (any schedule)."""
     min_lr: NonNegativeFloat = 1e-5
-    """Floor of the plateau, cosine and linear schedules."""
+    """Where the plateau, cosine and linear schedules end."""
     plateau_factor: InnerShare = 0.1
     """plateau: what the rate is multiplied by."""
     plateau_patience: NonNegativeInt = 10
@@ -266,6 +285,8 @@ class TransferConfig(StageConfig):
 class LoraConfig(StageConfig):
     """Stage 2, LoRA with next-token loss (LoLCATs, section 3.1 and appendix A)."""
 
+    objective: Text = "next_token"
+    """What is minimized: `next_token`, or a name that you added to OBJECTIVES in `trenchcoat.training.objectives`."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     rank: PositiveInt = 8

@@ -17,6 +17,7 @@ from torch import Tensor
 from trenchcoat.data.packing import PackedRows
 
 Batch = dict[str, Tensor]
+"""Tensors of one micro-batch by name; for some layers alone, ``inputs_embeds`` [b, T, d] in place of ``input_ids``."""
 Part = Literal["train", "validation"]
 
 

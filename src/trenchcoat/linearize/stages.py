@@ -1,6 +1,6 @@
 """What each command does, from recipe to report: the order of the stages, what is skipped, what is kept.
 
-Data hops of `linearize`: variants (model, students, data) -> train.fit (transfer) -> train.fit (LoRA) -> adapter ->
+The steps of `linearize`: model variants (model, students, data) -> fit (transfer) -> fit (LoRA) -> adapter ->
 comparison (every row of the table; the comparison rows are trained on the way) -> report. A killed command continues
 where it was: finished stages and finished scores are read from the run's folder.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.conversation import softmax_twin
 from trenchcoat.generation.generate import Session, continue_and_save, generate_text
 from trenchcoat.linearize.comparison import Comparison, estimate_seconds, evaluation_rows, stages_of
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.linearize.variants import ModelVariants, open_variants
 from trenchcoat.models import hub
 from trenchcoat.models.attach import set_state_dtype, student_config
 from trenchcoat.runtime import distributed
@@ -40,9 +39,8 @@ _TITLES = {
 
 
 def demo(recipe: Recipe) -> Outcome:
-    """The whole pipeline of ``recipe`` after a look at the machine; raises ``UserError`` when it is not fit for it."""
-    sentences = check_machine(Path(recipe.run.dir))
-    return linearize(recipe, opening=sentences)
+    """The whole pipeline of ``recipe``, after checking the machine; raises ``UserError`` when it is not ready."""
+    return linearize(recipe, opening=check_machine(Path(recipe.run.dir)))
 
 
 def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
@@ -50,7 +48,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
     if recipe.transfer is None and recipe.lora is None:
         raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
     began = time.monotonic()
-    with _variants(recipe, stages_of(recipe)) as variants:
+    with open_variants(recipe, stages_of(recipe)) as variants:
         _open(variants, opening)
         _announce_time(variants)
         own = own_stages(recipe)
@@ -61,55 +59,42 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
 
 def transfer(recipe: Recipe) -> Outcome:
     """Stage 1 alone, and the adapter folder of what it learned."""
-    with _variants(recipe, [TRANSFER]) as variants:
+    with open_variants(recipe, [TRANSFER]) as variants:
         _open(variants)
         facts = _train(variants, TRANSFER)
         if variants.folder.result(variants.main_lora_stage) is None:
             variants.export(TRANSFER)
-        return Outcome(
-            (
-                _ended(facts),
-                f"the adapter is in {variants.adapter}; the next stage is: trenchcoat finetune, same recipe",
-            )
-        )
+        further = f"the adapter is in {variants.adapter}; the next stage is: trenchcoat finetune, same recipe"
+        return Outcome((_ended(facts), further))
 
 
 def finetune(recipe: Recipe) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, where the recipe has transfer=null)."""
-    with _variants(recipe, own_stages(recipe)) as variants:
+    with open_variants(recipe, own_stages(recipe)) as variants:
         variants.require_transfer()
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)
         variants.export(variants.main_lora_stage)
-        return Outcome(
-            (_ended(facts), f"the adapter is in {variants.adapter}; score it with: trenchcoat eval {recipe.run.dir}")
-        )
+        further = f"the adapter is in {variants.adapter}; score it with: trenchcoat eval {recipe.run.dir}"
+        return Outcome((_ended(facts), further))
 
 
 def evaluate_run(recipe: Recipe) -> Outcome:
     """Score a finished run (comparison rows are trained when the recipe asks for them) and write its report."""
     began = time.monotonic()
-    with _variants(recipe, stages_of(recipe)) as variants:
+    with open_variants(recipe, stages_of(recipe)) as variants:
         missing = [stage for stage in own_stages(recipe) if variants.folder.result(stage) is None]
         if missing:
-            raise UserError(
-                f"{recipe.run.dir} is not finished ({missing[0]} is missing): run `trenchcoat linearize` on it"
-            )
+            unfinished = f"{recipe.run.dir} is not finished ({missing[0]} is missing)"
+            raise UserError(f"{unfinished}: run `trenchcoat linearize` on it")
         return _report(variants, {stage: variants.train(stage) for stage in own_stages(recipe)}, began)
 
 
 # Parts of the commands
 
 
-@contextmanager
-def _variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
-    """The variants of this process, after joining the others that torchrun may have started."""
-    with distributed.joined(recipe.parallel, recipe.model.device), ModelVariants(recipe, stages) as variants:
-        yield variants
-
-
 def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:
-    """Write what the run is into its folder, and say it."""
+    """Record the recipe in the run's folder and log what is run."""
     recipe = variants.recipe
     variants.log.write_recipe(dump_recipe(recipe))
     for sentence in opening:
@@ -181,7 +166,9 @@ def _side_by_side(sample: Sample) -> list[str]:
 def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     """Score an adapter or merged folder, as it is, on the text of ``recipe``."""
     model, tokenizer = hub.load(path, device=recipe.model.device)
-    data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # of training rows, which it needs not
+    data = dataclasses.replace(
+        recipe.data, select="none", select_rows=None
+    )  # these concern training rows, which are not needed
     batches = load_batches(data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
     window = student_config(model).window
     text = evaluation_rows(batches, recipe.eval.rows)

@@ -1,29 +1,29 @@
-"""One run at work: the model with students and LoRA put on and taken off as each stage and each report row needs them.
+"""The variants of one loaded model that the stages and the report rows need: with students, with LoRA, with weights.
 
 Every variant is assembled from the same loaded base model: fresh students from the seed, fresh LoRA from the seed, then
-the weights of a finished stage. So the order in which stages and rows are made has no influence on their numbers.
+the weights of a finished stage. So the numbers do not depend on the order in which stages and rows are made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.esl import EslRanking
-from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.tokens import cache_folder
 from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.evaluation.rows import window_sinks_student
+from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
 from trenchcoat.models import hub, identity
 from trenchcoat.models.attach import (
     detach_students,
@@ -31,7 +31,6 @@ from trenchcoat.models.attach import (
     replace_students,
     set_far,
     set_mode,
-    student_implementation,
     teacher_implementation,
 )
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
@@ -40,54 +39,29 @@ from trenchcoat.models.loading import load_base
 from trenchcoat.models.lora import add_lora, freeze_for_lora, remove_lora
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed, files
-from trenchcoat.runtime.files import locked, read_json
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA, RunFolder
-from trenchcoat.runtime.runlog import RunLog, SilentLog
+from trenchcoat.runtime.files import read_json
+from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
 from trenchcoat.runtime.sharding import compute_device
-from trenchcoat.students import student_class
-from trenchcoat.training.loop import FitResult, fit
-from trenchcoat.training.objectives import Objective, initialise_from_text, next_token_objective, transfer_objective
+from trenchcoat.training.loop import FitOptions, FitResult, fit
+from trenchcoat.training.objectives import Objective, initialise_from_text, stage_2_objective, transfer_objective
 
 BASE_WEIGHTS = "base weights"
-"""Under this name the identity of the base stands in a stage's record."""
-LANDMARK_ROWS = 4
-"""Training rows whose keys are the landmarks of ``init: landmarks``."""
-
-
-class Stopped(KeyboardInterrupt):
-    """The user asked to stop; everything is saved."""
+"""The key of the base model's fingerprint in a stage's record."""
 
 
 class ModelVariants:
-    """The recipe, the run's folder and log, and the loaded model of one command.
+    """The base model of a run with students and LoRA put on and taken off; nothing is loaded before it is needed."""
 
-    Nothing is loaded before it is needed. Raises ``UserError`` at once for a student that does not exist, for a folder
-    that holds ``stages`` of another recipe, and for one that another command is at work in.
-    """
-
-    def __init__(self, recipe: Recipe, stages: list[str]) -> None:
-        try:
-            student_class(recipe.student.name)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self.recipe = recipe
-        self.folder = RunFolder(recipe.run.dir)
-        self.folder.refuse_other_recipe(recipe, stages)
-        self._held = ExitStack()
-        distributed.from_main(lambda: _hold(self._held, Path(recipe.run.dir)))
-        if recipe.run.threads is not None:
-            torch.set_num_threads(recipe.run.threads)
+    def __init__(self, run: OpenRun) -> None:
+        self.run, self.recipe, self.folder, self.log = run, run.recipe, run.folder, run.log
         self._trained: set[str] = set()
         self._batches: dict[tuple[int, int], Batches] = {}
-        self.log = run_log(recipe)
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
-        attention = teacher_implementation(model)
-        dtype, device = cast("torch.dtype", model.dtype), compute_device(model)
-        operator = student_implementation(model, self.recipe.student, dtype=dtype, device=device)
-        self.log.write_environment(implementation=operator, teacher_attention=attention)
+        attention, device = teacher_implementation(model), compute_device(model)
+        self.run.write_environment(model, attention, dtype=cast("torch.dtype", model.dtype), device=device)
         return model, tokenizer
 
     @property
@@ -108,7 +82,7 @@ class ModelVariants:
 
     @cached_property
     def base_fingerprint(self) -> str:
-        """Identity of the base weights."""
+        """Fingerprint of the base weights."""
         return identity.fingerprint(self.model)
 
     def batches(self, batch_size: int, seq_len: int | None = None) -> Batches:
@@ -119,11 +93,7 @@ class ModelVariants:
         size = (batch_size, data.seq_len)
         if size not in self._batches:
             rank = None if data.select == "none" else self._ranking
-            load = partial(
-                load_batches, data, self.tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank
-            )
-            # what the first process of a node tokenizes, the others read from the cache; a ranking needs all at once
-            self._batches[size] = distributed.in_turns_per_node(load) if rank is None else load()
+            self._batches[size] = self.run.load_batches(self.tokenizer, batch_size=batch_size, data=data, rank=rank)
         return self._batches[size]
 
     @cached_property
@@ -135,20 +105,6 @@ class ModelVariants:
         base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
         return EslRanking(self.assemble_teacher, base, seq_len=data.seq_len, folder=folder, log=self.log)
 
-    def close(self) -> None:
-        """Close the log, and streams."""
-        for batches in self._batches.values():
-            if isinstance(batches, StreamedBatches):
-                batches.close()
-        self.log.close()
-        self._held.close()
-
-    def __enter__(self) -> ModelVariants:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     # Variants of the model
 
     def assemble(
@@ -156,7 +112,7 @@ class ModelVariants:
     ) -> nn.Module:
         """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
         if self.recipe.data.select != "none":
-            self.batches(LANDMARK_ROWS)  # ranks the samples, which takes everything off the model
+            self.batches(LANDMARK_ROWS)  # ranking the samples removes students and LoRA from the model
         remove_lora(self.model)
         torch.manual_seed(self.recipe.run.seed)
         students = replace_students(self.model, student if student is not None else self.recipe.student)
@@ -169,7 +125,7 @@ class ModelVariants:
             torch.manual_seed(self.recipe.run.seed)
             add_lora(self.model, self._lora)
         if weights is not None:
-            self._load(self.folder.weights(weights))
+            load_adapter_state(self.model, self.folder.weights(weights))
         set_far(self.model, True)
         set_mode(self.model, "student")
         return self.model
@@ -179,9 +135,6 @@ class ModelVariants:
         remove_lora(self.model)
         detach_students(self.model)
         return self.model
-
-    def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        load_adapter_state(self.model, dict(tensors))
 
     @property
     def _lora(self) -> LoraConfig:
@@ -197,27 +150,19 @@ class ModelVariants:
         return LORA if self.recipe.transfer is not None else LORA_ONLY
 
     def train(self, stage: str) -> StageFacts:
-        """Run ``stage`` to its end, or read what an earlier call made of it. Raises ``Stopped`` after Ctrl-C."""
+        """Run ``stage`` to its end, or read the result of an earlier call. Raises ``Stopped`` after Ctrl-C."""
         kept = distributed.from_main(lambda: self.folder.result(stage))
         if kept is not None:
-            return _facts(kept)
+            return StageFacts(**kept)
         if stage == LORA:
             distributed.from_main(partial(self.folder.require_identity, TRANSFER, BASE_WEIGHTS, self.base_fingerprint))
         objective, cfg = self._prepare(stage)
         batches = self.batches(cfg.batch_size)
-        self._tell(batches)
+        self._log_text(batches)
         identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
-        result = fit(
-            self.model,
-            batches,
-            objective,
-            cfg,
-            self.log,
-            stage=stage,
-            background_saves=self.recipe.parallel.async_save,
-            flops_per_token=self._flops_per_token(cfg),
-        )
+        options = FitOptions(self.recipe.parallel.async_save, step_flops(self.model.config, self.recipe, cfg))
+        result = fit(self.model, batches, objective, cfg, self.log, stage=stage, options=options)
         if result.stopped:
             raise Stopped
         facts = stage_facts(stage, result)
@@ -226,19 +171,8 @@ class ModelVariants:
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
         return facts
 
-    def _flops_per_token(self, cfg: StageConfig) -> float | None:
-        """FLOPs of a training step a token; None where the config does not say enough of the model's sizes."""
-        try:
-            shapes = shapes_of(self.model.config)
-        except UserError:
-            return None
-        if isinstance(cfg, LoraConfig):
-            return lora_flops_per_token(shapes, self.recipe.student, cfg, self.recipe.data.seq_len).total
-        xent = isinstance(cfg, TransferConfig) and cfg.xent_weight > 0
-        return transfer_flops_per_token(shapes, self.recipe.student, self.recipe.data.seq_len, xent=xent).total
-
-    def _tell(self, batches: Batches) -> None:
-        """Say how much text there is and what was left out of it."""
+    def _log_text(self, batches: Batches) -> None:
+        """Log how much text there is and what was left out of it."""
         counts = batches.counts
         left_out = [
             f"{number} {name.split('/')[-1]}" for name, number in counts.items() if "skipped/" in name and number
@@ -272,7 +206,7 @@ class ModelVariants:
             torch.manual_seed(self.recipe.run.seed)
             add_lora(self.model, self._lora)
         freeze_for_lora(self.model, self._lora)
-        return next_token_objective(), self._lora
+        return stage_2_objective(self._lora.objective), self._lora
 
     def require_transfer(self) -> None:
         """Raise ``UserError`` when stage 2 needs a transfer that this run's folder does not hold, finished."""
@@ -313,23 +247,25 @@ class ModelVariants:
         )
 
 
-def _hold(stack: ExitStack, folder: Path) -> None:
-    stack.enter_context(locked(folder))
+@contextmanager
+def open_variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
+    """The model variants of a run that is open while the block runs; see :func:`open_run`."""
+    with open_run(recipe, stages) as run:
+        yield ModelVariants(run)
 
 
-def run_log(recipe: Recipe) -> RunLog:
-    """The log of a run, silent on all processes but the main one."""
-    if distributed.is_main():
-        return RunLog(
-            recipe.run.dir, progress=recipe.run.progress, trackers=recipe.run.trackers, project=recipe.run.project
-        )
-    return SilentLog(recipe.run.dir)
+def step_flops(config: Any, recipe: Recipe, cfg: StageConfig) -> float | None:
+    """FLOPs per token of a training step; None where the model's ``config`` lacks its sizes."""
+    try:
+        shapes = shapes_of(config)
+    except UserError:
+        return None
+    if isinstance(cfg, LoraConfig):
+        return lora_flops_per_token(shapes, recipe.student, cfg, recipe.data.seq_len).total
+    xent = isinstance(cfg, TransferConfig) and cfg.xent_weight > 0
+    return transfer_flops_per_token(shapes, recipe.student, recipe.data.seq_len, xent=xent).total
 
 
 def stage_facts(stage: str, result: FitResult) -> StageFacts:
     """The figures of a finished stage."""
     return StageFacts(stage, result.steps, result.tokens, result.seconds, result.best_loss)
-
-
-def _facts(kept: Mapping[str, Any]) -> StageFacts:
-    return StageFacts(**kept)

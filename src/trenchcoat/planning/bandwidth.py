@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trenchcoat.models.flops import device_peak
+from trenchcoat.runtime.devices import device_peak
 from trenchcoat.runtime.files import PARTIAL_PREFIX, saving
 from trenchcoat.runtime.machine import free_disk
 

@@ -17,9 +17,10 @@ import torch
 
 from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.config.units import GIB
-from trenchcoat.models.flops import device_peak, lora_flops_per_token, student_parameters, transfer_flops_per_token
+from trenchcoat.models.flops import lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
 from trenchcoat.planning.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
+from trenchcoat.runtime.devices import device_peak
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
 """Kept free on a GPU: CUDA context and NCCL buffers, and a share of the peak for the allocator's fragmentation."""

@@ -1,6 +1,6 @@
 """Resumable training checkpoints.
 
-A checkpoint is a folder ``step-00000100`` holding safetensors groups, ``state.json`` and ``manifest.json`` with the
+A checkpoint is a folder ``step-00000100`` holding safetensors files, ``state.json`` and ``manifest.json`` with the
 SHA-256 of each file. It appears by a rename, so it is complete or absent; a file damaged later is found by its
 checksum, and the newest sound checkpoint before it is used. Nothing is ever unpickled.
 """
@@ -16,7 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,17 @@ from trenchcoat.runtime.files import (
 from trenchcoat.students import StudentAttention
 
 MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+"""Of one process; several write a file each."""
 STATE = "state.json"
-STATE_VERSION = 2
-"""Of what a checkpoint holds; 2: the best weights are in it."""
+STATE_VERSION = 3
+"""Of what a checkpoint holds; 3: a missing loss is Infinity in ``state.json``, as Python writes it."""
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint folder: its step, its JSON state, and its tensor groups read on demand."""
+    """A verified checkpoint folder: its step, its JSON state, and its tensors, read on demand."""
 
     path: Path
     step: int
@@ -74,15 +76,10 @@ class Checkpoint:
             dcp.load(dict(tensors), storage_reader=reader, no_dist=distributed.size() == 1)
 
 
-def checkpoint_path(root: Path, step: int) -> Path:
-    """Folder of the checkpoint of ``step`` under ``root``."""
-    return Path(root) / f"step-{step:08d}"
-
-
 class CheckpointWriter:
-    """One checkpoint on its way to disk: nothing but ``finish`` makes it count.
+    """One checkpoint that is being written; it exists for readers only after ``finish``.
 
-    One process writes ``tensors`` (by group, whose names must not clash) at once; several write their shards together,
+    One process writes ``tensors`` at once; several write their shards together,
     through torch's distributed checkpoints, in the background when there is a ``side_group`` for it. Raises
     ``SaveError`` when the disk is full, leaving the older checkpoints as they were.
     """
@@ -91,28 +88,26 @@ class CheckpointWriter:
         self,
         root: Path,
         step: int,
-        groups: Mapping[str, Mapping[str, Tensor]],
+        tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         side_group: Any = None,
     ) -> None:
-        self.target, self.step, self.state = checkpoint_path(root, step), step, dict(state)
+        self.target, self.step, self.state = Path(root) / f"step-{step:08d}", step, dict(state)
         self.partial = Path(root) / f"{PARTIAL_PREFIX}{self.target.name}"
         self._future: Any = None
         distributed.from_main(self._prepare)
         with saving(self.target), self._whole_or_nothing():
             if distributed.size() == 1:
-                for group, tensors in groups.items():
-                    save_file(separate_storage(tensors), self.partial / f"{group}.safetensors")
+                save_file(separate_storage(tensors), self.partial / TENSORS)
                 return
-            together = {name: tensor for tensors in groups.values() for name, tensor in tensors.items()}
             writer = HuggingFaceStorageWriter(str(self.partial), save_distributed=True)
             if side_group is None:
-                dcp.save(together, storage_writer=writer)
+                dcp.save(dict(tensors), storage_writer=writer)
             else:
-                self._future = dcp.async_save(together, storage_writer=writer, process_group=side_group)
+                self._future = dcp.async_save(dict(tensors), storage_writer=writer, process_group=side_group)
 
     def finish(self) -> Path:
-        """Wait until all is written, add state and checksums, and put the checkpoint in its place."""
+        """Wait until all is written, add state and checksums, and give the checkpoint its final name."""
         with saving(self.target), self._whole_or_nothing():
             if self._future is not None:
                 self._future.result()
@@ -134,35 +129,28 @@ class CheckpointWriter:
 
     @contextmanager
     def _whole_or_nothing(self) -> Iterator[None]:
-        """Take the unfinished folder away when the block fails."""
+        """Delete the unfinished folder when the block fails."""
         try:
             yield
         except dcp.CheckpointException as error:
-            self._take_away()
+            self._delete()
             raise OSError(*_system_error(error)) from error
         except (OSError, SafetensorError):
-            self._take_away()
+            self._delete()
             raise
 
-    def _take_away(self) -> None:
+    def _delete(self) -> None:
         if distributed.is_main():
             shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _system_error(error: dcp.CheckpointException) -> tuple[int, str]:
-    """(errno, words) of the first process's failure."""
+    """(errno, message) of the first process's failure."""
     for rank, (failure, _) in error.failures.items():
         full = is_disk_full(failure)
         code = errno.ENOSPC if full else getattr(failure, "errno", None) or errno.EIO
         return code, f"process {rank}: {failure}"
     return errno.EIO, str(error)
-
-
-def write_checkpoint(
-    root: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-) -> Path:
-    """Write one complete checkpoint now; see :class:`CheckpointWriter`."""
-    return CheckpointWriter(root, step, groups, state).finish()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -191,7 +179,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest sound checkpoint under ``root``, or None; ``warn`` is told about every damaged one passed over."""
+    """The newest sound checkpoint under ``root``, or None; ``warn`` gets a message about every damaged one."""
     for path in reversed(checkpoint_folders(root)):
         try:
             return read_checkpoint(path)
@@ -218,10 +206,10 @@ class CheckpointManager:
         self._side = distributed.side_group() if background and distributed.size() > 1 else None
         self._writing: CheckpointWriter | None = None
 
-    def write(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write the checkpoint of ``step`` (begin to, in the background); raises ``SaveError``."""
         self.finish()
-        self._writing = CheckpointWriter(self.root, step, groups, state, self._side)
+        self._writing = CheckpointWriter(self.root, step, tensors, state, self._side)
         if self._side is None:
             self.finish()
 
@@ -267,7 +255,7 @@ def identity(
 
 @dataclass
 class Counters:
-    """Where a stage stands. Losses are evaluation losses (infinite until there is one); steps count from 0."""
+    """How far a stage is. Losses are evaluation losses (infinite until there is one); steps count from 0."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -279,18 +267,6 @@ class Counters:
     seconds: float = 0.0
     """Spent in this stage up to the checkpoint."""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON with null for infinity."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Counters:
-        """Back from ``to_json``."""
-        values: dict[str, Any] = {field.name: content[field.name] for field in fields(cls)}
-        for name, value in values.items():
-            values[name] = math.inf if value is None else value
-        return cls(**values)
-
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """``{"exp_avg/<parameter>": ...}`` for every slot of every parameter stepped so far."""
@@ -301,21 +277,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, 
     }
 
 
-def optimizer_room(
+def empty_slots(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], names: Iterable[str]
 ) -> dict[str, Tensor]:
     """Zeros for those of ``names`` that are slots (as in ``optimizer_tensors``), put into the unused optimizer.
 
     Scalars (step counts) stay on the CPU, as torch has them; other slots are shaped and sharded as their parameter is.
     """
-    room: dict[str, Tensor] = {}
+    slots: dict[str, Tensor] = {}
     for key in names:
         slot, _, name = key.partition("/")
         parameter = trainable.get(name)
         if parameter is not None:
-            room[key] = torch.zeros(()) if slot == "step" else torch.zeros_like(parameter, requires_grad=False)
-            optimizer.state[parameter][slot] = room[key]
-    return room
+            slots[key] = torch.zeros(()) if slot == "step" else torch.zeros_like(parameter, requires_grad=False)
+            optimizer.state[parameter][slot] = slots[key]
+    return slots
 
 
 def require_same_identity(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -327,10 +303,12 @@ def require_same_identity(where: str, before: Mapping[str, Any], now: Mapping[st
             inner = old if isinstance(old, dict) else {}
             plain = {key: list(item) if isinstance(item, tuple) else item for key, item in value.items()}
             changes += [
-                f"{key} {inner.get(key)!r} then, {item!r} now" for key, item in plain.items() if inner.get(key) != item
+                f"{key} was {inner.get(key)!r}, is {item!r} now"
+                for key, item in plain.items()
+                if inner.get(key) != item
             ]
         elif old != value:
-            changes.append(f"{name.replace('_', ' ')} {old!r} then, {value!r} now")
+            changes.append(f"{name.replace('_', ' ')} was {old!r}, is {value!r} now")
     if changes:
         raise UserError(
             f"{where} belongs to another run ({'; '.join(changes)}): use another run.dir, undo the change, or delete "

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from trenchcoat.config import StageConfig
 from trenchcoat.runtime.sharding import whole
 from trenchcoat.students import StudentAttention, layer_key
-from trenchcoat.training.schedules import Schedule
+from trenchcoat.training.schedules import build_schedule
 
 BEST = "best/"
-"""Start of the names under which the best weights stand in a checkpoint."""
+"""Prefix of the names of the best weights in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,17 @@ def average_and_clip(groups: Sequence[ParamGroup], micro_batches: int, clip: flo
 
 
 class GroupProgress:
-    """One group of parameters, its learning rate, its best weights so far, and whether it has stopped."""
+    """The learning rate of one group, its best weights so far, and whether it has stopped."""
 
     def __init__(self, group: ParamGroup, cfg: StageConfig, total_steps: int) -> None:
         self.group, self.cfg = group, cfg
-        self.schedule = Schedule(cfg, total_steps)
+        self.schedule = build_schedule(cfg, total_steps)
         self.best_loss, self.best_step, self.bad = math.inf, -1, 0
         self._best: dict[str, Tensor] = {}
 
     @property
     def stopped(self) -> bool:
-        """Whether early stopping has had enough of it."""
+        """Whether early stopping has ended its training."""
         return self.cfg.early_stopping is not None and self.bad >= self.cfg.early_stopping
 
     def observe(self, numbers: Mapping[str, float], step: int) -> None:
@@ -126,102 +126,84 @@ class GroupProgress:
         for name, kept in self._best.items():
             self.group.parameters[name].copy_(kept)
 
-    # Checkpoints: a unit whose best step is the checkpoint's own needs no second copy of its weights
+    # Checkpoints: where the best step is the checkpoint's own, the best weights are not saved twice
 
     def state(self) -> dict[str, Any]:
         """What must be saved, as JSON."""
-        best = self.best_loss if math.isfinite(self.best_loss) else None
-        return {"schedule": self.schedule.state(), "best_loss": best, "best_step": self.best_step, "bad": self.bad}
+        numbers = {"best_loss": self.best_loss, "best_step": self.best_step, "bad": self.bad}
+        return {"schedule": self.schedule.state(), **numbers}
 
     def best_tensors(self, step: int) -> dict[str, Tensor]:
         """The best weights by their names in the checkpoint of ``step``."""
         return {} if self.best_step == step else {f"{BEST}{name}": kept for name, kept in self._best.items()}
 
-    def room_for_best(self, state: Mapping[str, Any], step: int) -> dict[str, Tensor]:
-        """Take over ``state``; tensors to be filled from the checkpoint of ``step`` before :meth:`adopt_weights`."""
+    def load_state(self, state: Mapping[str, Any], step: int) -> dict[str, Tensor]:
+        """Continue from ``state``; tensors to be filled from the checkpoint of ``step`` before :meth:`loaded`."""
         self.schedule.load_state(state["schedule"])
-        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-        self.best_step, self.bad = state["best_step"], state["bad"]
-        self._best = {}
+        self.best_loss, self.best_step, self.bad = state["best_loss"], state["best_step"], state["bad"]
         if self.cfg.restore_best and self.best_step >= 0:
             self._best = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.group.parameters.items()}
         return self.best_tensors(step)
 
-    def adopt_weights(self, step: int) -> None:
-        """After loading: weights of ``step`` that are the best are kept as such."""
+    def loaded(self, step: int) -> None:
+        """After the weights of ``step`` are loaded: where they are the best, keep them as such."""
         if self.best_step == step:
             for name, kept in self._best.items():
                 kept.copy_(self.group.parameters[name].detach())
 
 
 class ParamGroups:
-    """All units of a stage."""
+    """All groups of a stage and how far each has come."""
 
     def __init__(self, groups: Sequence[ParamGroup], cfg: StageConfig, total_steps: int) -> None:
         self.members = [GroupProgress(group, cfg, total_steps) for group in groups]
-        self.cfg = cfg
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """For the optimizer: one group a unit where their learning rates may differ, else one for all."""
-        lists = [list(unit.group.parameters.values()) for unit in self.members]
-        if self.cfg.schedule != "plateau":
+    def for_optimizer(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: these, where their learning rates may differ, else one of all parameters."""
+        lists = [list(member.group.parameters.values()) for member in self.members]
+        if not self.members[0].schedule.follows_evaluations:
             lists = [[p for members in lists for p in members]]
         return [{"params": members} for members in lists]
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Give the optimizer the learning rates of the step with index ``step``; the largest of them."""
-        rates = [unit.schedule.lr(step) for unit in self.members]
+        rates = [member.schedule.lr(step) for member in self.members]
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
         return max(rates)
 
     def active(self) -> list[ParamGroup]:
         """The groups that still learn; the gradients of the others are dropped."""
-        for unit in self.members:
-            if unit.stopped:
-                for parameter in unit.group.parameters.values():
+        for member in self.members:
+            if member.stopped:
+                for parameter in member.group.parameters.values():
                     parameter.grad = None
-        return [unit.group for unit in self.members if not unit.stopped]
-
-    def observe(self, numbers: Mapping[str, float], step: int) -> None:
-        """Tell every unit of an evaluation."""
-        for unit in self.members:
-            unit.observe(numbers, step)
+        return [member.group for member in self.members if not member.stopped]
 
     @property
     def stopped(self) -> bool:
         """Whether all of them have."""
-        return all(unit.stopped for unit in self.members)
+        return all(member.stopped for member in self.members)
 
     @property
     def best_loss(self) -> float:
-        """Mean of the units' best losses: the loss of the weights that ``restore_best`` ends with."""
-        return sum(unit.best_loss for unit in self.members) / len(self.members)
+        """Mean of the groups' best losses: the loss of the weights that ``restore_best`` ends with."""
+        return sum(member.best_loss for member in self.members) / len(self.members)
 
     @property
     def best_step(self) -> int:
-        """The latest of the units' best steps."""
-        return max(unit.best_step for unit in self.members)
-
-    def restore_best(self) -> None:
-        """End with the best weights of each."""
-        for unit in self.members:
-            unit.restore_best()
+        """The latest of the groups' best steps."""
+        return max(member.best_step for member in self.members)
 
     def state(self) -> dict[str, Any]:
         """What must be saved, as JSON."""
-        return {unit.group.name: unit.state() for unit in self.members}
+        return {member.group.name: member.state() for member in self.members}
 
     def best_tensors(self, step: int) -> dict[str, Tensor]:
         """Best weights that differ from those of ``step``, by their names in its checkpoint."""
-        return {name: kept for unit in self.members for name, kept in unit.best_tensors(step).items()}
+        return {name: kept for member in self.members for name, kept in member.best_tensors(step).items()}
 
-    def room_for_best(self, state: Mapping[str, Any], step: int) -> dict[str, Tensor]:
-        """Take over ``state``; see :meth:`GroupProgress.room_for_best`."""
-        rooms = [unit.room_for_best(state[unit.group.name], step) for unit in self.members]
-        return {name: room for rooms_of_unit in rooms for name, room in rooms_of_unit.items()}
-
-    def adopt_weights(self, step: int) -> None:
-        """See :meth:`GroupProgress.adopt_weights`."""
-        for unit in self.members:
-            unit.adopt_weights(step)
+    def load_state(self, state: Mapping[str, Any], step: int) -> dict[str, Tensor]:
+        """Continue from ``state``; see :meth:`GroupProgress.load_state`."""
+        found = [member.load_state(state[member.group.name], step) for member in self.members]
+        return {name: tensor for tensors in found for name, tensor in tensors.items()}

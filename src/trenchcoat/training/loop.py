@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trenchcoat.config import StageConfig, UserError
 from trenchcoat.runtime import distributed
@@ -29,30 +29,28 @@ from trenchcoat.runtime.sharding import MasterCopies
 from trenchcoat.training.checkpoints import (
     CheckpointManager,
     Counters,
+    empty_slots,
     identity,
-    optimizer_room,
     optimizer_tensors,
     require_same_identity,
 )
 from trenchcoat.training.gradients import BEST, NonFiniteGradient, ParamGroups, average_and_clip, clip_groups
-from trenchcoat.training.metrics import Meter, MetricSums
-from trenchcoat.training.objectives import IDLE, Batch, Objective, first_nonfinite
+from trenchcoat.training.metrics import MetricSums, speed
+from trenchcoat.training.objectives import IDLE, Objective, first_nonfinite
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
 
-_FREE_TO_CHANGE = (
-    "epochs",
-    "max_steps",
-    "save_every",
-    "keep_checkpoints",
-    "early_stopping",
-    "early_stopping_threshold",
+if TYPE_CHECKING:
+    from trenchcoat.data.batches import Batch
+
+_FREE_TO_CHANGE = {
+    "epochs", "max_steps", "save_every", "keep_checkpoints", "early_stopping", "early_stopping_threshold",
     "gradient_checkpointing",
-)
+}  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
 
 class NonFiniteLoss(UserError):
-    """A loss or gradient became NaN or infinite; ``stage``, ``step`` (the one being made) and ``where`` say where."""
+    """A loss or gradient became NaN or infinite; ``stage``, ``step`` (the one being made) and ``where`` locate it."""
 
     def __init__(self, stage: str, step: int, where: str, what: str) -> None:
         self.stage, self.step, self.where = stage, step, where
@@ -62,7 +60,7 @@ class NonFiniteLoss(UserError):
         )
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """What ``fit`` asks of the data: random access by micro-batch index, and a validation set."""
 
     def __len__(self) -> int:
@@ -97,35 +95,44 @@ class FitResult:
     early: bool
     """Early stopping ended it."""
     finished: bool
-    """Nothing is left to do; False when it was stopped, or has come to ``until``."""
+    """Nothing is left to do; False when it was stopped, or has reached ``until``."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What the caller of ``fit`` decides beyond the recipe."""
+
+    background_saves: bool = False
+    """Several processes write checkpoints while they train."""
+    flops_per_token: float | None = None
+    """Of a training step, for the logged utilization."""
+    until: int | None = None
+    """Save and return after this optimizer step; another call continues."""
+    stop: StopSignal | None = None
+    """Replaces Ctrl-C and SIGTERM, which are then the caller's."""
 
 
 def fit(
     model: nn.Module,
-    batches: Batches,
+    batches: BatchSource,
     objective: Objective,
     cfg: StageConfig,
     run: RunLog,
     *,
     stage: str,
-    background_saves: bool = False,
-    flops_per_token: float | None = None,
-    until: int | None = None,
-    stop: StopSignal | None = None,
+    options: FitOptions | None = None,
 ) -> FitResult:
     """Train the parameters of ``model`` that require gradients (float32) and leave the best of them in it.
 
-    ``stage`` names the checkpoint folder and the log lines; ``background_saves`` lets several processes write
-    checkpoints while they train; ``flops_per_token`` of a step is for the logged utilization; after the optimizer step
-    ``until`` it saves and returns, to be continued by another call; ``stop`` is heeded in place of Ctrl-C and SIGTERM,
-    which are then the caller's. A finished stage is loaded, not trained again.
+    ``stage`` names the checkpoint folder and the log lines. A finished stage is loaded, not trained again.
     Raises ``UserError`` for nothing to train or a checkpoint of other settings, ``NonFiniteLoss`` naming layer and
     step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with ``stopped`` set.
     """
-    loop = _Loop(model, batches, objective, cfg, run, stage, background_saves, Meter(flops_per_token), until)
+    options = options or FitOptions()
+    loop = _Loop(model, batches, objective, cfg, run, stage, options)
     loop.resume()
     stopped = False
-    listening = stop_on_signals() if stop is None else nullcontext(stop)
+    listening = stop_on_signals() if options.stop is None else nullcontext(options.stop)
     with listening as asked, run.progress(stage, loop.total, loop.at.step) as display:
         try:
             loop.run(asked, display)
@@ -140,38 +147,35 @@ class _Loop:
     def __init__(
         self,
         model: nn.Module,
-        batches: Batches,
+        batches: BatchSource,
         objective: Objective,
         cfg: StageConfig,
         log: RunLog,
         stage: str,
-        background_saves: bool,
-        meter: Meter,
-        until: int | None,
+        options: FitOptions,
     ) -> None:
         self.model, self.batches, self.objective = model, batches, objective
-        self.cfg, self.log, self.stage = cfg, log, stage
+        self.cfg, self.log, self.stage, self.options = cfg, log, stage, options
         self.trainable = _trainable(model, stage)
         self.device = next(iter(self.trainable.values())).device
         self.micro_batches, self.total = training_length(cfg, len(batches))
         self.masters = MasterCopies(self.trainable)
-        self.until = self.total if until is None else min(until, self.total)
+        self.until = self.total if options.until is None else min(options.until, self.total)
         members = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
         self.groups = ParamGroups(members, cfg, self.total)
         self.optimizer = torch.optim.AdamW(
-            self.groups.parameter_groups(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+            self.groups.for_optimizer(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
         self.checkpoints = CheckpointManager(
-            log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=background_saves
+            log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=options.background_saves
         )
         self.identity = identity(model, self.trainable, batches, _settings(cfg))
         self.at = Counters()
         self.saved_step = -1
         self.resumed_from: int | None = None
-        self.seconds_before, self.began = 0.0, time.monotonic()
-        self.meter = meter
+        self.began = time.monotonic()
 
-    # The way through
+    # Stepping
 
     def run(self, stop: StopSignal, display: Tracker) -> None:
         """Evaluate, save and step until done."""
@@ -188,30 +192,28 @@ class _Loop:
 
     @property
     def ended(self) -> bool:
-        """Whether all steps are done, or early stopping has had enough."""
+        """Whether all steps are done, or early stopping has ended them."""
         return self.at.step >= self.total or self.groups.stopped
 
     @property
     def seconds(self) -> float:
         """Time spent in this stage, earlier runs of it included."""
-        return self.seconds_before + time.monotonic() - self.began
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return time.monotonic() - self.began
 
     def _run_all(
-        self, given: Iterable[Batch | None], spare: Callable[[], Batch], step: int, stop: StopSignal
+        self, mine: Iterable[Batch | None], spare: Callable[[], Batch], step: int, stop: StopSignal
     ) -> MetricSums:
         """The objective on this process's micro-batches, and the sums over all processes.
 
-        None stands for a micro-batch that only other processes have: the model's collectives still want everyone, so
-        ``spare`` is run through it and counts for nothing.
+        None is a micro-batch of another process: the model's collectives need all processes, so ``spare`` is run and
+        does not count.
         """
         sums = MetricSums()
-        for place in given:
+        for place in mine:
             if distributed.size() == 1:
                 stop.check()
-            batch = self._to_device(spare() if place is None else place)
+            given = spare() if place is None else place
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in given.items()}
             if place is None:
                 batch[IDLE] = torch.ones(())
             metrics = self.objective(self.model, batch)
@@ -242,9 +244,9 @@ class _Loop:
         at.step += 1
         numbers = sums.means(weighted=False)
         at.tokens += round(sums.tokens)
-        speed = self.meter.read(self.device, round(sums.tokens), time.monotonic() - began)
+        rates = speed(self.device, round(sums.tokens), time.monotonic() - began, self.options.flops_per_token)
         line = {**numbers, "lr": rate, "grad_norm": norm, "tokens": at.tokens, "seconds": round(self.seconds, 3)}
-        self.log.log("train", stage=self.stage, step=at.step, **line, **speed)
+        self.log.log("train", stage=self.stage, step=at.step, **line, **rates)
         display.update(at.step, loss=numbers["loss"], eval=at.last_loss, lr=rate)
         if sums.stop:
             raise Interrupted
@@ -255,9 +257,10 @@ class _Loop:
         return self.batches.train_batch(index)
 
     def _require_finite(self, sums: MetricSums, step: int) -> None:
-        if sums.finite():
+        broken = sums.broken()
+        if not broken:
             return
-        layers = sorted(name for name in sums.broken() if "/layer_" in name)
+        layers = sorted(name for name in broken if "/layer_" in name)
         if layers:
             where = _readable(layers[0].split("/", 1)[1])
         else:
@@ -280,7 +283,8 @@ class _Loop:
         at.last_loss, at.evaluated_step = numbers["loss"], at.step
         if at.step == 0:
             at.initial_loss = at.last_loss
-        self.groups.observe(numbers, at.step)
+        for group in self.groups.members:
+            group.observe(numbers, at.step)
         self.saved_step = -1
         spent = round(time.monotonic() - began, 3)
         self.log.log("eval", stage=self.stage, step=at.step, **numbers, tokens=at.tokens, seconds=spent)
@@ -298,19 +302,11 @@ class _Loop:
     def save(self) -> None:
         """Write a checkpoint of the last finished step, then delete those no longer needed."""
         self.at.seconds = self.seconds
-        state = {
-            "stage": self.stage,
-            "counters": self.at.to_json(),
-            "groups": self.groups.state(),
-            "identity": self.identity,
-        }
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "weights": self.masters.parameters,
-            "optimizer": optimizer_tensors(self.optimizer, self.masters.parameters),
-            "best": self.groups.best_tensors(self.at.step),
-        }
+        state = {"counters": asdict(self.at), "groups": self.groups.state(), "identity": self.identity}
+        masters = self.masters.parameters
+        tensors = {**masters, **optimizer_tensors(self.optimizer, masters), **self.groups.best_tensors(self.at.step)}
         self.log.sync()
-        self.checkpoints.write(self.at.step, {name: group for name, group in tensors.items() if group}, state)
+        self.checkpoints.write(self.at.step, tensors, state)
         self.saved_step = self.at.step
 
     def resume(self) -> None:
@@ -325,15 +321,17 @@ class _Loop:
                 f"{found.path} is already past the {self.total} steps asked for: use another run.dir, ask for more "
                 "steps, or delete that folder"
             )
-        slots = [name for name in found.names() if not name.startswith(BEST)]
-        room = optimizer_room(self.optimizer, self.masters.parameters, slots)
-        room |= self.groups.room_for_best(found.state["groups"], found.step)
+        names = [name for name in found.names() if not name.startswith(BEST)]
+        empty = empty_slots(self.optimizer, self.masters.parameters, names)
+        empty |= self.groups.load_state(found.state["groups"], found.step)
         weights = {name: parameter.detach() for name, parameter in self.masters.parameters.items()}
-        found.load_into({**weights, **room})
-        self.groups.adopt_weights(found.step)
+        found.load_into({**weights, **empty})
+        for group in self.groups.members:
+            group.loaded(found.step)
         self.masters.publish()
-        self.at = Counters.from_json(found.state["counters"])
-        self.seconds_before, self.saved_step, self.resumed_from = self.at.seconds, found.step, found.step
+        self.at = Counters(**found.state["counters"])
+        self.began = time.monotonic() - self.at.seconds
+        self.saved_step = self.resumed_from = found.step
         evaluated = self.at.evaluated_step == self.at.step
         dropped = self.log.rewind(self.stage, self.at.step, evaluated=evaluated)
         more = f", {dropped} log lines after it dropped" if dropped else ""
@@ -360,7 +358,8 @@ class _Loop:
         if not result.finished:
             return result
         if self.cfg.restore_best:
-            self.groups.restore_best()
+            for group in self.groups.members:
+                group.restore_best()
             self.masters.publish()
         self.log.log("result", stage=self.stage, step=at.step, **asdict(result))
         self.log.sync()

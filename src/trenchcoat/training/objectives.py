@@ -12,7 +12,7 @@ micro-batch's mean loss to ``.grad``; it returns plain numbers. Shapes: b rows, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +22,20 @@ from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest, layer_key
 
-Batch = dict[str, Tensor]
-"""input_ids [b, T] int64, attention_mask [b, T] int64, labels [b, T] int64 (not shifted; -100 does not count); for some
-layers alone, inputs_embeds [b, T, d] in place of input_ids."""
+if TYPE_CHECKING:
+    from trenchcoat.data.batches import Batch
 
 IDLE = "idle"
-"""Key of a batch that only keeps the processes' collectives in step: it runs like any other, its gradients are 0."""
+"""Key of a batch that is run only so that the processes' collectives match; its gradients are 0."""
 
 Metrics = dict[str, float]
-Objective = Callable[[nn.Module, Batch], Metrics]
+Objective = Callable[[nn.Module, "Batch"], Metrics]
+"""Runs one micro-batch; adds its gradients when they are enabled, and returns its numbers."""
 
 
 def _mask_if_padded(batch: Batch) -> Tensor | None:
     mask = batch.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask
-
-
-def batch_tokens(batch: Batch) -> int:
-    """Positions of a batch, padding included."""
-    given = batch["inputs_embeds" if "inputs_embeds" in batch else "input_ids"]
-    return given.shape[0] * given.shape[1]
 
 
 def forward_decoder(model: nn.Module, batch: Batch) -> Tensor:
@@ -63,6 +57,7 @@ def transfer_objective(cfg: TransferConfig, outputs: Callable[[Batch, Tensor], N
     """
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
+        """One micro-batch of attention transfer."""
         students = [m for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "transfer"]
         if not students:
             raise UserError("attention transfer needs layers in transfer mode: attach students, then set_mode(...)")
@@ -77,7 +72,7 @@ def transfer_objective(cfg: TransferConfig, outputs: Callable[[Batch, Tensor], N
         if outputs is not None and IDLE not in batch:
             outputs(batch, hidden_bTd)
         mask = batch.get("attention_mask")
-        tokens = batch_tokens(batch) if mask is None else int(mask.sum())
+        tokens = hidden_bTd[..., 0].numel() if mask is None else int(mask.sum())
         return _collect(students, detailed=not learning, xent=cfg.xent_weight > 0) | {"tokens": float(tokens)}
 
     return objective
@@ -97,7 +92,7 @@ def initialise_from_text(model: nn.Module, batch: Batch) -> None:
 def _forward_transfer(
     model: nn.Module, batch: Batch, students: list[StudentAttention], request: TransferRequest
 ) -> Tensor:
-    """The decoder's forward pass, in which each of ``students`` (in transfer mode) meets ``request``; its output."""
+    """The decoder's forward pass, in which each of ``students`` (in transfer mode) gets ``request``; its output."""
     for student in students:
         student.request, student.metrics = request, {}
     if model.training:
@@ -145,6 +140,7 @@ def next_token_objective() -> Objective:
     """Next-token prediction on the labels that count (not -100), through the whole model."""
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
+        """One micro-batch of next-token prediction."""
         learning = torch.is_grad_enabled()
         if model.training != learning:
             model.train(learning)
@@ -157,6 +153,19 @@ def next_token_objective() -> Objective:
     return objective
 
 
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "next_token": next_token_objective,
+}
+"""What ``lora.objective`` may name. Add an objective here."""
+
+
+def stage_2_objective(name: str) -> Objective:
+    """The objective that ``lora.objective`` names; raises ``UserError`` for an unknown name."""
+    if name not in OBJECTIVES:
+        raise UserError(f"lora.objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+    return OBJECTIVES[name]()
+
+
 def first_nonfinite(model: nn.Module, objective: Objective, batch: Batch) -> str | None:
     """Name of the first parameter, else of the first module in the forward pass, that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
@@ -165,7 +174,10 @@ def first_nonfinite(model: nn.Module, objective: Objective, batch: Batch) -> str
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """A hook that notes ``name`` when the module's output is not finite and no earlier one was."""
+
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            """Look at the first output."""
             first = output[0] if isinstance(output, tuple | list) and output else output
             if not found and isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
                 found.append(name)

@@ -1,9 +1,12 @@
-"""Learning rates over the optimizer steps: plateau, cosine, linear, constant; each with warm-up."""
+"""Learning rates over the optimizer steps, each with warm-up, and how many steps and micro-batches a stage has.
+
+A schedule is a class in ``SCHEDULES``; its name there is what ``transfer.schedule`` and ``lora.schedule`` accept.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from trenchcoat.config import StageConfig, UserError
 
@@ -12,53 +15,91 @@ PLATEAU_THRESHOLD = 1e-4
 
 
 class Schedule:
-    """The rate of every optimizer step, as a function of its index and of the evaluation losses seen so far.
+    """The rate of every optimizer step, from its index and the evaluation losses seen so far; here, a constant one.
 
-    ``plateau`` multiplies the rate by ``plateau_factor`` after more than ``plateau_patience`` evaluations in a row
-    without improvement. Raises ``UserError`` for an unknown name.
+    A subclass overrides ``rate_at``, or ``observe`` where evaluations change the rate.
     """
 
+    follows_evaluations: ClassVar[bool] = False
+    """Whether the rate depends on ``observe``: each group of parameters may then have its own."""
+
     def __init__(self, cfg: StageConfig, total_steps: int) -> None:
-        if cfg.schedule not in ("plateau", "cosine", "linear", "constant"):
-            raise UserError(f"schedule={cfg.schedule!r} is not known; expected plateau, cosine, linear or constant")
         self.cfg, self.total = cfg, total_steps
-        self.floor = min(cfg.min_lr, cfg.lr)
+        self.min_lr = min(cfg.min_lr, cfg.lr)
         self.rate = cfg.lr
         self.best = math.inf
         self.bad = 0
+
+    def rate_at(self, share: float) -> float:
+        """The rate after a share (0 to 1) of the steps that follow the warm-up."""
+        return self.rate
 
     def lr(self, step: int) -> float:
         """Rate of the step with index ``step`` (the first is 0)."""
         warmup = self.cfg.warmup_steps
         share = min(max((step - warmup) / max(self.total - warmup, 1), 0.0), 1.0)
-        if self.cfg.schedule == "cosine":
-            rate = self.floor + (self.cfg.lr - self.floor) * 0.5 * (1.0 + math.cos(math.pi * share))
-        elif self.cfg.schedule == "linear":
-            rate = self.floor + (self.cfg.lr - self.floor) * (1.0 - share)
-        else:
-            rate = self.rate
+        rate = self.rate_at(share)
         return rate * min(1.0, (step + 1) / warmup) if warmup > 0 else rate
 
     def observe(self, loss: float) -> None:
-        """Tell the schedule an evaluation loss; only plateau listens."""
-        if self.cfg.schedule != "plateau":
-            return
+        """Take note of an evaluation loss."""
+
+    def state(self) -> dict[str, Any]:
+        """What must be saved, as JSON."""
+        return {"rate": self.rate, "best": self.best, "bad": self.bad}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``state()``."""
+        self.rate, self.best, self.bad = state["rate"], state["best"], state["bad"]
+
+
+class Cosine(Schedule):
+    """From ``lr`` to ``min_lr`` along half a cosine."""
+
+    def rate_at(self, share: float) -> float:
+        """Half a cosine from ``lr`` to ``min_lr``."""
+        return self.min_lr + (self.cfg.lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class Linear(Schedule):
+    """From ``lr`` to ``min_lr`` in a straight line."""
+
+    def rate_at(self, share: float) -> float:
+        """A line from ``lr`` to ``min_lr``."""
+        return self.min_lr + (self.cfg.lr - self.min_lr) * (1.0 - share)
+
+
+class Plateau(Schedule):
+    """Multiplies the rate by ``plateau_factor`` after more than ``plateau_patience`` evaluations in a row without
+    improvement."""
+
+    follows_evaluations = True
+
+    def observe(self, loss: float) -> None:
+        """Lower the rate when the loss has not improved for long enough."""
         if loss < self.best * (1.0 - PLATEAU_THRESHOLD):
             self.best, self.bad = loss, 0
             return
         self.bad += 1
         if self.bad > self.cfg.plateau_patience:
-            self.rate = max(self.rate * self.cfg.plateau_factor, self.floor)
+            self.rate = max(self.rate * self.cfg.plateau_factor, self.min_lr)
             self.bad = 0
 
-    def state(self) -> dict[str, Any]:
-        """What must be saved (JSON; infinity as null)."""
-        return {"rate": self.rate, "best": self.best if math.isfinite(self.best) else None, "bad": self.bad}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state()``."""
-        self.rate, self.bad = state["rate"], state["bad"]
-        self.best = math.inf if state["best"] is None else state["best"]
+SCHEDULES: dict[str, type[Schedule]] = {
+    "plateau": Plateau,
+    "cosine": Cosine,
+    "linear": Linear,
+    "constant": Schedule,
+}
+"""Add a schedule here."""
+
+
+def build_schedule(cfg: StageConfig, total_steps: int) -> Schedule:
+    """The schedule that ``cfg`` names; raises ``UserError`` for an unknown name."""
+    if cfg.schedule not in SCHEDULES:
+        raise UserError(f"schedule={cfg.schedule!r} is not known; expected one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[cfg.schedule](cfg, total_steps)
 
 
 def training_length(cfg: StageConfig, epoch: int) -> tuple[int, int]:

@@ -59,13 +59,15 @@ def _run(args: argparse.Namespace) -> Any:
     if not args.parallel:
         if args.launcher is not None:
             raise UsageError(f"--launcher {args.launcher} is for `blocks run --parallel`: add it, or leave this out")
-        return stages.run(recipe)
+        return stages.run_blocks(recipe)
     if find_spec("submitit") is None:
         raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
     from trenchcoat.linearize.blocks import launch
 
     launcher = args.launcher or recipe.blocks.launcher
-    return launch.run(dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, launcher=launcher)))
+    return launch.launch_blocks(
+        dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, launcher=launcher))
+    )
 
 
 def _collect(args: argparse.Namespace) -> Any:
@@ -76,7 +78,7 @@ def _collect(args: argparse.Namespace) -> Any:
     """
     from trenchcoat.linearize.blocks import stages
 
-    return stages.collect(args.recipe)
+    return stages.collect_inputs(args.recipe)
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +95,7 @@ def _train(args: argparse.Namespace) -> Any:
     """
     from trenchcoat.linearize.blocks import stages
 
-    return stages.train(args.recipe, args.block, args.weights)
+    return stages.train_block(args.recipe, args.block, args.weights)
 
 
 def _stitch(args: argparse.Namespace) -> Any:
@@ -104,7 +106,7 @@ def _stitch(args: argparse.Namespace) -> Any:
     """
     from trenchcoat.linearize.blocks import stages
 
-    return stages.stitch(args.recipe)
+    return stages.stitch_blocks(args.recipe)
 
 
 def _shard_options(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +120,7 @@ def _shard(args: argparse.Namespace) -> Any:
     """
     from trenchcoat.linearize.blocks import stages
 
-    return stages.shard(args.recipe, args.out)
+    return stages.shard_blocks(args.recipe, args.out)
 
 
 def _status(args: argparse.Namespace) -> Any:
@@ -128,7 +130,7 @@ def _status(args: argparse.Namespace) -> Any:
     """
     from trenchcoat.linearize.blocks import stages
 
-    return stages.status(args.recipe)
+    return stages.show_status(args.recipe)
 
 
 COMMAND = Command(

@@ -1,17 +1,16 @@
-"""Processes in a row: each receives micro-batches of hidden states from the one before it and sends to the one after.
+"""A chain of processes: each receives micro-batches of hidden states from the one before it and sends to the one after.
 
     chain = Chain(hidden, dtype)
     batch = chain.receive(item)                 the next micro-batch, which must be ``item``
     chain.send(item, hidden_bTd, padding_bT)    returns before it has arrived
-    chain.close(END)                            every process, once; the row is empty afterwards
+    chain.close(END)                            every process, once; nothing is left in transit afterwards
 
-Data only travels downwards, through the host's group (gloo), so nothing here differs between CPUs and GPUs. A message
-is a head of five numbers (what it is, which micro-batch, its rows and tokens), followed, where it is a micro-batch, by
-its bytes: hidden states [b, T, d], then the padding [b, T]. Receiving runs ahead in a thread and sending behind, each
-by ``AHEAD`` micro-batches at most, so a process holds no more than 2 ``AHEAD`` of them beside the one at work; who
-waits for a neighbour waits without bound to the group's timeout. What concerns everybody (a wish to stop, a failure)
-goes to the first process as a note in the job's store, and from there down the row in place of a micro-batch: all stop
-before the same one.
+Data only travels from the first process to the last, through the host's group (gloo), so nothing here differs between
+CPUs and GPUs. A message is a header of five numbers (its type, which micro-batch, its rows and tokens), followed, for a
+micro-batch, by its bytes: hidden states [b, T, d], then the padding [b, T]. A thread receives ahead of time and sends
+are asynchronous, each by at most ``QUEUED`` micro-batches, so a process holds no more than 2 ``QUEUED`` of them and the
+current one. Waiting for a neighbour has no timeout. A request to stop, or a failure, goes to the first process through
+the job's store, and from there along the chain in place of a micro-batch: all processes stop before the same one.
 
 Shapes: b rows of a micro-batch, T tokens, d entries of a hidden state.
 """
@@ -31,8 +30,8 @@ from torch import Tensor
 
 from trenchcoat.runtime import distributed
 
-AHEAD = 2
-"""Micro-batches that wait before a process, and that wait to be taken by the next one."""
+QUEUED = 2
+"""Micro-batches that may wait at the entrance of a process, and as many that may wait to be taken by the next one."""
 DATA, END, STOP, FAILED = range(4)
 """What a message is: a micro-batch; the end of all; a stop that somebody asked for; the end because of a failure."""
 START, VALIDATION, TRAIN = range(3)
@@ -41,7 +40,7 @@ START, VALIDATION, TRAIN = range(3)
 _ROUNDS = count()
 
 
-class Item(NamedTuple):
+class BatchKey(NamedTuple):
     """A micro-batch by its kind and its number among them."""
 
     kind: int
@@ -51,7 +50,7 @@ class Item(NamedTuple):
 class Arrived(NamedTuple):
     """A micro-batch on the host: hidden states [b, T, d] and padding [b, T] (int64, 1 for tokens)."""
 
-    item: Item
+    item: BatchKey
     hidden_bTd: Tensor
     padding_bT: Tensor
 
@@ -65,44 +64,44 @@ class Closed(Exception):
 
 
 class Chain:
-    """This process in the row; ``hidden`` is d, ``pin`` makes what is received quick to copy to a GPU."""
+    """This process in the chain; ``hidden`` is d, ``pin`` makes what is received quick to copy to a GPU."""
 
     def __init__(self, hidden: int, dtype: torch.dtype, *, pin: bool = False) -> None:
         self.rank, self.size = distributed.rank(), distributed.size()
         self.hidden, self.dtype, self.pin = hidden, dtype, pin
         self.first, self.last = self.rank == 0, self.rank == self.size - 1
         self._name = f"chain-{next(_ROUNDS)}"
-        self._on_their_way: deque[Sequence[tuple[dist.Work, Tensor]]] = deque()
-        self._arrived: queue.Queue[Arrived | int | RuntimeError] = queue.Queue(AHEAD - 1)
+        self._sending: deque[Sequence[tuple[dist.Work, Tensor]]] = deque()
+        self._arrived: queue.Queue[Arrived | int | RuntimeError] = queue.Queue(QUEUED - 1)
         self._code: int | None = None
         self._over = threading.Event()
         if not self.first:
             threading.Thread(target=self._listen, daemon=True, name="trenchcoat-chain").start()
 
-    # Downwards
+    # Along the chain
 
-    def send(self, item: Item, hidden_bTd: Tensor, padding_bT: Tensor) -> None:
-        """Send a micro-batch to the next process; waits when ``AHEAD`` have not been taken yet. ``RuntimeError`` when
+    def send(self, item: BatchKey, hidden_bTd: Tensor, padding_bT: Tensor) -> None:
+        """Send a micro-batch to the next process; waits when ``QUEUED`` have not been taken yet. ``RuntimeError`` when
         the next process is gone."""
         rows, tokens, _ = hidden_bTd.shape
         states = hidden_bTd.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).flatten()
         payload = torch.cat([states, padding_bT.to("cpu", torch.uint8).flatten()])
         self._post([DATA, *item, rows, tokens], payload)
 
-    def receive(self, item: Item) -> Arrived:
+    def receive(self, item: BatchKey) -> Arrived:
         """The next micro-batch from the process before; raises ``Closed`` when there is none, ``RuntimeError`` when
-        that process is gone or is not where this one is."""
+        that process is gone or sends another micro-batch."""
         found = self._next()
         if isinstance(found, int):
             raise Closed(found)
         if found.item != item:
-            raise RuntimeError(f"process {self.rank} waits for micro-batch {item} and is given {found.item}")
+            raise RuntimeError(f"process {self.rank} expects micro-batch {item} and received {found.item}")
         return found
 
     def close(self, code: int) -> None:
-        """Tell the next process that nothing more comes, and take what the one before still sends.
+        """Announce to the next process that nothing more comes, and receive what the one before still sends.
 
-        ``code`` is ``END``, or why this process ends early; where it is ``END``, what the one before says is told on.
+        ``code`` is ``END`` (the code of the process before is then passed on), or why this process ends early.
         """
         if code != END and not self.last:
             self._post([code, 0, 0, 0, 0])
@@ -110,11 +109,11 @@ class Chain:
             self._next()
         if code == END and not self.last:
             self._post([END if self._code is None else self._code, 0, 0, 0, 0])
-        while self._on_their_way:
+        while self._sending:
             self._wait_for_oldest()
 
     def abandon(self) -> None:
-        """Let go of the thread; for a process that leaves without :meth:`close`."""
+        """Stop the thread; for a process that leaves without :meth:`close`."""
         self._over.set()
 
     def _next(self) -> Arrived | int:
@@ -128,10 +127,10 @@ class Chain:
         return found
 
     def _post(self, head: list[int], payload: Tensor | None = None) -> None:
-        while len(self._on_their_way) >= AHEAD:
+        while len(self._sending) >= QUEUED:
             self._wait_for_oldest()
         parts = [torch.tensor(head, dtype=torch.int64), *([] if payload is None else [payload])]
-        self._on_their_way.append([(self._started(part), part) for part in parts])
+        self._sending.append([(self._started(part), part) for part in parts])
 
     def _started(self, part: Tensor) -> dist.Work:
         work = dist.isend(part, self.rank + 1)
@@ -139,11 +138,11 @@ class Chain:
         return work
 
     def _wait_for_oldest(self) -> None:
-        for work, _ in self._on_their_way.popleft():
+        for work, _ in self._sending.popleft():
             work.wait()
 
     def _listen(self) -> None:
-        """Receive until the row is closed, in a thread of its own."""
+        """Receive until the chain is closed, in a thread of its own."""
         try:
             while True:
                 found = self._read()
@@ -172,23 +171,23 @@ class Chain:
         dist.recv(payload, self.rank - 1)
         states, padding = payload.split([rows * tokens * width, rows * tokens])
         hidden_bTd = states.view(self.dtype).view(rows, tokens, self.hidden)
-        return Arrived(Item(kind, number), hidden_bTd, padding.view(rows, tokens).long())
+        return Arrived(BatchKey(kind, number), hidden_bTd, padding.view(rows, tokens).long())
 
-    # To the first process, and from everybody
+    # Through the job's store
 
     def ask(self, code: int) -> None:
-        """Ask the first process to close the row with ``STOP`` or ``FAILED``."""
+        """Ask the first process to close the chain with ``STOP`` or ``FAILED``."""
         distributed.leave_note(f"{self._name}/halt", str(code))
 
     def asked(self) -> int | None:
-        """What somebody has asked for; one question to the job's store."""
+        """The code that some process has asked for, read from the job's store."""
         found = distributed.look_for_notes(f"{self._name}/halt")
         return None if found is None else int(found[0])
 
     def done(self) -> None:
-        """Tell that this process needs nothing more for itself."""
+        """Report that this process needs nothing more for itself."""
         distributed.leave_note(f"{self._name}/done-{self.rank}", "")
 
     def all_done(self) -> bool:
-        """Whether all processes have said so."""
+        """Whether all processes have done so."""
         return distributed.look_for_notes(*(f"{self._name}/done-{rank}" for rank in range(self.size))) is not None

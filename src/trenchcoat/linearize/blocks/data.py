@@ -1,9 +1,9 @@
-"""The rows of one pass through the blocks, and batches of hidden states in place of tokens.
+"""The rows of one pass through the blocks, and batches of hidden states instead of tokens.
 
 A *pass* is a range of optimizer steps. Its rows are, in this order: the rows that initial values come from (in the
 first pass), the validation rows (where the pass evaluates), and the training rows of this process's micro-batches in
 the order in which they are first used. A row that comes again, in another epoch, is there once. Rows are always
-computed in the company (*group*) in which the joint run computes them first, so that every number is the same to the
+computed in the batch (*group*) in which the joint run computes them first, so that every number is the same to the
 last bit.
 
 Shapes: N rows of the pass, b rows of a micro-batch, T tokens, d entries of a hidden state.
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import StageConfig
-from trenchcoat.data.batches import Batches
+from trenchcoat.data.batches import Batch, Batches
 from trenchcoat.linearize.blocks.hidden import HiddenStates
 from trenchcoat.runtime import distributed
-from trenchcoat.training.objectives import Batch
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
 
 ROWS = "rows"
-"""Key of a batch of hidden states under which the rows of the pass stand [b]."""
+"""Key of a batch of hidden states for its rows' indices in the pass [b]."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def spans(total_steps: int, steps_a_pass: int) -> list[Span]:
     return [Span(number, first, min(first + steps_a_pass, total_steps)) for number, first in enumerate(starts)]
 
 
-class Pass:
+class PassRows:
     """The rows of one pass on this process."""
 
     def __init__(
@@ -64,7 +63,7 @@ class Pass:
         of_all: bool = False,
     ) -> None:
         """``totals``: optimizer steps of every block; ``start``: the batch that initial values come from; ``of_all``:
-        rows of the other processes' micro-batches have a place too, the same on every process."""
+        rows of the other processes' micro-batches are included, in the same order on every process."""
         self.span = span
         self.groups: list[list[int]] = []
         """Rows that are computed together, each row in one group or more."""
@@ -87,7 +86,7 @@ class Pass:
         for step in range(span.first, span.until):
             for index, own in _shared(step_batches(cfg, step, micro_batches), of_all):
                 self._add_training(index, text, own=own)
-        if not self.train:  # with more processes than micro-batches a step: something to run for company
+        if not self.train:  # with more processes than micro-batches a step: something to run so that collectives match
             self._add_training(span.first * cfg.accumulation, text, own=True)
         self.ids_NT = torch.stack(self._ids)
         self.real_NT = torch.stack(self._real)
@@ -104,7 +103,7 @@ class Pass:
         return self.span.first == 0 or ends or any(step % cfg.eval_every == 0 for step in steps)
 
     def _add(self, batch: Batch, names: Sequence[tuple[str, Any]]) -> list[int]:
-        """Rows of a micro-batch; those that are new get a place."""
+        """Indices of the rows of a micro-batch; new ones are added."""
         rows = []
         for place, name in enumerate(names):
             if name not in self._places:
@@ -142,27 +141,34 @@ class Pass:
         return [rows for rows in (self.groups if among is None else among) if not missing.isdisjoint(rows)]
 
 
-class HiddenBatches:
-    """What ``train.fit`` asks of the data, answered with hidden states; the next batch is read meanwhile."""
+class TextOrder:
+    """The numbers of micro-batches, the seed and the fingerprint of ``text``, for batches of its hidden states."""
 
-    def __init__(self, text: Batches, whole: Pass, states: HiddenStates, *, pin: bool) -> None:
-        self._text, self._pass, self._states, self._pin = text, whole, states, pin
-        self.seed, self.fingerprint = text.seed, text.fingerprint
+    def __init__(self, text: Batches) -> None:
+        self.text, self.seed, self.fingerprint = text, text.seed, text.fingerprint
+
+    def __len__(self) -> int:
+        """Micro-batches of one epoch."""
+        return len(self.text)
+
+    def validation_batches(self) -> int:
+        """Validation micro-batches."""
+        return self.text.validation_batches()
+
+
+class HiddenBatches(TextOrder):
+    """The data of ``fit`` as hidden states; the next batch is read in the background."""
+
+    def __init__(self, text: Batches, whole: PassRows, states: HiddenStates, *, pin: bool) -> None:
+        super().__init__(text)
+        self._pass, self._states, self._pin = whole, states, pin
         self._next = {False: dict(_following(whole.train)), True: dict(_following(whole.validation))}
         self._thread = ThreadPoolExecutor(1, "trenchcoat-hidden")
         self._ahead: dict[tuple[bool, int], Future[Batch]] = {}
 
-    def __len__(self) -> int:
-        """Micro-batches of one epoch."""
-        return len(self._text)
-
     def train_batch(self, index: int) -> Batch:
-        """Micro-batch ``index``; for one of another process, any (it is only run for company)."""
+        """Micro-batch ``index``; for one of another process, any (it is only run so that collectives match)."""
         return self._get(False, index if index in self._pass.train else next(iter(self._pass.train)))
-
-    def validation_batches(self) -> int:
-        """Validation micro-batches."""
-        return self._text.validation_batches()
 
     def validation_batch(self, index: int) -> Batch:
         """Validation micro-batch ``index``; for one of another process, any."""

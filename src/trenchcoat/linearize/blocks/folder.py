@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.runtime import distributed
+from trenchcoat.linearize.run import open_log
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
-from trenchcoat.runtime.runlog import RunLog, SilentLog, read_metrics
+from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training import checkpoints
 
 FOLDER = "blocks"
@@ -28,7 +28,7 @@ _NAME = re.compile(r"layers-(\d+)-(\d+)")
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerBlock:
     """Layers [first, stop) of a model."""
 
     number: int
@@ -46,12 +46,12 @@ class Block:
         return f"block {self.number} ({layers})"
 
 
-def cut(layers: int, size: int) -> list[Block]:
+def cut(layers: int, size: int) -> list[LayerBlock]:
     """Blocks of ``size`` layers; the last one may have fewer."""
-    return [Block(n, first, min(first + size, layers)) for n, first in enumerate(range(0, layers, size))]
+    return [LayerBlock(n, first, min(first + size, layers)) for n, first in enumerate(range(0, layers, size))]
 
 
-def divide(blocks: Sequence[Block], processes: int) -> list[Block]:
+def divide(blocks: Sequence[LayerBlock], processes: int) -> list[LayerBlock]:
     """Consecutive blocks joined into one for each process, the largest with as few layers as can be; ``UserError``
     when there are more processes than blocks. Only the last of ``blocks`` may be smaller than the others."""
     if processes > len(blocks):
@@ -63,7 +63,7 @@ def divide(blocks: Sequence[Block], processes: int) -> list[Block]:
     starts = [number * each + max(0, number - (processes - more)) for number in range(processes)]
     stops = [*starts[1:], len(blocks)]
     pairs = zip(starts, stops, strict=True)
-    return [Block(number, blocks[a].first, blocks[b - 1].stop) for number, (a, b) in enumerate(pairs)]
+    return [LayerBlock(number, blocks[a].first, blocks[b - 1].stop) for number, (a, b) in enumerate(pairs)]
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,11 @@ class BlockIdentity:
     layers: int
     """Of the whole model."""
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a record."""
-        return asdict(self)
-
 
 class BlockFolder:
     """The record of one block in the run's folder."""
 
-    def __init__(self, recipe: Recipe, block: Block, identity: BlockIdentity | None = None) -> None:
+    def __init__(self, recipe: Recipe, block: LayerBlock, identity: BlockIdentity | None = None) -> None:
         self.recipe, self.block, self.identity = recipe, block, identity
         self.directory = blocks_folder(recipe) / block.folder
         self._stage = RunFolder(self.directory)
@@ -96,22 +92,15 @@ class BlockFolder:
         if parent.directory == self.directory:
             yield parent
             return
-        with self._open(parent.display) as log:
+        with open_log(self.recipe, self.directory, display=parent.display) as log:
             log.label = f"{self.block}, "
             yield log
 
-    def own_log(self) -> RunLog:
-        """Its log as that of the whole command."""
-        return self._open(self.recipe.run.progress)
-
-    def _open(self, progress: str) -> RunLog:
-        return RunLog(self.directory, progress=progress) if distributed.is_main() else SilentLog(self.directory)
-
     def begin(self) -> None:
-        """Note what its training depends on; ``UserError`` when it was begun with something else."""
+        """Record what its training depends on; ``UserError`` when it was begun with something else."""
         assert self.identity is not None
         layers = {"layers": [self.block.first, self.block.stop]}
-        self._stage.begin(TRANSFER, self.recipe, {**self.identity.as_dict(), **layers})
+        self._stage.begin(TRANSFER, self.recipe, {**asdict(self.identity), **layers})
 
     def finish(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Keep what it learned, under the whole model's names."""
@@ -119,7 +108,7 @@ class BlockFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether it has learned all it will."""
+        """Whether its training is finished."""
         return self.result() is not None
 
     def result(self) -> dict[str, Any] | None:
@@ -137,7 +126,7 @@ class BlockFolder:
         return result
 
     def last_evaluation(self) -> dict[str, Any] | None:
-        """The newest line of its log that tells of an evaluation."""
+        """The newest evaluation line of its log."""
         lines = [line for line in read_metrics(self.directory) if line["kind"] == "eval"]
         return lines[-1] if lines else None
 
@@ -157,21 +146,21 @@ def blocks_folder(recipe: Recipe) -> Path:
 
 
 def hidden_folder(recipe: Recipe) -> Path:
-    """Where hidden states wait on disk."""
+    """Where hidden states are kept on disk."""
     own = recipe.blocks.hidden_dir
     return blocks_folder(recipe) / "hidden" if own is None else Path(own).expanduser()
 
 
-def found_blocks(recipe: Recipe) -> list[Block]:
+def found_blocks(recipe: Recipe) -> list[LayerBlock]:
     """The blocks that a run's folder holds, in order of their layers, however they were cut."""
     names = (_NAME.fullmatch(path.name) for path in blocks_folder(recipe).glob("layers-*"))
     spans = sorted((int(name.group(1)), int(name.group(2)) + 1) for name in names if name)
-    return [Block(number, first, stop) for number, (first, stop) in enumerate(spans)]
+    return [LayerBlock(number, first, stop) for number, (first, stop) in enumerate(spans)]
 
 
-def require_cover(blocks: list[Block], wanted: set[int]) -> None:
+def require_cover(blocks: list[LayerBlock], wanted: set[int]) -> None:
     """Raise ``UserError`` unless ``blocks`` hold each of the layers ``wanted`` exactly once."""
-    held: dict[int, Block] = {}
+    held: dict[int, LayerBlock] = {}
     for block in blocks:
         for layer in range(block.first, block.stop):
             if layer in held:
@@ -191,7 +180,7 @@ def require_cover(blocks: list[Block], wanted: set[int]) -> None:
 def merge_logs(folders: Sequence[Path], log: RunLog, *, at_once: bool = False) -> int:
     """Write one line a step of the blocks' training and evaluation lines to ``log``; returns how many.
 
-    Per-layer numbers stand side by side; ``loss`` and the like are means over the layers that the step still trained,
+    Per-layer numbers are copied; ``loss`` and the like are means over the layers that the step still trained,
     the gradient's norm that of all, seconds the blocks' together, or the most of one where they were trained
     ``at_once``. What an earlier call wrote is dropped first.
     """

@@ -7,8 +7,8 @@
 
 A folder of hidden states holds shards ``states-00000.safetensors`` (tensor ``hidden`` [rows, T, d]) and
 ``manifest-00.json``: shape, dtype, what they are the states of, and the CRC-32 of every shard. A shard is written
-beside its place and gets its name when its rows are complete and on disk. Of several processes each writes the shards
-that are its own, and a manifest of its own.
+under a temporary name and renamed when its rows are complete and on disk. Each of several processes writes its own
+shards and its own manifest.
 
 Shapes: b rows asked for, T tokens, d entries of a hidden state.
 """
@@ -39,7 +39,7 @@ _PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
-class Shape:
+class HiddenShape:
     """Sizes of the hidden states of one boundary."""
 
     rows: int
@@ -61,7 +61,7 @@ class Shape:
 class HiddenStates:
     """What both kinds share: which rows are there."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: HiddenShape) -> None:
         self.shape = shape
         self.present: NDArray[np.bool_] = np.zeros(shape.rows, dtype=np.bool_)
 
@@ -74,7 +74,7 @@ class HiddenStates:
         self._write([rows[place] for place in new], chosen.detach().to("cpu", self.shape.dtype))
 
     def read(self, rows: Sequence[int]) -> Tensor:
-        """Hidden states of ``rows``, [b, T, d] in memory of their own; ``KeyError`` for a row that is not there."""
+        """Hidden states of ``rows``, [b, T, d] in new memory; ``KeyError`` for a missing row."""
         absent = [row for row in rows if not self.present[row]]
         if absent:
             raise KeyError(f"row {absent[0]} of the hidden states is not there")
@@ -85,7 +85,7 @@ class HiddenStates:
         return [int(row) for row in np.flatnonzero(~self.present)]
 
     def finish(self) -> None:
-        """Return when everything written is where it belongs."""
+        """Return when everything written is complete."""
 
     def refresh(self) -> None:
         """See what other processes have written."""
@@ -95,7 +95,7 @@ class HiddenStates:
         self.present[:] = False
 
     def close(self) -> None:
-        """Give memory and file handles back; what is on disk stays."""
+        """Release memory and file handles; what is on disk stays."""
 
     def _write(self, rows: Sequence[int], hidden_bTd: Tensor) -> None:
         raise NotImplementedError
@@ -107,7 +107,7 @@ class HiddenStates:
 class HiddenMemory(HiddenStates):
     """Hidden states in host memory."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: HiddenShape) -> None:
         super().__init__(shape)
         self._states = torch.empty(shape.rows, shape.tokens, shape.hidden, dtype=shape.dtype)
 
@@ -123,17 +123,17 @@ class HiddenMemory(HiddenStates):
 
 
 class HiddenFiles(HiddenStates):
-    """Hidden states on disk; a folder that was begun before is taken up again.
+    """Hidden states on disk; an unfinished folder is continued.
 
-    ``identity`` says of what they are the states (model, data, layer); states of anything else are refused with a
+    ``identity`` names what they are the states of (model, data, layer); states of anything else are refused with a
     ``UserError`` naming the difference. ``verify`` reads every shard once and compares it with its checksum; a damaged
-    or missing shard is told to ``warn`` and its rows count as missing. Writing raises ``SaveError``.
+    or missing shard is reported to ``warn`` and its rows count as missing. Writing raises ``SaveError``.
     """
 
     def __init__(
         self,
         folder: Path,
-        shape: Shape,
+        shape: HiddenShape,
         identity: Mapping[str, Any],
         *,
         shard_bytes: int = 256 << 20,
@@ -161,7 +161,7 @@ class HiddenFiles(HiddenStates):
 
     def _look(self, verify: bool) -> None:
         for path in sorted(self.folder.glob("manifest-*.json")) if self.folder.is_dir() else []:
-            self._take_up(path, verify)
+            self._read_manifest(path, verify)
 
     def refresh(self) -> None:
         """See what other processes have finished since."""
@@ -174,11 +174,11 @@ class HiddenFiles(HiddenStates):
     def _mine(self, shard: int) -> bool:
         return shard % self.writers == self.writer
 
-    def _take_up(self, path: Path, verify: bool) -> None:
+    def _read_manifest(self, path: Path, verify: bool) -> None:
         try:
             manifest = read_json(path)
         except CorruptFileError as error:
-            self.warn(f"{error}; the states it lists are made again")
+            self.warn(f"{error}; the states it lists are computed again")
             return
         _require_same(path, manifest["header"], self._header())
         for name, shard in manifest["shards"].items():
@@ -203,7 +203,7 @@ class HiddenFiles(HiddenStates):
         return self.folder / f"states-{shard:05d}.safetensors"
 
     def _problem(self, index: int, shard: Mapping[str, Any], verify: bool) -> str | None:
-        """What is wrong with a finished shard, in words."""
+        """What is wrong with a finished shard; None for a sound one."""
         path = self._path(index)
         if not path.is_file():
             return f"{path} is missing"
@@ -255,7 +255,7 @@ class HiddenFiles(HiddenStates):
         return _Writing(path, self._prefix(count), count, self.shape.row_bytes)
 
     def _complete(self, index: int, shard: _Writing) -> None:
-        """Put a shard whose rows are all written in its place, then into the manifest."""
+        """Rename a complete shard to its final name and add it to the manifest."""
         path = self._path(index)
         with saving(path):
             shard.close()
@@ -295,7 +295,7 @@ class HiddenFiles(HiddenStates):
                 self._maps[index] = _mapped(path, len(self._prefix(count)), sizes, self.shape.dtype)
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"{path} cannot be read ({error}); run the same command again, and what is lost is computed anew"
+                    f"{path} cannot be read ({error}); run the same command again, and what is lost is computed again"
                 ) from error
         return self._maps[index]
 
@@ -312,17 +312,17 @@ class HiddenFiles(HiddenStates):
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Close the maps; a shard whose rows are not complete is given up, and its rows are missing again."""
+        """Close the maps; an incomplete shard is deleted, and its rows are missing again."""
         self._thread.shutdown()
         for index, shard in self._open.items():
-            shard.give_up()
+            shard.discard()
             self.present[self._rows_of(index)] = False
         self._open, self._maps = {}, {}
         self._thread = ThreadPoolExecutor(1, "trenchcoat-states")
 
 
 class _Writing:
-    """A shard on its way: ``left`` rows are to come."""
+    """A shard that is being written: ``left`` rows are missing."""
 
     def __init__(self, path: Path, prefix: bytes, rows: int, row_bytes: int) -> None:
         self.path, self.left = path, rows
@@ -334,7 +334,7 @@ class _Writing:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), len(prefix), rows * row_bytes)
         except OSError:
-            self.give_up()
+            self.discard()
             raise
 
     def put(self, place: int, states_Td: Tensor) -> None:
@@ -352,14 +352,14 @@ class _Writing:
         os.fsync(self._file.fileno())
         self._file.close()
 
-    def give_up(self) -> None:
-        """Take the file away."""
+    def discard(self) -> None:
+        """Delete the file."""
         self._file.close()
         self.path.unlink(missing_ok=True)
 
 
 def _gathered(states_Td: Sequence[Tensor]) -> Tensor:
-    """[b, T, d] in memory of its own, copied by numpy.
+    """[b, T, d] in new memory, copied by numpy.
 
     Torch would start a team of threads for the thread that reads ahead; where there are more threads than cores,
     libgomp lets all of them sleep between operations.

@@ -5,11 +5,11 @@ the run's folder, so that a later launcher finds it instead of starting it twice
 
 submitit (https://github.com/facebookincubator/submitit) pickles a task, and calls it in the job:
 
-    it returns, or raises        submitit leaves a result, which says so
+    it returns, or raises        submitit writes a result
     SIGTERM                      training saves a checkpoint after its step and stops; then local: the job ends;
                                  Slurm: the job asks to be queued again (`scontrol requeue`)
     Slurm's preemption signal    (SIGUSR2, also sent some time before the time limit) the same; what takes longer than
-                                 ``SAVE_SECONDS`` goes back to the checkpoint before
+                                 ``SAVE_SECONDS`` falls back to the previous checkpoint
     killed, machine lost         no result: the launcher counts it as failed
 """
 
@@ -38,22 +38,24 @@ import submitit
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.slurmoptions import SlurmOptions
-from trenchcoat.linearize.variants import Stopped
+from trenchcoat.linearize.run import Stopped
 from trenchcoat.runtime.files import InUse, read_json, write_json
 from trenchcoat.runtime.runlog import RunLog
 
 Step = Literal["collect", "train", "stitch"]
+STEPS = {"collect": blockstages.collect_inputs, "stitch": blockstages.stitch_blocks}
+"""What is done before and after the blocks are trained."""
 
 SIGNAL_SECONDS = 120
 """How long before its time limit a Slurm job gets the preemption signal."""
 STOP_SECONDS = 120.0
-"""Time local jobs have for a checkpoint when their launcher is stopped."""
+"""Time that local jobs have to save a checkpoint when their launcher is stopped."""
 MAX_TIMEOUTS = 50
 """How often a Slurm job is queued again because its time was over."""
 SAVE_SECONDS = 60
 """Time a Slurm job has for its step and a checkpoint after the preemption signal."""
 LOCK_SECONDS = 2.0
-"""Between two looks at a block that another process holds."""
+"""Time between two attempts to lock a block that another process holds."""
 FOREVER_MINUTES = 10 * 365 * 24 * 60
 """Time limit of local jobs, which submitit wants to have."""
 
@@ -70,49 +72,50 @@ class Task:
     number: int = 0
     """Of the block to train."""
     device: str | None = None
-    """For CUDA_VISIBLE_DEVICES; None leaves what the scheduler says."""
+    """For CUDA_VISIBLE_DEVICES; None leaves it as the scheduler set it."""
 
     def __call__(self) -> Any:
-        """Do it; what ``trenchcoat blocks`` would show."""
+        """Run the step; returns what ``trenchcoat blocks`` would show."""
         if self.device is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.device
         with _stoppable():
-            if self.step == "collect":
-                return blockstages.collect(self.recipe)
-            return self._train() if self.step == "train" else blockstages.stitch(self.recipe)
+            return self._train() if self.step == "train" else STEPS[self.step](self.recipe)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit is to call when the job runs again: the same, as all that is saved is found again."""
+        """What submitit calls when the job runs again: the same task, which continues from what is saved."""
         return submitit.helpers.DelayedSubmission(self)
 
     def _train(self) -> Any:
-        told = False
+        warned = False
         while True:
             try:
-                return blockstages.train(self.recipe, self.number)
+                return blockstages.train_block(self.recipe, self.number)
             except InUse as error:
-                if not told:
+                if not warned:
                     logging.getLogger(__name__).warning("%s This job waits for it.", error)
-                told = True
+                warned = True
                 time.sleep(LOCK_SECONDS)
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Inside a job: end it, or have it queued again, as the docstring of this file says."""
+    """Inside a job: end it or requeue it on a signal, as described at the top of this file."""
     requeue = signal.getsignal(signal.SIGUSR2)
     on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
     def stop(number: int, frame: FrameType | None) -> None:
+        """SIGTERM where no training handles it."""
         raise Stopped
 
     def run_again(number: int, frame: FrameType | None) -> None:
+        """Ask submitit to queue the job again."""
         for kind in (signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM):  # Slurm will send some of these now
             signal.signal(kind, signal.SIG_IGN)
         assert callable(requeue)
         requeue(signal.SIGUSR2, None)
 
     def save_then_stop(number: int, frame: FrameType | None) -> None:
+        """Let training save a checkpoint, for at most ``SAVE_SECONDS``."""
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGALRM, run_again)
         signal.alarm(SAVE_SECONDS)
@@ -136,7 +139,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent, submitit's controller, is gone: nobody would know of it any more."""
+    """End this process when its parent, submitit's controller, has died: nothing would track it any more."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -150,15 +153,15 @@ class Job:
     """A job that was started, by this launcher or by one before it."""
 
     name: str
-    """Of what it works at."""
+    """Name of its block or step."""
     id: str
     folder: str
-    """Submitit's, for the call, the log and the result."""
+    """Submitit's folder with the call, the log and the result."""
     device: str | None = None
     handle: Any = None
     """Submitit's job."""
     missed: int = 0
-    """How often in a row the scheduler did not list it."""
+    """How many polls in a row did not list it."""
 
     @property
     def paths(self) -> Any:
@@ -167,19 +170,19 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What it wrote."""
+        """Its output."""
         return Path(self.paths.stdout)
 
     def record(self) -> dict[str, Any]:
-        """What a later launcher has to know of it."""
+        """What a later launcher needs to find it again."""
         return {"name": self.name, "id": self.id, "folder": self.folder, "device": self.device}
 
     def has_result(self) -> bool:
-        """Whether it came to its end, well or not."""
+        """Whether it ended, with success or an error."""
         return bool(self.paths.result_pickle.is_file())
 
     def error(self) -> str | None:
-        """The last line of what it raised, as its result says; None when it ended well."""
+        """The last line of the error in its result; None when it succeeded."""
         error = self.handle.exception()
         if error is None:
             return None
@@ -189,13 +192,13 @@ class Job:
 
 
 class Jobs(ABC):
-    """The jobs of one run that are under way."""
+    """The running jobs of one run."""
 
     kind: ClassVar[str]
     poll_seconds: ClassVar[float]
-    """Between two looks at them."""
+    """Time between two polls."""
     settle_seconds: ClassVar[float]
-    """How long the file system may take to show this machine what a job wrote."""
+    """How long a file that a job wrote may take to become visible on this machine."""
     _handle_class: ClassVar[Any]
 
     def __init__(self, folder: Path, log: RunLog) -> None:
@@ -203,23 +206,23 @@ class Jobs(ABC):
         self.running: dict[str, Job] = {}
 
     @abstractmethod
-    def room(self) -> int | None:
-        """How many more may be started now; None for any number."""
+    def free_slots(self) -> int | None:
+        """How many more jobs may be started now; None for any number."""
 
     @abstractmethod
     def start(self, tasks: Mapping[str, Task]) -> None:
-        """Start tasks under their names, at most as many as there is room for."""
+        """Start tasks under their names, at most as many as there are free slots."""
 
     @abstractmethod
     def _alive(self) -> dict[str, bool]:
-        """Whether each of those under way still is."""
+        """Whether each of the running jobs still is."""
 
     @abstractmethod
     def stop(self) -> None:
-        """The launcher stops: end what would be left alone, and say what goes on."""
+        """The launcher stops: end the jobs that depend on it, and log which continue."""
 
     def ended(self) -> list[Job]:
-        """Those that have ended since the last look; they are under way no more."""
+        """Those that have ended since the last call; they are no longer in ``running``."""
         alive = self._alive()
         gone = [job for name, job in self.running.items() if not alive[name]]
         for job in gone:
@@ -228,8 +231,8 @@ class Jobs(ABC):
             self._save()
         return gone
 
-    def take_up(self) -> None:
-        """Find the jobs of an earlier launcher that are still under way."""
+    def find_earlier(self) -> None:
+        """Find the jobs of an earlier launcher that are still running."""
         if self._record.is_file():
             record = read_json(self._record)
             if self._same_place(record["host"]):
@@ -241,7 +244,7 @@ class Jobs(ABC):
             self._save()
 
     def failure(self, job: Job) -> str | None:
-        """What an ended job failed of, in a line; None when it ended well."""
+        """Why an ended job failed, in a line; None when it succeeded."""
         if self.appears(job.has_result, Path(job.folder)):
             return job.error()
         return f"it ended without a result{self._state(job)}: killed, or out of memory"
@@ -274,8 +277,8 @@ class Jobs(ABC):
 class LocalJobs(Jobs):
     """Processes of this machine, one on each of ``devices`` at most (names for CUDA_VISIBLE_DEVICES; "" is the CPU).
 
-    They are started so that Ctrl-C reaches the launcher alone, which then ends them. When it is killed itself, they go
-    on to the end of their block.
+    They are started so that Ctrl-C reaches only the launcher, which then ends them. When the launcher is killed, they
+    continue to the end of their block.
     """
 
     kind = "local"
@@ -294,7 +297,7 @@ class LocalJobs(Jobs):
                 free.remove(job.device)
         return free
 
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """Free devices."""
         return len(self._free())
 
@@ -316,10 +319,10 @@ class LocalJobs(Jobs):
         return host == platform.node()
 
     def _alive(self) -> dict[str, bool]:
-        return {name: self._lives(job) for name, job in self.running.items()}
+        return {name: self._is_running(job) for name, job in self.running.items()}
 
-    def _lives(self, job: Job) -> bool:
-        """Whether its controller does; a process number may be another's by now, so the command is looked at."""
+    def _is_running(self, job: Job) -> bool:
+        """Whether its controller runs; process numbers are reused, so the command line is compared."""
         if not job.handle.done():
             return True
         try:
@@ -327,27 +330,27 @@ class LocalJobs(Jobs):
         except (FileNotFoundError, ProcessLookupError):
             return False
 
-    def _living(self) -> list[Job]:
+    def _still_running(self) -> list[Job]:
         alive = self._alive()
         return [job for name, job in self.running.items() if alive[name]]
 
     def stop(self) -> None:
-        """End them: each has ``STOP_SECONDS`` for a checkpoint, or until Ctrl-C is pressed again."""
-        living = self._living()
-        if living:
-            self.log.info(f"ending {len(living)} jobs, which save a checkpoint first (Ctrl-C again: at once)")
-            self._signal(living, signal.SIGTERM)
+        """End them: each has ``STOP_SECONDS`` to save a checkpoint, or until Ctrl-C is pressed again."""
+        running = self._still_running()
+        if running:
+            self.log.info(f"ending {len(running)} jobs, which save a checkpoint first (Ctrl-C again kills them)")
+            self._signal(running, signal.SIGTERM)
             try:
                 until = time.monotonic() + STOP_SECONDS
-                while self._living() and time.monotonic() < until:
+                while self._still_running() and time.monotonic() < until:
                     time.sleep(0.1)
             except KeyboardInterrupt:
                 pass
-            late = self._living()
+            late = self._still_running()
             if late:
                 self._signal(late, signal.SIGKILL)
-                self.log.warning(f"{len(late)} jobs were killed; they go on from the checkpoint before")
-                while self._living():
+                self.log.warning(f"{len(late)} jobs were killed; they will continue from the previous checkpoint")
+                while self._still_running():
                     time.sleep(0.1)
         self.running.clear()
         self._save()
@@ -363,7 +366,7 @@ class LocalJobs(Jobs):
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C; one pressed meanwhile reaches this process afterwards."""
+    """Processes started inside ignore Ctrl-C; one pressed meanwhile reaches this process afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -389,8 +392,8 @@ class SlurmJobs(Jobs):
                 "cluster, or use --launcher local"
             )
 
-    def room(self) -> int | None:
-        """Slurm queues an array of any size; what comes after it counts."""
+    def free_slots(self) -> int | None:
+        """A first array may have any size, as Slurm queues it; later jobs count against ``at_once``."""
         if self.at_once is None or not self.running:
             return None
         return max(0, self.at_once - len(self.running))
@@ -401,7 +404,7 @@ class SlurmJobs(Jobs):
         executor = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
         options, further = self.options, dict(self.options.further)
         settings: dict[str, Any] = {"gpus_per_node": options.gpus, "setup": list(options.setup) or None}
-        if options.cpus is not None:  # srun does not take it over from sbatch
+        if options.cpus is not None:  # srun does not inherit it from sbatch
             settings |= {"cpus_per_task": options.cpus, "srun_args": [f"--cpus-per-task={options.cpus}"]}
         executor.update_parameters(
             job_name=further.pop("job-name", self.name),
@@ -416,17 +419,15 @@ class SlurmJobs(Jobs):
             handles = executor.submit_array(list(tasks.values()))
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             last = [line for line in str(error).splitlines() if line.strip()][-1:]
-            raise UserError(
-                f"sbatch refused the job: {' '.join(last) or 'it said nothing'} (see blocks.slurm)"
-            ) from error
+            raise UserError(f"sbatch refused the job: {' '.join(last) or 'no message'} (see blocks.slurm)") from error
         for name, handle in zip(tasks, handles, strict=True):
             self.running[name] = Job(name, handle.job_id, str(folder), None, handle)
         self._save()
-        told = handles[0].job_id.split("_")[0]
-        self.log.info(f"{', '.join(tasks)}: Slurm job {told}, logs {folder}/{told}*")
+        array = handles[0].job_id.split("_")[0]
+        self.log.info(f"{', '.join(tasks)}: Slurm job {array}, logs {folder}/{array}*")
 
     def _state(self, job: Job) -> str:
-        return f" (Slurm says {job.handle.state})"
+        return f" (Slurm state {job.handle.state})"
 
     def _alive(self) -> dict[str, bool]:
         open_ = [job for job in self.running.values() if not job.has_result()]
@@ -437,17 +438,19 @@ class SlurmJobs(Jobs):
         return {job.name: not job.has_result() and job.missed < 2 for job in self.running.values()}
 
     def _listed(self, jobs: Sequence[Job]) -> set[str] | None:
-        """Ids among those of ``jobs`` that Slurm has queued or running; None when it does not answer."""
+        """Ids of those of ``jobs`` that are queued or running; None when Slurm does not answer."""
         ids = sorted({job.id.split("_")[0] for job in jobs})
         command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(ids)}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0 and "invalid job id" not in done.stderr.lower():
-            self.log.warning(f"squeue does not answer, waiting on: {' '.join(done.stderr.split())[:200]}")
+            self.log.warning(f"squeue does not answer, still waiting: {' '.join(done.stderr.split())[:200]}")
             return None
         return set(done.stdout.split())
 
     def stop(self) -> None:
-        """They go on; nothing is cancelled."""
+        """They continue; nothing is cancelled."""
         if self.running:
             ids = " ".join(sorted({job.id.split("_")[0] for job in self.running.values()}))
-            self.log.info(f"Slurm jobs {ids} go on: the same command waits for them again, `scancel {ids}` ends them")
+            self.log.info(
+                f"Slurm jobs {ids} continue: the same command waits for them again, `scancel {ids}` ends them"
+            )

@@ -4,9 +4,10 @@
     train        a job for each block that is not finished, at most ``blocks.jobs`` at a time
     stitch       one adapter of all blocks          local: in this process; Slurm: a job
 
-A block that fails is tried once more. This process holds the run's folder while blocks are trained, and each job its
-own block's; one that another process holds is waited for. Where the launcher is stopped or killed, the same command
-goes on: finished blocks are kept, and jobs that still run are found again (:mod:`trenchcoat.linearize.blocks.jobs`).
+A block that fails is tried once more. This process locks the run's folder while blocks are trained, and each job its
+own block's; a block that another process has locked is waited for. After the launcher is stopped or killed, the same
+command continues: finished blocks are kept, and jobs that still run are found again
+(:mod:`trenchcoat.linearize.blocks.jobs`).
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.config.units import in_words
 from trenchcoat.evaluation.results import Outcome
 from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.blocks.folder import Block, BlockFolder, blocks_folder, found_blocks
-from trenchcoat.linearize.blocks.jobs import Job, Jobs, LocalJobs, SlurmJobs, Step, Task
+from trenchcoat.linearize.blocks.folder import BlockFolder, LayerBlock, blocks_folder, found_blocks
+from trenchcoat.linearize.blocks.jobs import STEPS, Job, Jobs, LocalJobs, SlurmJobs, Step, Task
 from trenchcoat.linearize.blocks.slurmoptions import parse_slurm
-from trenchcoat.linearize.variants import Stopped
+from trenchcoat.linearize.run import Stopped, open_run
 from trenchcoat.runtime.files import holder, locked
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
+from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import RunLog, Tracker
 
 FOLDER = "jobs"
-"""Beside the blocks' folders: logs of the jobs, and which of them run."""
+"""Next to the blocks' folders: the logs of the jobs, and which of them run."""
 TRIES = 2
 """How often a job is started before it counts as failed."""
 STATUS_SECONDS = 30.0
-"""Between two plain lines of the state, while nothing changes."""
+"""Time between two lines of progress while nothing changes."""
 
 
-def run(recipe: Recipe) -> Outcome:
+def launch_blocks(recipe: Recipe) -> Outcome:
     """Collect, train all blocks as jobs of ``blocks.launcher``, stitch. The same command continues.
 
     Raises ``UserError`` naming the blocks that failed twice, ``Stopped`` after Ctrl-C or SIGTERM.
@@ -53,7 +55,8 @@ def run(recipe: Recipe) -> Outcome:
     options = None if local else parse_slurm(recipe.blocks.slurm)
     devices = _devices(recipe) if local else []
     recipe, blocks = _settled(recipe, devices)
-    with locked(folder), RunLog(folder, progress=recipe.run.progress) as log:
+    with open_run(recipe, [TRANSFER], folder) as opened:
+        log = opened.log
         jobs: Jobs
         if options is None:
             jobs = LocalJobs(folder, log, devices)
@@ -62,7 +65,7 @@ def run(recipe: Recipe) -> Outcome:
             jobs = SlurmJobs(folder, log, options, name=name, at_once=recipe.blocks.jobs)
         if local and recipe.blocks.jobs is not None and recipe.blocks.jobs > len(devices):
             log.info(f"blocks.jobs={recipe.blocks.jobs}, but one job a GPU is {len(devices)} here")
-        jobs.take_up()
+        jobs.find_earlier()
         return _Launch(recipe, blocks, jobs, log).run()
 
 
@@ -82,18 +85,18 @@ def _devices(recipe: Recipe) -> list[str]:
     return names[:jobs]
 
 
-def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[Block]]:
-    """The recipe that jobs get, in which nothing is left to the machine that runs them, and its blocks."""
+def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[LayerBlock]]:
+    """The recipe for the jobs, in which nothing depends on the machine that runs them, and its blocks."""
     if recipe.blocks.launcher == "slurm":
         if recipe.blocks.size is None and not found_blocks(recipe):
             raise UserError(
-                "blocks.size is needed with the launcher slurm, because this machine cannot see the GPUs of the jobs: "
-                "`trenchcoat blocks plan RECIPE --gpu-memory 80GB` says how many layers fit"
+                "blocks.size is needed with the launcher slurm, because the GPUs of the jobs are not visible here: "
+                "`trenchcoat blocks plan RECIPE --gpu-memory 80GB` computes how many layers fit"
             )
         here = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, device="cpu"))
-        blocks = blockstages.blocks_of(here)
+        blocks = blockstages.checked_blocks(here)
     else:
-        blocks = blockstages.blocks_of(recipe, share=len(devices))
+        blocks = blockstages.checked_blocks(recipe, share=len(devices))
         device, threads = recipe.model.device.partition(":")[0], recipe.run.threads
         if devices[0] == "" and threads is None and len(devices) > 1:
             threads = max(1, torch.get_num_threads() // len(devices))
@@ -108,7 +111,7 @@ def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[Block
 
 @dataclass
 class _Piece:
-    """Something that a job is to do: a block, or a step between."""
+    """What one job does: train a block, or a step of its own."""
 
     name: str
     title: str
@@ -120,21 +123,21 @@ class _Piece:
     tries: int = 0
     errors: list[str] = field(default_factory=list)
     waited_for: bool = False
-    """Whether the user was told that another process holds it."""
+    """Whether the log has reported that another process holds it."""
 
 
 class _Launch:
-    """One launcher at work."""
+    """One call of the launcher."""
 
-    def __init__(self, recipe: Recipe, blocks: Sequence[Block], jobs: Jobs, log: RunLog) -> None:
+    def __init__(self, recipe: Recipe, blocks: Sequence[LayerBlock], jobs: Jobs, log: RunLog) -> None:
         self.recipe, self.blocks, self.jobs, self.log = recipe, blocks, jobs, log
         self.in_process = jobs.kind == "local"
 
     def run(self) -> Outcome:
-        """All of it."""
+        """Collect, train and stitch."""
         pieces = [self._piece(block) for block in self.blocks if self._learns(block)]
         todo = [piece for piece in pieces if not piece.done]
-        self._tell(pieces, todo)
+        self._announce(pieces, todo)
         if todo:
             if not any(piece.name in self.jobs.running for piece in todo):
                 self._step("collect")
@@ -144,18 +147,18 @@ class _Launch:
         assert isinstance(outcome, Outcome)
         return outcome
 
-    def _tell(self, pieces: Sequence[_Piece], todo: Sequence[_Piece]) -> None:
+    def _announce(self, pieces: Sequence[_Piece], todo: Sequence[_Piece]) -> None:
         running = [name for name in self.jobs.running if any(piece.name == name for piece in todo)]
-        again = f"; jobs of an earlier launcher still work at {', '.join(running)}" if running else ""
+        again = f"; jobs of an earlier launcher are still running: {', '.join(running)}" if running else ""
         self.log.info(
             f"{len(pieces)} blocks as {self.jobs.kind} jobs, {len(pieces) - len(todo)} finished before{again}; logs "
             f"in {self.jobs.folder}"
         )
 
-    def _learns(self, block: Block) -> bool:
+    def _learns(self, block: LayerBlock) -> bool:
         return not set(range(block.first, block.stop)) <= set(self.recipe.student.keep_softmax)
 
-    def _piece(self, block: Block) -> _Piece:
+    def _piece(self, block: LayerBlock) -> _Piece:
         record = BlockFolder(self.recipe, block)
         task = Task(self.recipe, "train", block.number)
         return _Piece(record.directory.name, str(block), task, record, done=record.finished)
@@ -163,8 +166,8 @@ class _Launch:
     def _step(self, step: Step) -> Any:
         """What `blocks collect` or `blocks stitch` does."""
         if self.in_process:
-            made = getattr(blockstages, step)(self.recipe)
-            if torch.cuda.is_initialized():  # what this process keeps, jobs on the same GPU cannot have
+            made = STEPS[step](self.recipe)
+            if torch.cuda.is_initialized():  # jobs on the same GPU need the memory
                 torch.cuda.empty_cache()
             return made
         piece = _Piece(step, step, Task(self.recipe, step))
@@ -174,7 +177,7 @@ class _Launch:
     # Jobs
 
     def _work(self, pieces: list[_Piece], total: int) -> None:
-        """Until all pieces are done; ``UserError`` when one failed twice, after the others."""
+        """Run jobs until all pieces are done; ``UserError`` when one failed twice, after the others."""
         with stop_on_signals() as stop:
             try:
                 with self.log.progress("blocks" if total > 1 else pieces[0].name, total, total - len(pieces)) as shown:
@@ -187,16 +190,16 @@ class _Launch:
                     self.jobs.stop()
         failed = [piece for piece in pieces if not piece.done]
         if failed:
-            told = "; ".join(f"{piece.title}: {piece.errors[-1]}" for piece in failed)
+            reasons = "; ".join(f"{piece.title}: {piece.errors[-1]}" for piece in failed)
             raise UserError(
-                f"{len(failed)} of {total} jobs failed {TRIES} times: {told}. What is finished is kept; when the cause "
-                "is mended, run the same command again"
+                f"{len(failed)} of {total} jobs failed {TRIES} times: {reasons}. What is finished is kept; fix the "
+                "cause and run the same command again"
             )
 
     def _wait(self, pieces: list[_Piece], total: int, shown: Tracker, stop: StopSignal) -> None:
         by_name = {piece.name: piece for piece in pieces}
         before: Any = None
-        told = 0.0
+        shown_at = 0.0
         while True:
             stop.check()
             for job in self.jobs.ended():
@@ -206,17 +209,17 @@ class _Launch:
             running = sum(piece.name in self.jobs.running for piece in pieces)
             done = sum(piece.done for piece in pieces)
             state = (done, running, len(waiting))
-            if state != before or time.monotonic() - told > STATUS_SECONDS:
-                before, told = state, time.monotonic()
+            if state != before or time.monotonic() - shown_at > STATUS_SECONDS:
+                before, shown_at = state, time.monotonic()
                 shown.update(total - len(pieces) + done, running=running, waiting=len(waiting))
             if not waiting and not running:
                 return
             self._pause(stop)
 
     def _waiting(self, pieces: list[_Piece]) -> list[_Piece]:
-        """Those that are left, after as many as there is room for were started."""
+        """Those that are left, after as many as there are free slots were started."""
         left = [p for p in pieces if not p.done and p.tries < TRIES and p.name not in self.jobs.running]
-        ready = [piece for piece in left if self._free(piece)][: self.jobs.room()]
+        ready = [piece for piece in left if self._free(piece)][: self.jobs.free_slots()]
         for piece in ready:
             piece.tries += 1
         if ready:
@@ -224,7 +227,7 @@ class _Launch:
         return [piece for piece in left if not piece.done and piece not in ready]
 
     def _free(self, piece: _Piece) -> bool:
-        """Whether nobody else works at it; notes one that somebody else has finished."""
+        """Whether no other process holds it; marks one that another process has finished."""
         if piece.block is None:
             return True
         if piece.block.finished:
@@ -233,25 +236,27 @@ class _Launch:
         who = holder(piece.block.directory)
         if who is not None and not piece.waited_for:
             piece.waited_for = True
-            self.log.info(f"{piece.title} is in the hands of {who}: waited for")
+            self.log.info(f"{piece.title} is in use by {who}: waiting")
         return who is None
 
     def _settle(self, piece: _Piece, job: Job) -> None:
-        """What became of a job that has ended."""
+        """Record how a job ended."""
         reason = self.jobs.failure(job)
         if piece.block is None:
             piece.done = reason is None
             piece.value = job.handle.result() if piece.done else None
         elif reason is None and not self.jobs.appears(self._finished(piece.block), piece.block.directory):
-            reason = f"its job ended well, but {piece.block.directory} holds no result: is it the same on all nodes?"
+            reason = (
+                f"its job succeeded, but {piece.block.directory} holds no result: is this folder shared by all nodes?"
+            )
         else:
             piece.done = piece.block.finished
         if piece.done:
             self.log.info(f"{piece.title}: {self._figures(piece)}")
             return
-        reason = reason or "its job ended well, and left nothing"
+        reason = reason or "its job succeeded, but left no result"
         piece.errors.append(f"{reason} (log {job.log})")
-        piece.tries = max(piece.tries, 1)  # of an earlier launcher's job too
+        piece.tries = max(piece.tries, 1)  # also for a job of an earlier launcher
         again = "tried once more" if piece.tries < TRIES else "not tried again"
         self.log.warning(f"{piece.title} failed: {piece.errors[-1]}; {again}")
 

@@ -129,13 +129,13 @@ class BlockSource:
         return {_moved(name, -first): tensor for name, tensor in self._load(names)}
 
     def _load(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:  # opened anew for each, so that what was read does not stay mapped
+        for name in names:  # opened again for each, so that what was read does not stay mapped
             try:
                 with safe_open(str(self._files[name]), framework="pt") as opened:
                     yield name, _own_memory(opened.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{self._files[name]} cannot be read ({error}); when the disk is back, run the same command again"
+                    f"{self._files[name]} cannot be read ({error}); run the same command again when the disk works"
                 ) from error
 
     # Building
@@ -222,7 +222,7 @@ class BlockSource:
     def copy_block(self, first: int, stop: int, out: Path, tokenizer: Any = None) -> None:
         """Copy the tensors of layers [first, stop), the config and their identity to a folder.
 
-        The folder can stand in for the model wherever only this block is worked on.
+        The folder can replace the model where only this block is used.
         """
         tensors = dict(self._load([name for name in self._files if _layer_in(name, first, stop)]))
         with files.atomic_directory(out) as partial:
@@ -237,7 +237,7 @@ class BlockSource:
 
 
 class ReadAhead:
-    """Reads the tensors of one block while another is worked on."""
+    """Reads the tensors of one block while another is trained."""
 
     def __init__(self, source: BlockSource) -> None:
         self.source = source
@@ -245,19 +245,19 @@ class ReadAhead:
         self._next: tuple[tuple[int, int], Future[Tensors]] | None = None
 
     def start(self, first: int, stop: int) -> None:
-        """Begin to read layers [first, stop)."""
+        """Start to read layers [first, stop)."""
         if self._next is None or self._next[0] != (first, stop):
             self._next = (first, stop), self._thread.submit(self.source.read, first, stop)
 
     def block(self, first: int, stop: int) -> Any:
-        """The model of layers [first, stop), from what was read ahead where that is it."""
+        """The model of layers [first, stop), from what was read ahead when these were."""
         self.start(first, stop)
         assert self._next is not None
         (_, reading), self._next = self._next, None
         return self.source.build(first, stop, reading.result())
 
     def close(self) -> None:
-        """Wait for what is being read, and forget it."""
+        """Wait for what is being read, and drop it."""
         self._thread.shutdown(cancel_futures=True)
         self._next = None
 
@@ -292,21 +292,21 @@ def _unscale(decoder: Any) -> None:
 
 
 def _own_memory(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own, which goes back to the system when the tensor goes (a heap would keep it)."""
+    """A copy in memory of its own that returns to the system with the tensor (a heap would keep it)."""
     if not tensor.numel():
         return tensor.clone()
     pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # matrix products over small pages are slow
         pages.madvise(mmap.MADV_HUGEPAGE)
-    room = torch.frombuffer(pages, dtype=torch.uint8)
+    copy_ = torch.frombuffer(pages, dtype=torch.uint8)
     # by numpy: torch would start a team of threads for this thread, and with more threads than cores all of them sleep
-    np.copyto(room.numpy(), tensor.contiguous().view(torch.uint8).flatten().numpy())
-    return room.view(tensor.dtype).view(tensor.shape)
+    np.copyto(copy_.numpy(), tensor.contiguous().view(torch.uint8).flatten().numpy())
+    return copy_.view(tensor.dtype).view(tensor.shape)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loader's report of what a block does not have, and must not."""
+    """Silence the loader's report of tensors that a block rightly lacks."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

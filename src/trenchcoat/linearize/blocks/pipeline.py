@@ -1,14 +1,14 @@
-"""Attention transfer over processes that each hold a range of layers for good: a pipeline that only runs forwards.
+"""Attention transfer over processes that each keep a range of layers: a pipeline that only runs forward.
 
     process 0      embeds a micro-batch, runs it through its layers, whose students learn, and sends the outputs on
     process 1      receives them, runs them through the layers that follow, sends the outputs on
     the last one   sends nothing
 
-Weights are read once. No gradient travels, so nothing waits for an answer, and no hidden state is kept: a process holds
-a few micro-batches of them (:mod:`trenchcoat.linearize.blocks.chain`). All processes go through the same micro-batches
-in the same order, those of the joint run, which follows from the recipe alone; each trains its layers with the one
-training loop, as if it were the only process, in a block folder of its own. What a process need not learn from (it is
-ahead of the others after a kill, or finished, or has stopped early) it runs forward and hands on.
+Weights are read once. No gradient is sent back, so nothing waits for an answer, and no hidden state is kept: a process
+holds a few micro-batches of them (:mod:`trenchcoat.linearize.blocks.chain`). All processes go through the same
+micro-batches in the same order, those of the joint run, which follows from the recipe alone; each trains its layers
+with the one training loop, as if it were the only process, in a block folder of its own. What a process need not learn
+from (it is ahead of the others after a kill, or finished, or has stopped early) it runs forward and passes on.
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ from torch import Tensor
 
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.units import gib, tera
-from trenchcoat.data.batches import Batches
-from trenchcoat.linearize.blocks.chain import AHEAD, END, FAILED, START, STOP, TRAIN, VALIDATION, Chain, Closed, Item
-from trenchcoat.linearize.blocks.folder import Block, BlockFolder
+from trenchcoat.data.batches import Batch, Batches
+from trenchcoat.linearize.blocks.chain import (
+    END,
+    FAILED,
+    QUEUED,
+    START,
+    STOP,
+    TRAIN,
+    VALIDATION,
+    BatchKey,
+    Chain,
+    Closed,
+)
+from trenchcoat.linearize.blocks.data import TextOrder
+from trenchcoat.linearize.blocks.folder import BlockFolder, LayerBlock
 from trenchcoat.linearize.blocks.run import BlockRun
-from trenchcoat.linearize.variants import Stopped
+from trenchcoat.linearize.run import Stopped
 from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.blocksize import measure_block
@@ -35,7 +47,7 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.training import checkpoints
-from trenchcoat.training.objectives import Batch, forward_decoder, initialise_from_text
+from trenchcoat.training.objectives import forward_decoder, initialise_from_text
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
 
 
@@ -48,13 +60,13 @@ class Position(NamedTuple):
 
 
 FINISHED = Position(1 << 40, True)
-"""Of a process that has nothing to learn any more."""
+"""The position of a process that has nothing left to learn."""
 
 
 class Pipeline:
     """The transfer of a run whose blocks are divided among the processes into ``ranges``, one for each."""
 
-    def __init__(self, run: BlockRun, ranges: Sequence[Block], *, host_memory: float) -> None:
+    def __init__(self, run: BlockRun, ranges: Sequence[LayerBlock], *, host_memory: float) -> None:
         """``host_memory``: bytes that this process may use. ``UserError``, the same on all processes, when a range
         does not fit, or has blocks with different numbers of epochs."""
         self.run, self.ranges = run, list(ranges)
@@ -92,7 +104,7 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     def _work(self, feed: Feed, position: Position, *, start: bool) -> tuple[int, UserError | None]:
-        """This process's part; how it ended, and with what failure of its own."""
+        """This process's part; the code it ended with, and its own failure."""
         try:
             with distributed.alone():
                 self._train(feed, position, start=start)
@@ -114,25 +126,25 @@ class Pipeline:
         if learning:
             cfg = self._settings(self.block)
             alone = {"at_once": True}
-            self.run.train_layers(self.folder, feed.model, feed, cfg, feed.hand_on, stop=StopSignal(), facts=alone)
+            self.run.train_layers(self.folder, feed.model, feed, cfg, feed.pass_outputs, stop=StopSignal(), facts=alone)
         feed.rest()
 
     def _settle(self, failure: UserError | None, *, stopped: bool) -> None:
-        """Let all processes end alike; a collective."""
+        """Make all processes end the same way; a collective."""
         rank, size = distributed.rank(), distributed.size()
         text = None if failure is None else f"process {rank} of {size} failed ({type(failure).__name__}: {failure})"
-        told = distributed.first_of(text)
+        first = distributed.first_of(text)
         anybody = distributed.largest(float(stopped)) > 0
         if failure is not None:
             raise failure
-        if told is not None:
-            raise distributed.ProcessLost(f"{told}, so process {rank} stops too")
+        if first is not None:
+            raise distributed.ProcessLost(f"{first}, so process {rank} stops too")
         if anybody:
             raise Stopped
 
     # Before it begins
 
-    def _settings(self, block: Block) -> TransferConfig:
+    def _settings(self, block: LayerBlock) -> TransferConfig:
         """Of a range's training: those of its first block."""
         return self.run.stage(next(one for one in self.run.blocks if one.first == block.first))
 
@@ -162,29 +174,29 @@ class Pipeline:
         ).device_bytes
         free = torch.cuda.mem_get_info(run.source.device)[0] if on_gpu else host_memory
         short = (with_reserve(needed) if on_gpu else needed) > free
-        told = distributed.first_of(
+        shortage = distributed.first_of(
             f"{layers} layers a process need {gib(needed)}, and process {distributed.rank()} has {gib(free)} free: "
             "start more processes (torchrun --nproc_per_node), lower transfer.batch_size, or set blocks.ranks=data, "
             "which holds one block at a time"
             if short
             else None
         )
-        if told is not None:
-            raise UserError(told)
+        if shortage is not None:
+            raise UserError(shortage)
 
     def _positions(self) -> list[Position]:
         """How far each process is; a collective."""
         mine, size, rank = self._position(), distributed.size(), distributed.rank()
         numbers = [0.0] * (2 * size)
         numbers[2 * rank : 2 * rank + 2] = float(mine.step), float(mine.evaluated)
-        told = distributed.all_sum(numbers)
-        return [Position(round(told[2 * i]), told[2 * i + 1] > 0) for i in range(size)]
+        everyone = distributed.all_sum(numbers)
+        return [Position(round(everyone[2 * i]), everyone[2 * i + 1] > 0) for i in range(size)]
 
     def _position(self) -> Position:
         kept = set(self.run.recipe.student.keep_softmax)
         if self.folder.finished or kept.issuperset(range(self.block.first, self.block.stop)):
             return FINISHED
-        # fit takes up the same one, and tells of those that are damaged
+        # fit reads the same one, and warns about damaged ones
         found = checkpoints.newest_checkpoint(self.folder.directory / "checkpoints" / TRANSFER, lambda text: None)
         if found is None:
             return Position(-1, False)
@@ -194,18 +206,20 @@ class Pipeline:
         run = self.run
         ranges = "; ".join(f"{one.first} to {one.stop - 1}" for one in self.ranges)
         row = run.recipe.data.seq_len * run.source.hidden * run.source.dtype.itemsize
+        most = 2 * QUEUED + 1
         run.log.info(
-            f"pipeline: {len(self.ranges)} processes hold the layers {ranges}, and hand hidden states on; one has at "
-            f"most {2 * AHEAD + 1} micro-batches of them at a time ({tera((2 * AHEAD + 1) * run.cfg.batch_size * row)})"
+            f"pipeline: {len(self.ranges)} processes hold the layers {ranges}, and pass hidden states on; each has at "
+            f"most {most} micro-batches of them at a time ({tera(most * run.cfg.batch_size * row)})"
         )
         if max(positions).step >= 0:
             steps = [
                 "finished" if one == FINISHED else f"step {one.step}" if one.step >= 0 else "new" for one in positions
             ]
-            run.log.info(f"pipeline: continuing; the processes are at: {', '.join(steps)}. Who is ahead hands on")
+            at = ", ".join(steps)
+            run.log.info(f"pipeline: continuing; the processes are at: {at}. Those ahead only pass hidden states on")
 
 
-def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position, *, start: bool) -> Iterator[Item]:
+def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position, *, start: bool) -> Iterator[BatchKey]:
     """All micro-batches after ``first`` that a process with one of ``settings`` (which differ in epochs alone) asks
     for, in the order in which it does; ``start``: first the rows that initial values come from."""
     cfg = settings[0]
@@ -213,66 +227,58 @@ def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position,
     micro_batches, ends = max(number for number, _ in lengths), {steps for _, steps in lengths}
     validation = evaluation_batches(cfg, text.validation_batches())
     if start:
-        yield Item(START, 0)
+        yield BatchKey(START, 0)
     for step in range(max(first.step, 0), max(ends) + 1):
         due = step % cfg.eval_every == 0 or step in ends
         if due and not (step == first.step and first.evaluated):
-            yield from (Item(VALIDATION, index) for index in range(validation))
-        yield from (Item(TRAIN, index) for index in step_batches(cfg, step, micro_batches))
+            yield from (BatchKey(VALIDATION, index) for index in range(validation))
+        yield from (BatchKey(TRAIN, index) for index in step_batches(cfg, step, micro_batches))
 
 
-class Feed:
-    """What ``train.fit`` asks of the data, answered with what comes down the row.
+class Feed(TextOrder):
+    """The data of ``fit``, as it arrives through the chain.
 
-    Micro-batches of the schedule that are not asked for are run forward and handed on. ``Interrupted`` is raised when
+    Micro-batches of the schedule that are not asked for are run forward and passed on. ``Interrupted`` is raised when
     the processes stop, ``Closed`` when one of them has failed or all are done.
     """
 
-    def __init__(self, run: BlockRun, chain: Chain, model: Any, items: Iterator[Item], stop: StopSignal) -> None:
+    def __init__(self, run: BlockRun, chain: Chain, model: Any, items: Iterator[BatchKey], stop: StopSignal) -> None:
+        super().__init__(run.text)
         self.run, self.chain, self.model = run, chain, model
-        self.seed, self.fingerprint = run.text.seed, run.text.fingerprint
         self._items, self._stop = items, stop
         self._embedding = run.source.embedding() if chain.first else None
-        self._at: Item | None = None
+        self._at: BatchKey | None = None
         self._asked = self._resting = False
-
-    def __len__(self) -> int:
-        """Micro-batches of one epoch."""
-        return len(self.run.text)
 
     def train_batch(self, index: int) -> Batch:
         """Micro-batch ``index``."""
-        return self._get(Item(TRAIN, index))
-
-    def validation_batches(self) -> int:
-        """Validation micro-batches."""
-        return self.run.text.validation_batches()
+        return self._get(BatchKey(TRAIN, index))
 
     def validation_batch(self, index: int) -> Batch:
         """Validation micro-batch ``index``."""
-        return self._get(Item(VALIDATION, index))
+        return self._get(BatchKey(VALIDATION, index))
 
     def start(self, fresh: bool) -> None:
         """The rows that initial values come from; ``fresh``: this process's students want them."""
         batch = self._on_device(self._take(next(self._items)))
         if fresh:
             initialise_from_text(self.model, batch)
-        self._pass_on(Item(START, 0), batch)
+        self._pass_on(BatchKey(START, 0), batch)
 
-    def hand_on(self, batch: Batch, hidden_bTd: Tensor) -> None:
-        """Send what the layers make of the micro-batch that was asked for last, once."""
+    def pass_outputs(self, batch: Batch, hidden_bTd: Tensor) -> None:
+        """Send the outputs for the micro-batch that was asked for last, once."""
         if self._at is not None and not self.chain.last:
             self.chain.send(self._at, hidden_bTd, batch["attention_mask"])
         self._at = None
 
     def rest(self) -> None:
-        """Hand on all that is left."""
+        """Pass on all that is left."""
         self._resting = True
         self.chain.done()
         for item in self._items:
             self._pass_on(item, self._on_device(self._take(item)))
 
-    def _get(self, wanted: Item) -> Batch:
+    def _get(self, wanted: BatchKey) -> Batch:
         for item in self._items:
             batch = self._take(item)
             if item == wanted:
@@ -281,9 +287,9 @@ class Feed:
             self._pass_on(item, self._on_device(batch))
         raise RuntimeError(f"micro-batch {wanted} is not among those that the processes have agreed on")
 
-    def _take(self, item: Item) -> Batch:
+    def _take(self, item: BatchKey) -> Batch:
         try:
-            self._look_around()
+            self._check_for_stop()
             if self._embedding is not None:
                 return self._embedded(item)
             found = self.chain.receive(item)
@@ -293,8 +299,8 @@ class Feed:
             raise
         return {"inputs_embeds": found.hidden_bTd, "attention_mask": found.padding_bT}
 
-    def _look_around(self) -> None:
-        """On the first process: whether all should end here. On the others: tell it of a wish to stop."""
+    def _check_for_stop(self) -> None:
+        """On the first process: whether all should end here. On the others: forward a request to stop to it."""
         if not self.chain.first:
             if self._stop.requested and not self._asked:
                 self._asked = True
@@ -306,7 +312,7 @@ class Feed:
         if code is not None:
             raise Closed(code)
 
-    def _embedded(self, item: Item) -> Batch:
+    def _embedded(self, item: BatchKey) -> Batch:
         text = self.run.text
         assert self._embedding is not None
         if item.kind == START:
@@ -320,8 +326,8 @@ class Feed:
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.run.source.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _pass_on(self, item: Item, batch: Batch) -> None:
-        """Run a micro-batch forward and send it, where there is somebody to send it to."""
+    def _pass_on(self, item: BatchKey, batch: Batch) -> None:
+        """Run a micro-batch forward and send the outputs, unless this is the last process."""
         if self.chain.last:
             return
         students = bool(students_of(self.model))

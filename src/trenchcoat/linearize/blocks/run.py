@@ -6,9 +6,9 @@
                              micro-batches; its outputs, the teacher's, are the next block's inputs; free it
 
 The transfer is teacher-forced and layers learn alone, so this gives the students of the joint run, bit for bit on one
-device in float32. Students and their optimizer wait in the stage's checkpoints while other blocks are at work, which is
-also how a killed run goes on: what is on disk says which block is next in which pass, and hidden states that are lost
-are computed again. This module does one command's work; :mod:`trenchcoat.linearize.blocks.stages` has the commands.
+device in float32. Students and their optimizer are kept in the stage's checkpoints while other blocks are trained. A
+killed run continues from them: the files on disk determine which block is next in which pass, and lost hidden states
+are computed again. :mod:`trenchcoat.linearize.blocks.stages` has the commands that use this.
 """
 
 from __future__ import annotations
@@ -23,24 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trenchcoat.config import Recipe, TransferConfig, UserError
-from trenchcoat.data.batches import Batches
-from trenchcoat.linearize.blocks.data import ROWS, HiddenBatches, Pass, Span
-from trenchcoat.linearize.blocks.folder import Block, BlockFolder, BlockIdentity
-from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenStates, Shape
+from trenchcoat.config import Recipe, TransferConfig
+from trenchcoat.data.batches import Batch, Batches
+from trenchcoat.linearize.blocks.data import ROWS, HiddenBatches, PassRows, Span
+from trenchcoat.linearize.blocks.folder import BlockFolder, BlockIdentity, LayerBlock
+from trenchcoat.linearize.blocks.hidden import HiddenFiles, HiddenMemory, HiddenShape, HiddenStates
 from trenchcoat.linearize.blocks.model import BlockSource, ReadAhead, global_names
-from trenchcoat.linearize.variants import Stopped, stage_facts
+from trenchcoat.linearize.run import Stopped
+from trenchcoat.linearize.variants import stage_facts, step_flops
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
-from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.hub import adapter_state
-from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import StopSignal
 from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import RunLog
-from trenchcoat.training.loop import Batches as FitBatches
-from trenchcoat.training.loop import FitResult, fit
-from trenchcoat.training.objectives import Batch, forward_decoder, initialise_from_text, transfer_objective
+from trenchcoat.training.loop import BatchSource, FitOptions, FitResult, fit
+from trenchcoat.training.objectives import forward_decoder, initialise_from_text, transfer_objective
 from trenchcoat.training.schedules import training_length
 
 COLLECTED = "collected"
@@ -48,25 +46,24 @@ COLLECTED = "collected"
 
 
 class BlockRun:
-    """The blocks of one recipe, at work in its run folder."""
+    """The blocks of one recipe and their training in its run folder."""
 
     def __init__(
         self,
         recipe: Recipe,
         source: BlockSource,
         text: Batches,
-        blocks: Sequence[Block],
+        blocks: Sequence[LayerBlock],
         log: RunLog,
         *,
         start: Batch | None = None,
     ) -> None:
         """``start``: the batch that initial values come from, for students that want one."""
-        if recipe.transfer is None:
-            raise UserError("transfer=null: without attention transfer there are no blocks to train")
+        assert recipe.transfer is not None  # checked when the run was opened
         self.recipe, self.cfg = recipe, recipe.transfer
         self.source, self.text, self.blocks, self.log = source, text, list(blocks), log
         self.start = start
-        self._flops: dict[int, float] = {}
+        self._flops: dict[int, float | None] = {}
         self.ahead = ReadAhead(source)
         self.folders = [BlockFolder(recipe, block, self.identity) for block in self.blocks]
         self.steps_done = distributed.from_main(lambda: [folder.steps_done(log.warning) for folder in self.folders])
@@ -81,13 +78,13 @@ class BlockRun:
         """Optimizer steps of every block."""
         return [training_length(self.stage(block), len(self.text))[1] for block in self.blocks]
 
-    def stage(self, block: Block) -> TransferConfig:
+    def stage(self, block: LayerBlock) -> TransferConfig:
         """The settings of one block's training."""
         epochs = self.recipe.blocks.epochs
         return dataclasses.replace(self.cfg, epochs=epochs[block.number]) if epochs else self.cfg
 
     def close(self) -> None:
-        """End reading ahead."""
+        """Stop reading ahead."""
         self.ahead.close()
 
     def __enter__(self) -> BlockRun:
@@ -98,21 +95,21 @@ class BlockRun:
 
     # Rows and where their hidden states are
 
-    def rows(self, span: Span, *, of_all: bool = False) -> Pass:
+    def rows(self, span: Span, *, of_all: bool = False) -> PassRows:
         """The rows of a pass on this process; ``of_all``: those of the other processes too."""
         start = self.start if span.first == 0 else None
-        return Pass(span, self.text, self.cfg, totals=self.totals, start=start, of_all=of_all)
+        return PassRows(span, self.text, self.cfg, totals=self.totals, start=start, of_all=of_all)
 
-    def states(self, rows: Pass, boundary: int, folder: Path | None, *, share: bool = False) -> HiddenStates:
-        """Hidden states before block ``boundary``: in memory, or in ``folder``, where earlier ones are taken up.
+    def states(self, rows: PassRows, boundary: int, folder: Path | None, *, share: bool = False) -> HiddenStates:
+        """Hidden states before block ``boundary``: in memory, or in ``folder``, where earlier ones are found again.
 
         ``share``: the processes fill the folder together, each some of its files.
         """
-        shape = Shape(rows.rows, rows.tokens, self.source.hidden, self.source.dtype)
+        shape = HiddenShape(rows.rows, rows.tokens, self.source.hidden, self.source.dtype)
         if folder is None:
             return HiddenMemory(shape)
         identity = {
-            **self.identity.as_dict(),
+            **dataclasses.asdict(self.identity),
             "before_layer": self.blocks[boundary].first,
             "attention": self.recipe.model.attention,
             "batch_size": self.cfg.batch_size,
@@ -128,10 +125,10 @@ class BlockRun:
             warn=self.log.warning,
         )
 
-    # A block at work
+    # One block
 
     def load(self, number: int, following: int | None) -> Any:
-        """The model of a block; the tensors of ``following`` are read while it is at work."""
+        """The model of a block; the tensors of ``following`` are read in the background."""
         block = self.blocks[number]
         model = self.ahead.block(block.first, block.stop)
         if following is not None:
@@ -139,7 +136,9 @@ class BlockRun:
             self.ahead.start(after.first, after.stop)
         return model
 
-    def train(self, number: int, model: Any, rows: Pass, states: HiddenStates, out: HiddenStates | None) -> FitResult:
+    def train(
+        self, number: int, model: Any, rows: PassRows, states: HiddenStates, out: HiddenStates | None
+    ) -> FitResult:
         """Train a block on a pass; its outputs go to ``out`` on the way. Raises ``Stopped`` after Ctrl-C."""
         block, folder = self.blocks[number], self.folders[number]
         self.make_ready(model, block)
@@ -149,6 +148,7 @@ class BlockRun:
         batches = HiddenBatches(self.text, rows, states, pin=self.source.device.type == "cuda")
 
         def keep(batch: Batch, hidden_bTd: Tensor) -> None:
+            """Write the outputs of a micro-batch."""
             if out is not None:
                 out.write(batch[ROWS].tolist(), hidden_bTd)
 
@@ -159,7 +159,7 @@ class BlockRun:
         self.steps_done[number] = result.steps
         return result
 
-    def make_ready(self, model: Any, block: Block) -> None:
+    def make_ready(self, model: Any, block: LayerBlock) -> None:
         """Fresh students in transfer mode; nothing else of the model is trained."""
         self.attach(model, block)
         set_mode(model, "transfer")
@@ -169,7 +169,7 @@ class BlockRun:
         self,
         folder: BlockFolder,
         model: Any,
-        batches: FitBatches,
+        batches: BatchSource,
         cfg: TransferConfig,
         outputs: Callable[[Batch, Tensor], None],
         *,
@@ -177,22 +177,13 @@ class BlockRun:
         stop: StopSignal | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> FitResult:
-        """Train a model of layers and keep its record in ``folder``, with ``facts`` beside its figures; ``outputs``
-        gets the hidden states after the last layer. Raises ``Stopped`` after Ctrl-C, or when ``stop`` says so."""
+        """Train a model of layers and keep its record in ``folder``, ``facts`` included; ``outputs``
+        gets the hidden states after the last layer. Raises ``Stopped`` after Ctrl-C, or when ``stop`` is requested."""
         with folder.log(self.log) as log:
             distributed.from_main(folder.begin)
-            result = fit(
-                model,
-                batches,
-                transfer_objective(self.cfg, outputs),
-                cfg,
-                log,
-                stage=TRANSFER,
-                background_saves=self.recipe.parallel.async_save,
-                flops_per_token=self._flops_per_token(model),
-                until=until,
-                stop=stop,
-            )
+            objective = transfer_objective(self.cfg, outputs)
+            options = FitOptions(self.recipe.parallel.async_save, self._flops_per_token(model), until, stop)
+            result = fit(model, batches, objective, cfg, log, stage=TRANSFER, options=options)
         if result.stopped:
             raise Stopped
         if result.finished:
@@ -201,33 +192,31 @@ class BlockRun:
             distributed.from_main(lambda: folder.finish(learned, figures))
         return result
 
-    def attach(self, model: Any, block: Block) -> None:
+    def attach(self, model: Any, block: LayerBlock) -> None:
         """Put fresh students into a block's model, the same that the whole model would get."""
         student = self.recipe.student
         kept = tuple(index for index in student.keep_softmax if block.first <= index < block.stop)
         torch.manual_seed(self.recipe.run.seed)
         attach_students(model, dataclasses.replace(student, keep_softmax=kept))
 
-    def _flops_per_token(self, model: Any) -> float:
+    def _flops_per_token(self, model: Any) -> float | None:
         """Of a training step; counted once for each number of layers."""
         layers = int(model.config.num_hidden_layers)
         if layers not in self._flops:
             student = dataclasses.replace(self.recipe.student, keep_softmax=())
-            sizes, xent = shapes_of(model.config), self.cfg.xent_weight > 0
-            flops = transfer_flops_per_token(sizes, student, self.recipe.data.seq_len, xent=xent)
-            self._flops[layers] = flops.total
+            self._flops[layers] = step_flops(model.config, dataclasses.replace(self.recipe, student=student), self.cfg)
         return self._flops[layers]
 
     def fill(
         self,
         model: Any,
-        rows: Pass,
+        rows: PassRows,
         states: HiddenStates,
         out: HiddenStates,
         wanted: list[list[int]] | None = None,
     ) -> None:
-        """Put into ``out`` what a block makes of the ``wanted`` groups of rows (all, when not given) that it has not
-        yet, with the model's own attention."""
+        """Write the outputs of a block with the model's own attention to ``out``, for the ``wanted`` groups of rows
+        (default: all) that are missing there."""
         if students_of(model):
             set_mode(model, "teacher")
         for group in rows.groups_missing(out, wanted):
@@ -235,8 +224,8 @@ class BlockRun:
             out.write(group, forward_decoder(model, batch))
         out.finish()
 
-    def embed(self, rows: Pass, out: HiddenStates, wanted: list[list[int]]) -> None:
-        """Put the hidden states of ``wanted`` groups before the first layer into ``out``."""
+    def embed(self, rows: PassRows, out: HiddenStates, wanted: list[list[int]]) -> None:
+        """Write the hidden states of ``wanted`` groups before the first layer to ``out``."""
         groups = rows.groups_missing(out, wanted)
         if groups:
             model = self.source.embedding()
@@ -247,7 +236,7 @@ class BlockRun:
     # Which blocks a pass still has to train
 
     def trained(self, number: int, span: Span) -> bool:
-        """Whether a block has done its steps of a pass; its last ones are done when its record says finished."""
+        """Whether a block has done its steps of a pass; the last pass is done when its record is complete."""
         before_its_end = span.until < self.totals[number]
         return self.folders[number].finished or (before_its_end and self.steps_done[number] >= span.until)
 
@@ -270,8 +259,8 @@ class Stream:
     def _pass_folder(self, span: Span) -> Path | None:
         return None if self.place is None else self.place / span.folder
 
-    def _states(self, rows: Pass, boundary: int) -> HiddenStates:
-        """Hidden states before a block in a pass, with what there is of them already."""
+    def _states(self, rows: PassRows, boundary: int) -> HiddenStates:
+        """Hidden states before a block in a pass, including those that exist already."""
         folder = self._pass_folder(rows.span)
         if folder is not None:
             folder = (
@@ -307,7 +296,7 @@ class Stream:
         if folder is not None and distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _block(self, rows: Pass, number: int, states: HiddenStates, *, last: int, train: bool) -> HiddenStates:
+    def _block(self, rows: PassRows, number: int, states: HiddenStates, *, last: int, train: bool) -> HiddenStates:
         """One block; returns the states after it (those before it when it is the last)."""
         run = self.run
         out = None if number == last else self._states(rows, number + 1)
@@ -320,7 +309,7 @@ class Stream:
         states.remove()
         return out
 
-    def _inputs(self, rows: Pass, boundary: int) -> HiddenStates:
+    def _inputs(self, rows: PassRows, boundary: int) -> HiddenStates:
         """The hidden states before a block: found on disk, or computed from the nearest ones that are."""
         below = self._states(rows, boundary)
         wanted = rows.groups_missing(below)
@@ -340,25 +329,25 @@ class Stream:
 
 
 class Collection:
-    """Hidden states before every block, of all rows, kept on disk for blocks that are trained apart."""
+    """Hidden states before every block, of all rows, kept on disk for blocks that are trained separately."""
 
     def __init__(self, run: BlockRun, place: Path) -> None:
         self.run, self.folder = run, place / COLLECTED
         self.span = Span(0, 0, max(run.totals))
 
     @cached_property
-    def rows(self) -> Pass:
+    def rows(self) -> PassRows:
         """All rows of the stage."""
         return self.run.rows(self.span, of_all=True)
 
     def states(self, boundary: int, *, share: bool = True) -> HiddenStates:
-        """Those before a block, with what there is of them already."""
+        """Those before a block, including those that exist already."""
         return self.run.states(self.rows, boundary, self.folder / f"boundary-{boundary:03d}", share=share)
 
     @property
     def bytes(self) -> int:
         """Of all the hidden states."""
-        shape = Shape(self.rows.rows, self.rows.tokens, self.run.source.hidden, self.run.source.dtype)
+        shape = HiddenShape(self.rows.rows, self.rows.tokens, self.run.source.hidden, self.run.source.dtype)
         return len(self.run.blocks) * shape.bytes
 
     def fill(self, until: int) -> HiddenStates:
@@ -371,7 +360,7 @@ class Collection:
             distributed.barrier()
             states.refresh()
             missing = rows.groups_missing(out)
-            run.log.info(f"collecting what {run.blocks[number]} makes of {len(missing)} micro-batches")
+            run.log.info(f"collecting the outputs of {run.blocks[number]} for {len(missing)} micro-batches")
             if missing:
                 run.fill(run.load(number, number + 1 if number + 1 < until else None), rows, states, out, missing)
             states.close()

@@ -1,4 +1,4 @@
-"""Scores of the teacher and of its linearized students, block by block: one block of a model of any size in memory."""
+"""Scores of the teacher and of its linearized students with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def score_blocks(
 
 
 def _through(model: nn.Module, states_NTd: Tensor, parts: list[slice], device: torch.device) -> None:
-    """Put every row through the layers of ``model``, in place."""
+    """Replace every row by the output of the layers of ``model``."""
     for part in parts:
         states_NTd[part] = forward_decoder(model, {"inputs_embeds": states_NTd[part].to(device)}).to("cpu")
 
 
 class _Head(nn.Module):
-    """The vocabulary head as a model of tokens, for :func:`trenchcoat.evaluation.scoring.score`: states are at hand, in
-    order."""
+    """The vocabulary head in the form of a model of tokens, for :func:`trenchcoat.evaluation.scoring.score`; it reads
+    the given states in order."""
 
     def __init__(self, head: Any, states_NTd: Tensor, batch_size: int) -> None:
         super().__init__()

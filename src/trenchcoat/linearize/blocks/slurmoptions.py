@@ -26,12 +26,8 @@ _TEXTS = {
 }  # fmt: skip
 _OURS = {
     "array": "blocks.jobs says how many blocks are trained at once",
-    "nodes": "a block is trained by one process on one GPU",
-    "ntasks": "a block is trained by one process on one GPU",
-    "ntasks_per_node": "a block is trained by one process on one GPU",
-    "output": "logs go to blocks/jobs in the run's folder",
-    "error": "logs go to blocks/jobs in the run's folder",
-    "open_mode": "logs go to blocks/jobs in the run's folder",
+    **dict.fromkeys(("nodes", "ntasks", "ntasks_per_node"), "a block is trained by one process on one GPU"),
+    **dict.fromkeys(("output", "error", "open_mode"), "logs go to blocks/jobs in the run's folder"),
     "signal": "jobs need a signal of their own before the time is over",
     "chdir": "jobs run where the launcher was started, so that the recipe's paths are the same",
     "dependency": "the launcher submits a step when the one before it is done",

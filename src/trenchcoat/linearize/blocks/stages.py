@@ -6,8 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +16,13 @@ from torch import Tensor
 
 from trenchcoat.config import Recipe, TransferConfig, UserError, dump_recipe
 from trenchcoat.config.units import in_words, tera
-from trenchcoat.data.load import load_batches
-from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.results import Outcome, Results, StageFacts
 from trenchcoat.evaluation.rows import TEACHER, TransferOnlyRow
 from trenchcoat.linearize.blocks.data import spans
 from trenchcoat.linearize.blocks.folder import (
-    Block,
     BlockFolder,
+    LayerBlock,
     blocks_folder,
     cut,
     divide,
@@ -39,9 +36,9 @@ from trenchcoat.linearize.blocks.pipeline import Pipeline
 from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
 from trenchcoat.linearize.blocks.score import score_blocks
 from trenchcoat.linearize.comparison import evaluation_rows
-from trenchcoat.linearize.variants import BASE_WEIGHTS, LANDMARK_ROWS, run_log
+from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, check_names, open_run
+from trenchcoat.linearize.variants import BASE_WEIGHTS
 from trenchcoat.models import hub
-from trenchcoat.models.attach import student_implementation
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
@@ -50,33 +47,33 @@ from trenchcoat.planning.blockpass import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocksize import choose_block_size
 from trenchcoat.planning.plan import HOST_LINK
 from trenchcoat.runtime import distributed
-from trenchcoat.runtime.files import InUse, holder, locked
+from trenchcoat.runtime.files import InUse, holder
 from trenchcoat.runtime.machine import free_disk, free_memory
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.students import student_class
 from trenchcoat.training.schedules import evaluation_batches, training_length
 
-HOST_SHARE = 0.8
-"""Of the memory that is free, what hidden states and weights read ahead may take."""
+FREE_SHARE = 0.8
+"""The share of the free memory that hidden states, and weights read ahead, may take."""
 
 
 # The commands
 
 
-def run(recipe: Recipe) -> Outcome:
+def run_blocks(recipe: Recipe) -> Outcome:
     """The whole transfer, then stitch: streamed, one block in memory at a time, or (`blocks.ranks=pipeline`) every
     process with layers of its own. The same command continues."""
     if recipe.blocks.ranks == "pipeline":
-        with opened(recipe, cut_for="ranges") as work:
+        with open_blocks(recipe, cut_for="ranges") as work:
             Pipeline(work, divide(work.blocks, distributed.size()), host_memory=_host_memory()).go()
             return _stitched(work)
-    with opened(recipe) as work:
-        transfer(work)
+    with open_blocks(recipe) as work:
+        stream_blocks(work)
         return _stitched(work)
 
 
-def transfer(work: BlockRun) -> None:
-    """Stream all that is left of the transfer."""
+def stream_blocks(work: BlockRun) -> None:
+    """Stream what is left of the transfer."""
     if all(work.folders[number].finished for number in range(len(work.blocks)) if work.learns(number)):
         return
     distributed.from_main(lambda: require_free(work.folders))
@@ -89,18 +86,18 @@ def transfer(work: BlockRun) -> None:
         stream.go(span)
 
 
-def collect(recipe: Recipe) -> Outcome:
+def collect_inputs(recipe: Recipe) -> Outcome:
     """Keep the inputs of every block on disk, for `train`: one pass of the teacher alone."""
-    with opened(recipe) as work:
+    with open_blocks(recipe) as work:
         collection = Collection(work, hidden_folder(recipe))
         _require_disk(recipe, collection)
         collection.fill(len(work.blocks) - 1).close()
         return Outcome((f"the inputs of {len(work.blocks)} blocks are in {collection.folder}",))
 
 
-def train(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
+def train_block(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
     """Train one block from collected inputs, alone; ``weights`` is a folder that `shard` made of it."""
-    with opened(recipe, block=number, weights=weights) as work:
+    with open_blocks(recipe, block=number, weights=weights) as work:
         block = work.blocks[number]
         if not work.learns(number):
             return Outcome((f"{block} has only layers that student.keep_softmax leaves as they are",))
@@ -111,7 +108,7 @@ def train(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
         return Outcome((f"{block}: {facts['steps']} steps, best evaluation loss {facts['best_loss']:.4g}",))
 
 
-def shard(recipe: Recipe, out: Path) -> Outcome:
+def shard_blocks(recipe: Recipe, out: Path) -> Outcome:
     """Copy each block's tensors, the tokenizer and the config into a folder of its own."""
     source = BlockSource(recipe.model)
     tokenizer = load_tokenizer(recipe.model, model_source(recipe.model))
@@ -125,13 +122,13 @@ def shard(recipe: Recipe, out: Path) -> Outcome:
     return Outcome(tuple(lines))
 
 
-def stitch(recipe: Recipe) -> Outcome:
+def stitch_blocks(recipe: Recipe) -> Outcome:
     """Make one adapter of all blocks, as the joint run leaves it, and score it."""
-    with opened(recipe, cut_for="any") as work:
+    with open_blocks(recipe, cut_for="any") as work:
         return _stitched(work)
 
 
-def blocks_of(recipe: Recipe, share: int = 1) -> list[Block]:
+def checked_blocks(recipe: Recipe, share: int = 1) -> list[LayerBlock]:
     """The blocks of a recipe, checked against its settings and the run's folder; nothing is locked or written.
 
     ``share``: how many processes will share this machine's memory, where that decides the size.
@@ -146,7 +143,7 @@ def blocks_of(recipe: Recipe, share: int = 1) -> list[Block]:
     return blocks
 
 
-def status(recipe: Recipe) -> Outcome:
+def show_status(recipe: Recipe) -> Outcome:
     """A table of the blocks in the run's folder."""
     source = BlockSource(recipe.model)
     blocks = found_blocks(recipe) or cut(source.layers, _size(recipe, source))
@@ -163,7 +160,7 @@ def status(recipe: Recipe) -> Outcome:
 
 
 @contextmanager
-def opened(
+def open_blocks(
     recipe: Recipe,
     *,
     block: int | None = None,
@@ -176,42 +173,36 @@ def opened(
     """
     transfer = check_recipe(recipe)
     require_ranks(recipe, cut_for)
-    if recipe.run.threads is not None:
-        torch.set_num_threads(recipe.run.threads)
-    with ExitStack() as stack:
-        stack.enter_context(distributed.joined(recipe.parallel, recipe.model.device))
-        RunFolder(recipe.run.dir).refuse_other_recipe(recipe, [TRANSFER])
+    with distributed.joined(recipe.parallel, recipe.model.device):
         source = BlockSource(recipe.model, weights)
         blocks = cut(source.layers, distributed.from_main(lambda: _size(recipe, source)))
         if block is not None and not 0 <= block < len(blocks):
             raise UserError(f"--block {block}: the blocks of {recipe.run.dir} are 0 to {len(blocks) - 1}")
-        folder = Path(recipe.run.dir) if block is None else BlockFolder(recipe, blocks[block]).directory
-        distributed.from_main(lambda: _hold(stack, folder))
-        check_blocks(recipe, source, blocks)
-        distributed.from_main(lambda: check_found(recipe, blocks, cut_for))
-        log = stack.enter_context(run_log(recipe) if block is None else BlockFolder(recipe, blocks[block]).own_log())
-        if block is None:
-            distributed.from_main(lambda: RunFolder(recipe.run.dir).begin(TRANSFER, recipe, {}))
-            log.write_recipe(dump_recipe(recipe))
-            operator = student_implementation(source.plain, recipe.student, dtype=source.dtype, device=source.device)
-            log.write_environment(implementation=operator, teacher_attention=source.attention)
-            log.info(
-                f"run folder {recipe.run.dir}; model {recipe.model.path}, {source.layers} layers in {len(blocks)} "
-                f"blocks; student {recipe.student.name} ({operator} operator); weights in {source.dtype}"
-            )
-        tokenizer = load_tokenizer(recipe.model, model_source(recipe.model) if weights is None else str(weights))
-        load = partial(load_batches, recipe.data, tokenizer, seed=recipe.run.seed)
-        text = distributed.in_turns_per_node(lambda: load(batch_size=transfer.batch_size))
-        if isinstance(text, StreamedBatches):
-            stack.callback(text.close)
-        start = None
-        if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
-            start = load(batch_size=LANDMARK_ROWS).train_batch(0)
-        yield stack.enter_context(BlockRun(recipe, source, text, blocks, log, start=start))
+        alone = None if block is None else BlockFolder(recipe, blocks[block]).directory
+        with open_run(recipe, [TRANSFER], alone) as run:
+            check_blocks(recipe, source, blocks)
+            distributed.from_main(lambda: check_found(recipe, blocks, cut_for))
+            if block is None:
+                _record(run, source, blocks)
+            tokenizer = load_tokenizer(recipe.model, model_source(recipe.model) if weights is None else str(weights))
+            text = run.load_batches(tokenizer, batch_size=transfer.batch_size)
+            start = None
+            if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
+                start = run.load_batches(tokenizer, batch_size=LANDMARK_ROWS).train_batch(0)
+            with BlockRun(recipe, source, text, blocks, run.log, start=start) as work:
+                yield work
 
 
-def _hold(stack: ExitStack, folder: Path) -> None:
-    stack.enter_context(locked(folder))
+def _record(run: OpenRun, source: BlockSource, blocks: Sequence[LayerBlock]) -> None:
+    """Record the recipe in the run's folder and log what is run."""
+    recipe = run.recipe
+    distributed.from_main(lambda: run.folder.begin(TRANSFER, recipe, {}))
+    run.log.write_recipe(dump_recipe(recipe))
+    operator = run.write_environment(source.plain, source.attention, dtype=source.dtype, device=source.device)
+    run.log.info(
+        f"run folder {recipe.run.dir}; model {recipe.model.path}, {source.layers} layers in {len(blocks)} "
+        f"blocks; student {recipe.student.name} ({operator} operator); weights in {source.dtype}"
+    )
 
 
 def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
@@ -242,7 +233,7 @@ def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
 def _host_memory() -> float:
     """Bytes that one process may use."""
     free = free_memory()
-    return math.inf if free is None else HOST_SHARE * free / distributed.world().local_size
+    return math.inf if free is None else FREE_SHARE * free / distributed.world().local_size
 
 
 # What is refused before anything begins
@@ -262,15 +253,12 @@ def check_recipe(recipe: Recipe) -> TransferConfig:
             f"model.quantize={recipe.model.quantize}: blocks are read as they are stored. Leave it out here, and set "
             "it for `trenchcoat finetune`, which goes on over a 4-bit base"
         )
-    try:
-        student_class(recipe.student.name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_names(recipe)
     return recipe.transfer
 
 
-def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[Block]) -> None:
-    """Raise ``UserError`` when the recipe names blocks or layers that there are not."""
+def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) -> None:
+    """Raise ``UserError`` when the recipe names blocks or layers that do not exist."""
     epochs, kept = recipe.blocks.epochs, recipe.student.keep_softmax
     if epochs and len(epochs) != len(blocks):
         raise UserError(
@@ -282,8 +270,8 @@ def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[Block]) -> No
         raise UserError(f"student.keep_softmax names all {source.layers} layers; leave out the ones to linearize")
 
 
-def check_found(recipe: Recipe, blocks: list[Block], cut_for: str) -> None:
-    """Raise ``UserError`` when the run's folder holds blocks that do not go with these."""
+def check_found(recipe: Recipe, blocks: list[LayerBlock], cut_for: str) -> None:
+    """Raise ``UserError`` when the run's folder holds blocks with other limits."""
     if cut_for == "any":
         return
     asked = f"blocks.size={recipe.blocks.size}"
@@ -293,19 +281,19 @@ def check_found(recipe: Recipe, blocks: list[Block], cut_for: str) -> None:
     known = {(block.first, block.stop) for block in blocks}
     for found in found_blocks(recipe):
         if (found.first, found.stop) not in known:
-            mend = "start as many processes as before" if cut_for == "ranges" else "use its size"
+            fix = "start as many processes as before" if cut_for == "ranges" else "use its size"
             raise UserError(
                 f"{blocks_folder(recipe)} holds a block of layers {found.first} to {found.stop - 1}, which is none of "
-                f"those that {asked} gives: {mend}, another run.dir, or delete it"
+                f"those that {asked} gives: {fix}, another run.dir, or delete it"
             )
 
 
 def require_ranks(recipe: Recipe, cut_for: str) -> None:
-    """Raise ``UserError`` when `blocks.ranks` is not for this command, or there are no processes for it."""
+    """Raise ``UserError`` when this command does not support `blocks.ranks`, or it needs more processes."""
     if recipe.blocks.ranks != "pipeline" or cut_for == "any":
         return
     if cut_for == "blocks":
-        raise UserError("blocks.ranks=pipeline is a way of `blocks run`: set blocks.ranks=data for the other commands")
+        raise UserError("blocks.ranks=pipeline is for `blocks run` only: set blocks.ranks=data for the other commands")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise UserError(
             "blocks.ranks=pipeline is for several processes: start them with torchrun --nproc_per_node N, or set "
@@ -314,7 +302,7 @@ def require_ranks(recipe: Recipe, cut_for: str) -> None:
 
 
 def require_free(folders: Sequence[BlockFolder]) -> None:
-    """Raise ``InUse`` when another process is training one of these blocks: a job of a launcher that is gone, say."""
+    """Raise ``InUse`` when another process, such as a job of an earlier launcher, is training one of these blocks."""
     for folder in folders:
         who = holder(folder.directory)
         if who is not None:
@@ -329,10 +317,11 @@ def _step_tokens(work: BlockRun) -> int:
 
 
 def _choose_pass(work: BlockRun) -> PassChoice:
-    """What `blocks.pass_tokens` and `blocks.hidden` come to on this machine; the same on every process."""
+    """What `blocks.pass_tokens` and `blocks.hidden` mean on this machine; the same on every process."""
     recipe = work.recipe
 
     def choose() -> PassChoice:
+        """On the main process: from the sizes of the run and the speeds of this machine."""
         place = hidden_folder(recipe)
         bytes_a_token = float(work.source.hidden * work.source.dtype.itemsize)
         seq_len, batch = recipe.data.seq_len, work.cfg.batch_size
@@ -372,6 +361,7 @@ def _require_disk(recipe: Recipe, collection: Collection) -> None:
     """Raise ``UserError`` when what `collect` has still to write does not fit the disk."""
 
     def check() -> None:
+        """On the main process: compare with the free space."""
         have = _size_of(collection.folder)
         needed = collection.bytes - have
         free = free_disk(collection.folder)
@@ -404,11 +394,11 @@ def _stitched(work: BlockRun) -> Outcome:
         recipe=dataclasses.asdict(recipe),
     )
     distributed.from_main(lambda: found.save(blocks_folder(recipe) / "evaluation.json"))
-    told = f"{facts.steps} steps, {facts.tokens} tokens, best evaluation loss {facts.best_loss:.4g}"
+    summary = f"{facts.steps} steps, {facts.tokens} tokens, best evaluation loss {facts.best_loss:.4g}"
     return Outcome(
         (
             report.terminal_table(found),
-            f"{len(work.blocks)} blocks stitched: {told}",
+            f"{len(work.blocks)} blocks stitched: {summary}",
             f"the adapter is in {recipe.run.dir}/adapter; the next stage is: trenchcoat finetune, same recipe",
         ),
         found,
@@ -452,7 +442,7 @@ def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
 # The table
 
 
-def _status_row(record: BlockFolder, block: Block) -> list[str]:
+def _status_row(record: BlockFolder, block: LayerBlock) -> list[str]:
     layers = f"{block.first}-{block.stop - 1}" if block.stop - block.first > 1 else str(block.first)
     result, at = record.result(), record.last_evaluation()
     if result is not None:

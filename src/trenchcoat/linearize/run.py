@@ -1,0 +1,99 @@
+"""Opening a run: every command that trains or scores in a run's folder begins with :func:`open_run`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trenchcoat.config import DataConfig, Recipe, UserError
+from trenchcoat.data.batches import Batches
+from trenchcoat.data.load import load_batches
+from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.models.attach import student_implementation
+from trenchcoat.runtime import distributed
+from trenchcoat.runtime.files import locked
+from trenchcoat.runtime.runfolder import RunFolder
+from trenchcoat.runtime.runlog import RunLog, SilentLog
+from trenchcoat.students import student_class
+from trenchcoat.training.objectives import stage_2_objective
+
+LANDMARK_ROWS = 4
+"""Training rows whose keys are the landmarks of ``init: landmarks``."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The user asked to stop; everything is saved."""
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A recipe's run while one command works on it: its folder, its log, and what is closed at the end."""
+
+    recipe: Recipe
+    folder: RunFolder
+    log: RunLog
+    resources: ExitStack
+
+    def load_batches(
+        self, tokenizer: Any, *, batch_size: int, data: DataConfig | None = None, rank: Any = None
+    ) -> Batches:
+        """The recipe's text (or that of ``data``) in micro-batches of ``batch_size`` rows; ``rank`` scores samples for
+        ``data.select``. A collective."""
+        data = data or self.recipe.data
+        load = partial(load_batches, data, tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank)
+        # what the first process of a node tokenizes, the others read from the cache; a ranking needs all at once
+        batches = distributed.in_turns_per_node(load) if rank is None else load()
+        if isinstance(batches, StreamedBatches):
+            self.resources.callback(batches.close)
+        return batches
+
+    def write_environment(self, model: Any, attention: str, *, dtype: torch.dtype, device: torch.device) -> str:
+        """Record versions, devices and the attention implementations; the one of the students is returned."""
+        operator = student_implementation(model, self.recipe.student, dtype=dtype, device=device)
+        self.log.write_environment(implementation=operator, teacher_attention=attention)
+        return operator
+
+
+@contextmanager
+def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -> Iterator[OpenRun]:
+    """Join the processes of torchrun, hold the run's folder and open its log.
+
+    ``directory`` is a folder to hold and log to in place of the run's own.
+    Raises ``UserError`` for a student or an objective that does not exist, a folder that holds ``stages`` of another
+    recipe, and one that another command uses.
+    """
+    check_names(recipe)
+    with ExitStack() as stack:
+        stack.enter_context(distributed.joined(recipe.parallel, recipe.model.device))
+        folder = RunFolder(recipe.run.dir)
+        folder.refuse_other_recipe(recipe, stages)
+        held = directory or folder.directory
+        distributed.from_main(lambda: stack.enter_context(locked(held)))
+        if recipe.run.threads is not None:
+            torch.set_num_threads(recipe.run.threads)
+        trackers = recipe.run.trackers if directory is None else ()
+        yield OpenRun(recipe, folder, stack.enter_context(open_log(recipe, held, trackers=trackers)), stack)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raise ``UserError`` when the recipe's student or objective does not exist."""
+    try:
+        student_class(recipe.student.name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if recipe.lora is not None:
+        stage_2_objective(recipe.lora.objective)
+
+
+def open_log(recipe: Recipe, directory: Path, *, display: str | None = None, trackers: tuple[str, ...] = ()) -> RunLog:
+    """The log of a run or of a part of it, silent on all processes but the main one."""
+    if not distributed.is_main():
+        return SilentLog(directory)
+    shown = recipe.run.progress if display is None else display
+    return RunLog(directory, progress=shown, trackers=trackers, project=recipe.run.project)

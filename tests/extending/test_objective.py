@@ -1,0 +1,61 @@
+"""An objective of stage 2 of one's own: one function, and one line in OBJECTIVES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.data.batches import Batch
+from trenchcoat.linearize import stages
+from trenchcoat.runtime.runlog import read_metrics
+from trenchcoat.training.objectives import IDLE, OBJECTIVES, Metrics, Objective, next_token_loss
+
+
+def smoothed() -> Objective:
+    """Next-token loss plus a tenth of the logits' squared mean, which the log shows beside it."""
+
+    def objective(model: nn.Module, batch: Batch) -> Metrics:
+        learning = torch.is_grad_enabled()
+        model.train(learning)
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        loss, count = next_token_loss(logits, batch["labels"])
+        size = logits.float().square().mean()
+        if learning:
+            ((loss + 0.1 * size) * (IDLE not in batch)).backward()
+        return {"loss": (loss + 0.1 * size).item(), "size": size.item(), "tokens": float(count)}
+
+    return objective
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one line, taken out again after the test."""
+    monkeypatch.setitem(OBJECTIVES, "smoothed", smoothed)
+
+
+@pytest.fixture
+def recipe(tiny_overrides: list[str], tmp_path: Path) -> Callable[..., Recipe]:
+    """A tiny recipe without stage 1."""
+    return lambda *more: load_recipe("demo", [*tiny_overrides, f"run.dir={tmp_path}", "transfer=null", *more])
+
+
+def test_stage_2_minimizes_it_and_the_record_names_it(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    stages.finetune(recipe("lora.objective=smoothed"))
+    lines = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    assert lines
+    assert all(line["size"] > 0 for line in lines)
+    assert "objective: smoothed" in (tmp_path / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"lora\.objective was 'smoothed', now 'next_token'"):
+        stages.finetune(recipe("lora.objective=next_token"))
+
+
+def test_an_unknown_name_is_refused_before_anything_is_loaded(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lora\.objective must be one of next_token, smoothed, got 'none_such'"):
+        stages.finetune(recipe("lora.objective=none_such"))
+    assert not (tmp_path / "metrics.jsonl").exists()
