@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StageConfig, StudentConfig, TransferConfig
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
 from trenchcoat.models.hub import adapter_state
+from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.lora import add_lora
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training.loop import FitOptions, FitResult, fit
@@ -104,15 +105,8 @@ def fit_transfer(
 ) -> FitResult:
     """Stage 1 in ``run_dir``."""
     with RunLog(run_dir, progress="off") as run:
-        return fit(
-            model,
-            batches,
-            objective or transfer_objective(cfg),
-            cfg,
-            run,
-            stage="transfer",
-            options=FitOptions(until=until),
-        )
+        options = FitOptions(base=fingerprint(model), until=until)
+        return fit(model, batches, objective or transfer_objective(cfg), cfg, run, stage="transfer", options=options)
 
 
 def start_lora(model: nn.Module, cfg: LoraConfig) -> None:
@@ -124,7 +118,8 @@ def start_lora(model: nn.Module, cfg: LoraConfig) -> None:
 def fit_lora(model: nn.Module, run_dir: Path, cfg: StageConfig, batches: RandomBatches) -> FitResult:
     """Stage 2 in ``run_dir``."""
     with RunLog(run_dir, progress="off") as run:
-        return fit(model, batches, next_token_objective(), cfg, run, stage="lora")
+        options = FitOptions(base=fingerprint(model))
+        return fit(model, batches, next_token_objective(), cfg, run, stage="lora", options=options)
 
 
 def two_stages(run_dir: Path, *, delay: float = 0.0) -> dict[str, Any]:

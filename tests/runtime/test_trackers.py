@@ -25,7 +25,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `track` is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with RunLog(tmp_path, progress="off", trackers=("tensorboard",)) as log:
+    with RunLog(tmp_path, progress="off", trackers=trackers.open_trackers(("tensorboard",), tmp_path, "coats")) as log:
         _two_lines(log)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -45,7 +45,8 @@ def test_wandb_is_called_with_the_numbers(tmp_path: Path, monkeypatch: pytest.Mo
     stand_in.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
     stand_in.init = lambda **settings: calls.append(("init", settings)) or run
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    with RunLog(tmp_path / "mine", progress="off", trackers=("wandb",), project="coats") as log:
+    opened = trackers.open_trackers(("wandb",), tmp_path / "mine", "coats")
+    with RunLog(tmp_path / "mine", progress="off", trackers=opened) as log:
         _two_lines(log)
     assert calls[0][1]["project"] == "coats"
     assert calls[0][1]["name"] == "mine"
@@ -63,7 +64,7 @@ def test_wandb_is_called_with_the_numbers(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_tracker_that_is_not_installed_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=rf"run.trackers names {name}, but {name} is not installed: pip install"):
-        RunLog(tmp_path, progress="off", trackers=(name,))
+        trackers.open_trackers((name,), tmp_path, "coats")
 
 
 def test_nothing_is_opened_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

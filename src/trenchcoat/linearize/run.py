@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import locked
 from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
+from trenchcoat.runtime.trackers import MetricsTracker, open_trackers
 from trenchcoat.students import student_class
 from trenchcoat.training.objectives import stage_2_objective
 
@@ -77,7 +78,8 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
         distributed.from_main(lambda: stack.enter_context(locked(held)))
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
-        trackers = recipe.run.trackers if directory is None else ()
+        names = recipe.run.trackers if directory is None and distributed.is_main() else ()
+        trackers = open_trackers(names, held, recipe.run.project)
         yield OpenRun(recipe, folder, stack.enter_context(open_log(recipe, held, trackers=trackers)), stack)
 
 
@@ -91,9 +93,11 @@ def check_names(recipe: Recipe) -> None:
         stage_2_objective(recipe.lora.objective)
 
 
-def open_log(recipe: Recipe, directory: Path, *, display: str | None = None, trackers: tuple[str, ...] = ()) -> RunLog:
+def open_log(
+    recipe: Recipe, directory: Path, *, display: str | None = None, trackers: Sequence[MetricsTracker] = ()
+) -> RunLog:
     """The log of a run or of a part of it, silent on all processes but the main one."""
     if not distributed.is_main():
         return SilentLog(directory)
     shown = recipe.run.progress if display is None else display
-    return RunLog(directory, progress=shown, trackers=trackers, project=recipe.run.project)
+    return RunLog(directory, progress=shown, trackers=trackers)

@@ -161,7 +161,8 @@ class ModelVariants:
         self._log_text(batches)
         identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
-        options = FitOptions(self.recipe.parallel.async_save, step_flops(self.model.config, self.recipe, cfg))
+        flops = step_flops(self.model.config, self.recipe, cfg)
+        options = FitOptions(self.recipe.parallel.async_save, flops, self.base_fingerprint)
         result = fit(self.model, batches, objective, cfg, self.log, stage=stage, options=options)
         if result.stopped:
             raise Stopped

@@ -25,14 +25,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from trenchcoat.runtime.files import saving, write_json, write_text
-from trenchcoat.runtime.trackers import open_trackers
+
+if TYPE_CHECKING:
+    from trenchcoat.runtime.trackers import MetricsTracker
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY_SECONDS = 10.0
@@ -171,8 +173,8 @@ class RunLog:
     """Writes the record of one run under ``directory`` and shows progress on standard error.
 
     ``progress``: ``auto`` (a bar on a terminal, plain lines otherwise), ``bar``, ``plain`` or ``off`` (nothing shown
-    but warnings; everything is still recorded). ``trackers`` (``tensorboard``, ``wandb``) get the numbers too. Raises
-    ``SaveError`` when the folder cannot be written, ``UserError`` for a tracker that is not installed.
+    but warnings; everything is still recorded). ``trackers`` get the numbers too. Raises ``SaveError``
+    when the folder cannot be written.
     """
 
     def __init__(
@@ -181,8 +183,7 @@ class RunLog:
         *,
         progress: str = "auto",
         console: Console | None = None,
-        trackers: Sequence[str] = (),
-        project: str = "trenchcoat",
+        trackers: Sequence[MetricsTracker] = (),
     ) -> None:
         self.directory = Path(directory)
         self.console = console if console is not None else Console(stderr=True)
@@ -194,7 +195,7 @@ class RunLog:
         with saving(self.metrics_path):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._end_cut_line()
-        self._trackers = open_trackers(trackers, self.directory, project)
+        self._trackers = list(trackers)
         with saving(self.metrics_path):
             self._file = self._append()
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from trenchcoat.config import UserError
-from trenchcoat.models.identity import fingerprint
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import (
     PARTIAL_PREFIX,
@@ -229,7 +228,11 @@ class CheckpointManager:
 
 
 def identity(
-    model: nn.Module, trainable: Mapping[str, nn.Parameter], batches: Any, settings: Mapping[str, Any]
+    model: nn.Module,
+    trainable: Mapping[str, nn.Parameter],
+    batches: Any,
+    settings: Mapping[str, Any],
+    base: str | None,
 ) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued: settings, data, trained names, base and frozen students."""
     shapes = hashlib.sha256(str(sorted((name, tuple(p.shape)) for name, p in trainable.items())).encode())
@@ -246,7 +249,7 @@ def identity(
         "micro_batches_an_epoch": len(batches),
         "trained_parameters": shapes.hexdigest()[:16],
         "frozen_students": frozen.hexdigest()[:16],
-        "base_model": fingerprint(model) if hasattr(model, "config") else None,
+        "base_model": base,
     }
 
 

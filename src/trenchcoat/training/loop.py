@@ -106,6 +106,8 @@ class FitOptions:
     """Several processes write checkpoints while they train."""
     flops_per_token: float | None = None
     """Of a training step, for the logged utilization."""
+    base: str | None = None
+    """Fingerprint of the frozen base weights; checkpoints over another base are refused."""
     until: int | None = None
     """Save and return after this optimizer step; another call continues."""
     stop: StopSignal | None = None
@@ -169,7 +171,7 @@ class _Loop:
         self.checkpoints = CheckpointManager(
             log.checkpoints(stage), cfg.keep_checkpoints, log.warning, background=options.background_saves
         )
-        self.identity = identity(model, self.trainable, batches, _settings(cfg))
+        self.identity = identity(model, self.trainable, batches, _settings(cfg), options.base)
         self.at = Counters()
         self.saved_step = -1
         self.resumed_from: int | None = None

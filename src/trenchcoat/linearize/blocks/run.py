@@ -182,7 +182,8 @@ class BlockRun:
         with folder.log(self.log) as log:
             distributed.from_main(folder.begin)
             objective = transfer_objective(self.cfg, outputs)
-            options = FitOptions(self.recipe.parallel.async_save, self._flops_per_token(model), until, stop)
+            flops, base = self._flops_per_token(model), self.source.fingerprint
+            options = FitOptions(self.recipe.parallel.async_save, flops, base, until, stop)
             result = fit(model, batches, objective, cfg, log, stage=TRANSFER, options=options)
         if result.stopped:
             raise Stopped
