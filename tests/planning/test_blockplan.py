@@ -14,21 +14,43 @@ from trenchcoat.cli import app as cli
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB, parse_tokens, tera
-from trenchcoat.models.shapes import Shapes, find_config, shapes_of
-from trenchcoat.planning.blockpass import MARGIN, PassChoice, Place, Streamed, choose_pass, held_bytes
-from trenchcoat.planning.blockplan import BlocksPlan, plan_blocks, validation_tokens
-from trenchcoat.planning.blockplan_report import notes_on_blocks
-from trenchcoat.planning.blocksize import HOST_SHARE, block_bytes, choose_block_size, layer_bytes, measure_block
-from trenchcoat.planning.blockways import JOINT, PARALLEL, PIPELINE, STREAMING, BlockWay
-from trenchcoat.planning.footprint import Layout, footprint
+from trenchcoat.models.shapes import find_config, shapes_of
+from trenchcoat.planning.blocks.passes import MARGIN, PassChoice, Place, Streamed, choose_pass, held_bytes
+from trenchcoat.planning.blocks.size import (
+    WEIGHTS_SHARE,
+    BlockSize,
+    block_bytes,
+    choose_block_size,
+    layer_bytes,
+    measure_block,
+)
+from trenchcoat.planning.blocks.ways import (
+    JOINT,
+    PARALLEL,
+    PIPELINE,
+    STREAMING,
+    BlocksPlan,
+    BlockWay,
+    plan_blocks,
+    validation_tokens,
+)
+from trenchcoat.planning.footprint import Layout, TrainingStep, footprint
 from trenchcoat.planning.plan import HOST_LINK, Machine, with_reserve
+from trenchcoat.planning.report import notes_on_blocks
 
 LARGEST = load_recipe("llama3_1_405b_blocks")
 
 
 @pytest.fixture(scope="module")
-def shapes() -> Shapes:
-    return shapes_of(find_config(LARGEST.model.path))
+def step() -> TrainingStep:
+    assert LARGEST.transfer is not None
+    return TrainingStep(shapes_of(find_config(LARGEST.model.path)), LARGEST.student, LARGEST.transfer, 1024)
+
+
+def _chosen_size(step: TrainingStep, gpu: float | None, host: float, size: int | None = None) -> BlockSize:
+    """``gpu`` and ``host`` in GiB."""
+    gpu_memory = None if gpu is None else gpu * GIB
+    return choose_block_size(step, gpu_memory=gpu_memory, host_memory=host * GIB, size=size)
 
 
 def _plan(name: str, *overrides: str, tokens: float | None = None, **machine: Any) -> BlocksPlan:
@@ -157,8 +179,8 @@ def test_what_was_chosen_is_said_with_its_figures() -> None:
     assert "passes of" in why
     assert "the alternative: " in why
     only = choose_pass(replace(SMALL, disk=0.0)).why
-    assert "on disk 0.008 MB would be needed and 0 MB are free" in only
-    assert "as blocks.pass_tokens and blocks.hidden say" in choose_pass(SMALL, pass_tokens="all", hidden="disk").why
+    assert "on disk 0.008 MB would be needed and 0 MB is free" in only
+    assert "set by blocks.pass_tokens and blocks.hidden" in choose_pass(SMALL, pass_tokens="all", hidden="disk").why
     unknown = choose_pass(replace(SMALL, compute=None))
     assert unknown.compute_seconds is None
     assert "an unknown time of computing" in unknown.why
@@ -169,11 +191,11 @@ def test_what_was_chosen_is_said_with_its_figures() -> None:
 @pytest.mark.parametrize(
     ("changes", "asked", "said"),
     [
-        ({"memory": 7_999.0, "disk": 0.0}, {}, r"100 training and 300 validation tokens are 0.008 MB as inputs and"),
-        ({"memory": 7_999.0, "disk": 0.0}, {}, "0.008 MB in memory and 0 MB on disk can be had: take fewer validation"),
+        ({"memory": 7_999.0, "disk": 0.0}, {}, r"100 training and 300 validation tokens take 0.008 MB as inputs and"),
+        ({"memory": 7_999.0, "disk": 0.0}, {}, "0.008 MB in memory and 0 MB on disk. To fix it, take fewer"),
         ({}, {"hidden": "memory", "pass_tokens": "all"}, "lower blocks.pass_tokens, .* or set blocks.hidden=disk"),
         ({"disk": 5.0}, {"hidden": "disk"}, "point blocks.hidden_dir at a larger disk"),
-        ({"disk": 5.0, "nodes": 2}, {"hidden": "disk"}, "on disk of each node can be had"),
+        ({"disk": 5.0, "nodes": 2}, {"hidden": "disk"}, "on disk of each node. To fix it"),
         ({"memory": -5.0, "disk": 0.0}, {}, "0 MB in memory"),
     ],
 )
@@ -185,25 +207,20 @@ def test_passes_that_fit_nowhere_are_said(changes: dict[str, Any], asked: dict[s
 # Blocks
 
 
-def test_a_block_is_its_weights_one_layers_activations_and_its_students(shapes: Shapes) -> None:
-    assert LARGEST.transfer is not None
-    sizes = [block_bytes(shapes, LARGEST.student, LARGEST.transfer, k, seq_len=1024, dtype_bytes=2) for k in (1, 2, 9)]
+def test_a_block_is_its_weights_one_layers_activations_and_its_students(step: TrainingStep) -> None:
+    sizes = [block_bytes(step, k) for k in (1, 2, 9)]
     student = 2 * 128 * 128 * 64 + 128  # a query and a key map for each head, and the mixes
-    a_layer = layer_bytes(shapes) + (4 + 4 + 8 + 4) * student
+    a_layer = layer_bytes(step.shapes) + (4 + 4 + 8 + 4) * student
     assert sizes[1] - sizes[0] == pytest.approx(a_layer)
     assert sizes[2] - sizes[0] == pytest.approx(8 * a_layer)
-    alone = replace(shapes, layers=1, embedding_parameters=0, head_parameters=0, other_parameters=0)
-    step = footprint(alone, LARGEST.student, LARGEST.transfer, Layout(), seq_len=1024)
-    assert sizes[0] == pytest.approx(step.total + 4 * student)
+    alone = replace(step.shapes, layers=1, embedding_parameters=0, head_parameters=0, other_parameters=0)
+    single = footprint(replace(step, shapes=alone), Layout())
+    assert sizes[0] == pytest.approx(single.total + 4 * student)
 
 
-def test_the_largest_blocks_that_fit_are_taken(shapes: Shapes) -> None:
-    def chosen(gpu: float | None, host: float, **more: Any) -> tuple[int, int]:
-        assert LARGEST.transfer is not None
-        found = choose_block_size(
-            shapes, LARGEST.student, LARGEST.transfer, seq_len=1024,
-            gpu_memory=None if gpu is None else gpu * GIB, host_memory=host * GIB, **more,
-        )  # fmt: skip
+def test_the_largest_blocks_that_fit_are_taken(step: TrainingStep) -> None:
+    def chosen(gpu: float | None, host: float, size: int | None = None) -> tuple[int, int]:
+        found = _chosen_size(step, gpu, host, size)
         assert found.blocks == math.ceil(126 / found.layers)
         assert found.host_bytes <= host * GIB
         if gpu is not None:
@@ -220,17 +237,17 @@ def test_the_largest_blocks_that_fit_are_taken(shapes: Shapes) -> None:
     assert layers == sorted(layers)
     host = chosen(None, 64)[0]
     assert LARGEST.transfer is not None
-    block = measure_block(shapes, LARGEST.student, LARGEST.transfer, host, seq_len=1024, gpu=False)
-    assert block.host_bytes == block.device_bytes + host * layer_bytes(shapes)  # this block and the next
-    assert block.host_bytes <= HOST_SHARE * 64 * GIB
+    block = measure_block(step, host, gpu=False)
+    assert block.host_bytes == block.device_bytes + host * layer_bytes(step.shapes)  # this block and the next
+    assert block.host_bytes <= WEIGHTS_SHARE * 64 * GIB
 
 
 @pytest.mark.parametrize(
     ("gpu", "host", "size", "said"),
     [
-        (5.0, 100.0, None, "a block of one layer needs 6.5 GiB on the GPU, .* and 5.0 GiB are there: lower transfer"),
+        (5.0, 100.0, None, "a block of one layer needs 6.5 GiB on the GPU, .* 5.0 GiB is available: lower transfer"),
         (80.0, 100.0, 14, r"blocks.size=14 needs 84.\d GiB on the GPU, .* take blocks of fewer layers"),
-        (80.0, 40.0, 9, "blocks.size=9 needs 53.4 GiB of host memory a process, .* and 40.0 GiB can be had"),
+        (80.0, 40.0, 9, "blocks.size=9 needs 53.4 GiB of host memory a process, .* 40.0 GiB is available"),
         (80.0, 4.0, None, "a block of one layer needs 5.9 GiB of host memory a process, .*: free memory"),
         (
             None,
@@ -241,14 +258,10 @@ def test_the_largest_blocks_that_fit_are_taken(shapes: Shapes) -> None:
     ],
 )
 def test_blocks_that_do_not_fit_are_said(
-    shapes: Shapes, gpu: float | None, host: float, size: int | None, said: str
+    step: TrainingStep, gpu: float | None, host: float, size: int | None, said: str
 ) -> None:
-    assert LARGEST.transfer is not None
     with pytest.raises(UserError, match=said):
-        choose_block_size(
-            shapes, LARGEST.student, LARGEST.transfer, seq_len=1024, size=size,
-            gpu_memory=None if gpu is None else gpu * GIB, host_memory=host * GIB,
-        )  # fmt: skip
+        _chosen_size(step, gpu, host, size)
 
 
 # Ways
@@ -364,10 +377,10 @@ def test_the_notes_say_what_is_quicker_and_what_does_not_divide() -> None:
         return "\n".join(notes_on_blocks(recipe, plan_blocks(recipe, Machine(**machine))))
 
     said = notes(gpus=16)
-    assert "quicker: pipeline" in said
+    assert "faster: pipeline" in said
     assert "transfer.accumulation=8 micro-batches a step do not divide among 16 processes" in said
     assert "the teacher's pass on the GPUs of one node" in said
-    assert "--disk says how much" in said
+    assert "give the free disk space as --disk" in said
     assert "--disk" not in notes(disk=20e12)
     assert "not with model.quantize=nf4" in notes("model.quantize=nf4")
     assert "parallel: 4.63 TB of hidden states, 1.17 TB free" in notes(disk=2e12)
@@ -385,7 +398,7 @@ def test_tokens_of_training_and_of_validation(tmp_path: Path) -> None:
     assert validation_tokens(other, 10e6) == 7 * 1024
     steps = _plan("llama3_1_405b_blocks", "data.path=a/b", "transfer.max_steps=10")
     assert (steps.tokens, steps.distinct) == (10 * 8 * 1024, 10 * 8 * 1024)
-    with pytest.raises(UserError, match="the size of a/b is not known here: give it as --tokens"):
+    with pytest.raises(UserError, match="the size of a/b is unknown: give the tokens of one pass as --tokens"):
         _plan("llama3_1_405b_blocks", "data.path=a/b")
     own = _plan("llama3_1_405b_blocks", f"blocks.epochs=[{','.join(['1'] * 7 + ['3'] * 7)}]")
     assert own.tokens == 20e6
@@ -461,7 +474,7 @@ def test_plan_shows_joint_and_blocks_side_by_side(
     assert cli.main(["plan", "llama3_1_8b", "transfer=null"]) == 0
     assert "block by block" not in capsys.readouterr().out
     assert cli.main(["plan", "llama3_1_8b", "data.path=a/b"]) == 0
-    assert "block by block: the size of a/b is not known here" in capsys.readouterr().out
+    assert "block by block: the size of a/b is unknown" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

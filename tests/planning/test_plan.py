@@ -96,7 +96,7 @@ def test_hours_follow_the_tokens(tmp_path: Path) -> None:
     assert local.ways[0].stages["lora"].tokens == 2000
     unknown = _plan("llama3_1_8b", "data.path=somebody/something")
     assert unknown[1].ways[0].stages["lora"].hours is None
-    assert "--tokens gives hours" in _notes(unknown)
+    assert "with --tokens the hours are shown too" in _notes(unknown)
 
 
 def test_when_nothing_fits_it_says_what_would() -> None:
@@ -106,10 +106,10 @@ def test_when_nothing_fits_it_says_what_would() -> None:
     assert "nothing fits 1 x 80.0 GiB: the least is" in said
     enough = enough_gpus(planned[0])
     assert enough == 16
-    assert "16 such GPUs would do, with parallel.shard=full" in said
+    assert "16 such GPUs would be enough, with parallel.shard=full" in said
     layer = one_layer_bytes(planned[0])
     assert 5.9 * GIB < layer < 9 * GIB
-    assert f"{layer / GIB:.1f} GiB or more on one GPU; `trenchcoat blocks plan` says how" in said
+    assert f"{layer / GIB:.1f} GiB or more on one GPU; `trenchcoat blocks plan` shows how" in said
     # the number given is the smallest: it fits, and one node less does not
     assert _plan("llama3_1_405b", gpus=16)[1].chosen is not None
     eight = _plan("llama3_1_405b", gpus=8)[1]
@@ -126,14 +126,14 @@ def test_settings_that_would_make_it_fit_are_found() -> None:
     rows = _notes(_plan("llama3_1_8b", "lora.batch_size=64"))
     assert "with lora.batch_size=1 it would fit: one GPU" in rows
     hopeless = _notes(_plan("llama3_1_8b", "data.seq_len=4000000", gpu_memory=8 * GIB))
-    assert "more GPUs alone would not do" in hopeless
+    assert "more GPUs alone would not be enough" in hopeless
 
 
 def test_what_does_not_divide_and_what_the_disk_lacks_is_said() -> None:
     said = _notes(_plan("llama3_1_70b", gpus=16, disk=100e9, bandwidth=2e9))
     assert "transfer.accumulation=8 micro-batches a step do not divide among 16 processes" in said
     assert "transfer.accumulation=16 does" in said
-    assert "147 GB of disk are needed, 100 GB are there" in said
+    assert "147 GB of disk are needed, 100 GB is available" in said
     assert "reading the weights once takes 1.2 min at 2 GB/s" in said
 
 

@@ -18,7 +18,7 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import find_config, shapes_of
-from trenchcoat.planning.footprint import NF4_BYTES, Layout, base_bytes, footprint, state_bytes
+from trenchcoat.planning.footprint import NF4_BYTES, Layout, TrainingStep, base_bytes, footprint, state_bytes
 from trenchcoat.planning.simulate import shard_units, simulate
 from trenchcoat.runtime import distributed, sharding
 from trenchcoat.runtime.memory import live_tensor_memory
@@ -43,6 +43,10 @@ def _small(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
+def _step(config: LlamaConfig, stage: Any) -> TrainingStep:
+    return TrainingStep(shapes_of(config), STUDENT, stage, TOKENS)
+
+
 @pytest.mark.parametrize("stage", [TRANSFER, LORA], ids=["transfer", "lora"])
 @pytest.mark.parametrize(
     ("ranks", "shard", "layout"),
@@ -56,7 +60,7 @@ def _small(**changes: Any) -> LlamaConfig:
 def test_arithmetic_agrees_with_the_simulated_step(stage: Any, ranks: int, shard: Any, layout: Layout) -> None:
     config = _small()
     found = simulate(config, STUDENT, stage, seq_len=TOKENS, ranks=ranks, shard=shard, node_size=2)
-    counted = footprint(shapes_of(config), STUDENT, stage, layout, seq_len=TOKENS)
+    counted = footprint(_step(config, stage), layout)
     assert counted.total == pytest.approx(found.peak, rel=0.10)
     assert sum(found.parts.values()) == pytest.approx(found.peak, rel=0.02)
     assert not dist.is_initialized()
@@ -76,7 +80,7 @@ def test_arithmetic_agrees_with_the_simulated_step(stage: Any, ranks: int, shard
 def test_settings_of_lora_count(changes: dict[str, Any]) -> None:
     config, stage = _small(vocab_size=500), replace(LORA, **changes)
     found = simulate(config, STUDENT, stage, seq_len=TOKENS)
-    counted = footprint(shapes_of(config), STUDENT, stage, Layout(), seq_len=TOKENS)
+    counted = footprint(_step(config, stage), Layout())
     assert counted.total == pytest.approx(found.peak, rel=0.10)
 
 
@@ -86,7 +90,7 @@ def test_layers_as_large_as_those_of_8b() -> None:
     layout = Layout(ranks=8, shared_by=8)
     for stage in (TRANSFER, LORA):
         found = simulate(config, StudentConfig(), stage, seq_len=128, ranks=8)
-        counted = footprint(shapes_of(config), StudentConfig(), stage, layout, seq_len=128)
+        counted = footprint(TrainingStep(shapes_of(config), StudentConfig(), stage, 128), layout)
         assert counted.total == pytest.approx(found.peak, rel=0.05)
 
 
@@ -120,7 +124,7 @@ def test_the_simulated_step_takes_what_a_real_one_takes(stage: Any) -> None:
 def test_known_points_of_a_lora_step(path: str, ranks: int, known: float) -> None:
     """Simulated before, for softmax attention with LoRA inside FSDP, in GiB a rank."""
     shapes, layout = shapes_of(find_config(path)), Layout(ranks=ranks, shared_by=ranks)
-    counted = footprint(shapes, StudentConfig(), LORA, layout, seq_len=1024)
+    counted = footprint(TrainingStep(shapes, StudentConfig(), LORA, 1024), layout)
     assert counted.total / GIB == pytest.approx(known, rel=0.10)
     softmax = ("weights", "gathered layers", "activations", "logits")
     assert sum(counted.parts[name] for name in softmax) / GIB == pytest.approx(known, rel=0.01)
@@ -129,7 +133,7 @@ def test_known_points_of_a_lora_step(path: str, ranks: int, known: float) -> Non
 def test_what_layouts_change() -> None:
     shapes = shapes_of(_small())
     counted = {
-        name: footprint(shapes, STUDENT, TRANSFER, layout, seq_len=TOKENS)
+        name: footprint(_step(_small(), TRANSFER), layout)
         for name, layout in {
             "one": Layout(),
             "nf4": Layout(nf4=True),
@@ -150,16 +154,14 @@ def test_what_layouts_change() -> None:
 
 def test_cross_entropy_and_tied_embeddings_take_more() -> None:
     config = _small(intermediate_size=64)
-    plain = footprint(shapes_of(config), STUDENT, TRANSFER, Layout(), seq_len=TOKENS)
-    cross = footprint(shapes_of(config), STUDENT, replace(TRANSFER, xent_weight=1.0), Layout(), seq_len=TOKENS)
+    plain = footprint(_step(config, TRANSFER), Layout())
+    cross = footprint(_step(config, replace(TRANSFER, xent_weight=1.0)), Layout())
     assert cross.total > plain.total
     assert cross.moment == "student of a layer"
     tied = _small(tie_word_embeddings=True)
     found = simulate(tied, STUDENT, LORA, seq_len=TOKENS, ranks=4)
     layout = Layout(ranks=4, shared_by=4)
-    assert footprint(shapes_of(tied), STUDENT, LORA, layout, seq_len=TOKENS).total == pytest.approx(
-        found.peak, rel=0.10
-    )
+    assert footprint(_step(tied, LORA), layout).total == pytest.approx(found.peak, rel=0.10)
 
 
 def test_state_while_text_is_written() -> None:

@@ -18,6 +18,9 @@ from trenchcoat.config.units import parse_tokens
 Kind = Literal["terrace", "sliding", "linear"]
 """Which keys are near (softmax) and which far (linear); the formula is in ``trenchcoat.ops.reference``."""
 
+TEXT_HELD_OUT = 0.05
+"""Share of a plain-text document held out from its end where ``data.validation_fraction`` is null."""
+
 FeatureMapName = Literal["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", "elu"]
 
 

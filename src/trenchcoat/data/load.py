@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
+from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batch, Batches, Part
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
@@ -35,9 +36,6 @@ from trenchcoat.data.table import TokenTable
 from trenchcoat.data.tokens import cache_folder, content_hash, token_table, unwanted_lengths
 
 __all__ = ["Batch", "Batches", "Part", "Rank", "StreamedBatches", "TokenTable", "cache_folder", "load_batches"]
-
-TEXT_HELD_OUT = 0.05
-"""Share of a plain-text document held out from its end when ``data.validation_fraction`` is null."""
 
 Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
 """(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""

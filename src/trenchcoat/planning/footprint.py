@@ -1,23 +1,24 @@
 """How much memory one process needs at the worst moment of a training step, part by part, from sizes alone.
 
-The arithmetic follows the step through its moments (a layer gathered in the forward pass, the vocabulary's loss, a
-layer recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.planning.simulate`,
-which runs the same step on fake tensors; `docs/PLAN.md` has both side by side. Not in it: the CUDA context, the buffers
+The arithmetic follows the step through its moments (a layer gathered in the forward pass, the loss over the vocabulary,
+a layer recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.planning.simulate`,
+which runs the same step on fake tensors; `docs/PLAN.md` compares the two. Not included: the CUDA context, the buffers
 of NCCL, the fragmentation of the allocator (`plan` adds a reserve for them).
 
-What is held all along: this process's share of the frozen base; students and LoRA in float32, whole, with the gradients
-of what is trained; AdamW's moments of that and, with several processes, the parameters and gradients that it steps: of
-those, which are shards, this process's share.
+Held throughout the step: this process's share of the frozen base; students and LoRA in float32, whole, with the
+gradients of what is trained; AdamW's moments of that and, with several processes, the copies of parameters and
+gradients that the optimizer steps: those are sharded, so each process holds its share.
 
-FSDP2 holds three layers at the worst moment of a gather in the forward pass (the gathered buffer of the layer before,
+FSDP2 holds three layers at the worst moment of a gather in the forward pass (the gathered buffer of the previous layer,
 which it keeps until the next copy is done, its own, and the copy that the layer computes with) and two in the backward
-pass. Letters: n tokens of the micro-batch, h hidden size, H query and G key/value heads of dim D, F features, K key
+pass. Notation: n tokens of the micro-batch, h hidden size, H query and G key/value heads of dim D, F features, K key
 maps, I columns of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,23 +30,41 @@ from trenchcoat.ops.chunked.layout import TILE_TOKENS
 from trenchcoat.students import StudentAttention
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A weight in 4 bits, a constant of 8 bits for 64 of them, one of 32 for 256 constants (QLoRA, arXiv 2305.14314)."""
+"""Bytes of a 4-bit weight: one 8-bit constant for 64 weights, one 32-bit constant for 256 constants (QLoRA,
+arXiv 2305.14314)."""
 MOMENTS, MASTER_COPY = 8, 8
 """Bytes of a trained parameter: AdamW's two moments; with several processes, the parameter and gradient it steps."""
 
-PARTS = ("weights", "gathered layers", "students", "LoRA", "gradients", "optimizer", "activations", "logits")
+MEMORY_PARTS = ("weights", "gathered layers", "students", "LoRA", "gradients", "optimizer", "activations", "logits")
 """Names of the parts, in the order of a table."""
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """What one process computes in a micro-batch: the sizes that its memory depends on."""
+
+    shapes: Shapes
+    student: StudentConfig
+    stage: TransferConfig | LoraConfig
+    seq_len: int
+    dtype_bytes: int = 2
+    """Of a base weight, and of an activation that keeps the base's precision."""
+
+    @property
+    def tokens(self) -> int:
+        """n: tokens of the micro-batch."""
+        return self.stage.batch_size * self.seq_len
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the frozen base lies over the processes."""
+    """How the frozen base is distributed over the processes."""
 
     ranks: int = 1
     shared_by: int = 1
     """Processes that share one copy of the base (FSDP2); 1 is a whole copy on each."""
     offload: bool = False
-    """Shards wait in host memory."""
+    """Shards are kept in host memory."""
     nf4: bool = False
     """Linear layers of the base in 4 bits."""
 
@@ -66,24 +85,19 @@ class Footprint:
         return sum(self.parts.values())
 
 
-def footprint(
-    shapes: Shapes,
-    student: StudentConfig,
-    stage: TransferConfig | LoraConfig,
-    layout: Layout,
-    *,
-    seq_len: int,
-    dtype_bytes: int = 2,
-) -> Footprint:
-    """Memory of a step of ``stage``; ``dtype_bytes`` is a base weight's (and an activation's) size.
+def footprint(step: TrainingStep, layout: Layout) -> Footprint:
+    """Memory of ``step`` on one process.
 
     Raises ``ValueError`` for a student that does not fit the model, ``UserError`` for unknown LoRA targets.
     """
-    lora = isinstance(stage, LoraConfig)
-    maps = student_parameters(shapes, student)
-    adapters = shapes.lora_parameters(stage) if isinstance(stage, LoraConfig) else 0
-    trained = adapters + (maps if not isinstance(stage, LoraConfig) or stage.train_feature_maps else 0)
-    base = base_bytes(shapes, dtype_bytes, nf4=layout.nf4) / layout.shared_by
+    shapes, stage = step.shapes, step.stage
+    maps = student_parameters(shapes, step.student)
+    if isinstance(stage, LoraConfig):
+        adapters = shapes.lora_parameters(stage)
+        trained = adapters + (maps if stage.train_feature_maps else 0)
+    else:
+        adapters, trained = 0, maps
+    base = base_bytes(shapes, step.dtype_bytes, nf4=layout.nf4) / layout.shared_by
     held = {
         "weights": 0.0 if layout.offload else base,
         "students": 4.0 * maps,
@@ -91,10 +105,8 @@ def footprint(
         "gradients": 4.0 * trained,
         "optimizer": (MOMENTS if layout.ranks == 1 else (MOMENTS + MASTER_COPY) / layout.ranks) * trained,
     }
-    step = _Step(shapes, layer_student(shapes, student), stage, layout, seq_len, dtype_bytes)
-    moments = step.lora_moments() if lora else step.transfer_moments()
-    moment, worst = max(moments.items(), key=lambda item: sum(item[1].values()))
-    parts = {name: held.get(name, 0.0) + worst.get(name, 0.0) for name in PARTS}
+    moment, worst = max(_Moments(step, layout).all().items(), key=lambda item: sum(item[1].values()))
+    parts = {name: held.get(name, 0.0) + worst.get(name, 0.0) for name in MEMORY_PARTS}
     return Footprint(parts, moment, base if layout.offload else 0.0)
 
 
@@ -107,9 +119,9 @@ def base_bytes(shapes: Shapes, dtype_bytes: int = 2, *, nf4: bool = False) -> fl
 
 
 def state_bytes(shapes: Shapes, student: StudentConfig, dtype_bytes: int = 2) -> tuple[float, float]:
-    """(far sums in float32, window of keys and values) of one sequence while text is written, however long it is.
+    """(far sums in float32, window of keys and values) of one sequence during generation, whatever its length.
 
-    Layers that stay softmax are not counted: their cache grows.
+    Layers that keep softmax attention are not counted: their cache grows.
     """
     with torch.device("meta"):
         state = layer_student(shapes, student).empty_state(1, dtype=torch.bfloat16)
@@ -120,132 +132,114 @@ def state_bytes(shapes: Shapes, student: StudentConfig, dtype_bytes: int = 2) ->
     return float(layers * far), float(layers * dtype_bytes * near)
 
 
+def _parts(gathered: float, activations: float, logits: float = 0.0) -> dict[str, float]:
+    return {"gathered layers": gathered, "activations": activations, "logits": logits}
+
+
 @dataclass(frozen=True)
-class _Step:
-    """The moments of a step: what each holds beside what is held all along, in bytes."""
+class _Moments:
+    """The moments of a step: bytes of each part that are held then, beyond what is held throughout."""
 
-    shapes: Shapes
-    student: StudentAttention
-    stage: TransferConfig | LoraConfig
+    step: TrainingStep
     layout: Layout
-    seq_len: int
-    size: int
-    """Bytes of a base weight and of an activation that keeps the base's precision."""
 
-    @property
-    def tokens(self) -> int:
-        return self.stage.batch_size * self.seq_len
+    def all(self) -> dict[str, dict[str, float]]:
+        """Parts by moment, in the order of the step."""
+        stage = self.step.stage
+        return self._lora(stage) if isinstance(stage, LoraConfig) else self._transfer(stage)
 
-    def transfer_moments(self) -> dict[str, dict[str, float]]:
+    @cached_property
+    def student(self) -> StudentAttention:
+        return layer_student(self.step.shapes, self.step.student)
+
+    def _transfer(self, stage: TransferConfig) -> dict[str, dict[str, float]]:
         """Nothing is kept from layer to layer; a sharded head is gathered too (for one token: the root must be run)."""
-        hidden = float(self.size * self.shapes.hidden * self.tokens)
+        s, n, size = self.step.shapes, self.step.tokens, self.step.dtype_bytes
+        hidden = float(size * s.hidden * n)
+        mlp = n * size * (3.0 * s.mlp_width + 4.0 * s.hidden)
         return {
-            "head gathered": {"gathered layers": self._gathered(layers=1, heads=2), "activations": hidden},
-            "embedding": {"gathered layers": self._gathered(embeddings=2), "activations": hidden},
-            "first layer gathered": {
-                "gathered layers": self._gathered(layers=2, embeddings=1),
-                "activations": hidden,
-            },
-            "a layer gathered": {"gathered layers": self._gathered(layers=3), "activations": hidden},
-            "MLP of a layer": {"gathered layers": self._gathered(layers=2), "activations": self._mlp_forward()},
-            "student of a layer": {
-                "gathered layers": self._gathered(layers=2),
-                "activations": self._student_transfer(),
-            },
+            "head gathered": _parts(self._gathered(layers=1, heads=2), hidden),
+            "embedding": _parts(self._gathered(embeddings=2), hidden),
+            "first layer gathered": _parts(self._gathered(layers=2, embeddings=1), hidden),
+            "a layer gathered": _parts(self._gathered(layers=3), hidden),
+            "MLP of a layer": _parts(self._gathered(layers=2), mlp),
+            "student of a layer": _parts(self._gathered(layers=2), self._student_transfer(stage)),
         }
 
-    def lora_moments(self) -> dict[str, dict[str, float]]:
+    def _lora(self, stage: LoraConfig) -> dict[str, dict[str, float]]:
         """With checkpointing the inputs of every layer are kept and one layer is computed again; else all are kept."""
-        s, n = self.shapes, self.tokens
-        kept = float(s.layers * (self.size * s.hidden * n if self._checkpointed else self._layer_saved()))
-        inner = self._layer_saved() if self._checkpointed else 0.0
-        mlp = 3.0 * self.size * s.mlp_width
+        s, n, size = self.step.shapes, self.step.tokens, self.step.dtype_bytes
+        saved = self._layer_saved(stage)
+        checkpointed = stage.gradient_checkpointing
+        kept = float(s.layers * (size * s.hidden * n if checkpointed else saved))
+        inner = saved if checkpointed else 0.0
+        mlp = 3.0 * size * s.mlp_width
         logits = float(n * s.vocab)
-        final = 3.0 * self.size * s.hidden * n
+        final = 3.0 * size * s.hidden * n
+        backward_mlp = kept + inner + n * (mlp + size * s.hidden)
+        backward_student = kept + inner - n * mlp + self._student_backward()
         return {
-            "embedding": {"gathered layers": self._gathered(embeddings=2), "activations": final},
-            "a layer gathered": {"gathered layers": self._gathered(layers=3), "activations": kept},
-            "head gathered": {
-                "gathered layers": self._gathered(layers=1, heads=2),
-                "activations": kept + final,
-            },
+            "embedding": _parts(self._gathered(embeddings=2), final),
+            "a layer gathered": _parts(self._gathered(layers=3), kept),
+            "head gathered": _parts(self._gathered(layers=1, heads=2), kept + final),
             # the logits, their float32 copy, the log-softmax and its gradient
-            "loss over the vocabulary": {
-                "gathered layers": self._gathered(),
-                "activations": kept + final,
-                "logits": logits * (self.size + (12.0 if self.size < 4 else 8.0)),
-            },
-            "backward of the head": {
-                "gathered layers": self._gathered(heads=2),
-                "activations": kept + final,
-                "logits": logits * 2.0 * self.size,
-            },
-            "backward of an MLP": {
-                "gathered layers": self._gathered(layers=2),
-                "activations": kept + inner + n * (mlp + self.size * s.hidden),
-            },
-            "backward of a student": {
-                "gathered layers": self._gathered(layers=2),
-                "activations": kept + inner - n * mlp + self._student_backward(),
-            },
+            "loss over the vocabulary": _parts(
+                self._gathered(), kept + final, logits * (size + (12.0 if size < 4 else 8.0))
+            ),
+            "backward of the head": _parts(self._gathered(heads=2), kept + final, logits * 2.0 * size),
+            "backward of an MLP": _parts(self._gathered(layers=2), backward_mlp),
+            "backward of a student": _parts(self._gathered(layers=2), backward_student),
         }
-
-    @property
-    def _checkpointed(self) -> bool:
-        return isinstance(self.stage, LoraConfig) and self.stage.gradient_checkpointing
 
     def _gathered(self, *, layers: float = 0, embeddings: float = 0, heads: float = 0) -> float:
         """Bytes of so many gathered units; without sharding only what 4-bit weights are unpacked into.
 
         A tied embedding belongs to the root unit, which is gathered throughout.
         """
-        s = self.shapes
-        if self.layout.shared_by == 1:
-            return float(self.size * s.hidden * s.mlp_width) if self.layout.nf4 and layers else 0.0
+        s, layout, size = self.step.shapes, self.layout, self.step.dtype_bytes
+        if layout.shared_by == 1:
+            return float(size * s.hidden * s.mlp_width) if layout.nf4 and layers else 0.0
         if s.tied:
             embeddings, heads = max(1.0, embeddings), 0.0
         units = layers * s.layer_parameters + embeddings * s.embedding_parameters + heads * s.head_parameters
-        if self.layout.offload and layers:
-            units += s.layer_parameters / self.layout.shared_by
-        return float(self.size * units)
+        if layout.offload and layers:
+            units += s.layer_parameters / layout.shared_by
+        return float(size * units)
 
-    def _layer_saved(self) -> float:
+    def _features(self) -> float:
+        """Bytes of a token's features, of queries and keys, in float32."""
+        return 4.0 * self.student.features * (self.step.shapes.heads + self.student.key_heads)
+
+    def _layer_saved(self, stage: LoraConfig) -> float:
         """What autograd keeps of one layer: the matrices are frozen, so only what LoRA, norms, MLP and student need."""
-        s, student = self.shapes, self.student
-        assert isinstance(self.stage, LoraConfig)
-        dropout = 1.0 if self.stage.dropout > 0 else 0.0  # the mask
-        adapted = (4.0 + dropout) * sum(inputs for inputs, _ in s.lora_layers(self.stage))
+        s, size = self.step.shapes, self.step.dtype_bytes
+        dropout = 1.0 if stage.dropout > 0 else 0.0  # the mask
+        adapted = (4.0 + dropout) * sum(inputs for inputs, _ in s.lora_layers(stage))
         norms = 2 * 4.0 * s.hidden
-        heads = self.size * (s.heads + 2 * s.kv_heads) * s.head_dim
-        features = 4.0 * student.features * (s.heads + student.key_heads)
+        heads = size * (s.heads + 2 * s.kv_heads) * s.head_dim
         output = 4.0 * s.heads * (s.head_dim + 1)
-        mlp = 3.0 * self.size * s.mlp_width
-        return self.tokens * (adapted + norms + heads + features + output + mlp)
+        mlp = 3.0 * size * s.mlp_width
+        return self.step.tokens * (adapted + norms + heads + self._features() + output + mlp)
 
-    def _mlp_forward(self) -> float:
-        return self.tokens * self.size * (3.0 * self.shapes.mlp_width + 4.0 * self.shapes.hidden)
-
-    def _student_transfer(self) -> float:
+    def _student_transfer(self, stage: TransferConfig) -> float:
         """q, k, v, both outputs, the residual, a tile; with the cross-entropy all features and their gradients."""
-        s, student = self.shapes, self.student
-        cross = isinstance(self.stage, TransferConfig) and self.stage.xent_weight > 0
-        features = 8.0 * student.features * (s.heads + student.key_heads) if cross else 0.0
-        rows = self.size * (2 * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden)
-        whole_rows = s.heads // s.kv_heads * self.seq_len
-        return self.tokens * (rows + features) + self._tile(max(closed_form.TILE_TOKENS, whole_rows), 3, 2, 4, 1)
+        s = self.step.shapes
+        features = 2.0 * self._features() if stage.xent_weight > 0 else 0.0
+        rows = self.step.dtype_bytes * (2 * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden)
+        whole_rows = s.heads // s.kv_heads * self.step.seq_len
+        return self.step.tokens * (rows + features) + self._tile(max(closed_form.TILE_TOKENS, whole_rows), 3, 2, 4, 1)
 
     def _student_backward(self) -> float:
         """Gradients of the features, of q, k, v and of the residual, and a tile."""
-        s, student = self.shapes, self.student
-        features = 4.0 * student.features * (s.heads + student.key_heads)
-        rows = 4.0 * (s.heads + 2 * s.kv_heads) * s.head_dim + 2.0 * self.size * s.hidden
-        return self.tokens * (rows + features) + self._tile(TILE_TOKENS, 6, 4, 6, 2)
+        s = self.step.shapes
+        rows = 4.0 * (s.heads + 2 * s.kv_heads) * s.head_dim + 2.0 * self.step.dtype_bytes * s.hidden
+        return self.step.tokens * (rows + self._features()) + self._tile(TILE_TOKENS, 6, 4, 6, 2)
 
     def _tile(self, most: int, queries: int, keys: int, columns: int, features: int) -> float:
         """Scratch of a tile of up to ``most`` query rows: so many arrays of queries, of keys, of window columns, of
         features, and the running sums (forwards and backwards)."""
-        s, width = self.shapes, self.student.features
-        rows = min(most, s.heads * self.tokens)
+        s, width = self.step.shapes, self.student.features
+        rows = min(most, s.heads * self.step.tokens)
         dim, window = s.head_dim, self.student.cfg.window
         numbers = queries * dim + keys * dim * s.kv_heads / s.heads + columns * window
         share = self.student.key_heads / s.heads

@@ -1,14 +1,15 @@
 """`trenchcoat plan`: which ways of running a recipe fit a machine, how fast they are, and what they need on disk.
 
-Nothing is downloaded and nothing of the model is loaded: sizes come from its config (:mod:`trenchcoat.models.shapes`),
+Nothing is downloaded and no weights are loaded: sizes come from the model's config (:mod:`trenchcoat.models.shapes`),
 memory from :mod:`trenchcoat.planning.footprint`, operations from :mod:`trenchcoat.models.flops`. A step takes the
-longer of its arithmetic (at the stated MFU) and its transfers (the frozen base gathered over the links once a forward
-and once a backward pass).
+longer of its arithmetic (at the given MFU) and its transfers (the frozen base gathered over the links once in the
+forward and once in the backward pass).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.config.units import GIB
 from trenchcoat.models.flops import lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
-from trenchcoat.planning.footprint import Footprint, Layout, base_bytes, footprint, state_bytes
+from trenchcoat.planning.footprint import Footprint, Layout, TrainingStep, base_bytes, footprint, state_bytes
 from trenchcoat.runtime.devices import device_peak
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
@@ -33,14 +34,16 @@ KNOWN_ROWS = {"yahma/alpaca-cleaned": 51_760}
 BYTES_A_TOKEN = 5
 """Of the token cache: an int32 and a flag."""
 HOST_MEMORY, DISK_RATE = 128 * GIB, 3e9
-"""Assumed where nothing is said: host memory for each GPU in use; bytes a second that a node reads from its disk."""
+"""Defaults: host memory for each GPU in use; bytes a second that a node reads from its disk."""
+HOST_USABLE = 0.8
+"""Share of a node's host memory that a plan counts on."""
 
 Stage = TransferConfig | LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What there is to run on."""
+    """The hardware to run on."""
 
     gpus: int = 1
     gpu_memory: float = 80 * GIB
@@ -67,13 +70,30 @@ class Machine:
         if not 0.0 < self.mfu <= 1.0:
             raise UserError(f"--mfu must be above 0 and at most 1, got {self.mfu:g}")
 
+    @property
+    def node_gpus(self) -> int:
+        """GPUs that share a node."""
+        return min(self.gpus, self.gpus_per_node)
 
-@dataclass(frozen=True)
-class PlanReport:
-    """``shown`` for the terminal (texts and tables, in order), ``document`` for JSON."""
+    @property
+    def nodes(self) -> int:
+        """Nodes that the GPUs are spread over."""
+        return math.ceil(self.gpus / self.gpus_per_node)
 
-    shown: tuple[Any, ...]
-    document: dict[str, Any]
+    @property
+    def read_rate(self) -> float:
+        """Bytes a second that a node reads from the disk."""
+        return self.bandwidth or DISK_RATE
+
+    @property
+    def write_rate(self) -> float:
+        """Bytes a second that a node writes to the disk."""
+        return self.write_bandwidth or self.read_rate
+
+    @property
+    def usable_host_memory(self) -> float:
+        """Bytes of a node's host memory that a plan counts on."""
+        return HOST_USABLE * (self.host_memory or HOST_MEMORY * self.node_gpus)
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ class Plan:
     """Name of the quickest way that fits."""
     disk: dict[str, float]
     state: tuple[float, float]
-    """(far sums, window) of one sequence while text is written."""
+    """(far sums, window) of one sequence during generation."""
 
     @property
     def chosen(self) -> Way | None:
@@ -146,7 +166,7 @@ class Plan:
 def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> tuple[Planner, Plan]:
     """Every way of running ``recipe`` on ``machine``; ``tokens`` is the size of one pass over the training data.
 
-    Raises ``UserError`` for a model whose config is not to be had, a family or student that cannot work, an unknown
+    Raises ``UserError`` for a model without a readable config, a family or student that is not supported, an unknown
     GPU.
     """
     if recipe.transfer is None and recipe.lora is None:
@@ -179,9 +199,7 @@ def layouts(machine: Machine) -> list[tuple[str, str, Layout]]:
             ("sharded over all (FSDP)", "parallel.shard=full", Layout(ranks=gpus, shared_by=gpus)),
         ]
         if gpus > node and gpus % node == 0:
-            found.append(
-                ("sharded in each node (HSDP)", "parallel.shard=node", Layout(ranks=gpus, shared_by=node)),
-            )
+            found.append(("sharded in each node (HSDP)", "parallel.shard=node", Layout(ranks=gpus, shared_by=node)))
         offloaded = Layout(ranks=gpus, shared_by=gpus, offload=True)
         found.append(("FSDP, shards in host memory", "parallel.shard=full parallel.cpu_offload=true", offloaded))
     return found
@@ -222,6 +240,15 @@ class Planner:
             )
         return peak
 
+    @property
+    def flop_rate(self) -> float:
+        """FLOP that one GPU does in a second."""
+        return self.peak * self.machine.mfu
+
+    def step(self, stage: Stage) -> TrainingStep:
+        """A micro-batch of ``stage``."""
+        return TrainingStep(self.shapes, self.recipe.student, stage, self.recipe.data.seq_len, self.dtype_bytes)
+
     def way(self, name: str, settings: str, layout: Layout) -> Way:
         """Memory, speed and fit of one layout."""
         stages = {key: self.stage(stage, layout) for key, stage in self.stages.items()}
@@ -242,14 +269,7 @@ class Planner:
     def memory(self, stage: Stage, layout: Layout) -> Footprint:
         """Of one process."""
         try:
-            return footprint(
-                self.shapes,
-                self.recipe.student,
-                stage,
-                layout,
-                seq_len=self.recipe.data.seq_len,
-                dtype_bytes=self.dtype_bytes,
-            )
+            return footprint(self.step(stage), layout)
         except UserError:
             raise
         except ValueError as error:
@@ -264,7 +284,7 @@ class Planner:
             xent = stage.xent_weight > 0
             flops, passes = transfer_flops_per_token(self.shapes, student, seq_len, xent=xent).total, 1
         rows = stage.batch_size * seq_len
-        found = {"arithmetic": rows * flops / (self.peak * self.machine.mfu)}
+        found = {"arithmetic": rows * flops / self.flop_rate}
         if layout.shared_by > 1:
             base = base_bytes(self.shapes, self.dtype_bytes, nf4=layout.nf4)
             inside = layout.shared_by <= self.machine.gpus_per_node
@@ -282,7 +302,7 @@ class Planner:
         return None if once is None else stage.epochs * once
 
     def tokens_a_pass(self) -> float | None:
-        """As said, or known, or a fourth of a text file's bytes."""
+        """As given, or known, or a quarter of a text file's bytes."""
         data = self.recipe.data
         if self.tokens is not None:
             return self.tokens

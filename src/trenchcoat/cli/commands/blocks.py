@@ -30,7 +30,7 @@ def _plan(args: argparse.Namespace) -> Any:
     least, for 1, 2, 4, ... GPUs; which resource is short or takes longest; and what `blocks run` would choose. It is
     arithmetic on the model's sizes: no weights, no GPU.
     """
-    from trenchcoat.planning.blockplan_report import report_blocks_plan
+    from trenchcoat.planning.report import report_blocks_plan
 
     machine, tokens = machine_of(args)
     return with_json(args, report_blocks_plan(args.recipe, machine, tokens=tokens))

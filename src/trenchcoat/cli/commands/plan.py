@@ -24,7 +24,7 @@ def _run(args: argparse.Namespace) -> Any:
     MFU, and the disk. It is arithmetic on the model's sizes: no weights, no GPU, and no network for the models of the
     shipped recipes.
     """
-    from trenchcoat.planning.plan_report import report_plan
+    from trenchcoat.planning.report import report_plan
 
     machine, tokens = machine_of(args)
     return with_json(args, report_plan(args.recipe, machine, tokens=tokens, simulated=args.simulate))

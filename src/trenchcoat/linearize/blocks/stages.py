@@ -43,8 +43,9 @@ from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
-from trenchcoat.planning.blockpass import PassChoice, Streamed, choose_pass
-from trenchcoat.planning.blocksize import choose_block_size
+from trenchcoat.planning.blocks.passes import PassChoice, Streamed, choose_pass
+from trenchcoat.planning.blocks.size import choose_block_size
+from trenchcoat.planning.footprint import TrainingStep
 from trenchcoat.planning.plan import HOST_LINK
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import InUse, holder
@@ -217,17 +218,10 @@ def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
         return max(block.stop - block.first for block in found)
     assert recipe.transfer is not None
     gpu = torch.cuda.mem_get_info(source.device)[0] if source.device.type == "cuda" else None
-    chosen = choose_block_size(
-        shapes_of(source.config),
-        recipe.student,
-        recipe.transfer,
-        seq_len=recipe.data.seq_len,
-        gpu_memory=gpu,
-        host_memory=_host_memory() / share,
-        dtype_bytes=source.dtype.itemsize,
-        size=recipe.blocks.size,
-    )
-    return chosen.layers
+    shapes, seq_len = shapes_of(source.config), recipe.data.seq_len
+    step = TrainingStep(shapes, recipe.student, recipe.transfer, seq_len, source.dtype.itemsize)
+    memory = _host_memory() / share
+    return choose_block_size(step, gpu_memory=gpu, host_memory=memory, size=recipe.blocks.size).layers
 
 
 def _host_memory() -> float:

@@ -1,20 +1,20 @@
-"""How many tokens a pass through the blocks holds, and where their hidden states wait: arithmetic, no I/O.
+"""How many tokens a pass through the blocks holds, and where their hidden states are kept: arithmetic, no I/O.
 
 Streaming takes a *pass* of training rows through all blocks, one block at a time: it reads the block's weights, trains
-its students on the pass's micro-batches and writes the teacher's outputs, which are the next block's inputs. A long
-pass reads the weights seldom and holds many hidden states; a short one the other way round. Letters: N tokens that the
-stage trains on (all epochs), D of them in distinct rows, V validation tokens, P tokens of a pass, n blocks, b bytes of
-a token's hidden state, w bytes of all blocks' weights.
+its students on the pass's micro-batches and writes the teacher's outputs, which are the next block's inputs. With long
+passes the weights are read rarely and many hidden states are held; with short ones it is the other way round. Notation:
+N tokens that the stage trains on (all epochs), D of them in distinct rows, V validation tokens, P tokens of a pass, n
+blocks, b bytes of a token's hidden state, w bytes of all blocks' weights.
 
     held             2 b (min(P, D) + V)      inputs and outputs of one block; a row is held once, whatever the epochs
     weights read     w ceil(N / P)            once a pass, by every node
-    states read      n b (N + V ceil(N / P))  on disk: by every epoch, and the validation rows once a pass
-    states written   n b (min(P, D) + V)      on disk: a pass
+    states read      n b (N + V ceil(N / P))  on disk: in every epoch, and the validation rows once a pass
+    states written   n b (min(P, D) + V)      on disk: in each pass
     computed         N + V ceil(N / P)        tokens
 
 The next block is read, and hidden states are read and written, while this one computes, so a block takes the longer of
-the two; waited for are the reading of a pass's first block and the copy of weights from the host to the device. Further
-evaluations of the validation rows inside a pass are not counted.
+the two; not overlapped are the reading of a pass's first block and the copy of weights from the host to the device.
+Further evaluations of the validation rows inside a pass are not counted.
 """
 
 from __future__ import annotations
@@ -24,25 +24,34 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trenchcoat.config import UserError
 from trenchcoat.config.units import in_words, parse_tokens, tera
 
 Place = Literal["memory", "disk"]
 
 MARGIN = 0.05
-"""Hidden states stay in memory unless the disk is quicker by more than this share: bandwidths are not that exact."""
+"""Hidden states stay in memory unless the disk is faster by more than this share: bandwidths are not that exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Streamed:
-    """What a streaming run has to do, and what it can do it with."""
+class TokenCounts:
+    """The text that attention transfer processes."""
 
     tokens: int
     """N: that the stage trains on, all epochs."""
     distinct: int
     """D: in distinct training rows."""
     validation: int
-    """V: in the validation rows that evaluations use; they are part of every pass."""
+    """V: in the validation rows that an evaluation uses; they are part of every pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed(TokenCounts):
+    """The work of a streaming run, and the hardware it runs on."""
+
     step_tokens: int
     """Of one optimizer step, over all processes: a pass is a whole number of them."""
     bytes_a_token: float
@@ -59,7 +68,7 @@ class Streamed:
     write: float
     """Bytes a second that one node writes."""
     compute: float | None
-    """Seconds a token, all blocks and all processes together; None when not known."""
+    """Seconds a token, all blocks and all processes together; None when unknown."""
     copy: float | None = None
     """Bytes a second from the host to a device; None where the host computes."""
     nodes: int = 1
@@ -90,10 +99,10 @@ class PassChoice:
     weights_seconds: float
     states_seconds: float
     copy_seconds: float
-    """Copying weights from the host to the device: nothing else happens meanwhile."""
+    """Copying weights from the host to the device: nothing else happens at the same time."""
     seconds: float
-    """In all: for each block the longer of computing and of the disk, and what is waited for. Without ``compute``: all
-    but computing."""
+    """In all: for each block the longer of computing and of the disk, plus what is not overlapped. Without ``compute``:
+    all but computing."""
     why: str
 
     @property
@@ -111,32 +120,35 @@ def held_bytes(run: Streamed, steps: int) -> float:
 def choose_pass(
     run: Streamed, *, pass_tokens: str = "auto", hidden: Literal["auto", "memory", "disk"] = "auto"
 ) -> PassChoice:
-    """The pass that `blocks.pass_tokens` and `blocks.hidden` ask for; what is `auto` becomes whatever is quickest.
+    """The pass that `blocks.pass_tokens` and `blocks.hidden` ask for; what is `auto` becomes whatever is fastest.
 
-    Raises ``UserError`` for a ``pass_tokens`` that is no number, and, with the figures, when hidden states do not fit.
+    Raises ``UserError`` for a ``pass_tokens`` that is not a number and, with the figures, where hidden states do
+    not fit.
     """
     asked = parse_tokens(pass_tokens)
     places: tuple[Place, ...] = ("memory", "disk") if hidden == "auto" else (hidden,)
+    least = 1  # optimizer steps of the shortest pass that is acceptable
+    if asked != "auto":
+        least = run.steps if asked == "all" else min(run.steps, max(1, asked // run.step_tokens))
     found: dict[Place, PassChoice] = {}
     for place in places:
-        steps = _most_steps(run, place) if asked == "auto" else _steps(run, asked)
+        steps = _most_steps(run, place) if asked == "auto" else least
         if steps > 0 and held_bytes(run, steps) <= _room(run, place):
             found[place] = _cost(run, steps, place)
     if not found:
-        raise UserError(_too_large(run, asked, places))
+        raise UserError(_too_large(run, least, places))
     best: Place = min(found, key=lambda place: found[place].seconds)
     if "memory" in found and found["memory"].seconds <= found[best].seconds * (1 + MARGIN):
         best = "memory"
-    return dataclasses.replace(found[best], why=_why(run, found, best, asked, places))
+    other = next((place for place in places if place != best), None)
+    why = _why(run, found, best, other, least)
+    if other is None and asked != "auto":
+        why += " (set by blocks.pass_tokens and blocks.hidden)"
+    return dataclasses.replace(found[best], why=why)
 
 
 def _room(run: Streamed, place: Place) -> float:
     return run.memory if place == "memory" else run.disk
-
-
-def _steps(run: Streamed, asked: int | Literal["all"]) -> int:
-    """Optimizer steps of a pass of about so many tokens: at least one, at most all."""
-    return run.steps if asked == "all" else min(run.steps, max(1, asked // run.step_tokens))
 
 
 def _most_steps(run: Streamed, place: Place) -> int:
@@ -152,24 +164,19 @@ def _most_steps(run: Streamed, place: Place) -> int:
 def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
     """Sums over the passes, which are equal but for the last."""
     length, passes = steps * run.step_tokens, math.ceil(run.steps / steps)
-    kinds = [(passes - 1, length), (1, run.tokens - (passes - 1) * length)]
+    count, tokens = np.array([passes - 1, 1]), np.array([length, run.tokens - (passes - 1) * length])
+
+    def total(of_pass: NDArray[np.float64]) -> float:
+        return float((count * of_pass).sum())
+
     boundary = run.blocks * run.bytes_a_token if place == "disk" else 0.0
-    sums = {"compute": 0.0, "weights": 0.0, "states": 0.0, "overlapped": 0.0, "read": 0.0, "written": 0.0}
-    for count, tokens in kinds:
-        read = boundary * (tokens + run.validation)
-        written = boundary * (min(tokens, run.distinct) + run.validation)
-        one = {
-            "compute": (tokens + run.validation) * (run.compute or 0.0),
-            "weights": run.weights / run.read,
-            "states": (read / run.read + written / run.write) / run.nodes,
-            "read": read,
-            "written": written,
-        }
-        block = {name: one[name] / run.blocks for name in ("compute", "weights", "states")}
-        last = max(block["compute"], block["states"])
-        others = max(block["compute"], block["states"] + block["weights"])  # the next one's
-        one["overlapped"] = block["weights"] + (run.blocks - 1) * others + last
-        sums = {name: total + count * one[name] for name, total in sums.items()}
+    read = boundary * (tokens + run.validation)
+    written = boundary * (np.minimum(tokens, run.distinct) + run.validation)
+    compute = (tokens + run.validation) * (run.compute or 0.0)
+    states = (read / run.read + written / run.write) / run.nodes
+    first = run.weights / run.read / run.blocks
+    others = np.maximum(compute / run.blocks, states / run.blocks + first)  # while the next block is read
+    last = np.maximum(compute, states) / run.blocks
     copies = 0.0 if run.copy is None else passes * run.weights / run.copy
     return PassChoice(
         pass_tokens=length,
@@ -177,37 +184,28 @@ def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
         hidden=place,
         held=held_bytes(run, steps),
         weights_read=passes * run.weights,
-        states_read=sums["read"],
-        states_written=sums["written"],
-        compute_seconds=None if run.compute is None else sums["compute"],
-        weights_seconds=sums["weights"],
-        states_seconds=sums["states"],
+        states_read=total(read),
+        states_written=total(written),
+        compute_seconds=None if run.compute is None else total(compute),
+        weights_seconds=passes * (run.weights / run.read),
+        states_seconds=total(states),
         copy_seconds=copies,
-        seconds=sums["overlapped"] + copies,
+        seconds=total(first + (run.blocks - 1) * others + last) + copies,
         why="",
     )
 
 
-def _why(
-    run: Streamed,
-    found: dict[Place, PassChoice],
-    best: Place,
-    asked: int | Literal["all", "auto"],
-    places: tuple[Place, ...],
-) -> str:
-    """One sentence: what was chosen, at what cost, and what became of the other place."""
-    told = _told(found[best], run.tokens)
-    others = [place for place in places if place != best]
-    if not others:
-        return told if asked == "auto" else f"{told} (as blocks.pass_tokens and blocks.hidden say)"
-    (other,) = others
+def _why(run: Streamed, found: dict[Place, PassChoice], best: Place, other: Place | None, least: int) -> str:
+    """What was chosen, at what cost, and how the other place compares where there was a choice."""
+    chosen = _described(found[best], run.tokens)
+    if other is None:
+        return chosen
     if other in found:
-        return f"{told}; the alternative: {_told(found[other], run.tokens)}"
-    least = 1 if asked == "auto" else _steps(run, asked)
-    return f"{told}; {_where(other)} {tera(held_bytes(run, least))} would be needed and {_free(run, other)} are free"
+        return f"{chosen}; the alternative: {_described(found[other], run.tokens)}"
+    return f"{chosen}; {_where(other)} {tera(held_bytes(run, least))} would be needed and {_free(run, other)} is free"
 
 
-def _told(choice: PassChoice, tokens: int) -> str:
+def _described(choice: PassChoice, tokens: int) -> str:
     count = f"{choice.passes} passes" if choice.passes > 1 else "one pass"
     compute = "an unknown time" if choice.compute_seconds is None else _time(choice.compute_seconds)
     parts = [f"weights {_time(choice.weights_seconds)}"]
@@ -217,7 +215,7 @@ def _told(choice: PassChoice, tokens: int) -> str:
     states = f"{tera(choice.held)} of hidden states {_where(choice.hidden)}"
     return (
         f"{count} of {min(choice.pass_tokens, tokens):,} tokens, {states}: "
-        f"{' and '.join(parts)} of reading and writing beside {compute} of computing{total}"
+        f"{' and '.join(parts)} of reading and writing alongside {compute} of computing{total}"
     )
 
 
@@ -233,20 +231,15 @@ def _time(seconds: float) -> str:
     return in_words(seconds) if seconds >= 5 else f"{seconds:.2g} s"
 
 
-def _too_large(run: Streamed, asked: int | Literal["all", "auto"], places: tuple[Place, ...]) -> str:
-    steps = 1 if asked == "auto" else _steps(run, asked)
+def _too_large(run: Streamed, steps: int, places: tuple[Place, ...]) -> str:
     rows = min(steps * run.step_tokens, run.tokens, run.distinct)
-    mends = ["take fewer validation rows (transfer.eval_batches)"]
-    if steps > 1:
-        mends.insert(0, "lower blocks.pass_tokens")
-    if "disk" in places:
-        mends.append("point blocks.hidden_dir at a larger disk")
-    else:
-        mends.append("set blocks.hidden=disk")
+    fixes = ["lower blocks.pass_tokens"] if steps > 1 else []
+    fixes.append("take fewer validation rows (transfer.eval_batches)")
+    last = "point blocks.hidden_dir at a larger disk" if "disk" in places else "set blocks.hidden=disk"
     a_node = " of each node" if run.nodes > 1 else ""
     return (
-        f"the hidden states of a pass do not fit: {rows:,} training and {run.validation:,} validation tokens are "
-        f"{tera(held_bytes(run, steps))} as inputs and outputs of a block, and "
-        f"{' and '.join(f'{_free(run, place)} {_where(place)}' for place in places)}{a_node} can be had: "
-        f"{', '.join(mends[:-1])} or {mends[-1]}"
+        f"the hidden states of a pass do not fit: {rows:,} training and {run.validation:,} validation tokens take "
+        f"{tera(held_bytes(run, steps))} as inputs and outputs of a block; available: "
+        f"{' and '.join(f'{_free(run, place)} {_where(place)}' for place in places)}{a_node}. "
+        f"To fix it, {', '.join(fixes)} or {last}"
     )

@@ -1,0 +1,105 @@
+"""How many layers a block of attention transfer holds: what a block needs on the device and on the host.
+
+On the device, at the worst moment: the weights of the block's k layers, the activations of one of them (layers learn
+separately, nothing is kept from layer to layer), and the students of all k in float32 with gradient, AdamW's moments
+and the best weights so far. On the host, for each process: the weights of a block while they are copied to the GPU, and
+those of the next block while this one trains; where the host is the device, both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from trenchcoat.config import UserError
+from trenchcoat.config.units import gib
+from trenchcoat.models.flops import student_parameters
+from trenchcoat.models.shapes import Shapes
+from trenchcoat.planning.footprint import Layout, TrainingStep, footprint
+from trenchcoat.planning.plan import RESERVE_BYTES, RESERVE_SHARE, with_reserve
+
+WEIGHTS_SHARE = 0.5
+"""Of a process's host memory that weights of blocks may take; the rest is for hidden states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSize:
+    """Blocks of ``layers`` layers; the last one may have fewer."""
+
+    layers: int
+    """k"""
+    blocks: int
+    device_bytes: float
+    """Of a GPU at its worst moment, without reserve; without a GPU, of the host."""
+    host_bytes: float
+    """Of a process's host memory: weights being copied or read ahead and, without a GPU, the block being trained."""
+
+
+def layer_bytes(shapes: Shapes, dtype_bytes: int = 2) -> float:
+    """Weights of one layer."""
+    return float(dtype_bytes * shapes.layer_parameters)
+
+
+def block_bytes(step: TrainingStep, layers: int) -> float:
+    """Bytes on the device while ``layers`` layers of the step's model learn.
+
+    Layers that `student.keep_softmax` leaves as they are count like the others. Raises ``ValueError`` for a student
+    that does not fit the model.
+    """
+    alone = replace(step.shapes, layers=layers, embedding_parameters=0, head_parameters=0, other_parameters=0)
+    linear = replace(step.student, keep_softmax=())
+    best = 4.0 * student_parameters(alone, linear)
+    return best + footprint(replace(step, shapes=alone, student=linear), Layout()).total
+
+
+def measure_block(step: TrainingStep, layers: int, *, gpu: bool) -> BlockSize:
+    """Blocks of ``layers`` layers, whether they fit or not; ``gpu``: the device is a GPU, not the host."""
+    layers = min(layers, step.shapes.layers)
+    blocks = math.ceil(step.shapes.layers / layers)
+    device = block_bytes(step, layers)
+    weights = layers * layer_bytes(step.shapes, step.dtype_bytes)
+    host = weights if gpu else device + (weights if blocks > 1 else 0.0)
+    return BlockSize(layers=layers, blocks=blocks, device_bytes=device, host_bytes=host)
+
+
+def choose_block_size(
+    step: TrainingStep, *, gpu_memory: float | None, host_memory: float, size: int | None = None
+) -> BlockSize:
+    """The largest blocks that fit, all of about the same size; ``size`` layers where that is given (`blocks.size`).
+
+    ``gpu_memory`` and ``host_memory`` are the bytes available to a process; without a GPU the former is None. Weights
+    take at most ``WEIGHTS_SHARE`` of the host's, unless a single layer needs more. Raises ``UserError`` with the
+    figures when the given size, or a single layer, does not fit.
+    """
+
+    def fits(block: BlockSize, share: float) -> bool:
+        on_gpu = gpu_memory is None or with_reserve(block.device_bytes) <= gpu_memory
+        return on_gpu and block.host_bytes <= share * host_memory
+
+    if size is None:
+        for blocks in range(1, step.shapes.layers + 1):
+            found = measure_block(step, math.ceil(step.shapes.layers / blocks), gpu=gpu_memory is not None)
+            if fits(found, WEIGHTS_SHARE):
+                return found
+    last = measure_block(step, size or 1, gpu=gpu_memory is not None)
+    if not fits(last, 1.0):
+        what = f"blocks.size={size}" if size is not None else "a block of one layer"
+        raise UserError(_too_large(last, gpu_memory, host_memory, what))
+    return last
+
+
+def _too_large(block: BlockSize, gpu_memory: float | None, host_memory: float, what: str) -> str:
+    short_on_gpu = gpu_memory is not None and with_reserve(block.device_bytes) > gpu_memory
+    if block.layers > 1:
+        fix = "take blocks of fewer layers (blocks.size)"
+    else:
+        fix = "lower transfer.batch_size or data.seq_len" if short_on_gpu or gpu_memory is None else "free memory"
+    if short_on_gpu:
+        return (
+            f"{what} needs {gib(block.device_bytes)} on the GPU, plus a reserve of {gib(RESERVE_BYTES)} and "
+            f"{RESERVE_SHARE:.0%}; {gib(gpu_memory or 0.0)} is available: {fix}"
+        )
+    return (
+        f"{what} needs {gib(block.host_bytes)} of host memory a process, including what is read ahead; "
+        f"{gib(host_memory)} is available: {fix}"
+    )

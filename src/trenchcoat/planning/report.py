@@ -1,0 +1,330 @@
+"""Plans for people and for programs: rich tables and notes for the terminal, a JSON document with everything.
+
+`trenchcoat plan` reports the ways of running a recipe, and a simulated step beside the arithmetic; `trenchcoat blocks
+plan` the ways of running its attention transfer block by block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.units import GIB, gib, tera
+from trenchcoat.models.shapes import find_config
+from trenchcoat.planning.advice import notes_on, uneven
+from trenchcoat.planning.blocks.ways import PARALLEL, STREAMING, BlocksPlan, BlockWay, plan_blocks, plan_transfer
+from trenchcoat.planning.footprint import MEMORY_PARTS, Layout
+from trenchcoat.planning.plan import (
+    HOST_MEMORY,
+    HOST_USABLE,
+    RESERVE_BYTES,
+    RESERVE_SHARE,
+    Machine,
+    Plan,
+    Planner,
+    StagePlan,
+    Way,
+    make_plan,
+)
+from trenchcoat.planning.simulate import Sharding, Simulated, simulate
+
+STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
+
+_TEXT_COLUMNS = ("way", "fits", "settings", "limit", "part", "stage")
+"""Columns that are aligned on the left."""
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """``shown`` for the terminal (texts and tables, in order), ``document`` for JSON."""
+
+    shown: tuple[Any, ...]
+    document: dict[str, Any]
+
+
+def report_plan(
+    recipe: Recipe, machine: Machine, *, tokens: float | None = None, simulated: bool = False
+) -> PlanReport:
+    """Plan ``recipe`` on ``machine``; with ``simulated`` a step of each stage is run on fake tensors, and compared.
+
+    ``tokens`` is the size of one pass over the training data. Raises ``UserError``.
+    """
+    planner, plan = make_plan(recipe, machine, tokens=tokens)
+    notes = notes_on(planner, plan)
+    shown: list[Any] = [_headline(recipe, plan), _ways_table(plan)]
+    shown += [_parts_table(plan, stage) for stage in planner.stages]
+    document = plan.as_dict() | {"notes": notes}
+    if recipe.transfer is not None:
+        try:
+            blocks = plan_transfer(planner, plan, gpus=[machine.gpus])
+            shown.append(_side_by_side(blocks))
+            document["blocks"] = blocks.as_dict()
+        except UserError as error:
+            document["blocks"] = f"block by block: {error}"
+            shown.append(document["blocks"])
+    shown += [_disk_line(plan), _state_line(plan), *_bullets(notes)]
+    if simulated:
+        way = _way_to_simulate(plan)
+        measured = {name: _simulate(planner, way, name) for name in planner.stages}
+        shown.append(_comparison(way, measured))
+        document["simulated"] = {
+            name: {
+                "way": way.name,
+                "arithmetic_bytes": way.stages[name].memory.total,
+                "simulated_bytes": found.peak,
+                "parts": found.parts,
+                "seconds": found.seconds,
+            }
+            for name, found in measured.items()
+        }
+    return PlanReport(tuple(shown), document)
+
+
+def report_blocks_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> PlanReport:
+    """Plan the transfer of ``recipe`` block by block; ``tokens`` is one pass over the training data.
+
+    Raises ``UserError``.
+    """
+    plan = plan_blocks(recipe, machine, tokens)
+    notes = notes_on_blocks(recipe, plan)
+    memory = _block_ways("What it needs", _WHO + _MEMORY + _LIMIT, plan.ways)
+    time = _block_ways("How long it takes, at least", _WHO + _TIME + _LIMIT, plan.ways)
+    time.caption = "* what `trenchcoat blocks run` does with this recipe"
+    shown = (_blocks_headline(recipe, plan), memory, time, *_bullets(notes))
+    return PlanReport(shown, plan.as_dict() | {"chosen": plan.chosen.name, "notes": notes})
+
+
+def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
+    """Notes on ``plan``: what was chosen and why, what does not fit, what is not counted."""
+    gpus, chosen, transfer = plan.machine.gpus, plan.chosen, recipe.transfer
+    assert transfer is not None
+    found = [f"{chosen.name}: {chosen.why}"] if chosen.why else []
+    for way in plan.of(gpus):
+        if not way.fits and not way.asked and way.why:
+            found.append(f"{way.name}: {way.why}")
+    fastest = plan.best(gpus)
+    if fastest is not None and fastest is not chosen and fastest.hours < 0.9 * (chosen.hours or math.inf):
+        found.append(f"faster: {fastest.name}, {fastest.hours:.3g} h ({fastest.settings})")
+    parallel = plan.best(gpus, PARALLEL)
+    if parallel is not None:
+        found.append(
+            f"parallel: {parallel.collect_hours:.3g} of its {parallel.hours:.3g} h are the teacher's pass on the "
+            "GPUs of one node, which stores the inputs of all blocks"
+        )
+    if chosen.kind == STREAMING and transfer.accumulation % gpus:
+        found.append(uneven("transfer", transfer.accumulation, gpus))
+    if recipe.model.quantize != "none":
+        found.append(
+            f"blocks are counted in the weights' own precision, not with model.quantize={recipe.model.quantize}"
+        )
+    if plan.machine.disk is None:
+        found.append("give the free disk space as --disk to have it compared")
+    return found
+
+
+def _bullets(notes: Iterable[str]) -> list[str]:
+    return [f"- {note}" for note in notes]
+
+
+def _hardware(machine: Machine) -> str:
+    return (
+        f"{machine.gpus} x {machine.gpu} with {gib(machine.gpu_memory)}, {machine.node_gpus} a node; "
+        f"{machine.mfu:.0%} of the peak; "
+    )
+
+
+def _headline(recipe: Recipe, plan: Plan) -> str:
+    shapes = plan.shapes
+    rows = ", ".join(
+        f"{name} {stage.batch_size} x {recipe.data.seq_len} tokens a process"
+        for name, stage in (("transfer", recipe.transfer), ("lora", recipe.lora))
+        if stage is not None
+    )
+    return (
+        f"{plan.model}: {shapes.parameters / 1e9:.4g} billion parameters in {shapes.layers} layers; {rows}\n"
+        f"{_hardware(plan.machine)}{gib(RESERVE_BYTES)} and {RESERVE_SHARE:.0%} of the need kept in reserve"
+    )
+
+
+def _blocks_headline(recipe: Recipe, plan: BlocksPlan) -> str:
+    machine = plan.machine
+    host = gib(machine.host_memory) if machine.host_memory else f"{gib(HOST_MEMORY)} a GPU"
+    return (
+        f"{plan.model}: attention transfer of {plan.shapes.layers} layers on {plan.tokens:,} tokens "
+        f"({plan.distinct:,} in distinct rows of {recipe.data.seq_len}; {plan.validation:,} for validation); "
+        f"hidden states of the distinct ones are {tera(plan.boundary_bytes)} between two blocks\n"
+        f"up to {_hardware(machine)}{HOST_USABLE:.0%} of {host} of host memory; a node reads "
+        f"{machine.read_rate / 1e9:g} and writes {machine.write_rate / 1e9:g} GB/s; {gib(RESERVE_BYTES)} and "
+        f"{RESERVE_SHARE:.0%} of a GPU's need kept in reserve; everything else on disk is {tera(plan.other_disk)}"
+    )
+
+
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None]) -> Table:
+    """One row for each of ``rows``, a line for None."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in _TEXT_COLUMNS else "right")
+    for row in rows:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*row)
+    return table
+
+
+def _ways_table(plan: Plan) -> Table:
+    """One row a way."""
+    stages = list(plan.ways[0].stages)
+    speeds = [f"{name}\n{what}" for name in stages for what in ("tokens/s", "hours")]
+    table = _table(
+        "Ways to run it (memory of one GPU, tokens/s of all)",
+        ["way", *(STAGE_TITLES[name] for name in stages), "fits", *speeds, "settings"],
+        (
+            [
+                f"{way.name} *" if way.name == plan.best else way.name,
+                *(gib(stage.memory.total) for stage in way.stages.values()),
+                "yes" if way.fits else "no",
+                *(cell for stage in way.stages.values() for cell in _speed(stage)),
+                way.settings,
+            ]
+            for way in plan.ways
+        ),
+    )
+    if plan.best is not None:
+        table.caption = "* the quickest that fits"
+    return table
+
+
+def _speed(stage: StagePlan) -> tuple[str, str]:
+    waits = "" if stage.bound_by == "arithmetic" else f" ({stage.bound_by})"
+    hours = "?" if stage.hours is None else f"{stage.hours:.3g}"
+    return f"{stage.tokens_per_second:,.0f}{waits}", hours
+
+
+def _parts_table(plan: Plan, stage: str) -> Table:
+    """One row a component, one column a way."""
+    memories = [way.stages[stage].memory for way in plan.ways]
+    parts = [part for part in MEMORY_PARTS if any(memory.parts[part] for memory in memories)]
+    return _table(
+        f"GiB of one GPU at its worst moment: {STAGE_TITLES[stage]}",
+        ["part", *(way.name for way in plan.ways)],
+        [
+            *([part, *(f"{memory.parts[part] / GIB:.2f}" for memory in memories)] for part in parts),
+            None,
+            ["total", *(f"{memory.total / GIB:.2f}" for memory in memories)],
+            ["moment", *(memory.moment for memory in memories)],
+        ],
+    )
+
+
+_Column = tuple[str, Callable[[BlockWay], str]]
+
+
+def _hours(way: BlockWay, hours: float) -> str:
+    return "-" if not way.passes else f"{hours:.3g}" if hours >= 0.01 else f"{hours:.1g}"
+
+
+_WHO: list[_Column] = [
+    ("GPUs", lambda way: str(way.gpus)),
+    ("way", lambda way: f"{way.name} *" if way.asked else way.name),
+]
+_MEMORY: list[_Column] = [
+    ("layers\na block", lambda way: str(way.layers)),
+    ("fits", lambda way: "yes" if way.fits else "no"),
+    ("one\nGPU", lambda way: gib(way.device_bytes)),
+    ("host,\na node", lambda way: tera(way.host_bytes)),
+    ("hidden states\non disk", lambda way: tera(way.disk_bytes) if way.disk_bytes else "-"),
+]
+_TIME: list[_Column] = [
+    ("passes", lambda way: str(way.passes) if way.passes else "-"),
+    ("read", lambda way: tera(way.read_bytes) if way.passes else "-"),
+    ("written", lambda way: tera(way.written_bytes) if way.written_bytes else "-"),
+    ("hours of\ncomputing", lambda way: _hours(way, way.compute_hours)),
+    ("hours of\ndisk", lambda way: _hours(way, way.disk_hours)),
+    ("hours", lambda way: _hours(way, way.hours)),
+    ("GPU-\nhours", lambda way: _hours(way, way.gpu_hours)),
+]
+_LIMIT: list[_Column] = [("limit", lambda way: way.limit)]
+
+
+def _block_ways(title: str, columns: list[_Column], ways: list[BlockWay]) -> Table:
+    """One row a way; a line where the number of GPUs changes."""
+    rows: list[list[str] | None] = []
+    for i, way in enumerate(ways):
+        if i and way.gpus != ways[i - 1].gpus:
+            rows.append(None)
+        rows.append([cell(way) for _, cell in columns])
+    return _table(title, [heading for heading, _ in columns], rows)
+
+
+def _side_by_side(plan: BlocksPlan) -> Table:
+    """Joint, streaming, pipeline and parallel with all GPUs of the machine, for `trenchcoat plan`."""
+    ways = [way for way in plan.of(plan.machine.gpus) if way.kind != STREAMING or way.asked]
+    if plan.chosen.kind != STREAMING:
+        found = plan.best(plan.machine.gpus, STREAMING)
+        ways[1:1] = [] if found is None else [found]
+    columns = _WHO[1:] + _MEMORY + _TIME[-2:] + _LIMIT
+    return _block_ways("Attention transfer: all layers at once, or block by block", columns, ways)
+
+
+def _disk_line(plan: Plan) -> str:
+    parts = ", ".join(f"{name} {tera(size)}" for name, size in plan.disk.items() if size >= 1e6)
+    return f"disk: {tera(sum(plan.disk.values()))} ({parts})"
+
+
+def _state_line(plan: Plan) -> str:
+    far, window = plan.state
+    return (
+        f"during generation, one sequence holds {far / GIB:.3g} GiB of far sums (float32) and "
+        f"{window / GIB:.3g} GiB of window, whatever its length"
+    )
+
+
+def _way_to_simulate(plan: Plan) -> Way:
+    """The chosen way, or the sharded one, if it can be simulated; else the first that can."""
+    able = [way for way in plan.ways if not way.layout.nf4 and not way.layout.offload]
+    preferred = [way for way in able if way.name == plan.best] or [w for w in able if w.layout.shared_by > 1]
+    return (preferred or able)[0]
+
+
+def _simulate(planner: Planner, way: Way, name: str) -> Simulated:
+    stage, layout = planner.stages[name], way.layout
+    return simulate(
+        find_config(planner.recipe.model.path, planner.recipe.model.revision),
+        planner.recipe.student,
+        stage,
+        seq_len=planner.recipe.data.seq_len,
+        ranks=layout.ranks,
+        shard=_sharding(layout),
+        node_size=planner.machine.gpus_per_node,
+        dtype=planner.dtype,
+    )
+
+
+def _sharding(layout: Layout) -> Sharding:
+    if layout.shared_by == 1:
+        return "none"
+    return "full" if layout.shared_by == layout.ranks else "node"
+
+
+def _comparison(way: Way, measured: dict[str, Simulated]) -> Table:
+    counted = {name: way.stages[name].memory.total for name in measured}
+    return _table(
+        f"Arithmetic and simulation, GiB of one GPU: {way.name}",
+        ("stage", "arithmetic", "simulation", "difference", "simulated in"),
+        (
+            [
+                STAGE_TITLES[name],
+                f"{counted[name] / GIB:.2f}",
+                f"{found.peak / GIB:.2f}",
+                f"{counted[name] / found.peak - 1:+.1%}",
+                f"{found.seconds:.0f} s",
+            ]
+            for name, found in measured.items()
+        ),
+    )
