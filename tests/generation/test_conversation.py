@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from conftest import byte_tokenizer
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
-from trenchcoat.generation.conversation import Conversation, softmax_twin
+from trenchcoat.generation.conversation import Conversation
+from trenchcoat.generation.generate import Sampling, softmax_twin
 from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students
 from trenchcoat.models.lora import add_lora
@@ -54,7 +55,7 @@ def templated() -> Any:
 
 
 def talk(model: Any, tokenizer: Any, **options: Any) -> Conversation:
-    return Conversation(model, tokenizer, {"max_new_tokens": 6, "do_sample": False, **options}, seed=0)
+    return Conversation(model, tokenizer, Sampling.of({"max_new_tokens": 6, **options}))
 
 
 def spoken(conversation: Conversation) -> list[list[int]]:

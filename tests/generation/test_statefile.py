@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from tiny_families import GREEDY, make, tokens
 from trenchcoat.config import UserError
-from trenchcoat.generation.generate import PREFILL_TOKENS, Session, generation_config
+from trenchcoat.generation.generate import PREFILL_TOKENS, Sampling, Session
 from trenchcoat.generation.statefile import _record, load_state, save_state
 from trenchcoat.models.attach import set_mode, set_state_dtype
 from trenchcoat.ops import StudentState
@@ -162,7 +162,7 @@ def test_a_session_reads_in_pieces_and_goes_on(tmp_path: Path, tokenizer: Any, m
     model = make()
     ids, more = tokens(1, 45)[0].tolist(), tokens(1, 6, seed=2)[0].tolist()
     whole = model.generate(torch.tensor([ids + more]), max_new_tokens=10, **GREEDY)[0, 51:].tolist()
-    config = generation_config(model, tokenizer, {"max_new_tokens": 10})
+    config = Sampling(max_new_tokens=10).config(model, tokenizer)
     config.eos_token_id = None
     monkeypatch.setattr("trenchcoat.generation.generate.PREFILL_TOKENS", 8)
     assert PREFILL_TOKENS > 8

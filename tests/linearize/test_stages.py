@@ -29,6 +29,7 @@ from trenchcoat.evaluation.rows import (
     asked_rows,
     final_row,
 )
+from trenchcoat.generation.generate import Sampling, generate_rows
 from trenchcoat.linearize import comparison, stages, variants
 from trenchcoat.linearize.comparison import stages_of
 from trenchcoat.models import loading
@@ -282,10 +283,9 @@ def test_generate_and_export(make: Make, tmp_path: Path) -> None:
     stages.transfer(recipe)
     stages.finetune(recipe)
     folder = Path(recipe.run.dir)
-    text = stages.generate(folder, ["The coat"], max_new_tokens=4).shown[0]
-    assert text.startswith("The coat")
-    both = stages.generate(folder, ["The coat"], compare=True, max_new_tokens=4).shown[0]
-    assert "softmax:" in both
+    (row,) = generate_rows(*load(folder), ["The coat"], Sampling(max_new_tokens=4), compare=True)
+    assert row["prompt"] == "The coat"
+    assert {"text", "softmax"} <= set(row)
     stages.export(folder, tmp_path / "adapter", merge=False)
     stages.export(folder, tmp_path / "merged", merge=True)
     ids = torch.arange(3, 40)[None]

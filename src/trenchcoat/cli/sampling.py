@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trenchcoat.cli.command import DEVICE_HELP, values
+
+if TYPE_CHECKING:
+    from trenchcoat.generation.generate import Sampling
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +39,23 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"the value of {text!r} cannot be read ({error})") from error
 
 
-def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Options for `generate_text` and `generation_config`."""
+def sampling_of(args: argparse.Namespace, **options: Any) -> Sampling:
+    """The settings that the command line asks for."""
+    from trenchcoat.generation.generate import Sampling
+
     chosen = {name: value for name, value in values(args, "temperature", "top_p", "top_k").items() if value is not None}
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": bool(chosen), **chosen, **dict(args.option)}
-    if options["do_sample"]:
-        options.setdefault("top_k", 0)
-    return options
+    options |= {"do_sample": bool(chosen), **chosen, **values(args, "max_new_tokens", "seed")}
+    return Sampling.of(options | dict(args.option))
+
+
+def loaded_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of the folder."""
+    from trenchcoat.models import hub
+    from trenchcoat.models.attach import set_state_dtype
+
+    model, tokenizer = hub.load(args.target, device=args.device)
+    set_state_dtype(model, args.state_dtype)
+    return model, tokenizer
 
 
 def write(text: str, end: str = "\n") -> None:

@@ -6,11 +6,9 @@ file (:mod:`trenchcoat.generation.statefile`), whatever was said before.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +16,14 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from trenchcoat.config import UserError
-from trenchcoat.generation.generate import Session, generation_config
-from trenchcoat.models.attach import mode_of, set_mode
-from trenchcoat.models.lora import remove_lora
+from trenchcoat.generation.generate import Sampling, Session
+from trenchcoat.models.attach import mode_of
 
 USER, ANSWER = "User:", "Assistant:"
 """Names of the two in a plain transcript."""
 
 _ASKED, _ANSWERED, _NEXT = "first-question", "the-answer-given", "next-question"
 """Stand-ins, to see what a template puts between an answer and the next question."""
-
-
-def softmax_twin(model: Any) -> Any:
-    """A second model over the same weights (none is copied) whose layers run the softmax attention, without LoRA."""
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    twin = copy.deepcopy(model, shared)
-    remove_lora(twin)
-    set_mode(twin, "teacher")
-    return twin
 
 
 @dataclass(frozen=True)
@@ -73,13 +61,14 @@ class _Pieces(TextStreamer):
 
 
 class Conversation:
-    """Turns with one model; `options` are those of Transformers' ``GenerationConfig`` for every answer."""
+    """Turns with one model; `sampling` applies to every answer."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], seed: int) -> None:
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.seed = model, tokenizer, sampling.seed
         self.templated = bool(getattr(tokenizer, "chat_template", None))
-        given = dict(options) if self.templated else {"stop_strings": [f"\n{USER}"], **options}
-        self.config = generation_config(model, tokenizer, given)
+        if not self.templated:
+            sampling = replace(sampling, more={"stop_strings": [f"\n{USER}"], **sampling.more})
+        self.config = sampling.config(model, tokenizer)
         self.reset()
 
     def reset(self) -> None:

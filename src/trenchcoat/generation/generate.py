@@ -2,7 +2,7 @@
 
 The linearized model brings its constant-size cache itself, so one function serves teacher and student. Prompts are read
 in pieces of ``PREFILL_TOKENS``, so that the memory they need does not depend on their length. A :class:`Session` is one
-row that goes on from where it was, token by token or from a file.
+row that continues from where it was, in memory or from a file.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import difflib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,92 @@ from transformers.generation.streamers import BaseStreamer
 
 from trenchcoat.config import UserError
 from trenchcoat.generation.statefile import load_state, save_state
+from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import cache_nbytes
+from trenchcoat.models.lora import remove_lora
 from trenchcoat.runtime.sharding import run_decoder
 
 PREFILL_TOKENS = 2048
 """Tokens of a prompt that are read at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How many tokens are written, and how each is chosen: greedily unless ``do_sample`` or ``num_beams`` is set."""
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    """This, ``top_k`` and ``top_p`` have an effect only with ``do_sample``."""
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int = 1
+    seed: int = 0
+    """Sampling starts from it at each batch, or at each turn of a chat; the caller's random state is left as it was."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of Transformers' ``GenerationConfig``, by name."""
+
+    def __post_init__(self) -> None:
+        _require_positive("num_beams", self.num_beams)
+        if self.temperature <= 0:
+            raise UserError(
+                f"temperature is {self.temperature}; expected a number above 0 (for greedy text leave sampling off)"
+            )
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; expected 0 (no limit) or a whole number above it")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; expected a share above 0, at most 1")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Sampling:
+        """From options by name; those that are not fields are Transformers' (``more``)."""
+        own = {each.name for each in fields(cls)} - {"more"}
+        known = {name: value for name, value in options.items() if name in own}
+        return cls(**known, more={name: value for name, value in options.items() if name not in own})
+
+    def config(self, model: Any, tokenizer: Any) -> GenerationConfig:
+        """Transformers' settings, with the model's end tokens; nothing else of the checkpoint's own.
+
+        Raises ``UserError`` for an option that does not exist (with the nearest that does) or a value it refuses.
+        """
+        known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+        for name in self.more:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "Transformers' GenerationConfig lists them"
+                raise UserError(f"no generation option {name!r}; {hint}")
+        ends = _end_tokens(model, tokenizer)
+        options: dict[str, Any] = {
+            "eos_token_id": ends or None,
+            "pad_token_id": _pad_token(tokenizer, ends),
+            "bos_token_id": tokenizer.bos_token_id,
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "num_beams": self.num_beams,
+        }
+        if self.do_sample:
+            top_p = 1.0 if self.top_p is None else self.top_p
+            options |= {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": top_p}
+        try:
+            made = GenerationConfig(**(options | dict(self.more)))
+            made.validate(strict=True)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"these generation options do not go together: {' '.join(str(error).split())}") from error
+        return made
+
+
+def _require_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{name} is {value}; expected a whole number of at least 1")
+
+
+def softmax_twin(model: Any) -> Any:
+    """A second model over the same weights (none is copied) whose layers run the softmax attention, without LoRA."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    remove_lora(twin)
+    set_mode(twin, "teacher")
+    return twin
 
 
 @dataclass(frozen=True)
@@ -50,46 +132,68 @@ class Generation:
     """Wall time of the whole batch this prompt was in."""
 
 
+def generate_rows(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    compare: bool = False,
+    start: Path | None = None,
+    end: Path | None = None,
+    batch_size: int = 8,
+) -> Iterator[dict[str, Any]]:
+    """The fields of a :class:`Generation` for each prompt, batch by batch.
+
+    ``compare`` adds `softmax`: the text of the same weights with softmax attention, without LoRA. ``start`` is a saved
+    state that is read before every prompt, ``end`` where the state after the only prompt and its continuation is
+    written. Raises ``UserError``.
+    """
+    if end is not None:
+        if len(prompts) != 1 or compare:
+            raise UserError(f"a state is saved after one prompt, without comparison; {len(prompts)} prompts are given")
+        yield _continue_and_save(model, tokenizer, prompts[0], sampling, start=start, end=end)
+        return
+    if compare and start is not None:
+        raise UserError("the softmax model cannot continue from a linearized model's state; leave out one of the two")
+    session = None if start is None else Session.load(start, model)
+    twin = softmax_twin(model) if compare else None
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        made = generate_text(model, tokenizer, batch, sampling, batch_size=batch_size, start=session)
+        other = made if twin is None else generate_text(twin, tokenizer, batch, sampling, batch_size=batch_size)
+        for one, old in zip(made, other, strict=True):
+            yield asdict(one) | ({} if twin is None else {"softmax": old.text})
+
+
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    sampling: Sampling,
     *,
-    max_new_tokens: int = 64,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    num_beams: int = 1,
-    seed: int = 0,
     batch_size: int = 8,
     start: Session | None = None,
-    **more: Any,
 ) -> list[Generation]:
-    """Continue every prompt; greedy unless ``do_sample`` or ``num_beams`` say otherwise.
+    """Continue every prompt; with the option ``num_return_sequences`` a prompt has several results.
 
-    ``temperature``, ``top_k`` and ``top_p`` shape sampling only. Sampling starts from ``seed`` at each batch and leaves
-    the caller's random state as it was. An empty prompt starts from the tokenizer's beginning-of-text token. ``start``
-    is read before every prompt (and not changed): a common beginning that is computed once. ``more`` are further
-    settings of Transformers' ``GenerationConfig``; with ``num_return_sequences`` a prompt has several results.
-    Raises ``ValueError`` naming the option that is out of range, or the prompt that has no token to start from.
+    An empty prompt starts from the tokenizer's beginning-of-text token. ``start`` is read before every prompt (and not
+    changed): a common beginning that is computed once. Raises ``UserError`` naming the option that is out of range, or
+    the prompt that has no token to start from.
     """
-    _check(max_new_tokens, temperature, top_k, top_p, num_beams, batch_size)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": num_beams}
-    if do_sample:
-        options |= {"temperature": temperature, "top_k": top_k or 0, "top_p": 1.0 if top_p is None else top_p}
-    config = generation_config(model, tokenizer, {**options, **more})
-    ends, pad, samples = _end_tokens(model, tokenizer), config.pad_token_id, config.num_return_sequences or 1
+    _require_positive("max_new_tokens", sampling.max_new_tokens)
+    _require_positive("batch_size", batch_size)
+    config, ends = sampling.config(model, tokenizer), _end_tokens(model, tokenizer)
     encoded = [_encode(tokenizer, prompt, start) for prompt in prompts]
     was_training = model.training
     model.eval()
     written: list[Generation] = []
     try:
         for first in range(0, len(prompts), batch_size):
-            rows = encoded[first : first + batch_size]
             started = time.perf_counter()
-            new = _generate_batch(model, rows, config, pad, seed, start, samples)
+            new = _generate_batch(model, encoded[first : first + batch_size], config, sampling.seed, start)
             seconds = time.perf_counter() - started
+            samples = config.num_return_sequences or 1
             sources = [prompt for prompt in prompts[first : first + batch_size] for _ in range(samples)]
             for prompt, tokens in zip(sources, new, strict=True):
                 kept = _until_end(tokens, ends)
@@ -97,22 +201,6 @@ def generate_text(
     finally:
         model.train(was_training)
     return written
-
-
-def _check(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_beams: int, batch_size: int
-) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
-    if temperature <= 0:
-        raise ValueError(
-            f"temperature is {temperature}; expected a number above 0 (for greedy text leave sampling off)"
-        )
-    if top_k is not None and top_k < 0:
-        raise ValueError(f"top_k is {top_k}; expected 0 (no limit) or a whole number above it")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; expected a share above 0, at most 1")
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -131,89 +219,61 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
     return ends[0] if ends else 0
 
 
-def generation_config(model: Any, tokenizer: Any, options: Mapping[str, Any]) -> GenerationConfig:
-    """Transformers' settings from ``options``, with the model's end tokens; nothing else of the checkpoint's own.
-
-    Raises ``UserError`` for an option that does not exist (with the nearest that does) or a value it refuses.
-    """
-    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "Transformers' GenerationConfig lists them"
-            raise UserError(f"no generation option {name!r}; {hint}")
-    ends = _end_tokens(model, tokenizer)
-    tokens = {"eos_token_id": ends or None, "pad_token_id": _pad_token(tokenizer, ends)}
-    try:
-        made = GenerationConfig(**{**tokens, "bos_token_id": tokenizer.bos_token_id, **options})
-        made.validate(strict=True)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"these generation options do not go together: {' '.join(str(error).split())}") from error
-    return made
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, start: Session | None) -> list[int]:
     if start is not None:
         ids = [*start.pending, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
         if not ids:
-            raise ValueError("the prompt is empty and the state has no token waiting; give a text to go on with")
+            raise UserError("the prompt is empty and the state has no pending token; give a text to continue with")
         return ids
     ids = list(tokenizer(prompt)["input_ids"])
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
-        raise ValueError(
+        raise UserError(
             f"prompt {prompt!r} has no token, and the tokenizer has no beginning-of-text token; give a text"
         )
     return ids
 
 
 def _generate_batch(
-    model: PreTrainedModel,
-    rows: list[list[int]],
-    config: GenerationConfig,
-    pad: int,
-    seed: int,
-    start: Session | None,
-    samples: int,
+    model: PreTrainedModel, rows: list[list[int]], config: GenerationConfig, seed: int, start: Session | None
 ) -> list[list[int]]:
     """Left-pad the rows, generate, return each row's new tokens (padding after an early end included)."""
     length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
+    ids = torch.tensor([[config.pad_token_id] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
     options: dict[str, Any] = {}
     if start is not None:
-        copies = max(samples, config.num_beams or 1)
+        copies = max(config.num_return_sequences or 1, config.num_beams or 1)
         options["past_key_values"] = start.fork(len(rows) * copies)
         mask = torch.cat([mask.new_ones(len(rows), start.seen), mask], 1)
-    with torch.no_grad(), torch.random.fork_rng(devices=_devices(model)):
-        torch.manual_seed(seed)
-        out = _generate(model, ids, mask, config, **options)
-    return [row[length:] for row in out.tolist()]
+    return [row[length:] for row in _generate(model, ids, mask, config, seed, **options)]
 
 
-def _devices(model: PreTrainedModel) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []
-
-
-def _generate(model: Any, ids: Tensor, mask: Tensor, config: GenerationConfig, **options: Any) -> Tensor:
-    """`model.generate`, with long prompts read in pieces."""
+def _generate(
+    model: Any, ids: Tensor, mask: Tensor, config: GenerationConfig, seed: int | None, **options: Any
+) -> list[list[int]]:
+    """The tokens that `model.generate` returns, with long prompts read in pieces, sampling from ``seed`` if given."""
     if ids.shape[1] > PREFILL_TOKENS and config.prefill_chunk_size is None:
         config = copy.deepcopy(config)
         config.prefill_chunk_size = PREFILL_TOKENS
-    out: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
-    return out
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        out: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
+    return out.tolist()
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
-    """Tokens up to and with the first end token."""
+    """Tokens up to and including the first end token."""
     for place, token in enumerate(tokens):
         if token in ends:
             return tokens[: place + 1]
     return tokens
 
 
-# One row that goes on
+# One row that is continued
 
 
 class _Halt(StoppingCriteria):
@@ -224,25 +284,23 @@ class _Halt(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.halt(), device=input_ids.device)
 
 
-def continue_and_save(
-    model: Any, tokenizer: Any, prompt: str, *, start: Path | None, end: Path, seed: int = 0, **options: Any
+def _continue_and_save(
+    model: Any, tokenizer: Any, prompt: str, sampling: Sampling, *, start: Path | None, end: Path
 ) -> dict[str, Any]:
-    """Continue one prompt (after the state `start`, when given) and write the state after it to `end`.
+    """Continue one prompt (after the state `start`, if given) and write the state after it to `end`.
 
-    `options` as those of :func:`generate_text`; ``max_new_tokens=0`` only reads. Returns the fields of a Generation.
+    ``max_new_tokens=0`` only reads. Returns the fields of a Generation.
     """
     session = Session.new(model) if start is None else Session.load(start, model)
-    several = options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1
-    if several:
+    if sampling.num_beams != 1 or sampling.more.get("num_return_sequences", 1) != 1:
         raise UserError("a state is saved of one continuation; leave out beams and num_return_sequences")
     ids = _encode(tokenizer, prompt, None if start is None else session)[len(session.pending) :]
     began = time.perf_counter()
-    if options.get("max_new_tokens") == 0:
+    if sampling.max_new_tokens == 0:
         session.read(ids)
         new = []
     else:
-        options = {name: value for name, value in options.items() if value is not None}
-        new = session.write(ids, generation_config(model, tokenizer, options), seed=seed)
+        new = session.write(ids, sampling.config(model, tokenizer), seed=sampling.seed)
     session.save(end)
     text = str(tokenizer.decode(new, skip_special_tokens=True))
     return asdict(Generation(prompt, text, len(new), time.perf_counter() - began))
@@ -255,7 +313,7 @@ class Session:
     model: Any
     cache: Cache
     pending: list[int] = field(default_factory=list)
-    """Tokens that come next and have not been read: those of an empty reading, or the last one generated."""
+    """Tokens that come next and have not been read yet, such as the last one generated."""
 
     @classmethod
     def new(cls, model: Any) -> Session:
@@ -288,7 +346,7 @@ class Session:
         return twin
 
     def read(self, ids: Sequence[int]) -> None:
-        """Read tokens in pieces; the last one stays pending, as its logits are what comes next."""
+        """Read tokens in pieces; the last one stays pending, since its logits choose the next token."""
         row = [*self.pending, *ids]
         if not row:
             raise UserError("there is nothing to read: the text has no tokens")
@@ -311,23 +369,19 @@ class Session:
     ) -> list[int]:
         """Read `ids` and generate; returns the new tokens, the end token included.
 
-        `halt` is asked after every token whether to stop. With `seed`, sampling starts from it and the caller's random
-        state stays as it was.
+        `halt` is called after every token; generation stops when it returns True. With `seed`, sampling starts from it
+        and the caller's random state stays as it was. `options` go to Transformers' ``generate``.
         """
         row = [*self.pending, *ids]
         if not row:
-            raise UserError("there is nothing to go on from: the text has no tokens")
+            raise UserError("there is nothing to continue: the text has no tokens")
         before = self.seen
         given = torch.tensor([row], device=self.model.device)
         mask = torch.ones(1, before + len(row), dtype=torch.int64, device=given.device)
         if halt is not None:
             options["stopping_criteria"] = StoppingCriteriaList([_Halt(halt)])
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices(self.model), enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            out = _generate(self.model, given, mask, config, past_key_values=self.cache, streamer=streamer, **options)[
-                0
-            ].tolist()
+        options |= {"past_key_values": self.cache, "streamer": streamer}
+        (out,) = _generate(self.model, given, mask, config, seed, **options)
         self.pending = out[self.seen - before :]
         return out[len(row) :]
 

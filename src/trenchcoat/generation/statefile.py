@@ -25,7 +25,7 @@ from trenchcoat.ops import RowState
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.runtime.sharding import first_elements
 
-FORMAT = "trenchcoat state 1"
+_FORMAT = "trenchcoat state 1"
 """Written into every file."""
 
 ELEMENTS = 256
@@ -66,7 +66,7 @@ def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequen
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state.tensors().items()}
         tokens = layer.tokens
     record = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "identity": function_identity(model),
         "tokens": str(tokens),
         "pending": json.dumps([int(token) for token in pending]),
@@ -82,8 +82,8 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
     """
     where = Path(path)
     tensors, record = load_tensors(where), _record(where)
-    if record.get("format") != FORMAT:
-        raise UserError(f"{where} is not a conversation's state ({FORMAT!r}); make one with --save-state")
+    if record.get("format") != _FORMAT:
+        raise UserError(f"{where} is not a conversation's state ({_FORMAT!r}); make one with --save-state")
     if record.get("identity") != function_identity(model):
         raise UserError(
             f"{where} was written by another model (other weights, adapter or student settings); load it with the one "

@@ -19,7 +19,7 @@ from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import TEACHER, Variant, asked_rows, final_row
 from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
-from trenchcoat.generation.generate import generate_text
+from trenchcoat.generation.generate import Sampling, generate_text
 from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models.attach import set_far
 from trenchcoat.runtime import distributed
@@ -137,7 +137,8 @@ class Comparison:
         prompts = self._prompts()
         written: dict[str, list[str]] = {}
         for row in rows:
-            made = generate_text(self.assemble(row), self.variants.tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
+            sampling = Sampling(max_new_tokens=SAMPLE_TOKENS)
+            made = generate_text(self.assemble(row), self.variants.tokenizer, prompts, sampling)
             written[row] = [one.text for one in made]
         return [Sample(p, {name: texts[i] for name, texts in written.items()}) for i, p in enumerate(prompts)]
 

@@ -20,12 +20,10 @@ from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
-from trenchcoat.generation.conversation import softmax_twin
-from trenchcoat.generation.generate import Session, continue_and_save, generate_text
 from trenchcoat.linearize.comparison import Comparison, estimate_seconds, evaluation_rows, stages_of
 from trenchcoat.linearize.variants import ModelVariants, open_variants
 from trenchcoat.models import hub
-from trenchcoat.models.attach import set_state_dtype, student_config
+from trenchcoat.models.attach import student_config
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
@@ -175,51 +173,6 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     found = score(model, text, window=window, batch_size=recipe.eval.batch_size)
     scores = Results(window, text.ids.shape[1], rows={path.name: found}, recipe=dataclasses.asdict(recipe))
     return Outcome((report.terminal_table(scores),), scores)
-
-
-def generate(path: Path, prompts: list[str], *, compare: bool = False, **options: Any) -> Outcome:
-    """Continue prompts with the model of a run, an adapter or a merged folder; see :func:`generate_rows`."""
-    rows = generate_rows(path, prompts, compare=compare, **options)
-    if not compare:
-        return Outcome(tuple(row["prompt"] + row["text"] for row in rows))
-    return Outcome(tuple(f"{row['prompt']}\n  linear: {row['text']}\n  softmax: {row['softmax']}" for row in rows))
-
-
-def generate_rows(
-    path: Path,
-    prompts: Sequence[str],
-    *,
-    device: str = "auto",
-    compare: bool = False,
-    state_dtype: str = "float32",
-    start: Path | None = None,
-    end: Path | None = None,
-    batch_size: int = 8,
-    **options: Any,
-) -> Iterator[dict[str, Any]]:
-    """What the model writes after each prompt, batch by batch: prompt, text, tokens, seconds (of its batch).
-
-    ``compare`` adds `softmax`: the text of the same weights with softmax attention, without LoRA. ``start`` is a state
-    that is read before every prompt, ``end`` where the state after the one prompt and its continuation is written (no
-    sampling of several, no beams). ``options`` are those of ``generate_text``. Raises ``UserError``.
-    """
-    model, tokenizer = hub.load(path, device=device)
-    set_state_dtype(model, state_dtype)
-    if end is not None:
-        if len(prompts) != 1 or compare:
-            raise UserError(f"a state is saved after one prompt, without comparison; {len(prompts)} prompts are given")
-        yield continue_and_save(model, tokenizer, prompts[0], start=start, end=end, **options)
-        return
-    if compare and start is not None:
-        raise UserError("the softmax model cannot go on from a linearized model's state; leave out one of the two")
-    session = None if start is None else Session.load(start, model)
-    twin = softmax_twin(model) if compare else None
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        made = generate_text(model, tokenizer, batch, batch_size=batch_size, start=session, **options)
-        other = made if twin is None else generate_text(twin, tokenizer, batch, batch_size=batch_size, **options)
-        for one, old in zip(made, other, strict=True):
-            yield dataclasses.asdict(one) | ({} if twin is None else {"softmax": old.text})
 
 
 def export(path: Path, out: Path, *, merge: bool) -> Outcome:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.cli.command import TARGET_HELP, Command
-from trenchcoat.cli.sampling import add_sampling, sampling_of, write
+from trenchcoat.cli.sampling import add_sampling, loaded_model, sampling_of, write
 from trenchcoat.config import UserError
 
 _COMMANDS = "/reset, /save FILE, /load FILE, /quit"
@@ -31,19 +31,17 @@ def _run(args: argparse.Namespace) -> None:
     stops an answer. In the chat: /reset forgets everything, /save FILE and /load FILE write and read the state, /quit
     ends.
     """
-    from trenchcoat.generation.conversation import Conversation, softmax_twin
-    from trenchcoat.models import hub
-    from trenchcoat.models.attach import set_state_dtype
+    from trenchcoat.generation.conversation import Conversation
+    from trenchcoat.generation.generate import softmax_twin
 
     if args.compare and args.load_state is not None:
-        raise UserError("the softmax model cannot go on from a linearized model's state; leave out one of the two")
-    model, tokenizer = hub.load(args.target, device=args.device)
-    set_state_dtype(model, args.state_dtype)
-    talks = {"linear": Conversation(model, tokenizer, sampling_of(args), args.seed)}
+        raise UserError("the softmax model cannot continue from a linearized model's state; leave out one of the two")
+    sampling, (model, tokenizer) = sampling_of(args), loaded_model(args)
+    talks = {"linear": Conversation(model, tokenizer, sampling)}
     if args.load_state is not None:
         talks["linear"].load(args.load_state)
     if args.compare:
-        talks["softmax"] = Conversation(softmax_twin(model), tokenizer, sampling_of(args), args.seed)
+        talks["softmax"] = Conversation(softmax_twin(model), tokenizer, sampling)
     style = "in its chat template" if talks["linear"].templated else "as a plain transcript (it has no chat template)"
     write(f"{args.target}, {style}; {_COMMANDS}; Ctrl-C stops an answer")
     while (line := _ask()) is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.cli.command import TARGET_HELP, Command, values
-from trenchcoat.cli.sampling import add_sampling, sampling_of, write
+from trenchcoat.cli.sampling import add_sampling, loaded_model, sampling_of, write
 from trenchcoat.config import UserError
 
 
@@ -37,18 +37,12 @@ def _run(args: argparse.Namespace) -> None:
     state held while writing has a constant size, and so has the file that --save-state writes: a long beginning is read
     once (--max-new-tokens 0) and continued with --load-state.
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.generation.generate import generate_rows
     from trenchcoat.runtime.files import atomic_file
 
-    rows = stages.generate_rows(
-        args.target,
-        _prompts(args),
-        start=args.load_state,
-        end=args.save_state,
-        num_beams=args.beams,
-        **values(args, "device", "compare", "state_dtype", "batch_size", "seed"),
-        **sampling_of(args),
-    )
+    sampling, prompts = sampling_of(args, num_beams=args.beams), _prompts(args)
+    places = {"start": args.load_state, "end": args.save_state}
+    rows = generate_rows(*loaded_model(args), prompts, sampling, **places, **values(args, "compare", "batch_size"))
     if args.out is not None:
         with atomic_file(args.out) as partial, open(partial, "w", encoding="utf-8") as file:
             for row in rows:
