@@ -25,7 +25,7 @@ from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models import auto, hub
 from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.serving.vllm_plugin import MODELS, register
-from trenchcoat.serving.vllm_plugin.pages import PageLayout, attend, heads_of_rank
+from trenchcoat.serving.vllm_plugin.pages import PageLayout, StepRequests, attend_pages, heads_of_rank
 from trenchcoat.students import StudentAttention, build_student
 
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -118,8 +118,7 @@ def test_steps_over_pages_give_what_whole_sequences_give(name: str) -> None:
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
         slots = torch.tensor([slot[r] for r in requests], dtype=torch.int32)
-        options = {"scale": 0.3, "starts": starts, "lengths": lengths, "slots": slots, "decodes": decodes}
-        return attend(student, layout, pages, q, k, v, **options)
+        return attend_pages(student, layout, pages, (q, k, v), StepRequests(starts, lengths, slots, decodes), scale=0.3)
 
     untouched = [page[[0, 2]].clone() for page in pages]
     outputs = engine.run(step)

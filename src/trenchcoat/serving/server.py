@@ -1,22 +1,28 @@
 """An OpenAI-compatible server for one linearized model, made of the parts of Transformers' own (`transformers serve`).
 
-`parts` holds what is ours about it: the model comes from an adapter's, a run's or a merged folder, mistakes in a
-request are told to the client, a prompt has a limit, and a request ends when its client is gone or the server stops.
+The differences: the model comes from an adapter's, a run's or a merged folder, mistakes in a request are reported to
+the client, prompts have a limit, and a request ends when its client disconnects or the server stops. `requests` checks
+what clients ask for, `transformers_server` adapts the library's classes, `web` is the HTTP around them.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from trenchcoat.config import UserError
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
+
+if TYPE_CHECKING:
+    from trenchcoat.serving.web import Server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +42,17 @@ class ServeSettings:
     device: str = "auto"
     dtype: str = "auto"
     base: str | None = None
-    """Where the base model of an adapter is, when not where it was."""
+    """Where the base model of an adapter is, if it has moved."""
     log_level: str = "warning"
 
 
 def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
-    """Serve the linearized model in `path` until a signal ends it; `say` gets a sentence for the terminal.
+    """Serve the linearized model in `path` until a signal ends it; `say` receives a sentence for the terminal.
 
     Raises UserError when the extra is not installed, the model cannot be loaded, or a setting is impossible.
     """
     if not is_serve_available():
         raise UserError("serving needs fastapi, uvicorn and openai: pip install 'trenchcoat[serve]'")
-    from trenchcoat.serving import parts
-
     name = cfg.name if cfg.name is not None else path.resolve().name
     if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
         raise UserError(f"--name is {name!r}; expected letters, digits, - _ . and at most one /")
@@ -61,7 +65,7 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
         raise UserError(f"the tokenizer of {path} is a slow one; streaming needs a fast one (tokenizer.json)")
     if template is not None:
         tokenizer.chat_template = template
-    server = parts.build(model, tokenizer, name=name, context=context, cfg=cfg)
+    server = _build(model, tokenizer, name, context, cfg)
     student = student_config(model)
     chat = "" if tokenizer.chat_template is not None else "; no chat template: completions only"
     say(
@@ -69,6 +73,29 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
         f"a time, {context or 'unlimited'} tokens each{chat}. Ctrl-C stops it"
     )
     server.run_until_signal()
+
+
+def _build(model: Any, tokenizer: Any, name: str, context: int | None, cfg: ServeSettings) -> Server:
+    """The server, not yet listening."""
+    import uvicorn
+
+    from trenchcoat.serving.transformers_server import Generator, build_app
+    from trenchcoat.serving.web import DisconnectWatcher, Server, answer_errors_in_openai_form
+
+    if cfg.log_level not in logging.log_levels:
+        raise UserError(f"--log-level is {cfg.log_level!r}; known: {', '.join(logging.log_levels)}")
+    logging.set_verbosity(logging.log_levels[cfg.log_level])
+    generator = Generator(context, threading.Event())
+    app = build_app(model, tokenizer, name, generator)
+    answer_errors_in_openai_form(app)
+    config = uvicorn.Config(
+        DisconnectWatcher(app),
+        host=cfg.host,
+        port=cfg.port,
+        log_level="warning" if cfg.log_level == "warn" else cfg.log_level,
+        timeout_graceful_shutdown=int(cfg.grace) + 30,
+    )
+    return Server(config, generator, cfg.grace)
 
 
 def _context(cfg: ServeSettings, model: Any) -> int | None:

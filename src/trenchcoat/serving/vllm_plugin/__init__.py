@@ -1,13 +1,13 @@
 """The vLLM plugin: linearized Llama and Mistral models, as vLLM 0.33.0 loads them (entry point `vllm.general_plugins`).
 
-`pages` is the tensor code, shared with the operator and tested without vLLM; `models` is the glue, which is imported by
-vLLM only. What has been run and what has not is in `docs/SERVE.md`.
+`pages` is the tensor code, tested without vLLM; `models` connects it to vLLM, which imports it. What has been run and
+what has not is in `docs/SERVE.md`.
 """
 
 from __future__ import annotations
 
 VLLM_VERSION = "0.33.0"
-"""The version whose sources the glue was written against."""
+"""The version whose sources `models` was written against."""
 
 MODELS = {
     "LinearizedLlamaForCausalLM": "trenchcoat.serving.vllm_plugin.models:LinearizedLlamaForCausalLM",
@@ -17,9 +17,9 @@ MODELS = {
 
 
 def register() -> None:
-    """Tell vLLM of the model classes, and that their caches are set up as those of its Mamba models.
+    """Register the model classes with vLLM; their caches are set up like those of its Mamba models.
 
-    vLLM calls it in every process, perhaps more than once. Importing trenchcoat has made the config classes known to
+    vLLM calls it in every process, perhaps more than once. Importing trenchcoat has registered the config classes with
     Transformers by then.
     """
     from vllm.model_executor.models import ModelRegistry

@@ -1,4 +1,4 @@
-"""The glue to vLLM 0.33.0: its Llama and Mistral, with the attention of every layer taken over by a student.
+"""The connection to vLLM 0.33.0: its Llama and Mistral, with a student in place of the attention of every layer.
 
 vLLM's own classes do everything else (weights, projections, RoPE, sampling, scheduling). A layer's state is a page of
 vLLM's Mamba cache, by way of `MambaBase.get_state_shape`. Not run by our tests: vLLM cannot be installed beside the
@@ -20,12 +20,12 @@ from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCa
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from trenchcoat.models.auto import student_settings
-from trenchcoat.serving.vllm_plugin.pages import PageLayout, attend, heads_of_rank
+from trenchcoat.serving.vllm_plugin.pages import PageLayout, StepRequests, attend_pages, heads_of_rank
 from trenchcoat.students import StudentAttention, build_student
 
 
 def check_settings(vllm_config: Any) -> None:
-    """Raise ValueError for what this plugin does not do, with the option that mends it."""
+    """Raise ValueError for what this plugin does not support, with the option that avoids it."""
     if not vllm_config.model_config.enforce_eager:
         raise ValueError("linearized models run without CUDA graphs and torch.compile here: give --enforce-eager")
     if vllm_config.cache_config.enable_prefix_caching:
@@ -41,7 +41,7 @@ def student_for(vllm_config: Any, *, num_heads: int, num_kv_heads: int, head_dim
 
 
 class StudentLayer(nn.Module, MambaBase):
-    """What stands where vLLM's `Attention` stood: q, k, v of a step's tokens in, outputs before `o_proj` out."""
+    """Replaces vLLM's `Attention`: q, k, v of a step's tokens in, outputs before `o_proj` out."""
 
     student: StudentAttention
     kv_cache: tuple[Tensor, ...]
@@ -55,7 +55,7 @@ class StudentLayer(nn.Module, MambaBase):
 
     @property
     def mamba_type(self) -> Any:
-        """vLLM's plain linear attention, whose metadata says all that is needed."""
+        """vLLM's plain linear attention, whose metadata has all that is needed."""
         return MambaAttentionBackendEnum.LINEAR
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -75,24 +75,19 @@ class StudentLayer(nn.Module, MambaBase):
         tokens = meta.num_decode_tokens + meta.num_prefill_tokens
         requests = meta.num_decodes + meta.num_prefills
         y = torch.zeros_like(query)
-        y[:tokens] = attend(
-            self.student,
-            self.layout,
-            self.kv_cache,
-            query[:tokens],
-            key[:tokens],
-            value[:tokens],
-            scale=self.scale,
+        step = StepRequests(
             starts=meta.query_start_loc[: requests + 1].tolist(),
             lengths=meta.seq_lens[:requests].tolist(),
             slots=meta.state_indices_tensor[:requests],
             decodes=meta.num_decodes,
         )
+        qkv = (query[:tokens], key[:tokens], value[:tokens])
+        y[:tokens] = attend_pages(self.student, self.layout, self.kv_cache, qkv, step, scale=self.scale)
         return y
 
 
-def take_over(attn: Any, vllm_config: Any, prefix: str) -> None:
-    """Put a student in the place of `attn.attn`; its parameters load by the names they have in a merged folder."""
+def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
+    """Replace `attn.attn` by a student; its parameters load under the names that they have in a merged folder."""
     check_settings(vllm_config)
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     student = student_for(vllm_config, num_heads=attn.num_heads, num_kv_heads=attn.num_kv_heads, head_dim=attn.head_dim)
@@ -107,20 +102,21 @@ def take_over(attn: Any, vllm_config: Any, prefix: str) -> None:
     attn.attn = StudentLayer(student, attn.scaling, vllm_config, f"{prefix}.attn")
 
 
-class LinearizedLlamaDecoderLayer(LlamaDecoderLayer):
-    """vLLM's layer with a student."""
+class _WithStudent:
+    """Puts a student into a layer of vLLM's, which comes next in the order of classes."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, config=config)
-        take_over(self.self_attn, vllm_config, f"{prefix}.self_attn")
+        super().__init__(vllm_config=vllm_config, prefix=prefix, config=config)  # type: ignore[call-arg]
+        attention: Any = self.self_attn  # type: ignore[attr-defined]
+        insert_student(attention, vllm_config, f"{prefix}.self_attn")
 
 
-class LinearizedMistralDecoderLayer(MistralDecoderLayer):
+class LinearizedLlamaDecoderLayer(_WithStudent, LlamaDecoderLayer):
     """vLLM's layer with a student."""
 
-    def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, config=config)
-        take_over(self.self_attn, vllm_config, f"{prefix}.self_attn")
+
+class LinearizedMistralDecoderLayer(_WithStudent, MistralDecoderLayer):
+    """vLLM's layer with a student."""
 
 
 class _Linearized(HasInnerState, IsAttentionFree):

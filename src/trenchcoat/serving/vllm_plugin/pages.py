@@ -1,7 +1,7 @@
-"""A request's state as one page of a server's cache, and attention of many requests' tokens against such pages.
+"""A request's state as one page of a server's cache, and attention of many requests' tokens over such pages.
 
 A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes. The tokens of a
-step come in one flat row, those of requests that decode (one token each) before those of requests that prefill.
+step come in one flat row: first those of requests that decode (one token each), then those of requests that prefill.
 
 Shape legend: P pages, T tokens of a step, R requests of it, H query heads, G key/value heads, D head dim.
 """
@@ -22,7 +22,7 @@ _SEEN = "seen_B"
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The tensors of a page, in their order: the widest numbers first, so that each begins at a multiple of its own."""
+    """The tensors of a page, in order: the widest dtypes first, so that each begins at a multiple of its size."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -55,32 +55,37 @@ class PageLayout:
             page[slots.long()] = state.tensors()[name].view(-1, *page.shape[1:]).to(page.dtype)
 
 
-def attend(
+@dataclass(frozen=True)
+class StepRequests:
+    """The requests whose tokens a step brings; the first ``decodes`` of them bring one token each."""
+
+    starts: Sequence[int]
+    """Where each request's tokens begin, and where the last one's end; R + 1 numbers."""
+    lengths: Sequence[int]
+    """Tokens of each request so far, these included."""
+    slots: Tensor
+    """Page of each request, int [R]. What a page held before a request's first token is ignored."""
+    decodes: int
+
+
+def attend_pages(
     student: StudentAttention,
     layout: PageLayout,
     pages: Sequence[Tensor],
-    q_TX: Tensor,
-    k_TX: Tensor,
-    v_TX: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    requests: StepRequests,
     *,
     scale: float,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    slots: Tensor,
-    decodes: int,
 ) -> Tensor:
-    """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are brought up to date.
+    """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
 
-    Args:
-        q_TX, k_TX, v_TX: [T, H * D], [T, G * D], [T, G * D].
-        starts: where each request's tokens begin, and where the last one's end; R + 1 numbers.
-        lengths: tokens of each request so far, these included.
-        slots: page of each request, int [R]. What a page held before a request's first token is forgotten.
-        decodes: how many requests, the first ones, bring one token each.
+    ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D].
     """
+    q_TX, k_TX, v_TX = qkv
     dim, kv_heads = student.head_dim, student.num_kv_heads
     q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in ((q_TX, -1), (k_TX, kv_heads), (v_TX, kv_heads)))
     y_TX = torch.empty_like(q_TX)
+    slots, lengths, decodes = requests.slots, requests.lengths, requests.decodes
     if decodes:
         state = layout.read(pages, slots[:decodes], student, q_TX.dtype)
         first = torch.tensor([length == 1 for length in lengths[:decodes]], device=slots.device)
@@ -90,7 +95,7 @@ def attend(
         y_TX[:decodes] = student.decode(*now, state=state, scale=scale).flatten(1)
         layout.write(pages, slots[:decodes], state)
     for request in range(decodes, len(lengths)):
-        begin, end = starts[request], starts[request + 1]
+        begin, end = requests.starts[request], requests.starts[request + 1]
         slot, before = slots[request : request + 1], lengths[request] - (end - begin)
         if before:
             known = layout.read(pages, slot, student, q_TX.dtype)
