@@ -41,8 +41,9 @@ def _run(args: argparse.Namespace) -> None:
     from trenchcoat.runtime.files import atomic_file
 
     sampling, prompts = sampling_of(args, num_beams=args.beams), _prompts(args)
-    places = {"start": args.load_state, "end": args.save_state}
-    rows = generate_rows(*loaded_model(args), prompts, sampling, **places, **values(args, "compare", "batch_size"))
+    model, tokenizer = loaded_model(args)
+    options = {"start": args.load_state, "end": args.save_state, **values(args, "compare", "batch_size")}
+    rows = generate_rows(model, tokenizer, prompts, sampling, **options)
     if args.out is not None:
         with atomic_file(args.out) as partial, open(partial, "w", encoding="utf-8") as file:
             for row in rows:
