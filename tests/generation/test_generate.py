@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+from tiny_families import make, tiny_model
+from trenchcoat.config import UserError
 from trenchcoat.generation.generate import Generation, Sampling, Session, generate_text
-from trenchcoat.models.attach import attach_students, set_mode
 
 PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
 
@@ -26,22 +25,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.3,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+def model() -> Any:
+    return tiny_model(vocab_size=61)
 
 
 @pytest.fixture(scope="module")
-def student(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    made = copy.deepcopy(model)
-    attach_students(made, StudentConfig(window=3, feature_map=FeatureMapConfig(feature_dim=8)))
-    set_mode(made, "student")
-    return made
+def student() -> Any:
+    return make(vocab_size=61)
 
 
 def write(

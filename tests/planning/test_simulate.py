@@ -19,7 +19,7 @@ from trenchcoat.models.families import decoder_of
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import find_config, shapes_of
 from trenchcoat.planning.footprint import NF4_BYTES, Layout, TrainingStep, base_bytes, footprint, state_bytes
-from trenchcoat.planning.simulate import shard_units, simulate
+from trenchcoat.planning.simulate import simulate
 from trenchcoat.runtime import distributed, sharding
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.training import objectives
@@ -195,7 +195,9 @@ def test_the_units_of_the_simulation_are_those_of_a_run(tied: bool, monkeypatch:
             if way == "run":
                 sharding.shard_base(model, decoder_of(model).layers, ParallelConfig())
             else:
-                shard_units(model, distributed.flat_mesh(), [])
+                sharding.shard_units(
+                    model, decoder_of(model).layers, mesh=distributed.flat_mesh(), ignored_params=set()
+                )
             found.append({name for name, module in model.named_modules() if isinstance(module, FSDPModule)})
         assert found[0] == found[1]
         assert "model.layers.5" in found[0]

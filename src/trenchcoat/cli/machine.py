@@ -47,7 +47,7 @@ def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 
 def with_json(args: argparse.Namespace, report: Any) -> Any:
-    """``report`` (a `plan.PlanReport`), written to the file that `--json` names, which it then mentions."""
+    """``report`` (a `planning.report.PlanReport`), written to the file that `--json` names, which it then mentions."""
     from trenchcoat.runtime.files import write_json
 
     if args.json is None:

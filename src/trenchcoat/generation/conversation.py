@@ -1,7 +1,7 @@
-"""A conversation with a model: turns in its chat template (or a plain transcript), answers as they are written.
+"""A conversation with a model: turns in its chat template (or a plain transcript), answers streamed.
 
-Only what is new is read at each turn; with a linearized model what it remembers has a constant size and goes into a
-file (:mod:`trenchcoat.generation.statefile`), whatever was said before.
+Only what is new is read at each turn; the state of a linearized model has a constant size and can be saved to a file
+(:mod:`trenchcoat.generation.statefile`), however long the conversation.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from trenchcoat.generation.generate import Sampling, Session
 from trenchcoat.models.attach import mode_of
 
 USER, ANSWER = "User:", "Assistant:"
-"""Names of the two in a plain transcript."""
+"""Names of the speakers in a plain transcript."""
 
 _ASKED, _ANSWERED, _NEXT = "first-question", "the-answer-given", "next-question"
-"""Stand-ins, to see what a template puts between an answer and the next question."""
+"""Placeholders, to find out what a template puts between an answer and the next question."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,16 @@ class Reply:
 
 
 class _Pieces(TextStreamer):
-    """Gives text on as soon as whole words are there, and counts tokens."""
+    """Passes text on as soon as whole words are complete, and collects it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+        self.on_text, self.written = on_text, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by Transformers."""
         if text:
+            self.written += text
             self.on_text(text)
 
 
@@ -72,7 +74,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Start over."""
         self.session = Session.new(self.model)
         self.turns = 0
         self._asking = False
@@ -84,38 +86,32 @@ class Conversation:
         self.session.save(path)
 
     def load(self, path: Path | str) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.session = Session.load(path, self.model)
         self.turns = 1
         self._asking = False
 
     def ask(self, text: str, on_text: Callable[[str], None], halt: Callable[[], bool] = lambda: False) -> Reply:
-        """The answer, given to `on_text` piece by piece; `halt` is asked after every token whether to stop."""
-        ids = self._turn(text)
-        written: list[str] = []
-
-        def piece(part: str) -> None:
-            written.append(part)
-            on_text(part)
-
+        """The answer, passed to `on_text` piece by piece; `halt` is called after every token, and True stops it."""
+        ids, streamer = self._turn(text), _Pieces(self.tokenizer, on_text)
         started = time.perf_counter()
         new = self.session.write(
             ids,
             self.config,
-            streamer=_Pieces(self.tokenizer, piece),
+            streamer=streamer,
             halt=halt,
             seed=self.seed + self.turns,
             **({} if self.templated else {"tokenizer": self.tokenizer}),
         )
         seconds = time.perf_counter() - started
         self.turns += 1
-        answer = "".join(written).rstrip()
+        answer = streamer.written.rstrip()
         self._asking = not self.templated and answer.endswith(f"\n{USER}")
         answer = answer.removesuffix(USER).strip()
         return Reply(answer, len(new), seconds, self.session.seen, self.session.nbytes(), halt())
 
     def _turn(self, text: str) -> list[int]:
-        """Tokens to be read: the question as the template writes it, and what asks for the answer."""
+        """Tokens to be read: the question as the template writes it, and the prompt for the answer."""
         if not self.templated:
             return self._plain_turn(text)
         if self.turns == 0:
@@ -123,7 +119,7 @@ class Conversation:
         whole = self._render([("user", _ASKED), ("assistant", _ANSWERED), ("user", _NEXT)])
         _, found, tail = whole.rpartition(_ANSWERED)
         if not found or _NEXT not in tail:
-            raise UserError("the tokenizer's chat template does not show an answer as it is written; it cannot be used")
+            raise UserError("the tokenizer's chat template does not contain answers unchanged; it cannot be used")
         ends = self.config.eos_token_id or []
         pending = self.session.pending
         if pending and pending[-1] in ends:  # the template writes the end of the answer itself

@@ -85,10 +85,10 @@ class Sampling:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "Transformers' GenerationConfig lists them"
                 raise UserError(f"no generation option {name!r}; {hint}")
-        ends = _end_tokens(model, tokenizer)
+        ends, pad = _end_tokens(model, tokenizer), tokenizer.pad_token_id
         options: dict[str, Any] = {
             "eos_token_id": ends or None,
-            "pad_token_id": _pad_token(tokenizer, ends),
+            "pad_token_id": pad if pad is not None else (ends or [0])[0],  # any will do: padding is masked
             "bos_token_id": tokenizer.bos_token_id,
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.do_sample,
@@ -212,13 +212,6 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return [ends] if isinstance(ends, int) else list(ends)
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
-    """Any id will do, padding is masked; the tokenizer's own when it has one."""
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    return ends[0] if ends else 0
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, start: Session | None) -> list[int]:
     if start is not None:
         ids = [*start.pending, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
@@ -267,10 +260,8 @@ def _generate(
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
     """Tokens up to and including the first end token."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: place + 1]
-    return tokens
+    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:length]
 
 
 # One row that is continued

@@ -150,6 +150,7 @@ class _Moments:
 
     @cached_property
     def student(self) -> StudentAttention:
+        """The student of one layer, on the meta device."""
         return layer_student(self.step.shapes, self.step.student)
 
     def _transfer(self, stage: TransferConfig) -> dict[str, dict[str, float]]:

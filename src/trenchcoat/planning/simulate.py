@@ -1,19 +1,19 @@
-"""A training step of the real shapes without the machine: real modules, real sharding, tensors that hold nothing.
+"""A training step of the real shapes without the machine: real modules, real sharding, tensors without data.
 
-The model is built on the meta device, its parameters become fake tensors (PyTorch's FakeTensorMode), a fake process
-group answers every collective at once, FSDP2 shards and gathers as it does in earnest, and PyTorch's memory tracker
-follows every allocation. So one CPU tells what one of many GPUs would hold at its worst moment: parameters, gathered
-layers, activations, gradients, optimizer shards. Not in it: the CUDA context, the buffers of NCCL, the fragmentation of
-the allocator, and what a kernel allocates and frees within one call. Softmax attention is PyTorch's fused one.
+The model is built on the meta device, its parameters become fake tensors (PyTorch's FakeTensorMode), the collectives of
+a fake process group return at once, FSDP2 shards and gathers as in a real run, and PyTorch's memory tracker follows
+every allocation. So one CPU computes what one of many GPUs would hold at its worst moment: parameters, gathered layers,
+activations, gradients, optimizer shards. Not included: the CUDA context, the buffers of NCCL, the fragmentation of the
+allocator, and what a kernel allocates and frees within one call. Softmax attention is PyTorch's fused one.
 
-The step of attention transfer is simulated whole when its loss is the squared error alone (its gradients are in closed
-form, so nothing runs backwards); with a weight on the cross-entropy only the teacher's forward pass is.
+The step of attention transfer is simulated completely when its loss is the squared error alone (its gradients are in
+closed form, without a backward pass); with a weight on the cross-entropy, only the teacher's forward pass is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
@@ -37,7 +36,7 @@ from trenchcoat.models.lora import add_lora
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
 from trenchcoat.runtime.memory import live_tensor_memory
-from trenchcoat.runtime.sharding import run_decoder
+from trenchcoat.runtime.sharding import run_decoder, shard_units
 from trenchcoat.students import TransferRequest
 
 MOST_TILES = 2
@@ -57,7 +56,7 @@ class Simulated:
 
 
 class _CausalMask(LazyMask):
-    """The mask of one unpadded row: nothing to look at, so that no fake number has to be read."""
+    """The mask of unpadded rows: it needs no values, which fake tensors do not have."""
 
     def __init__(self, batch: int, tokens: int) -> None:
         super().__init__({"q_length": tokens})
@@ -69,7 +68,7 @@ class _CausalMask(LazyMask):
 
 
 class _PeakTracker(FSDPMemTracker):
-    """PyTorch's tracker, with the peak of the whole alone: it looks at every FSDP unit after every operation."""
+    """PyTorch's tracker, without the peaks of single FSDP units: it updates those after every operation."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for device, now in self._curr_mem_snap.items():
@@ -95,7 +94,7 @@ def simulate(
     """
     began = time.monotonic()
     if dist.is_initialized():
-        raise UserError("--simulate makes a process group of its own: run `trenchcoat plan` without torchrun")
+        raise UserError("--simulate creates its own process group: run `trenchcoat plan` without torchrun")
     model = _build(config, student, stage, dtype)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -113,7 +112,7 @@ def simulate(
 
 
 def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConfig, dtype: torch.dtype) -> Any:
-    """The model of the stage on the meta device, ready but for its memory."""
+    """The model of the stage on the meta device, complete except for its memory."""
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -138,7 +137,7 @@ def _mesh(ranks: int, shard: Sharding, node_size: int) -> DeviceMesh:
 
 @contextmanager
 def _few_tiles(config: Any, tokens: int) -> Iterator[None]:
-    """Few tiles, and nothing remembered of what earlier ones needed."""
+    """Use few tiles, and forget the scratch sizes of earlier ones."""
     rows = int(config.num_attention_heads) * tokens
     before, needed = (chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS), dict(Scratch._needed)
     Scratch._needed.clear()
@@ -180,26 +179,13 @@ def _step(
         with live_tensor_memory() as memory:
             _run(model, stage, ids)
         return {"Total": held + memory.peak, "Parameters and optimizer": held, "Activations and gradients": memory.peak}
-    shard_units(model, mesh, outside)
+    shard_units(model, decoder_of(model).layers, mesh=mesh, ignored_params=set(outside))
     tracker = _PeakTracker(model)
     tracker.track_inputs((ids, *optimizer, *outside))
     with tracker:
         _run(model, stage, ids)
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return dict(snapshot)
-
-
-def shard_units(model: Any, mesh: DeviceMesh, outside: Sequence[nn.Parameter]) -> None:
-    """FSDP2 units as in a run (`sharding.shard_base`): every layer, embedding, head, the rest; ``outside`` is whole."""
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(outside)}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
-    units = [*([] if tied else [embedding]), *decoder_of(model).layers]
-    if head is not None and not tied:
-        units.append(head)
-    for unit in units:
-        fully_shard(unit, **options)
-    fully_shard(model, **options)
 
 
 def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:

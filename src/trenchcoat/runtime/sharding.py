@@ -31,6 +31,7 @@ __all__ = [
     "is_sharded",
     "run_decoder",
     "shard_base",
+    "shard_units",
     "tensor_files",
     "to_device",
     "whole",
@@ -55,15 +56,15 @@ def shard_base(model: nn.Module, layers: Sequence[nn.Module], cfg: ParallelConfi
     if cfg.cpu_offload and distributed.world().device_type == "cpu":
         raise UserError("parallel.cpu_offload=true needs GPUs: without one, everything is in host memory already")
     policy = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
-    settings: dict[str, Any] = {"mesh": distributed.mesh(cfg), "offload_policy": policy}
-    for layer in layers:
-        fully_shard(layer, reshard_after_forward=True, **settings)
-    hub: Any = model
-    embedding, head = hub.get_input_embeddings(), hub.get_output_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        fully_shard(embedding, reshard_after_forward=True, **settings)
-        fully_shard(head, reshard_after_forward=True, **settings)
-    fully_shard(model, reshard_after_forward=True, **settings)
+    shard_units(model, layers, mesh=distributed.mesh(cfg), offload_policy=policy)
+
+
+def shard_units(model: Any, layers: Sequence[nn.Module], **options: Any) -> None:
+    """FSDP units of ``layers``, of the embedding and the head (in one with the rest if tied), and of the rest."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    for unit in (*layers, *(() if tied else (embedding, head)), model):
+        fully_shard(unit, reshard_after_forward=True, **options)
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:

@@ -58,9 +58,11 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
         raise UserError(f"--name is {name!r}; expected letters, digits, - _ . and at most one /")
     if cfg.grace < 0:
         raise UserError(f"--grace is {cfg.grace}; expected seconds, 0 or more")
+    if cfg.context is not None and cfg.context < 2:
+        raise UserError(f"--context is {cfg.context}; expected at least 2 tokens")
     template = _template(cfg.chat_template)
     model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
-    context = _context(cfg, model)
+    context = cfg.context or getattr(model.config, "max_position_embeddings", None)
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {path} is a slow one; streaming needs a fast one (tokenizer.json)")
     if template is not None:
@@ -96,13 +98,6 @@ def _build(model: Any, tokenizer: Any, name: str, context: int | None, cfg: Serv
         timeout_graceful_shutdown=int(cfg.grace) + 30,
     )
     return Server(config, generator, cfg.grace)
-
-
-def _context(cfg: ServeSettings, model: Any) -> int | None:
-    if cfg.context is not None and cfg.context < 2:
-        raise UserError(f"--context is {cfg.context}; expected at least 2 tokens")
-    known = getattr(model.config, "max_position_embeddings", None)
-    return cfg.context if cfg.context is not None else known
 
 
 def _template(file: str | None) -> str | None:

@@ -80,6 +80,7 @@ class _CancellableModel:
         self._model, self._cancellation = model, cancellation
 
     def generate(self, **kwargs: Any) -> Any:
+        """As the model's."""
         self._cancellation.check()
         return self._model.generate(**kwargs, stopping_criteria=StoppingCriteriaList([self._cancellation]))
 
@@ -91,9 +92,11 @@ class _EscapedErrors:
         self._queue = queue
 
     async def get(self) -> Any:
+        """The next piece, when there is one."""
         return self._escaped(await self._queue.get())
 
     def get_nowait(self) -> Any:
+        """The next piece; raises when there is none yet."""
         return self._escaped(self._queue.get_nowait())
 
     @staticmethod

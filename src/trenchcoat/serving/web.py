@@ -42,12 +42,14 @@ class DisconnectWatcher:
         CLIENT_GONE.set(gone)
 
         async def watch() -> None:
+            """Wait for the disconnect."""
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
             disconnected.set()
 
         async def replay() -> Any:
+            """The body, as it was received, then the disconnect."""
             if messages:
                 return messages.pop(0)
             await disconnected.wait()
@@ -97,6 +99,7 @@ def answer_errors_in_openai_form(app: FastAPI) -> None:
     """Errors as the OpenAI API sends them, whose message is what client packages show."""
 
     def answer(status: int, message: str) -> JSONResponse:
+        """An error of this status."""
         kind = "invalid_request_error" if status < 500 else "server_error"
         return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 

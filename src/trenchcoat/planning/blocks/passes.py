@@ -98,11 +98,9 @@ class PassChoice:
     compute_seconds: float | None
     weights_seconds: float
     states_seconds: float
-    copy_seconds: float
-    """Copying weights from the host to the device: nothing else happens at the same time."""
     seconds: float
-    """In all: for each block the longer of computing and of the disk, plus what is not overlapped. Without ``compute``:
-    all but computing."""
+    """In all: for each block the longer of computing and of the disk, plus what is not overlapped (the first
+    block's reading, the copies of weights to the device). Without ``compute``: all but computing."""
     why: str
 
     @property
@@ -167,6 +165,7 @@ def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
     count, tokens = np.array([passes - 1, 1]), np.array([length, run.tokens - (passes - 1) * length])
 
     def total(of_pass: NDArray[np.float64]) -> float:
+        """Over all passes; the two numbers are those of a whole pass and of the last one."""
         return float((count * of_pass).sum())
 
     boundary = run.blocks * run.bytes_a_token if place == "disk" else 0.0
@@ -189,7 +188,6 @@ def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
         compute_seconds=None if run.compute is None else total(compute),
         weights_seconds=passes * (run.weights / run.read),
         states_seconds=total(states),
-        copy_seconds=copies,
         seconds=total(first + (run.blocks - 1) * others + last) + copies,
         why="",
     )

@@ -73,6 +73,7 @@ def choose_block_size(
     """
 
     def fits(block: BlockSize, share: float) -> bool:
+        """Whether it fits the GPU, and this share of the host's memory."""
         on_gpu = gpu_memory is None or with_reserve(block.device_bytes) <= gpu_memory
         return on_gpu and block.host_bytes <= share * host_memory
 

@@ -201,6 +201,7 @@ class _Ways:
 
     @property
     def machine(self) -> Machine:
+        """The planner's, with as many GPUs as are planned for."""
         return self.planner.machine
 
     @property
@@ -253,6 +254,11 @@ class _Ways:
             "device_bytes": size.device_bytes,
         }
         return BlockWay(kind=kind, gpus=self.machine.gpus, **(common | fields))
+
+    def _hours(self, computing: float, disk: float, total: float) -> dict[str, float]:
+        """Fields of a way that keeps all GPUs busy for ``total`` seconds."""
+        seconds = {"compute_hours": computing, "disk_hours": disk, "hours": total}
+        return {name: s / 3600 for name, s in (seconds | {"gpu_hours": self.machine.gpus * total}).items()}
 
     def joint(self) -> BlockWay:
         """The fastest joint run that fits, or the one that needs least."""
@@ -363,10 +369,7 @@ class _Ways:
             disk_bytes=0.0 if in_memory else choice.held * machine.nodes,
             read_bytes=choice.weights_read * machine.nodes + choice.states_read,
             written_bytes=choice.states_written,
-            compute_hours=computing / 3600,
-            disk_hours=disk / 3600,
-            hours=choice.seconds / 3600,
-            gpu_hours=machine.gpus * choice.seconds / 3600,
+            **self._hours(computing, disk, choice.seconds),
             pass_tokens=choice.pass_tokens,
             passes=choice.passes,
             why=wrong or choice.why,
@@ -397,10 +400,7 @@ class _Ways:
             limit="GPU memory" if not on_gpu else "host memory" if not on_host else _slower(computing, reading),
             host_bytes=size.host_bytes,
             read_bytes=self.weights,
-            compute_hours=computing / 3600,
-            disk_hours=reading / 3600,
-            hours=total / 3600,
-            gpu_hours=machine.gpus * total / 3600,
+            **self._hours(computing, reading, total),
             asked=recipe.blocks.ranks == "pipeline",
         )
 
@@ -435,11 +435,8 @@ class _Ways:
             disk_bytes=kept,
             read_bytes=collect_read + n * (one + inputs),
             written_bytes=kept,
-            compute_hours=compute / 3600,
-            disk_hours=disk / 3600,
-            hours=(collect + rounds * block) / 3600,
-            gpu_hours=(machine.node_gpus * collect + n * block) / 3600,
-            collect_hours=collect / 3600,
+            **self._hours(compute, disk, collect + rounds * block)
+            | {"gpu_hours": (machine.node_gpus * collect + n * block) / 3600, "collect_hours": collect / 3600},
             why=wrong or no_disk,
         )
 

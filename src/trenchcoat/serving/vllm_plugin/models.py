@@ -93,6 +93,7 @@ def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
     student = student_for(vllm_config, num_heads=attn.num_heads, num_kv_heads=attn.num_kv_heads, head_dim=attn.head_dim)
 
     def load_share(parameter: nn.Parameter, whole: Tensor) -> None:
+        """Called by vLLM with a tensor of the folder."""
         parameter.data.copy_(heads_of_rank(whole, rank, ranks))
 
     for parameter in student.parameters():
