@@ -74,7 +74,7 @@ def spoken(conversation: Conversation) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["student", "teacher"])
-def test_turns_read_only_what_is_new_and_say_what_the_whole_text_says(model: Any, mode: str) -> None:
+def test_turns_read_only_what_is_new_and_answer_as_from_the_whole_text(model: Any, mode: str) -> None:
     tokenizer, chosen = templated(), model if mode == "student" else softmax_twin(model)
     chat = talk(chosen, tokenizer)
     heard, pieces = spoken(chat), []
@@ -94,7 +94,7 @@ def test_turns_read_only_what_is_new_and_say_what_the_whole_text_says(model: Any
     assert (second.state_bytes == first.state_bytes) == (mode == "student")
 
 
-def test_an_answer_that_ends_itself_is_not_ended_twice(model: Any) -> None:
+def test_an_answer_with_an_end_token_is_not_ended_twice(model: Any) -> None:
     chat = talk(model, templated(), max_new_tokens=5)
     chat.config.eos_token_id = [int(token) for token in range(3, 259)]  # whatever comes is an end
     chat.ask("Hello", lambda text: None)
@@ -114,7 +114,7 @@ def test_a_plain_transcript_where_there_is_no_template(model: Any, tokenizer: An
     assert chat.config.stop_strings == ["\nUser:"]
 
 
-def test_a_saved_conversation_goes_on_and_a_reset_one_starts_over(model: Any, tmp_path: Path) -> None:
+def test_a_saved_conversation_continues_and_a_reset_one_starts_over(model: Any, tmp_path: Path) -> None:
     chat = talk(model, templated())
     first = chat.ask("Hello", lambda text: None).text
     chat.save(tmp_path / "state")
@@ -140,7 +140,7 @@ def test_an_answer_can_be_stopped(model: Any) -> None:
     assert chat.ask("And?", lambda text: None).tokens >= 1
 
 
-def test_a_template_that_refuses_is_the_users_business(model: Any) -> None:
+def test_errors_of_a_chat_template_are_reported_to_the_user(model: Any) -> None:
     tokenizer = templated()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match="roles must alternate"):
@@ -251,7 +251,7 @@ def test_mistakes_are_named(
     assert not (tmp_path / "s").exists()
 
 
-def test_an_option_that_is_no_option_is_wrong_usage(folder: Path) -> None:
+def test_a_malformed_option_is_wrong_usage(folder: Path) -> None:
     for wrong in ("words", "=3", "x=[1"):
         with pytest.raises(SystemExit) as ended:
             cli.main(["generate", str(folder), "--prompt", "x", "--option", wrong])

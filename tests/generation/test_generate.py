@@ -70,7 +70,7 @@ def test_greedy_is_the_arg_max_of_the_logits(model: Any, tokenizer: Any) -> None
     assert texts(write(model, tokenizer, ["w3 w4 w5"], max_new_tokens=5)) == [expected]
 
 
-def test_sampling_repeats_with_its_seed_and_spares_the_callers(model: Any, tokenizer: Any) -> None:
+def test_sampling_repeats_with_its_seed_and_keeps_the_callers_random_state(model: Any, tokenizer: Any) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "top_p": 0.95}
     state = torch.random.get_rng_state()
     first = texts(write(model, tokenizer, PROMPTS, seed=1, **options))
@@ -164,7 +164,7 @@ def test_generation_starts_from_a_session(student: Any, model: Any, tokenizer: A
             write(chosen, tokenizer, [""], start=Session(chosen, session.cache))
 
 
-def test_options_that_do_not_exist_or_fit_are_named(model: Any, tokenizer: Any) -> None:
+def test_unknown_and_conflicting_options_are_named(model: Any, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="did you mean typical_p"):
         write(model, tokenizer, ["w3"], typicalp=0.5)
     with pytest.raises(UserError, match="do not go together"):

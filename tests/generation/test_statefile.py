@@ -1,4 +1,4 @@
-"""A saved state goes on as if nothing had happened, has a constant size, and is refused where it does not belong."""
+"""A restored state continues exactly, has a constant size, and is refused by other models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def saved(path: Path, model: Any, length: int = 19, pending: tuple[int, ...] = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_restored_state_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+def test_a_restored_state_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
     model, path = make(student=kind), tmp_path / "state.safetensors"
     cache = saved(path, model, pending=(7, 8))
     restored, pending = load_state(path, make(student=kind))
@@ -69,7 +69,7 @@ def test_rows_of_a_padded_batch_are_kept(tmp_path: Path) -> None:
         Session.load(tmp_path / "state", model)
 
 
-def test_what_cannot_be_saved_says_why(tmp_path: Path) -> None:
+def test_states_that_cannot_be_saved_are_refused_with_the_reason(tmp_path: Path) -> None:
     model = make()
     with pytest.raises(UserError, match="holds no state"):
         save_state(tmp_path / "state", model, DynamicCache(config=model.config))
@@ -150,15 +150,15 @@ def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
         load_state(path, model)
 
 
-def test_a_foreign_safetensors_file_is_no_state(tmp_path: Path) -> None:
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match="not a conversation's state"):
+    with pytest.raises(UserError, match="not a saved state"):
         load_state(tmp_path / "x.safetensors", make())
     with pytest.raises(FileNotFoundError):
         load_state(tmp_path / "absent", make())
 
 
-def test_a_session_reads_in_pieces_and_goes_on(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_reads_in_pieces(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     ids, more = tokens(1, 45)[0].tolist(), tokens(1, 6, seed=2)[0].tolist()
     whole = model.generate(torch.tensor([ids + more]), max_new_tokens=10, **GREEDY)[0, 51:].tolist()
@@ -195,8 +195,8 @@ def test_bfloat16_states_are_half_as_large_and_close() -> None:
         set_state_dtype(model, "float16")
 
 
-def test_a_bfloat16_sum_goes_on_growing() -> None:
-    """Rounded to nearest, it stands still at 256 times what is added."""
+def test_a_bfloat16_sum_keeps_growing() -> None:
+    """Rounded to nearest, it would stop growing at 256 times what is added."""
     sums: dict[str, Any] = {}
     one = torch.ones(1, 1, 1, 4)
     for dtype in (torch.float32, torch.bfloat16):
@@ -212,7 +212,7 @@ def test_a_bfloat16_sum_goes_on_growing() -> None:
     assert float(error.max()) < 4 * torch.finfo(torch.bfloat16).eps
 
 
-def test_a_state_counts_along_on_the_host() -> None:
+def test_a_state_counts_its_tokens_on_the_host() -> None:
     state = StudentState(*(torch.zeros(3, 1) for _ in range(6)), seen_B=torch.tensor([5, 0, 9]))
     assert state.positions() == [5, 0, 9]
     state.count()

@@ -81,7 +81,7 @@ def test_numbers_of_tokens(text: str, tokens: int | str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "many", "-3", "0", "1.5", "1MB", "1M/s", "1.2.3", "nan", "inf"])
-def test_a_number_of_tokens_that_is_none_is_said_when_the_recipe_is_read(text: str) -> None:
+def test_an_invalid_number_of_tokens_is_refused_when_the_recipe_is_read(text: str) -> None:
     with pytest.raises(UserError, match=r"blocks\.pass_tokens must be `all`, `auto` or a number of tokens"):
         parse_tokens(text)
     with pytest.raises(UserError, match=r"blocks\.pass_tokens"):
@@ -121,9 +121,7 @@ def _walked(run: Streamed, choice: PassChoice) -> tuple[float, float, float, flo
 @pytest.mark.parametrize("hidden", ["memory", "disk"])
 @pytest.mark.parametrize("pass_tokens", ["auto", "all", "700", "1000", "6000"])
 @pytest.mark.parametrize("changes", [{}, {"copy": 2e4}, {"nodes": 3}, {"compute": 0.2}, {"blocks": 1, "validation": 0}])
-def test_the_sums_are_those_of_going_through_the_passes(
-    hidden: Place, pass_tokens: str, changes: dict[str, Any]
-) -> None:
+def test_the_sums_equal_a_walk_through_the_passes(hidden: Place, pass_tokens: str, changes: dict[str, Any]) -> None:
     run = replace(SMALL, memory=1e9 if pass_tokens != "auto" else 40_000.0, **changes)
     choice = choose_pass(run, pass_tokens=pass_tokens, hidden=hidden)
     seconds, weights, read, written = _walked(run, choice)
@@ -137,7 +135,7 @@ def test_the_sums_are_those_of_going_through_the_passes(
 @pytest.mark.parametrize("disk", [0.0, 20_000.0, 1e9])
 @pytest.mark.parametrize("speed", [(1000.0, 500.0), (100.0, 100.0), (1e6, 1e6)])
 @pytest.mark.parametrize("compute", [None, 0.001, 0.05, 2.0])
-def test_auto_is_the_quickest_of_all_that_fit(
+def test_auto_is_the_fastest_that_fits(
     memory: float, disk: float, speed: tuple[float, float], compute: float | None
 ) -> None:
     run = replace(SMALL, memory=memory, disk=disk, read=speed[0], write=speed[1], compute=compute)
@@ -168,13 +166,13 @@ def test_more_memory_means_fewer_passes_and_never_more_time() -> None:
     assert choices[0].passes > 40
 
 
-def test_every_epoch_of_a_row_shares_its_place() -> None:
+def test_a_row_of_several_epochs_is_held_once() -> None:
     assert held_bytes(SMALL, SMALL.steps) == 2 * 10 * (4_800 + 300)
     assert held_bytes(SMALL, 1) == 2 * 10 * (100 + 300)
     assert held_bytes(replace(SMALL, nodes=2), 1) == 10 * (100 + 300)
 
 
-def test_what_was_chosen_is_said_with_its_figures() -> None:
+def test_the_choice_is_explained_with_its_figures() -> None:
     why = choose_pass(SMALL, hidden="auto").why
     assert "passes of" in why
     assert "the alternative: " in why
@@ -199,7 +197,7 @@ def test_what_was_chosen_is_said_with_its_figures() -> None:
         ({"memory": -5.0, "disk": 0.0}, {}, "0 MB in memory"),
     ],
 )
-def test_passes_that_fit_nowhere_are_said(changes: dict[str, Any], asked: dict[str, Any], said: str) -> None:
+def test_passes_that_do_not_fit_are_refused(changes: dict[str, Any], asked: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         choose_pass(replace(SMALL, **changes), **asked)
 
@@ -257,7 +255,7 @@ def test_the_largest_blocks_that_fit_are_taken(step: TrainingStep) -> None:
         ),
     ],
 )
-def test_blocks_that_do_not_fit_are_said(
+def test_blocks_that_do_not_fit_are_refused(
     step: TrainingStep, gpu: float | None, host: float, size: int | None, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
@@ -303,7 +301,7 @@ def test_passes_of_a_million_tokens_read_405b_twenty_times_in_an_hour_and_a_half
     assert way.hours == pytest.approx(way.compute_hours + waited / 3600, rel=0.01)
 
 
-def test_a_slow_disk_is_the_limit_and_moves_the_choice() -> None:
+def test_a_slow_disk_becomes_the_limit_and_changes_the_choice() -> None:
     quick = _plan("llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB)
     slow = _plan("llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB, bandwidth=0.2e9)
     assert (quick.chosen.name, quick.chosen.limit) == ("streaming, disk", "compute")
@@ -339,7 +337,7 @@ def test_ways_follow_the_number_of_gpus() -> None:
     assert _way(plan, "streaming, disk", 16).compute_hours == _way(plan, "streaming, disk", 8).compute_hours
 
 
-def test_the_recipes_settings_are_the_marked_way() -> None:
+def test_the_way_that_the_recipe_sets_is_marked() -> None:
     def chosen(*overrides: str, gpus: int = 1, **machine: Any) -> str:
         return _plan("llama3_1_405b_blocks", *overrides, gpus=gpus, **machine).chosen.name
 
@@ -371,7 +369,7 @@ def test_what_is_short_is_named() -> None:
     assert any("lower blocks.pass_tokens" in note for note in notes_on_blocks(LARGEST, as_set))
 
 
-def test_the_notes_say_what_is_quicker_and_what_does_not_divide() -> None:
+def test_the_notes_name_what_is_faster_and_what_does_not_divide() -> None:
     def notes(*overrides: str, **machine: Any) -> str:
         recipe = load_recipe("llama3_1_405b_blocks", overrides)
         return "\n".join(notes_on_blocks(recipe, plan_blocks(recipe, Machine(**machine))))
@@ -410,7 +408,7 @@ def test_tokens_of_training_and_of_validation(tmp_path: Path) -> None:
         _plan("llama3_1_405b", gpu_memory=4 * GIB)
 
 
-def test_the_pass_in_the_plan_is_the_one_the_runner_would_take() -> None:
+def test_the_planned_pass_fills_the_memory() -> None:
     plan = _plan("llama3_1_70b_blocks", host_memory=64 * GIB)
     assert plan.shapes.layers == 80
     way = _way(plan, "streaming, memory")
@@ -425,7 +423,7 @@ def test_the_pass_in_the_plan_is_the_one_the_runner_would_take() -> None:
 # The recipes and the command
 
 
-def test_the_block_recipes_are_the_joint_ones_in_blocks() -> None:
+def test_the_block_recipes_differ_from_the_joint_ones_in_the_blocks_alone() -> None:
     joint = load_recipe("llama3_1_405b")
     assert LARGEST.transfer is not None
     assert joint.transfer is not None
@@ -549,6 +547,6 @@ def block_rows() -> list[str]:
     return rows
 
 
-def test_the_documents_table_is_what_the_command_says() -> None:
+def test_the_documented_blocks_table_is_the_planned_one() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert text.split("<!-- blocks-table -->\n")[1].split("<!-- /blocks-table -->")[0].splitlines() == block_rows()

@@ -1,4 +1,4 @@
-"""`trenchcoat plan`: what fits, how fast, what to do when nothing does, and the command itself."""
+"""`trenchcoat plan`: what fits, how fast, what to do when nothing does, and the command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_sizes(text: str, binary: bool, size: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "80 gigs", "-3GB", "0GB", "1.2.3GB"])
-def test_a_size_that_is_none_is_said(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--disk must be a size such as 80GB"):
         parse_size(text, "--disk")
 
@@ -99,7 +99,7 @@ def test_hours_follow_the_tokens(tmp_path: Path) -> None:
     assert "with --tokens the hours are shown too" in _notes(unknown)
 
 
-def test_when_nothing_fits_it_says_what_would() -> None:
+def test_when_nothing_fits_the_notes_name_what_would() -> None:
     planned = _plan("llama3_1_405b", gpus=1)
     assert planned[1].chosen is None
     said = _notes(planned)
@@ -129,7 +129,7 @@ def test_settings_that_would_make_it_fit_are_found() -> None:
     assert "more GPUs alone would not be enough" in hopeless
 
 
-def test_what_does_not_divide_and_what_the_disk_lacks_is_said() -> None:
+def test_the_notes_name_uneven_accumulation_and_missing_disk_space() -> None:
     said = _notes(_plan("llama3_1_70b", gpus=16, disk=100e9, bandwidth=2e9))
     assert "transfer.accumulation=8 micro-batches a step do not divide among 16 processes" in said
     assert "transfer.accumulation=16 does" in said
@@ -152,12 +152,12 @@ def test_a_stage_left_out_is_not_planned() -> None:
         ({"mfu": 1.5}, "--mfu must be above 0 and at most 1, got 1.5"),
     ],
 )
-def test_mistakes_about_the_machine_are_said(machine: dict[str, Any], said: str) -> None:
+def test_impossible_machines_are_refused(machine: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         _plan("llama3_1_8b", **machine)
 
 
-def test_a_student_that_does_not_fit_is_said() -> None:
+def test_a_student_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(UserError, match="skip needs feature_dim equal to the head dimension 128"):
         _plan("llama3_1_8b", "student.feature_map.skip=true")
 
@@ -272,11 +272,11 @@ def _table(name: str) -> list[str]:
     return text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0].splitlines()
 
 
-def test_the_documents_table_is_what_plan_says() -> None:
+def test_the_documented_table_is_the_planned_one() -> None:
     assert _table("plan-table") == plan_rows()
 
 
-def test_the_documents_simulations_agree_with_the_arithmetic_of_today() -> None:
+def test_the_documented_simulations_agree_with_the_arithmetic() -> None:
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in _table("simulated-table")[2:]]
     assert len(rows) == 8
     for model, ranks, stage, arithmetic, simulated, difference, known in rows:

@@ -77,7 +77,7 @@ def test_arithmetic_agrees_with_the_simulated_step(stage: Any, ranks: int, shard
     ],
     ids=lambda changes: ",".join(changes),
 )
-def test_settings_of_lora_count(changes: dict[str, Any]) -> None:
+def test_the_settings_of_lora_are_counted(changes: dict[str, Any]) -> None:
     config, stage = _small(vocab_size=500), replace(LORA, **changes)
     found = simulate(config, STUDENT, stage, seq_len=TOKENS)
     counted = footprint(_step(config, stage), Layout())
@@ -95,7 +95,7 @@ def test_layers_as_large_as_those_of_8b() -> None:
 
 
 @pytest.mark.parametrize("stage", [TRANSFER, LORA], ids=["transfer", "lora"])
-def test_the_simulated_step_takes_what_a_real_one_takes(stage: Any) -> None:
+def test_the_simulated_step_needs_the_memory_of_a_real_one(stage: Any) -> None:
     config = _small(num_hidden_layers=2)
     found = simulate(config, STUDENT, stage, seq_len=TOKENS, dtype=torch.float32)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
@@ -122,7 +122,7 @@ def test_the_simulated_step_takes_what_a_real_one_takes(stage: Any) -> None:
     ],
 )
 def test_known_points_of_a_lora_step(path: str, ranks: int, known: float) -> None:
-    """Simulated before, for softmax attention with LoRA inside FSDP, in GiB a rank."""
+    """Simulated earlier, for softmax attention with LoRA inside FSDP, in GiB a rank."""
     shapes, layout = shapes_of(find_config(path)), Layout(ranks=ranks, shared_by=ranks)
     counted = footprint(TrainingStep(shapes, StudentConfig(), LORA, 1024), layout)
     assert counted.total / GIB == pytest.approx(known, rel=0.10)
@@ -130,7 +130,7 @@ def test_known_points_of_a_lora_step(path: str, ranks: int, known: float) -> Non
     assert sum(counted.parts[name] for name in softmax) / GIB == pytest.approx(known, rel=0.01)
 
 
-def test_what_layouts_change() -> None:
+def test_how_layouts_change_the_parts() -> None:
     shapes = shapes_of(_small())
     counted = {
         name: footprint(_step(_small(), TRANSFER), layout)
@@ -164,7 +164,7 @@ def test_cross_entropy_and_tied_embeddings_take_more() -> None:
     assert footprint(_step(tied, LORA), layout).total == pytest.approx(found.peak, rel=0.10)
 
 
-def test_state_while_text_is_written() -> None:
+def test_the_state_during_generation() -> None:
     shapes = shapes_of(find_config("meta-llama/Llama-3.1-405B"))
     far, window = state_bytes(shapes, StudentConfig())
     assert far == 4 * 126 * 128 * 128 * (128 + 1)

@@ -1,4 +1,4 @@
-"""`trenchcoat serve` as clients meet it: a real server process on loopback, the `openai` client package."""
+"""`trenchcoat serve` as clients see it: a real server process on loopback, the `openai` client package."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONTEXT = 400
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 PROMPT = "The coat is long and"
 LONG = 100_000
-"""Tokens: minutes of generating. Only being called off ends it."""
+"""Tokens: minutes of generation, which only a cancellation ends."""
 
 
 @dataclass
@@ -189,7 +189,7 @@ def test_a_temperature_samples_by_its_seed(server: Running) -> None:
     assert complete(server, temperature=0).choices[0].text == complete(server).choices[0].text
 
 
-# What is wrong with a request is said
+# Invalid requests
 
 
 def test_a_prompt_over_the_limit(server: Running) -> None:
@@ -218,7 +218,7 @@ def test_a_prompt_over_the_limit(server: Running) -> None:
     ],
     ids=str,
 )
-def test_fields_that_cannot_be(server: Running, body: dict[str, Any], said: str) -> None:
+def test_unsupported_and_impossible_fields_are_refused(server: Running, body: dict[str, Any], said: str) -> None:
     assert said in refused(server, **body)
 
 
@@ -253,7 +253,7 @@ def test_chat_needs_a_template(endless: Running) -> None:
         endless.client.chat.completions.create(model=endless.name, messages=[{"role": "user", "content": "x"}])
 
 
-# Clients that go, servers that stop
+# Clients that disconnect, servers that stop
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -300,7 +300,7 @@ def test_shutdown_lets_short_requests_end_and_ends_long_ones(adapter: Path) -> N
         assert stopped.result() < 60
 
 
-# Before it serves
+# Starting
 
 
 def test_merged_folders_are_served_too_and_stop_at_once(adapter: Path, tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_merged_folders_are_served_too_and_stop_at_once(adapter: Path, tmp_path:
         assert _stop(found) < 20
 
 
-def test_a_port_in_use_is_said(adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_reported(adapter: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -320,7 +320,7 @@ def test_a_port_in_use_is_said(adapter: Path, capfd: pytest.CaptureFixture[str])
     assert "trenchcoat: cannot listen on 127.0.0.1" in capfd.readouterr().err
 
 
-def test_impossible_settings_are_said(adapter: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(adapter: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     for settings, said in [
         (ServeSettings(name="a:b"), "--name is 'a:b'"),
         (ServeSettings(context=1), "--context is 1"),

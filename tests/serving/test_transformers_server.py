@@ -1,6 +1,6 @@
 """What `serving/transformers_server.py` expects of the inside of Transformers' server, name by name.
 
-When a release of Transformers changes one of these, this test fails and says which, before any server does.
+When a release of Transformers changes one of these, this test fails and names it, before any server does.
 """
 
 from __future__ import annotations

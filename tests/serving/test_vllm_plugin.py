@@ -1,7 +1,7 @@
-"""The vLLM plugin without vLLM: pages against whole sequences, shares of the heads, names of weights, and the glue.
+"""The vLLM plugin without vLLM: pages against whole sequences, shares of the heads, names of weights, the classes.
 
-The glue runs here against stand-ins for the few names that it takes from vLLM, written after the sources of 0.33.0;
-that shows that it is sound Python with the right arithmetic, not that vLLM accepts it.
+`vllm_plugin/models.py` runs here against stand-ins for the few names that it imports from vLLM, modelled on the sources
+of 0.33.0; that shows that it is valid Python with the right arithmetic, not that vLLM accepts it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def random_student(cfg: StudentConfig, heads: int = HEADS, groups: int = GROUPS)
 
 
 def bound(layout: PageLayout, count: int, padding: int = 0) -> tuple[Tensor, ...]:
-    """Pages as vLLM's `MambaBase.bind_kv_cache` cuts them out of raw bytes, full of rubbish."""
+    """Pages as vLLM's `MambaBase.bind_kv_cache` cuts them out of raw bytes, with random content."""
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)]
     raw = torch.randint(-128, 127, (count, sum(sizes) + padding), dtype=torch.int8)
     pages, offset = [], 0
@@ -175,11 +175,11 @@ def test_each_process_computes_its_share_of_the_heads(name: str, ranks: int) -> 
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-6)
 
 
-# The glue, against stand-ins
+# The classes for vLLM, against stand-ins
 
 
 class StandInAttention(nn.Module):
-    """`LlamaAttention` as far as the glue looks at it."""
+    """The attributes of `LlamaAttention` that are used."""
 
     def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class StandInModel(nn.Module):
 
 
 class StandInMambaBase:
-    """Only what it gives: the cutting of raw pages."""
+    """Only the part that is used: it gets views of raw pages."""
 
     kv_cache: tuple[Tensor, ...]
 
@@ -274,7 +274,7 @@ def vllm_config(config: Any, **changes: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
-def test_a_merged_folder_in_the_glue(family: str, glue: Any, tmp_path: Path) -> None:
+def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: Path) -> None:
     """Weights load by their names in the folder, and each layer computes what it computes in our own model."""
     ours, folder = merged(family, tmp_path / "merged")
     config = ours.config
@@ -319,7 +319,7 @@ def test_a_merged_folder_in_the_glue(family: str, glue: Any, tmp_path: Path) -> 
     assert not layer(engine.q[0], engine.k[0], engine.v[0]).any()
 
 
-def test_what_the_plugin_does_not_do_is_said(glue: Any) -> None:
+def test_unsupported_settings_are_refused(glue: Any) -> None:
     config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])
     for changes, option in (({"enforce_eager": False}, "--enforce-eager"),
                             ({"enable_prefix_caching": True}, "--no-enable-prefix-caching")):  # fmt: skip

@@ -1,7 +1,7 @@
 """The state of a conversation as a file: as large after a million tokens as after a hundred.
 
-A file belongs to one function: the weights (a hash over the beginnings of all of them, adapters too) and the settings
-of the students. It holds no text; only the last tokens that the model has not read yet, if any, are written down.
+A file belongs to one function: the weights (a hash over the first values of all of them, adapters included) and the
+settings of the students. It holds no text except the last tokens, if the model has not read them yet.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FORMAT = "trenchcoat state 1"
 """Written into every file."""
 
 ELEMENTS = 256
-"""How many of the first values of each parameter are looked at."""
+"""How many of the first values of each parameter are hashed."""
 
 
 def function_identity(model: nn.Module) -> str:
-    """A hash of what the model computes: every parameter's beginning (rounded to bfloat16) and the students' settings.
+    """A hash of what the model computes: the parameters' first values (rounded to bfloat16) and the students' settings.
 
-    A merged model and the adapter it came from are different here: rounding makes their states differ.
+    A merged model and the adapter it came from have different hashes: rounding makes their states differ.
     """
     settings = asdict(student_config(model))
     settings.pop("impl")
@@ -77,13 +77,13 @@ def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequen
 def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
     """(cache, pending tokens) of a file that :func:`save_state` wrote, on the devices of the model's layers.
 
-    Go on with `model.generate(ids, attention_mask=ones over all tokens, past_key_values=cache)`, `ids` being only the
-    pending and the new ones. Raises UserError for another model's file, CorruptFileError for a damaged one.
+    Continue with `model.generate(ids, attention_mask=ones over all tokens, past_key_values=cache)`, where `ids` are the
+    pending tokens and the new ones. Raises UserError for another model's file, CorruptFileError for a damaged one.
     """
     where = Path(path)
     tensors, record = load_tensors(where), _record(where)
     if record.get("format") != _FORMAT:
-        raise UserError(f"{where} is not a conversation's state ({_FORMAT!r}); make one with --save-state")
+        raise UserError(f"{where} is not a saved state ({_FORMAT!r}); create one with --save-state")
     if record.get("identity") != function_identity(model):
         raise UserError(
             f"{where} was written by another model (other weights, adapter or student settings); load it with the one "
@@ -115,7 +115,7 @@ def _record(path: Path) -> dict[str, str]:
 
 
 def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens: int) -> RowState:
-    """The state of one layer; CorruptFileError naming what does not fit."""
+    """The state of one layer; raises CorruptFileError naming what does not fit."""
     seen = found.get("seen_B")
     if seen is None or seen.dtype != torch.int64 or seen.ndim != 1 or not len(seen):
         raise CorruptFileError(f"{path} is damaged: layers.{index}.seen_B is missing or not whole numbers")
@@ -131,7 +131,7 @@ def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CorruptFileError(f"{path} is damaged: layers.{index}.{name} holds values that are not finite")
     if len(found) != len(wanted) or not bool(((seen >= 0) & (seen <= tokens)).all()):
-        raise CorruptFileError(f"{path} is damaged: layer {index} does not agree with the {tokens} tokens on record")
+        raise CorruptFileError(f"{path} is damaged: layer {index} does not agree with the recorded {tokens} tokens")
     weight = next(iter(student.parameters()), None)
     device = torch.device("cpu") if weight is None else weight.device
     return state.replaced({name: tensor.to(device, copy=True) for name, tensor in found.items()})

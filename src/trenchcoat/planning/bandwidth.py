@@ -1,4 +1,4 @@
-"""How quick this machine is, for choosing between ways of work: bytes a second of its disks, FLOP a second."""
+"""The speed of this machine, measured to choose the length of passes: bytes a second of its disks, FLOP a second."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from trenchcoat.runtime.machine import free_disk
 
 PROBE_BYTES = 64 << 20
 SHARE_OF_PEAK = 0.4
-"""What training reaches of a device's peak, or of a large matrix product's speed."""
+"""Share of a device's peak, or of a large matrix product's speed, that training reaches."""
 
 
 def _forget(descriptor: int) -> None:
-    """Ask the system to drop what it has cached of a file, where it can be asked."""
+    """Ask the system to drop what it has cached of a file, where it supports that."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -45,7 +45,7 @@ def write_rate(folder: Path, size: int = PROBE_BYTES) -> float:
 
 
 def read_rate(files: Sequence[Path], size: int = PROBE_BYTES) -> float:
-    """Bytes a second read from the start of ``files``, past the system's cache where it can be told to drop it."""
+    """Bytes a second read from the start of ``files``, bypassing the system's cache where possible."""
     left, seconds, done = size, 0.0, 0
     for file in files:
         if left <= 0:

@@ -105,7 +105,7 @@ class StagePlan:
     bound_by: str
     """What a step waits for: `arithmetic`, `links` or `host`."""
     tokens: float | None
-    """Tokens that the stage trains on; None when the size of the data is not known."""
+    """Tokens that the stage trains on; None when the size of the data is unknown."""
 
     @property
     def hours(self) -> float | None:
@@ -144,14 +144,14 @@ class Plan:
     machine: Machine
     ways: list[Way]
     best: str | None
-    """Name of the quickest way that fits."""
+    """Name of the fastest way that fits."""
     disk: dict[str, float]
     state: tuple[float, float]
     """(far sums, window) of one sequence during generation."""
 
     @property
     def chosen(self) -> Way | None:
-        """The quickest way that fits."""
+        """The fastest way that fits."""
         return next((way for way in self.ways if way.name == self.best), None)
 
     def as_dict(self) -> dict[str, Any]:

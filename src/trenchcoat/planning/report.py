@@ -1,7 +1,7 @@
 """Plans for people and for programs: rich tables and notes for the terminal, a JSON document with everything.
 
-`trenchcoat plan` reports the ways of running a recipe, and a simulated step beside the arithmetic; `trenchcoat blocks
-plan` the ways of running its attention transfer block by block.
+`trenchcoat plan` reports the ways of running a recipe, and compares a simulated step with the arithmetic; `trenchcoat
+blocks plan` the ways of running its attention transfer block by block.
 """
 
 from __future__ import annotations

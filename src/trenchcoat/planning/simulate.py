@@ -63,7 +63,7 @@ class _CausalMask(LazyMask):
         self.shape = (batch, tokens)
 
     def teacher(self, implementation: str) -> Any:
-        """None: the fused attention is causal by itself."""
+        """None: the fused attention is causal without a mask."""
         return None
 
 

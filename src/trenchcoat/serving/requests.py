@@ -1,4 +1,4 @@
-"""What a request may ask for: fields and values that this server cannot honour are refused with an error that says so.
+"""What a request may ask for: unsupported fields and values out of range are refused, not ignored.
 
 Imported only when serving: it needs the extra `serve`.
 """

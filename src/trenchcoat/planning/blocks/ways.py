@@ -405,7 +405,7 @@ class _Ways:
         )
 
     def parallel(self) -> BlockWay:
-        """The teacher once on the GPUs of a node, then every block by itself; jobs of a node share its disk."""
+        """The teacher once on the GPUs of a node, then every block as a separate job; jobs of a node share its disk."""
         size, wrong = self.size
         counts, machine, n, one = self.counts, self.machine, size.blocks, size.host_bytes
         jobs = min(machine.gpus, n, self.planner.recipe.blocks.jobs or n)

@@ -1,8 +1,8 @@
 """The connection to vLLM 0.33.0: its Llama and Mistral, with a student in place of the attention of every layer.
 
 vLLM's own classes do everything else (weights, projections, RoPE, sampling, scheduling). A layer's state is a page of
-vLLM's Mamba cache, by way of `MambaBase.get_state_shape`. Not run by our tests: vLLM cannot be installed beside the
-versions that they use. Imported by vLLM only.
+vLLM's Mamba cache (`MambaBase.get_state_shape`). The tests run it against stand-ins, since vLLM cannot be installed
+together with the versions that they use. Imported by vLLM only.
 """
 
 from __future__ import annotations
