@@ -50,15 +50,12 @@ def read_rate(files: Sequence[Path], size: int = PROBE_BYTES) -> float:
     for file in files:
         if left <= 0:
             break
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            _forget(descriptor)
+        with open(file, "rb", buffering=0) as opened:
+            _forget(opened.fileno())
             began = time.perf_counter()
-            while left > 0 and (piece := os.read(descriptor, min(left, 4 << 20))):
+            while left > 0 and (piece := opened.read(min(left, 4 << 20))):
                 left, done = left - len(piece), done + len(piece)
             seconds += time.perf_counter() - began
-        finally:
-            os.close(descriptor)
     return done / max(seconds, 1e-9)
 
 

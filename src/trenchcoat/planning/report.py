@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
@@ -18,7 +18,7 @@ from trenchcoat.config.units import GIB, gib, tera
 from trenchcoat.models.shapes import find_config
 from trenchcoat.planning.advice import notes_on, uneven
 from trenchcoat.planning.blocks.ways import PARALLEL, STREAMING, BlocksPlan, BlockWay, plan_blocks, plan_transfer
-from trenchcoat.planning.footprint import MEMORY_PARTS, Layout
+from trenchcoat.planning.footprint import MEMORY_PARTS
 from trenchcoat.planning.plan import (
     HOST_MEMORY,
     HOST_USABLE,
@@ -31,7 +31,7 @@ from trenchcoat.planning.plan import (
     Way,
     make_plan,
 )
-from trenchcoat.planning.simulate import Sharding, Simulated, simulate
+from trenchcoat.planning.simulate import Sharding, simulate
 
 STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
 
@@ -63,25 +63,15 @@ def report_plan(
         try:
             blocks = plan_transfer(planner, plan, gpus=[machine.gpus])
             shown.append(_side_by_side(blocks))
-            document["blocks"] = blocks.as_dict()
+            document["blocks"] = asdict(blocks)
         except UserError as error:
             document["blocks"] = f"block by block: {error}"
             shown.append(document["blocks"])
     shown += [_disk_line(plan), _state_line(plan), *_bullets(notes)]
     if simulated:
         way = _way_to_simulate(plan)
-        measured = {name: _simulate(planner, way, name) for name in planner.stages}
-        shown.append(_comparison(way, measured))
-        document["simulated"] = {
-            name: {
-                "way": way.name,
-                "arithmetic_bytes": way.stages[name].memory.total,
-                "simulated_bytes": found.peak,
-                "parts": found.parts,
-                "seconds": found.seconds,
-            }
-            for name, found in measured.items()
-        }
+        document["simulated"] = {name: _simulated(planner, way, name) for name in planner.stages}
+        shown.append(_comparison(way.name, document["simulated"]))
     return PlanReport(tuple(shown), document)
 
 
@@ -96,7 +86,7 @@ def report_blocks_plan(recipe: Recipe, machine: Machine, *, tokens: float | None
     time = _block_ways("How long it takes, at least", _WHO + _TIME + _LIMIT, plan.ways)
     time.caption = "* what `trenchcoat blocks run` does with this recipe"
     shown = (_blocks_headline(recipe, plan), memory, time, *_bullets(notes))
-    return PlanReport(shown, plan.as_dict() | {"chosen": plan.chosen.name, "notes": notes})
+    return PlanReport(shown, asdict(plan) | {"chosen": plan.chosen.name, "notes": notes})
 
 
 def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
@@ -292,39 +282,29 @@ def _way_to_simulate(plan: Plan) -> Way:
     return (preferred or able)[0]
 
 
-def _simulate(planner: Planner, way: Way, name: str) -> Simulated:
-    stage, layout = planner.stages[name], way.layout
-    return simulate(
+def _simulated(planner: Planner, way: Way, name: str) -> dict[str, Any]:
+    """A simulated step of the stage ``name``, and the arithmetic for it."""
+    layout, counted = way.layout, way.stages[name].memory.total
+    shard: Sharding = "full" if layout.shared_by == layout.ranks else "node"
+    found = simulate(
         find_config(planner.recipe.model.path, planner.recipe.model.revision),
         planner.recipe.student,
-        stage,
+        planner.stages[name],
         seq_len=planner.recipe.data.seq_len,
         ranks=layout.ranks,
-        shard=_sharding(layout),
+        shard="none" if layout.shared_by == 1 else shard,
         node_size=planner.machine.gpus_per_node,
         dtype=planner.dtype,
     )
+    sizes = {"arithmetic_bytes": counted, "simulated_bytes": found.peak}
+    return {"way": way.name, **sizes, "parts": found.parts, "seconds": found.seconds}
 
 
-def _sharding(layout: Layout) -> Sharding:
-    if layout.shared_by == 1:
-        return "none"
-    return "full" if layout.shared_by == layout.ranks else "node"
-
-
-def _comparison(way: Way, measured: dict[str, Simulated]) -> Table:
-    counted = {name: way.stages[name].memory.total for name in measured}
-    return _table(
-        f"Arithmetic and simulation, GiB of one GPU: {way.name}",
-        ("stage", "arithmetic", "simulation", "difference", "simulated in"),
-        (
-            [
-                STAGE_TITLES[name],
-                f"{counted[name] / GIB:.2f}",
-                f"{found.peak / GIB:.2f}",
-                f"{counted[name] / found.peak - 1:+.1%}",
-                f"{found.seconds:.0f} s",
-            ]
-            for name, found in measured.items()
-        ),
-    )
+def _comparison(way: str, measured: dict[str, dict[str, Any]]) -> Table:
+    rows = []
+    for name, found in measured.items():
+        counted, simulated = found["arithmetic_bytes"], found["simulated_bytes"]
+        sizes = [f"{counted / GIB:.2f}", f"{simulated / GIB:.2f}", f"{counted / simulated - 1:+.1%}"]
+        rows.append([STAGE_TITLES[name], *sizes, f"{found['seconds']:.0f} s"])
+    headings = ("stage", "arithmetic", "simulation", "difference", "simulated in")
+    return _table(f"Arithmetic and simulation, GiB of one GPU: {way}", headings, rows)

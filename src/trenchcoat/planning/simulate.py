@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -151,23 +151,11 @@ def _few_tiles(config: Any, tokens: int) -> Iterator[None]:
         Scratch._needed.update(needed)
 
 
-def _materialise(model: nn.Module) -> None:
-    """Every parameter and buffer as a tensor of the surrounding fake mode."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
-
-
 def _step(
     model: Any, stage: TransferConfig | LoraConfig, mesh: DeviceMesh | None, *, ranks: int, seq_len: int
 ) -> dict[Any, int]:
     """The tracker's snapshot of the peak."""
-    _materialise(model)
+    model.to_empty(device="cpu")  # fake tensors: the mode is on
     trained = [p for p in model.parameters() if p.requires_grad]
     own = [p for s in students_of(model).values() for p in s.parameters()]
     outside = list(dict.fromkeys([*trained, *own]))

@@ -112,10 +112,6 @@ class BlocksPlan(TokenCounts):
         fitting = [way for way in self.of(gpus) if way.fits and way.kind in kinds]
         return min(fitting, key=lambda way: way.hours, default=None)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dataclasses.asdict(self)
-
 
 def plan_blocks(recipe: Recipe, machine: Machine, tokens: float | None = None) -> BlocksPlan:
     """Every way of running the attention transfer of ``recipe``, on 1, 2, 4, ... GPUs up to those of ``machine``.
@@ -264,12 +260,8 @@ class _Ways:
         """The fastest joint run that fits, or the one that needs least."""
         planner, machine = self.planner, self.machine
         found = [(*way, planner.stage(self.transfer, way[2])) for way in layouts(machine)]
-        host = [stage.memory.host * machine.node_gpus for *_, stage in found]
-        fitting = [
-            item
-            for item, needed in zip(found, host, strict=True)
-            if planner.fits(item[3].memory) and needed <= machine.usable_host_memory
-        ]
+        host = machine.usable_host_memory / machine.node_gpus
+        fitting = [item for item in found if planner.fits(item[3].memory) and item[3].memory.host <= host]
         if fitting:
             name, settings, layout, stage = max(fitting, key=lambda item: item[3].tokens_per_second)
         else:
