@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
