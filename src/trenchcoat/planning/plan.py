@@ -189,20 +189,18 @@ def with_reserve(size: float) -> float:
 def layouts(machine: Machine) -> list[tuple[str, str, Layout]]:
     """(name, settings, layout) of the ways that ``machine`` allows."""
     gpus, node = machine.gpus, machine.gpus_per_node
-    found = [
-        ("one GPU", "", Layout()),
-        ("one GPU, 4-bit base", "model.quantize=nf4", Layout(nf4=True)),
+    one = [("one GPU", "", Layout()), ("one GPU, 4-bit base", "model.quantize=nf4", Layout(nf4=True))]
+    if gpus == 1:
+        return one
+    full, offloaded = Layout(ranks=gpus, shared_by=gpus), Layout(ranks=gpus, shared_by=gpus, offload=True)
+    hybrid = ("sharded in each node (HSDP)", "parallel.shard=node", Layout(ranks=gpus, shared_by=node))
+    return [
+        *one,
+        ("a copy on each GPU", "parallel.shard=none", Layout(ranks=gpus)),
+        ("sharded over all (FSDP)", "parallel.shard=full", full),
+        *([hybrid] if gpus > node and gpus % node == 0 else []),
+        ("FSDP, shards in host memory", "parallel.shard=full parallel.cpu_offload=true", offloaded),
     ]
-    if gpus > 1:
-        found += [
-            ("a copy on each GPU", "parallel.shard=none", Layout(ranks=gpus)),
-            ("sharded over all (FSDP)", "parallel.shard=full", Layout(ranks=gpus, shared_by=gpus)),
-        ]
-        if gpus > node and gpus % node == 0:
-            found.append(("sharded in each node (HSDP)", "parallel.shard=node", Layout(ranks=gpus, shared_by=node)))
-        offloaded = Layout(ranks=gpus, shared_by=gpus, offload=True)
-        found.append(("FSDP, shards in host memory", "parallel.shard=full parallel.cpu_offload=true", offloaded))
-    return found
 
 
 @dataclass(frozen=True)
@@ -231,19 +229,21 @@ class Planner:
         return {name: stage for name, stage in found.items() if stage is not None}
 
     @property
-    def peak(self) -> float:
-        """FLOP/s of one GPU in the base's precision; UserError for a GPU that is not known."""
+    def flop_rate(self) -> float:
+        """FLOP that one GPU does in a second, in the base's precision; UserError for an unknown GPU."""
         peak = device_peak(self.machine.gpu, self.dtype)
         if peak is None:
             raise UserError(
                 f"--gpu {self.machine.gpu!r} is not known; try H100, H200, A100, L40S, RTX 4090, B200, MI300X"
             )
-        return peak
+        return peak * self.machine.mfu
 
-    @property
-    def flop_rate(self) -> float:
-        """FLOP that one GPU does in a second."""
-        return self.peak * self.machine.mfu
+    def flops(self, stage: Stage) -> float:
+        """Of a token's training step."""
+        seq_len, student = self.recipe.data.seq_len, self.recipe.student
+        if isinstance(stage, LoraConfig):
+            return lora_flops_per_token(self.shapes, student, stage, seq_len).total
+        return transfer_flops_per_token(self.shapes, student, seq_len, xent=stage.xent_weight > 0).total
 
     def step(self, stage: Stage) -> TrainingStep:
         """A micro-batch of ``stage``."""
@@ -277,14 +277,9 @@ class Planner:
 
     def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
         """Seconds of a micro-batch by what it waits for; they overlap, so the longest counts."""
-        seq_len, student = self.recipe.data.seq_len, self.recipe.student
-        if isinstance(stage, LoraConfig):
-            flops, passes = lora_flops_per_token(self.shapes, student, stage, seq_len).total, 2
-        else:
-            xent = stage.xent_weight > 0
-            flops, passes = transfer_flops_per_token(self.shapes, student, seq_len, xent=xent).total, 1
-        rows = stage.batch_size * seq_len
-        found = {"arithmetic": rows * flops / self.flop_rate}
+        passes = 2 if isinstance(stage, LoraConfig) else 1
+        rows = stage.batch_size * self.recipe.data.seq_len
+        found = {"arithmetic": rows * self.flops(stage) / self.flop_rate}
         if layout.shared_by > 1:
             base = base_bytes(self.shapes, self.dtype_bytes, nf4=layout.nf4)
             inside = layout.shared_by <= self.machine.gpus_per_node

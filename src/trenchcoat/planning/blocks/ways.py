@@ -219,8 +219,7 @@ class _Ways:
     @cached_property
     def flops(self) -> float:
         """Of a token's training step, all layers."""
-        recipe, xent = self.planner.recipe, self.transfer.xent_weight > 0
-        return transfer_flops_per_token(self.planner.shapes, recipe.student, recipe.data.seq_len, xent=xent).total
+        return self.planner.flops(self.transfer)
 
     @cached_property
     def teacher_flops(self) -> float:
