@@ -13,13 +13,13 @@ clipping the embedded model's to ``CLIP``.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
+from trenchcoat.bench.benchmark import Benchmark, Settings, grid, shown
 from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.scoring import score
@@ -28,11 +28,10 @@ from trenchcoat.linearize.variants import open_variants
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER
-from trenchcoat.runtime.runlog import environment, read_metrics
+from trenchcoat.runtime.runlog import read_metrics
 
 SCALES = (1024.0, 128.0, 8.0, 1.0)
 SCOPES = ("layer", "global")
-STEPS, QUICK_STEPS = 120, 2
 CLIP = (4 * 4 * 2 * 64 * 64 / (126 * 128 * 2 * 128 * 64)) ** 0.5
 """A norm of 1, for as many parameters as there are here: layers, heads, two maps, head and feature dimension."""
 
@@ -74,52 +73,43 @@ def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[s
     return errors, found
 
 
-def measure(
-    *, threads: int | None = None, quick: bool = False, repeats: int | None = None, device: str = "cpu"
-) -> dict[str, Any]:
-    """Train with both; JSON-ready. ``quick``: two steps, a check that it runs."""
-    if device != "cpu":
-        raise ValueError(f"device={device!r}: the embedded model is small; use --device cpu")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    steps = QUICK_STEPS if quick else STEPS
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _write_scaled(folder / "model")
-        runs = {scope: _run(folder, scope, steps) for scope in SCOPES}
-    return {
-        "benchmark": "clip",
-        "scales": list(SCALES),
-        "steps": steps,
-        "clip": CLIP,
-        "relative_error": {scope: errors for scope, (errors, _) in runs.items()},
-        "perplexity": {name: value for _, found in runs.values() for name, value in found.items()},
-        "environment": environment(implementation="chunkwise", threads=threads or torch.get_num_threads()),
-    }
+@dataclass(frozen=True)
+class ClipSizes:
+    """What is measured."""
+
+    steps: int = 120
+    repeats: int = 1
+    """Of no effect: the same seeds give the same numbers."""
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result as text."""
-    lines = [f"Attention transfer, {result['steps']} steps, clip {CLIP:.3f}, layers' values x {result['scales']}"]
-    lines.append(f"{'':10} {'one clip a layer':>18} {'one for all':>14}   (squared error / mean square of the output)")
-    for layer, error in result["relative_error"]["layer"].items():
-        lines.append(f"{layer:10} {error:>18.4f} {result['relative_error']['global'][layer]:>14.4f}")
-    found = result["perplexity"]
-    lines.append(f"perplexity {found['layer']:>18.3f} {found['global']:>14.3f}   (teacher {found['teacher']:.3f})")
-    return "\n".join(lines)
+class ClipBenchmark(Benchmark[ClipSizes]):
+    """``bench clip``."""
 
+    full = ClipSizes()
+    quick = ClipSizes(steps=2)
+    only_on = "cpu"
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """The errors layer by layer as a PNG file."""
-    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    for scope, label, marker in (("layer", "one clip a layer", "o"), ("global", "one clip for all", "s")):
-        values = list(result["relative_error"][scope].values())
-        axes.plot(range(len(values)), values, marker=marker, label=label)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(result["scales"])), [f"{i}\nx {scale:g}" for i, scale in enumerate(result["scales"])])
-    axes.set_xlabel("layer, and the scale of its attention outputs")
-    axes.set_ylabel("relative squared error")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    def run(self, sizes: ClipSizes, settings: Settings) -> dict[str, Any]:
+        """Train with both."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _write_scaled(folder / "model")
+            runs = {scope: _run(folder, scope, sizes.steps) for scope in SCOPES}
+        return {
+            "scales": list(SCALES),
+            "steps": sizes.steps,
+            "clip": CLIP,
+            "relative_error": {scope: errors for scope, (errors, _) in runs.items()},
+            "perplexity": {name: value for _, found in runs.values() for name, value in found.items()},
+        }
+
+    def table(self, record: dict[str, Any]) -> list[str]:
+        """A row for each layer, and perplexities."""
+        errors, found = record["relative_error"], record["perplexity"]
+        rows = {layer: {scope: errors[scope][layer] for scope in SCOPES} for layer in errors["layer"]}
+        return [
+            f"Attention transfer, {record['steps']} steps, clip {CLIP:.3f}, layers' values x {record['scales']}: "
+            "squared error / mean square of the output, with a clip for each layer and with one for all (global)",
+            *grid("", {**rows, "perplexity": {scope: found[scope] for scope in SCOPES}}),
+            f"perplexity of the teacher: {shown(found['teacher'])}",
+        ]

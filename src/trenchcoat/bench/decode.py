@@ -10,41 +10,30 @@ Shape legend: B rows, T tokens.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
-from trenchcoat.bench.clock import wait
+from trenchcoat.bench.benchmark import Benchmark, Settings, at_least, at_most, grid, listed
+from trenchcoat.bench.llama import SMALL_LLAMA, random_llama
+from trenchcoat.bench.timing import wait
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.generation.generate import PREFILL_TOKENS, Session
 from trenchcoat.models import embedded
 from trenchcoat.models.attach import attach_students, set_mode, set_state_dtype
 from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.runtime.memory import live_tensor_memory
-from trenchcoat.runtime.runlog import environment
-
-TARGETS: dict[str, float] = {
-    "flatness": 1.1,
-    "speedup_long": 3.0,
-    "state_ratio_long": 20.0,
-    "slowdown_short": 1.3,
-}
-"""At most (`flatness`: time a token at the longest context over the shortest; `slowdown_short`: over the teacher's) and
-at least (the other two, at the longest context)."""
-
-_LLAMA: dict[str, Any] = {
-    "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "intermediate_size": 1408, "vocab_size": 4096, "max_position_embeddings": 1 << 20,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DecodeSizes:
     """What is measured."""
 
     layers: int = 8
@@ -60,34 +49,19 @@ class Sizes:
     prompts: tuple[int, ...] = (4096, 32768, 131072)
 
 
-QUICK = Sizes(
-    layers=2, window=16, lengths=(32, 128), batch=3, batch_length=64, steps=16, batch_steps=8, repeats=1,
-    drift=(64, 128), prompts=(4096, 6144),
-)  # fmt: skip
+class Decoder:
+    """A random Llama with terrace students, decoded token by token."""
 
-Caches = dict[str, Callable[[], Any]]
-
-
-class Bench:
-    """A random Llama with terrace students."""
-
-    def __init__(self, sizes: Sizes, *, key_maps: str = "per_query_head", device: str = "cpu") -> None:
-        torch.manual_seed(0)
+    def __init__(self, sizes: DecodeSizes, *, key_maps: str = "per_query_head", device: str = "cpu") -> None:
         self.sizes, self.device = sizes, device
-        self.model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=sizes.layers, **_LLAMA)).eval().to(device)
-        student = StudentConfig(
-            window=sizes.window,
-            key_maps=key_maps,  # type: ignore[arg-type]
-            feature_map=FeatureMapConfig(feature_dim=64),
-        )
-        attach_students(self.model, student)
-        self.model.to(device).requires_grad_(False)
+        shape = replace(SMALL_LLAMA, window=sizes.window)
+        self.model: Any = random_llama(shape, sizes.layers, device, key_maps, torch.float32)
 
     def started(self, kind: str, context: int, rows: int = 1, room: int = 0) -> Any:
         """A cache that has read `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
         set_mode(self.model, "student" if kind == "student" else "teacher")
         cache: Any = DynamicCache(config=self.model.config)
-        ids = torch.randint(_LLAMA["vocab_size"], (1, context), generator=torch.Generator().manual_seed(1))
+        ids = torch.randint(SMALL_LLAMA.vocab, (1, context), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             for piece in ids.to(self.device).split(PREFILL_TOKENS, 1):
                 self.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -115,58 +89,66 @@ class Bench:
         return taken
 
 
-def _summary(taken: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Of the turn with the smallest median (the least disturbed): milliseconds a token."""
-    best = min(taken, key=lambda turn: float(torch.tensor(turn).median()))
-    p50, p99 = (1e3 * torch.tensor(best, dtype=torch.float64).quantile(torch.tensor([0.5, 0.99]).double())).tolist()
-    turns = [1e3 * float(torch.tensor(turn).median()) for turn in taken]
-    mean, worst = 1e3 * sum(best) / len(best), 1e3 * max(best)
-    return {"p50": p50, "p99": p99, "mean": mean, "max": worst, "slowest_p50": max(turns)}
-
-
-def _by_context(bench: Bench, kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Context -> kind -> milliseconds a token and bytes of the cache, one row."""
-    sizes, found = bench.sizes, {}
-    caches = {(n, kind): bench.started(kind, n, room=sizes.steps) for n in sizes.lengths for kind in kinds}
-    held = {key: cache_nbytes(cache) for key, cache in caches.items()}
-    taken: dict[tuple[int, str], list[list[float]]] = {key: [] for key in caches}
-    for turn in range(sizes.repeats + 1):
-        for (length, kind), cache in caches.items():
-            times = bench.steps(kind, copy.deepcopy(cache), 1, sizes.steps if turn else 8)
+def _turns(work: dict[Any, Callable[[bool], list[float]]], repeats: int) -> dict[Any, dict[str, float]]:
+    """Milliseconds a token, of the turn with the smallest median (the least disturbed); the first turn warms up."""
+    taken: dict[Any, list[Tensor]] = {name: [] for name in work}
+    for turn in range(repeats + 1):
+        for name, steps in work.items():
+            times = 1e3 * torch.tensor(steps(turn == 0), dtype=torch.float64)
             if turn:
-                taken[length, kind].append(times)
-    for length in sizes.lengths:
-        found[str(length)] = {
-            kind: {**_summary(taken[length, kind]), "bytes": float(held[length, kind])} for kind in kinds
-        }
+                taken[name].append(times)
+    found = {}
+    for name, turns in taken.items():
+        best = min(turns, key=lambda times: float(times.median()))
+        p50, p99 = best.quantile(torch.tensor([0.5, 0.99]).double()).tolist()
+        slowest = max(float(times.median()) for times in turns)
+        mean, worst = float(best.mean()), float(best.max())
+        found[name] = {"p50": p50, "p99": p99, "mean": mean, "max": worst, "slowest_p50": slowest}
     return found
 
 
-def _batch(bench: Bench) -> dict[str, Any]:
+def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """Context -> kind -> milliseconds a token and bytes of the cache, one row."""
+    sizes, held = decoder.sizes, {}
+    work: dict[Any, Callable[[bool], list[float]]] = {}
+    for length, kind in itertools.product(sizes.lengths, kinds):
+        cache = decoder.started(kind, length, room=sizes.steps)
+        held[length, kind] = float(cache_nbytes(cache))
+        work[length, kind] = partial(_continued, decoder, kind, cache)
+    times = _turns(work, sizes.repeats)
+    return {
+        str(length): {kind: {**times[length, kind], "bytes": held[length, kind]} for kind in kinds}
+        for length in sizes.lengths
+    }
+
+
+def _continued(decoder: Decoder, kind: str, cache: Any, warming: bool) -> list[float]:
+    return decoder.steps(kind, copy.deepcopy(cache), 1, 8 if warming else decoder.sizes.steps)
+
+
+def _batch(decoder: Decoder) -> dict[str, Any]:
     """Rows at a longer context: the student at the full batch, the teacher at it and at what fits that memory."""
-    sizes, found = bench.sizes, {}
+    sizes = decoder.sizes
     context, steps = sizes.batch_length, sizes.batch_steps
-    student = bench.started("student", context, sizes.batch)
-    state = cache_nbytes(student)
-    row = cache_nbytes(bench.started("dynamic", context))
-    fits = max(1, state // row)
-    plans = {"student": (sizes.batch, student)}
-    plans["teacher, same memory"] = (fits, bench.started("dynamic", context, fits))
-    plans["teacher, same batch"] = (sizes.batch, bench.started("static", context, sizes.batch, room=steps))
-    kinds = {"student": "student", "teacher, same memory": "dynamic", "teacher, same batch": "static"}
-    steps_of = dict.fromkeys(plans, steps) | {"teacher, same batch": max(4, steps // 8)}
-    taken: dict[str, list[list[float]]] = {name: [] for name in plans}
-    for turn in range(min(sizes.repeats, 3) + 1):
-        for name, (rows, cache) in plans.items():
-            times = bench.steps(kinds[name], cache, rows, steps_of[name] if turn else 2)
-            if turn:
-                taken[name].append(times)
-    for name, (rows, cache) in plans.items():
-        figures = _summary(taken[name])
-        found[name] = {
-            **figures, "rows": rows, "bytes": cache_nbytes(cache), "tokens_per_second": 1e3 * rows / figures["mean"],
-        }  # fmt: skip
-    return {"context": context, **found}
+    student = decoder.started("student", context, sizes.batch)
+    fits = max(1, cache_nbytes(student) // cache_nbytes(decoder.started("dynamic", context)))
+    plans = {
+        "student": ("student", sizes.batch, steps, student),
+        "teacher, same memory": ("dynamic", fits, steps, decoder.started("dynamic", context, fits)),
+        "teacher, same batch": (
+            "static", sizes.batch, max(4, steps // 8), decoder.started("static", context, sizes.batch, room=steps)
+        ),
+    }  # fmt: skip
+
+    def work(kind: str, rows: int, count: int, cache: Any) -> Callable[[bool], list[float]]:
+        return lambda warming: decoder.steps(kind, cache, rows, 2 if warming else count)
+
+    found: dict[str, Any] = {"context": context}
+    times = _turns({name: work(*plan) for name, plan in plans.items()}, min(sizes.repeats, 3))
+    for name, (_kind, rows, _count, cache) in plans.items():
+        speed = 1e3 * rows / times[name]["mean"]
+        found[name] = {**times[name], "rows": rows, "bytes": cache_nbytes(cache), "tokens_per_second": speed}
+    return found
 
 
 def _embedded(device: str) -> Any:
@@ -177,7 +159,7 @@ def _embedded(device: str) -> Any:
     return model.to(device).requires_grad_(False)
 
 
-def _drift(sizes: Sizes, device: str) -> dict[str, dict[str, dict[str, float]]]:
+def _drift(sizes: DecodeSizes, device: str) -> dict[str, dict[str, dict[str, float]]]:
     """State dtype -> tokens generated -> how far a model in float32 with such a state is from one in float64 that reads
     the same tokens, which the latter samples: mean Kullback-Leibler divergence of the next token over the last 256
     tokens (nats), the share of these with the same likeliest token, and the error of the far sums S (relative, in norm,
@@ -219,7 +201,7 @@ def _state_error(exact: Any, other: Any) -> float:
     return max(errors)
 
 
-def _prompts(sizes: Sizes, device: str) -> dict[str, Any]:
+def _prompts(sizes: DecodeSizes, device: str) -> dict[str, Any]:
     """Peak live bytes and seconds of reading prompts with a model of the embedded teacher's size."""
     model = _embedded(device)
     found = {}
@@ -234,78 +216,66 @@ def _prompts(sizes: Sizes, device: str) -> dict[str, Any]:
     return {"piece": PREFILL_TOKENS, "by_tokens": found}
 
 
-def measure(
-    *, threads: int | None = None, quick: bool = False, repeats: int | None = None, device: str = "cpu"
-) -> dict[str, Any]:
-    """Run every measurement; JSON-ready. ``quick``: small sizes, a check that it runs."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    sizes = QUICK if quick else Sizes()
-    sizes = sizes if repeats is None else replace(sizes, repeats=repeats)
-    bench = Bench(sizes, device=device)
-    curves = _by_context(bench, ("student", "dynamic", "static"))
-    shared = _by_context(Bench(sizes, key_maps="per_kv_head", device=device), ("student",))
-    first, last = (curves[str(length)] for length in (sizes.lengths[0], sizes.lengths[-1]))
-    return {
-        "benchmark": "decode",
-        "model": {**_LLAMA, "layers": sizes.layers, "dtype": "float32", "window": sizes.window, "feature_dim": 64},
-        "milliseconds_by_context": curves,
-        "per_kv_head": shared,
-        "flatness": last["student"]["p50"] / first["student"]["p50"],
-        "speedup_long": last["dynamic"]["p50"] / last["student"]["p50"],
-        "speedup_long_static": last["static"]["p50"] / last["student"]["p50"],
-        "state_ratio_long": last["dynamic"]["bytes"] / last["student"]["bytes"],
-        "slowdown_short": first["student"]["p50"] / first["dynamic"]["p50"],
-        "spike": last["student"]["p99"] / last["student"]["p50"],
-        "batch": _batch(bench),
-        "drift": _drift(sizes, device),
-        "prompts": _prompts(sizes, device),
-        "targets": None if quick else TARGETS,
-        "environment": environment(implementation="decode step", device=device),
-    }
+def _over(kind: str, figure: str, other: str, *, at: tuple[int, int] = (-1, -1)) -> Callable[[dict[str, Any]], float]:
+    """A figure of `kind` over that of `other`; `at` says at which of the contexts."""
+
+    def ratio(found: dict[str, Any]) -> float:
+        rows = list(found["milliseconds_by_context"].values())
+        return float(rows[at[0]][kind][figure] / rows[at[1]][other][figure])
+
+    return ratio
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    model, batch = result["model"], result["batch"]
-    lines = [
-        f"Decoding, Llama of {model['layers']} layers, hidden {model['hidden_size']}, window {model['window']}, "
-        f"float32, {result['environment']['threads']} threads; milliseconds a token (p50, p99) and MiB of state",
-        f"{'context':>8} {'student':>22} {'per_kv_head':>22} {'teacher, dynamic':>22} {'teacher, static':>22}",
-    ]
-    for context, row in result["milliseconds_by_context"].items():
-        kinds = (row["student"], result["per_kv_head"][context]["student"], row["dynamic"], row["static"])
-        cells = [f"{one['p50']:>7.2f} {one['p99']:>7.2f} {one['bytes'] / 2**20:>6.1f}" for one in kinds]
-        lines.append(f"{context:>8} " + " ".join(cells))
-    lines += [
-        f"longest context over shortest: {result['flatness']:.2f}x" + _target(result, "flatness", "<="),
-        f"against the teacher at the longest: {result['speedup_long']:.1f}x faster"
-        + _target(result, "speedup_long", ">=")
-        + f", with a static cache {result['speedup_long_static']:.1f}x; state {result['state_ratio_long']:.0f}x smaller"
-        + _target(result, "state_ratio_long", ">="),
-        f"at the shortest: {result['slowdown_short']:.2f}x the teacher's" + _target(result, "slowdown_short", "<="),
-        f"p99 over p50 at the longest (folds included): {result['spike']:.2f}x",
-        f"batches at context {batch['context']}:",
-    ]
-    for name, row in batch.items():
-        if name != "context":
-            lines.append(
-                f"  {name:<22} {row['rows']:>3} rows {row['bytes'] / 2**20:>8.1f} MiB {row['tokens_per_second']:>8.1f} "
-                f"tokens/s, p50 {row['p50']:.1f} ms, p99 {row['p99']:.1f} ms"
-            )
-    for dtype, points in result["drift"].items():
-        for tokens, one in points.items():
-            lines.append(
-                f"drift of a {dtype} state after {tokens} tokens: KL {one['kl']:.2e} nats, same likeliest token "
-                f"{100 * one['same_token']:.1f} %, error of S {one['state_error']:.1e}"
-            )
-    for tokens, one in result["prompts"]["by_tokens"].items():
-        lines.append(
-            f"prompt of {tokens} tokens (embedded teacher's size, in pieces of {result['prompts']['piece']}): peak "
-            f"{one['peak_bytes'] / 2**20:.1f} MiB, {one['seconds']:.1f} s"
-        )
-    return "\n".join(lines)
+class DecodeBenchmark(Benchmark[DecodeSizes]):
+    """``bench decode``."""
 
+    full = DecodeSizes()
+    quick = DecodeSizes(
+        layers=2, window=16, lengths=(32, 128), batch=3, batch_length=64, steps=16, batch_steps=8, repeats=1,
+        drift=(64, 128), prompts=(4096, 6144),
+    )  # fmt: skip
+    targets = (
+        at_most(
+            1.1, "a token at the longest context over the shortest", _over("student", "p50", "student", at=(-1, 0))
+        ),
+        at_least(3.0, "times as fast as the teacher at the longest", _over("dynamic", "p50", "student")),
+        at_least(20.0, "the teacher's cache over the state at the longest", _over("dynamic", "bytes", "student")),
+        at_most(1.3, "a token over the teacher's at the shortest", _over("student", "p50", "dynamic", at=(0, 0))),
+    )
 
-def _target(result: dict[str, Any], name: str, sign: str) -> str:
-    return "" if result["targets"] is None else f" (target {sign} {result['targets'][name]:g})"
+    def implementation(self, device: str) -> str:
+        """The step that serves a few new tokens."""
+        return "decode step"
+
+    def run(self, sizes: DecodeSizes, settings: Settings) -> dict[str, Any]:
+        """By context, in batches, drift of the state, prompts."""
+        device = settings.device
+        decoder = Decoder(sizes, device=device)
+        curves = _by_context(decoder, ("student", "dynamic", "static"))
+        shared = _by_context(Decoder(sizes, key_maps="per_kv_head", device=device), ("student",))
+        return {
+            "model": {**asdict(SMALL_LLAMA), "layers": sizes.layers, "dtype": "float32", "window": sizes.window},
+            "milliseconds_by_context": {n: {**row, "per_kv_head": shared[n]["student"]} for n, row in curves.items()},
+            "batch": _batch(decoder),
+            "drift": _drift(sizes, device),
+            "prompts": _prompts(sizes, device),
+        }
+
+    def table(self, record: dict[str, Any]) -> list[str]:
+        """A row for each context, each batch, each length of the drift and each prompt."""
+        contexts = {
+            f"{context}, {kind}": row
+            for context, kinds in record["milliseconds_by_context"].items()
+            for kind, row in kinds.items()
+        }
+        batch = {name: row for name, row in record["batch"].items() if name != "context"}
+        drift = {
+            f"{tokens}, {dtype}": row for dtype, points in record["drift"].items() for tokens, row in points.items()
+        }
+        return [
+            f"decoding, milliseconds a token and bytes of cache: {listed(record['model'])}",
+            *grid("context", contexts),
+            *grid(f"context {record['batch']['context']}, batches", batch),
+            *grid("drift after tokens, state", drift),
+            *grid(f"prompt, in pieces of {record['prompts']['piece']}", record["prompts"]["by_tokens"]),
+        ]

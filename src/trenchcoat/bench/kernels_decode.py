@@ -11,32 +11,30 @@ Shape legend: B rows, G key/value heads, T tokens of context, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
-from trenchcoat.bench.gpu import Ceilings, Timer, attempt, captured, free_memory, judge, least, most, repeated
-from trenchcoat.bench.kernels_model import LLAMA_8B, Measurement, Shape, random_llama
+from trenchcoat.bench.benchmark import Target, at_least, at_most
+from trenchcoat.bench.kernel_part import KernelPart, Measurement
+from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, LlamaShape, random_llama
+from trenchcoat.bench.timing import Ceilings, Timer, attempt, captured, repeated
 from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.cache import state_layer
-from trenchcoat.ops import RowState
 
 SOFTMAX_CACHE = "buffers of exactly the context, PyTorch's attention without a mask, CUDA graph"
 
-ROOFLINE_AT_MOST = 1.2
-FASTER_SAME_BATCH, FASTER_LARGEST_BATCH = 4.0, 25.0
-
 
 @dataclass(frozen=True)
-class Sizes:
+class DecodePartSizes:
     """What is measured."""
 
-    shape: Shape = LLAMA_8B
+    shape: LlamaShape = LLAMA_8B
     layers: int = 32
     context: int = 32768
     batches: tuple[int, ...] = (1, 64)
@@ -46,52 +44,25 @@ class Sizes:
     filled: float = 0.92
     """Share of the free memory that the caches of the largest batch take."""
     memory: int | None = None
-    """Bytes to fill, in place of what is found free."""
-
-    def of_layers(self, layers: int | None) -> Sizes:
-        """With another depth."""
-        return self if layers is None else replace(self, layers=layers)
+    """Bytes to fill, in place of what is found free (on a CPU it must be given)."""
 
 
-FULL = Sizes()
-QUICK = Sizes(
-    Shape(hidden=256, heads=4, kv_heads=2, dim=64, inner=512, vocab=1024), layers=2, context=512, batches=(1,),
-    same_batch=2, filled=0.02,
-)  # fmt: skip
-
-
-class FullLayer(CacheLayerMixin):
+class FullLayer(DynamicLayer):
     """A softmax layer's cache at a fixed length: the newest pair always takes the last place."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, keys_BGTD: Tensor, values_BGTD: Tensor) -> None:
         super().__init__()
         self.keys, self.values = keys_BGTD, values_BGTD
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: it is full from the start."""
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The pair of one new token, in place; all keys and values."""
         self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
         return self.keys, self.values
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns, offset)."""
-        return self.keys.shape[2], 0
-
     def get_seq_length(self) -> int:
         """Tokens before the new one."""
         return int(self.keys.shape[2]) - 1
-
-    def get_max_length(self) -> int:
-        """Its length."""
-        return int(self.keys.shape[2])
 
 
 def softmax_cache(model: Any, rows: int, context: int) -> Cache:
@@ -99,7 +70,8 @@ def softmax_cache(model: Any, rows: int, context: int) -> Cache:
     config = model.config
     shape = (rows, config.num_key_value_heads, context, config.head_dim)
     make: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
-    return Cache(layers=[FullLayer(*(torch.empty(shape, **make).normal_() for _ in range(2))) for _ in _layers(model)])
+    pairs = ([torch.empty(shape, **make).normal_() for _ in range(2)] for _ in range(config.num_hidden_layers))
+    return Cache(layers=[FullLayer(*pair) for pair in pairs])
 
 
 def student_cache(model: Any, rows: int, context: int) -> Cache:
@@ -115,10 +87,6 @@ def student_cache(model: Any, rows: int, context: int) -> Cache:
         state.seen_B += context
         state_layer(cache, index).advance(state, context)
     return cache
-
-
-def _layers(model: Any) -> range:
-    return range(model.config.num_hidden_layers)
 
 
 class Loop:
@@ -138,7 +106,7 @@ class Loop:
         self.place.add_(self.move)
 
 
-def seconds_a_token(sizes: Sizes, timer: Timer, model: Any, kind: str, rows: int) -> float:
+def seconds_a_token(sizes: DecodePartSizes, timer: Timer, model: Any, kind: str, rows: int) -> float:
     """Of all rows together; `kind`: student or softmax."""
     set_mode(model, "student" if kind == "student" else "teacher")
     if kind == "student":
@@ -152,14 +120,10 @@ def seconds_a_token(sizes: Sizes, timer: Timer, model: Any, kind: str, rows: int
 def row_bytes(model: Any, kind: str, context: int) -> int:
     """Bytes of one row's cache."""
     if kind == "student":
-        return sum(_state(student).nbytes() for student in students_of(model).values())
+        students = students_of(model).values()
+        return sum(student.empty_state(1, dtype=torch.bfloat16, device="meta").nbytes() for student in students)
     config = model.config
     return 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
-
-
-def _state(student: Any) -> RowState:
-    state: RowState = student.empty_state(1, dtype=torch.bfloat16, device="meta")
-    return state
 
 
 def weight_bytes(model: Any) -> int:
@@ -168,30 +132,7 @@ def weight_bytes(model: Any) -> int:
     return sum(p.nbytes for p in model.parameters() if p is not embedding)
 
 
-def memory(sizes: Sizes) -> float:
-    """Bytes of device memory needed for the comparison at one batch; the largest batch takes all there is."""
-    cache = 4.0 * sizes.layers * sizes.shape.kv_heads * sizes.shape.dim * sizes.context
-    return sizes.shape.bytes(sizes.layers) + sizes.same_batch * cache
-
-
-def measurements(sizes: Sizes, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:
-    """Every measurement of decoding."""
-    for rows in sizes.batches:
-        yield f"batch {rows}", partial(_roofline, sizes, timer, limits, rows)
-    yield "same batch", partial(_same_batch, sizes, timer)
-    for kind, key_maps in (
-        ("student", "per_query_head"),
-        ("student", "per_kv_head"),
-        ("softmax", "per_query_head"),
-    ):
-        yield f"largest batch, {_name(kind, key_maps)}", partial(_largest, sizes, timer, kind, key_maps)
-
-
-def _name(kind: str, key_maps: str) -> str:
-    return kind if key_maps == "per_query_head" else f"{kind} {key_maps}"
-
-
-def _roofline(sizes: Sizes, timer: Timer, limits: Ceilings, rows: int) -> dict[str, Any]:
+def _roofline(sizes: DecodePartSizes, timer: Timer, limits: Ceilings, rows: int) -> dict[str, Any]:
     """A token over the time of reading weights and state once."""
     model = random_llama(sizes.shape, sizes.layers, timer.device)
     taken = seconds_a_token(sizes, timer, model, "student", rows)
@@ -200,7 +141,7 @@ def _roofline(sizes: Sizes, timer: Timer, limits: Ceilings, rows: int) -> dict[s
     return {"rows": rows, "layers": sizes.layers, **entry, "ratio": taken / entry["least"]}
 
 
-def _same_batch(sizes: Sizes, timer: Timer) -> dict[str, Any]:
+def _same_batch(sizes: DecodePartSizes, timer: Timer) -> dict[str, Any]:
     """Tokens/s against the softmax model at one batch and context."""
     model = random_llama(sizes.shape, sizes.layers, timer.device)
     rows = sizes.same_batch
@@ -209,7 +150,7 @@ def _same_batch(sizes: Sizes, timer: Timer) -> dict[str, Any]:
     return {**result, "ours": rows / ours, "softmax": rows / softmax, "ratio": softmax / ours}
 
 
-def _largest(sizes: Sizes, timer: Timer, kind: str, key_maps: str) -> dict[str, Any]:
+def _largest(sizes: DecodePartSizes, timer: Timer, kind: str, key_maps: str) -> dict[str, Any]:
     """Tokens/s at the largest batch: by arithmetic from the free memory, a tenth less at a time where it does not fit.
 
     Beside its cache a row has logits (bfloat16, and float32 in passing) and the widest activations.
@@ -217,60 +158,55 @@ def _largest(sizes: Sizes, timer: Timer, kind: str, key_maps: str) -> dict[str, 
     shape = sizes.shape
     model = random_llama(shape, sizes.layers, timer.device, key_maps)
     row = row_bytes(model, kind, sizes.context) + 6 * shape.vocab + 8 * shape.inner
-    free = free_memory(timer.device, sizes.memory)
+    free = sizes.memory
+    if free is None:
+        torch.cuda.empty_cache()
+        free = int(torch.cuda.mem_get_info()[0])
     most_rows = int(sizes.filled * free / row)
     result = {"layers": sizes.layers, "context": sizes.context, "row_bytes": row, "free_bytes": free}
     tried: list[int] = []
     for tenths in (10, 9, 8, 7):
         rows = max(1, most_rows * tenths // 10)
         tried.append(rows)
-
-        def measured(rows: int = rows) -> dict[str, Any]:
-            return {"seconds": seconds_a_token(sizes, timer, model, kind, rows)}
-
-        found = attempt(measured)
+        found = attempt(lambda rows=rows: {"seconds": seconds_a_token(sizes, timer, model, kind, rows)})  # type: ignore[misc]
         if "seconds" in found:
             return {**result, "rows": rows, "tried": tried, **found, "tokens_per_second": rows / found["seconds"]}
     return {**result, "tried": tried, **found}
 
 
-def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measured against wanted."""
-    rows = []
-    for batch in FULL.batches:
-        target = most(f"decode, batch {batch}: a token over reading weights and state once", ROOFLINE_AT_MOST)
-        rows.append(judge(target, found, f"batch {batch}", lambda row: row["ratio"]))
-    target = least(
-        f"decode, {FULL.same_batch} rows at {FULL.context}: tokens/s over the softmax model's", FASTER_SAME_BATCH
-    )
-    rows.append(judge(target, found, "same batch", lambda row: row["ratio"]))
-    target = least(f"decode, largest batch at {FULL.context}: tokens/s over the softmax model's", FASTER_LARGEST_BATCH)
-    softmax = found.get("largest batch, softmax", {}).get("tokens_per_second")
-    if softmax is None and "largest batch, student" in found:
-        return [*rows, target.judged(None, "softmax model: not measured")]
-    name = "largest batch, student"
-    return [*rows, judge(target, found, name, lambda row: row["tokens_per_second"] / softmax)]
+def _roofline_target(rows: int) -> Target:
+    what = f"decode, batch {rows}: a token over reading weights and state once"
+    return at_most(1.2, what, lambda row: row["ratio"], f"batch {rows}")
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """The measurements as text."""
-    lines = []
-    for name, row in found.items():
-        if "out_of_memory" in row:
-            lines.append(f"{name}: out of memory ({row['out_of_memory']})")
-        elif name.startswith("batch"):
-            lines.append(
-                f"{name}, {row['layers']} layers: {1e3 * row['seconds']:.2f} ms a token, {row['ratio']:.2f}x the time "
-                f"of reading weights and state once ({row['bytes'] / 1e9:.1f} GB)"
-            )
-        elif name == "same batch":
-            lines.append(
-                f"{row['rows']} rows at {row['context']}: {row['ours']:.0f} tokens/s, softmax {row['softmax']:.0f} "
-                f"({row['softmax_cache']}), {row['ratio']:.2f}x"
-            )
-        else:
-            lines.append(
-                f"{name} at {row['context']}: {row['rows']} rows of {row['row_bytes'] / 2**20:.1f} MiB, "
-                f"{row['tokens_per_second']:.0f} tokens/s"
-            )
-    return lines
+class DecodePart(KernelPart[DecodePartSizes]):
+    """``bench kernels --only decode``."""
+
+    full = DecodePartSizes()
+    quick = DecodePartSizes(TINY_LLAMA, layers=2, context=512, batches=(1,), same_batch=2, filled=0.02)
+    depths = ("layers",)
+    targets = (
+        _roofline_target(1), _roofline_target(64),
+        at_least(
+            4.0, "decode, 16 rows at 32768: tokens/s over the softmax model's", lambda row: row["ratio"], "same batch"
+        ),
+        at_least(
+            25.0, "decode, largest batch at 32768: tokens/s over the softmax model's",
+            lambda ours, softmax: ours["tokens_per_second"] / softmax["tokens_per_second"],
+            "largest batch, student", "largest batch, softmax",
+        ),
+    )  # fmt: skip
+
+    def memory(self, sizes: DecodePartSizes) -> float:
+        """Of the comparison at one batch; the largest batch takes all there is."""
+        cache = 4.0 * sizes.layers * sizes.shape.kv_heads * sizes.shape.dim * sizes.context
+        return sizes.shape.bytes(sizes.layers) + sizes.same_batch * cache
+
+    def measurements(self, sizes: DecodePartSizes, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:
+        """Against the roofline, at one batch, at the largest batch."""
+        for rows in sizes.batches:
+            yield f"batch {rows}", partial(_roofline, sizes, timer, limits, rows)
+        yield "same batch", partial(_same_batch, sizes, timer)
+        yield "largest batch, student", partial(_largest, sizes, timer, "student", "per_query_head")
+        yield "largest batch, student per_kv_head", partial(_largest, sizes, timer, "student", "per_kv_head")
+        yield "largest batch, softmax", partial(_largest, sizes, timer, "softmax", "per_query_head")

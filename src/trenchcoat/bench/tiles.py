@@ -8,16 +8,16 @@ then on, by every process that runs this shape on such a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trenchcoat.bench.gpu import Timer
-from trenchcoat.bench.kernels_operator import FULL, QUICK, Bench
-from trenchcoat.config import UserError
+from trenchcoat.bench.benchmark import Benchmark, Settings
+from trenchcoat.bench.layer import Layer, LayerSizes
+from trenchcoat.bench.timing import Timer
 from trenchcoat.ops.triton.tiles import Choices, Tile, choices, encoded, tiles_file
 from trenchcoat.runtime.files import read_json, write_json
-from trenchcoat.runtime.runlog import environment
 
 if TYPE_CHECKING:
     from trenchcoat.ops.triton.launch import Launch
@@ -95,41 +95,41 @@ def tune(passes: Sequence[Callable[[], object]], clock: Clock, *, device: torch.
     }  # fmt: skip
 
 
-def measure(
-    *, threads: int | None = None, quick: bool = False, repeats: int | None = None, device: str = "cuda"
-) -> dict[str, Any]:
-    """Tune the shape of ``bench kernels`` for every kind.
+@dataclass(frozen=True)
+class TilesSizes:
+    """What is tuned."""
 
-    Raises:
-        UserError: there is no CUDA device, or `device` is not one.
-    """
-    if not device.startswith("cuda") or not torch.cuda.is_available():
-        raise UserError(
-            f"bench tiles tunes Triton kernels on a GPU, but --device is {device} and "
-            f"{'there is' if torch.cuda.is_available() else 'there is no'} CUDA device; give it a machine with one and "
-            "--device cuda"
-        )
-    sizes = QUICK if quick else FULL
-    timer = Timer((3 if quick else 20) if repeats is None else repeats, device)
-    tokens = sizes.lengths[0] if quick else 8192
-    found = []
-    for kind in ("terrace", "sliding", "linear"):
-        bench = Bench(sizes, "triton", tokens, device, kind=kind)
-        passes = [bench.forward, bench.training, bench.transfer, bench.cross_entropy, bench.decoding()]
-        found.append(tune(passes, timer, device=torch.device(device)))
-    return {
-        "benchmark": "tiles",
-        "file": str(tiles_file()),
-        "found": found,
-        "environment": environment(implementation="triton", device=device),
-    }
+    layer: LayerSizes = field(default_factory=LayerSizes)
+    tokens: int = 8192
+    repeats: int = 20
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    lines = [f"kept in {result['file']}"]
-    for entry in result["found"]:
-        lines.append(f"{entry['device']}, {entry['shape']}: {entry['programs']} programs a multiprocessor")
-        for kernel, (warps, stages, share) in entry["tiles"].items():
-            lines.append(f"  {kernel:<24} {warps:>2} warps, {stages} stages: {share:.2f} of the default's time")
-    return "\n".join(lines)
+class TilesBenchmark(Benchmark[TilesSizes]):
+    """``bench tiles``."""
+
+    full = TilesSizes()
+    quick = TilesSizes(LayerSizes(heads=4, kv_heads=2, dim=64), tokens=512, repeats=3)
+    only_on = "cuda"
+
+    def implementation(self, device: str) -> str:
+        """The kernels."""
+        return "triton"
+
+    def run(self, sizes: TilesSizes, settings: Settings) -> dict[str, Any]:
+        """Tune the layer's shape for every kind."""
+        device = settings.device
+        timer, found = Timer(sizes.repeats, device), []
+        for kind in ("terrace", "sliding", "linear"):
+            layer = Layer(sizes.layer, "triton", sizes.tokens, device, kind=kind)
+            passes = [layer.forward, layer.training, layer.transfer, layer.cross_entropy, layer.decoding()]
+            found.append(tune(passes, timer, device=torch.device(device)))
+        return {"file": str(tiles_file()), "found": found}
+
+    def table(self, record: dict[str, Any]) -> list[str]:
+        """Every kernel's choice."""
+        lines = [f"kept in {record['file']}"]
+        for entry in record["found"]:
+            lines.append(f"{entry['device']}, {entry['shape']}: {entry['programs']} programs a multiprocessor")
+            for kernel, (warps, stages, share) in entry["tiles"].items():
+                lines.append(f"  {kernel:<24} {warps:>2} warps, {stages} stages: {share:.2f} of the default's time")
+        return lines

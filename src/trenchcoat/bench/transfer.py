@@ -10,53 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from trenchcoat.bench.clock import seconds
-from trenchcoat.config import FeatureMapConfig, StudentConfig, TransferConfig
-from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
-from trenchcoat.runtime.memory import live_tensor_memory
-from trenchcoat.runtime.runlog import environment
-from trenchcoat.students import StudentAttention, SumAttention, operator_of
-from trenchcoat.training.gradients import average_and_clip, clip_groups
-from trenchcoat.training.objectives import Objective, transfer_objective
-
-TARGETS: dict[str, Any] = {"memory_growth": 1.1, "time_ratio": {"1024": 1.35, "4096": 1.2}}
-"""Upper limits: step memory of 16 layers over 4, and step time over the teacher's forward by length."""
-
-_WINDOW = 64
-_LLAMA: dict[str, Any] = {
-    "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-    "intermediate_size": 1408, "vocab_size": 4096, "max_position_embeddings": 8192,
-}  # fmt: skip
+from trenchcoat.bench.benchmark import Benchmark, Settings, Target, at_most, grid, listed
+from trenchcoat.bench.llama import SMALL_LLAMA, TrainingStep, random_llama
+from trenchcoat.bench.timing import peak_bytes, seconds
+from trenchcoat.config import StudentConfig, TransferConfig
+from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
+from trenchcoat.ops.reference import teacher_weights, weights
+from trenchcoat.ops.state import Features, HeadWeights, Rule, Tokens
+from trenchcoat.students import StudentAttention, operator_of
+from trenchcoat.training.objectives import transfer_objective
 
 
-def _operator(device: str) -> str:
-    """What the students of the measured model run on."""
-    dim = _LLAMA["head_dim"]
-    return operator_of(StudentConfig(), head_dim=dim, dtype=torch.float32, device=torch.device(device))
-
-
-class Bench:
-    """A model with students in transfer mode, rows of T random tokens, and its training step."""
+class TransferStep(TrainingStep):
+    """A step of attention transfer, its forward pass alone, and the naive way."""
 
     def __init__(self, model: Any, tokens: int, *, rows: int = 1) -> None:
-        self.model = model
-        self.parameters = freeze_for_transfer(self.model)
+        freeze_for_transfer(model)
         cfg = TransferConfig()
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.groups = clip_groups(self.model, named, cfg.clip_scope)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr)
-        self.clip = cfg.clip
-        self.objective: Objective = transfer_objective(cfg)
-        ids = torch.randint(0, model.config.vocab_size, (rows, tokens), device=self.parameters[0].device)
-        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        super().__init__(model, cfg, transfer_objective(cfg), rows, tokens)
+        self.batch["attention_mask"] = torch.ones_like(self.batch["input_ids"])
 
     def teacher(self, *, head: bool = False) -> None:
         """The untouched model's forward pass, without the vocabulary head (which transfer skips) unless asked for."""
@@ -74,12 +53,6 @@ class Bench:
         self.gradients()
         self.update()
 
-    def update(self) -> None:
-        """Clip and step the optimizer."""
-        average_and_clip(self.groups, 1, self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def naive_gradients(self) -> None:
         """The same losses and gradients the naive way: all maps and graphs kept until one backward pass."""
         set_mode(self.model, "transfer")
@@ -96,36 +69,28 @@ class Bench:
     def peak(self, work: Callable[[], None]) -> int:
         """Peak live bytes of ``work`` above parameters, the students' gradients and the optimizer state."""
         self.step()
-        work()
-        with live_tensor_memory() as memory:
-            work()
-        self.optimizer.zero_grad(set_to_none=True)
-        return memory.peak
+        return peak_bytes(work, self.parameters)
 
 
-def small_bench(layers: int, tokens: int, *, device: str = "cpu") -> Bench:
+def small_step(layers: int, tokens: int, *, device: str = "cpu") -> TransferStep:
     """One row through a random float32 Llama with terrace students."""
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **_LLAMA)).eval().to(device)
-    attach_students(model, StudentConfig(window=_WINDOW, feature_map=FeatureMapConfig(feature_dim=_LLAMA["head_dim"])))
-    return Bench(model.to(device), tokens)
+    return TransferStep(random_llama(SMALL_LLAMA, layers, device, dtype=torch.float32), tokens)
 
 
 @contextmanager
 def _naive_transfer(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
     """Replace every student's transfer by one that only records its loss, its graph and both maps."""
     kept: list[tuple[Tensor, ...]] = []
-    students = [module for module in model.modules() if isinstance(module, StudentAttention)]
+    students = list(students_of(model).values())
 
-    def replacement(student: StudentAttention) -> Callable[..., None]:
-        def transfer(q: Tensor, k: Tensor, v: Tensor, y: Tensor, *, scale: float, **options: Any) -> None:
-            with torch.enable_grad():
-                kept.append(_naive_loss(student, q, k, v, y, scale))
-
-        return transfer
+    @torch.enable_grad()
+    def keep(
+        student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *, scale: float, **options: Any
+    ) -> None:
+        kept.append(_naive_loss(student, q, k, v, y, scale))
 
     for student in students:
-        student.transfer = replacement(student)  # type: ignore[method-assign]
+        student.transfer = partial(keep, student)  # type: ignore[method-assign]
     try:
         yield kept
     finally:
@@ -136,30 +101,19 @@ def _naive_transfer(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
 def _naive_loss(
     student: StudentAttention, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, y_BHTD: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(1000 x mean squared error, student's map [B, H, T, T], teacher's map), by the terrace's formula spelled out."""
-    assert student.query_map is not None
-    assert student.key_map is not None
-    assert isinstance(student, SumAttention) and student.mix_H is not None  # noqa: PT018
-    groups, tokens = q_BHTD.shape[1] // k_BGTD.shape[1], q_BHTD.shape[2]
-    k_BHTD, v_BHTD = k_BGTD.repeat_interleave(groups, dim=1), v_BGTD.repeat_interleave(groups, dim=1)
-    position = torch.arange(tokens, device=q_BHTD.device)
-    causal_TT = position[:, None] >= position
-    far_TT = position < (position[:, None] // _WINDOW - 1) * _WINDOW
-    near_TT = causal_TT & ~far_TT
-    score_BHTT = scale * q_BHTD @ k_BHTD.transpose(-1, -2)
-    teacher_BHTT = score_BHTT.masked_fill(~causal_TT, -torch.inf).softmax(-1)
-    near_score_BHTT = score_BHTT.masked_fill(~near_TT, -torch.inf)
-    weight = student.mix_H.sigmoid()[:, None, None]
-    near_BHTT = weight * (near_score_BHTT - near_score_BHTT.amax(-1, keepdim=True)).exp()
-    features = student.query_map(q_BHTD) @ student.key_map(k_BGTD).transpose(-1, -2)
-    weights_BHTT = near_BHTT + features.masked_fill(~far_TT, 0.0)
-    student_BHTT = weights_BHTT / weights_BHTT.sum(-1, keepdim=True)
+    """(1000 x mean squared error, student's map [B, H, T, T], teacher's map)."""
+    assert student.query_map is not None and student.key_map is not None and student.mix_H is not None  # noqa: PT018
+    tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTD), Rule(kind="terrace", window=SMALL_LLAMA.window, scale=scale)
+    features = Features(student.query_map(q_BHTD), student.key_map(k_BGTD))
+    student_BHTT = weights(tokens, features, HeadWeights(student.mix_H), rule)
+    teacher_BHTT = teacher_weights(tokens, rule)
+    v_BHTD = v_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
     loss = 1000.0 * (student_BHTT @ v_BHTD - y_BHTD).square().mean()
     return loss, student_BHTT, teacher_BHTT
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TransferSizes:
     """What is measured."""
 
     depths: tuple[int, ...] = (4, 16)
@@ -169,87 +123,86 @@ class Sizes:
     repeats: int = 7
 
 
-QUICK = Sizes(depths=(2, 4), lengths=(128,), naive_length=128, layers=2, repeats=1)
-
-
-def _memory(sizes: Sizes, device: str) -> dict[int, dict[str, int]]:
-    found: dict[int, dict[str, int]] = {}
+def _memory(sizes: TransferSizes, device: str) -> dict[str, dict[str, int]]:
+    """Layers -> peak bytes of a step, and at the smallest depth of a naive one."""
+    found: dict[str, dict[str, int]] = {}
     for depth in sizes.depths:
-        bench = small_bench(depth, sizes.naive_length, device=device)
-        found[depth] = {"step": bench.peak(bench.gradients)}
+        step = small_step(depth, sizes.naive_length, device=device)
+        found[str(depth)] = {"step": step.peak(step.gradients)}
         if depth == sizes.depths[0]:
-            found[depth]["naive"] = bench.peak(bench.naive_gradients)
+            found[str(depth)]["naive"] = step.peak(step.naive_gradients)
     return found
 
 
-def _times(sizes: Sizes, device: str) -> dict[int, dict[str, float]]:
+def _times(sizes: TransferSizes, device: str) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for length in sizes.lengths:
-        bench = small_bench(sizes.layers, length, device=device)
-        work: dict[str, Callable[[], None]] = {"teacher": bench.teacher, "step": bench.step}
-        clocks = seconds(work, sizes.repeats, device)
-        rare: dict[str, Callable[[], None]] = {"teacher_with_head": partial(bench.teacher, head=True)}
+        step = small_step(sizes.layers, length, device=device)
+        rare: dict[str, Callable[[], None]] = {"teacher_with_head": partial(step.teacher, head=True)}
         if length == sizes.naive_length:
-            rare["naive"] = bench.naive_step
-        clocks |= seconds(rare, min(sizes.repeats, 3), device)
-        found[length] = {
-            **{name: clock.wall for name, clock in clocks.items()},
-            "ratio": clocks["step"].wall / clocks["teacher"].wall,
-            "processor_ratio": clocks["step"].processor / clocks["teacher"].processor,
-        }
+            rare["naive"] = step.naive_step
+        clocks = seconds({"teacher": step.teacher, "step": step.step}, sizes.repeats, device)
+        found[str(length)] = clocks | seconds(rare, min(sizes.repeats, 3), device)
     return found
 
 
-def measure(
-    *, threads: int | None = None, quick: bool = False, repeats: int | None = None, device: str = "cpu"
-) -> dict[str, Any]:
-    """Run every measurement; JSON-ready. ``quick``: small sizes, a check that it runs."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    sizes = QUICK if quick else Sizes()
-    sizes = sizes if repeats is None else replace(sizes, repeats=repeats)
-    memory, times = _memory(sizes, device), _times(sizes, device)
-    shallow, deep = (memory[depth] for depth in sizes.depths)
-    model = {**_LLAMA, "layers": sizes.layers, "dtype": "float32", "window": _WINDOW}
-    return {
-        "benchmark": "transfer",
-        "model": {**model, "feature_dim": _LLAMA["head_dim"], "rows": 1},
-        "memory_tokens": sizes.naive_length,
-        "memory_bytes_by_layers": {str(depth): row for depth, row in memory.items()},
-        "memory_growth": deep["step"] / shallow["step"],
-        "naive_memory_ratio": shallow["naive"] / shallow["step"],
-        "seconds_by_tokens": {str(length): row for length, row in times.items()},
-        "naive_time_ratio": times[sizes.naive_length]["naive"] / times[sizes.naive_length]["step"],
-        "targets": None if quick else TARGETS,
-        "environment": environment(implementation=_operator(device), device=device),
-    }
+def _ratio(row: dict[str, Any], clock: str = "wall") -> float:
+    return float(row["step"][clock] / row["teacher"][clock])
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    depths = list(result["memory_bytes_by_layers"])
-    limits = result["targets"] or {"memory_growth": None, "time_ratio": {}}
-    lines = [
-        f"Attention-transfer step, {result['model']['layers']} layers, float32, "
-        f"{result['environment']['threads']} threads",
-        f"{'tokens':>8} {'teacher':>10} {'with head':>10} {'step':>10} {'step/teacher':>13} "
-        f"{'(CPU time)':>11} {'target':>8}",
-    ]
-    for tokens, row in result["seconds_by_tokens"].items():
-        lines.append(
-            f"{tokens:>8} {row['teacher']:>9.3f}s {row['teacher_with_head']:>9.3f}s {row['step']:>9.3f}s "
-            f"{row['ratio']:>12.2f}x {row['processor_ratio']:>10.2f}x {_limit(limits['time_ratio'].get(tokens))}"
-        )
-    steps = ", ".join(f"{d} layers {result['memory_bytes_by_layers'][d]['step'] / 2**20:.1f} MiB" for d in depths)
-    lines += [
-        f"memory above parameters and gradients at T = {result['memory_tokens']}: {steps}; "
-        f"growth {result['memory_growth']:.3f}x {_limit(limits['memory_growth']).strip()}",
-        f"the naive way (all graphs and T x T maps kept) at T = {result['memory_tokens']}: "
-        f"{result['naive_time_ratio']:.1f}x the time, {result['naive_memory_ratio']:.0f}x the memory (at {depths[0]} "
-        "layers; it grows with depth)",
-    ]
-    return "\n".join(lines)
+def _time_target(tokens: int, limit: float) -> Target:
+    def figure(found: dict[str, Any]) -> float | None:
+        row = found["seconds_by_tokens"].get(str(tokens))
+        return None if row is None else _ratio(row)
+
+    return at_most(limit, f"a step of {tokens} tokens over the teacher's forward", figure)
 
 
-def _limit(value: float | None) -> str:
-    return f"{'':>8}" if value is None else f"{f'<= {value}x':>8}"
+def memory_growth(found: dict[str, Any]) -> float:
+    """Memory of a step of the deepest model over the shallowest."""
+    shallow, deep = found["memory_bytes_by_layers"].values()
+    return float(deep["step"] / shallow["step"])
+
+
+class TransferBenchmark(Benchmark[TransferSizes]):
+    """``bench transfer``."""
+
+    full = TransferSizes()
+    quick = TransferSizes(depths=(2, 4), lengths=(128,), naive_length=128, layers=2, repeats=1)
+    targets = (
+        at_most(1.1, "memory of a step, the deepest model over the shallowest", memory_growth),
+        _time_target(1024, 1.35),
+        _time_target(4096, 1.2),
+    )
+
+    def implementation(self, device: str) -> str:
+        """That of the students, which choose it themselves."""
+        cfg, dim = StudentConfig(), SMALL_LLAMA.dim
+        return operator_of(cfg, head_dim=dim, dtype=torch.float32, device=torch.device(device))
+
+    def run(self, sizes: TransferSizes, settings: Settings) -> dict[str, Any]:
+        """Memory by depth, time by length."""
+        return {
+            "model": {**asdict(SMALL_LLAMA), "layers": sizes.layers, "dtype": "float32", "rows": 1},
+            "memory_tokens": sizes.naive_length,
+            "memory_bytes_by_layers": _memory(sizes, settings.device),
+            "seconds_by_tokens": _times(sizes, settings.device),
+        }
+
+    def table(self, record: dict[str, Any]) -> list[str]:
+        """A row for each length, then memory and the naive way."""
+        times = {
+            tokens: {f"{name} s": clock["wall"] for name, clock in row.items()}
+            | {"step/teacher": _ratio(row), "(CPU time)": _ratio(row, "processor")}
+            for tokens, row in record["seconds_by_tokens"].items()
+        }
+        memory, tokens = record["memory_bytes_by_layers"], record["memory_tokens"]
+        depth, shallow = next(iter(memory.items()))
+        naive = record["seconds_by_tokens"][str(tokens)]
+        return [
+            f"attention-transfer step: {listed(record['model'])}",
+            *grid("tokens", times),
+            *grid(f"layers, T = {tokens}: peak bytes", memory),
+            f"the naive way keeps all graphs and T x T maps: {naive['naive']['wall'] / naive['step']['wall']:.1f}x the "
+            f"time, {shallow['naive'] / shallow['step']:.0f}x the memory (at {depth} layers; it grows with depth)",
+        ]

@@ -1,6 +1,6 @@
-"""Measuring on a GPU: medians of CUDA events, captured graphs, the device's ceilings, and rows of measured and wanted.
+"""Timing fairly: on a machine that may be busy with other things, and on a GPU, whose ceilings are measured here too.
 
-Everything also runs on a CPU (with the wall clock, and without capture), so that no code waits for a GPU to be tried.
+Everything also runs on a CPU (with the wall clock, and without capture), so that every line can be tested on one.
 """
 
 from __future__ import annotations
@@ -8,12 +8,66 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from trenchcoat.runtime.memory import live_tensor_memory
+
+LONG_ENOUGH = 0.3
+"""Seconds: shorter work is called several times in a row, and its mean counts."""
+
+
+def seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Median seconds of each piece of work by the wall clock (``wall``), and by the processor's own (``processor``),
+    which other programs disturb less.
+
+    They take turns, so that a busy machine slows all alike; the first turn does not count.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    calls = dict.fromkeys(work, 1)
+    for turn in range(repeats + 1):
+        for name, call in work.items():
+            if turn:
+                taken[name].append(_time(call, calls[name], device))
+                continue
+            first = _time(call, 1, device)[0]
+            if first < LONG_ENOUGH:
+                calls[name] = max(1, round(LONG_ENOUGH / max(1e-6, _time(call, 1, device)[0])))
+    return {
+        name: {"wall": statistics.median(wall), "processor": statistics.median(processor)}
+        for name, (wall, processor) in ((name, zip(*times, strict=True)) for name, times in taken.items())
+    }
+
+
+def _time(call: Callable[[], None], calls: int, device: str) -> tuple[float, float]:
+    wait(device)
+    wall, processor = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        call()
+    wait(device)
+    return (time.perf_counter() - wall) / calls, (time.process_time() - processor) / calls
+
+
+def wait(device: str) -> None:
+    """Let the device finish what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(work: Callable[[], None], learned: Iterable[Tensor]) -> int:
+    """Peak live bytes of `work`'s second run, beyond parameters and the gradients of the `learned`, which it frees."""
+    work()
+    with live_tensor_memory() as memory:
+        work()
+    for parameter in learned:
+        parameter.grad = None
+    return memory.peak
+
 
 LONG_MEASUREMENT = 4.0
 """Seconds that the repeats of one piece of work may take together, beyond three of them."""
@@ -106,58 +160,3 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def free_memory(device: str, given: int | None = None) -> int:
-    """Bytes that can still be allocated on a GPU, or those that are `given` in their place (a CPU needs that)."""
-    if given is not None:
-        return given
-    torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info()[0])
-
-
-@dataclass(frozen=True)
-class Target:
-    """A figure to reach: at most `wanted`, or at least."""
-
-    what: str
-    wanted: float
-    at_most: bool
-
-    def judged(self, measured: float | None, why: str = "") -> dict[str, Any]:
-        """A row of the table; `why` nothing was measured."""
-        met = None
-        if measured is not None:
-            met = measured <= self.wanted if self.at_most else measured >= self.wanted
-        return {**asdict(self), "measured": measured, "met": met, "why": why}
-
-
-def most(what: str, wanted: float) -> Target:
-    """`what` is at most `wanted`."""
-    return Target(what, wanted, at_most=True)
-
-
-def least(what: str, wanted: float) -> Target:
-    """`what` is at least `wanted`."""
-    return Target(what, wanted, at_most=False)
-
-
-def judge(target: Target, found: dict[str, Any], name: str, value: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
-    """The row of `target`, whose figure is `value` of the measurement `name`, where there is one."""
-    row = found.get(name)
-    if row is None:
-        return target.judged(None, "not measured")
-    if "out_of_memory" in row:
-        return target.judged(None, "out of memory")
-    return target.judged(value(row))
-
-
-def targets_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Measured, wanted and met, a line each."""
-    lines = [f"{'target':<68} {'measured':>9} {'wanted':>9}  met"]
-    for row in rows:
-        measured = "-" if row["measured"] is None else f"{row['measured']:.2f}"
-        wanted = f"{'<=' if row['at_most'] else '>='} {row['wanted']:g}"
-        met = row["why"] if row["met"] is None else "yes" if row["met"] else "NO"
-        lines.append(f"{row['what']:<68} {measured:>9} {wanted:>9}  {met}")
-    return lines

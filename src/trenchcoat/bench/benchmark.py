@@ -1,0 +1,179 @@
+"""What all benchmarks share: settings, sizes, targets, the record that is written as JSON, and its text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from trenchcoat.config import UserError
+from trenchcoat.runtime.runlog import environment
+
+RECORD_VERSION = 2
+OPTIONS = ("only", "layers")
+"""Settings that a benchmark has only where its `options` name them."""
+
+
+def _ignore(news: object) -> None:
+    """For nobody."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is run: the options of the command line, and where intermediate results go."""
+
+    device: str = "cpu"
+    threads: int | None = None
+    quick: bool = False
+    repeats: int | None = None
+    only: Sequence[str] = ()
+    layers: int | None = None
+    keep: Callable[[dict[str, Any]], None] = _ignore
+    say: Callable[[str], None] = _ignore
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure to reach: at most `wanted`, or at least.
+
+    `figure` computes it from the measurements named in `of`, or from all that a benchmark found where `of` is empty.
+    """
+
+    what: str
+    wanted: float
+    figure: Callable[..., float | None]
+    of: tuple[str, ...] = ()
+    at_most: bool = False
+
+    def judged(self, found: dict[str, Any], quick: bool = False) -> dict[str, Any]:
+        """A row of the record: what was measured and whether it is good enough, or why that is not known."""
+        rows = [found.get(name) for name in self.of] if self.of else [found]
+        measured, met, why = None, None, "not measured"
+        if any(row is not None and "out_of_memory" in row for row in rows):
+            why = "out of memory"
+        elif None not in rows:
+            measured = self.figure(*rows)
+        if measured is not None:
+            met = measured <= self.wanted if self.at_most else measured >= self.wanted
+            met, why = (None, "a quick run") if quick else (met, "")
+        row = {"what": self.what, "wanted": self.wanted, "at_most": self.at_most}
+        return {**row, "measured": measured, "met": met, "why": why}
+
+
+def at_least(wanted: float, what: str, figure: Callable[..., float | None], *of: str) -> Target:
+    """`what` is to be `wanted` or more."""
+    return Target(what, wanted, figure, of)
+
+
+def at_most(wanted: float, what: str, figure: Callable[..., float | None], *of: str) -> Target:
+    """`what` is to be `wanted` or less."""
+    return Target(what, wanted, figure, of, at_most=True)
+
+
+def shown(value: object) -> str:
+    """A number to four digits, anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def listed(found: Mapping[str, Any]) -> str:
+    """ "name value, name value" of a record that may be nested."""
+    return ", ".join(
+        f"{key} ({listed(value)})" if isinstance(value, Mapping) else f"{key} {shown(value)}"
+        for key, value in found.items()
+    )
+
+
+def grid(first: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Name -> figures as lines of aligned cells under the figures' names; ``first`` is the heading of the names."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    cells = [[first, *columns], *([name, *(shown(row.get(key, "")) for key in columns)] for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+
+
+SizesT = TypeVar("SizesT")
+
+
+class Benchmark(ABC, Generic[SizesT]):
+    """One benchmark: what it measures at its `full` and `quick` sizes, and how the figures read."""
+
+    full: SizesT
+    quick: SizesT
+    """Small sizes, to check that it runs."""
+    targets: tuple[Target, ...] = ()
+    options: tuple[str, ...] = ()
+    """Those of :data:`OPTIONS` that it has."""
+    only_on: str | None = None
+    """"cpu" or "cuda", where it measures nothing on other devices."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @abstractmethod
+    def run(self, sizes: SizesT, settings: Settings) -> dict[str, Any]:
+        """The figures, ready for JSON. One that takes many minutes calls `settings.keep` with what it has so far."""
+
+    @abstractmethod
+    def table(self, record: dict[str, Any]) -> list[str]:
+        """The figures as lines of text; measured against targets is added by :meth:`text`."""
+
+    def sizes(self, settings: Settings) -> SizesT:
+        """The sizes to measure; `repeats` is a field of those that repeat."""
+        sizes: Any = self.quick if settings.quick else self.full
+        return sizes if settings.repeats is None else replace(sizes, repeats=settings.repeats)
+
+    def judged(self, figures: dict[str, Any], quick: bool = False) -> list[dict[str, Any]]:
+        """A row for each target."""
+        return [target.judged(figures, quick) for target in self.targets]
+
+    def implementation(self, device: str) -> str:
+        """Which implementation of the operator is measured."""
+        return "chunkwise"
+
+    def needs(self, sizes: SizesT) -> str:
+        """What it needs of a GPU, for the message that there is none."""
+        return ""
+
+    def measure(self, settings: Settings) -> dict[str, Any]:
+        """The record of a run.
+
+        Raises:
+            UserError: it does not run on the device.
+        """
+        sizes = self.sizes(settings)
+        self._refuse(settings.device, sizes)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        machine = environment(implementation=self.implementation(settings.device), device=settings.device)
+
+        def record(figures: dict[str, Any]) -> dict[str, Any]:
+            made = {"benchmark": self.name, "version": RECORD_VERSION, **figures}
+            return {**made, "targets": self.judged(figures, settings.quick), "environment": machine}
+
+        return record(self.run(sizes, replace(settings, keep=lambda figures: settings.keep(record(figures)))))
+
+    def _refuse(self, device: str, sizes: SizesT) -> None:
+        if self.only_on == "cpu" and device != "cpu":
+            raise UserError(f"--device is {device}, but bench {self.name} runs on the CPU; use --device cpu")
+        if self.only_on == "cuda" and not (device.startswith("cuda") and torch.cuda.is_available()):
+            found = "no CUDA device was found" if device.startswith("cuda") else f"--device is {device}"
+            raise UserError(
+                f"bench {self.name} runs Triton kernels on a GPU, but {found}; run it on a machine with one, with "
+                f"--device cuda{self.needs(sizes)} (`bench ops` measures on CPUs)"
+            )
+
+    def text(self, record: dict[str, Any]) -> str:
+        """The record for the terminal."""
+        rows = {
+            row["what"]: {
+                "measured": "-" if row["measured"] is None else row["measured"],
+                "wanted": f"{'<=' if row['at_most'] else '>='} {row['wanted']:g}",
+                "met": row["why"] or ("yes" if row["met"] else "NO"),
+            }
+            for row in record["targets"]
+        }
+        head = f"bench {self.name}, {record['environment']['threads']} threads"
+        return "\n".join([head, *self.table(record), *(["", *grid("target", rows)] if rows else [])])

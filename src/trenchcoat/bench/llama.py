@@ -1,0 +1,89 @@
+"""Random Llamas with students for the benchmarks of whole models, and a training step of one.
+
+Shape legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trenchcoat.bench.layer import LayerSizes
+from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, TransferConfig
+from trenchcoat.models.attach import attach_students
+from trenchcoat.training.gradients import average_and_clip, clip_groups
+from trenchcoat.training.objectives import Objective
+
+
+@dataclass(frozen=True)
+class LlamaShape(LayerSizes):
+    """Widths of a Llama and its students."""
+
+    hidden: int = 4096
+    inner: int = 14336
+    vocab: int = 128256
+    impl: str = "triton"
+
+    def config(self, layers: int, **more: Any) -> LlamaConfig:
+        """The model's; `more` sets other fields of it."""
+        return LlamaConfig(
+            hidden_size=self.hidden, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            head_dim=self.dim, intermediate_size=self.inner, vocab_size=self.vocab, num_hidden_layers=layers,
+            **{"max_position_embeddings": 1 << 18, "rope_theta": 500000.0, "tie_word_embeddings": False, **more},
+        )  # fmt: skip
+
+    def student(self, key_maps: str = "per_query_head") -> StudentConfig:
+        """The students'."""
+        return StudentConfig(
+            window=self.window,
+            feature_map=FeatureMapConfig(feature_dim=self.columns),
+            key_maps=key_maps,  # type: ignore[arg-type]
+            impl=self.impl,  # type: ignore[arg-type]
+        )
+
+    def bytes(self, layers: int) -> float:
+        """Weights in bfloat16, embedding and head included."""
+        attention = self.hidden * self.dim * (2 * self.heads + 2 * self.kv_heads)
+        return 2.0 * layers * (attention + 3 * self.hidden * self.inner) + 4.0 * self.vocab * self.hidden
+
+
+LLAMA_8B = LlamaShape()
+TINY_LLAMA = LlamaShape(hidden=256, heads=4, kv_heads=2, dim=64, inner=512, vocab=1024)
+"""For quick runs of what measures :data:`LLAMA_8B`."""
+SMALL_LLAMA = LlamaShape(hidden=512, heads=8, kv_heads=4, dim=64, inner=1408, vocab=4096, impl="auto")
+"""For CPUs."""
+
+
+def random_llama(
+    shape: LlamaShape, layers: int, device: str, key_maps: str = "per_query_head", dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """A random Llama with students (in float32), in mode `teacher`; frozen, made on `device`."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(shape.config(layers), dtype=dtype, attn_implementation="sdpa")
+    attach_students(model.eval(), shape.student(key_maps))
+    return model.requires_grad_(False)
+
+
+class TrainingStep:
+    """Rows of random tokens through a model, and what follows its gradients in training: clipping and AdamW."""
+
+    def __init__(
+        self, model: Any, cfg: TransferConfig | LoraConfig, objective: Objective, rows: int, tokens: int
+    ) -> None:
+        self.model, self.objective, self.clip = model, objective, cfg.clip
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.groups = clip_groups(model, named, cfg.clip_scope)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr)
+        ids = torch.randint(0, model.config.vocab_size, (rows, tokens), device=self.parameters[0].device)
+        self.batch = {"input_ids": ids, "labels": ids}
+
+    def update(self) -> None:
+        """Clip and step the optimizer."""
+        average_and_clip(self.groups, 1, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,56 @@
+"""The benchmarks there are, and what runs one by name. Importing this file imports none of them."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trenchcoat.config import UsageError
+from trenchcoat.runtime.files import write_json
+
+if TYPE_CHECKING:
+    from trenchcoat.bench.benchmark import Benchmark
+
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "ops": ("trenchcoat.bench.ops:OpsBenchmark", "the operator against the quadratic reference and softmax attention"),
+    "transfer": ("trenchcoat.bench.transfer:TransferBenchmark", "time and memory of an attention-transfer step"),
+    "blocks": ("trenchcoat.bench.blocks:BlocksBenchmark", "block-wise transfer against the joint run"),
+    "clip": ("trenchcoat.bench.clip:ClipBenchmark", "one gradient clip for all layers against one for each"),
+    "decode": ("trenchcoat.bench.decode:DecodeBenchmark", "time a token and state against the softmax teacher"),
+    "kernels": ("trenchcoat.bench.kernels:KernelsBenchmark", "the Triton kernels on a GPU (--device cuda)"),
+    "tiles": ("trenchcoat.bench.tiles:TilesBenchmark", "tune the kernels' launch settings on this GPU, and keep them"),
+}
+"""Name -> (class, what it measures)."""
+
+
+def load_benchmark(name: str) -> Benchmark[Any]:
+    """The benchmark of that name."""
+    made: Benchmark[Any] = pkgutil.resolve_name(BENCHMARKS[name][0])(name)
+    return made
+
+
+def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], None] = print, **settings: Any) -> str:
+    """``trenchcoat bench NAME``: measure, write the record to ``out`` when given, return it as text.
+
+    ``settings`` are the fields of :class:`trenchcoat.bench.benchmark.Settings`. ``say`` receives lines of progress from
+    the benchmarks that take long.
+
+    Raises:
+        UsageError: the benchmark does not have an option that is set.
+    """
+    from trenchcoat.bench.benchmark import OPTIONS, Settings
+
+    benchmark = load_benchmark(name)
+    strange = [f"--{option}" for option in OPTIONS if settings.get(option) and option not in benchmark.options]
+    if strange:
+        raise UsageError(f"bench {name} does not have {' and '.join(strange)}")
+
+    def keep(record: dict[str, Any]) -> None:
+        if out is not None:
+            write_json(Path(out), record)
+
+    record = benchmark.measure(Settings(keep=keep, say=say, **settings))
+    keep(record)
+    return benchmark.text(record)
