@@ -5,25 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trenchcoat.bench import clip, run
+from trenchcoat.bench.registry import run_benchmark
 
 
 def test_a_quick_run_of_the_blocks(tmp_path: Path) -> None:
-    text = run("blocks", quick=True, threads=1, out=str(tmp_path / "blocks.json"))
+    text = run_benchmark("blocks", quick=True, threads=1, out=str(tmp_path / "blocks.json"))
     result = json.loads((tmp_path / "blocks.json").read_text())
     assert set(result["runs"]) == {"joint", "blocks of 1", "blocks of 2"}
     for way, ratio in result["throughput_ratio"].items():
         assert ratio == result["runs"]["joint"]["seconds"] / result["runs"][way]["seconds"]
         assert result["runs"][way]["held"] > result["runs"][way]["held_before"] > 0
-        assert f"{ratio:.2f}x" in text
+        assert f"{ratio:.4g}" in text
 
 
 def test_a_quick_run_of_the_clips(tmp_path: Path) -> None:
-    text = run("clip", quick=True, out=str(tmp_path / "clip.json"))
+    text = run_benchmark("clip", quick=True, out=str(tmp_path / "clip.json"))
     result = json.loads((tmp_path / "clip.json").read_text())
     layer, together = (result["relative_error"][scope] for scope in ("layer", "global"))
     assert len(layer) == len(together) == len(result["scales"])
     assert result["perplexity"]["teacher"] < result["perplexity"]["layer"]
-    assert f"{result['perplexity']['global']:.3f}" in text
-    clip.draw(result, tmp_path / "clip.png")
-    assert (tmp_path / "clip.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{result['perplexity']['global']:.4g}" in text

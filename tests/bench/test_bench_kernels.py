@@ -14,28 +14,34 @@ import torch
 from transformers import DynamicCache
 
 from kernel_kit import DEVICE
-from trenchcoat import bench
-from trenchcoat.bench import gpu, kernels, kernels_decode, kernels_model, kernels_operator
+from trenchcoat.bench import kernels, kernels_decode, kernels_model, kernels_operator, timing
+from trenchcoat.bench.benchmark import Settings
+from trenchcoat.bench.kernel_part import Measurement
+from trenchcoat.bench.llama import LlamaShape, random_llama
+from trenchcoat.bench.registry import run_benchmark
 from trenchcoat.cli.app import main
 from trenchcoat.config import UserError
 from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.ops.triton import check as triton_check
 from trenchcoat.runtime.files import write_json
 
-SHAPE = kernels_model.Shape(
-    hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=3, columns=4,
+SHAPE = LlamaShape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=3, columns=4)
+OPERATOR = kernels_operator.OperatorPartSizes(
+    heads=2, kv_heads=1, dim=8, columns=4, window=3, lengths=(8, 9), chunkwise_to=8, backward_to=8, transfer=(1, 5),
+    batches=(1,),
 )  # fmt: skip
-TINY = kernels.Sizes(
-    kernels_operator.Sizes(
-        heads=2, kv_heads=1, dim=8, columns=4, window=3, lengths=(8, 9), chunkwise_to=8, backward_to=8, transfer=(1, 5),
-        batches=(1,),
-    ),
-    kernels_model.Sizes(
-        SHAPE, prefill_layers=1, step_layers=1, transfer=(1, 5), steps=((1, 5),), prompts=(7,),
-    ),
-    kernels_decode.Sizes(SHAPE, layers=1, context=9, batches=(1,), same_batch=2, filled=0.5, memory=5000),
-    repeats=1, copied=1 << 10, side=16,
-)  # fmt: skip
+MODEL = kernels_model.ModelSizes(SHAPE, prefill_layers=1, step_layers=1, transfer=(1, 5), steps=((1, 5),), prompts=(7,))
+DECODE = kernels_decode.DecodePartSizes(SHAPE, layers=1, context=9, batches=(1,), same_batch=2, filled=0.5, memory=5000)
+TINY = {"operator": OPERATOR, "model": MODEL, "decode": DECODE}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> kernels.KernelsBenchmark:
+    """The benchmark at these sizes, which also runs without a GPU."""
+    benchmark = kernels.KernelsBenchmark("kernels")
+    monkeypatch.setattr(benchmark, "full", kernels.KernelsSizes(TINY, repeats=1, copied=1 << 10, side=16))
+    monkeypatch.setattr(benchmark, "only_on", None)
+    return benchmark
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_are_those_of_the_formula() -> None:
     """Per token and head at D = F = 128, W = 64: 82k multiply-adds forward, 229k backward, 66k for transfer."""
-    sizes = kernels_operator.Sizes()
+    sizes = kernels_operator.OperatorPartSizes()
     work = {name: ops / 2 / sizes.heads for name, (ops, _) in kernels_operator.work_of(sizes, 1).items()}
     assert round(work["forward"] / 1e3) == 82
     assert round(work["backward"] / 1e3) == 229
@@ -55,9 +61,9 @@ def test_operations_are_those_of_the_formula() -> None:
 
 def test_bytes_are_those_of_the_model() -> None:
     """8 B parameters; caches as they are allocated; decoding reads all weights but the embedding."""
-    shape = kernels_model.Shape()
+    shape = LlamaShape()
     assert round(shape.bytes(32) / 2e9, 1) == 8.0
-    model = kernels_model.random_llama(SHAPE, 2, "cpu")
+    model = random_llama(SHAPE, 2, "cpu")
     assert kernels_decode.row_bytes(model, "softmax", 10) == 2 * 10 * 2 * 8 * 2
     students = sum(p.nbytes for s in students_of(model).values() for p in s.parameters())
     norms = 2.0 * SHAPE.hidden * (2 * 2 + 1)
@@ -68,18 +74,17 @@ def test_bytes_are_those_of_the_model() -> None:
 
 def test_every_target_of_the_kernels_is_in_the_table() -> None:
     """At the full sizes each target names a measurement that is made."""
-    timer, limits = gpu.Timer(1, "cpu"), gpu.Ceilings(1.0, 1.0)
-    sizes = kernels.Sizes()
+    timer, limits = timing.Timer(1, "cpu"), timing.Ceilings(1.0, 1.0)
     rows = []
-    for name, part in kernels.PARTS.items():
-        made = {key for key, _ in part.measurements(getattr(sizes, name), timer, limits)}
-        rows += part.targets({key: {"out_of_memory": "a reason"} for key in made})
+    for part in kernels.KERNEL_PARTS.values():
+        made = {key for key, _ in part.measurements(part.full, timer, limits)}
+        rows += [target.judged({key: {"out_of_memory": "a reason"} for key in made}) for target in part.targets]
     assert len(rows) == 19
-    assert {row["why"] for row in rows} <= {"out of memory", "softmax model: not measured"}
+    assert {row["why"] for row in rows} == {"out of memory"}
 
 
 @pytest.mark.usefixtures("_checked")
-def test_every_measurement_runs_and_is_handed_over_at_once(tmp_path: Path) -> None:
+def test_every_measurement_runs_and_is_handed_over_at_once(tmp_path: Path, tiny: kernels.KernelsBenchmark) -> None:
     kept: list[int] = []
     said: list[str] = []
 
@@ -87,10 +92,10 @@ def test_every_measurement_runs_and_is_handed_over_at_once(tmp_path: Path) -> No
         write_json(tmp_path / "kept.json", result)
         kept.append(sum(len(part) for part in result["parts"].values()))
 
-    result = kernels.collect(TINY, list(kernels.PARTS), DEVICE, keep=keep, say=said.append)
+    result = tiny.measure(Settings(device=DEVICE, keep=keep, say=said.append))
     parts = result["parts"]
     assert kept == list(range(1, len(kept) + 1))
-    assert len(said) == len(kept)
+    assert len(said) == len(kept) + 1
     assert json.loads((tmp_path / "kept.json").read_text()) == json.loads(json.dumps(result))
     forward, training = parts["operator"]["forward 8"], parts["operator"]["training 8"]
     assert {"sdpa", "flash", "chunkwise"} <= set(forward["others"])
@@ -100,21 +105,24 @@ def test_every_measurement_runs_and_is_handed_over_at_once(tmp_path: Path) -> No
     assert {"transfer", "lora 5", "prefill 7"} <= set(parts["model"])
     largest = {name: row["rows"] for name, row in parts["decode"].items() if name.startswith("largest")}
     assert [largest[f"largest batch, {kind}"] for kind in ("student", "student per_kv_head", "softmax")] == [2, 3, 4]
-    text = kernels.table(result)
-    assert re.search(r"tokens/s over the softmax model's +[\d.]+ +>= 25", text)
+    text = tiny.text(result)
+    assert re.search(r"tokens/s over the softmax model's +\S+ +>= 25", text)
     assert "forward at T = 131072: times as fast as softmax attention" in text
     assert "not measured" in text
 
 
-def test_what_runs_out_of_memory_is_recorded_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measurements(sizes: object, timer: object, limits: object) -> list[kernels_model.Measurement]:
+def test_what_runs_out_of_memory_is_recorded_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tiny: kernels.KernelsBenchmark
+) -> None:
+    def measurements(sizes: object, timer: object, limits: object) -> list[Measurement]:
         def full() -> dict[str, Any]:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.50 GiB.\nmore")
 
         return [("layer", full), ("transfer", lambda: {"tokens": 5, "teacher": 2.0, "ours": 2.2, "ratio": 1.1})]
 
-    monkeypatch.setattr(kernels_model, "measurements", measurements)
-    result = kernels.collect(TINY, ["model"], DEVICE)
+    monkeypatch.setattr(kernels.KERNEL_PARTS["model"], "measurements", measurements)
+    result = tiny.measure(Settings(device=DEVICE, only=["model"]))
+    assert set(result["parts"]) == {"model"}
     assert result["parts"]["model"]["layer"] == {"out_of_memory": "CUDA out of memory. Tried to allocate 3.50 GiB."}
     first, second = result["targets"][:2]
     assert (first["met"], first["why"]) == (None, "out of memory")
@@ -122,7 +130,7 @@ def test_what_runs_out_of_memory_is_recorded_and_the_rest_goes_on(monkeypatch: p
 
 
 def test_the_largest_batch_shrinks_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = replace(TINY.decode, memory=400_000)
+    sizes = replace(DECODE, memory=400_000)
 
     def full_above(sizes: object, timer: object, model: object, kind: str, rows: int) -> float:
         if rows > 250:
@@ -130,7 +138,7 @@ def test_the_largest_batch_shrinks_until_it_fits(monkeypatch: pytest.MonkeyPatch
         return 0.5
 
     monkeypatch.setattr(kernels_decode, "seconds_a_token", full_above)
-    found = kernels_decode._largest(sizes, gpu.Timer(1, "cpu"), "softmax", "per_query_head")
+    found = kernels_decode._largest(sizes, timing.Timer(1, "cpu"), "softmax", "per_query_head")
     assert found["tried"][-1] == found["rows"] <= 250 < found["tried"][0]
     assert found["tokens_per_second"] == 2 * found["rows"]
 
@@ -138,7 +146,7 @@ def test_the_largest_batch_shrinks_until_it_fits(monkeypatch: pytest.MonkeyPatch
 def test_the_softmax_rival_computes_what_the_ordinary_cache_does() -> None:
     """A token on buffers of exactly the context gets the logits of Transformers' own cache."""
     torch.manual_seed(0)
-    model = kernels_model.random_llama(SHAPE, 2, "cpu").float()
+    model = random_llama(SHAPE, 2, "cpu").float()
     ids = torch.randint(0, 31, (2, 6))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -161,7 +169,7 @@ def test_the_softmax_rival_computes_what_the_ordinary_cache_does() -> None:
 
 def test_the_loop_decodes_what_generate_does() -> None:
     torch.manual_seed(0)
-    model = kernels_model.random_llama(replace(SHAPE, impl="chunkwise"), 2, "cpu").float()
+    model = random_llama(replace(SHAPE, impl="chunkwise"), 2, "cpu").float()
     set_mode(model, "student")
     ids = torch.randint(0, 31, (2, 7))
     wanted = model.generate(ids, max_new_tokens=9, do_sample=False)
@@ -182,7 +190,7 @@ def test_without_a_gpu_it_says_so(device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=r"on a GPU.*estimated device memory: operator \d"):
-        bench.run("kernels", device=device)
+        run_benchmark("kernels", device=device)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +198,7 @@ def test_without_a_gpu_it_says_so(device: str) -> None:
     [
         (["kernels", "--only", "operator,everything"], "everything"),
         (["kernels", "--layers", "0"], "--layers is 0"),
-        (["ops", "--only", "model"], "bench kernels"),
+        (["ops", "--only", "model"], "bench ops does not have --only"),
     ],
 )
 def test_wrong_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +209,7 @@ def test_wrong_usage(words: list[str], message: str, capsys: pytest.CaptureFixtu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_quick_run(tmp_path: Path) -> None:
-    text = bench.run("kernels", quick=True, device="cuda", out=str(tmp_path / "kernels.json"))
+    text = run_benchmark("kernels", quick=True, device="cuda", out=str(tmp_path / "kernels.json"))
     assert "roofline" in text
     result = json.loads((tmp_path / "kernels.json").read_text())
     assert not [row for part in result["parts"].values() for row in part.values() if "out_of_memory" in row]

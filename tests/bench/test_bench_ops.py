@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from trenchcoat.bench import ops, run
+from trenchcoat.bench import ops
+from trenchcoat.bench.registry import load_benchmark, run_benchmark
 
 
 def test_both_ways_of_transfer_give_the_same_gradients() -> None:
-    bench = ops.Bench(300)
-    y = bench.teacher()
-    bench.transfer(y)
-    bench.quadratic_transfer(y)
-    for ours, theirs in zip(bench.student.parameters(), bench.reference.parameters(), strict=True):
+    chunkwise, reference = ops.layer_of(300, "cpu"), ops.layer_of(300, "cpu", "reference")
+    y = chunkwise.softmax().detach()
+    chunkwise.transfer(y)
+    ops.quadratic_transfer(reference, y)
+    for ours, theirs in zip(chunkwise.student.parameters(), reference.student.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
@@ -24,15 +25,16 @@ def test_both_ways_of_transfer_give_the_same_gradients() -> None:
 
 def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
     out = tmp_path / "ops.json"
-    text = run("ops", quick=True, out=str(out))
+    text = run_benchmark("ops", quick=True, out=str(out))
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert result["transfer_memory_ratio"] > 0
-    assert set(ops.TARGETS) <= set(result)
-    assert set(result["forward_by_tokens"]) == {"128", "256", "512"}
+    assert len(result["targets"]) == 6
+    assert all(row["measured"] > 0 and row["why"] == "a quick run" for row in result["targets"][:4])
+    assert set(result["forward"]) == {"128", "256", "512"}
     assert result["environment"]["implementation"] == "chunkwise"
     assert "quadratic reference" in text
-    full = {**result, "targets": ops.TARGETS}
-    assert "target >= 25" in ops.table(full)
+    assert ">= 25" in text
+    full = load_benchmark("ops").judged(result)
+    assert all(row["met"] == (row["measured"] >= row["wanted"]) for row in full[:4])
 
 
 @pytest.mark.parametrize(
@@ -40,5 +42,8 @@ def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
     [((0.5, 1.2, 3.0), 2), ((2.0, 0.9, 3.0), 3), ((0.1, 0.2, 0.3), None), ((1.0, 1.0, 1.0), 1)],
 )
 def test_break_even_is_where_it_stays_faster(speedups: tuple[float, ...], expected: int | None) -> None:
-    rows = {str(tokens): {"speedup": speedup} for tokens, speedup in zip((1, 2, 3), speedups, strict=True)}
+    rows = {
+        str(tokens): {"student": {"wall": 1.0}, "softmax": {"wall": speedup}}
+        for tokens, speedup in zip((1, 2, 3), speedups, strict=True)
+    }
     assert ops.break_even(rows) == expected

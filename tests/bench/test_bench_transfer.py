@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from trenchcoat.bench import run, transfer
+from trenchcoat.bench import transfer
+from trenchcoat.bench.registry import run_benchmark
 
 
 def test_the_naive_way_computes_the_same_gradients() -> None:
-    bench = transfer.small_bench(2, 300)
+    bench = transfer.small_step(2, 300)
     bench.gradients()
     ours = [parameter.grad.clone() for parameter in bench.parameters]
     bench.model.zero_grad()
@@ -21,19 +22,22 @@ def test_the_naive_way_computes_the_same_gradients() -> None:
 
 
 def test_the_naive_way_keeps_its_maps_and_leaves_no_trace() -> None:
-    shallow, deep = transfer.small_bench(1, 256), transfer.small_bench(3, 256)
+    shallow, deep = transfer.small_step(1, 256), transfer.small_step(3, 256)
     map_bytes = 8 * 256 * 256 * 4
     assert deep.peak(deep.naive_gradients) - shallow.peak(shallow.naive_gradients) > 2 * 2 * map_bytes
     assert deep.peak(deep.gradients) < 1.1 * shallow.peak(shallow.gradients)
 
 
 def test_a_quick_run_writes_json_and_a_table(tmp_path: Path) -> None:
-    text = run("transfer", quick=True, out=str(tmp_path / "transfer.json"))
+    text = run_benchmark("transfer", quick=True, out=str(tmp_path / "transfer.json"))
     result = json.loads((tmp_path / "transfer.json").read_text())
-    assert result["memory_growth"] < 1.1
+    growth, *by_length = result["targets"]
+    assert growth["measured"] < 1.1
+    assert [row["why"] for row in by_length] == ["not measured", "not measured"]
     row = result["seconds_by_tokens"]["128"]
-    assert row["ratio"] == row["step"] / row["teacher"]
-    assert row["processor_ratio"] > 0
+    ratio = row["step"]["wall"] / row["teacher"]["wall"]
+    assert f"{ratio:.4g}" in text
+    assert row["step"]["processor"] > 0
     assert result["environment"]["implementation"] == "chunkwise"
-    assert f"growth {result['memory_growth']:.3f}x" in text
+    assert f"{growth['measured']:.4g}" in text
     assert "the naive way" in text

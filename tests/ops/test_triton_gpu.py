@@ -18,9 +18,9 @@ from torch import Tensor
 from kernel_kit import DEVICE, KernelCase, group, name_of, output_tolerances
 from low_precision import DRAWS
 from operator_kit import budget, error
-from trenchcoat.bench.gpu import captured
 from trenchcoat.bench.kernels_decode import Loop, student_cache
-from trenchcoat.bench.kernels_model import Shape, random_llama
+from trenchcoat.bench.llama import LlamaShape, random_llama
+from trenchcoat.bench.timing import captured
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models.attach import set_mode
 from trenchcoat.ops import StateSizes, StudentState, Tokens
@@ -209,7 +209,11 @@ def test_a_captured_step_is_the_ordinary_one(kind: str) -> None:
 @pytest.mark.usefixtures("_checked")
 def test_a_captured_model_writes_what_the_ordinary_one_does() -> None:
     """The whole model's greedy loop, as the benchmark times it."""
-    shape = Shape() if GPU else Shape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=2, columns=4)
+    shape = (
+        LlamaShape()
+        if GPU
+        else LlamaShape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=2, columns=4)
+    )
     model = random_llama(shape, 2 if GPU else 1, DEVICE)
     set_mode(model, "student")
     context, written = 10 * shape.window + 1, []

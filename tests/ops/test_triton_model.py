@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernel_kit import DEVICE
-from trenchcoat.bench.kernels_model import Shape, random_llama
+from trenchcoat.bench.llama import LlamaShape, random_llama
 from trenchcoat.config import TransferConfig
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.ops.triton import check as triton_check
@@ -35,7 +35,7 @@ ALLOWED = 2.0
 class Size:
     """A model and how much of it is run."""
 
-    shape: Shape
+    shape: LlamaShape
     layers: int
     tokens: int
     rows: int
@@ -44,7 +44,7 @@ class Size:
 
     def model(self, impl: str, dtype: torch.dtype) -> Any:
         """The random Llama of this size; the same weights, those of bfloat16, whatever the type they are kept in."""
-        shape = Shape(**{**self.shape.__dict__, "impl": impl})
+        shape = LlamaShape(**{**self.shape.__dict__, "impl": impl})
         model = random_llama(shape, self.layers, DEVICE)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -64,10 +64,10 @@ class Size:
 
 
 TINY = Size(
-    Shape(hidden=16, heads=2, kv_heads=1, dim=8, inner=24, vocab=31, window=3, columns=4), layers=2, tokens=9, rows=1,
-    steps=6, exact=torch.float64,
+    LlamaShape(hidden=16, heads=2, kv_heads=1, dim=8, inner=24, vocab=31, window=3, columns=4),
+    layers=2, tokens=9, rows=1, steps=6, exact=torch.float64,
 )  # fmt: skip
-LARGE = Size(Shape(), layers=4, tokens=1024, rows=2, steps=50, exact=torch.float32)
+LARGE = Size(LlamaShape(), layers=4, tokens=1024, rows=2, steps=50, exact=torch.float32)
 SIZES = [pytest.param(TINY, id="tiny"), pytest.param(LARGE, id="8B widths", marks=NEEDS_GPU)]
 
 

@@ -4,7 +4,6 @@ the file is not one."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ import torch
 
 from kernel_kit import DEVICE, KernelCase, group
 from operator_kit import budget, error
-from trenchcoat import bench
 from trenchcoat.bench import tiles as tuning
-from trenchcoat.bench.kernels_operator import QUICK, Bench
+from trenchcoat.bench.layer import Layer, LayerSizes
+from trenchcoat.bench.registry import run_benchmark
 from trenchcoat.config import UserError
 from trenchcoat.ops.triton import attention as triton
 from trenchcoat.ops.triton import check as triton_check
@@ -37,7 +36,7 @@ def _forget() -> object:
     triton_tiles.choices.cache_clear()
 
 
-SIZES = replace(QUICK, heads=1, kv_heads=1, dim=6, columns=4, window=3)
+SIZES = LayerSizes(heads=1, kv_heads=1, dim=6, columns=4, window=3)
 CASE = KernelCase(tokens=9, window=3, batch=1, heads=1, key_maps=1)
 
 
@@ -101,7 +100,7 @@ def test_every_pass_goes_through_one_door(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(triton_check, "check", lambda device: None)
     group(monkeypatch, 2)
     with triton_launch.recorded() as launches:
-        work = Bench(SIZES, "triton", 9, DEVICE)
+        work = Layer(SIZES, "triton", 9, DEVICE)
         work.training()
         work.cross_entropy()
         work.decoding()()
@@ -114,12 +113,12 @@ def test_every_pass_goes_through_one_door(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_a_gpu_tuning_says_so() -> None:
     with pytest.raises(UserError, match="--device cuda"):
-        bench.run("tiles", device="cpu")
+        run_benchmark("tiles", device="cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_quick_run(own_file: Path) -> None:
-    result = tuning.measure(quick=True)
+    text = run_benchmark("tiles", quick=True, device="cuda")
     assert own_file.exists()
-    assert "warps" in tuning.table(result)
+    assert "warps" in text

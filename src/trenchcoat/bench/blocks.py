@@ -12,7 +12,7 @@ import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ class BlocksSizes:
 def _write_model(folder: Path, sizes: BlocksSizes) -> float:
     """A random Llama in float32 with the embedded model's tokenizer; bytes of its layers."""
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir())
-    fields = {"vocab_size": len(tokenizer), "max_position_embeddings": 4096, "tie_word_embeddings": True}
-    model = LlamaForCausalLM(sizes.shape.config(sizes.layers, **fields))
+    shape = replace(sizes.shape, vocab=len(tokenizer))
+    model = LlamaForCausalLM(shape.config(sizes.layers, max_position_embeddings=4096, tie_word_embeddings=True))
     model.save_pretrained(folder, max_shard_size="200MB")
     tokenizer.save_pretrained(folder)
     return 4.0 * sum(p.numel() for p in model.model.layers.parameters())

@@ -113,7 +113,7 @@ def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, d
     work: dict[Any, Callable[[bool], list[float]]] = {}
     for length, kind in itertools.product(sizes.lengths, kinds):
         cache = decoder.started(kind, length, room=sizes.steps)
-        held[length, kind] = float(cache_nbytes(cache))
+        held[length, kind] = cache_nbytes(cache)
         work[length, kind] = partial(_continued, decoder, kind, cache)
     times = _turns(work, sizes.repeats)
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ LONG_ENOUGH = 0.3
 """Seconds: shorter work is called several times in a row, and its mean counts."""
 
 
-def seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, dict[str, float]]:
+def seconds(work: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, dict[str, float]]:
     """Median seconds of each piece of work by the wall clock (``wall``), and by the processor's own (``processor``),
     which other programs disturb less.
 
@@ -44,7 +44,7 @@ def seconds(work: dict[str, Callable[[], None]], repeats: int, device: str) -> d
     }
 
 
-def _time(call: Callable[[], None], calls: int, device: str) -> tuple[float, float]:
+def _time(call: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
     wait(device)
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(calls):
@@ -59,7 +59,7 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(work: Callable[[], None], learned: Iterable[Tensor]) -> int:
+def peak_bytes(work: Callable[[], object], learned: Iterable[Tensor]) -> int:
     """Peak live bytes of `work`'s second run, beyond parameters and the gradients of the `learned`, which it frees."""
     work()
     with live_tensor_memory() as memory:
