@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trenchcoat.config import UsageError
-from trenchcoat.runtime.files import write_json
 
 if TYPE_CHECKING:
     from trenchcoat.bench.benchmark import Benchmark
@@ -41,6 +40,7 @@ def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], Non
         UsageError: the benchmark does not have an option that is set.
     """
     from trenchcoat.bench.benchmark import OPTIONS, Settings
+    from trenchcoat.runtime.files import write_json
 
     benchmark = load_benchmark(name)
     strange = [f"--{option}" for option in OPTIONS if settings.get(option) and option not in benchmark.options]
