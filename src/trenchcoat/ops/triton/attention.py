@@ -83,7 +83,7 @@ def _backward(
     dsinks = [dlogit.new_empty(programs, sinks, n) for n in (call.q.shape[3], call.v.shape[3])]
     run(
         near_query_gradients, (call.rows * heads, call.groups), call,
-        x(call.q), x(call.k), x(call.v), *call.boxes, x(y), x(dy), call.operands(call.query), far.given(far.du_query),
+        x(call.q), x(call.k), x(call.v), *call.boxes, x(y), x(dy), call.operands(call.query), x(far.du_query),
         x(den), result, x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(),
     )  # fmt: skip
     dk = dv = None
@@ -91,8 +91,8 @@ def _backward(
         dk, dv = (call.buffer(call.kv_heads, t.shape[3], dtype=t.dtype) for t in (call.k, call.v))
         run(
             near_key_gradients, (call.rows * call.kv_heads * call.chunks,), call,
-            x(call.q), x(call.k), x(call.v), x(dy), call.operands(call.key), far.given(far.du_key), x(den), x(top),
-            result, far.given(far.dv), x(dk), x(dv), call.chunks, *call.tail(), *call.numbers(),
+            x(call.q), x(call.k), x(call.v), x(dy), call.operands(call.key), x(far.du_key), x(den), x(top),
+            result, x(far.dv), x(dk), x(dv), call.chunks, *call.tail(), *call.numbers(),
         )  # fmt: skip
     dlogit = dlogit.view(call.rows, heads, -1).sum((0, 2))
     pairs = [t.view(call.rows, call.kv_heads, -1, sinks, t.shape[2]).sum(2) for t in dsinks] if sinks else [None, None]

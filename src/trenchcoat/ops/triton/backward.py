@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton.forward import far_chunk, fold
+from trenchcoat.ops.triton.forward import fold, load_far
 from trenchcoat.ops.triton.maps import features, features_backward, key_features, load_map, store_map
 from trenchcoat.ops.triton.parts import (
     WIDTH,
@@ -35,6 +35,7 @@ from trenchcoat.ops.triton.parts import (
     store_sums,
     store_tile,
     tokens_of,
+    zero_sums,
 )
 
 
@@ -85,6 +86,12 @@ def local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C: tl.conste
 
 
 @triton.jit
+def store_gradient(DU, r, h, start, token, ok, f, g, df, dg, C: tl.constexpr):
+    """Write du of a chunk, from the gradients of its features."""
+    store_tile(place(DU, r, h, start), DU[3], token, ok, features_backward(f, g, df, dg, C), C.columns, C.block_p)
+
+
+@triton.jit
 def share_of_far(f, g, df, dg, C: tl.constexpr):
     """Sum of dphi(q) phi(q): what the far part's weights would gain by growing together."""
     total = tl.sum(df * rounded(f, C), 1)
@@ -108,7 +115,6 @@ def query_gradients(
     share = 0.0
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
-        far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
         q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
         fq, gq = features(q, lines(Q, r, h, start, token), ok, QUERY, h, query_map, C)
         dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, GIVEN)
@@ -119,16 +125,12 @@ def query_gradients(
         df, dg = query_feature_gradient(s1, s2, z1, z2, dnum, dden, C)
         if C.kind == "terrace":
             share += share_of_far(fq, gq, df, dg, C)
-            du = features_backward(fq, gq, df, dg, C)
-            store_tile(place(DU, r, h, start), DU[3], token, ok, du, C.columns, C.block_p)
-        far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
-        far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
-        fk, gk = key_features(far_k, lines(K, r, kv, start, far), far_ok, first + far, KEY, m, key_map, C)
+            store_gradient(DU, r, h, start, token, ok, fq, gq, df, dg, C)
+        fk, gk, far_v, far_ok = load_far(K, V, K_BOX, V_BOX, KEY, key_map, r, kv, m, start, c, length, first, C)
         if C.kind != "terrace":
             df, dg = local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C)
             share += share_of_far(fq, gq, df, dg, C)
-            du = features_backward(fq, gq, df, dg, C)
-            store_tile(place(DU, r, h, start), DU[3], token, ok, du, C.columns, C.block_p)
+            store_gradient(DU, r, h, start, token, ok, fq, gq, df, dg, C)
         s1, s2, z1, z2 = fold(s1, s2, z1, z2, fk, gk, far_v, far_ok, C)
     tl.store(share_ptr + tl.program_id(0) * tl.num_programs(1) + group, -share)
 
@@ -161,8 +163,7 @@ def gradient_sums(
     r, m = tl.program_id(0) // maps, tl.program_id(0) % maps
     group = tl.program_id(1)
     start, length, _first = row_of(ROWS, r, C)
-    s1, z1 = tl.zeros([C.block_p, C.block_e], tl.float32), tl.zeros([C.block_p, WIDTH], tl.float32)
-    s2, z2 = tl.zeros([C.block_p, C.block_e], tl.float32), tl.zeros([C.block_p, WIDTH], tl.float32)
+    s1, s2, z1, z2 = zero_sums(C)
     begin = group * span + shift
     for j in range(SHARED):
         h = m * SHARED + j
@@ -210,8 +211,7 @@ def key_gradients(
         df, dg = query_feature_gradient(s1, s2, z1, z2, v, tl.zeros([C.block_w], tl.float32) + 1.0, C)
         dv = tl.zeros([C.block_w, C.block_e], tl.float32)
         if C.kind == "terrace":
-            du = features_backward(fk, gk, df, dg, C)
-            store_tile(place(DU, r, m, start), DU[3], token, ok, du, C.columns, C.block_p)
+            store_gradient(DU, r, m, start, token, ok, fk, gk, df, dg, C)
         if DV[0] is not None:
             dv, _den = far_read(dv, fk, gk, s1, s2, z1, z2, C)
             if C.kind == "terrace":
@@ -233,8 +233,7 @@ def key_gradients(
                     dv = product(tl.trans(overlap(fq, gq, fk, gk, ok, C)), dnum, C.low, C, dv)
             s1, s2, z1, z2 = fold_gradient(s1, s2, z1, z2, fq, gq, dnum, dden, C)
         if C.kind != "terrace":
-            du = features_backward(fk, gk, df, dg, C)
-            store_tile(place(DU, r, m, start), DU[3], token, ok, du, C.columns, C.block_p)
+            store_gradient(DU, r, m, start, token, ok, fk, gk, df, dg, C)
             if DV[0] is not None:
                 store_tile(place(DV, r, m, start), DV[3], token, ok, dv, C.values, C.block_e)
 

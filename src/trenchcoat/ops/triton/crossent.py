@@ -21,25 +21,13 @@ from triton.language.extra import libdevice
 from trenchcoat.ops.crossent import SMALLEST
 from trenchcoat.ops.triton.features import load_phi, load_side, load_sum, store_sum, tile_tokens, weighted_sum
 from trenchcoat.ops.triton.maps import features, features_backward, load_map
-from trenchcoat.ops.triton.parts import lines, place, product, rounded, row_of, scores, store_tile
+from trenchcoat.ops.triton.parts import lines, near_start, place, product, rounded, row_of, scores, store_tile
 
 SAFE: tl.constexpr = tl.constexpr(SMALLEST)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 """Largest score of no keys: finite, so that differences of two such are 0."""
-
-
-@triton.jit
-def near_start(query, C: tl.constexpr):
-    """As :meth:`trenchcoat.ops.state.Rule.near_start`."""
-    if C.kind == "terrace":
-        start = tl.maximum((query // C.window - 1) * C.window, 0)
-    elif C.kind == "sliding":
-        start = tl.maximum(query - C.window + 1, 0)
-    else:
-        start = query + 1
-    return start
 
 
 @triton.jit

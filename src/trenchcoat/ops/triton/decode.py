@@ -11,7 +11,6 @@ Shape legend: as in :mod:`trenchcoat.ops.triton.prepare`; N buffer slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -19,9 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens
-from trenchcoat.ops.triton.launch import Call, FusedMaps, Spans, block, inner, refusal, refused, run, wanted_programs
+from trenchcoat.ops.triton.features import load_phi, load_sum
+from trenchcoat.ops.triton.launch import (
+    Call,
+    FusedMap,
+    FusedMaps,
+    Spans,
+    block,
+    inner,
+    refusal,
+    refused,
+    run,
+    wanted_programs,
+)
 from trenchcoat.ops.triton.parts import Constants, features_of, place
-from trenchcoat.ops.triton.prepare import count_of, exact, leaving, load_features, prepare, row_tokens
+from trenchcoat.ops.triton.prepare import count_of, exact, leaving, prepare, row_tokens
 from trenchcoat.ops.triton.tiles import Tile
 
 WIDEST_SLICE, NARROWEST_SLICE = 64, 16
@@ -47,11 +58,17 @@ def combine(a, b):
 
 
 @triton.jit
+def load_features(base, row, ok, C: tl.constexpr):
+    """Both halves of stored features in float32."""
+    f, g = load_phi(base, C.features, row, ok, C)
+    return f.to(tl.float32), g.to(tl.float32)
+
+
+@triton.jit
 def load_slice(FAR, row, e, C: tl.constexpr):
     """(address of the first half's entries, sums of both halves [P, columns e]) of one map."""
-    halves: tl.constexpr = 2 if C.paired else 1
     p = tl.arange(0, C.block_p)[:, None]
-    at = (row.to(tl.int64) * halves * C.columns + p) * C.values + e[None, :]
+    at = (row.to(tl.int64) * C.features + p) * C.values + e[None, :]
     ok = (p < C.columns) & (e[None, :] < C.values)
     s1 = tl.load(FAR[0] + at, mask=ok, other=0.0).to(tl.float32)
     s2 = s1
@@ -61,27 +78,13 @@ def load_slice(FAR, row, e, C: tl.constexpr):
 
 
 @triton.jit
-def load_counts(z_ptr, row, C: tl.constexpr):
-    """Counts of both halves [P] of one map."""
-    halves: tl.constexpr = 2 if C.paired else 1
-    p = tl.arange(0, C.block_p)
-    at = z_ptr + row * halves * C.columns + p
-    z1 = tl.load(at, mask=p < C.columns, other=0.0)
-    z2 = z1
-    if C.paired:
-        z2 = tl.load(at + C.columns, mask=p < C.columns, other=0.0)
-    return z1, z2
-
-
-@triton.jit
 def store_half(s_ptr, at, e, s, m, turn, half, C: tl.constexpr):
     """Write one half of a slice; in bfloat16 as :func:`trenchcoat.ops.state.round_to_bfloat16` rounds at `turn`."""
     p = tl.arange(0, C.block_p)[:, None]
     ok = (p < C.columns) & (e[None, :] < C.values)
     at += half * C.columns * C.values
     if s_ptr.dtype.element_ty == tl.bfloat16:
-        halves: tl.constexpr = 2 if C.paired else 1
-        element = ((m * halves + half) * C.columns + p).to(tl.int64) * C.values + e[None, :]
+        element = (m * C.features + half * C.columns + p).to(tl.int64) * C.values + e[None, :]
         threshold = ((element * 2654435761 >> 8) + turn.to(tl.int64) * 40503) & 0xFFFF
         bits = s.to(tl.int32, bitcast=True) + threshold.to(tl.int32)
         s = (bits & -0x10000).to(tl.float32, bitcast=True)
@@ -109,10 +112,9 @@ def load_leaving(LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOC
                  BLOCK_L: tl.constexpr):  # fmt: skip
     """(features of both halves [L, P], values [L, columns e], position of the first token that finds each far)."""
     V, real_ptr, b, m, g, kv_heads, maps, room = PLACE
-    halves: tl.constexpr = 2 if C.paired else 1
     i = tl.arange(0, BLOCK_L)
     ok = i < number
-    f1, f2 = load_features(LEAVING[0] + (b * maps + m).to(tl.int64) * room * halves * C.columns, i, ok, C)
+    f1, f2 = load_features(LEAVING[0] + (b * maps + m).to(tl.int64) * room * C.features, i, ok, C)
     base, stride = LEAVING[1] + (b * kv_heads + g).to(tl.int64) * room * C.values, C.values
     seer = begin + i
     if C.kind == "terrace":
@@ -164,7 +166,7 @@ def read(
     where = (V, real_ptr, b, m, g, kv_heads, maps, room)
     if C.far:
         at_s, s1, s2 = load_slice(FAR, tl.program_id(0), e, C)
-        z1, z2 = load_counts(LEAVING[2], tl.program_id(0), C)
+        z1, z2 = load_sum(LEAVING[2], tl.program_id(0), True, C)
     for n in range(0, tl.cdiv(tokens * shared, ROWS)):
         row = n * ROWS + tl.arange(0, ROWS)
         token, ok, rank = row_tokens(row, shared, tokens, real_ptr, b, BLOCK_T)
@@ -245,7 +247,7 @@ def slice_columns(values: int, c: Constants, programs: int, wanted: int) -> int:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepTiles:
     """Tiles a step is compiled for, and `room` for leaving keys."""
 
     tokens: int
@@ -259,13 +261,13 @@ class Sizes:
     room: int
 
 
-def sizes_of(call: Call, rows: int, tokens: int) -> Sizes:
+def sizes_of(call: Call, rows: int, tokens: int) -> StepTiles:
     """For a step of `tokens` tokens in `rows` rows."""
     c, rule = call.constants, call.rule
     # without a far part the programs of `read` stand for key/value heads
     shared = call.heads // (call.kv_heads if call.key is None else call.maps)
     room = rule.window if rule.kind == "terrace" else tokens
-    return Sizes(
+    return StepTiles(
         tokens=block(tokens), leaving=block(room), slots=max(1, rule.slots), room=room,
         near=min(64, block(tokens * (call.heads // call.kv_heads))),
         read_rows=1 if tokens * shared <= FEW_ROWS else min(64, block(tokens * shared)),
@@ -278,6 +280,14 @@ def sizes_of(call: Call, rows: int, tokens: int) -> Sizes:
 def leaving_dtype(call: Call) -> torch.dtype:
     """Type of the leaving keys' features between the launches: a whole chunk's in what prefill rounds them to."""
     return torch.bfloat16 if call.rule.kind == "terrace" and call.q.dtype != torch.float32 else torch.float32
+
+
+def _whole(phi: FusedMap | None) -> tuple[Tensor | None, ...]:
+    """(matrix, what takes its remainder's place, bias): `prepare` reads maps in float32, without a remainder."""
+    if phi is None:
+        return None, None, None
+    matrix = phi.matrix.contiguous()
+    return matrix, matrix, phi.bias
 
 
 def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentState, real: Tensor | None) -> None:
@@ -299,12 +309,9 @@ def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentS
         scratch(rows, maps, features),
     )
     fq, following = scratch(rows, heads, tokens, features), scratch(rows, of=torch.int32)
-    none: tuple[Any, ...] = (None, 0, 0, 0)
-    held = [call.tensor(x) for x in (state.k_BGND, state.v_BGNE)]
-    held += [call.tensor(x) if rule.sinks else none for x in (state.sink_k_BGSD, state.sink_v_BGSE)]
-    matrices = [None if m is None else m.matrix.contiguous() for m in (call.query, call.key)]
-    biases = [None if m is None else m.bias for m in (call.query, call.key)]
-    whole = [(matrix, matrix, bias) for matrix, bias in zip(matrices, biases, strict=True)]
+    sinks = (state.sink_k_BGSD, state.sink_v_BGSE) if rule.sinks else (None, None)
+    held = [call.tensor(x) for x in (state.k_BGND, state.v_BGNE, *sinks)]
+    whole = [_whole(phi) for phi in (call.query, call.key)]
     counts = (heads, kv_heads, maps, sizes.room)
     tiles = {"BLOCK_T": sizes.tokens, "SLOTS": sizes.slots}
     blocks = triton.cdiv(tokens * (heads // kv_heads), sizes.near)

@@ -32,6 +32,14 @@ def load_phi(base, stride, token, ok, C: tl.constexpr):
 
 
 @triton.jit
+def store_phi(base, stride, token, ok, f, g, C: tl.constexpr):
+    """The counterpart of `load_phi`, in the destination's type."""
+    store_tile(base, stride, token, ok, f, C.columns, C.block_p)
+    if C.paired:
+        store_tile(base + C.columns, stride, token, ok, g, C.columns, C.block_p)
+
+
+@triton.jit
 def load_side(x_base, X, phi_base, PHI, i, length, C: tl.constexpr, SIZE: tl.constexpr):
     """(tokens of tile i, which exist, queries or keys [tokens, D], features f, g)."""
     token, ok = tile_tokens(i, length, SIZE)
@@ -44,8 +52,7 @@ def load_side(x_base, X, phi_base, PHI, i, length, C: tl.constexpr, SIZE: tl.con
 def load_sum(SUMS, row, there, C: tl.constexpr):
     """(z1, z2) of one row of [rows, F]; zeros unless `there`."""
     p = tl.arange(0, C.block_p)
-    halves: tl.constexpr = 2 if C.paired else 1
-    at = SUMS + row.to(tl.int64) * (halves * C.columns) + p
+    at = SUMS + row.to(tl.int64) * C.features + p
     ok = (p < C.columns) & there
     z1 = tl.load(at, mask=ok, other=0.0)
     z2 = z1
@@ -58,8 +65,7 @@ def load_sum(SUMS, row, there, C: tl.constexpr):
 def store_sum(SUMS, row, z1, z2, C: tl.constexpr):
     """The counterpart of `load_sum`."""
     p = tl.arange(0, C.block_p)
-    halves: tl.constexpr = 2 if C.paired else 1
-    at = SUMS + row.to(tl.int64) * (halves * C.columns) + p
+    at = SUMS + row.to(tl.int64) * C.features + p
     tl.store(at, z1, mask=p < C.columns)
     if C.paired:
         tl.store(at + C.columns, z2, mask=p < C.columns)
@@ -86,10 +92,7 @@ def stored_features(X, MAP, PHI, SUMS, ROWS, inputs, maps, tiles, C: tl.constexp
     h = m * inputs // maps
     x = load_tile(place(X, r, h, start), X[3], token, ok, C.dim, C.block_d)
     f, g = features(x, lines(X, r, h, start, token), ok, MAP, m, load_map(MAP, m, C), C)
-    base = place(PHI, r, m, start)
-    store_tile(base, PHI[3], token, ok, f, C.columns, C.block_p)
-    if C.paired:
-        store_tile(base + C.columns, PHI[3], token, ok, g, C.columns, C.block_p)
+    store_phi(place(PHI, r, m, start), PHI[3], token, ok, f, g, C)
     if SUMS is not None:
         z1, z2 = weighted_sum(f, g, tl.where(ok & (first + token >= C.sinks), 1.0, 0.0), C)
         store_sum(SUMS, tl.program_id(0), z1, z2, C)

@@ -16,7 +16,6 @@ import triton.language as tl
 
 from trenchcoat.ops.triton.maps import features, key_features, load_map
 from trenchcoat.ops.triton.parts import (
-    WIDTH,
     exponent_unit,
     far_read,
     lines,
@@ -35,6 +34,7 @@ from trenchcoat.ops.triton.parts import (
     tokens_of,
     weights,
     window_scores,
+    zero_sums,
 )
 
 
@@ -59,10 +59,7 @@ def far_sums(K, V, KEY, OUT, ROWS, maps, kv_heads, span, shift, C: tl.constexpr)
     start, length, first = row_of(ROWS, r, C)
     kv = m * kv_heads // maps
     key_map = load_map(KEY, m, C)
-    s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
-    z1 = tl.zeros([C.block_p, WIDTH], tl.float32)
-    s2 = tl.zeros([C.block_p, C.block_e], tl.float32)
-    z2 = tl.zeros([C.block_p, WIDTH], tl.float32)
+    s1, s2, z1, z2 = zero_sums(C)
     last = tl.minimum(group * span - shift + span, tl.cdiv(length, C.window))
     for c in range(tl.maximum(group * span - shift, 0), last):
         token, ok = tokens_of(c, length, C)
@@ -99,6 +96,17 @@ def far_chunk(c, KIND: tl.constexpr):
         return c
     else:
         return c - 1
+
+
+@triton.jit
+def load_far(K, V, K_BOX, V_BOX, KEY, key_map, r, kv, m, start, c, length, first, C: tl.constexpr):
+    """(features f, g, values, which tokens exist) of the chunk that joins the sums after chunk c was read."""
+    far = far_chunk(c, C.kind)
+    token, ok = tokens_of(far, length, C)
+    k = load_chunk(K, K_BOX, r, kv, start, far, length, C.dim, C.block_d, C)
+    v = load_chunk(V, V_BOX, r, kv, start, far, length, C.values, C.block_e, C)
+    f, g = key_features(k, lines(K, r, kv, start, token), ok, first + token, KEY, m, key_map, C)
+    return f, g, v, ok
 
 
 @triton.jit
@@ -202,12 +210,7 @@ def outputs(
                 num, den, top, Y, SAVED, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C, SAVE, LEARN
             )
         if C.far:
-            far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
-            far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
-            far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
-            fk, gk = key_features(
-                far_k, lines(K, r, kv, start, far), far_ok, first + far, KEY, m, key_map, C
-            )  # fmt: skip
+            fk, gk, far_v, far_ok = load_far(K, V, K_BOX, V_BOX, KEY, key_map, r, kv, m, start, c, length, first, C)
             if C.kind != "terrace":
                 local = overlap(fq, gq, fk, gk, far_ok, C)
                 num = product(local, far_v, C.low, C, num)

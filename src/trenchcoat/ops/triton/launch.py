@@ -174,8 +174,10 @@ class Call:
         start = None if self.start is None else (self.start[0][..., values], self.start[1])
         return replace(self, v=self.v[..., values], sink_v=sink_v, start=start)
 
-    def tensor(self, x: Tensor) -> tuple[Any, ...]:
+    def tensor(self, x: Tensor | None) -> tuple[Any, ...]:
         """(pointer, strides) as the kernels take it; in a packed batch every row has the same batch row."""
+        if x is None:
+            return None, 0, 0, 0
         return x, 0 if self.spans.packed else x.stride(0), x.stride(1), x.stride(2)
 
     @cached_property
@@ -201,9 +203,8 @@ class Call:
 
     def tail(self) -> tuple[Any, ...]:
         """The last arguments many kernels share."""
-        sinks = [(None, 0, 0, 0) if s is None else (s, *s.stride()[:3]) for s in (self.sink_k, self.sink_v)]
-        place = self.place()
-        return self.log_ratio, self.logit, *sinks, place, self.heads, self.kv_heads, self.maps, self.span
+        sinks = (self.tensor(s) for s in (self.sink_k, self.sink_v))
+        return self.log_ratio, self.logit, *sinks, self.place(), self.heads, self.kv_heads, self.maps, self.span
 
     def buffer(self, heads: int, *size: int, dtype: torch.dtype) -> Tensor:
         """[B, heads, T, *size]; zeros where a row may not write all of it."""
@@ -230,7 +231,7 @@ class Call:
         made = constants_of(
             kind=rule.kind, window=rule.window, block_w=block(rule.window),
             dim=self.q.shape[3], block_d=block(self.q.shape[3]), values=self.v.shape[3], block_e=block(self.v.shape[3]),
-            columns=columns, block_p=block(columns), act=act, paired=paired,
+            columns=columns, block_p=block(columns), act=act, paired=paired, features=columns * (2 if paired else 1),
             bias=phi is not None and phi.bias is not None, split=half, floor=1e-12 if phi is None else phi.floor,
             far=rule.far, softcap=rule.softcap is not None, sinks=rule.sinks, block_s=block(max(1, rule.sinks)),
             sink_logit=self.logit is not None, ragged=self.spans.start is not None,
@@ -296,10 +297,9 @@ def device_name(device: torch.device) -> str:
 
 def signature(c: Constants, dtype: str) -> str:
     """The shape that choices are tuned for."""
-    halves = 2 if c.paired.value else 1
     return (
         f"{c.kind.value} window {c.window.value} dim {c.dim.value} values {c.values.value} features "
-        f"{halves * c.columns.value if c.far.value else 0} {dtype.removeprefix('torch.')}"
+        f"{c.features.value if c.far.value else 0} {dtype.removeprefix('torch.')}"
     )
 
 

@@ -35,7 +35,7 @@ from trenchcoat.ops.triton.parts import (
 
 
 @triton.jit
-def largest(before, own, sink, logit, C: tl.constexpr):
+def largest_score(before, own, sink, logit, C: tl.constexpr):
     """(largest score, its column); of equal ones the last part's first."""
     top, column = tl.max(own, 1), tl.argmax(own, 1) + C.block_w
     other = tl.max(before, 1)
@@ -77,7 +77,7 @@ def chunk_query_gradient(
     k, before_k, sink_k, s_before, s_own, s_sink, top = window_scores(
         q, K, K_BOX, SINK_K, r, kv, start, logit, c, length, position, scale, cap, C
     )
-    top, column = largest(s_before, s_own, s_sink, logit, C)
+    top, column = largest_score(s_before, s_own, s_sink, logit, C)
     top = top * unit
     v = load_chunk(V, V_BOX, r, kv, start, c, length, C.values, C.block_e, C)
     own = gain(weights(s_own, unit, top), dnum, dden, v, C)

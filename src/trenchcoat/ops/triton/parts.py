@@ -34,6 +34,8 @@ class Constants:
     act: Any
     """softmax, exp, relu or elu."""
     paired: Any
+    features: Any
+    """Columns of both halves."""
     bias: Any
     split: Any
     """The map's matrix comes as the sum of two numbers of the inputs' type."""
@@ -252,6 +254,18 @@ def scores(q, k, seen, scale, cap, C: tl.constexpr):
 
 
 @triton.jit
+def near_start(query, C: tl.constexpr):
+    """As :meth:`trenchcoat.ops.state.Rule.near_start`."""
+    if C.kind == "terrace":
+        start = tl.maximum((query // C.window - 1) * C.window, 0)
+    elif C.kind == "sliding":
+        start = tl.maximum(query - C.window + 1, 0)
+    else:
+        start = query + 1
+    return start
+
+
+@triton.jit
 def seen_before(c, C: tl.constexpr):
     """Which keys of the chunk before are near: [query row, key column]."""
     i = tl.arange(0, C.block_w)
@@ -265,11 +279,7 @@ def seen_before(c, C: tl.constexpr):
 def seen_sinks(position, C: tl.constexpr):
     """Which sinks are out of the window of the queries at `position`, and so join the near part apart."""
     n = tl.arange(0, C.block_s)[None, :]
-    if C.kind == "sliding":
-        near_start = position - C.window + 1
-    else:
-        near_start = (position // C.window - 1) * C.window
-    return (n < C.sinks) & (n < near_start[:, None])
+    return (n < C.sinks) & (n < near_start(position, C)[:, None])
 
 
 @triton.jit
@@ -302,17 +312,21 @@ def weights(s, unit, top):
 
 
 @triton.jit
+def zero_sums(C: tl.constexpr):
+    """(s1, s2 [P, E], z1, z2 [P, WIDTH]) of no keys."""
+    s = tl.zeros([C.block_p, C.block_e], tl.float32)
+    z = tl.zeros([C.block_p, WIDTH], tl.float32)
+    return s, s, z, z
+
+
+@triton.jit
 def load_sums(START, row, C: tl.constexpr):
     """(s1, s2 [P, E], z1, z2 [P, WIDTH]) from START = (sums [rows, F, E] or None, [rows, F]); zeros for None."""
     p = tl.arange(0, C.block_p)
     e = tl.arange(0, C.block_e)[None, :]
-    s1 = tl.zeros([C.block_p, C.block_e], tl.float32)
-    z1 = tl.zeros([C.block_p, WIDTH], tl.float32)
-    s2 = s1
-    z2 = z1
+    s1, s2, z1, z2 = zero_sums(C)
     if START[0] is not None:
-        halves: tl.constexpr = 2 if C.paired else 1
-        at = row.to(tl.int64) * (halves * C.columns) + p
+        at = row.to(tl.int64) * C.features + p
         ok = (p[:, None] < C.columns) & (e < C.values)
         s1 = tl.load(START[0] + at[:, None] * C.values + e, mask=ok, other=0.0)
         z1 += tl.load(START[1] + at, mask=p < C.columns, other=0.0)[:, None]
@@ -328,8 +342,7 @@ def store_sums(OUT, row, s1, s2, z1, z2, C: tl.constexpr):
     """The counterpart of `load_sums`."""
     p = tl.arange(0, C.block_p)
     e = tl.arange(0, C.block_e)[None, :]
-    halves: tl.constexpr = 2 if C.paired else 1
-    at = row.to(tl.int64) * (halves * C.columns) + p
+    at = row.to(tl.int64) * C.features + p
     ok = (p[:, None] < C.columns) & (e < C.values)
     tl.store(OUT[0] + at[:, None] * C.values + e, s1, mask=ok)
     tl.store(OUT[1] + at, tl.max(z1, 1), mask=p < C.columns)

@@ -17,9 +17,6 @@ from trenchcoat.ops.triton.backward import gradient_sums, key_gradients, map_gra
 from trenchcoat.ops.triton.forward import far_sums, outputs, running_totals
 from trenchcoat.ops.triton.launch import LARGEST_SUM, Call, Spans, on, run, shared_limit
 
-NONE = (None, 0, 0, 0)
-"""A tensor that is not there."""
-
 
 def group_starts(call: Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """Far sums at the start of every group, [R K, N, F, E] and [R K, N, F]; None where they are all zero."""
@@ -79,17 +76,13 @@ def run_outputs(
     y = None if transfer is not None else call.buffer(call.heads, call.v.shape[3], dtype=call.q.dtype)
     den, top = (call.buffer(call.heads, dtype=torch.float32) if save else None for _ in range(2))
     starts = group_starts(call)
-    none = (None, 0, 0, 0)
-    saved = (none, none) if den is None or top is None else (call.tensor(den), call.tensor(top))
-    teacher: tuple[Any, ...] = (none, none, none, None)
-    if transfer is not None:
-        teacher = (*(call.tensor(x) for x in (transfer.teacher, transfer.dnum, transfer.dden)), transfer.squares)
+    teacher, dnum, dden, squares, weight = (None,) * 4 + (0.0,) if transfer is None else vars(transfer).values()
+    x = call.tensor
     run(
         outputs, (call.rows * call.heads, call.groups), call,
-        call.tensor(call.q), call.tensor(call.k), call.tensor(call.v), *call.boxes,
-        none if y is None else call.tensor(y), call.operands(call.query), call.operands(call.key), starts, saved,
-        *teacher, *call.tail(), *call.numbers(),
-        0.0 if transfer is None else float(transfer.weight), SAVE=save, LEARN=learn,
+        x(call.q), x(call.k), x(call.v), *call.boxes, x(y), call.operands(call.query), call.operands(call.key), starts,
+        (x(den), x(top)), x(teacher), x(dnum), x(dden), squares, *call.tail(), *call.numbers(), float(weight),
+        SAVE=save, LEARN=learn,
     )  # fmt: skip
     return y, den, top, starts
 
@@ -113,15 +106,11 @@ class FarGradients:
 
     def __init__(self, call: Call, dy: Tensor, den: Tensor | None, dden: Tensor, *, given: bool) -> None:
         """With `given`, `dy` is dnum already and dden holds its values."""
-        self.call, self.dy, self.dden, self.is_given = call, dy, dden, given
-        self.den = NONE if den is None else call.tensor(den)
+        self.call, self.dy, self.dden, self.given = call, dy, dden, given
+        self.den = call.tensor(den)
         self.du_query: Tensor | None = None
         self.du_key: Tensor | None = None
         self.dv: Tensor | None = None
-
-    def given(self, x: Tensor | None) -> tuple[Any, ...]:
-        """A tensor as the kernels take it."""
-        return NONE if x is None else self.call.tensor(x)
 
     def queries(self, y: Tensor | None, starts: tuple[Any, Any]) -> Tensor:
         """Fills du of the queries and (unless given) dden; the gradient for log(g / l), [H]."""
@@ -130,9 +119,9 @@ class FarGradients:
         share = call.log_ratio.new_empty(call.rows * call.heads * call.groups)
         run(
             query_gradients, (call.rows * call.heads, call.groups), call,
-            x(call.q), x(call.k), x(call.v), *call.boxes, self.given(y), x(self.dy), call.operands(call.query),
+            x(call.q), x(call.k), x(call.v), *call.boxes, x(y), x(self.dy), call.operands(call.query),
             call.operands(call.key), starts, self.den, x(self.dden), x(self.du_query), share, call.place(), call.heads,
-            call.kv_heads, call.maps, call.span, GIVEN=self.is_given,
+            call.kv_heads, call.maps, call.span, GIVEN=self.given,
         )  # fmt: skip
         dlog = share.view(call.rows, call.heads, -1).sum((0, 2))
         return torch.zeros_like(dlog) if call.rule.kind == "linear" else dlog
@@ -145,9 +134,9 @@ class FarGradients:
         run(
             key_gradients, (call.rows * call.maps, call.groups), call,
             x(call.q), x(call.k), x(call.v), *call.boxes, x(self.dy), call.operands(call.query),
-            call.operands(call.key), self._group_ends(), self.den, x(self.dden), x(self.du_key), self.given(self.dv),
+            call.operands(call.key), self._group_ends(), self.den, x(self.dden), x(self.du_key), x(self.dv),
             call.place(), call.heads, call.kv_heads, call.maps, call.span, SHARED=call.heads // call.maps,
-            GIVEN=self.is_given,
+            GIVEN=self.given,
         )  # fmt: skip
 
     def _group_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -162,7 +151,7 @@ class FarGradients:
             gradient_sums, (count, call.groups), call,
             call.tensor(call.q), call.tensor(self.dy), call.operands(call.query), self.den, call.tensor(self.dden),
             (s, z), call.place(), call.heads, call.maps, call.span, call.lag - 1, SHARED=call.heads // call.maps,
-            GIVEN=self.is_given,
+            GIVEN=self.given,
         )  # fmt: skip
         total(s, None, backwards=True)
         total(z, None, backwards=True)

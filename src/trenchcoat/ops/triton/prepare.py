@@ -15,8 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from trenchcoat.ops.triton.features import load_sum, store_phi, store_sum
 from trenchcoat.ops.triton.maps import activate, load_map, load_matrix
-from trenchcoat.ops.triton.parts import lines, load_tile, place, store_tile
+from trenchcoat.ops.triton.parts import lines, load_tile, near_start, place, store_tile
 
 
 @triton.jit
@@ -66,15 +67,6 @@ def leaving(seen, count, tokens, C: tl.constexpr):
 
 
 @triton.jit
-def near_start_of(position, C: tl.constexpr):
-    """First near position of queries."""
-    start = position - C.window + 1
-    if C.kind == "terrace":
-        start = (position // C.window - 1) * C.window
-    return tl.maximum(start, 0)
-
-
-@triton.jit
 def near_block(q, k, v, visible, scale, cap, top, den, num, C: tl.constexpr):
     """(largest score, denominator, numerator) so far, with a tile of keys added."""
     s = exact(q, tl.trans(k)) * scale
@@ -107,7 +99,7 @@ def prepare_near(
     token, ok, rank = row_tokens(row, shared, tokens, real_ptr, b, BLOCK_T)
     h = g * shared + row % shared
     position = seen + rank
-    start = near_start_of(position, C)[:, None]
+    start = near_start(position, C)[:, None]
     d, e = tl.arange(0, C.block_d)[None, :], tl.arange(0, C.block_e)[None, :]
     at = Q[0] + b.to(tl.int64) * Q[1] + h[:, None].to(tl.int64) * Q[2] + token[:, None].to(tl.int64) * Q[3]
     q = tl.load(at + d, mask=ok[:, None] & (d < C.dim), other=0.0)
@@ -165,26 +157,6 @@ def map_features(x, line, M, head, ok, C: tl.constexpr):
 
 
 @triton.jit
-def store_features(out_ptr, row, ok, f, g, C: tl.constexpr):
-    """Write [rows, F], the second half after the first."""
-    halves: tl.constexpr = 2 if C.paired else 1
-    store_tile(out_ptr, halves * C.columns, row, ok, f, C.columns, C.block_p)
-    if C.paired:
-        store_tile(out_ptr + C.columns, halves * C.columns, row, ok, g, C.columns, C.block_p)
-
-
-@triton.jit
-def load_features(in_ptr, row, ok, C: tl.constexpr):
-    """The counterpart of `store_features`, float32; the second is the first where the map is not paired."""
-    halves: tl.constexpr = 2 if C.paired else 1
-    f = load_tile(in_ptr, halves * C.columns, row, ok, C.columns, C.block_p).to(tl.float32)
-    g = f
-    if C.paired:
-        g = load_tile(in_ptr + C.columns, halves * C.columns, row, ok, C.columns, C.block_p).to(tl.float32)
-    return f, g
-
-
-@triton.jit
 def prepare_queries(pid, Q, QUERY, fq_ptr, rows, tokens, heads, C: tl.constexpr, ROWS: tl.constexpr):
     """phi(q) [B, H, T, F] of one head for ROWS of the B T tokens."""
     h, n = pid % heads, pid // heads
@@ -195,7 +167,7 @@ def prepare_queries(pid, Q, QUERY, fq_ptr, rows, tokens, heads, C: tl.constexpr,
     line = Q[0] + b.to(tl.int64) * Q[1] + h.to(tl.int64) * Q[2] + token.to(tl.int64) * Q[3]
     q = tl.load(line[:, None] + d, mask=ok[:, None] & (d < C.dim), other=0.0)
     f, g = map_features(q, line, QUERY, h, ok, C)
-    store_features(fq_ptr, (b * heads + h) * tokens + token, ok, f, g, C)
+    store_phi(fq_ptr, C.features, (b * heads + h) * tokens + token, ok, f, g, C)
 
 
 @triton.jit
@@ -212,15 +184,8 @@ def prepare_keys(
     seen = tl.load(seen_ptr + b).to(tl.int32)
     if (C.kind == "linear") & (m == 0):
         tl.store(next_ptr + b, seen)
-    halves: tl.constexpr = 2 if C.paired else 1
-    p = tl.arange(0, C.block_p)
-    at = pid * halves * C.columns + p
-    z1 = tl.load(FAR[1] + at, mask=p < C.columns, other=0.0)
-    tl.store(LEAVING[2] + at, z1, mask=p < C.columns)
-    z2 = z1
-    if C.paired:
-        z2 = tl.load(FAR[1] + at + C.columns, mask=p < C.columns, other=0.0)
-        tl.store(LEAVING[2] + at + C.columns, z2, mask=p < C.columns)
+    z1, z2 = load_sum(FAR[1], pid, True, C)
+    store_sum(LEAVING[2], pid, z1, z2, C)
     first, number, _begin = leaving(seen, count_of(real_ptr, b, tokens, BLOCK_T), tokens, C)
     if number > 0:
         i = tl.arange(0, BLOCK_L)
@@ -238,13 +203,11 @@ def prepare_keys(
                 out = LEAVING[1] + (b * kv_heads + g).to(tl.int64) * room * C.values
                 store_tile(out, C.values, i, i < number, v, C.values, C.block_e)
         f, half = map_features(x, line, KEY, m, ok, C)
-        out = LEAVING[0] + pid.to(tl.int64) * room * halves * C.columns
-        store_features(out, i, i < number, f, half, C)
+        out = LEAVING[0] + pid.to(tl.int64) * room * C.features
+        store_phi(out, C.features, i, i < number, f, half, C)
         f = f.to(LEAVING[0].dtype.element_ty).to(tl.float32)
-        tl.store(FAR[1] + at, z1 + tl.sum(f, 0), mask=p < C.columns)
-        if C.paired:
-            half = half.to(LEAVING[0].dtype.element_ty).to(tl.float32)
-            tl.store(FAR[1] + at + C.columns, z2 + tl.sum(half, 0), mask=p < C.columns)
+        half = half.to(LEAVING[0].dtype.element_ty).to(tl.float32)
+        store_sum(FAR[1], pid, z1 + tl.sum(f, 0), z2 + tl.sum(half, 0), C)
 
 
 @triton.jit
