@@ -224,7 +224,7 @@ def test_nothing_uninitialised_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"dtype": torch.float64}, "float64"),
         ({"window": 200}, "window is 200"),
-        ({"dim": 300}, "300 key"),
+        ({"dim": 300}, "the key dimension is 300"),
         ({"columns": 300}, "feature_dim is 300"),
         ({"columns": 64, "dim": 256, "values": 128, "window": 128}, "bytes of shared memory"),
     ],

@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from trenchcoat.config import UserError
+from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.runtime.runlog import environment
+from trenchcoat.students import operator_of
 
 RECORD_VERSION = 2
 OPTIONS = ("only", "layers")
@@ -106,6 +107,8 @@ class Benchmark(ABC, Generic[SizesT]):
     targets: tuple[Target, ...] = ()
     options: tuple[str, ...] = ()
     """Those of :data:`OPTIONS` that it has."""
+    implementation: str | None = "chunkwise"
+    """Of the operator; None: the students choose it by the device."""
     only_on: str | None = None
     """"cpu" or "cuda", where it measures nothing on other devices."""
 
@@ -129,10 +132,6 @@ class Benchmark(ABC, Generic[SizesT]):
         """A row for each target."""
         return [target.judged(figures, quick) for target in self.targets]
 
-    def implementation(self, device: str) -> str:
-        """Which implementation of the operator is measured."""
-        return "chunkwise"
-
     def needs(self, sizes: SizesT) -> str:
         """What it needs of a GPU, for the message that there is none."""
         return ""
@@ -147,7 +146,10 @@ class Benchmark(ABC, Generic[SizesT]):
         self._refuse(settings.device, sizes)
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        machine = environment(implementation=self.implementation(settings.device), device=settings.device)
+        implementation = self.implementation or operator_of(
+            StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device(settings.device)
+        )
+        machine = environment(implementation=implementation, device=settings.device)
 
         def record(figures: dict[str, Any]) -> dict[str, Any]:
             made = {"benchmark": self.name, "version": RECORD_VERSION, **figures}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[s
     with open_variants(recipe, [TRANSFER]) as variants:
         variants.train(TRANSFER)
         text = evaluation_rows(variants.batches(2), recipe.eval.rows)
-        models = {"teacher": variants.assemble_teacher, scope: lambda: variants.assemble(weights=TRANSFER)}
-        found = {
-            name: score(make(), text, window=recipe.student.window, batch_size=2).perplexity
-            for name, make in models.items()
-        }
+        found = {}
+        for name, make in (
+            ("teacher", variants.assemble_teacher),
+            (scope, partial(variants.assemble, weights=TRANSFER)),
+        ):
+            found[name] = score(make(), text, window=recipe.student.window, batch_size=2).perplexity
     evaluations = [line for line in read_metrics(folder / scope) if line["kind"] == "eval"]
     best = min(evaluations, key=lambda line: line["loss"])
     errors = {name.removeprefix("relative/"): best[name] for name in best if name.startswith("relative/layer_")}

@@ -168,7 +168,7 @@ def _drift(sizes: DecodeSizes, device: str) -> dict[str, dict[str, dict[str, flo
     models["bfloat16"] = models["float32"]
     caches: dict[str, Any] = {name: DynamicCache(config=model.config) for name, model in models.items()}
     found: dict[str, dict[str, dict[str, float]]] = {"float32": {}, "bfloat16": {}}
-    recent: dict[str, list[tuple[float, bool]]] = {name: [] for name in found}
+    recent: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -181,24 +181,18 @@ def _drift(sizes: DecodeSizes, device: str) -> dict[str, dict[str, dict[str, flo
             exact = logits["float64"]
             for name, past in recent.items():
                 kl = float((exact.exp() * (exact - logits[name])).sum())
-                past.append((kl, bool(exact.argmax() == logits[name].argmax())))
-                del past[:-256]
+                past.append((kl, float(exact.argmax() == logits[name].argmax())))
                 if token in sizes.drift:
-                    found[name][str(token)] = {
-                        "kl": sum(kl for kl, _ in past) / len(past),
-                        "same_token": sum(same for _, same in past) / len(past),
-                        "state_error": _state_error(caches["float64"], caches[name]),
-                    }
+                    kl, same = (sum(column) / len(column) for column in zip(*past[-256:], strict=True))
+                    error = _state_error(caches["float64"], caches[name])
+                    found[name][str(token)] = {"kl": kl, "same_token": same, "state_error": error}
             ids = torch.multinomial(exact.exp().cpu(), 1, generator=generator)[None].to(device)
     return found
 
 
 def _state_error(exact: Any, other: Any) -> float:
-    errors = []
-    for a, b in zip(exact.layers, other.layers, strict=True):
-        s, t = a.state.far_s_BKFE, b.state.far_s_BKFE.double()
-        errors.append(float((t - s).norm() / s.norm().clamp_min(1e-30)))
-    return max(errors)
+    sums = zip(*([layer.state.far_s_BKFE.double() for layer in cache.layers] for cache in (exact, other)), strict=True)
+    return max(float((t - s).norm() / s.norm().clamp_min(1e-30)) for s, t in sums)
 
 
 def _prompts(sizes: DecodeSizes, device: str) -> dict[str, Any]:
@@ -229,6 +223,7 @@ def _over(kind: str, figure: str, other: str, *, at: tuple[int, int] = (-1, -1))
 class DecodeBenchmark(Benchmark[DecodeSizes]):
     """``bench decode``."""
 
+    implementation = "decode step"
     full = DecodeSizes()
     quick = DecodeSizes(
         layers=2, window=16, lengths=(32, 128), batch=3, batch_length=64, steps=16, batch_steps=8, repeats=1,
@@ -242,10 +237,6 @@ class DecodeBenchmark(Benchmark[DecodeSizes]):
         at_least(20.0, "the teacher's cache over the state at the longest", _over("dynamic", "bytes", "student")),
         at_most(1.3, "a token over the teacher's at the shortest", _over("student", "p50", "dynamic", at=(0, 0))),
     )
-
-    def implementation(self, device: str) -> str:
-        """The step that serves a few new tokens."""
-        return "decode step"
 
     def run(self, sizes: DecodeSizes, settings: Settings) -> dict[str, Any]:
         """By context, in batches, drift of the state, prompts."""

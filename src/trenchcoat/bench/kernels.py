@@ -48,14 +48,11 @@ class KernelsSizes:
 class KernelsBenchmark(Benchmark[KernelsSizes]):
     """``bench kernels``."""
 
+    implementation = "triton"
     full = KernelsSizes()
     quick = KernelsSizes({name: part.quick for name, part in KERNEL_PARTS.items()}, repeats=3)
     options = ("only", "layers")
     only_on = "cuda"
-
-    def implementation(self, device: str) -> str:
-        """The kernels."""
-        return "triton"
 
     def sizes(self, settings: Settings) -> KernelsSizes:
         """Of the parts `only` names (all, without it), with models of `layers` layers.

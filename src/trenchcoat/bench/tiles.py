@@ -8,6 +8,7 @@ then on, by every process that runs this shape on such a device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +46,15 @@ def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, fl
         def taken(tile: Tile, kinds: dict[str, Launch] = kinds) -> float:
             return sum(clock(lambda one=one: one.again(tile)) for one in kinds.values())  # type: ignore[misc]
 
-        least, chosen = taken(usual), usual
-        default = least
+        times = {usual: taken(usual)}
         for tile in CANDIDATES:
-            if tile == usual:
-                continue
-            try:
-                time = taken(tile)
-            except OutOfResources:
-                continue
-            if time < min(least, WORTH * default):
-                least, chosen = time, tile
-        found[name] = (chosen, least / default)
+            if tile != usual:
+                with suppress(OutOfResources):
+                    times[tile] = taken(tile)
+        chosen = min(times, key=lambda tile: times[tile])
+        if times[chosen] >= WORTH * times[usual]:
+            chosen = usual
+        found[name] = (chosen, times[chosen] / times[usual])
     return found
 
 
@@ -107,13 +105,10 @@ class TilesSizes:
 class TilesBenchmark(Benchmark[TilesSizes]):
     """``bench tiles``."""
 
+    implementation = "triton"
     full = TilesSizes()
     quick = TilesSizes(LayerSizes(heads=4, kv_heads=2, dim=64), tokens=512, repeats=3)
     only_on = "cuda"
-
-    def implementation(self, device: str) -> str:
-        """The kernels."""
-        return "triton"
 
     def run(self, sizes: TilesSizes, settings: Settings) -> dict[str, Any]:
         """Tune the layer's shape for every kind."""

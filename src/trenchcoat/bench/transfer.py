@@ -8,23 +8,22 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, W 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trenchcoat.bench.benchmark import Benchmark, Settings, Target, at_most, grid, listed
 from trenchcoat.bench.llama import SMALL_LLAMA, TrainingStep, random_llama
 from trenchcoat.bench.timing import peak_bytes, seconds
-from trenchcoat.config import StudentConfig, TransferConfig
+from trenchcoat.config import TransferConfig
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.ops.reference import teacher_weights, weights
 from trenchcoat.ops.state import Features, HeadWeights, Rule, Tokens
-from trenchcoat.students import StudentAttention, operator_of
+from trenchcoat.students import StudentAttention
 from trenchcoat.training.objectives import transfer_objective
 
 
@@ -56,10 +55,16 @@ class TransferStep(TrainingStep):
     def naive_gradients(self) -> None:
         """The same losses and gradients the naive way: all maps and graphs kept until one backward pass."""
         set_mode(self.model, "transfer")
-        with _naive_transfer(self.model) as kept:
+        students, kept = students_of(self.model).values(), []  # type: ignore[var-annotated]
+        for student in students:
+            student.transfer = partial(_naive_transfer, kept, student)  # type: ignore[method-assign]
+        try:
             with torch.no_grad():
                 self.model.model(input_ids=self.batch["input_ids"], use_cache=False)
-            torch.stack([loss for loss, *_ in kept]).sum().backward()
+        finally:
+            for student in students:
+                del student.transfer
+        torch.stack([loss for loss, *_ in kept]).sum().backward()
 
     def naive_step(self) -> None:
         """A whole naive training step."""
@@ -77,39 +82,19 @@ def small_step(layers: int, tokens: int, *, device: str = "cpu") -> TransferStep
     return TransferStep(random_llama(SMALL_LLAMA, layers, device, dtype=torch.float32), tokens)
 
 
-@contextmanager
-def _naive_transfer(model: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Replace every student's transfer by one that only records its loss, its graph and both maps."""
-    kept: list[tuple[Tensor, ...]] = []
-    students = list(students_of(model).values())
-
-    @torch.enable_grad()
-    def keep(
-        student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, y: Tensor, *, scale: float, **options: Any
-    ) -> None:
-        kept.append(_naive_loss(student, q, k, v, y, scale))
-
-    for student in students:
-        student.transfer = partial(keep, student)  # type: ignore[method-assign]
-    try:
-        yield kept
-    finally:
-        for student in students:
-            del student.transfer
-
-
-def _naive_loss(
-    student: StudentAttention, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, y_BHTD: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(1000 x mean squared error, student's map [B, H, T, T], teacher's map)."""
+@torch.enable_grad()
+def _naive_transfer(
+    kept: list[tuple[Tensor, ...]], student: StudentAttention, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor,
+    y_BHTD: Tensor, *, scale: float, **options: Any,
+) -> None:  # fmt: skip
+    """Keep (1000 x mean squared error, student's map [B, H, T, T], teacher's map), with their graphs."""
     assert student.query_map is not None and student.key_map is not None and student.mix_H is not None  # noqa: PT018
     tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTD), Rule(kind="terrace", window=SMALL_LLAMA.window, scale=scale)
     features = Features(student.query_map(q_BHTD), student.key_map(k_BGTD))
     student_BHTT = weights(tokens, features, HeadWeights(student.mix_H), rule)
-    teacher_BHTT = teacher_weights(tokens, rule)
     v_BHTD = v_BGTD.repeat_interleave(q_BHTD.shape[1] // k_BGTD.shape[1], dim=1)
     loss = 1000.0 * (student_BHTT @ v_BHTD - y_BHTD).square().mean()
-    return loss, student_BHTT, teacher_BHTT
+    kept.append((loss, student_BHTT, teacher_weights(tokens, rule)))
 
 
 @dataclass(frozen=True)
@@ -167,6 +152,7 @@ def memory_growth(found: dict[str, Any]) -> float:
 class TransferBenchmark(Benchmark[TransferSizes]):
     """``bench transfer``."""
 
+    implementation = None
     full = TransferSizes()
     quick = TransferSizes(depths=(2, 4), lengths=(128,), naive_length=128, layers=2, repeats=1)
     targets = (
@@ -174,11 +160,6 @@ class TransferBenchmark(Benchmark[TransferSizes]):
         _time_target(1024, 1.35),
         _time_target(4096, 1.2),
     )
-
-    def implementation(self, device: str) -> str:
-        """That of the students, which choose it themselves."""
-        cfg, dim = StudentConfig(), SMALL_LLAMA.dim
-        return operator_of(cfg, head_dim=dim, dtype=torch.float32, device=torch.device(device))
 
     def run(self, sizes: TransferSizes, settings: Settings) -> dict[str, Any]:
         """Memory by depth, time by length."""

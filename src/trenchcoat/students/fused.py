@@ -96,7 +96,7 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
 @lru_cache
 def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None) -> str | None:
     """Why the kernels cannot, or should not, take tensors of this shape; or None."""
-    from trenchcoat.ops.triton.launch import Call, FusedMap, Spans, refusal
+    from trenchcoat.ops.triton.launch import Call, FusedMap, refusal
 
     if torch.cuda.get_device_capability(device) >= NOT_YET:
         return f"{torch.cuda.get_device_name(device)} is newer than what the kernels are written for"
@@ -104,7 +104,7 @@ def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None
         return "in float32 the kernels multiply without tensor cores"
     q, v = (torch.empty(1, 1, 0, n, dtype=shape.dtype, device=device) for n in (shape.dim, shape.values))
     phi = None if cfg is None else FusedMap(cfg.name, torch.empty(1, shape.dim, cfg.feature_dim, device="meta"))
-    return refusal(Call(shape.rule, q, q, v, phi, phi, q, None, None, None, None, Spans()))
+    return refusal(Call(shape.rule, q, q, v, phi, phi, q))
 
 
 def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> FusedMaps | None:

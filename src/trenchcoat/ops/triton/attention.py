@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
 from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
-from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, inner, refusal, refused, run
+from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, accepted, inner, run
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
@@ -99,13 +99,6 @@ def _backward(
     return [dq, dk, dv, *maps, dlog, dlogit, *pairs, None, None]
 
 
-def _accept(call: Call) -> Call:
-    reason = refusal(call)
-    if reason is not None:
-        raise refused(reason)
-    return call
-
-
 def attend(
     tokens: Tokens,
     maps: FusedMaps | None,
@@ -144,7 +137,7 @@ def attend(
     start = (None, None) if state is None or not rule.far else (state.far_s_BKFE.float(), state.far_z_BKF)
     names, parameters = _opened(maps if rule.far else None)
     tensors = (q, k, v, *parameters, rule.log_ratio(heads.mix_H), heads.sink_logit_H, *sinks, *start)
-    call = _accept(_call(rule, spans, names, *tensors))
+    call = accepted(_call(rule, spans, names, *tensors))
     if len(call.slices) == 1:
         y = _Attention.apply(rule, spans, names, *tensors)
     else:
@@ -232,7 +225,7 @@ def transfer(
     sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
     names, parameters = _opened(maps if rule.far else None)
     log_ratio_H, logit_H = rule.log_ratio(heads.mix_H), heads.sink_logit_H
-    call = _accept(_call(rule, spans, names, q, k, v, *parameters, log_ratio_H, logit_H, *sinks, None, None))
+    call = accepted(_call(rule, spans, names, q, k, v, *parameters, log_ratio_H, logit_H, *sinks, None, None))
     parts = [
         _transfer(call.sliced(values), y[..., values], error_scale, learn and call.query is not None)
         for values in call.slices

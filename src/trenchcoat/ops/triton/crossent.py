@@ -94,6 +94,18 @@ def masked_tile(i, stop, begin, before, resume):
 
 
 @triton.jit
+def without_keys(logit_ptr, h, zero, C: tl.constexpr):
+    """(sink logit, largest score, the teacher's sum) of each query before any key."""
+    logit, top, total = 0.0, zero + LOWEST, zero
+    if C.sink_logit:
+        logit = tl.load(logit_ptr + h) * LOG2E
+        top = zero + logit
+        if C.kind != "linear":
+            total += 1.0
+    return logit, top, total
+
+
+@triton.jit
 def absorb(
     s, x, far, top, total, cross, acc_f, acc_g, fk, gk,
     C: tl.constexpr, MASKED: tl.constexpr, TINY: tl.constexpr, LEARN: tl.constexpr,
@@ -119,6 +131,15 @@ def absorb(
         if C.paired:
             acc_g = acc_g * fade[:, None] + product(w, gk, C.low, C)
     return above, total, cross, acc_f, acc_g, e, fade
+
+
+@triton.jit
+def near_without_keys(logit, top, zero, C: tl.constexpr):
+    """What `absorb_near` adds to, before any key: the sink logit's part."""
+    near_sum, share = zero, zero
+    if C.sink_logit and C.kind != "linear":
+        near_sum, share = zero + 1.0, tl.exp2(logit - top)
+    return near_sum, share, share * logit
 
 
 @triton.jit
@@ -177,12 +198,12 @@ def finish(
 
 
 @triton.jit
-def query_gradient(
-    q, line, acc_f, acc_g, z1, z2, weight, fk_base, stride, edge, end, query, ok, last, length, h, QUERY,
-    C: tl.constexpr, SIZE: tl.constexpr,
+def store_query_gradient(
+    q, line, acc_f, acc_g, z1, z2, weight, fk_base, stride, edge, end, query, ok, last, length, h, QUERY, du_base,
+    du_stride, C: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """du of a query tile: weight_n times the sum of phi(k) over far keys, of (z1, z2) and of the tiles from `edge` to
-    `end`, less what `acc` holds; through the activation."""
+    """Write du of a query tile: weight_n times the sum of phi(k) over far keys, of (z1, z2) and of the tiles from
+    `edge` to `end`, less what `acc` holds; through the activation."""
     acc_f = z1[None, :] * weight[:, None] - acc_f
     acc_g = z2[None, :] * weight[:, None] - acc_g
     if C.kind != "linear":
@@ -196,7 +217,8 @@ def query_gradient(
         if C.paired:
             acc_g += product(far, gk, C.low, C) * weight[:, None]
     f, g = features(q, line, ok, QUERY, h, load_map(QUERY, h, C), C)
-    return features_backward(f, g, acc_f, acc_g, C)
+    du = features_backward(f, g, acc_f, acc_g, C)
+    store_tile(du_base, du_stride, query, ok, du, C.columns, C.block_p)
 
 
 @triton.jit
@@ -218,16 +240,10 @@ def query_side(
     last = tl.minimum(i * RESIDENT + RESIDENT, length) - 1
     token, ok, q, fq, gq = load_side(place(Q, r, h, start), Q, place(FQ, r, h, start), FQ, i, length, C, RESIDENT)
     k_base, fk_base = place(K, r, h * kv_heads // heads, start), place(FK, r, h * maps // heads, start)
-    log_ratio, logit = tl.load(log_ratio_ptr + h) * LOG2E, 0.0
-    zero = tl.zeros([RESIDENT], tl.float32)
-    top, total, cross, far_den, share = zero + LOWEST, zero, zero, zero, zero
+    log_ratio, zero = tl.load(log_ratio_ptr + h) * LOG2E, tl.zeros([RESIDENT], tl.float32)
+    logit, top, total = without_keys(logit_ptr, h, zero, C)
+    cross, far_den, largest = zero, zero, top
     acc_f, acc_g = tl.zeros([RESIDENT, C.block_p], tl.float32), tl.zeros([RESIDENT, C.block_p], tl.float32)
-    largest = top
-    if C.sink_logit:
-        logit = tl.load(logit_ptr + h) * LOG2E
-        top, largest = zero + logit, zero + logit
-        if C.kind != "linear":
-            total += 1.0
     stop, part, whole, edge, end = key_range(i * RESIDENT, last, teacher_window, C, WINDOWED, STREAMED)
     for j in range(whole, edge):
         _key, _there, k, fk, gk = load_side(k_base, K, fk_base, FK, j, length, C, STREAMED)
@@ -235,10 +251,7 @@ def query_side(
         top, total, cross, acc_f, acc_g, _e, _fade = absorb(
             s, x, x, top, total, cross, acc_f, acc_g, fk, gk, C, False, TINY, LEARN
         )
-    near_sum = zero
-    if C.sink_logit and C.kind != "linear":
-        near_sum, share = zero + 1.0, tl.exp2(logit - top)
-    weighted = share * logit
+    near_sum, share, weighted = near_without_keys(logit, top, zero, C)
     before = stop + whole - part
     for n in range(0, before + end - edge):
         j = masked_tile(n, stop, part, before, edge)
@@ -265,11 +278,10 @@ def query_side(
         sum1, sum2 = weighted_sum(fq, gq, weight, C)
         store_sum(QUERY_SUMS, mine, sum1, sum2, C)
         fade = tl.exp2(top - log_sum)[:, None]
-        du = query_gradient(
+        store_query_gradient(
             q, lines(Q, r, h, start, token), acc_f * fade, acc_g * fade, z1, z2, weight, fk_base, FK[3], edge, end,
-            token, ok, last, length, h, QUERY, C, STREAMED,
+            token, ok, last, length, h, QUERY, place(DU, r, h, start), DU[3], C, STREAMED,
         )  # fmt: skip
-        store_tile(place(DU, r, h, start), DU[3], token, ok, du, C.columns, C.block_p)
 
 
 @triton.jit

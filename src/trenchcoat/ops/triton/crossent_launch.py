@@ -22,8 +22,8 @@ from trenchcoat.ops.triton.launch import (
     FusedMap,
     FusedMaps,
     Spans,
+    accepted,
     inner,
-    refusal,
     refused,
     run,
     shared_limit,
@@ -72,39 +72,6 @@ def tiles_of(c: Constants, itemsize: int, available: int) -> Tiles | None:
     return None
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A call with its tiles and stored features phi(q) [B, H, T, F], phi(k) [B, K, T, F]."""
-
-    call: Call
-    tiles: Tiles
-    teacher_window: int | None
-    fq: Tensor
-    fk: Tensor
-
-    def count(self, size: int) -> int:
-        """Tiles of `size` tokens in the longest row there can be."""
-        return -(-self.call.q.shape[2] // size)
-
-    def settings(self) -> dict[str, Any]:
-        """Flags and launch settings of both quadratic kernels."""
-        phi = self.call.query
-        assert phi is not None
-        return {
-            "RESIDENT": self.tiles.resident, "STREAMED": self.tiles.streamed,
-            "WINDOWED": self.teacher_window is not None, "TINY": phi.floor * phi.floor * phi.features < 2 * SMALLEST,
-            "usual": Tile(self.tiles.warps, self.tiles.stages),
-        }  # fmt: skip
-
-    def numbers(self) -> tuple[float, float, int]:
-        """(scale, soft-cap, teacher's window)."""
-        return *self.call.numbers(), self.teacher_window or 0
-
-    def inputs(self) -> tuple[Any, ...]:
-        """q, k and their features as the kernels take them."""
-        return tuple(self.call.tensor(x) for x in (self.call.q, self.call.k, self.fq, self.fk))
-
-
 def cross_entropy(
     tokens: Tokens,
     maps: FusedMaps | None,
@@ -131,23 +98,20 @@ def cross_entropy(
     spans = Spans.of_lengths(length_B, q.device)
     logit = None if heads.sink_logit_H is None else heads.sink_logit_H.detach().to(q.device, torch.float32).contiguous()
     log_ratio = rule.log_ratio(heads.mix_H.detach()).float().contiguous()
-    call = Call(rule, q, k, k, query, key, log_ratio * LOG2E, logit, None, None, None, spans)
-    tiles = _accepted(call)
+    call = Call(rule, q, k, k, query, key, log_ratio * LOG2E, logit, spans=spans)
+    tiles = _tiles(call)
     fq, _none = _store(call, q, query, None)
     fk, sums = _store(call, k, key, tiles.streamed)
-    return _run(Pass(call, tiles, teacher_window, fq, fk), log_ratio, sums, learn)
+    return _run(call, tiles, (fq, fk), log_ratio, sums, teacher_window, learn)
 
 
-def _accepted(call: Call) -> Tiles:
-    reason = refusal(replace(call, rule=replace(call.rule, far=False)))
-    tiles = None
-    if reason is None:
-        there = shared_limit(call.q.device)
-        tiles = tiles_of(call.constants, call.q.element_size(), there)
-        reason = f"no tile of head dim {call.q.shape[3]} and {call.query.features if call.query else 0} features fits"
-        reason += f" into the {there} bytes of shared memory; use a smaller feature_dim"
+def _tiles(call: Call) -> Tiles:
+    accepted(replace(call, rule=replace(call.rule, far=False)))
+    there = shared_limit(call.q.device)
+    tiles = tiles_of(call.constants, call.q.element_size(), there)
     if tiles is None:
-        raise refused(reason)
+        sizes = f"head dim {call.q.shape[3]} and {call.query.features if call.query else 0} features"
+        raise refused(f"no tile of {sizes} fits into the {there} bytes of shared memory; use a smaller feature_dim")
     return tiles
 
 
@@ -169,25 +133,32 @@ def _store(call: Call, x: Tensor, phi: FusedMap, tile: int | None) -> tuple[Tens
     return out, sums
 
 
-def _run(work: Pass, log_ratio_H: Tensor, key_sums: Tensor | None, learn: bool) -> tuple[Tensor, list[Tensor | None]]:
-    call, tiles = work.call, work.tiles
+def _run(
+    call: Call, tiles: Tiles, features: tuple[Tensor, Tensor], log_ratio_H: Tensor, key_sums: Tensor | None,
+    teacher_window: int | None, learn: bool,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """Of stored features phi(q) [B, H, T, F] and phi(k) [B, K, T, F]."""
     batch, heads, tokens, _ = call.q.shape
-    count, key_count = work.count(tiles.resident), work.count(tiles.streamed)
-    assert call.query is not None
-    assert call.key is not None
+    count, key_count = (-(-tokens // size) for size in (tiles.resident, tiles.streamed))
+    query, key, x = call.query, call.key, call.tensor
+    assert query is not None
+    assert key is not None
     loss = torch.empty(2, batch * heads, count, device=call.q.device, dtype=torch.float32)
-    row: tuple[Any, ...] = (None, None)
     sums, du = None, None
     if learn:
-        row = tuple(call.tensor(loss.new_empty(batch, heads, tokens)) for _ in range(2))
-        sums = loss.new_empty(batch * heads, count, call.query.features)
-        du = work.fq.new_empty(batch, heads, tokens, call.query.matrix.shape[2])
-    grid = (batch * heads * count,)
+        sums = loss.new_empty(batch * heads, count, query.features)
+        du = features[0].new_empty(batch, heads, tokens, query.matrix.shape[2])
+    row = tuple(x(loss.new_empty(batch, heads, tokens) if learn else None) for _ in range(2))
+    grid, inputs = (batch * heads * count,), [x(t) for t in (call.q, call.k, *features)]
+    counts, numbers = (heads, call.kv_heads, call.maps, count), (*call.numbers(), teacher_window or 0)
+    flags: dict[str, Any] = {
+        "RESIDENT": tiles.resident, "STREAMED": tiles.streamed, "WINDOWED": teacher_window is not None,
+        "TINY": query.floor * query.floor * query.features < 2 * SMALLEST, "usual": Tile(tiles.warps, tiles.stages),
+    }  # fmt: skip
     run(
         query_side, grid, call,
-        *work.inputs(), call.operands(call.query), key_sums, row, tuple(loss), sums,
-        None if du is None else call.tensor(du), log_ratio_H, call.logit, call.place(), heads, call.kv_heads, call.maps,
-        count, key_count, *work.numbers(), LEARN=learn, **work.settings(),
+        *inputs, call.operands(query), key_sums, row, tuple(loss), sums, x(du), log_ratio_H, call.logit, call.place(),
+        *counts, key_count, *numbers, LEARN=learn, **flags,
     )  # fmt: skip
     if du is None or sums is None:
         return loss[0].sum(), [None] * 5
@@ -195,8 +166,7 @@ def _run(work: Pass, log_ratio_H: Tensor, key_sums: Tensor | None, learn: bool) 
     total(sums, None, backwards=True)
     run(
         key_side, grid, call,
-        *work.inputs(), call.operands(call.key), sums, row, call.tensor(du), call.place(), heads, call.kv_heads,
-        call.maps, count, *work.numbers(), **work.settings(),
+        *inputs, call.operands(key), sums, row, x(du), call.place(), *counts, *numbers, **flags,
     )  # fmt: skip
     gradients += map_gradient(call, call.k, du, call.maps)
     return loss[0].sum(), [*gradients, loss[1].view(batch, heads, count).sum((0, 2))]

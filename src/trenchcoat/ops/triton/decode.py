@@ -23,15 +23,14 @@ from trenchcoat.ops.triton.launch import (
     Call,
     FusedMap,
     FusedMaps,
-    Spans,
+    accepted,
     block,
     inner,
-    refusal,
     refused,
     run,
     wanted_programs,
 )
-from trenchcoat.ops.triton.parts import Constants, features_of, place
+from trenchcoat.ops.triton.parts import Constants, features_of, lines, place
 from trenchcoat.ops.triton.prepare import count_of, exact, leaving, prepare, row_tokens
 from trenchcoat.ops.triton.tiles import Tile
 
@@ -189,8 +188,9 @@ def read(
                     num, den, q1, q2, LEAVING, where, e, number, begin, seen + rank, tokens, C, BLOCK_T, BLOCK_L
                 )
         y = tl.where(ok[:, None], num / den[:, None], 0.0).to(Y[0].dtype.element_ty)
-        at_y = Y[0] + b.to(tl.int64) * Y[1] + h.to(tl.int64) * Y[2] + token.to(tl.int64) * Y[3]
-        tl.store(at_y[:, None] + e[None, :], y, mask=(token < tokens)[:, None] & (e[None, :] < C.values))
+        tl.store(
+            lines(Y, b, h, 0, token)[:, None] + e[None, :], y, mask=(token < tokens)[:, None] & (e[None, :] < C.values)
+        )
     if C.far:  # noqa: SIM102 (known when compiled)
         if number > 0:
             fold_leaving(FAR, at_s, s1, s2, LEAVING, where, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
@@ -221,12 +221,9 @@ def decode(
     query, key = maps if maps is not None and rule.far else (None, None)
     q, k, v = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE))
     log_ratio_H = rule.log_ratio(heads.mix_H)
-    call = Call(rule, q, k, v, query, key, log_ratio_H, heads.sink_logit_H, None, None, None, Spans())
-    reason = refusal(call)
-    if reason is None and rule.kind == "linear" and not rule.far:
-        reason = "kind 'linear' has nothing to read with its far part off"
-    if reason is not None:
-        raise refused(reason)
+    call = accepted(Call(rule, q, k, v, query, key, log_ratio_H, heads.sink_logit_H))
+    if rule.kind == "linear" and not rule.far:
+        raise refused("kind 'linear' has nothing to read with its far part off")
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     real = None if tokens.mask_BT is None else tokens.mask_BT.to(q.device, torch.int32)
     for t in range(0, q.shape[2], rule.window):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -101,12 +101,12 @@ class Call:
     key: FusedMap | None
     log_ratio: Tensor
     """log2 r of every head, r = g / l, float32."""
-    logit: Tensor | None
-    sink_k: Tensor | None
-    sink_v: Tensor | None
-    start: tuple[Tensor, Tensor] | None
+    logit: Tensor | None = None
+    sink_k: Tensor | None = None
+    sink_v: Tensor | None = None
+    start: tuple[Tensor, Tensor] | None = None
     """Far sums before the first token, float32 [R, K, F, E] and [R, K, F]."""
-    spans: Spans
+    spans: Spans = field(default_factory=Spans)
 
     @property
     def rows(self) -> int:
@@ -394,23 +394,30 @@ def refused(reason: str) -> ValueError:
     return ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
 
 
+def accepted(call: Call) -> Call:
+    """The call; ValueError where the kernels cannot run it."""
+    reason = refusal(call)
+    if reason is not None:
+        raise refused(reason)
+    return call
+
+
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run this call, or None."""
-    rule, q = call.rule, call.q
+    rule, q, v = call.rule, call.q, call.v
     if not on_gpu(q.device):
         return f"the tensors are on {q.device}; Triton kernels need a CUDA device"
-    if q.dtype not in TYPES or call.k.dtype != q.dtype or call.v.dtype != q.dtype:
-        types = f"q, k, v are {q.dtype}, {call.k.dtype}, {call.v.dtype}"
+    if q.dtype not in TYPES or call.k.dtype != q.dtype or v.dtype != q.dtype:
+        types = f"q, k, v are {q.dtype}, {call.k.dtype}, {v.dtype}"
         return f"{types}; the kernels take bfloat16, float16 or float32, the same for all three"
-    if max(q.shape[3], call.v.shape[3]) > WIDEST:
-        return f"heads have {q.shape[3]} key and {call.v.shape[3]} value dimensions; the kernels hold {WIDEST} at most"
-    if rule.window > LONGEST_WINDOW:
-        return f"window is {rule.window}; the kernels hold {LONGEST_WINDOW} tokens at most"
-    if rule.sinks > MOST_SINKS:
-        return f"sinks is {rule.sinks}; the kernels hold {MOST_SINKS} at most"
+    columns = call.query.matrix.shape[2] if rule.far and call.query is not None else 0
+    for name, size, most in (
+        ("the key dimension", q.shape[3], WIDEST), ("the value dimension", v.shape[3], WIDEST),
+        ("window", rule.window, LONGEST_WINDOW), ("sinks", rule.sinks, MOST_SINKS), ("feature_dim", columns, WIDEST),
+    ):  # fmt: skip
+        if size > most:
+            return f"{name} is {size}; the kernels hold {most} at most"
     c = call.sliced(call.slices[0]).constants
-    if rule.far and c.block_p.value > WIDEST:
-        return f"feature_dim is {c.columns.value}; the kernels hold {WIDEST} at most"
     needed, there = shared_bytes(c, q.element_size()), shared_limit(q.device)
     if needed > there:
         return (

@@ -101,8 +101,7 @@ def prepare_near(
     position = seen + rank
     start = near_start(position, C)[:, None]
     d, e = tl.arange(0, C.block_d)[None, :], tl.arange(0, C.block_e)[None, :]
-    at = Q[0] + b.to(tl.int64) * Q[1] + h[:, None].to(tl.int64) * Q[2] + token[:, None].to(tl.int64) * Q[3]
-    q = tl.load(at + d, mask=ok[:, None] & (d < C.dim), other=0.0)
+    q = tl.load(lines(Q, b, h, 0, token)[:, None] + d, mask=ok[:, None] & (d < C.dim), other=0.0)
     num, den = tl.zeros([ROWS, C.block_e], tl.float32), tl.zeros([ROWS], tl.float32)
     top = den - float("inf")
     if C.sink_logit:
@@ -164,7 +163,7 @@ def prepare_queries(pid, Q, QUERY, fq_ptr, rows, tokens, heads, C: tl.constexpr,
     ok = row < rows * tokens
     b, token = row // tokens, row % tokens
     d = tl.arange(0, C.block_d)[None, :]
-    line = Q[0] + b.to(tl.int64) * Q[1] + h.to(tl.int64) * Q[2] + token.to(tl.int64) * Q[3]
+    line = lines(Q, b, h, 0, token)
     q = tl.load(line[:, None] + d, mask=ok[:, None] & (d < C.dim), other=0.0)
     f, g = map_features(q, line, QUERY, h, ok, C)
     store_phi(fq_ptr, C.features, (b * heads + h) * tokens + token, ok, f, g, C)
