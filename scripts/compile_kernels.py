@@ -29,10 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from trenchcoat.ops import HeadWeights, Rule, StateSizes, StudentState, Tokens
-from trenchcoat.ops.triton import attention as triton
-from trenchcoat.ops.triton import crossent_launch
-from trenchcoat.ops.triton import decode as triton_decode
-from trenchcoat.ops.triton import launch as launch
+from trenchcoat.ops.triton import attention, crossent_launch, decode, launch
 
 HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
 OPERATIONS, BYTES, ISSUED = 4096, 128, 4
@@ -99,18 +96,18 @@ class Layer:
 
     def training(self) -> None:
         """Outputs and every gradient."""
-        y, _ = triton.attend(self.tokens, self.maps, self.heads, self.rule)
+        y, _ = attention.attend(self.tokens, self.maps, self.heads, self.rule)
         y.backward(torch.empty_like(y))
 
     def reading(self) -> None:
         """Outputs without gradients."""
         with torch.no_grad():
-            triton.attend(self.tokens, self.maps, self.heads, self.rule)
+            attention.attend(self.tokens, self.maps, self.heads, self.rule)
 
     def transfer(self) -> None:
         """Attention transfer."""
         y = torch.empty_like(self.tokens.q_BHTD)
-        triton.transfer(self.tokens, y, self.maps, self.heads, self.rule)
+        attention.transfer(self.tokens, y, self.maps, self.heads, self.rule)
 
     def crossing(self) -> None:
         """Attention transfer's cross-entropy of attention rows."""
@@ -123,7 +120,7 @@ class Layer:
         dim = q.shape[3]
         sizes = StateSizes(kv_heads=KV_HEADS, key_maps=HEADS, key_dim=dim, value_dim=dim, features=features)
         state = StudentState.empty(1, self.rule, sizes, dtype=q.dtype)
-        triton_decode.decode(self.tokens[:1], self.maps, self.heads, state, self.rule)
+        decode.decode(self.tokens[:1], self.maps, self.heads, state, self.rule)
 
 
 def longest_loop(cubin: bytes) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops.triton import launch as launch
+from trenchcoat.ops.triton import launch
 from trenchcoat.students import StudentAttention, TransferRequest, build_student
 
 HEADS, KV_HEADS = 2, 1

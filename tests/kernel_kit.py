@@ -14,9 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed; pip install 'tren
 from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Features, HeadWeights, Rule, Tokens, linear_window_attention
-from trenchcoat.ops.triton import attention as triton
-from trenchcoat.ops.triton import launch as triton_launch
-from trenchcoat.ops.triton import passes as triton_passes
+from trenchcoat.ops.triton import attention, launch, passes
 from trenchcoat.students.feature_maps import FeatureMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,12 +134,12 @@ class KernelCase:
         """Mix and sink logit."""
         return HeadWeights(leaves["mix"], leaves["sink_logit"] if self.sink_logit else None)
 
-    def maps(self, leaves: dict[str, Tensor]) -> triton_launch.FusedMaps | None:
+    def maps(self, leaves: dict[str, Tensor]) -> launch.FusedMaps | None:
         """Query and key map as the kernels take them."""
         if not self.rule.far:
             return None
         query, key = (
-            triton.FusedMap(self.map, leaves[f"{s}_matrix"].float(), leaves[f"{s}_bias"].float() if self.bias else None)
+            launch.FusedMap(self.map, leaves[f"{s}_matrix"].float(), leaves[f"{s}_bias"].float() if self.bias else None)
             for s in ("query", "key")
         )
         return query, key
@@ -149,7 +147,7 @@ class KernelCase:
     def kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The same by the kernels; parameters stay float32."""
         leaves = self.leaves(torch.float32)
-        y, _ = triton.attend(self.qkv(leaves, dtype), self.maps(leaves), self.weights(leaves), self.rule)
+        y, _ = attention.attend(self.qkv(leaves, dtype), self.maps(leaves), self.weights(leaves), self.rule)
         assert y.dtype == dtype
         return self.differentiated(y, leaves)
 
@@ -192,7 +190,7 @@ class KernelCase:
         leaves = self.leaves(torch.float32)
         mask = self.real()
         with torch.no_grad():
-            total, grads = triton.transfer(
+            total, grads = attention.transfer(
                 self.qkv(leaves, dtype), self.teacher().to(dtype), self.maps(leaves), self.weights(leaves), self.rule,
                 length_B=None if mask is None else mask.sum(1), error_scale=WEIGHT,
             )  # fmt: skip
@@ -209,8 +207,8 @@ class KernelCase:
 
 def group(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
     """Cut rows into up to `groups` groups of two chunks or more."""
-    monkeypatch.setattr(triton_launch, "SHORTEST_GROUP", 2)
-    monkeypatch.setattr(triton_launch, "group_size", lambda chunks, programs, wanted: max(2, -(-chunks // groups)))
+    monkeypatch.setattr(launch, "SHORTEST_GROUP", 2)
+    monkeypatch.setattr(launch, "group_size", lambda chunks, programs, wanted: max(2, -(-chunks // groups)))
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,9 +244,9 @@ def sum_errors(case: KernelCase, dtype: torch.dtype, seed: int, *, kernels: bool
         return (Product.apply(f.mT, v, torch.bfloat16) - exact).abs()
     q, k, v = (leaves[name].to(dtype) for name in "qkv")
     maps, none = case.maps(leaves), (None,) * 4
-    call = triton_launch.Call(case.rule, q, k, v, *maps, leaves["mix"].float(), *none, triton_launch.Spans())
+    call = launch.Call(case.rule, q, k, v, *maps, leaves["mix"].float(), *none, launch.Spans())
     count = torch.full((case.batch,), case.tokens, dtype=torch.int32, device=DEVICE)
-    return (triton_passes.final_sums(call, count)[0] - exact).abs()
+    return (passes.final_sums(call, count)[0] - exact).abs()
 
 
 def name_of(case: KernelCase) -> str:

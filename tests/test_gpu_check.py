@@ -16,8 +16,7 @@ import torch
 
 from kernel_kit import DEVICE
 from trenchcoat.cli import app as cli
-from trenchcoat.ops.triton import check as triton_check
-from trenchcoat.ops.triton import launch as triton_launch
+from trenchcoat.ops.triton import check, launch
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"
@@ -88,7 +87,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert "STEPS has 'everything'" in wrong.stderr
 
 
-@pytest.mark.skipif(not triton_launch.INTERPRETED, reason="launches are counted in Triton's interpreter")
+@pytest.mark.skipif(not launch.INTERPRETED, reason="launches are counted in Triton's interpreter")
 def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -106,9 +105,9 @@ def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, *args, **options)
 
     monkeypatch.setattr(InterpretedFunction, "run", run)
-    monkeypatch.setattr(triton_check, "check", lambda device: None)
-    monkeypatch.setattr(triton_launch, "SHORTEST_GROUP", triton_launch.SHORTEST_GROUP)
-    monkeypatch.setattr(triton_launch, "wanted_programs", triton_launch.wanted_programs)
+    monkeypatch.setattr(check, "check", lambda device: None)
+    monkeypatch.setattr(launch, "SHORTEST_GROUP", launch.SHORTEST_GROUP)
+    monkeypatch.setattr(launch, "wanted_programs", launch.wanted_programs)
     script.run_all(script.SMALL, ["terrace"], [torch.bfloat16], DEVICE)
     compiled = json.loads((REPOSITORY / "benchmarks" / "kernels_sm90.json").read_text())["terrace"]
     assert {name.split()[0] for name in compiled} | {"running_totals"} <= launched

@@ -22,7 +22,7 @@ from trenchcoat.bench.registry import run_benchmark
 from trenchcoat.cli.app import main
 from trenchcoat.config import UserError
 from trenchcoat.models.attach import set_mode, students_of
-from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import check
 from trenchcoat.runtime.files import write_json
 
 SHAPE = LlamaShape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=3, columns=4)
@@ -46,7 +46,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> kernels.KernelsBenchmark:
 
 @pytest.fixture
 def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_check, "check", lambda device: None)
+    monkeypatch.setattr(check, "check", lambda device: None)
 
 
 def test_operations_are_those_of_the_formula() -> None:

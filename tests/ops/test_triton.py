@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-import triton as triton_library
+import triton
 import triton.language as tl
 
 import low_precision
@@ -17,8 +17,7 @@ from kernel_kit import DEVICE, KernelCase, group, name_of, output_tolerances, po
 from low_precision import DRAWS, FACTOR
 from operator_kit import budget, error
 from trenchcoat.ops import StateSizes, StudentState
-from trenchcoat.ops.triton import attention as triton
-from trenchcoat.ops.triton import launch as triton_launch
+from trenchcoat.ops.triton import attention, launch
 from trenchcoat.ops.triton.launch import Call, Spans
 
 CASES = [
@@ -57,7 +56,7 @@ def test_wide_heads_and_maps_are_cut() -> None:
         c = call.constants
         assert c.piece.value > 0
         assert len(call.slices) == 2
-        assert c.block_d.value * c.block_p.value > triton_launch.LARGEST_SUM
+        assert c.block_d.value * c.block_p.value > launch.LARGEST_SUM
         assert not replace(call, rule=replace(call.rule, far=False)).constants.piece.value
 
 
@@ -101,13 +100,13 @@ def test_low_precision(case: KernelCase, dtype: torch.dtype, monkeypatch: pytest
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_tiles_copied_by_hardware(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensor descriptors, as on Hopper: chunks before the first token and past the last are filled with zeros."""
-    monkeypatch.setattr(triton_launch, "has_copy_engine", lambda device: True)
-    monkeypatch.setattr(triton_launch, "TensorDescriptor", mock.Mock(wraps=triton_launch.TensorDescriptor))
+    monkeypatch.setattr(launch, "has_copy_engine", lambda device: True)
+    monkeypatch.setattr(launch, "TensorDescriptor", mock.Mock(wraps=launch.TensorDescriptor))
     case = KernelCase(kind=kind, tokens=40, window=16, dim=16, values=16, batch=1, key_maps=1)
     group(monkeypatch, 2)
     exact, independent = case.reference(torch.float64), case.reference(torch.float32)
     found = case.kernels(torch.float32)
-    assert triton_launch.TensorDescriptor.called
+    assert launch.TensorDescriptor.called
     for name, value in exact.items():
         assert error(found[name], value) <= budget(error(independent[name], value), case.terms), name
 
@@ -132,7 +131,7 @@ def test_the_independent_run_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> 
                 assert error(rounded[name], value) <= 1e-12, name
 
 
-@triton_library.jit
+@triton.jit
 def _rounds(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(tl.bfloat16))
@@ -190,7 +189,7 @@ def test_any_split_gives_the_same(case: KernelCase, monkeypatch: pytest.MonkeyPa
     state: StudentState | None = StudentState.empty(case.batch, case.rule, sizes, device=DEVICE)
     for span in (slice(0, 5), slice(5, 13), slice(13, 14)):
         tokens = case.qkv(leaves)[span]
-        y, state = triton.attend(tokens, case.maps(leaves), case.weights(leaves), case.rule, state=state)
+        y, state = attention.attend(tokens, case.maps(leaves), case.weights(leaves), case.rule, state=state)
         assert state is not None
         assert error(y, whole[:, :, span]) <= budget(independent, case.terms)
 
@@ -201,9 +200,9 @@ def test_packed_sequences_do_not_see_one_another(kind: str) -> None:
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
     tokens, more = case.qkv(leaves), (case.maps(leaves), case.weights(leaves), case.rule)
     edges = [0, 5, 6, 13]
-    packed, _ = triton.attend(tokens, *more, cu_seqlens=torch.tensor(edges, dtype=torch.int32, device=DEVICE))
+    packed, _ = attention.attend(tokens, *more, cu_seqlens=torch.tensor(edges, dtype=torch.int32, device=DEVICE))
     for start, stop in itertools.pairwise(edges):
-        alone, _ = triton.attend(tokens[start:stop], *more)
+        alone, _ = attention.attend(tokens[start:stop], *more)
         assert torch.equal(packed[:, :, start:stop], alone)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kernel_kit import DEVICE
 from low_precision import DRAWS, LowPrecision, tolerances
 from trenchcoat.ops.state import Kind
-from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import check
 
 
 def _gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -23,9 +23,9 @@ def _gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 def derived(kind: Kind, draws: int) -> list[float]:
     """The tolerances of `kind` from `draws` random calls; with `DRAWS` of them, what ALLOWED says."""
-    rule = triton_check.rule_of(kind)
+    rule = check.rule_of(kind)
     runs = {
-        store: LowPrecision(rule=rule, map=triton_check.MAPS[kind], dtype=torch.bfloat16, store=store)
+        store: LowPrecision(rule=rule, map=check.MAPS[kind], dtype=torch.bfloat16, store=store)
         for store in (True, False)
     }
 
@@ -37,11 +37,11 @@ def derived(kind: Kind, draws: int) -> list[float]:
 
     pairs = []
     for seed in range(1, draws + 1):
-        leaves = [t.double() for t in triton_check.case(seed)]
-        exact = triton_check.passes(leaves, lambda x: triton_check.reference(x, rule))
-        exact_rows = triton_check.reference_rows(leaves, rule)
-        output = triton_check.passes(leaves, lambda x: rounded(x, True))
-        transfer = triton_check.passes(leaves, lambda x: rounded(x, False))
+        leaves = [t.double() for t in check.case(seed)]
+        exact = check.passes(leaves, lambda x: check.reference(x, rule))
+        exact_rows = check.reference_rows(leaves, rule)
+        output = check.passes(leaves, lambda x: rounded(x, True))
+        transfer = check.passes(leaves, lambda x: rounded(x, False))
         found = [*output[:7], *transfer[7:]]
         # in float32: a sum of 400 terms is kept to six digits by the kernels' type as by any
         leaves, log_ratio = [t.float() for t in leaves], rule.log_ratio(leaves[5]).float()
@@ -49,74 +49,72 @@ def derived(kind: Kind, draws: int) -> list[float]:
         named = {"q": leaves[0], "k": leaves[1], "query_matrix": rows[0], "key_matrix": rows[1]}
         total = runs[True].cross_entropy({**named, "query_bias": rows[0][:, 0], "key_bias": rows[1][:, 0]}, rows[2])
         learned = [total.detach(), *_gradients(total, rows)]
-        step = slice(triton_check.PREFILLED, triton_check.PREFILLED + 2)
+        step = slice(check.PREFILLED, check.PREFILLED + 2)
         steps = (x[0][:, :, step] for x in (found, exact))
         lists = zip((found, exact), steps, (learned, exact_rows), strict=True)
         both = [[*x, y, *z] for x, y, z in lists]
-        pairs.append(tuple(dict(zip(triton_check.NAMES, x, strict=True)) for x in both))
+        pairs.append(tuple(dict(zip(check.NAMES, x, strict=True)) for x in both))
     allowed = tolerances(pairs)  # type: ignore[arg-type]
-    return [allowed[name] for name in triton_check.NAMES]
+    return [allowed[name] for name in check.NAMES]
 
 
 def test_the_self_check_passes() -> None:
-    triton_check.check.cache_clear()
-    triton_check.check(torch.device(DEVICE))
+    check.check.cache_clear()
+    check.check(torch.device(DEVICE))
 
 
 def test_a_wrong_result_of_any_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs 10 % too large, everywhere."""
-    kernels, transfer = triton_check._kernels, triton_check._transfer
-    decode, rows = triton_check._decode, triton_check._rows
-    monkeypatch.setattr(triton_check, "_kernels", lambda x, rule: 1.1 * kernels(x, rule))
-    monkeypatch.setattr(triton_check, "_transfer", lambda x, rule: [1.1 * t for t in transfer(x, rule)])
-    monkeypatch.setattr(triton_check, "_decode", lambda x, rule: 1.1 * decode(x, rule))
-    monkeypatch.setattr(triton_check, "_rows", lambda x, rule: [1.1 * t for t in rows(x, rule)])
-    found = triton_check.deviations("terrace", torch.device(DEVICE))
-    for name, deviation, allowed in zip(triton_check.NAMES, found, triton_check.ALLOWED["terrace"], strict=True):
+    kernels, transfer = check._kernels, check._transfer
+    decode, rows = check._decode, check._rows
+    monkeypatch.setattr(check, "_kernels", lambda x, rule: 1.1 * kernels(x, rule))
+    monkeypatch.setattr(check, "_transfer", lambda x, rule: [1.1 * t for t in transfer(x, rule)])
+    monkeypatch.setattr(check, "_decode", lambda x, rule: 1.1 * decode(x, rule))
+    monkeypatch.setattr(check, "_rows", lambda x, rule: [1.1 * t for t in rows(x, rule)])
+    found = check.deviations("terrace", torch.device(DEVICE))
+    for name, deviation, allowed in zip(check.NAMES, found, check.ALLOWED["terrace"], strict=True):
         assert deviation > allowed, name
 
 
-@pytest.mark.parametrize("name", triton_check.NAMES)
+@pytest.mark.parametrize("name", check.NAMES)
 def test_the_error_says_which_pass_deviates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = [float("inf") if n == name else 0.0 for n in triton_check.NAMES]
-    monkeypatch.setattr(
-        triton_check, "deviations", lambda kind, device: [0.0] * len(wrong) if kind != "linear" else wrong
-    )
-    triton_check.check.cache_clear()
+    wrong = [float("inf") if n == name else 0.0 for n in check.NAMES]
+    monkeypatch.setattr(check, "deviations", lambda kind, device: [0.0] * len(wrong) if kind != "linear" else wrong)
+    check.check.cache_clear()
     with pytest.raises(RuntimeError, match=rf"self-check.*{re.escape(name)} of kind 'linear'.*chunkwise"):
-        triton_check.check(torch.device(DEVICE))
-    triton_check.check.cache_clear()
+        check.check(torch.device(DEVICE))
+    check.check.cache_clear()
 
 
 def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(kind: Kind, device: torch.device) -> list[float]:
         raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(triton_check, "deviations", fails)
-    triton_check.check.cache_clear()
+    monkeypatch.setattr(check, "deviations", fails)
+    check.check.cache_clear()
     with pytest.raises(RuntimeError, match=r"self-check.*'terrace' does not compile or start.*300000.*chunkwise"):
-        triton_check.check(torch.device(DEVICE))
-    triton_check.check.cache_clear()
+        check.check(torch.device(DEVICE))
+    check.check.cache_clear()
 
 
 def test_the_tolerances_are_derived() -> None:
     """All draws of the quick kind; of the others some, which must lie below what is written, and not far below."""
-    assert derived("terrace", DRAWS) == pytest.approx(triton_check.ALLOWED["terrace"], rel=0.1)
+    assert derived("terrace", DRAWS) == pytest.approx(check.ALLOWED["terrace"], rel=0.1)
     for kind in ("sliding", "linear"):
-        for name, some, written in zip(triton_check.NAMES, derived(kind, 3), triton_check.ALLOWED[kind], strict=True):
+        for name, some, written in zip(check.NAMES, derived(kind, 3), check.ALLOWED[kind], strict=True):
             assert some <= 1.1 * written, (kind, name)
             assert some >= 0.05 * written, (kind, name)
 
 
 def test_what_the_caller_has_set_does_not_matter() -> None:
     """Nor does the check matter to a checkpointed layer, which would count the tensors it saves."""
-    triton_check.check.cache_clear()
+    check.check.cache_clear()
     with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
-        triton_check.check(torch.device(DEVICE))
-    triton_check.check.cache_clear()
+        check.check(torch.device(DEVICE))
+    check.check.cache_clear()
 
     def layer(x: Tensor) -> Tensor:
-        triton_check.check(torch.device(DEVICE))
+        check.check(torch.device(DEVICE))
         return x.square().sum()
 
     x = torch.ones(3, requires_grad=True)

@@ -21,8 +21,7 @@ from low_precision import DRAWS, LowPrecision, tolerances
 from operator_kit import budget, error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.ops import Features, HeadWeights, Rule, attention_cross_entropy, crossent
-from trenchcoat.ops.triton import check as triton_check
-from trenchcoat.ops.triton import crossent_launch
+from trenchcoat.ops.triton import check, crossent_launch
 from trenchcoat.ops.triton.crossent import key_range, query_range
 from trenchcoat.ops.triton.crossent_launch import Tiles, cross_entropy, tiles_of
 from trenchcoat.ops.triton.launch import INTERPRETED, Call, FusedMap, Spans, refusal
@@ -274,7 +273,7 @@ def test_padding_beyond_a_row_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["terrace", "sliding", "linear"])
 def test_students_learn_as_with_the_blockwise_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_check, "check", lambda device: None)
+    monkeypatch.setattr(check, "check", lambda device: None)
     torch.manual_seed(2)
     q, k, v, y = (torch.randn(2, heads, 14, 6, device=DEVICE) for heads in (2, 1, 1, 2))
     mask = torch.ones(2, 14, dtype=torch.bool, device=DEVICE)

@@ -13,7 +13,7 @@ from kernel_kit import DEVICE, KernelCase, output_tolerances, poison
 from operator_kit import budget, error
 from trenchcoat.ops import Features, StateSizes, StudentState
 from trenchcoat.ops.decode import decode as torch_decode
-from trenchcoat.ops.triton import decode as triton_decode
+from trenchcoat.ops.triton import decode
 
 BASE = KernelCase(tokens=11, window=3, heads=2, key_maps=1, batch=1)
 CASES = [
@@ -45,7 +45,7 @@ def _decode(
     for start in range(0, case.tokens, step):
         tokens = whole[start : start + step]
         if impl == "triton":
-            found.append(triton_decode.decode(tokens, case.maps(leaves), heads, state, case.rule))
+            found.append(decode.decode(tokens, case.maps(leaves), heads, state, case.rule))
         else:
             fk = phi_k(tokens.k_BGTD.float()) if case.kind == "linear" else None
             features = Features(phi_q(tokens.q_BHTD.float()), fk, lambda x: phi_k(x.float()))

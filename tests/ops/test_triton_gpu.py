@@ -24,9 +24,7 @@ from trenchcoat.bench.timing import captured
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models.attach import set_mode
 from trenchcoat.ops import StateSizes, StudentState, Tokens
-from trenchcoat.ops.triton import attention as triton
-from trenchcoat.ops.triton import check as triton_check
-from trenchcoat.ops.triton import decode as triton_decode
+from trenchcoat.ops.triton import attention, check, decode
 from trenchcoat.students import StudentAttention, build_student
 
 GPU = DEVICE != "cpu"
@@ -119,7 +117,7 @@ def _transfer(case: Sized) -> list[Tensor]:
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
     tokens, make = case.qkv(leaves, torch.bfloat16), torch.Generator().manual_seed(3)
     y = torch.randn(*tokens.q_BHTD.shape[:3], case.values, generator=make).to(DEVICE, torch.bfloat16)
-    total, grads = triton.transfer(tokens, y, case.maps(leaves), case.weights(leaves), case.rule)
+    total, grads = attention.transfer(tokens, y, case.maps(leaves), case.weights(leaves), case.rule)
     return [total, *(g for g in grads if g is not None)]
 
 
@@ -167,7 +165,7 @@ HEADS = {"num_heads": 8 if GPU else 2, "num_kv_heads": 2 if GPU else 1, "head_di
 @pytest.fixture
 def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:  # the interpreter takes seconds for the self-check, which has a test of its own
-        monkeypatch.setattr(triton_check, "check", lambda device: None)
+        monkeypatch.setattr(check, "check", lambda device: None)
 
 
 def _student(kind: str) -> StudentAttention:
@@ -254,14 +252,14 @@ def test_many_rows_of_differing_lengths(kind: str) -> None:
     states = []
     for row, length in enumerate(lengths):
         before = Tokens(*(leaves[name][row : row + 1, :, :length] for name in "qkv"))
-        _, state = triton.attend(before, maps, heads, rule, state=empty.clone())
+        _, state = attention.attend(before, maps, heads, rule, state=empty.clone())
         assert state is not None
         states.append(state.tensors())
     state = StudentState(**{name: torch.cat([one[name] for one in states]) for name in states[0]})
     for t in range(new):
         place = [length + t for length in lengths]
         now = [torch.stack([leaves[name][row, :, n] for row, n in enumerate(place)])[:, :, None] for name in "qkv"]
-        y = triton_decode.decode(Tokens(*now), maps, heads, state, rule)
+        y = decode.decode(Tokens(*now), maps, heads, state, rule)
         exact = torch.stack([whole[row, :, n] for row, n in enumerate(place)])[:, :, None]
         assert error(y, exact) <= budget(error(independent, whole), case.terms), t
     assert state.seen_B.tolist() == [length + new for length in lengths]

@@ -22,7 +22,7 @@ from kernel_kit import DEVICE
 from trenchcoat.bench.llama import LlamaShape, random_llama
 from trenchcoat.config import TransferConfig
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
-from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import check
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training.loop import fit
 from trenchcoat.training.objectives import transfer_objective
@@ -74,7 +74,7 @@ SIZES = [pytest.param(TINY, id="tiny"), pytest.param(LARGE, id="8B widths", mark
 @pytest.fixture(autouse=True)
 def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # the interpreter takes seconds for the self-check, which has a test of its own
-        monkeypatch.setattr(triton_check, "check", lambda device: None)
+        monkeypatch.setattr(check, "check", lambda device: None)
 
 
 def _logits(size: Size, impl: str, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernel_kit import DEVICE
 from operator_kit import error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops.triton import check as triton_check
+from trenchcoat.ops.triton import check
 from trenchcoat.ops.triton.launch import INTERPRETED
 from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused, operator_of
 
@@ -38,7 +38,7 @@ def _inputs(tokens: int) -> list[Tensor]:
 
 @pytest.fixture
 def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_check, "check", lambda device: None)
+    monkeypatch.setattr(check, "check", lambda device: None)
 
 
 @pytest.mark.usefixtures("_checked")
@@ -76,8 +76,8 @@ def test_prefill_and_decode() -> None:
 
 
 def test_the_choice_is_said_and_refusals_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_check, "check", lambda device: None)
-    monkeypatch.setattr(fused, "_reported", set())
+    monkeypatch.setattr(check, "check", lambda device: None)
+    monkeypatch.setattr(fused, "_told", set())
     student = build_student(
         StudentConfig(impl="triton", feature_map=FeatureMapConfig(feature_dim=6, adapter_dim=2)),
         num_heads=2, num_kv_heads=1, head_dim=6,
@@ -122,8 +122,8 @@ def test_auto_takes_what_can_run_and_says_why(
         def __str__(self) -> str:
             return "cuda:0"
 
-    monkeypatch.setattr(fused, "_reported", set())
-    monkeypatch.setattr(triton_check, "check", lambda device: None)
+    monkeypatch.setattr(fused, "_told", set())
+    monkeypatch.setattr(check, "check", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     empty = torch.empty
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="trenchcoat"):
