@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
 from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
-from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, accepted, inner, run
+from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, accepted, inner, launch_kernel
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
@@ -81,7 +81,7 @@ def _backward(
     programs, sinks = call.rows * heads * call.groups, call.rule.sinks
     dlogit = call.log_ratio.new_empty(programs)
     dsinks = [dlogit.new_empty(programs, sinks, n) for n in (call.q.shape[3], call.v.shape[3])]
-    run(
+    launch_kernel(
         near_query_gradients, (call.rows * heads, call.groups), call,
         x(call.q), x(call.k), x(call.v), *call.boxes, x(y), x(dy), call.operands(call.query), x(far.du_query),
         x(den), result, x(dq), dlogit, tuple(dsinks), *call.tail(), *call.numbers(),
@@ -89,7 +89,7 @@ def _backward(
     dk = dv = None
     if keys:
         dk, dv = (call.buffer(call.kv_heads, t.shape[3], dtype=t.dtype) for t in (call.k, call.v))
-        run(
+        launch_kernel(
             near_key_gradients, (call.rows * call.kv_heads * call.chunks,), call,
             x(call.q), x(call.k), x(call.v), x(dy), call.operands(call.key), x(far.du_key), x(den), x(top),
             result, x(far.dv), x(dk), x(dv), call.chunks, *call.tail(), *call.numbers(),

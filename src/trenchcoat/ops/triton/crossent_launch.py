@@ -24,8 +24,8 @@ from trenchcoat.ops.triton.launch import (
     Spans,
     accepted,
     inner,
+    launch_kernel,
     refused,
-    run,
     shared_limit,
 )
 from trenchcoat.ops.triton.parts import Constants, features_of
@@ -123,7 +123,7 @@ def _store(call: Call, x: Tensor, phi: FusedMap, tile: int | None) -> tuple[Tens
     dtype = torch.float32 if x.dtype == torch.float32 else torch.bfloat16
     out = x.new_empty(batch, maps, tokens, phi.features, dtype=dtype)
     sums = None if tile is None else x.new_empty(batch * maps, count, phi.features, dtype=torch.float32)
-    run(
+    launch_kernel(
         stored_features, (batch * maps * count,), call,
         call.tensor(x), call.operands(phi), call.tensor(out), sums, call.place(), inputs, maps, count,
         SIZE=size, usual=Tile(4, 1),
@@ -155,7 +155,7 @@ def _run(
         "RESIDENT": tiles.resident, "STREAMED": tiles.streamed, "WINDOWED": teacher_window is not None,
         "TINY": query.floor * query.floor * query.features < 2 * SMALLEST, "usual": Tile(tiles.warps, tiles.stages),
     }  # fmt: skip
-    run(
+    launch_kernel(
         query_side, grid, call,
         *inputs, call.operands(query), key_sums, row, tuple(loss), sums, x(du), log_ratio_H, call.logit, call.place(),
         *counts, key_count, *numbers, LEARN=learn, **flags,
@@ -164,7 +164,7 @@ def _run(
         return loss[0].sum(), [None] * 5
     gradients = map_gradient(call, call.q, du, heads)
     total(sums, None, backwards=True)
-    run(
+    launch_kernel(
         key_side, grid, call,
         *inputs, call.operands(key), sums, row, x(du), call.place(), *counts, *numbers, **flags,
     )  # fmt: skip

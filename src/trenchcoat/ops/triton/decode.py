@@ -26,8 +26,8 @@ from trenchcoat.ops.triton.launch import (
     accepted,
     block,
     inner,
+    launch_kernel,
     refused,
-    run,
     wanted_programs,
 )
 from trenchcoat.ops.triton.parts import Constants, features_of, lines, place
@@ -315,14 +315,14 @@ def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentS
     near_programs = 0 if rule.kind == "linear" else rows * kv_heads * blocks
     query_programs = 0 if call.key is None else heads * triton.cdiv(rows * tokens, sizes.queries)
     key_programs = 0 if call.key is None else rows * maps
-    run(
+    launch_kernel(
         prepare, (near_programs + query_programs + key_programs,), call,
         *(call.tensor(x) for x in (q, k, v)), *held, *whole, far, near, fq, gone, state.seen_B, following, real,
         log_ratio_H, call.logit, rows, tokens, *counts, near_programs, query_programs, *call.numbers(),
         ROWS=sizes.near, QUERIES=sizes.queries, TILE=sizes.ring, BLOCK_L=sizes.leaving, usual=Tile(8, 1), **tiles,
     )  # fmt: skip
     columns = slice_columns(values, c, rows * maps, wanted_programs(q.device, 2))
-    run(
+    launch_kernel(
         read, (rows * maps, triton.cdiv(values, columns)), call,
         *(call.tensor(x) for x in (k, v, y)), *held, far, near, fq, gone, state.seen_B, following, real,
         tokens, *counts, ROWS=sizes.read_rows, COLUMNS=columns, BLOCK_L=sizes.read_leaving, usual=Tile(4, 1), **tiles,

@@ -321,7 +321,7 @@ def untuned(c: Constants, kernel: str) -> Tile:
     return Tile(warps=4 if held <= 192 * 128 else 8, stages=1)
 
 
-def run(
+def launch_kernel(
     kernel: Any, grid: tuple[int, ...], call: Call, *arguments: Any, usual: Tile | None = None, **flags: Any
 ) -> None:
     """Launch a kernel whose last positional argument is the call's constants, as tuned; `usual` where it is not (None:
@@ -341,7 +341,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Launch:
-    """What :func:`run` did, to be done again."""
+    """What :func:`launch_kernel` did, to be done again."""
 
     name: str
     kernel: Any

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trenchcoat.ops.triton.backward import gradient_sums, key_gradients, map_gradients, query_gradients
 from trenchcoat.ops.triton.forward import far_sums, outputs, running_totals
-from trenchcoat.ops.triton.launch import LARGEST_SUM, Call, Spans, on, run, shared_limit
+from trenchcoat.ops.triton.launch import LARGEST_SUM, Call, Spans, launch_kernel, on, shared_limit
 
 
 def group_starts(call: Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -36,7 +36,7 @@ def grouped_sums(call: Call, place: tuple[Any, ...], shift: int) -> tuple[Tensor
     features, count = call.key.features, call.rows * call.maps
     s = call.q.new_empty(count, call.groups, features, call.v.shape[3], dtype=torch.float32)
     z = call.q.new_empty(count, call.groups, features, dtype=torch.float32)
-    run(
+    launch_kernel(
         far_sums, (count, call.groups), call,
         call.tensor(call.k), call.tensor(call.v), call.operands(call.key), (s, z), place,
         call.maps, call.kv_heads, call.span, shift,
@@ -78,7 +78,7 @@ def run_outputs(
     starts = group_starts(call)
     teacher, dnum, dden, squares, weight = (None,) * 4 + (0.0,) if transfer is None else vars(transfer).values()
     x = call.tensor
-    run(
+    launch_kernel(
         outputs, (call.rows * call.heads, call.groups), call,
         x(call.q), x(call.k), x(call.v), *call.boxes, x(y), call.operands(call.query), call.operands(call.key), starts,
         (x(den), x(top)), x(teacher), x(dnum), x(dden), squares, *call.tail(), *call.numbers(), float(weight),
@@ -117,7 +117,7 @@ class FarGradients:
         call, x, c = self.call, self.call.tensor, self.call.constants
         self.du_query = call.buffer(call.heads, c.columns.value, dtype=call.low)
         share = call.log_ratio.new_empty(call.rows * call.heads * call.groups)
-        run(
+        launch_kernel(
             query_gradients, (call.rows * call.heads, call.groups), call,
             x(call.q), x(call.k), x(call.v), *call.boxes, x(y), x(self.dy), call.operands(call.query),
             call.operands(call.key), starts, self.den, x(self.dden), x(self.du_query), share, call.place(), call.heads,
@@ -131,7 +131,7 @@ class FarGradients:
         call, x, c = self.call, self.call.tensor, self.call.constants
         self.du_key = call.buffer(call.maps, c.columns.value, dtype=call.low)
         self.dv = call.buffer(call.maps, call.v.shape[3], dtype=call.low) if values else None
-        run(
+        launch_kernel(
             key_gradients, (call.rows * call.maps, call.groups), call,
             x(call.q), x(call.k), x(call.v), *call.boxes, x(self.dy), call.operands(call.query),
             call.operands(call.key), self._group_ends(), self.den, x(self.dden), x(self.du_key), x(self.dv),
@@ -147,7 +147,7 @@ class FarGradients:
         count, features = call.rows * call.maps, call.query.features
         s = call.log_ratio.new_empty(count, call.groups, features, call.v.shape[3])
         z = call.log_ratio.new_empty(count, call.groups, features)
-        run(
+        launch_kernel(
             gradient_sums, (count, call.groups), call,
             call.tensor(call.q), call.tensor(self.dy), call.operands(call.query), self.den, call.tensor(self.dden),
             (s, z), call.place(), call.heads, call.maps, call.span, call.lag - 1, SHARED=call.heads // call.maps,
@@ -178,7 +178,7 @@ def map_gradient(call: Call, x: Tensor, du: Tensor, maps: int) -> list[Tensor | 
     # the sum passes through shared memory once on its way out
     most = min(LARGEST_SUM, 1 << (shared_limit(x.device) // 4).bit_length() - 1)
     rows = min(c.block_d.value, most // c.block_p.value)
-    run(
+    launch_kernel(
         map_gradients, (call.rows * heads, call.groups, triton.cdiv(x.shape[3], rows)), call,
         call.tensor(x), call.tensor(du), (matrix, bias), call.place(), x.shape[1], heads, call.span, BLOCK=rows,
     )  # fmt: skip

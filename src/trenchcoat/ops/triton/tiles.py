@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("trenchcoat")
+_log = logging.getLogger("trenchcoat")
 
 VARIABLE = "TRENCHCOAT_TILES"
 
@@ -58,13 +58,13 @@ def choices(device: str, signature: str, version: str) -> Choices:
         if entry is None:
             return Choices()
         if entry["triton"] != version:
-            log.info("%s: tuned with triton %s, not used with %s; %s", path, entry["triton"], version, AGAIN)
+            _log.info("%s: tuned with triton %s, not used with %s; %s", path, entry["triton"], version, AGAIN)
             return Choices()
         tiles = {name: _tile(pair) for name, pair in entry["tiles"].items()}
         programs = int(entry["programs"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a file of tuned settings ({error}); delete it, {AGAIN}") from error
-    log.info("%s: settings tuned on %s for %s", path, device, signature)
+    _log.info("%s: settings tuned on %s for %s", path, device, signature)
     return Choices(programs=programs, tiles=tiles)
 
 
