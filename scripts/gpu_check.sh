@@ -8,7 +8,7 @@
 #   SANITIZER   compute-sanitizer, which comes with the CUDA toolkit
 #   DRY_RUN=1   print the commands and run nothing
 #
-# Arguments are handed on to the benchmark: --quick, --layers 16, --repeats 5.
+# Arguments are passed on to the benchmark: --quick, --layers 16, --repeats 5.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

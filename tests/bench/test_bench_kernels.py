@@ -84,7 +84,7 @@ def test_every_target_of_the_kernels_is_in_the_table() -> None:
 
 
 @pytest.mark.usefixtures("_checked")
-def test_every_measurement_runs_and_is_handed_over_at_once(tmp_path: Path, tiny: kernels.KernelsBenchmark) -> None:
+def test_every_measurement_runs_and_is_kept_at_once(tmp_path: Path, tiny: kernels.KernelsBenchmark) -> None:
     kept: list[int] = []
     said: list[str] = []
 

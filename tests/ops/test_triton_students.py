@@ -114,7 +114,7 @@ def test_auto_takes_what_can_run_and_says_why(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU: `meta` stands for one, whose capability and shared memory are Hopper's."""
+    """On a GPU: `meta` plays the part of one, whose capability and shared memory are Hopper's."""
 
     class Pretended:
         type, index = "cuda", 0

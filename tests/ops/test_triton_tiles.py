@@ -92,7 +92,7 @@ def test_a_file_that_is_not_one_is_named(text: str, own_file: Path) -> None:
         tiles.choices("cpu", "s", "1")
 
 
-def test_every_pass_goes_through_one_door(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_is_launched_by_launch_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that each kernel is tuned: nothing is launched past it but running totals. All find the same entry."""
     monkeypatch.setattr(check, "check", lambda device: None)
     group(monkeypatch, 2)

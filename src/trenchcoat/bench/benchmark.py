@@ -18,8 +18,8 @@ OPTIONS = ("only", "layers")
 """Settings that a benchmark has only where its `options` name them."""
 
 
-def _ignore(news: object) -> None:
-    """For nobody."""
+def _ignore(result: object) -> None:
+    """The default for `keep` and `say`: nothing is done."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a token costs: a linearized Llama against its softmax teacher with a KV cache, by context, batch and dtype.
 
 The teacher is measured with both caches that Transformers offers it: the one `generate()` takes, which is copied at
-every token (`dynamic`), and one allocated beforehand (`static`), the stronger rival at long contexts. All are timed in
-turns, so that a busy machine slows all alike.
+every token (`dynamic`), and one allocated beforehand (`static`), which is faster at long contexts. All are timed in
+turns, so that a busy machine slows all of them equally.
 
 Shape legend: B rows, T tokens.
 """

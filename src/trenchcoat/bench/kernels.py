@@ -6,7 +6,7 @@
 
 The device's ceilings are measured in the same run: a copy of 1 GiB and a matrix product of 8192 x 8192 x 8192. Every
 target of these kernels is a row of the table, measured or with the reason why not. What runs out of memory is recorded
-as such, and the rest goes on; results are handed over as they come in.
+as such and the other measurements continue; results are written as they come in.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class KernelsBenchmark(Benchmark[KernelsSizes]):
         Raises:
             UsageError: there is no such part, or no layer.
         """
-        strange = [name for name in settings.only if name not in KERNEL_PARTS]
-        if strange:
-            raise UsageError(f"bench kernels --only names {strange[0]!r}; its parts are {', '.join(KERNEL_PARTS)}")
+        unknown = [name for name in settings.only if name not in KERNEL_PARTS]
+        if unknown:
+            raise UsageError(f"bench kernels --only names {unknown[0]!r}; its parts are {', '.join(KERNEL_PARTS)}")
         if settings.layers is not None and settings.layers < 1:
             raise UsageError(f"bench kernels --layers is {settings.layers}; it must be 1 or more")
         sizes = super().sizes(settings)

@@ -1,8 +1,8 @@
 """The operator on a GPU: one layer's attention by the kernels, against the roofline and other attentions.
 
 B 1, H 32, G 8, D 128, feature dim 64, W 64, bfloat16, feature maps included. A pass's least time is the larger of its
-operations over the device's and its bytes over the device's; operations are those the formula needs, whatever a kernel
-does again. Softmax attention is PyTorch's: its own choice of backend, FlashAttention and cuDNN each by name; ratios
+operations over the device's and its bytes over the device's; operations are those of the formula, without what a kernel
+computes twice. Softmax attention is PyTorch's: its own choice of backend, FlashAttention and cuDNN each by name; ratios
 to it are to the fastest of these.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, F features, P columns of a map, W window.

@@ -43,9 +43,9 @@ def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], Non
     from trenchcoat.runtime.files import write_json
 
     benchmark = load_benchmark(name)
-    strange = [f"--{option}" for option in OPTIONS if settings.get(option) and option not in benchmark.options]
-    if strange:
-        raise UsageError(f"bench {name} does not have {' and '.join(strange)}")
+    refused = [f"--{option}" for option in OPTIONS if settings.get(option) and option not in benchmark.options]
+    if refused:
+        raise UsageError(f"bench {name} does not have {' and '.join(refused)}")
 
     def keep(record: dict[str, Any]) -> None:
         if out is not None:

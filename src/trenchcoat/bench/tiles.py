@@ -1,8 +1,8 @@
-"""Find the fastest launch settings of the Triton kernels on this GPU and keep them under its name.
+"""Find the fastest launch settings of the Triton kernels on this GPU and store them under its name.
 
 For every kernel that a layer's passes launch, warps and pipeline depths are tried on the very launch that was recorded;
-then how many programs a multiprocessor rows are cut for. What is kept (:mod:`trenchcoat.ops.triton.tiles`) is used from
-then on, by every process that runs this shape on such a device.
+then how many programs a multiprocessor rows are cut for. Stored settings (:mod:`trenchcoat.ops.triton.tiles`) are
+used by every process that then runs this shape on such a device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 CANDIDATES = tuple(Tile(warps, stages) for warps in (4, 8, 16) for stages in (1, 2, 3))
 PROGRAMS = (1, 2, 4)
 """Programs a multiprocessor."""
-WORTH = 0.98
-"""A choice must take this much of the default's time, or the default stays."""
+FASTER = 0.98
+"""A choice replaces the default if it takes at most this share of the default's time."""
 
 Clock = Callable[[Callable[[], object]], float]
 
@@ -52,7 +52,7 @@ def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, fl
                 with suppress(OutOfResources):
                     times[tile] = taken(tile)
         chosen = min(times, key=lambda tile: times[tile])
-        if times[chosen] >= WORTH * times[usual]:
+        if times[chosen] >= FASTER * times[usual]:
             chosen = usual
         found[name] = (chosen, times[chosen] / times[usual])
     return found
@@ -84,7 +84,7 @@ def tune(passes: Sequence[Callable[[], object]], clock: Clock, *, device: torch.
         keep(name, shape, Choices(programs=programs, tiles=tiles), VERSION)
         times[programs] = sum(clock(work) for work in passes)
     programs = min(times, key=lambda p: times[p])
-    if times[programs] > WORTH * times[2]:
+    if times[programs] > FASTER * times[2]:
         programs = 2
     keep(name, shape, Choices(programs=programs, tiles=tiles), VERSION)
     return {

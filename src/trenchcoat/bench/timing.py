@@ -26,7 +26,7 @@ def seconds(work: Mapping[str, Callable[[], object]], repeats: int, device: str)
     """Median seconds of each piece of work by the wall clock (``wall``), and by the processor's own (``processor``),
     which other programs disturb less.
 
-    They take turns, so that a busy machine slows all alike; the first turn does not count.
+    They take turns, so that a busy machine slows all of them equally; the first turn does not count.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     calls = dict.fromkeys(work, 1)

@@ -261,7 +261,7 @@ class StepTiles:
 def sizes_of(call: Call, rows: int, tokens: int) -> StepTiles:
     """For a step of `tokens` tokens in `rows` rows."""
     c, rule = call.constants, call.rule
-    # without a far part the programs of `read` stand for key/value heads
+    # without a far part, one program of `read` handles one key/value head
     shared = call.heads // (call.kv_heads if call.key is None else call.maps)
     room = rule.window if rule.kind == "terrace" else tokens
     return StepTiles(

@@ -213,7 +213,7 @@ class Call:
 
     @property
     def low(self) -> torch.dtype:
-        """The type in which features' and values' gradients are handed from one kernel to the next."""
+        """The type in which features' and values' gradients pass from one kernel to the next."""
         return torch.float32 if self.q.dtype == torch.float32 else torch.bfloat16
 
     def numbers(self) -> tuple[float, float]:
@@ -252,7 +252,7 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 MOST_GROUPS = (1 << 16) - 1
 """What a grid's second axis can have."""
 SHORTEST_GROUP = 8
-"""Chunks: sums of shorter groups cost more memory traffic than their parallel work is worth."""
+"""Chunks: sums of shorter groups cost more memory traffic than running them in parallel saves."""
 
 
 def parts_of(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -335,7 +335,7 @@ def launch_kernel(
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, whatever the tensors'."""
+    """Make the tensors' device the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

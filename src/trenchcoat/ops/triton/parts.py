@@ -69,9 +69,9 @@ def features_of(c: Constants) -> int:
 
 
 def shared_bytes(c: Constants, itemsize: int) -> int:
-    """Shared memory the hungriest kernel can need, and not much more: of the forward or transfer two maps of two parts
-    (or two pieces of one, and of their tokens) beside tiles of the near part, or beside the far sum as an operand; of
-    the near part's backward six tiles. `scripts/compile_kernels.py` prints what each takes."""
+    """A close upper bound of the shared memory any kernel needs. Forward and transfer: two maps of two parts (or two
+    pieces of one, and of their tokens) beside tiles of the near part, or beside the far sum as an operand. The near
+    part's backward: six tiles. `scripts/compile_kernels.py` prints what each kernel takes."""
     d, e, p, w, piece = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w, c.piece))
     parts, features, tiles = 2 if c.split.value else 1, features_of(c), w * (d + 2 * max(d, e))
     local, near = 0 if c.kind.value == "terrace" else w, 0 if c.kind.value == "linear" else 6 * w * max(d, e)

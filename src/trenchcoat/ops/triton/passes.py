@@ -175,7 +175,7 @@ def map_gradient(call: Call, x: Tensor, du: Tensor, maps: int) -> list[Tensor | 
     matrix = call.log_ratio.new_empty(programs, x.shape[3], du.shape[3])
     bias = call.log_ratio.new_empty(programs, du.shape[3]) if call.constants.bias.value else None
     c = call.constants
-    # the sum passes through shared memory once on its way out
+    # the sum passes through shared memory once before it is stored
     most = min(LARGEST_SUM, 1 << (shared_limit(x.device) // 4).bit_length() - 1)
     rows = min(c.block_d.value, most // c.block_p.value)
     launch_kernel(
