@@ -67,6 +67,7 @@ def recorded(work: Callable[[], object]) -> dict[str, Any]:
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        """Compile as for a launch, and keep what came of it."""
         kernel = run(self, *args, grid=(1,), warmup=True, **keywords)
         name = self.fn.__name__
         kept = [k for k in found if k.split(" ")[0] == name]
@@ -87,6 +88,7 @@ class Layer:
 
     def __init__(self, kind: str, dtype: torch.dtype, *, dim: int, columns: int, window: int) -> None:
         def empty(heads: int) -> torch.Tensor:
+            """Vectors of some heads."""
             return torch.empty(1, heads, TOKENS, dim, dtype=dtype).requires_grad_()
 
         self.tokens = Tokens(empty(HEADS), empty(KV_HEADS), empty(KV_HEADS))

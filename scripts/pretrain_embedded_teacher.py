@@ -32,6 +32,7 @@ SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of VOCAB tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -61,6 +62,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: Split, seed: int) ->
 
 
 def build_model() -> LlamaForCausalLM:
+    """Random weights; every block starts as the identity."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -103,6 +105,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        """Update every matrix."""
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -152,11 +155,13 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, rows: int) -> t
 
 
 def by_position(losses: torch.Tensor) -> dict[str, float]:
+    """Mean losses of ranges of positions."""
     edges = [0, 16, 32, 64, 128, 256, 512, 768, 1024]
     return {f"{a}-{b}": round(losses[a:b].mean().item(), 4) for a, b in zip(edges, edges[1:], strict=False)}
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
@@ -167,7 +172,42 @@ def main() -> None:
     parser.add_argument("--repeats-from", type=int, default=400, help="from this step to the decay, see with_repeats")
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--threads", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def training_rows(train: torch.Tensor, step: int, args: argparse.Namespace) -> list[torch.Tensor]:
+    """The rows of one step: every window once an epoch, in an order of its own."""
+    windows = (len(train) - 1) // CONTEXT
+    rows = []
+    for i in range(step * args.batch, (step + 1) * args.batch):
+        epoch, index = divmod(i, windows)
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(epoch))
+        shift = epoch * 331 % CONTEXT  # other window borders in every epoch
+        start = min(order[index].item() * CONTEXT + shift, len(train) - CONTEXT - 1)
+        row = train[start : start + CONTEXT + 1]
+        repeats = i % 4 == 0 and args.repeats_from <= step < args.steps * (1 - args.decay)
+        rows.append(with_repeats(row, seed=i) if repeats else row)
+    return rows
+
+
+def finish(model: LlamaForCausalLM, held_out: torch.Tensor, step: int, args: argparse.Namespace) -> None:
+    """Save the model as it ships, in bfloat16, and its held-out losses."""
+    shipped = model.to(torch.bfloat16)
+    shipped.save_pretrained(args.out)
+    losses = held_out_loss(model.float(), held_out, 200)
+    result = {
+        "steps": step,
+        "tokens": step * args.batch * CONTEXT,
+        "held_out_loss": round(losses.mean().item(), 4),
+        "held_out_loss_by_position": by_position(losses),
+    }
+    (args.out / "losses.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def main() -> None:
+    """Train, or continue a run that was stopped."""
+    args = options()
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -199,22 +239,12 @@ def main() -> None:
         step = state["step"]
         print(f"resumed at step {step}", flush=True)
 
-    windows = (len(train) - 1) // CONTEXT
     clock = time.time()
     while step < args.steps:
         factor = learning_rate_factor(step, args.steps, 40, args.decay)
         for group, base in zip((g for o in optimizers for g in o.param_groups), bases, strict=True):
             group["lr"] = base * factor
-        rows = []
-        for i in range(step * args.batch, (step + 1) * args.batch):
-            epoch, index = divmod(i, windows)
-            order = torch.randperm(windows, generator=torch.Generator().manual_seed(epoch))
-            shift = epoch * 331 % CONTEXT  # other window borders in every epoch
-            start = min(order[index].item() * CONTEXT + shift, len(train) - CONTEXT - 1)
-            row = train[start : start + CONTEXT + 1]
-            repeats = i % 4 == 0 and args.repeats_from <= step < args.steps * (1 - args.decay)
-            rows.append(with_repeats(row, seed=i) if repeats else row)
-        batch = torch.stack(rows).to(device)
+        batch = torch.stack(training_rows(train, step, args)).to(device)
         logits = model(batch[:, :-1]).logits
         loss = F.cross_entropy(logits.reshape(-1, VOCAB).float(), batch[:, 1:].reshape(-1))
         loss.backward()
@@ -239,17 +269,7 @@ def main() -> None:
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
 
-    shipped = model.to(torch.bfloat16)
-    shipped.save_pretrained(args.out)
-    losses = held_out_loss(model.float(), held_out, 200)
-    result = {
-        "steps": step,
-        "tokens": step * args.batch * CONTEXT,
-        "held_out_loss": round(losses.mean().item(), 4),
-        "held_out_loss_by_position": by_position(losses),
-    }
-    (args.out / "losses.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    finish(model, held_out, step, args)
 
 
 if __name__ == "__main__":

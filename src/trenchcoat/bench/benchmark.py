@@ -152,6 +152,7 @@ class Benchmark(ABC, Generic[SizesT]):
         machine = environment(implementation=implementation, device=settings.device)
 
         def record(figures: dict[str, Any]) -> dict[str, Any]:
+            """The figures with all that goes into the file beside them."""
             made = {"benchmark": self.name, "version": RECORD_VERSION, **figures}
             return {**made, "targets": self.judged(figures, settings.quick), "environment": machine}
 

@@ -141,6 +141,7 @@ def _batch(decoder: Decoder) -> dict[str, Any]:
     }  # fmt: skip
 
     def work(kind: str, rows: int, count: int, cache: Any) -> Callable[[bool], list[float]]:
+        """The steps of one plan, two of them to warm up."""
         return lambda warming: decoder.steps(kind, cache, rows, 2 if warming else count)
 
     found: dict[str, Any] = {"context": context}
@@ -214,6 +215,7 @@ def _over(kind: str, figure: str, other: str, *, at: tuple[int, int] = (-1, -1))
     """A figure of `kind` over that of `other`; `at` says at which of the contexts."""
 
     def ratio(found: dict[str, Any]) -> float:
+        """Of the median times or bytes."""
         rows = list(found["milliseconds_by_context"].values())
         return float(rows[at[0]][kind][figure] / rows[at[1]][other][figure])
 

@@ -48,6 +48,7 @@ class Layer:
         self.scale = sizes.dim**-0.5
 
         def random(count: int) -> Tensor:
+            """Vectors of `count` heads."""
             x = torch.randn(rows, count, tokens, sizes.dim, device=device, dtype=dtype)
             return x.requires_grad_()
 

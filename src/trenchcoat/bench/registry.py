@@ -48,6 +48,7 @@ def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], Non
         raise UsageError(f"bench {name} does not have {' and '.join(refused)}")
 
     def keep(record: dict[str, Any]) -> None:
+        """Write what there is so far."""
         if out is not None:
             write_json(Path(out), record)
 

@@ -44,6 +44,7 @@ def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, fl
         usual = next(iter(kinds.values())).tile
 
         def taken(tile: Tile, kinds: dict[str, Launch] = kinds) -> float:
+            """Seconds of all launches of this kernel with a tile."""
             return sum(clock(lambda one=one: one.again(tile)) for one in kinds.values())  # type: ignore[misc]
 
         times = {usual: taken(usual)}

@@ -121,6 +121,7 @@ def repeated(work: Callable[[], object], times: int) -> Callable[[], None]:
     """`work`, `times` times in a row."""
 
     def run() -> None:
+        """All of them."""
         for _ in range(times):
             work()
 

@@ -137,6 +137,7 @@ def _ratio(row: dict[str, Any], clock: str = "wall") -> float:
 
 def _time_target(tokens: int, limit: float) -> Target:
     def figure(found: dict[str, Any]) -> float | None:
+        """The ratio, where this length was measured."""
         row = found["seconds_by_tokens"].get(str(tokens))
         return None if row is None else _ratio(row)
 

@@ -22,7 +22,6 @@ from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, accep
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
-Pair = tuple[Tensor, Tensor]
 LOG2E = math.log2(math.e)
 
 
@@ -31,6 +30,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rule: Rule, spans: Spans, names: tuple[str, str, float], *tensors: Tensor | None) -> Tensor:
+        """Outputs [B, H, T, E]."""
         call = _call(rule, spans, names, *tensors)
         save = any(ctx.needs_input_grad)
         y, den, top, starts = run_outputs(call, save=save)
@@ -43,6 +43,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors that want one."""
         *tensors, y, den, top, s, z = ctx.saved_tensors
         call = _call(ctx.rule, ctx.spans, ctx.names, *tensors)
         grads = _backward(call, inner(dy), y, den, top, (s, z), ctx.needs_input_grad[3:])

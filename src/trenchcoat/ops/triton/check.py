@@ -108,6 +108,7 @@ def case(seed: int) -> list[Tensor]:
     make = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
+        """Normal numbers, the same on every machine."""
         return torch.randn(*shape, generator=make, device="cpu", dtype=torch.float32)
 
     q, k, v = (random(1, heads, TOKENS, DIM).bfloat16().float() for heads in (2, 1, 1))

@@ -296,6 +296,7 @@ def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentS
     sizes = sizes_of(call, rows, tokens)
 
     def scratch(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
+        """Memory that lives for one step."""
         return torch.empty(shape, dtype=of, device=q.device)
 
     far = (state.far_s_BKFE, state.far_z_BKF)
