@@ -14,7 +14,6 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -89,14 +88,19 @@ class Decoder:
         return taken
 
 
-def _turns(work: dict[Any, Callable[[bool], list[float]]], repeats: int) -> dict[Any, dict[str, float]]:
-    """Milliseconds a token, of the turn with the smallest median (the least disturbed); the first turn warms up."""
-    taken: dict[Any, list[Tensor]] = {name: [] for name in work}
+Plan = tuple[str, int, int, Any]
+"""Kind, rows, tokens to time, and a cache to start from (copied for every turn where it has one row)."""
+
+
+def _turns(decoder: Decoder, plans: dict[Any, Plan], repeats: int, warm: int) -> dict[Any, dict[str, float]]:
+    """Milliseconds a token, of the turn with the smallest median (the least disturbed), after `warm` untimed tokens."""
+    taken: dict[Any, list[Tensor]] = {name: [] for name in plans}
     for turn in range(repeats + 1):
-        for name, steps in work.items():
-            times = 1e3 * torch.tensor(steps(turn == 0), dtype=torch.float64)
+        for name, (kind, rows, steps, cache) in plans.items():
+            start = copy.deepcopy(cache) if rows == 1 else cache
+            times = decoder.steps(kind, start, rows, steps if turn else warm)
             if turn:
-                taken[name].append(times)
+                taken[name].append(1e3 * torch.tensor(times, dtype=torch.float64))
     found = {}
     for name, turns in taken.items():
         best = min(turns, key=lambda times: float(times.median()))
@@ -109,21 +113,17 @@ def _turns(work: dict[Any, Callable[[bool], list[float]]], repeats: int) -> dict
 
 def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Context -> kind -> milliseconds a token and bytes of the cache, one row."""
-    sizes, held = decoder.sizes, {}
-    work: dict[Any, Callable[[bool], list[float]]] = {}
-    for length, kind in itertools.product(sizes.lengths, kinds):
-        cache = decoder.started(kind, length, room=sizes.steps)
-        held[length, kind] = cache_nbytes(cache)
-        work[length, kind] = partial(_continued, decoder, kind, cache)
-    times = _turns(work, sizes.repeats)
-    return {
-        str(length): {kind: {**times[length, kind], "bytes": held[length, kind]} for kind in kinds}
-        for length in sizes.lengths
+    sizes = decoder.sizes
+    plans: dict[Any, Plan] = {
+        (length, kind): (kind, 1, sizes.steps, decoder.started(kind, length, room=sizes.steps))
+        for length, kind in itertools.product(sizes.lengths, kinds)
     }
-
-
-def _continued(decoder: Decoder, kind: str, cache: Any, warming: bool) -> list[float]:
-    return decoder.steps(kind, copy.deepcopy(cache), 1, 8 if warming else decoder.sizes.steps)
+    held = {key: cache_nbytes(cache) for key, (*_, cache) in plans.items()}
+    times = _turns(decoder, plans, sizes.repeats, 8)
+    found: dict[str, dict[str, dict[str, float]]] = {str(length): {} for length in sizes.lengths}
+    for (length, kind), row in times.items():
+        found[str(length)][kind] = {**row, "bytes": held[length, kind]}
+    return found
 
 
 def _batch(decoder: Decoder) -> dict[str, Any]:
@@ -132,23 +132,18 @@ def _batch(decoder: Decoder) -> dict[str, Any]:
     context, steps = sizes.batch_length, sizes.batch_steps
     student = decoder.started("student", context, sizes.batch)
     fits = max(1, cache_nbytes(student) // cache_nbytes(decoder.started("dynamic", context)))
-    plans = {
+    plans: dict[Any, Plan] = {
         "student": ("student", sizes.batch, steps, student),
         "teacher, same memory": ("dynamic", fits, steps, decoder.started("dynamic", context, fits)),
         "teacher, same batch": (
             "static", sizes.batch, max(4, steps // 8), decoder.started("static", context, sizes.batch, room=steps)
         ),
     }  # fmt: skip
-
-    def work(kind: str, rows: int, count: int, cache: Any) -> Callable[[bool], list[float]]:
-        """The steps of one plan, two of them to warm up."""
-        return lambda warming: decoder.steps(kind, cache, rows, 2 if warming else count)
-
     found: dict[str, Any] = {"context": context}
-    times = _turns({name: work(*plan) for name, plan in plans.items()}, min(sizes.repeats, 3))
-    for name, (_kind, rows, _count, cache) in plans.items():
-        speed = 1e3 * rows / times[name]["mean"]
-        found[name] = {**times[name], "rows": rows, "bytes": cache_nbytes(cache), "tokens_per_second": speed}
+    for name, times in _turns(decoder, plans, min(sizes.repeats, 3), 2).items():
+        _kind, rows, _steps, cache = plans[name]
+        speed = 1e3 * rows / times["mean"]
+        found[name] = {**times, "rows": rows, "bytes": cache_nbytes(cache), "tokens_per_second": speed}
     return found
 
 
