@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from trenchcoat.ops.triton.forward import fold, load_far
+from trenchcoat.ops.triton.forward import far_chunk, fold
 from trenchcoat.ops.triton.maps import features, features_backward, key_features, load_map, store_map
 from trenchcoat.ops.triton.parts import (
     WIDTH,
@@ -115,6 +115,7 @@ def query_gradients(
     share = 0.0
     for c in range(group * span, tl.minimum(group * span + span, tl.cdiv(length, C.window))):
         token, ok = tokens_of(c, length, C)
+        far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
         q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
         fq, gq = features(q, lines(Q, r, h, start, token), ok, QUERY, h, query_map, C)
         dnum = load_dnum(DY, DEN, 1.0, r, h, start, token, ok, C, GIVEN)
@@ -126,7 +127,9 @@ def query_gradients(
         if C.kind == "terrace":
             share += share_of_far(fq, gq, df, dg, C)
             store_gradient(DU, r, h, start, token, ok, fq, gq, df, dg, C)
-        fk, gk, far_v, far_ok = load_far(K, V, K_BOX, V_BOX, KEY, key_map, r, kv, m, start, c, length, first, C)
+        far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
+        far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
+        fk, gk = key_features(far_k, lines(K, r, kv, start, far), far_ok, first + far, KEY, m, key_map, C)
         if C.kind != "terrace":
             df, dg = local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C)
             share += share_of_far(fq, gq, df, dg, C)

@@ -99,17 +99,6 @@ def far_chunk(c, KIND: tl.constexpr):
 
 
 @triton.jit
-def load_far(K, V, K_BOX, V_BOX, KEY, key_map, r, kv, m, start, c, length, first, C: tl.constexpr):
-    """(features f, g, values, which tokens exist) of the chunk that joins the sums after chunk c was read."""
-    far = far_chunk(c, C.kind)
-    token, ok = tokens_of(far, length, C)
-    k = load_chunk(K, K_BOX, r, kv, start, far, length, C.dim, C.block_d, C)
-    v = load_chunk(V, V_BOX, r, kv, start, far, length, C.values, C.block_e, C)
-    f, g = key_features(k, lines(K, r, kv, start, token), ok, first + token, KEY, m, key_map, C)
-    return f, g, v, ok
-
-
-@triton.jit
 def near_read(
     num, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, ratio, c, length, position, scale, cap,
     C: tl.constexpr,
@@ -210,7 +199,10 @@ def outputs(
                 num, den, top, Y, SAVED, TEACHER, DNUM, DDEN, r, h, start, token, ok, weight, C, SAVE, LEARN
             )
         if C.far:
-            fk, gk, far_v, far_ok = load_far(K, V, K_BOX, V_BOX, KEY, key_map, r, kv, m, start, c, length, first, C)
+            far, far_ok = tokens_of(far_chunk(c, C.kind), length, C)
+            far_k = load_chunk(K, K_BOX, r, kv, start, far_chunk(c, C.kind), length, C.dim, C.block_d, C)
+            far_v = load_chunk(V, V_BOX, r, kv, start, far_chunk(c, C.kind), length, C.values, C.block_e, C)
+            fk, gk = key_features(far_k, lines(K, r, kv, start, far), far_ok, first + far, KEY, m, key_map, C)
             if C.kind != "terrace":
                 local = overlap(fq, gq, fk, gk, far_ok, C)
                 num = product(local, far_v, C.low, C, num)
