@@ -77,7 +77,7 @@ def test_prefill_and_decode() -> None:
 
 def test_the_choice_is_said_and_refusals_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "check", lambda device: None)
-    monkeypatch.setattr(fused, "_told", set())
+    monkeypatch.setattr(fused, "_reported", set())
     student = build_student(
         StudentConfig(impl="triton", feature_map=FeatureMapConfig(feature_dim=6, adapter_dim=2)),
         num_heads=2, num_kv_heads=1, head_dim=6,
@@ -122,7 +122,7 @@ def test_auto_takes_what_can_run_and_says_why(
         def __str__(self) -> str:
             return "cuda:0"
 
-    monkeypatch.setattr(fused, "_told", set())
+    monkeypatch.setattr(fused, "_reported", set())
     monkeypatch.setattr(check, "check", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     empty = torch.empty

@@ -23,7 +23,7 @@ from trenchcoat.config import TransferConfig
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.ops.reference import teacher_weights, weights
 from trenchcoat.ops.state import Features, HeadWeights, Rule, Tokens
-from trenchcoat.students import StudentAttention
+from trenchcoat.students import StudentAttention, SumAttention
 from trenchcoat.training.objectives import transfer_objective
 
 
@@ -88,7 +88,8 @@ def _naive_transfer(
     y_BHTD: Tensor, *, scale: float, **options: Any,
 ) -> None:  # fmt: skip
     """Keep (1000 x mean squared error, student's map [B, H, T, T], teacher's map), with their graphs."""
-    assert student.query_map is not None and student.key_map is not None and student.mix_H is not None  # noqa: PT018
+    assert isinstance(student, SumAttention) and student.mix_H is not None  # noqa: PT018
+    assert student.query_map is not None and student.key_map is not None  # noqa: PT018
     tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTD), Rule(kind="terrace", window=SMALL_LLAMA.window, scale=scale)
     features = Features(student.query_map(q_BHTD), student.key_map(k_BGTD))
     student_BHTT = weights(tokens, features, HeadWeights(student.mix_H), rule)
