@@ -112,9 +112,11 @@ class Conversation:
 
     def _turn(self, text: str) -> list[int]:
         """Tokens to be read: the question as the template writes it, and the prompt for the answer."""
+        first = self.turns == 0
         if not self.templated:
-            return self._plain_turn(text)
-        if self.turns == 0:
+            name = USER if first else "" if self._asking else f"\n{USER}"
+            return self._ids(f"{name} {text}\n{ANSWER}", special=first)
+        if first:
             return self._ids(self._render([("user", text)]), special=False)
         whole = self._render([("user", _ASKED), ("assistant", _ANSWERED), ("user", _NEXT)])
         _, found, tail = whole.rpartition(_ANSWERED)
@@ -125,12 +127,6 @@ class Conversation:
         if pending and pending[-1] in ends:  # the template writes the end of the answer itself
             del pending[-1]
         return self._ids(tail.replace(_NEXT, text), special=False)
-
-    def _plain_turn(self, text: str) -> list[int]:
-        if self.turns == 0:
-            return self._ids(f"{USER} {text}\n{ANSWER}", special=True)
-        name = "" if self._asking else f"\n{USER}"
-        return self._ids(f"{name} {text}\n{ANSWER}", special=False)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
