@@ -34,7 +34,7 @@ from trenchcoat.planning.blocks.ways import (
     plan_blocks,
     validation_tokens,
 )
-from trenchcoat.planning.footprint import Layout, TrainingStep, footprint
+from trenchcoat.planning.footprint import Layout, StepSizes, footprint
 from trenchcoat.planning.plan import HOST_LINK, Machine, with_reserve
 from trenchcoat.planning.report import notes_on_blocks
 
@@ -42,12 +42,12 @@ LARGEST = load_recipe("llama3_1_405b_blocks")
 
 
 @pytest.fixture(scope="module")
-def step() -> TrainingStep:
+def step() -> StepSizes:
     assert LARGEST.transfer is not None
-    return TrainingStep(shapes_of(find_config(LARGEST.model.path)), LARGEST.student, LARGEST.transfer, 1024)
+    return StepSizes(shapes_of(find_config(LARGEST.model.path)), LARGEST.student, LARGEST.transfer, 1024)
 
 
-def _chosen_size(step: TrainingStep, gpu: float | None, host: float, size: int | None = None) -> BlockSize:
+def _chosen_size(step: StepSizes, gpu: float | None, host: float, size: int | None = None) -> BlockSize:
     """``gpu`` and ``host`` in GiB."""
     gpu_memory = None if gpu is None else gpu * GIB
     return choose_block_size(step, gpu_memory=gpu_memory, host_memory=host * GIB, size=size)
@@ -205,7 +205,7 @@ def test_passes_that_do_not_fit_are_refused(changes: dict[str, Any], asked: dict
 # Blocks
 
 
-def test_a_block_is_its_weights_one_layers_activations_and_its_students(step: TrainingStep) -> None:
+def test_a_block_is_its_weights_one_layers_activations_and_its_students(step: StepSizes) -> None:
     sizes = [block_bytes(step, k) for k in (1, 2, 9)]
     student = 2 * 128 * 128 * 64 + 128  # a query and a key map for each head, and the mixes
     a_layer = layer_bytes(step.shapes) + (4 + 4 + 8 + 4) * student
@@ -216,7 +216,7 @@ def test_a_block_is_its_weights_one_layers_activations_and_its_students(step: Tr
     assert sizes[0] == pytest.approx(single.total + 4 * student)
 
 
-def test_the_largest_blocks_that_fit_are_taken(step: TrainingStep) -> None:
+def test_the_largest_blocks_that_fit_are_taken(step: StepSizes) -> None:
     def chosen(gpu: float | None, host: float, size: int | None = None) -> tuple[int, int]:
         found = _chosen_size(step, gpu, host, size)
         assert found.blocks == math.ceil(126 / found.layers)
@@ -256,7 +256,7 @@ def test_the_largest_blocks_that_fit_are_taken(step: TrainingStep) -> None:
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(
-    step: TrainingStep, gpu: float | None, host: float, size: int | None, said: str
+    step: StepSizes, gpu: float | None, host: float, size: int | None, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         _chosen_size(step, gpu, host, size)

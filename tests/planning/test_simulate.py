@@ -18,7 +18,7 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import find_config, shapes_of
-from trenchcoat.planning.footprint import NF4_BYTES, Layout, TrainingStep, base_bytes, footprint, state_bytes
+from trenchcoat.planning.footprint import NF4_BYTES, Layout, StepSizes, base_bytes, footprint, state_bytes
 from trenchcoat.planning.simulate import simulate
 from trenchcoat.runtime import distributed, sharding
 from trenchcoat.runtime.memory import live_tensor_memory
@@ -43,8 +43,8 @@ def _small(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **changes})
 
 
-def _step(config: LlamaConfig, stage: Any) -> TrainingStep:
-    return TrainingStep(shapes_of(config), STUDENT, stage, TOKENS)
+def _step(config: LlamaConfig, stage: Any) -> StepSizes:
+    return StepSizes(shapes_of(config), STUDENT, stage, TOKENS)
 
 
 @pytest.mark.parametrize("stage", [TRANSFER, LORA], ids=["transfer", "lora"])
@@ -90,7 +90,7 @@ def test_layers_as_large_as_those_of_8b() -> None:
     layout = Layout(ranks=8, shared_by=8)
     for stage in (TRANSFER, LORA):
         found = simulate(config, StudentConfig(), stage, seq_len=128, ranks=8)
-        counted = footprint(TrainingStep(shapes_of(config), StudentConfig(), stage, 128), layout)
+        counted = footprint(StepSizes(shapes_of(config), StudentConfig(), stage, 128), layout)
         assert counted.total == pytest.approx(found.peak, rel=0.05)
 
 
@@ -124,7 +124,7 @@ def test_the_simulated_step_needs_the_memory_of_a_real_one(stage: Any) -> None:
 def test_known_points_of_a_lora_step(path: str, ranks: int, known: float) -> None:
     """Simulated earlier, for softmax attention with LoRA inside FSDP, in GiB a rank."""
     shapes, layout = shapes_of(find_config(path)), Layout(ranks=ranks, shared_by=ranks)
-    counted = footprint(TrainingStep(shapes, StudentConfig(), LORA, 1024), layout)
+    counted = footprint(StepSizes(shapes, StudentConfig(), LORA, 1024), layout)
     assert counted.total / GIB == pytest.approx(known, rel=0.10)
     softmax = ("weights", "gathered layers", "activations", "logits")
     assert sum(counted.parts[name] for name in softmax) / GIB == pytest.approx(known, rel=0.01)

@@ -40,7 +40,7 @@ MEMORY_PARTS = ("weights", "gathered layers", "students", "LoRA", "gradients", "
 
 
 @dataclass(frozen=True)
-class TrainingStep:
+class StepSizes:
     """What one process computes in a micro-batch: the sizes that its memory depends on."""
 
     shapes: Shapes
@@ -85,7 +85,7 @@ class Footprint:
         return sum(self.parts.values())
 
 
-def footprint(step: TrainingStep, layout: Layout) -> Footprint:
+def footprint(step: StepSizes, layout: Layout) -> Footprint:
     """Memory of ``step`` on one process.
 
     Raises ``ValueError`` for a student that does not fit the model, ``UserError`` for unknown LoRA targets.
@@ -140,7 +140,7 @@ def _parts(gathered: float, activations: float, logits: float = 0.0) -> dict[str
 class _Moments:
     """The moments of a step: bytes of each part that are held then, beyond what is held throughout."""
 
-    step: TrainingStep
+    step: StepSizes
     layout: Layout
 
     def all(self) -> dict[str, dict[str, float]]:

@@ -20,7 +20,7 @@ from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.config.units import GIB
 from trenchcoat.models.flops import lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
-from trenchcoat.planning.footprint import Footprint, Layout, TrainingStep, base_bytes, footprint, state_bytes
+from trenchcoat.planning.footprint import Footprint, Layout, StepSizes, base_bytes, footprint, state_bytes
 from trenchcoat.runtime.devices import device_peak
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
@@ -245,9 +245,9 @@ class Planner:
             return lora_flops_per_token(self.shapes, student, stage, seq_len).total
         return transfer_flops_per_token(self.shapes, student, seq_len, xent=stage.xent_weight > 0).total
 
-    def step(self, stage: Stage) -> TrainingStep:
+    def step(self, stage: Stage) -> StepSizes:
         """A micro-batch of ``stage``."""
-        return TrainingStep(self.shapes, self.recipe.student, stage, self.recipe.data.seq_len, self.dtype_bytes)
+        return StepSizes(self.shapes, self.recipe.student, stage, self.recipe.data.seq_len, self.dtype_bytes)
 
     def way(self, name: str, settings: str, layout: Layout) -> Way:
         """Memory, speed and fit of one layout."""

@@ -42,7 +42,7 @@ from trenchcoat.linearize.run import Stopped
 from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.blocks.size import measure_block
-from trenchcoat.planning.footprint import TrainingStep
+from trenchcoat.planning.footprint import StepSizes
 from trenchcoat.planning.plan import with_reserve
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.interrupts import Interrupted, StopSignal, stop_on_signals
@@ -165,7 +165,7 @@ class Pipeline:
         run, on_gpu = self.run, self.run.source.device.type == "cuda"
         layers = max(block.stop - block.first for block in self.ranges)
         shapes, seq_len = shapes_of(run.source.config), run.recipe.data.seq_len
-        step = TrainingStep(shapes, run.recipe.student, run.cfg, seq_len, run.source.dtype.itemsize)
+        step = StepSizes(shapes, run.recipe.student, run.cfg, seq_len, run.source.dtype.itemsize)
         needed = measure_block(step, layers, gpu=on_gpu).device_bytes
         free = torch.cuda.mem_get_info(run.source.device)[0] if on_gpu else host_memory
         short = (with_reserve(needed) if on_gpu else needed) > free

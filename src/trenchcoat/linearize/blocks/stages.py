@@ -45,7 +45,7 @@ from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.planning.blocks.passes import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocks.size import choose_block_size
-from trenchcoat.planning.footprint import TrainingStep
+from trenchcoat.planning.footprint import StepSizes
 from trenchcoat.planning.plan import HOST_LINK
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import InUse, holder
@@ -219,7 +219,7 @@ def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
     assert recipe.transfer is not None
     gpu = torch.cuda.mem_get_info(source.device)[0] if source.device.type == "cuda" else None
     shapes, seq_len = shapes_of(source.config), recipe.data.seq_len
-    step = TrainingStep(shapes, recipe.student, recipe.transfer, seq_len, source.dtype.itemsize)
+    step = StepSizes(shapes, recipe.student, recipe.transfer, seq_len, source.dtype.itemsize)
     memory = _host_memory() / share
     return choose_block_size(step, gpu_memory=gpu, host_memory=memory, size=recipe.blocks.size).layers
 

@@ -15,7 +15,7 @@ from trenchcoat.config import UserError
 from trenchcoat.config.units import gib
 from trenchcoat.models.flops import student_parameters
 from trenchcoat.models.shapes import Shapes
-from trenchcoat.planning.footprint import Layout, TrainingStep, footprint
+from trenchcoat.planning.footprint import Layout, StepSizes, footprint
 from trenchcoat.planning.plan import RESERVE_BYTES, RESERVE_SHARE, with_reserve
 
 WEIGHTS_SHARE = 0.5
@@ -40,7 +40,7 @@ def layer_bytes(shapes: Shapes, dtype_bytes: int = 2) -> float:
     return float(dtype_bytes * shapes.layer_parameters)
 
 
-def block_bytes(step: TrainingStep, layers: int) -> float:
+def block_bytes(step: StepSizes, layers: int) -> float:
     """Bytes on the device while ``layers`` layers of the step's model learn.
 
     Layers that `student.keep_softmax` leaves as they are count like the others. Raises ``ValueError`` for a student
@@ -52,7 +52,7 @@ def block_bytes(step: TrainingStep, layers: int) -> float:
     return best + footprint(replace(step, shapes=alone, student=linear), Layout()).total
 
 
-def measure_block(step: TrainingStep, layers: int, *, gpu: bool) -> BlockSize:
+def measure_block(step: StepSizes, layers: int, *, gpu: bool) -> BlockSize:
     """Blocks of ``layers`` layers, whether they fit or not; ``gpu``: the device is a GPU, not the host."""
     layers = min(layers, step.shapes.layers)
     blocks = math.ceil(step.shapes.layers / layers)
@@ -63,7 +63,7 @@ def measure_block(step: TrainingStep, layers: int, *, gpu: bool) -> BlockSize:
 
 
 def choose_block_size(
-    step: TrainingStep, *, gpu_memory: float | None, host_memory: float, size: int | None = None
+    step: StepSizes, *, gpu_memory: float | None, host_memory: float, size: int | None = None
 ) -> BlockSize:
     """The largest blocks that fit, all of about the same size; ``size`` layers where that is given (`blocks.size`).
 
