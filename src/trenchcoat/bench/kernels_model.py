@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from trenchcoat.bench.benchmark import Target, at_least, at_most
 from trenchcoat.bench.kernel_part import KernelPart, Measurement
 from trenchcoat.bench.layer import Layer
-from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, LlamaShape, TrainingStep, random_llama
+from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, LlamaShape, TimedTrainingStep, random_llama
 from trenchcoat.bench.timing import Ceilings, Timer
 from trenchcoat.bench.transfer import TransferStep
 from trenchcoat.config import LoraConfig
@@ -72,7 +72,7 @@ def _transfer(sizes: ModelSizes, timer: Timer) -> dict[str, Any]:
     )
 
 
-class LoraStep(TrainingStep):
+class LoraStep(TimedTrainingStep):
     """A stage 2 step of a model: next-token loss, gradients of LoRA, clipping, AdamW; students or softmax attention."""
 
     def __init__(self, model: Any, rows: int, tokens: int) -> None:

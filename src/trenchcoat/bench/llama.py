@@ -68,7 +68,7 @@ def random_llama(
     return model.requires_grad_(False)
 
 
-class TrainingStep:
+class TimedTrainingStep:
     """Rows of random tokens through a model, and what follows its gradients in training: clipping and AdamW."""
 
     def __init__(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.bench.benchmark import Benchmark, Settings, Target, at_most, grid, listed
-from trenchcoat.bench.llama import SMALL_LLAMA, TrainingStep, random_llama
+from trenchcoat.bench.llama import SMALL_LLAMA, TimedTrainingStep, random_llama
 from trenchcoat.bench.timing import peak_bytes, seconds
 from trenchcoat.config import TransferConfig
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
@@ -27,7 +27,7 @@ from trenchcoat.students import StudentAttention, SumAttention
 from trenchcoat.training.objectives import transfer_objective
 
 
-class TransferStep(TrainingStep):
+class TransferStep(TimedTrainingStep):
     """A step of attention transfer, its forward pass alone, and the naive way."""
 
     def __init__(self, model: Any, tokens: int, *, rows: int = 1) -> None:
