@@ -256,9 +256,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def _draw_positions(axes: Axes, runs: Sequence[Run]) -> None:
-    axes.set_title("Loss above the teacher's by position")
-    axes.set_ylabel("nats a token")
-    axes.set_xlabel("tokens of context")
+    axes.set(title="Loss above the teacher's by position", ylabel="nats a token", xlabel="tokens of context")
     axes.set_xscale("log", base=2)
     ends = []
     for number, run in enumerate(runs):
@@ -294,8 +292,7 @@ def _draw_tasks(axes: Axes, runs: Sequence[Run], tasks: Sequence[tuple[str, str,
 def _draw_probe(axes: Axes, runs: Sequence[Run], name: str) -> None:
     axes.set_title(f"{name}: share of right tokens, over all depths (dashed: far part off)")
     axes.set_xscale("log", base=2)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("lengths of a training row")
+    axes.set(ylim=(-0.03, 1.03), xlabel="lengths of a training row")
     ends = []
     for number, run in enumerate(runs):
         for model, style in ((STUDENT, "-"), (FAR_OFF, "--")):

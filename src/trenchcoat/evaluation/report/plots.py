@@ -165,8 +165,7 @@ def plot_rows(results: Results, path: Path) -> bool:
             for height, (name, difference) in enumerate(found.items()):
                 _dot(axes, height, difference.value, difference.error, limit, _colour(name))
             axes.axvline(0, color=TeacherRow.colour, linewidth=1)
-            axes.set_title(title)
-            axes.set_ylim(-0.7, len(rows) - 0.4)
+            axes.set(title=title, ylim=(-0.7, len(rows) - 0.4))
         panels[0].set_yticks(range(len(rows)), [row_label(name) for name, _ in rows])
         panels[0].invert_yaxis()
         figure.supxlabel(
@@ -245,8 +244,7 @@ def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _draw_transfer_loss(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title("Stage 1, attention transfer: training loss of every layer")
-    axes.set_ylabel("transfer loss")
+    axes.set(title="Stage 1, attention transfer: training loss of every layer", ylabel="transfer loss")
     axes.set_xlabel("optimizer steps   (lines: training, running mean; dots: held-out text)")
     _draw_layers(axes, lines, "loss", "train")
 
@@ -291,8 +289,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 
 def _draw_lora(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title("Stage 2, LoRA: next-token loss")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set(title="Stage 2, LoRA: next-token loss", ylabel="loss (nats a token)")
     axes.set_xlabel("optimizer steps   (thin: training, running mean; thick with dots: held-out)")
     ends = []
     for stage, row in _lora_rows().items():
@@ -334,12 +331,10 @@ def plot_decode(results: Results, path: Path) -> bool:
             ends[0].append((times[-1], texts.get(mode, mode), colour))
             ends[1].append((points[-1].cache_bytes, texts.get(mode, mode), colour))
         speed.set_ylim(0, 1.15 * max(p.ms_quartiles[1] for points in curves.values() for p in points))
-        speed.set_title("Decoding time, one sequence")
-        speed.set_ylabel("ms a token (median; bars: quartiles)")
+        speed.set(title="Decoding time, one sequence", ylabel="ms a token (median; bars: quartiles)")
         memory.set_yscale("log", base=2)
         memory.yaxis.set_major_formatter(FuncFormatter(lambda y, _: bytes_text(int(y))))
-        memory.set_title("Size of the cache, one sequence")
-        memory.set_ylabel("bytes held")
+        memory.set(title="Size of the cache, one sequence", ylabel="bytes held")
         for axes, names in zip((speed, memory), ends, strict=True):
             axes.set_xscale("log", base=2)
             axes.set_xticks([p.context for p in next(iter(curves.values()))])
