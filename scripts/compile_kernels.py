@@ -92,7 +92,7 @@ class Layer:
             return torch.empty(1, heads, TOKENS, dim, dtype=dtype).requires_grad_()
 
         self.tokens = Tokens(empty(HEADS), empty(KV_HEADS), empty(KV_HEADS))
-        maps = [launch.FusedMap("hedgehog", torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
+        maps = [launch.FusedMap("softmax", True, torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
         self.maps, self.heads = (maps[0], maps[1]), HeadWeights(torch.empty(HEADS).requires_grad_())
         self.rule = Rule(kind=kind, window=window, scale=dim**-0.5)  # type: ignore[arg-type]
 
@@ -109,7 +109,7 @@ class Layer:
     def transfer(self) -> None:
         """Attention transfer."""
         y = torch.empty_like(self.tokens.q_BHTD)
-        attention.transfer(self.tokens, y, self.maps, self.heads, self.rule)
+        attention.transfer_error(self.tokens, y, self.maps, self.heads, self.rule)
 
     def crossing(self) -> None:
         """Attention transfer's cross-entropy of attention rows."""

@@ -15,7 +15,7 @@ from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Features, HeadWeights, Rule, Tokens, linear_window_attention
 from trenchcoat.ops.triton import attention, launch, passes
-from trenchcoat.students.feature_maps import FeatureMap
+from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Compiled on a GPU, in Triton's interpreter elsewhere."""
@@ -138,10 +138,14 @@ class KernelCase:
         """Query and key map as the kernels take them."""
         if not self.rule.far:
             return None
+        act = ACTIVATIONS[self.map]
         query, key = (
-            launch.FusedMap(self.map, leaves[f"{s}_matrix"].float(), leaves[f"{s}_bias"].float() if self.bias else None)
+            launch.FusedMap(
+                str(act.kernel), act.paired, leaves[f"{s}_matrix"].float(),
+                leaves[f"{s}_bias"].float() if self.bias else None,
+            )
             for s in ("query", "key")
-        )
+        )  # fmt: skip
         return query, key
 
     def kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -190,7 +194,7 @@ class KernelCase:
         leaves = self.leaves(torch.float32)
         mask = self.real()
         with torch.no_grad():
-            total, grads = attention.transfer(
+            total, grads = attention.transfer_error(
                 self.qkv(leaves, dtype), self.teacher().to(dtype), self.maps(leaves), self.weights(leaves), self.rule,
                 length_B=None if mask is None else mask.sum(1), error_scale=WEIGHT,
             )  # fmt: skip

@@ -20,7 +20,8 @@ from kernel_kit import DEVICE, KernelCase
 from low_precision import DRAWS, LowPrecision, tolerances
 from operator_kit import budget, error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops import Features, HeadWeights, Rule, attention_cross_entropy, crossent
+from trenchcoat.ops import Features, HeadWeights, Rule, crossent
+from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.triton import check, crossent_launch
 from trenchcoat.ops.triton.crossent import key_range, query_range
 from trenchcoat.ops.triton.crossent_launch import Tiles, cross_entropy, tiles_of
@@ -72,15 +73,13 @@ class Rows:
         """By the blockwise code, and autograd through the maps."""
         leaves = self.leaves(dtype)
         fq, fk = self.phi(leaves, "query")(leaves["q"]), self.phi(leaves, "key")(leaves["k"])
-        found = attention_cross_entropy(
+        total, found = attention_cross_entropy(
             self.case.qkv(leaves), Features(fq.detach(), fk.detach()), self.case.weights(leaves), self.case.rule,
             **self.keywords,
         )  # fmt: skip
-        assert found.dfq_BHTF is not None
-        assert found.dfk_BKTF is not None
+        assert found is not None
         named = [leaves[n] for n in PARAMETERS[:4]]
-        grads = torch.autograd.grad((fq, fk), named, (found.dfq_BHTF, found.dfk_BKTF), allow_unused=True)
-        return _named(found.total, [*grads, found.dlog_ratio_H])
+        return _named(total, [*torch.autograd.grad((fq, fk), named, found[:2], allow_unused=True), found[2]])
 
     def low_precision(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """By the independent run."""
@@ -156,7 +155,7 @@ def test_similarities_below_the_floor_get_no_gradient() -> None:
 
 
 def _constants(rule: Rule, dim: int = 16, columns: int = 16, dtype: torch.dtype = torch.float32) -> Constants:
-    q, phi = torch.empty(1, 1, 1, dim, dtype=dtype), FusedMap("hedgehog", torch.empty(1, dim, columns))
+    q, phi = torch.empty(1, 1, 1, dim, dtype=dtype), FusedMap("softmax", True, torch.empty(1, dim, columns))
     return Call(rule, q, q, q, phi, phi, torch.ones(1), None, None, None, None, Spans()).constants
 
 
@@ -345,10 +344,13 @@ def test_tiles_fit_every_shape_the_other_kernels_take(monkeypatch: pytest.Monkey
     monkeypatch.setattr(crossent_launch, "INTERPRETED", False)
     rule, taken = Rule(kind="terrace", window=16, scale=1.0), 0
     for dtype, dim, columns, name in itertools.product(
-        (torch.bfloat16, torch.float32), (16, 64, 96, 128, 192, 256), (16, 48, 64, 128, 256), ("hedgehog", "elu")
+        (torch.bfloat16, torch.float32),
+        (16, 64, 96, 128, 192, 256),
+        (16, 48, 64, 128, 256),
+        (("softmax", True), ("elu", False)),
     ):
         q = torch.empty(1, 1, 1, dim, dtype=dtype, device=DEVICE)
-        phi = FusedMap(name, torch.empty(1, dim, columns))
+        phi = FusedMap(*name, torch.empty(1, dim, columns))
         call = Call(rule, q, q, q, phi, phi, torch.ones(1), None, None, None, None, Spans())
         if refusal(call) is None:
             taken += 1

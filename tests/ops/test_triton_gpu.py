@@ -117,7 +117,7 @@ def _transfer(case: Sized) -> list[Tensor]:
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
     tokens, make = case.qkv(leaves, torch.bfloat16), torch.Generator().manual_seed(3)
     y = torch.randn(*tokens.q_BHTD.shape[:3], case.values, generator=make).to(DEVICE, torch.bfloat16)
-    total, grads = attention.transfer(tokens, y, case.maps(leaves), case.weights(leaves), case.rule)
+    total, grads = attention.transfer_error(tokens, y, case.maps(leaves), case.weights(leaves), case.rule)
     return [total, *(g for g in grads if g is not None)]
 
 

@@ -154,7 +154,7 @@ def test_transfer_with_every_feature_map(name: str, feature_map: str, sinks: int
 def test_cross_entropy_of_the_maps(name: str, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from trenchcoat.ops import crossent
 
-    monkeypatch.setattr(crossent, "BLOCK_ELEMENTS", 23 * 5)
+    monkeypatch.setattr(crossent, "MAP_ELEMENTS", 23 * 5)
     setting = dict(setting)
     mask = _mask(setting.pop("mask", None), 23)
     call: dict[str, Any] = {"softcap": setting.pop("softcap", None)}
@@ -279,7 +279,7 @@ def test_parameters_can_be_made_on_meta_and_initialised_later() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="did you mean 'terrace'"):
+    with pytest.raises(ValueError, match="Did you mean 'terrace'"):
         student_class("terace")
 
 

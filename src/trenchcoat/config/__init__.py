@@ -2,11 +2,11 @@
 
 from trenchcoat.config.errors import UsageError, UserError
 from trenchcoat.config.settings import (
+    KNOWN_FEATURE_MAPS,
     BlocksConfig,
     DataConfig,
     EvalConfig,
     FeatureMapConfig,
-    FeatureMapName,
     Kind,
     LoraConfig,
     ModelConfig,
@@ -20,11 +20,11 @@ from trenchcoat.config.settings import (
 )
 
 __all__ = [
+    "KNOWN_FEATURE_MAPS",
     "BlocksConfig",
     "DataConfig",
     "EvalConfig",
     "FeatureMapConfig",
-    "FeatureMapName",
     "Kind",
     "LoraConfig",
     "ModelConfig",

@@ -21,7 +21,8 @@ Kind = Literal["terrace", "sliding", "linear"]
 TEXT_HELD_OUT = 0.05
 """Share of a plain-text document held out from its end where ``data.validation_fraction`` is null."""
 
-FeatureMapName = Literal["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", "elu"]
+KNOWN_FEATURE_MAPS = ["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", "elu"]
+"""Names of `student.feature_map.name`; `trenchcoat.students.feature_maps` has what they stand for, and adds yours."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ModelConfig(_Section):
 class FeatureMapConfig(_Section):
     """phi(x) = act(x W + b), one W per head, applied after RoPE (DESIGN section 1; LoLCATs, section 3.2)."""
 
-    name: FeatureMapName = "hedgehog"
+    name: Annotated[str, NameIn(__name__, "KNOWN_FEATURE_MAPS")] = "hedgehog"
     """Activation: hedgehog (softmax of u and of -u), t2r (relu), exp, elu; `_half` keeps only the first of the pair."""
     feature_dim: PositiveInt = 64
     """Columns of W. hedgehog and exp give twice as many features, the others exactly this many."""

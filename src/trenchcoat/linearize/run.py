@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trenchcoat.config import DataConfig, Recipe, UserError
+from trenchcoat.config import DataConfig, Recipe
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
@@ -85,10 +85,7 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
 
 def check_names(recipe: Recipe) -> None:
     """Raise ``UserError`` when the recipe's student or objective does not exist."""
-    try:
-        student_class(recipe.student.name)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    student_class(recipe.student.name)
     if recipe.lora is not None:
         stage_2_objective(recipe.lora.objective)
 

@@ -9,28 +9,20 @@ J keys they can see.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, Rule, Tokens
 
-BLOCK_ELEMENTS = 1 << 19
+MAP_ELEMENTS = 1 << 19
 """Entries of one piece of a map."""
 SMALLEST = 1e-30
 """Far weights are clamped here before the logarithm."""
 NEEDS_FAR = "the cross-entropy needs the far part; without it the student gives most keys probability 0"
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Sum over rows, heads and tokens, and its gradients (None when not asked for)."""
-
-    total: Tensor
-    dfq_BHTF: Tensor | None
-    dfk_BKTF: Tensor | None
-    dlog_ratio_H: Tensor | None
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""For phi(q) [B, H, T, F], phi(k) [B, K, T, F] and log(g / l) [H]."""
 
 
 @torch.no_grad()
@@ -43,9 +35,12 @@ def attention_cross_entropy(
     length_B: Tensor | None = None,
     teacher_window: int | None = None,
     gradients: bool = True,
-) -> CrossEntropy:
-    """For rows without holes (`length_B` tokens each, None: all T); the teacher is causal softmax, over the last
-    `teacher_window` tokens when given. Needs `rule.far`: without it the student's map has zeros."""
+) -> tuple[Tensor, Gradients | None]:
+    """Sum over rows, heads and tokens, and its gradients (None when not asked for).
+
+    For rows without holes (`length_B` tokens each, None: all T); the teacher is causal softmax, over the last
+    `teacher_window` tokens when given. Needs `rule.far`: without it the student's map has zeros.
+    """
     if not rule.far or features.k_BKTF is None:
         raise ValueError(NEEDS_FAR)
     q_BHTD, k_BGTD, fq_BHTF, fk_BKTF = tokens.q_BHTD, tokens.k_BGTD, features.q_BHTF, features.k_BKTF
@@ -53,11 +48,9 @@ def attention_cross_entropy(
     log_ratio_H = rule.log_ratio(heads.mix_H)
     sink_H = None if heads.sink_logit_H is None else heads.sink_logit_H.to(fq_BHTF.dtype)
     total = torch.zeros((), dtype=fq_BHTF.dtype, device=q_BHTD.device)
-    dfq = torch.zeros_like(fq_BHTF) if gradients else None
-    dfk = torch.zeros_like(fk_BKTF) if gradients else None
-    dratio = torch.zeros_like(log_ratio_H) if gradients else None
+    dfq, dfk, dratio = (torch.zeros_like(x) for x in (fq_BHTF, fk_BKTF, log_ratio_H))
     lengths = [count] * batch if length_B is None else length_B.tolist()
-    block = max(1, BLOCK_ELEMENTS // count)
+    block = max(1, MAP_ELEMENTS // count)
     for b in range(batch):
         for h in range(heads_count):
             key_map = h * fk_BKTF.shape[1] // heads_count
@@ -69,11 +62,11 @@ def attention_cross_entropy(
                 scores = rule.scale * q_BHTD[b, h, t0:t1].to(fq.dtype) @ k[:t1].mT
                 loss, dfar, dlog = _block(scores, fq @ fk.mT, log_ratio_H[h], sink, t0, rule, teacher_window)
                 total += loss
-                if dfq is not None and dfk is not None and dratio is not None:
+                if gradients:
                     dfq[b, h, t0:t1] = dfar @ fk
                     dfk[b, key_map, :t1].addmm_(dfar.mT, fq)
                     dratio[h] += dlog
-    return CrossEntropy(total, dfq, dfk, dratio)
+    return total, (dfq, dfk, dratio) if gradients else None
 
 
 def _block(

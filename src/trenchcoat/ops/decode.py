@@ -3,7 +3,7 @@
 A token is one :func:`step` a layer, a function of tensors whose shapes never change and that never asks a tensor for
 its value: it can be compiled, or captured as a CUDA graph. A chunk whose keys all become far together (kind `terrace`)
 is folded into the far sums before the step, once in W tokens; when that is due is known from the state's own count of
-positions, which is kept on the host, so the device is never waited for. Rows may stand at different positions. What
+positions, which is kept on the host, so the device is never waited for. Rows may be at different positions. What
 depends on positions alone (:class:`Places`) is computed once a token, for all layers.
 
 Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T new tokens, N buffer slots,

@@ -64,7 +64,7 @@ def linear_window_attention(
 def _reference(
     tokens: Tokens, features: Features | None, heads: HeadWeights, rule: Rule, state: StudentState | None
 ) -> Result:
-    y = reference.attention(tokens, features, heads, rule, state)
+    y = reference.attention_outputs(tokens, features, heads, rule, state)
     return y, None if state is None else reference.next_state(tokens, features, rule, state)
 
 

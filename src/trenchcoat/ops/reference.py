@@ -32,7 +32,7 @@ from torch import Tensor
 from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, PhiK, Rule, StudentState, Tokens
 
 
-def attention(
+def attention_outputs(
     tokens: Tokens, features: Features | None, heads: HeadWeights, rule: Rule, state: StudentState | None = None
 ) -> Tensor:
     """y [B, H, T, E] in q's dtype; arguments as in :func:`trenchcoat.ops.linear_window_attention`."""
@@ -150,6 +150,7 @@ class _Keys:
         self.position_BJ, self.real_BJ = position_BJ, real_BJ
 
     def prepend_state(self, state: StudentState, rule: Rule, phi_k: PhiK | None) -> None:
+        """Put the state's sinks and buffered pairs in front."""
         seen_B1 = state.seen_B[:, None]
         buffered_BN = state.slot_positions()
         first_B1 = rule.near_start(seen_B1 - 1)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-Kind = Literal["terrace", "sliding", "linear"]
-"""Which keys are near (softmax) and which far (linear)."""
+from trenchcoat.config import Kind
 
 PhiK = Callable[[Tensor], Tensor]
 """Key feature map: [B, G, N, D] -> [B, K, N, F]."""
@@ -225,6 +224,7 @@ class StudentState(RowState):
         kv_heads, key_dim, value_dim = sizes.kv_heads, sizes.key_dim, sizes.value_dim
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            """Of every row."""
             return torch.zeros(batch_size, *shape, dtype=of, device=device)
 
         return cls(

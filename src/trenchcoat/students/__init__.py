@@ -1,13 +1,14 @@
 """The attentions that take the place of softmax: what each computes, learns, remembers and costs."""
 
 from trenchcoat.students.base import Mode, StudentAttention, TransferRequest, layer_key
-from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
+from trenchcoat.students.feature_maps import ACTIVATIONS, Activation, FeatureMap, register_feature_map
 from trenchcoat.students.registry import STUDENTS, build_student, operator_of, register_student, student_class
 from trenchcoat.students.sums import SumAttention
 
 __all__ = [
     "ACTIVATIONS",
     "STUDENTS",
+    "Activation",
     "FeatureMap",
     "Mode",
     "StudentAttention",
@@ -16,6 +17,7 @@ __all__ = [
     "build_student",
     "layer_key",
     "operator_of",
+    "register_feature_map",
     "register_student",
     "student_class",
 ]

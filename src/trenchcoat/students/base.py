@@ -23,7 +23,7 @@ from trenchcoat.students.feature_maps import FeatureMap
 Mode = Literal["teacher", "transfer", "student"]
 
 TINY = 1e-30
-"""Floor of a layer's mean squared target where the loss is divided by it."""
+"""Least value of a layer's mean squared target where the loss is divided by it."""
 
 
 def layer_key(name: str, index: int) -> str:

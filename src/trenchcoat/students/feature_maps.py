@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.config import FeatureMapConfig
+from trenchcoat.config import KNOWN_FEATURE_MAPS, FeatureMapConfig
+from trenchcoat.ops.chunked.maps import Learner
 
 BLOCK_ROWS = 4096
 """Heads x tokens handled at once, so that a block's arrays stay in cache."""
@@ -29,12 +30,14 @@ BLOCK_ROWS = 4096
 class Activation:
     """`forward(u, out)` fills out with act(u); `backward(f, df)` is du, from the output f alone. Last axis: features.
 
-    `paired` applies it to u and to -u and concatenates the two.
+    `paired` applies it to u and to -u and concatenates the two. `kernel` is the name the Triton kernels have for it
+    (:class:`trenchcoat.ops.triton.launch.FusedMap`); None where they do not have it.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     paired: bool
+    kernel: str | None = None
 
 
 def _softmax(u: Tensor, out: Tensor) -> Tensor:
@@ -72,14 +75,23 @@ def _elu_backward(f: Tensor, df: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "hedgehog": Activation(_softmax, _softmax_backward, paired=True),
-    "hedgehog_half": Activation(_softmax, _softmax_backward, paired=False),
-    "t2r": Activation(_relu, _relu_backward, paired=False),
-    "exp": Activation(_exp, _exp_backward, paired=True),
-    "exp_half": Activation(_exp, _exp_backward, paired=False),
-    "elu": Activation(_elu, _elu_backward, paired=False),
+    "hedgehog": Activation(_softmax, _softmax_backward, paired=True, kernel="softmax"),
+    "hedgehog_half": Activation(_softmax, _softmax_backward, paired=False, kernel="softmax"),
+    "t2r": Activation(_relu, _relu_backward, paired=False, kernel="relu"),
+    "exp": Activation(_exp, _exp_backward, paired=True, kernel="exp"),
+    "exp_half": Activation(_exp, _exp_backward, paired=False, kernel="exp"),
+    "elu": Activation(_elu, _elu_backward, paired=False, kernel="elu"),
 }
-"""Name in :class:`trenchcoat.config.FeatureMapConfig` -> activation."""
+"""Name in :class:`trenchcoat.config.FeatureMapConfig` -> activation; the same names as `config.KNOWN_FEATURE_MAPS`."""
+
+
+def register_feature_map(name: str, activation: Activation) -> None:
+    """Make `activation` available as `student.feature_map.name: <name>`; ValueError when the name is taken."""
+    if ACTIVATIONS.get(name, activation) is not activation:
+        raise ValueError(f"feature map {name!r} exists already; choose another name")
+    ACTIVATIONS[name] = activation
+    if name not in KNOWN_FEATURE_MAPS:
+        KNOWN_FEATURE_MAPS.append(name)
 
 
 @dataclass
@@ -113,6 +125,7 @@ class FeatureMap(nn.Module):
         width = cfg.adapter_dim
 
         def parameter(*shape: int) -> nn.Parameter:
+            """One for every head."""
             return nn.Parameter(torch.empty(num_heads, *shape, dtype=torch.float32))
 
         self.weight = parameter(head_dim, cfg.feature_dim)
@@ -235,6 +248,10 @@ class FeatureMap(nn.Module):
                 p.grad = torch.zeros_like(p)
         return Weights(*(None if p is None else p.grad for p in self.parameter_list()))  # type: ignore[arg-type]
 
+    def learner(self, learns: bool) -> Learner[Weights]:
+        """Itself with its parameters, and where their gradients are added if it learns."""
+        return Learner(self, self.weights(), self.gradients() if learns else None)
+
     def parameter_list(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """weight, bias, down, up."""
         return self.weight, self.bias, self.down, self.up
@@ -265,11 +282,11 @@ class FeatureMap(nn.Module):
         return f"{self.cfg.name}, heads={self.num_heads}, {self.head_dim} -> {self.features}"
 
 
-Block = tuple[int, slice, slice]
+_Block = tuple[int, slice, slice]
 """(row, input heads, tokens)."""
 
 
-def _blocks(batch: int, inputs: int, tokens: int, share: int) -> list[Block]:
+def _blocks(batch: int, inputs: int, tokens: int, share: int) -> list[_Block]:
     """Blocks of about BLOCK_ROWS output rows each."""
     heads = min(max(1, BLOCK_ROWS // max(1, share * tokens)), inputs)
     length = max(1, BLOCK_ROWS // share) if heads == 1 else max(1, tokens)
@@ -296,6 +313,7 @@ def _input(x_BXTD: Tensor, b: int, heads: slice, tokens: slice, share: int, dtyp
 class _Phi(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, phi: FeatureMap, x_BXTD: Tensor, *params: Tensor | None) -> Tensor:
+        """Features, block by block."""
         batch, inputs, tokens, _ = x_BXTD.shape
         w = Weights(*params)  # type: ignore[arg-type]
         share = phi.num_heads // inputs
@@ -314,6 +332,7 @@ class _Phi(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, df_BMTF: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x and of the parameters, as far as they are asked for."""
         x_BXTD, f, *params = ctx.saved_tensors
         phi: FeatureMap = ctx.phi
         batch, inputs, tokens, dim = x_BXTD.shape

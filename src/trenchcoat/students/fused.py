@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Rule
-from trenchcoat.students.feature_maps import FeatureMap
+from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
 
 if TYPE_CHECKING:
     from trenchcoat.ops.triton.launch import FusedMaps
@@ -39,7 +39,7 @@ class LayerShape:
 
 
 def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape) -> str:
-    """What `student.impl` stands for on `device`.
+    """The implementation that `student.impl` chooses on `device`.
 
     `auto` is `triton` on CUDA devices where the kernels can do what `feature_map` and `shape` ask, else `chunkwise`.
     The choice is logged once, with the reason. Before the first use of `triton` on a device its kernels are checked.
@@ -88,6 +88,8 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
             return f"{device} is not a CUDA device"
     elif torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if feature_map is not None and feature_map.act.kernel is None:
+        return f"the kernels do not have the feature map {feature_map.cfg.name!r}"
     if feature_map is not None and feature_map.down is not None:
         return "the kernels have no adapter (student.feature_map.adapter_dim)"
     return None
@@ -103,7 +105,10 @@ def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None
     if shape.dtype == torch.float32:
         return "in float32 the kernels multiply without tensor cores"
     q, v = (torch.empty(1, 1, 0, n, dtype=shape.dtype, device=device) for n in (shape.dim, shape.values))
-    phi = None if cfg is None else FusedMap(cfg.name, torch.empty(1, shape.dim, cfg.feature_dim, device="meta"))
+    phi = None
+    if cfg is not None:
+        act, matrix = ACTIVATIONS[cfg.name], torch.empty(1, shape.dim, cfg.feature_dim, device="meta")
+        phi = FusedMap(str(act.kernel), act.paired, matrix)
     return refusal(Call(shape.rule, q, q, v, phi, phi, q))
 
 
@@ -113,7 +118,7 @@ def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> 
         return None
     from trenchcoat.ops.triton.launch import FusedMap
 
-    q, k = (FusedMap(phi.cfg.name, phi.matrix(), phi.bias, phi.cfg.eps) for phi in (query, key))
+    q, k = (FusedMap(str(phi.act.kernel), phi.act.paired, phi.matrix(), phi.bias, phi.cfg.eps) for phi in (query, key))
     return q, k
 
 

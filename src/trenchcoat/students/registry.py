@@ -6,7 +6,7 @@ import difflib
 
 import torch
 
-from trenchcoat.config import StudentConfig
+from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.students.base import StudentAttention
 from trenchcoat.students.linear import LinearAttention
 from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
@@ -29,16 +29,16 @@ def register_student(name: str, cls: type[StudentAttention]) -> type[StudentAtte
 
 
 def student_class(name: str) -> type[StudentAttention]:
-    """The class registered as `name`; ValueError with the nearest known name otherwise."""
+    """The class registered as `name`; UserError with the nearest known name otherwise."""
     if name in STUDENTS:
         return STUDENTS[name]
     near = difflib.get_close_matches(name, STUDENTS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"student.name is {name!r}{hint} Known students: {', '.join(sorted(STUDENTS))}")
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"student.name is {name!r}; known students: {', '.join(sorted(STUDENTS))}.{hint}")
 
 
 def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What `cfg.impl` stands for in layers of this head size, type and device."""
+    """The implementation that `cfg.impl` chooses in layers of this head size, type and device."""
     with torch.device("meta"):
         student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
     return student.implementation(dtype, device)

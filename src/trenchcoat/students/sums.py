@@ -15,22 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import StudentConfig
-from trenchcoat.ops import (
-    Features,
-    HeadWeights,
-    Kind,
-    Learner,
-    Rows,
-    Rule,
-    StateSizes,
-    StudentState,
-    Tokens,
-    attend_with_maps,
-    attention_cross_entropy,
-    decode,
-    linear_window_attention,
-    transfer,
-)
+from trenchcoat.ops import Features, HeadWeights, Kind, Rule, StateSizes, StudentState, Tokens
+from trenchcoat.ops.chunked.closed_form import transfer_error
+from trenchcoat.ops.chunked.maps import Learners
+from trenchcoat.ops.chunked.rows import Rows
+from trenchcoat.ops.crossent import attention_cross_entropy
+from trenchcoat.ops.decode import decode
+from trenchcoat.ops.operator import attend_with_maps, linear_window_attention
 from trenchcoat.students import fused
 from trenchcoat.students.base import StudentAttention, TransferRequest
 from trenchcoat.students.feature_maps import Weights
@@ -64,15 +55,13 @@ class SumAttention(StudentAttention):
         k_BGTD: Tensor,
         v_BGTE: Tensor,
         *,
-        scale: float,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
         state: StudentState | None = None,
+        **scores: Any,
     ) -> tuple[Tensor, StudentState | None]:
         """See :meth:`StudentAttention.forward`."""
-        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
-        heads, impl = HeadWeights(self._mix(q_BHTD), sink_logit), self._impl(q_BHTD)
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
+        impl = self._impl(q_BHTD)
         if impl == "triton":
             from trenchcoat.ops.triton.attention import attend
 
@@ -92,14 +81,12 @@ class SumAttention(StudentAttention):
         v_BGTE: Tensor,
         *,
         state: StudentState,
-        scale: float,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        **scores: Any,
     ) -> Tensor:
-        """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
-        tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(scale, softcap)
-        heads, query, key = HeadWeights(self._mix(q_BHTD), sink_logit), self.query_map, self.keys_phi
+        """See :meth:`StudentAttention.decode`."""
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
+        query, key = self.query_map, self.keys_phi
         if self._impl(q_BHTD) == "triton":
             from trenchcoat.ops.triton.decode import decode as fused_decode
 
@@ -125,24 +112,16 @@ class SumAttention(StudentAttention):
         return StudentState.empty(batch_size, self._rule(scale=1.0), sizes, device=device, **types)
 
     @torch.no_grad()
-    def learn(
-        self,
-        request: TransferRequest,
-        tokens: Tokens,
-        y_BHTE: Tensor,
-        *,
-        scale: float,
-        softcap: float | None = None,
-        sink_logit: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def learn(self, request: TransferRequest, tokens: Tokens, y_BHTE: Tensor, **scores: Any) -> dict[str, Tensor]:
         """In closed form, with the cross-entropy of attention rows; see :meth:`StudentAttention.learn`."""
-        rule, like = self._rule(scale, softcap), tokens.q_BHTD
+        like = tokens.q_BHTD
+        heads, rule = self._settings(like, **scores)
         rows = Rows.plan(like.shape[0], like.shape[2], rule, tokens.mask_BT, None)
         q, k, v, y = (rows.align(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, y_BHTE))
         number = q.shape[0] * q.shape[2] if rows.length_B is None else int(rows.length_B.sum())
         count, power, weight = self._loss_scale(request, _real(y, rows), number)
         learns = request.backward and self.query_map is not None
-        call = Tokens(q, k, v), HeadWeights(self._mix(q), sink_logit), rule, rows.length_B
+        call = Tokens(q, k, v), heads, rule, rows.length_B
         error, dlog_ratio = self._squared_error(*call, y, weight / count if learns else None)
         mse, xent = error / count, torch.zeros_like(power)
         if request.xent_weight and rule.far:
@@ -167,13 +146,15 @@ class SumAttention(StudentAttention):
         learns, dlog_ratio = weight is not None, torch.zeros_like(heads.mix_H)
         options: dict[str, Any] = {"length_B": length_B, "error_scale": weight or 0.0}
         if self._impl(tokens.q_BHTD) == "triton":
-            from trenchcoat.ops.triton.attention import transfer as fused_transfer
+            from trenchcoat.ops.triton.attention import transfer_error as fused_error
 
-            total, found = fused_transfer(tokens, y_BHTE, self._fused(rule), heads, rule, learn=learns, **options)
+            total, found = fused_error(tokens, y_BHTE, self._fused(rule), heads, rule, learn=learns, **options)
             dlog = fused.add_gradients(self.query_map, self.keys_phi, found)
             return total, dlog_ratio if dlog is None else dlog
         wanted = dlog_ratio if learns else None
-        total = transfer(tokens, y_BHTE, self._learners(rule, learns), heads, rule, dlog_ratio_H=wanted, **options)
+        total = transfer_error(
+            tokens, y_BHTE, self._learners(rule, learns), heads, rule, dlog_ratio_H=wanted, **options
+        )
         return total, dlog_ratio
 
     def _cross_entropy(
@@ -191,14 +172,13 @@ class SumAttention(StudentAttention):
             features = self._features(tokens.q_BHTD, tokens.k_BGTD, rule)
         assert features is not None and features.k_BKTF is not None  # noqa: PT018
         fixed = Features(features.q_BHTF.detach(), features.k_BKTF.detach())
-        result = attention_cross_entropy(tokens, fixed, heads, rule, length_B=length_B, gradients=learns)
-        dfq, dfk, dlog = result.dfq_BHTF, result.dfk_BKTF, result.dlog_ratio_H
-        if weight is None or dfq is None or dfk is None or dlog is None:
-            return result.total, none
+        total, gradients = attention_cross_entropy(tokens, fixed, heads, rule, length_B=length_B, gradients=learns)
+        if weight is None or gradients is None:
+            return total, none
+        dfq, dfk, dlog_ratio = (gradient.mul_(weight) for gradient in gradients)
         with torch.enable_grad():
-            both = (features.q_BHTF, features.k_BKTF)
-            torch.autograd.backward(both, (dfq.mul_(weight), dfk.mul_(weight)))
-        return result.total, dlog.mul_(weight)
+            torch.autograd.backward((features.q_BHTF, features.k_BKTF), (dfq, dfk))
+        return total, dlog_ratio
 
     def _add_mix_gradient(self, dlog_ratio_H: Tensor) -> None:
         if self.mix_H is None:
@@ -214,19 +194,21 @@ class SumAttention(StudentAttention):
     def _fused(self, rule: Rule) -> fused.FusedMaps | None:
         return fused.fused_maps(self.query_map, self.keys_phi, rule)
 
-    def _learners(self, rule: Rule, learns: bool) -> tuple[Learner[Weights], Learner[Weights]] | None:
+    def _learners(self, rule: Rule, learns: bool) -> Learners[Weights] | None:
         if not rule.far or self.query_map is None or self.keys_phi is None:
             return None
-        query, key = (
-            Learner(phi, phi.weights(), phi.gradients() if learns else None) for phi in (self.query_map, self.keys_phi)
-        )
-        return query, key
+        return self.query_map.learner(learns), self.keys_phi.learner(learns)
 
     def _mix(self, like: Tensor) -> Tensor:
         """The raw mix; a constant 0 where the student learns none (its value then cancels or is not used)."""
         if self.mix_H is not None:
             return self.mix_H
         return torch.zeros(self.num_heads, dtype=torch.float32, device=like.device)
+
+    def _settings(
+        self, like: Tensor, *, scale: float, softcap: float | None = None, sink_logit: Tensor | None = None
+    ) -> tuple[HeadWeights, Rule]:
+        return HeadWeights(self._mix(like), sink_logit), self._rule(scale, softcap)
 
     def _rule(self, scale: float, softcap: float | None = None) -> Rule:
         far, cfg = self.has_far and self.far_enabled, self.cfg

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, Part, Work, grouped, parts
+from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, TilePart, TileWork, grouped, parts
 from trenchcoat.ops.chunked.maps import Learners, fill
-from trenchcoat.ops.chunked.tiles import Scratch, bmm_shared, run
+from trenchcoat.ops.chunked.tiles import Scratch, bmm_shared, run_tiles
 from trenchcoat.ops.state import Rule
 
 W = TypeVar("W")
@@ -40,6 +40,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, rule: Rule, first_B: Tensor | None, s0: Tensor | None, z0: Tensor | None, *args: Any
     ) -> Tensor:
+        """y, and what the backward needs."""
         x = Inputs(*[*args, first_B, None if s0 is None or z0 is None else (s0, z0)])
         y, kept = _forward(x, rule, keep=any(ctx.needs_input_grad))
         if kept is not None:
@@ -50,6 +51,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of whatever asks for one."""
         first_B, s0, z0, y, den, *rest = ctx.saved_tensors
         args, starts = rest[: ctx.count], list(rest[ctx.count :])
         x = Inputs(*[*args, first_B, None if s0 is None else (s0, z0)])
@@ -76,7 +78,7 @@ def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
     return _forward(x, rule, keep=False, maps=maps)[0]
 
 
-def _chains(x: Inputs, rule: Rule) -> list[list[Part]]:
+def _chains(x: Inputs, rule: Rule) -> list[list[TilePart]]:
     """Tiles of the same rows together: each starts from the sums of the one before."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
@@ -91,11 +93,12 @@ def _forward(x: Inputs, rule: Rule, *, keep: bool, maps: Learners[W] | None = No
     exact = y if y.dtype == wide or not keep else torch.empty_like(y, dtype=wide)
     den = y.new_empty(batch, heads, tokens, dtype=wide) if keep and rule.far else None
 
-    def work(tiles: list[Part], scratch: Scratch) -> list[Tensor]:
+    def work(tiles: list[TilePart], scratch: Scratch) -> list[Tensor]:
+        """The tiles of a row in order; the sums that later ones start from."""
         starts: list[Tensor] = []
         carry: tuple[Tensor, Tensor] | None = None
         for part in tiles:
-            tile = Work(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
+            tile = TileWork(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
             if maps is not None and rule.far:
                 tile.fq, tile.fk = fill(tile, tile.tile, maps)
             tile_y, tile_den, carry = _forward_tile(tile, carry, starts if keep else None)
@@ -106,7 +109,7 @@ def _forward(x: Inputs, rule: Rule, *, keep: bool, maps: Learners[W] | None = No
                 tile.pack.unpack(tile_den, den)
         return starts
 
-    starts = run(_chains(x, rule), work, device=y.device, dtype=wide, purpose="forward")
+    starts = run_tiles(_chains(x, rule), work, device=y.device, dtype=wide, purpose="forward")
     return y, _Kept(exact, den, list(chain.from_iterable(starts))) if keep else None
 
 
@@ -114,21 +117,22 @@ def _backward(x: Inputs, rule: Rule, dy: Tensor, kept: _Kept, grads: list[Tensor
     """Adds to `grads`, in the order of `aligned_attention`."""
     taken = 0
 
-    def work(tiles: list[Part], scratch: Scratch) -> None:
+    def work(tiles: list[TilePart], scratch: Scratch) -> None:
+        """The tiles of a row from the last to the first."""
         nonlocal taken
         count = 2 * (len(tiles) - 1) if rule.far else 0
         starts = kept.starts[taken : taken + count]
         taken += count
         after: tuple[Tensor, Tensor] | None = None
         for part in reversed(tiles):
-            tile = Work(x, rule, part, scratch)
+            tile = TileWork(x, rule, part, scratch)
             after = _backward_tile(tile, dy, kept.y_BHTE, kept.den_BHT, starts, after, grads)
 
-    run(_chains(x, rule), work, device=dy.device, dtype=kept.y_BHTE.dtype, purpose="backward")
+    run_tiles(_chains(x, rule), work, device=dy.device, dtype=kept.y_BHTE.dtype, purpose="backward")
 
 
 def _forward_tile(
-    work: Work, carry: tuple[Tensor, Tensor] | None, starts: list[Tensor] | None
+    work: TileWork, carry: tuple[Tensor, Tensor] | None, starts: list[Tensor] | None
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
     """(y, denominator, sums at the next tile's start); the sums this tile started from are appended to `starts`."""
     tile = work.tile
@@ -152,7 +156,7 @@ def _forward_tile(
 
 
 def _backward_tile(
-    work: Work,
+    work: TileWork,
     dy_BHTE: Tensor,
     y_BHTE: Tensor,
     den_BHT: Tensor | None,
@@ -207,7 +211,7 @@ def _backward_tile(
 
 
 def _near_backward(
-    work: Work,
+    work: TileWork,
     dnum_nXWE: Tensor,
     dden_nXW: Tensor,
     pull_nXW: Tensor,
@@ -260,7 +264,7 @@ def _fold_near(dnear_XJD: Tensor, padded_xWD: Tensor, window: int) -> None:
     padded_xWD[:-1].add_(dnear_XJD[:, :window])
 
 
-def _add_sinks(work: Work, dnear_XJD: Tensor, grad_BGSD: Tensor | None) -> None:
+def _add_sinks(work: TileWork, dnear_XJD: Tensor, grad_BGSD: Tensor | None) -> None:
     if grad_BGSD is None:
         return
     window, part = work.tile.window, work.part

@@ -16,9 +16,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, Part, Work, parts
+from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, TilePart, TileWork, parts
 from trenchcoat.ops.chunked.maps import Learner, Learners, by_group, clear_sinks, fill, picked
-from trenchcoat.ops.chunked.tiles import Scratch, Tile, bmm_shared, run
+from trenchcoat.ops.chunked.tiles import Scratch, Tile, bmm_shared, run_tiles
 from trenchcoat.ops.state import HeadWeights, Rule, Tokens
 
 W = TypeVar("W")
@@ -27,7 +27,7 @@ ATTEND_TOKENS = 8192
 """Query rows (heads x tokens) of a tile where nothing is kept for a backward pass."""
 
 
-def transfer(
+def transfer_error(
     tokens: Tokens,
     y_BHTE: Tensor,
     maps: Learners[W] | None,
@@ -48,7 +48,8 @@ def transfer(
     sinks = _sinks(k, rule), _sinks(v, rule)
     x = Inputs(q, k, v, None, None, rule.log_ratio(heads.mix_H), heads.sink_logit_H, *sinks, first_B, None)
 
-    def work(part: Part, scratch: Scratch) -> Tensor:
+    def work(part: TilePart, scratch: Scratch) -> Tensor:
+        """Squared error of one tile; its gradients are added."""
         tile, y_hat = _opened(x, rule, part, scratch, maps)
         far = _forward(tile, maps, y_hat)
         error = _error(tile, y_hat, y_BHTE, length_B)
@@ -57,17 +58,19 @@ def transfer(
             _backward(tile, far, error, y_hat, 2.0 * error_scale, dlog_ratio_H)
         return squares
 
-    squares = run(_tiles(x, rule, TILE_TOKENS), work, device=q.device, dtype=wide, purpose="transfer")
+    squares = run_tiles(_tiles(x, rule, TILE_TOKENS), work, device=q.device, dtype=wide, purpose="transfer")
     return torch.stack(squares).sum()
 
 
-def _opened(x: Inputs, rule: Rule, part: Part, scratch: Scratch, maps: Learners[W] | None) -> tuple[Work, Tensor]:
+def _opened(
+    x: Inputs, rule: Rule, part: TilePart, scratch: Scratch, maps: Learners[W] | None
+) -> tuple[TileWork, Tensor]:
     """A tile, and scratch for its outputs."""
-    tile = Work(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
+    tile = TileWork(x, rule, part, scratch, None if maps is None else maps[1].phi.num_heads)
     return tile, scratch("y", tile.tile.n, tile.tile.total, rule.window, x.v_BGTE.shape[-1])
 
 
-def _tiles(x: Inputs, rule: Rule, budget: int) -> Iterator[Part]:
+def _tiles(x: Inputs, rule: Rule, budget: int) -> Iterator[TilePart]:
     """Tiles of about `budget` query rows, unless one head has more; rows are never cut here."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
@@ -79,13 +82,14 @@ def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
     batch, heads, tokens, _ = x.q_BHTD.shape
     y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
 
-    def work(part: Part, scratch: Scratch) -> None:
+    def work(part: TilePart, scratch: Scratch) -> None:
+        """One tile of y."""
         tile, y_hat = _opened(x, rule, part, scratch, maps)
         _forward(tile, maps, y_hat)
         tile.pack.unpack(y_hat, y)
 
     wide = torch.promote_types(x.q_BHTD.dtype, torch.float32)
-    run(_tiles(x, rule, ATTEND_TOKENS), work, device=y.device, dtype=wide, purpose="attend")
+    run_tiles(_tiles(x, rule, ATTEND_TOKENS), work, device=y.device, dtype=wide, purpose="attend")
     return y
 
 
@@ -113,7 +117,7 @@ def _sinks(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
     return torch.nn.functional.pad(x_BGTD[:, :, : rule.sinks], (0, 0, 0, max(0, rule.sinks - x_BGTD.shape[2])))
 
 
-def _forward(work: Work, maps: Learners[W] | None, y_hat: Tensor) -> _Far[W] | None:
+def _forward(work: TileWork, maps: Learners[W] | None, y_hat: Tensor) -> _Far[W] | None:
     """Fills y_hat [n, X, W, E]; the far part is None where no query has far keys.
 
     In a tile of one row only later chunks of queries and earlier chunks of keys have a far part, in pairs.
@@ -137,7 +141,7 @@ def _forward(work: Work, maps: Learners[W] | None, y_hat: Tensor) -> _Far[W] | N
     return _Far(far_tile, *maps, late, early, fq, fk, sums, den)
 
 
-def _error(work: Work, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | None) -> Tensor:
+def _error(work: TileWork, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | None) -> Tensor:
     """y_hat - y in tile layout, 0 where there is no token."""
     tile, pack = work.tile, work.pack
     error = tile.scratch("error", *y_hat.shape)
@@ -152,7 +156,7 @@ def _error(work: Work, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | None) -
 
 
 def _backward(
-    work: Work, far: _Far[W], error: Tensor, y_hat: Tensor, scale: float, dlog_ratio_H: Tensor | None
+    work: TileWork, far: _Far[W], error: Tensor, y_hat: Tensor, scale: float, dlog_ratio_H: Tensor | None
 ) -> None:
     """Error to gradients; `error`, `y_hat` and the denominators are used up, and the window's scratch is reused."""
     dnum = error[:, far.late].mul_(far.den.reciprocal_().mul_(scale)[..., None])

@@ -21,7 +21,7 @@ TILE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Part:
+class TilePart:
     """Which batch rows, key/value heads and chunks make up a tile."""
 
     b: slice
@@ -40,7 +40,7 @@ def parts(
     budget: int,
     *,
     whole_rows: bool = False,
-) -> Iterator[Part]:
+) -> Iterator[TilePart]:
     """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together.
 
     `whole_rows`: never cut a row, however long.
@@ -52,7 +52,7 @@ def parts(
         for b in range(batch):
             for g in range(kv_heads):
                 for c in range(0, chunks, size):
-                    yield Part(slice(b, b + 1), slice(g, g + 1), c, min(c + size, chunks), c + size >= chunks)
+                    yield TilePart(slice(b, b + 1), slice(g, g + 1), c, min(c + size, chunks), c + size >= chunks)
         return
     fit = max(1, budget // row)
     heads = min(fit, kv_heads)
@@ -60,12 +60,12 @@ def parts(
     for b in range(0, batch, rows):
         for g in range(0, kv_heads, heads):
             b_slice, g_slice = slice(b, min(b + rows, batch)), slice(g, min(g + heads, kv_heads))
-            yield Part(b_slice, g_slice, 0, chunks, True)
+            yield TilePart(b_slice, g_slice, 0, chunks, True)
 
 
-def grouped(tiles: Iterable[Part], key: Callable[[Part], Any]) -> list[list[Part]]:
+def grouped(tiles: Iterable[TilePart], key: Callable[[TilePart], Any]) -> list[list[TilePart]]:
     """Tiles of equal key together, in order; tiles of different groups may then run side by side."""
-    groups: dict[Any, list[Part]] = {}
+    groups: dict[Any, list[TilePart]] = {}
     for part in tiles:
         groups.setdefault(key(part), []).append(part)
     return list(groups.values())
@@ -74,7 +74,7 @@ def grouped(tiles: Iterable[Part], key: Callable[[Part], Any]) -> list[list[Part
 class Packer:
     """Copies parts of [B, heads, T, dim] tensors into tile layout (query heads sharing keys outermost) and back."""
 
-    def __init__(self, part: Part, tokens: int, kv_heads: int, window: int) -> None:
+    def __init__(self, part: TilePart, tokens: int, kv_heads: int, window: int) -> None:
         self.part, self.kv_heads, self.window = part, kv_heads, window
         self.t0, self.t1 = part.c0 * window, min(part.c1 * window, tokens)
         self.rows = (part.b.stop - part.b.start) * (part.g.stop - part.g.start)
@@ -159,13 +159,13 @@ class Inputs:
     """Far sums before token 0: [B, K, F, E] and [B, K, F]."""
 
 
-class Work:
+class TileWork:
     """One tile: its packed inputs, and the intermediate results forward and backward share.
 
     `key_maps` is the number of key maps when the features are not among the inputs (the caller then sets fq and fk).
     """
 
-    def __init__(self, x: Inputs, rule: Rule, part: Part, scratch: Scratch, key_maps: int | None = None) -> None:
+    def __init__(self, x: Inputs, rule: Rule, part: TilePart, scratch: Scratch, key_maps: int | None = None) -> None:
         batch, heads, tokens, dim = x.q_BHTD.shape
         kv_heads, values = x.k_BGTD.shape[1], x.v_BGTE.shape[-1]
         self.rule, self.part, self.x = rule, part, x

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from trenchcoat.ops.chunked.layout import Work
+from trenchcoat.ops.chunked.layout import TileWork
 from trenchcoat.ops.chunked.tiles import Tile
 
 W = TypeVar("W")
@@ -56,7 +56,9 @@ Learners = tuple[Learner[W], Learner[W]]
 """Those of queries and keys."""
 
 
-def fill(work: Work, tile: Tile, maps: Learners[W], late: slice = EVERY, early: slice = EVERY) -> tuple[Tensor, Tensor]:
+def fill(
+    work: TileWork, tile: Tile, maps: Learners[W], late: slice = EVERY, early: slice = EVERY
+) -> tuple[Tensor, Tensor]:
     """Features of the queries of chunks `late` [n, X, W, F] and of the keys of padded chunks `early` [m, 1 + X, W, F].
 
     Slot 0 of the keys holds the chunk before the tile where its keys can be far for the tile's own queries, else zeros.
@@ -80,19 +82,19 @@ def fill(work: Work, tile: Tile, maps: Learners[W], late: slice = EVERY, early: 
     return fq, fk
 
 
-def by_group(work: Work, x_XWD: Tensor) -> Tensor:
+def by_group(work: TileWork, x_XWD: Tensor) -> Tensor:
     """[X, W, dim] -> [g, tokens, dim]; a view."""
     return x_XWD.view(work.groups, -1, x_XWD.shape[-1])
 
 
-def picked(work: Work, learner: Learner[W], j: int, *, grads: bool = False) -> W:
+def picked(work: TileWork, learner: Learner[W], j: int, *, grads: bool = False) -> W:
     """Parameters (or gradients) of the j-th map of each of the tile's key/value heads."""
     parameters = learner.grads if grads else learner.weights
     assert parameters is not None
     return learner.phi.pick(parameters, work.pack.kv_heads, work.part.g, j)
 
 
-def clear_sinks(work: Work, tile: Tile, padded_xWF: Tensor) -> None:
+def clear_sinks(work: TileWork, tile: Tile, padded_xWF: Tensor) -> None:
     """Zero what belongs to the first S tokens of each row."""
     if not work.rule.sinks:
         return

@@ -94,17 +94,11 @@ def sink_pairs(
     """Keys and values of positions 0..S-1, [B, G, S, dim]; what no query can see yet is arbitrary but finite."""
     sink = torch.arange(rule.sinks, device=k_BGLD.device)
     place = (sink - rows.first_B[:, None].to(sink.device)).clamp(0, k_BGLD.shape[2] - 1)
-    pairs = []
-    for x, old in (
-        (k_BGLD, None if state is None else state.sink_k_BGSD),
-        (v_BGLE, None if state is None else state.sink_v_BGSE),
-    ):
-        new = x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-        if old is not None and state is not None:
-            known = (sink < state.seen_B[:, None])[:, None, :, None]
-            new = torch.where(known, old.to(new.dtype), new)
-        pairs.append(new)
-    return pairs[0], pairs[1]
+    k, v = (x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (k_BGLD, v_BGLE))
+    if state is None:
+        return k, v
+    known = (sink < state.seen_B[:, None])[:, None, :, None]
+    return torch.where(known, state.sink_k_BGSD.to(k.dtype), k), torch.where(known, state.sink_v_BGSE.to(v.dtype), v)
 
 
 @torch.no_grad()

@@ -67,14 +67,14 @@ class Scratch:
         return self._flat[name]
 
 
-T = TypeVar("T")
-R = TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 @torch.no_grad()
-def run(
-    tasks: Iterable[T], work: Callable[[T, Scratch], R], *, device: torch.device, dtype: torch.dtype, purpose: str
-) -> list[R]:
+def run_tiles(
+    tasks: Iterable[_T], work: Callable[[_T, Scratch], _R], *, device: torch.device, dtype: torch.dtype, purpose: str
+) -> list[_R]:
     """`work(task, scratch)` for every task, with one scratch of this `purpose`. Nothing is recorded for autograd.
 
     One tile after the other: the threads share its operations. (One tile a thread was slower, at any size measured on

@@ -22,6 +22,8 @@ from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, accep
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
+Form = tuple[str, bool, float]
+"""Activation of both maps, whether it is paired, and their floor."""
 LOG2E = math.log2(math.e)
 
 
@@ -29,14 +31,14 @@ class _Attention(torch.autograd.Function):
     """y of a call's tensors; the differentiable ones come last."""
 
     @staticmethod
-    def forward(ctx: Any, rule: Rule, spans: Spans, names: tuple[str, str, float], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, rule: Rule, spans: Spans, form: Form, *tensors: Tensor | None) -> Tensor:
         """Outputs [B, H, T, E]."""
-        call = _call(rule, spans, names, *tensors)
+        call = _call(rule, spans, form, *tensors)
         save = any(ctx.needs_input_grad)
         y, den, top, starts = run_outputs(call, save=save)
         assert y is not None
         if save:
-            ctx.rule, ctx.spans, ctx.names = rule, spans, names
+            ctx.rule, ctx.spans, ctx.form = rule, spans, form
             ctx.save_for_backward(*tensors, y, den, top, *starts)
         return y
 
@@ -45,18 +47,18 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the tensors that want one."""
         *tensors, y, den, top, s, z = ctx.saved_tensors
-        call = _call(ctx.rule, ctx.spans, ctx.names, *tensors)
+        call = _call(ctx.rule, ctx.spans, ctx.form, *tensors)
         grads = _backward(call, inner(dy), y, den, top, (s, z), ctx.needs_input_grad[3:])
         out = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
         return None, None, None, *out
 
 
-def _call(rule: Rule, spans: Spans, names: tuple[str, str, float], *tensors: Tensor | None) -> Call:
+def _call(rule: Rule, spans: Spans, form: Form, *tensors: Tensor | None) -> Call:
     """Tensors in the order of :func:`_Attention.apply`."""
     q, k, v, q_matrix, q_bias, k_matrix, k_bias, log_ratio, logit, sink_k, sink_v, s0, z0 = tensors
     assert q is not None and k is not None and v is not None and log_ratio is not None  # noqa: PT018
-    query = None if q_matrix is None else FusedMap(names[0], q_matrix, q_bias, names[2])
-    key = None if k_matrix is None else FusedMap(names[1], k_matrix, k_bias, names[2])
+    query = None if q_matrix is None else FusedMap(*form[:2], q_matrix, q_bias, form[2])
+    key = None if k_matrix is None else FusedMap(*form[:2], k_matrix, k_bias, form[2])
     start = None if s0 is None or z0 is None else (s0, z0)
     log2 = log_ratio.detach().float() * LOG2E
     return Call(rule, q, k, v, query, key, log2, None if logit is None else logit.float(), sink_k, sink_v, start, spans)
@@ -136,23 +138,23 @@ def attend(
         spans = _spans(rows, q.shape[2])
     sinks = (None, None) if not rule.sinks else tuple(inner(x) for x in sink_pairs(k, v, rows, rule, state))
     start = (None, None) if state is None or not rule.far else (state.far_s_BKFE.float(), state.far_z_BKF)
-    names, parameters = _opened(maps if rule.far else None)
+    form, parameters = _opened(maps if rule.far else None)
     tensors = (q, k, v, *parameters, rule.log_ratio(heads.mix_H), heads.sink_logit_H, *sinks, *start)
-    call = accepted(_call(rule, spans, names, *tensors))
+    call = accepted(_call(rule, spans, form, *tensors))
     if len(call.slices) == 1:
-        y = _Attention.apply(rule, spans, names, *tensors)
+        y = _Attention.apply(rule, spans, form, *tensors)
     else:
-        parts = [_Attention.apply(rule, spans, names, *_columns(tensors, values)) for values in call.slices]
+        parts = [_Attention.apply(rule, spans, form, *_columns(tensors, values)) for values in call.slices]
         y = torch.cat(parts, -1)
     return rows.restore(y), None if state is None else _state_after(call, rows, state)
 
 
-def _opened(maps: FusedMaps | None) -> tuple[tuple[str, str, float], tuple[Tensor | None, ...]]:
-    """Names and floor of the maps, and their parameters in the order of :func:`_call`."""
+def _opened(maps: FusedMaps | None) -> tuple[Form, tuple[Tensor | None, ...]]:
+    """The form of the maps, and their parameters in the order of :func:`_call`."""
     if maps is None:
-        return ("", "", 0.0), (None,) * 4
+        return ("softmax", False, 0.0), (None,) * 4
     query, key = maps
-    return (query.name, key.name, query.floor), (query.matrix, query.bias, key.matrix, key.bias)
+    return (query.act, query.paired, query.floor), (query.matrix, query.bias, key.matrix, key.bias)
 
 
 def _columns(tensors: tuple[Tensor | None, ...], values: slice) -> list[Tensor | None]:
@@ -205,7 +207,7 @@ def _state_after(call: Call, rows: Rows, state: StudentState) -> StudentState:
 
 
 @torch.no_grad()
-def transfer(
+def transfer_error(
     tokens: Tokens,
     y_BHTE: Tensor,
     maps: FusedMaps | None,
@@ -224,9 +226,9 @@ def transfer(
     q, k, v, y = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, y_BHTE))
     spans = Spans.of_lengths(length_B, q.device)
     sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
-    names, parameters = _opened(maps if rule.far else None)
+    form, parameters = _opened(maps if rule.far else None)
     log_ratio_H, logit_H = rule.log_ratio(heads.mix_H), heads.sink_logit_H
-    call = accepted(_call(rule, spans, names, q, k, v, *parameters, log_ratio_H, logit_H, *sinks, None, None))
+    call = accepted(_call(rule, spans, form, q, k, v, *parameters, log_ratio_H, logit_H, *sinks, None, None))
     parts = [
         _transfer(call.sliced(values), y[..., values], error_scale, learn and call.query is not None)
         for values in call.slices

@@ -11,9 +11,9 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from trenchcoat.ops.crossent import attention_cross_entropy
-from trenchcoat.ops.reference import attention
+from trenchcoat.ops.reference import attention_outputs
 from trenchcoat.ops.state import Features, HeadWeights, Kind, Rule, StateSizes, StudentState, Tokens
-from trenchcoat.ops.triton.attention import attend, transfer
+from trenchcoat.ops.triton.attention import attend, transfer_error
 from trenchcoat.ops.triton.crossent_launch import cross_entropy
 from trenchcoat.ops.triton.decode import decode
 from trenchcoat.ops.triton.launch import FusedMap, FusedMaps
@@ -130,7 +130,8 @@ def passes(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list[
 
 
 def _inputs(leaves: list[Tensor], rule: Rule) -> tuple[Tokens, FusedMaps, HeadWeights]:
-    query, key = (FusedMap(MAPS[rule.kind], matrix) for matrix in leaves[3:5])
+    act = "softmax" if MAPS[rule.kind] == "hedgehog" else "exp"
+    query, key = (FusedMap(act, True, matrix) for matrix in leaves[3:5])
     return Tokens(*(t.to(torch.bfloat16) for t in leaves[:3])), (query, key), HeadWeights(leaves[5])
 
 
@@ -140,7 +141,7 @@ def _kernels(x: list[Tensor], rule: Rule) -> Tensor:
 
 def _transfer(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
     tokens, maps, heads = _inputs(leaves, rule)
-    error, grads = transfer(tokens, leaves[7].to(torch.bfloat16), maps, heads, rule)
+    error, grads = transfer_error(tokens, leaves[7].to(torch.bfloat16), maps, heads, rule)
     query, _, key, _, dlog = grads
     assert query is not None and key is not None and dlog is not None  # noqa: PT018
     return [error, query, key, dlog * torch.sigmoid(-leaves[5])]
@@ -175,7 +176,7 @@ def _phi(x: Tensor, matrix: Tensor, rule: Rule) -> Tensor:
 def reference(x: list[Tensor], rule: Rule) -> Tensor:
     """y of the quadratic reference."""
     features = Features(_phi(x[0], x[3], rule), _phi(x[1], x[4], rule))
-    return attention(Tokens(*x[:3]), features, HeadWeights(x[5]), rule)
+    return attention_outputs(Tokens(*x[:3]), features, HeadWeights(x[5]), rule)
 
 
 def reference_rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
@@ -184,7 +185,6 @@ def reference_rows(leaves: list[Tensor], rule: Rule) -> list[Tensor]:
     with torch.enable_grad():
         fq, fk = (_phi(x, matrix, rule) for x, matrix in zip(leaves[:2], maps, strict=True))
     features = Features(fq.detach(), fk.detach())
-    found = attention_cross_entropy(Tokens(*leaves[:3]), features, HeadWeights(leaves[5]), rule)
-    assert found.dfq_BHTF is not None and found.dfk_BKTF is not None and found.dlog_ratio_H is not None  # noqa: PT018
-    grads = torch.autograd.grad((fq, fk), maps, (found.dfq_BHTF, found.dfk_BKTF))
-    return [found.total, *grads, found.dlog_ratio_H]
+    total, found = attention_cross_entropy(Tokens(*leaves[:3]), features, HeadWeights(leaves[5]), rule)
+    assert found is not None
+    return [total, *torch.autograd.grad((fq, fk), maps, found[:2]), found[2]]

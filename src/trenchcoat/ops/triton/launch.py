@@ -32,16 +32,6 @@ if INTERPRETED:
 
     round_to_nearest()
 
-ACTIVATIONS = {
-    "hedgehog": ("softmax", True),
-    "hedgehog_half": ("softmax", False),
-    "exp": ("exp", True),
-    "exp_half": ("exp", False),
-    "t2r": ("relu", False),
-    "elu": ("elu", False),
-}
-"""Feature map -> (activation, whether of u and of -u)."""
-
 WIDEST, LONGEST_WINDOW, MOST_SINKS = 256, 128, 64
 LARGEST_SUM = 1 << 15
 """Entries of the far sum on chip, F x E: 128 KiB, half of a multiprocessor's registers. Wider values are cut."""
@@ -51,9 +41,13 @@ PIECE = 32
 
 @dataclass(frozen=True)
 class FusedMap:
-    """phi(x) = act(x matrix + bias) for M heads: matrix [M, D, P], bias [M, P] or None, float32."""
+    """phi(x) = act(x matrix + bias) for M heads: matrix [M, D, P], bias [M, P] or None, float32.
 
-    name: str
+    `act` is softmax, exp, relu or elu (:func:`trenchcoat.ops.triton.maps.activate`); `paired`: of u and of -u.
+    """
+
+    act: str
+    paired: bool
     matrix: Tensor
     bias: Tensor | None = None
     floor: float = 1e-12
@@ -61,7 +55,7 @@ class FusedMap:
     @property
     def features(self) -> int:
         """F."""
-        return int(self.matrix.shape[2]) * (2 if ACTIVATIONS[self.name][1] else 1)
+        return int(self.matrix.shape[2]) * (2 if self.paired else 1)
 
 
 FusedMaps = tuple[FusedMap, FusedMap]
@@ -225,7 +219,7 @@ class Call:
         """What the kernels are compiled for."""
         rule, dtype = self.rule, self.q.dtype
         phi = self.query
-        act, paired = ("softmax", False) if phi is None else ACTIVATIONS[phi.name]
+        act, paired = ("softmax", False) if phi is None else (phi.act, phi.paired)
         columns = 16 if phi is None else phi.matrix.shape[2]
         half = dtype != torch.float32
         made = constants_of(
