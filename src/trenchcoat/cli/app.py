@@ -80,8 +80,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere among the options."""
-    commands = _commands()
-    first = commands.get(arguments[0]) if arguments else None
+    commands = {name: importlib.import_module(module).COMMAND for name, module in COMMANDS.items()}
+    first: Command | None = commands.get(arguments[0]) if arguments else None
     if first is not None and first.raw:
         return argparse.Namespace(command=first, rest=arguments[1:])
     parser = _parser_of(commands)
@@ -94,18 +94,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def _commands() -> dict[str, Command]:
-    return {name: importlib.import_module(module).COMMAND for name, module in COMMANDS.items()}
-
-
 def _parser_of(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--debug",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="show the traceback of an error, and the libraries' notices",
-    )
+    debug = "show the traceback of an error, and the libraries' notices"
+    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
     parser = _Parser("trenchcoat", description=DESCRIPTION, formatter_class=_Formatter, parents=[common])
 
     def add(to: Any, name: str, command: Command) -> None:
@@ -123,7 +115,3 @@ def _parser_of(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     for name, command in commands.items():
         add(group, name, command)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -38,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     A recipe that names no ``run.dir`` runs in ``runs/<its own name>``. Raises ``UserError``.
     """
     file = _find(str(path))
-    document = parse_yaml(str(file), _text(file), overrides)
+    document = read_yaml(file, overrides)
     if not isinstance(document.get("run", {}), Mapping):
         raise UserError(f"{file}: run must be a mapping of fields, got {document['run']!r}")
     run = dict(document.get("run") or {})
@@ -72,29 +72,24 @@ def _find(path: str) -> Path:
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); a recipe is a YAML file in UTF-8") from error
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file as nested plain values, read as recipes are (``1e-4`` is a number), with ``overrides`` laid over it.
 
-
-def parse_yaml(name: str, text: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """YAML text as nested plain values, read as recipes are (``1e-4`` is a number); ``name`` is for messages.
-
-    Raises ``UserError`` for text that is not YAML or not a mapping, and for bad overrides.
+    Raises ``UserError`` for a file that is not UTF-8, not YAML or not a mapping, and for bad overrides.
     """
     import yaml
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        base = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
+        base = OmegaConf.create(path.read_text(encoding="utf-8").strip() or "{}")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML file in UTF-8") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(base, DictConfig):
         raise UserError(
-            f"{name}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
+            f"{path}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
         )
     for item in overrides:
         key, equals, value = item.partition("=")
@@ -107,7 +102,7 @@ def parse_yaml(name: str, text: str, overrides: Sequence[str] = ()) -> dict[str,
     try:
         return typing.cast("dict[str, Any]", OmegaConf.to_container(base, resolve=True))
     except OmegaConfBaseException as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
 
 
 # From plain values to checked dataclasses
@@ -152,22 +147,26 @@ def _build(cls: type, document: Any, path: str) -> Any:
     hints = _hints(cls)
     for key in document:
         if key not in hints:
-            raise UserError(_unknown_key(_join(path, str(key)), str(key), [_join(path, name) for name in hints]))
+            full = _join(path, str(key))
+            raise UserError(f"unknown key {full}: {key_hint(full, [name for name, _ in field_paths(Recipe)])}")
     made = cls(**{name: _value(hints[name], document[name], _join(path, name)) for name in hints if name in document})
     made.check(path)
     return made
 
 
-def _unknown_key(full: str, key: str, siblings: list[str]) -> str:
-    everywhere = [path for path, _ in field_paths(Recipe)]
-    elsewhere = [path for path in everywhere if path.rpartition(".")[2] == key]
-    if elsewhere:
-        return f"unknown key {full}: did you mean {' or '.join(elsewhere)}?"
-    names = {path.rpartition(".")[2]: path for path in [*everywhere, *siblings]}
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
-    if near:
-        return f"unknown key {full}: did you mean {names[near[0]]}?"
-    return f"unknown key {full}: expected one of {', '.join(siblings)}"
+def key_hint(full: str, known: Sequence[str]) -> str:
+    """What the unknown key ``full`` was meant to be, of the dotted paths that are ``known``; completes the message."""
+    head, _, key = full.rpartition(".")
+    prefix = f"{head}." if head else ""
+    siblings = list(dict.fromkeys(prefix + p.removeprefix(prefix).split(".")[0] for p in known if p.startswith(prefix)))
+
+    def close(paths: Sequence[str]) -> list[str]:
+        by_name = {path.rpartition(".")[2]: path for path in paths}
+        return [by_name[name] for name in difflib.get_close_matches(key, by_name, n=1, cutoff=0.6)]
+
+    same = [path for path in known if path.rpartition(".")[2] == key]
+    found = same or close(siblings) or close(known)
+    return f"did you mean {' or '.join(found)}?" if found else f"expected one of {', '.join(siblings)}"
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

@@ -35,7 +35,9 @@ def _run(args: argparse.Namespace) -> None:
     from trenchcoat.generation.generate import softmax_twin
 
     if args.compare and args.load_state is not None:
-        raise UserError("the softmax model cannot continue from a linearized model's state; leave out one of the two")
+        raise UserError(
+            "the softmax model cannot continue from a linearized model's state: leave out --compare or --load-state"
+        )
     sampling, (model, tokenizer) = sampling_of(args), loaded_model(args)
     talks = {"linear": Conversation(model, tokenizer, sampling)}
     if args.load_state is not None:
@@ -63,7 +65,7 @@ def _ask() -> str | None:
 
 
 def _command(line: str, talks: dict[str, Any]) -> bool:
-    """Obey; False ends the chat. Mistakes are told, and the chat goes on."""
+    """Carry out a command; False ends the chat. A mistake is shown, and the chat continues."""
     word, _, rest = line.partition(" ")
     rest = rest.strip()
     try:
@@ -80,7 +82,7 @@ def _command(line: str, talks: dict[str, Any]) -> bool:
             talks["linear"].load(rest)
             write(f"(loaded {rest}: {talks['linear'].session.seen} tokens seen)")
         elif word == "/load" and rest:
-            write("(the softmax model cannot take up a linearized model's state)")
+            write("(the softmax model cannot read a linearized model's state)")
         else:
             write(f"(not understood: {line}; commands: {_COMMANDS})")
     except (UserError, OSError) as error:
@@ -108,16 +110,14 @@ def _columns(names: list[str]) -> Iterator[Callable[[str, str], None]]:
     """Yield a function that adds text to a column; without a terminal the texts come one below the other."""
     from rich.console import Console
     from rich.live import Live
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     texts = dict.fromkeys(names, "")
     console = Console()
 
     def table() -> Table:
-        made = Table(expand=True)
-        for name in names:
-            made.add_column(name, ratio=1)
+        made = Table(*(Column(name, ratio=1) for name in names), expand=True)
         made.add_row(*(Text(texts[name].strip()) for name in names))
         return made
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trenchcoat.config import UserError
-from trenchcoat.config.recipe_io import parse_yaml
+from trenchcoat.config.recipe_io import key_hint, read_yaml
 
 ConfigKind = Literal["model", "experiment"]
 
@@ -113,10 +113,7 @@ def _find(kind: ConfigKind, name: str, places: Sequence[Path]) -> Path:
 def _resolve(kind: ConfigKind, file: Path, places: Sequence[Path], above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise UserError(f"{file} is its own base, by way of {' -> '.join(path.name for path in above)}")
-    try:
-        document = parse_yaml(str(file), file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    document = read_yaml(file)
     bases = document.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -135,24 +132,11 @@ def _check(file: str, document: Mapping[str, Any], known: list[str], path: str) 
         if full in known:
             continue
         if not any(one.startswith(f"{full}.") for one in known):
-            raise UserError(f"{file}: unknown key {full}: {_suggestion(str(key), full, known)}")
+            raise UserError(f"{file}: unknown key {full}: {key_hint(full, known)}")
         if isinstance(value, Mapping):
             _check(file, value, known, full)
         elif value is not None:
             raise UserError(f"{file}: {full} must be a mapping of keys, got {value!r}")
-
-
-def _suggestion(key: str, full: str, known: list[str]) -> str:
-    elsewhere = [path for path in known if path.rpartition(".")[2] == key]
-    near = elsewhere or difflib.get_close_matches(full, known, n=1, cutoff=0.7)
-    if not near:
-        by_leaf = {path.rpartition(".")[2]: path for path in known}
-        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(key, list(by_leaf), n=1, cutoff=0.6)]
-    if near:
-        return f"did you mean {' or '.join(near)}?"
-    head = full.rpartition(".")[0]
-    siblings = sorted({path.removeprefix(f"{head}.").split(".")[0] for path in known if path.startswith(head)})
-    return f"expected one of {', '.join(siblings)}"
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,8 +50,7 @@ def make_script_plan(stage: ScriptStage, args: argparse.Namespace, folders: Sequ
     names = {kind: given.get(f"{kind}_config") for kind in ("distill", "finetune", "eval")}
     files = {kind: read_config("experiment", name, folders) for kind, name in names.items() if name is not None}
     first = _document(model, files, given, files["distill"])
-    home = _home(given)
-    first_dir = home / _name(given)
+    first_dir = _run_folder(given)
     if stage == "transfer":
         document, run_dir, transfer_dir = first, first_dir, first_dir
     else:
@@ -113,15 +112,12 @@ def _document(
     return document
 
 
-def _home(given: Mapping[str, Any]) -> Path:
-    return Path(given.get("checkpoint_dir", "./checkpoints")) / _word(given["model_config"])
-
-
-def _name(given: Mapping[str, Any]) -> str:
-    """The name of the run's folder: what is learned from, then every flag that changes what is learned."""
+def _run_folder(given: Mapping[str, Any]) -> Path:
+    """The folder of the run, named by what is learned from, then by every flag that changes what is learned."""
     parts = [f"d={_word(given['distill_config'])}", f"f={_word(given.get('finetune_config', 'none'))}"]
     parts += [f"{_initials(name)}={_word(given[name])}" for name in _NAMES_THE_RUN if name in given]
-    return "-".join([*parts, f"s={given.get('seed', 0)}", f"r={given.get('replicate', 0)}"])
+    parts += [f"s={given.get('seed', 0)}", f"r={given.get('replicate', 0)}"]
+    return Path(given.get("checkpoint_dir", "./checkpoints"), _word(given["model_config"]), "-".join(parts))
 
 
 def _stage_2_suffix(given: Mapping[str, Any], *, other_data: bool) -> str:
@@ -145,10 +141,9 @@ def _word(value: object) -> str:
 def _remarks(given: Mapping[str, Any], model: OldConfig, files: Mapping[str, OldConfig]) -> list[str]:
     ignored = [f"--{flag.name}" for flag in FLAGS if flag.ignored and flag.name in given]
     words = {f"{config.file}: {key}" for config in (model, *files.values()) for key in config.without_effect()}
-    if model.at("attention.train_qk", False):
-        words.add(f"{model.file}: attention.train_qk")
-    if model.at("attention.train_attention_weights", False):
-        words.add(f"{model.file}: attention.train_attention_weights")
+    for key in ("attention.train_qk", "attention.train_attention_weights"):
+        if model.at(key, False):
+            words.add(f"{model.file}: {key}")
     if not model.at("attention.train_window_factor", True):
         words.add(f"{model.file}: attention.train_window_factor (the mix of near and far is always learned)")
     without = [*ignored, *sorted(words)]

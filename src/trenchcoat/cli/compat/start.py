@@ -1,7 +1,7 @@
 """Before a stage starts: the checkpoint's own config against what was asked for, and the transfer of another folder.
 
-A transfer is taken up by placing it in the new run's folder as its finished stage 1, after a check that it was made for
-the same base and student; nothing is read into memory for it where a hard link or a copy does.
+A transfer is reused by placing it in the new run's folder as its finished stage 1, after a check that it was made for
+the same base and student.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from transformers import AutoConfig
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.evaluation.results import StageFacts
-from trenchcoat.models.hub import ADAPTER_FILE, ADAPTER_META, read_adapter
+from trenchcoat.models.hub import ADAPTER_META, read_adapter
 from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
 
+WEIGHTS = "weights.safetensors"
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -86,56 +87,37 @@ def adopt_transfer(source: Path, recipe: Recipe) -> None:
     Safe to call from several processes at once. Raises ``UserError`` when there is none, or it was made for another
     base model or student.
     """
-    target = RunFolder(recipe.run.dir)
-    if source.resolve() == target.directory.resolve():
-        return
+    own = RunFolder(recipe.run.dir).stage_dir(TRANSFER)
     run = RunFolder(source)
-    weights = run.stage_dir(TRANSFER) / "weights.safetensors"
-    if run.result(TRANSFER) is not None:
+    facts = run.result(TRANSFER)
+    if facts is not None:
         settings = read_json(run.stage_dir(TRANSFER) / "settings.json")
-        _place(target, recipe, source, settings, weights, run.result(TRANSFER) or {})
-        return
-    adapter = next((folder for folder in (source, source / "adapter") if (folder / ADAPTER_META).is_file()), None)
-    if adapter is None:
-        raise UserError(
-            f"{source} holds no finished attention transfer: give the folder of a run of distill_llama.py or of "
-            "`trenchcoat transfer`, or an adapter's folder"
-        )
-    tensors, meta = read_adapter(adapter)
-    settings = flatten({"model": {"path": meta["base"]["path"]}, "student": meta["student"]})
-    settings["base weights"] = meta["base"].get("fingerprint")
-    maps = {name: tensor for name, tensor in tensors.items() if "lora_" not in name}
-    facts = asdict(StageFacts(TRANSFER, 0, 0, 0.0))
-    if len(maps) == len(tensors):
-        _place(target, recipe, source, settings, adapter / ADAPTER_FILE, facts)
-        return
-    _check_made_for(recipe, source, settings)
-    save_tensors(target.stage_dir(TRANSFER) / "weights.safetensors", maps)
-    _record(target, settings, source, facts)
-
-
-def _place(
-    target: RunFolder,
-    recipe: Recipe,
-    source: Path,
-    settings: Mapping[str, Any],
-    weights: Path,
-    facts: Mapping[str, Any],
-) -> None:
-    _check_made_for(recipe, source, settings)
-    with atomic_file(target.stage_dir(TRANSFER) / "weights.safetensors") as partial:
-        try:
-            os.link(weights, partial)
-        except OSError:  # another file system, or one without links
-            shutil.copyfile(weights, partial)
-    _record(target, settings, source, facts)
-
-
-def _record(target: RunFolder, settings: Mapping[str, Any], source: Path, facts: Mapping[str, Any]) -> None:
-    """Write what the transfer was made for and from where it came; the result last, as its presence means finished."""
+        _check_made_for(recipe, source, settings)
+        _link(run.stage_dir(TRANSFER) / WEIGHTS, own / WEIGHTS)
+    else:
+        adapter = next((folder for folder in (source, source / "adapter") if (folder / ADAPTER_META).is_file()), None)
+        if adapter is None:
+            raise UserError(
+                f"{source} holds no finished attention transfer: give the folder of a run of distill_llama.py or of "
+                "`trenchcoat transfer`, or an adapter's folder"
+            )
+        tensors, meta = read_adapter(adapter)
+        settings = flatten({"model": {"path": meta["base"]["path"]}, "student": meta["student"]})
+        settings["base weights"] = meta["base"].get("fingerprint")
+        _check_made_for(recipe, source, settings)
+        save_tensors(own / WEIGHTS, {name: tensor for name, tensor in tensors.items() if "lora_" not in name})
+        facts = asdict(StageFacts(TRANSFER, 0, 0, 0.0))
     kept = {name: value for name, value in settings.items() if _is_kept(name) or name == "base weights"}
-    write_json(target.stage_dir(TRANSFER) / "settings.json", {**kept, "taken up from": str(source)})
-    write_json(target.stage_dir(TRANSFER) / "result.json", dict(facts))
+    write_json(own / "settings.json", {**kept, "taken up from": str(source)})
+    write_json(own / "result.json", facts)  # last: where there is a result, the stage is finished
+
+
+def _link(source: Path, target: Path) -> None:
+    with atomic_file(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source, partial)
 
 
 def _is_kept(name: str) -> bool:

@@ -116,10 +116,9 @@ def data_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     section = _alpaca(config) if name in _ALPACA else _redpajama(config, _REDPAJAMA[name])
     section["seq_len"] = flags.get("dataset_chunk_size", config.at("dataset.dataset_config.chunk_size"))
     split = config.at("trainer.train_split")
-    if "data_dir" in flags:
-        section["path"] = _below(flags["data_dir"], section["path"])
-        if section.get("validation_path") is not None:
-            section["validation_path"] = _below(flags["data_dir"], section["validation_path"])
+    for name in ("path", "validation_path"):
+        if "data_dir" in flags and section.get(name) is not None:
+            section[name] = _below(flags["data_dir"], section[name])
     return _set({**section, "split": split})
 
 
