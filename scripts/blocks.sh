@@ -15,11 +15,9 @@
 # shellcheck shell=bash
 
 TRENCHCOAT=${TRENCHCOAT:-trenchcoat}
-TORCHRUN=${TORCHRUN:-torchrun}
-GPUS=${GPUS:-8}
-
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/run.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh"
+source "$root/scripts/run.sh"
 
 # settings OVERRIDE ...: what all commands are given goes into `overrides`, Slurm's options into `queue`
 settings() {
@@ -49,7 +47,9 @@ step() {
       run "$TRENCHCOAT" blocks run "$RECIPE" --parallel --launcher slurm "blocks.slurm=[${QUEUE:-}]" "${overrides[@]}"
       ;;
     finetune)
-      run sbatch --wait "--export=ALL,ROOT=${root:?}" "${queue[@]}" "${here:?}/finetune.sh" "${overrides[@]}"
+      local folder
+      folder=$(cd -- "$(dirname -- "$0")" && pwd)
+      run sbatch --wait "--export=ALL,ROOT=$root" "${queue[@]}" "$folder/finetune.sh" "${overrides[@]}"
       ;;
     *)
       echo "STEPS has '$1'; expected plan, transfer, collect, blocks or finetune" >&2
@@ -58,27 +58,19 @@ step() {
   esac
 }
 
-# steps DEFAULT: those that STEPS names, in its order, until one fails
+# steps DEFAULT OVERRIDE ...: the steps that STEPS names (else those of DEFAULT), in its order, until one fails
 steps() {
-  local name
-  for name in ${STEPS:-$1}; do
+  local name names=${STEPS:-$1}
+  settings "${@:2}"
+  for name in $names; do
     step "$name"
   done
 }
 
-# finetune OVERRIDE ...: LoRA by all GPUs of this Slurm job; one torchrun a node, which meet at the first under its number
+# finetune NODES OVERRIDE ...: LoRA by all GPUs of this Slurm job
 finetune() {
-  local hosts nodes=${SLURM_NNODES:-${NODES:-1}} job=${SLURM_JOB_ID:-0}
-  if [[ -n ${SLURM_JOB_ID:-} ]]; then
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  elif [[ ${DRY_RUN:-0} == 1 ]]; then
-    hosts=(first-node)
-  else
-    echo "this is a Slurm batch file: sbatch $0 (or DRY_RUN=1 to see its command)" >&2
-    return 2
-  fi
-  run srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "$TORCHRUN" --nnodes "$nodes" --nproc_per_node "$GPUS" --max_restarts "${MAX_RESTARTS:-3}" \
-    --rdzv_id "$job" --rdzv_backend c10d --rdzv_endpoint "${hosts[0]}:${PORT:-$((29500 + job % 1000))}" \
-    -m trenchcoat finetune "$RECIPE" "$@"
+  local nodes launcher
+  slurm_launcher "$1"
+  settings "${@:2}"
+  run "${launcher[@]}" -m trenchcoat finetune "$RECIPE" "${overrides[@]}"
 }

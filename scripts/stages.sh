@@ -13,22 +13,14 @@
 # Arguments are handed on to both stages, after everything else.
 # shellcheck shell=bash
 
-GPUS=${GPUS:-8}
-TORCHRUN=${TORCHRUN:-torchrun}
-
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/run.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/run.sh"
+source "$root/scripts/run.sh"
+launcher=("$TORCHRUN" --nnodes 1 --nproc_per_node "$GPUS")
 
-# both_stages ROOT LAUNCHER ... -- ARGUMENTS ...: the scripts of the repository in ROOT, by LAUNCHER
+# both_stages ARGUMENTS ...: the two scripts, by `launcher`
 both_stages() {
-  local root=$1 launcher=() arguments=() stage script
-  shift
-  while [[ $1 != -- ]]; do
-    launcher+=("$1")
-    shift
-  done
-  shift
-  arguments=(
+  local stage script arguments=(
     --model_config "$MODEL_CONFIG"
     --distill_config "$DISTILL_CONFIG"
     --finetune_config "$FINETUNE_CONFIG"

@@ -18,9 +18,7 @@
 set -euo pipefail
 
 # Slurm runs a copy of this file, so its own place says nothing inside a job.
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-root=${ROOT:-${SLURM_SUBMIT_DIR:-$here/../..}}
-root=$(cd -- "$root" && pwd)
+root=${ROOT:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/../..}}
 MODEL_CONFIG=${MODEL_CONFIG:-distill_llama3_1_405b_lk_smd_wtk64_fd64_w01}
 DISTILL_CONFIG=${DISTILL_CONFIG:-distill_alpaca_clean_xent1_mse1000_lr1e-2}
 FINETUNE_CONFIG=${FINETUNE_CONFIG:-finetune_lora_qkvo_alpaca_clean_llama3_1_405b}
@@ -31,23 +29,5 @@ fi
 # shellcheck source=scripts/stages.sh
 source "$root/scripts/stages.sh"
 
-if [[ -n ${SLURM_JOB_ID:-} ]]; then
-  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-elif [[ ${DRY_RUN:-0} == 1 ]]; then
-  hosts=(first-node)
-else
-  echo "this is a Slurm batch file: sbatch --nodes=N $0 (or DRY_RUN=1 to see its commands)" >&2
-  exit 2
-fi
-nodes=${SLURM_NNODES:-${NODES:-3}}
-job=${SLURM_JOB_ID:-0}
-port=${PORT:-$((29500 + job % 1000))}
-
-# One torchrun a node; they meet at the first node under the job's number, so no node needs to be told its rank.
-launcher=(
-  srun --nodes "$nodes" --ntasks "$nodes" --ntasks-per-node 1 --kill-on-bad-exit=1
-  "$TORCHRUN" --nnodes "$nodes" --nproc_per_node "$GPUS" --max_restarts "${MAX_RESTARTS:-3}"
-  --rdzv_id "$job" --rdzv_backend c10d --rdzv_endpoint "${hosts[0]}:$port"
-)
-both_stages "$root" "${launcher[@]}" -- \
-  --fsdp_activation_checkpointing --gradient_accumulation_steps "${ACCUMULATION:-$((nodes * GPUS))}" "$@"
+slurm_launcher 3
+both_stages --fsdp_activation_checkpointing --gradient_accumulation_steps "${ACCUMULATION:-$((nodes * GPUS))}" "$@"

@@ -16,8 +16,7 @@
 set -euo pipefail
 
 # Slurm runs a copy of this file, so its own place says nothing inside a job.
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-root=${ROOT:-${SLURM_SUBMIT_DIR:-$here/../../..}}
+root=${ROOT:-${SLURM_SUBMIT_DIR:-$(dirname -- "${BASH_SOURCE[0]}")/../../..}}
 RECIPE=${RECIPE:-llama3_1_405b_blocks}
 if [[ ! -f $root/scripts/blocks.sh ]]; then
   echo "$root is not the repository: call sbatch from its folder, or set ROOT" >&2
@@ -25,7 +24,4 @@ if [[ ! -f $root/scripts/blocks.sh ]]; then
 fi
 # shellcheck source=scripts/blocks.sh
 source "$root/scripts/blocks.sh"
-
-NODES=${NODES:-3}
-settings "$@"
-finetune "${overrides[@]}"
+finetune 3 "$@"

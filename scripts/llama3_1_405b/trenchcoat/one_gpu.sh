@@ -7,11 +7,7 @@
 # Settings: scripts/blocks.sh. STEPS="plan transfer" by default. LoRA then takes GPUs that hold the model: finetune.sh.
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd -- "$here/../../.." && pwd)
 RECIPE=${RECIPE:-llama3_1_405b_blocks}
 # shellcheck source=scripts/blocks.sh
-source "$root/scripts/blocks.sh"
-
-settings "$@"
-steps "plan transfer"
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../blocks.sh"
+steps "plan transfer" "$@"

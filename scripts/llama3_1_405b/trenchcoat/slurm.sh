@@ -6,11 +6,7 @@
 # Settings: scripts/blocks.sh. STEPS="collect blocks finetune" by default; each waits for the one before.
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-root=$(cd -- "$here/../../.." && pwd)
 RECIPE=${RECIPE:-llama3_1_405b_blocks}
 # shellcheck source=scripts/blocks.sh
-source "$root/scripts/blocks.sh"
-
-settings "$@"
-steps "collect blocks finetune"
+source "$(dirname -- "${BASH_SOURCE[0]}")/../../blocks.sh"
+steps "collect blocks finetune" "$@"
