@@ -79,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse; overrides may stand anywhere among the options."""
+    """Parse; overrides may come anywhere among the options."""
     commands = {name: importlib.import_module(module).COMMAND for name, module in COMMANDS.items()}
     first: Command | None = commands.get(arguments[0]) if arguments else None
     if first is not None and first.raw:

@@ -62,7 +62,7 @@ def recipe_command(
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Settings as ``KEY=VALUE``, which may also stand between the options."""
+    """Settings as ``KEY=VALUE``, which may also come between the options."""
     text = "settings that override the recipe's, by path: transfer.lr=5e-3 student.name=linear transfer=null"
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
 

@@ -208,7 +208,7 @@ class DataConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(_Section):
-    """What both training stages share; read by `train.fit`."""
+    """What both training stages share; read by `training.loop.fit`."""
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
@@ -323,7 +323,7 @@ class ParallelConfig(_Section):
     timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this ends the job."""
     async_save: bool = True
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +346,7 @@ class BlocksConfig(_Section):
     """Passes over the training rows of each block, in order; empty is `transfer.epochs` for all of them."""
     ranks: Literal["data", "pipeline"] = "data"
     """What several processes under torchrun do: `data`, all train the same block on their share of the micro-batches;
-    `pipeline` (for `blocks run`), each holds a range of the blocks for good and hands its outputs to the next."""
+    `pipeline` (for `blocks run`), each keeps a range of the blocks and sends its outputs to the next."""
     launcher: Literal["local", "slurm"] = "local"
     """Who runs `blocks run --parallel`: this machine's devices, or a Slurm job array (extra `cluster`)."""
     jobs: PositiveInt | None = None

@@ -19,7 +19,7 @@ str    distill_config             a file under `configs/experiment`, by name or 
 str    finetune_config            a file under `configs/experiment`, by name or path: `lora.*`, stage 2's `data.*`
 str    eval_config                a file under `configs/experiment`, by name or path: `eval.batch_size`, `eval.seq_len`
 str    pretrained_model_name_or_path `model.path`
-str    load_distill_checkpoint    script 2: the run's or adapter's folder whose transfer is taken up
+str    load_distill_checkpoint    script 2: the run's or adapter's folder whose transfer is used
 str    load_finetune_checkpoint   refused with what to use instead (`trenchcoat eval`, `generate`)
 switch resume_distill             no effect here: the same command always continues where it was
 switch resume_finetune            no effect here: the same command always continues where it was

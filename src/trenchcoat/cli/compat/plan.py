@@ -71,7 +71,7 @@ def _refuse(stage: ScriptStage, given: Mapping[str, Any]) -> None:
     if stage == "transfer" and _named_checkpoint(given) is not None:
         raise UserError(
             "--load_distill_checkpoint: an interrupted attention transfer continues by itself when the same command is "
-            "given again, and a finished one of another run is taken up by distill_llama_finetune.py; leave it out here"
+            "given again, and a finished one of another run is used by distill_llama_finetune.py; leave it out here"
         )
     if "load_finetune_checkpoint" in given:
         raise UserError(

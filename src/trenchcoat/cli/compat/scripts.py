@@ -24,7 +24,7 @@ _DESCRIPTIONS: dict[ScriptStage, str] = {
     "transfer": "Stage 1, attention transfer, with the flags of the original research code. Under torchrun, "
     "--enable_fsdp shards the model over the processes.",
     "finetune": "Stage 2, LoRA on the transferred model, with the flags of the original research code. Given the same "
-    "arguments as distill_llama.py, it takes up that script's run.",
+    "arguments as distill_llama.py, it continues that script's run.",
 }
 
 
@@ -72,7 +72,7 @@ def _run(stage: ScriptStage, arguments: Sequence[str], configs: Path, debug: boo
         warn("; ".join(plan.remarks))
     if stage == "finetune":
         if plan.recipe.transfer is not None:
-            _take_up(plan)
+            _use_transfer(plan)
         show(stages.finetune(plan.recipe))
     elif plan.recipe.transfer is None:
         warn("this --distill_config has no transfer (trainer.name: null): nothing to do before stage 2")
@@ -80,7 +80,7 @@ def _run(stage: ScriptStage, arguments: Sequence[str], configs: Path, debug: boo
         show(stages.transfer(plan.recipe))
 
 
-def _take_up(plan: ScriptPlan) -> None:
+def _use_transfer(plan: ScriptPlan) -> None:
     """Find the first script's run; raises ``UserError`` that says how to make it when there is none."""
     own = Path(plan.recipe.run.dir)
     if plan.transfer_dir.is_dir() and plan.transfer_dir.resolve() != own.resolve():
