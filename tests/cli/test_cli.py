@@ -119,7 +119,7 @@ def test_debug_shows_the_traceback(tiny_overrides: list[str], capsys: pytest.Cap
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_overrides_may_stand_after_options() -> None:
+def test_overrides_may_come_after_options() -> None:
     args = cli._parse(["linearize", "demo", "--debug", "transfer.lr=1", "lora=null"])
     assert args.overrides == ["transfer.lr=1", "lora=null"]
     assert args.debug
@@ -157,7 +157,7 @@ def test_ctrl_c_saves_stops_cleanly_and_says_so(tiny_overrides: list[str], tmp_p
     assert list((tmp_path / "run" / "checkpoints" / "transfer").glob("step-*"))
 
 
-def test_the_whole_way_in_processes_of_its_own(
+def test_linearize_and_generate_in_processes_of_their_own(
     trenchcoat_cli: Callable[..., Any], tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -177,7 +177,7 @@ def test_the_whole_way_in_processes_of_its_own(
     assert "Traceback" not in refused.stderr
 
 
-def test_each_process_says_who_it_is_and_what_the_main_one_said_is_not_repeated(
+def test_each_process_names_itself_and_does_not_repeat_the_main_ones_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(error: UserError) -> int:
