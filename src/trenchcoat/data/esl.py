@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from trenchcoat.data.table import TokenTable
 from trenchcoat.models.attach import attention_through
 from trenchcoat.models.interface import LazyMask, Output, mask, own_attention
+from trenchcoat.models.transformers_internals import register_attention, score_options
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.runtime.runlog import RunLog
@@ -49,12 +48,12 @@ def layer_esl(
     *,
     scale: float,
     softcap: float | None = None,
-    sink_logit_H: Tensor | None = None,
+    sink_logit: Tensor | None = None,
 ) -> Tensor:
     """Mean ESL over heads and real positions of one layer, float64 [B].
 
     ``seen(start, stop)`` tells which keys those queries see (bool, broadcastable to [B, H, n, T]); ``real_BT`` is False
-    at padding. A sink logit takes its share of each row's weight and lies at no distance.
+    at padding. A sink logit [H] takes its share of each row's weight and lies at no distance.
     """
     batch, heads, tokens, _ = q_BHTD.shape
     key = k_BGTD.float().repeat_interleave(heads // k_BGTD.shape[1], dim=1).transpose(2, 3)
@@ -67,10 +66,10 @@ def layer_esl(
         if softcap is not None:
             score = score.div_(softcap).tanh_().mul_(softcap)
         score = score.masked_fill_(~seen(start, stop)[..., :stop], torch.finfo(torch.float32).min)
-        if sink_logit_H is None:
+        if sink_logit is None:
             weight = score.softmax(-1)
         else:
-            sink = sink_logit_H.float()[:, None, None].expand(batch, heads, stop - start, 1)
+            sink = sink_logit.float()[:, None, None].expand(batch, heads, stop - start, 1)
             weight = torch.cat([score, sink], dim=-1).softmax(-1)[..., :-1]
         distance = (place[start:stop, None] - place[:stop]).float()
         esl_Bn = torch.einsum("bhnt,nt->bn", weight, distance)
@@ -85,16 +84,15 @@ class _Observer:
         self.real_BT = real_BT
         self.layers: list[Tensor] = []
 
-    def see(self, query: Tensor, key: Tensor, seen: LazyMask, scale: float, kwargs: dict[str, Any]) -> None:
-        device = query.device
+    def see(self, query: Tensor, key: Tensor, seen: LazyMask, kwargs: dict[str, Any]) -> None:
+        device, scaling = query.device, kwargs.get("scaling")
         found = layer_esl(
             query,
             key,
             lambda start, stop: seen.block(start, stop).to(device),
             self.real_BT.to(device),
-            scale=scale,
-            softcap=kwargs.get("softcap"),
-            sink_logit_H=kwargs.get("s_aux"),
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            **score_options(kwargs),
         )
         self.layers.append(found.cpu())
 
@@ -105,15 +103,12 @@ def _observe(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> Output:
     """The registered attention function: the model's own, with the observer looking on."""
     observer: Any = module.esl_observer
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    observer.see(query.detach(), key.detach(), attention_mask, scale, kwargs)
-    return own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    observer.see(query.detach(), key.detach(), attention_mask, kwargs)
+    return own_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -219,5 +214,4 @@ def _padded(table: TokenTable, rows: NDArray[np.int64], seq_len: int) -> tuple[T
     return torch.from_numpy(ids), torch.from_numpy(real.astype(np.int64))
 
 
-AttentionInterface.register(NAME, _observe)
-AttentionMaskInterface.register(NAME, mask)
+register_attention(NAME, _observe, mask)

@@ -20,6 +20,7 @@ from torch import nn
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.models.families import AttentionSite, attention_sites, decoder_of
 from trenchcoat.models.interface import NAME, count_real_tokens, hand_over_cache, student_of
+from trenchcoat.models.transformers_internals import attention_name, choose_attention
 from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 
@@ -96,7 +97,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     for student in students.values():
         student.mode = mode
     for config, own in _configs(model):
-        config._attn_implementation_internal = own if mode == "teacher" else NAME
+        choose_attention(config, own if mode == "teacher" else NAME)
     if students:
         decoder_of(model).trenchcoat_mode = mode
 
@@ -114,12 +115,12 @@ def attention_through(model: nn.Module, name: str) -> Iterator[list[AttentionSit
     for site in sites:
         site.module.teacher_attention = _implementation(site)
     for config, _ in configs:
-        config._attn_implementation_internal = name
+        choose_attention(config, name)
     try:
         yield sites
     finally:
         for config, own in configs:
-            config._attn_implementation_internal = own
+            choose_attention(config, own)
         for site in sites:
             del site.module.teacher_attention
 
@@ -192,7 +193,7 @@ def _device_of(model: nn.Module, site: AttentionSite) -> torch.device:
 def _implementation(site: AttentionSite) -> str:
     """The attention implementation that the config of a layer names (never ours)."""
     known = site.module.__dict__.get("teacher_attention")
-    named = known or site.module.config._attn_implementation
+    named = known or attention_name(site.module.config)
     if named == NAME:
         raise UserError(
             f"the model was loaded with attn_implementation={NAME!r}, which needs students to run; load it with its "

@@ -25,7 +25,7 @@ PREFIX = "linearized_"
 FORMAT_VERSION = 1
 """Version of what is written under the config's key `trenchcoat`."""
 
-_AUTO_MODULE = "transformers.models.auto.configuration_auto"
+AUTO_MODULE = "transformers.models.auto.configuration_auto"
 
 
 class _AfterImport(MetaPathFinder):
@@ -34,7 +34,7 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _AUTO_MODULE:
+        if name != AUTO_MODULE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -52,8 +52,8 @@ class _AfterImport(MetaPathFinder):
 
 def install() -> None:
     """Have the families registered when AutoConfig (which AutoModel and AutoTokenizer ask) is first used."""
-    if _AUTO_MODULE in sys.modules:
-        _register_on_first_use(sys.modules[_AUTO_MODULE])
+    if AUTO_MODULE in sys.modules:
+        _register_on_first_use(sys.modules[AUTO_MODULE])
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
@@ -84,7 +84,7 @@ def register_families() -> None:
     """Register a linearized config class for every family known to work that this Transformers has."""
     from trenchcoat.models.families import KNOWN_FAMILIES
 
-    known = importlib.import_module(_AUTO_MODULE).CONFIG_MAPPING
+    known = importlib.import_module(AUTO_MODULE).CONFIG_MAPPING
     for family in KNOWN_FAMILIES:
         if family in known:
             config_class(family)
@@ -97,7 +97,7 @@ def config_class(family: str) -> type:
     """
     from trenchcoat.config import UserError
 
-    auto: Any = importlib.import_module(_AUTO_MODULE)
+    auto: Any = importlib.import_module(AUTO_MODULE)
     model_type = PREFIX + family
     if model_type in auto.CONFIG_MAPPING:
         return auto.CONFIG_MAPPING[model_type]
@@ -119,12 +119,14 @@ def config_class(family: str) -> type:
 def model_class(family: str) -> type:
     """`Linearized<Family>ForCausalLM`, registered with AutoModelForCausalLM; made on first use."""
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from trenchcoat.models.transformers_internals import causal_lm_class, copy_conversion
 
     config = config_class(family)
-    if config in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[config]
-    base = MODEL_FOR_CAUSAL_LM_MAPPING[config.__mro__[1]]
+    known = causal_lm_class(config)
+    if known is not None:
+        return known
+    base: Any = causal_lm_class(config.__mro__[1])
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, _own_attention(config), *args, **kwargs)
@@ -137,7 +139,7 @@ def model_class(family: str) -> type:
     members = {"__init__": __init__, "initialize_weights": initialize_weights, "config_class": config}
     made = _publish(f"Linearized{base.__name__}", base, members)
     AutoModelForCausalLM.register(config, made)
-    _register_conversion(family)
+    copy_conversion(family, PREFIX + family)
     return made
 
 
@@ -145,12 +147,14 @@ def linearized_config(config: Any, student: Any) -> Any:
     """The linearized config of a base model's (or linearized model's) config, with these student settings."""
     from dataclasses import asdict
 
+    from trenchcoat.models.transformers_internals import attention_name, choose_attention
+
     family = str(config.model_type).removeprefix(PREFIX)
     settings = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "trenchcoat")}
     plain = asdict(student)
     plain["keep_softmax"] = list(student.keep_softmax)
     made = config_class(family)(**settings, trenchcoat={"version": FORMAT_VERSION, "student": plain})
-    made._attn_implementation_internal = config._attn_implementation
+    choose_attention(made, attention_name(config))
     return made
 
 
@@ -178,11 +182,12 @@ def _publish(name: str, base: type, members: dict[str, Any]) -> type:
 def _own_attention(config: Any) -> Any:
     """The config; a copy without our attention when it comes from a live linearized model."""
     from trenchcoat.models.interface import NAME
+    from trenchcoat.models.transformers_internals import attention_name, choose_attention
 
-    if config._attn_implementation != NAME:
+    if attention_name(config) != NAME:
         return config
     own = copy.deepcopy(config)
-    own._attn_implementation_internal = None
+    choose_attention(own, None)
     return own
 
 
@@ -205,20 +210,8 @@ def _attach(model: Any) -> None:
 def _initialize_students(model: Any) -> None:
     """Give students that were in no checkpoint their initial values (Transformers leaves them as allocated)."""
     from trenchcoat.models.attach import students_of
+    from trenchcoat.models.transformers_internals import was_loaded
 
     for student in students_of(model).values():
-        loaded = [getattr(p, "_is_hf_initialized", False) for p in student.parameters()]
-        if not all(loaded):
+        if not all(map(was_loaded, student.parameters())):
             student.reset_parameters()
-
-
-def _register_conversion(family: str) -> None:
-    """Families whose checkpoints are stored otherwise than they are computed (experts) keep that under our name."""
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
-
-    mapping = get_checkpoint_conversion_mapping(family)
-    if mapping is not None and get_checkpoint_conversion_mapping(PREFIX + family) is None:
-        register_checkpoint_conversion_mapping(PREFIX + family, mapping)

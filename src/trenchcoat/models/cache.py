@@ -12,21 +12,23 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache
 
+from trenchcoat.models.transformers_internals import (
+    FixedSizeLayer,
+    allocated_length,
+    cache_layer,
+    is_filled,
+    keys_and_values,
+)
 from trenchcoat.ops import RowState
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(FixedSizeLayer):
     """The cache of one linearized layer: a student's state and the number of columns seen (padding included).
 
     `state` is None before the first token. Attention reads and replaces it; nothing here grows.
     """
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, mask_length: int | None = None) -> None:
         super().__init__()
@@ -120,17 +122,15 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
 
     Raises ValueError when softmax attention has already filled that layer.
     """
-    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[index]
+    layer = cache_layer(cache, index)
     if isinstance(layer, StateLayer):
         return layer
-    if layer.is_initialized and int(layer.get_seq_length()) > 0:
+    if is_filled(layer):
         raise ValueError(
             f"layer {index} of this cache was filled by softmax attention, which a linearized layer cannot continue "
             "from; start a new cache after changing the mode"
         )
-    fresh = StateLayer(mask_length=getattr(layer, "max_cache_len", None))
+    fresh = StateLayer(mask_length=allocated_length(layer))
     cache.layers[index] = fresh
     return fresh
 
@@ -141,8 +141,6 @@ def cache_nbytes(cache: Cache) -> int:
     for layer in cache.layers:
         if isinstance(layer, StateLayer):
             total += layer.nbytes()
-            continue
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            if isinstance(tensor, Tensor):
-                total += tensor.numel() * tensor.element_size()
+        else:
+            total += sum(tensor.nbytes for tensor in keys_and_values(layer))
     return total

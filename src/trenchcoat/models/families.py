@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from trenchcoat.config import UserError
+from trenchcoat.models.transformers_internals import calls_attention_interface
 
 KNOWN_FAMILIES: tuple[str, ...] = (
     "apertus",
@@ -209,10 +210,10 @@ def _forward_reason(kind: Any) -> str | None:
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
         return f"{kind.__name__}.forward takes no further keywords, so the cache cannot be handed on"
     try:
-        source = inspect.getsource(inspect.unwrap(forward))
+        usable = calls_attention_interface(forward)
     except (OSError, TypeError):
         return f"the source of {kind.__name__}.forward cannot be read to check that it uses the attention interface"
-    if "get_interface(" not in source and "ALL_ATTENTION_FUNCTIONS" not in source:
+    if not usable:
         return f"{kind.__name__} does not compute attention through Transformers' attention interface"
     return None
 

@@ -15,17 +15,25 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D key dim, E v
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trenchcoat.models.cache import StateLayer, state_layer
+from trenchcoat.models.transformers_internals import (
+    attention_function,
+    attention_name,
+    has_position_bias,
+    kept_request,
+    make_mask,
+    mask_rows,
+    more_than_causal,
+    padding_mask,
+    register_attention,
+    score_options,
+)
 from trenchcoat.students import StudentAttention
 
 NAME = "trenchcoat"
@@ -47,22 +55,19 @@ class LazyMask:
     """Says to `generate()` that the mask is ready made."""
 
     def __init__(self, request: dict[str, Any]) -> None:
-        offset = request.get("q_offset")
-        if isinstance(offset, Tensor):
-            request["q_offset"] = offset.clone()
-        self._request = request
+        self._request = kept_request(request)
         self._teacher: dict[str, Any] = {}
         self._padding: dict[int, Tensor | None] = {}
 
     @property
     def custom(self) -> bool:
         """More than causality, a window and padding: packed sequences, or a mask of the model's own making."""
-        return not self._request.get("allow_is_causal_skip", True) and int(self._request["q_length"]) > 1
+        return more_than_causal(self._request)
 
     def padding(self, tokens: int) -> Tensor | None:
         """True at the real ones of the newest `tokens` columns, bool [B, tokens]; None when all are real."""
         if tokens not in self._padding:
-            mask = self._request.get("attention_mask")
+            mask = padding_mask(self._request)
             part = None if mask is None else mask[:, -tokens:].bool()
             self._padding[tokens] = None if part is None or bool(part.all()) else part
         return self._padding[tokens]
@@ -70,15 +75,12 @@ class LazyMask:
     def teacher(self, implementation: str) -> Any:
         """What `implementation` would have received."""
         if implementation not in self._teacher:
-            self._teacher[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self._request)
+            self._teacher[implementation] = make_mask(implementation, self._request)
         return self._teacher[implementation]
 
     def block(self, start: int, stop: int) -> Tensor:
         """Which keys the queries `start` to `stop` see, in every row: bool [B, 1, stop - start, keys]."""
-        first = self._request.get("q_offset", 0)
-        wanted = {"q_length": stop - start, "q_offset": first + start, "allow_is_causal_skip": False}
-        made: Tensor = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](**{**self._request, **wanted})
-        return made
+        return mask_rows(self._request, start, stop)
 
     def contiguous(self) -> LazyMask:
         """Itself (asked of masks by `generate()`)."""
@@ -91,7 +93,7 @@ class LazyMask:
 
 def mask(**request: Any) -> LazyMask:
     """The registered mask function; see :class:`LazyMask`."""
-    given = request.get("attention_mask")
+    given = padding_mask(request)
     return given if isinstance(given, LazyMask) else LazyMask(request)
 
 
@@ -110,12 +112,11 @@ def attention(
     student = student_of(module)
     if student is None or student.mode == "teacher":
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if kwargs.get("position_bias") is not None:
+    if has_position_bias(kwargs):
         raise ValueError("this model adds position biases to its attention scores, which students do not support")
     options: dict[str, Any] = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        "softcap": kwargs.get("softcap"),
-        "sink_logit": kwargs.get("s_aux"),
+        **score_options(kwargs),
         "mask_BT": _padding(attention_mask, query),
     }
     if student.mode == "student":
@@ -142,9 +143,7 @@ def own_attention(
 ) -> Output:
     """The model's own implementation, named by the attribute `teacher_attention` of `module`; see :func:`attention`."""
     implementation = str(module.teacher_attention)
-    home = sys.modules[type(module).__module__]
-    functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
-    run: Callable[..., Output] = functions.get_interface(implementation, getattr(home, "eager_attention_forward", None))
+    run: Callable[..., Output] = attention_function(module, implementation)
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.teacher(implementation)
     if isinstance(attention_mask, Tensor):
@@ -199,11 +198,11 @@ def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     student = student_of(module)
     if student is None or student.mode == "teacher":
         return None
-    config: Any = module.config
-    if config._attn_implementation != NAME:
+    chosen = attention_name(module.config)
+    if chosen != NAME:
         raise ValueError(
-            f"the model's attention implementation was changed to {config._attn_implementation!r} while its students "
-            f"are in {student.mode!r} mode; use trenchcoat's set_mode to change what runs"
+            f"the model's attention implementation was changed to {chosen!r} while its students are in "
+            f"{student.mode!r} mode; use trenchcoat's set_mode to change what runs"
         )
     cache = kwargs.get("past_key_values")
     if cache is None or student.mode != "student":
@@ -228,5 +227,4 @@ def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return args, {**kwargs, "position_ids": positions}
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)
+register_attention(NAME, attention, mask)

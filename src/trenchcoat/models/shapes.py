@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of
+from trenchcoat.models.transformers_internals import choose_attention
 
 SHIPPED_FOLDER = Path(__file__).parent / "shipped_configs"
 
@@ -124,7 +125,7 @@ def shapes_of(config: Any) -> Shapes:
 def meta_model(config: Any) -> Any:
     """The causal language model of a config on the meta device: real modules, no memory."""
     config = copy.deepcopy(config)
-    config._attn_implementation = None
+    choose_attention(config, None)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 

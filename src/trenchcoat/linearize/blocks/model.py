@@ -30,6 +30,7 @@ from trenchcoat.models.families import check_family, decoder_of
 from trenchcoat.models.identity import file_fingerprint
 from trenchcoat.models.loading import base_folder
 from trenchcoat.models.shapes import meta_model
+from trenchcoat.models.transformers_internals import attention_name
 from trenchcoat.runtime import files
 from trenchcoat.runtime.files import read_json, write_json
 from trenchcoat.runtime.sharding import first_elements, tensor_files
@@ -80,7 +81,7 @@ class BlockSource:
         asked = None if self.cfg.attention == "auto" else self.cfg.attention
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._config(0, 0), attn_implementation=asked)
-        return str(model.config._attn_implementation)
+        return str(attention_name(model.config))
 
     @property
     def layers(self) -> int:

@@ -1,0 +1,154 @@
+"""What this package uses of Transformers that its documentation does not promise, each thing once.
+
+A release that changes one of these breaks this file and `tests/models/test_transformers_internals.py`, which states
+what each is expected to be. Only the name of the module that :mod:`trenchcoat.models.auto` waits for is there: it is
+needed before Transformers is imported.
+
+Shape legend: B rows, T tokens, K keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+# Which attention a model runs
+
+
+def attention_name(config: Any) -> str | None:
+    """The attention implementation that a config names."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def choose_attention(config: Any, name: str | None) -> None:
+    """Have the layers of a config call the attention registered as `name`; the public setter would check `name`."""
+    config._attn_implementation_internal = name
+
+
+def register_attention(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make an attention function and its mask function known under `name`."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The function that `self_attn` calls for the implementation `name`; `eager` is the modelling file's own."""
+    home = sys.modules[type(module).__module__]
+    functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    found: Callable[..., Any] = functions.get_interface(name, getattr(home, "eager_attention_forward", None))
+    return found
+
+
+def calls_attention_interface(forward: Callable[..., Any]) -> bool:
+    """Whether a `self_attn.forward` looks its attention function up by name; OSError when its source is not there."""
+    source = inspect.getsource(inspect.unwrap(forward))
+    return "get_interface(" in source or "ALL_ATTENTION_FUNCTIONS" in source
+
+
+def score_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a layer hands to its attention function: the soft cap of the scores, and the sink logits."""
+    return {"softcap": keywords.get("softcap"), "sink_logit": keywords.get("s_aux")}
+
+
+def has_position_bias(keywords: Mapping[str, Any]) -> bool:
+    """Whether a layer hands a bias to add to the scores."""
+    return keywords.get("position_bias") is not None
+
+
+# What a mask function is asked for
+
+
+def kept_request(request: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a mask function, safe to use later (a static cache moves its offset in place)."""
+    offset = request.get("q_offset")
+    return {**request, "q_offset": offset.clone()} if isinstance(offset, Tensor) else request
+
+
+def more_than_causal(request: Mapping[str, Any]) -> bool:
+    """Packed sequences, or a mask of the model's own making."""
+    return not request.get("allow_is_causal_skip", True) and int(request["q_length"]) > 1
+
+
+def padding_mask(request: Mapping[str, Any]) -> Any:
+    """The 2-D mask [B, T] that the caller gave; None for none."""
+    return request.get("attention_mask")
+
+
+def make_mask(implementation: str, request: Mapping[str, Any]) -> Any:
+    """The mask that `implementation` wants."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**request)
+
+
+def mask_rows(request: Mapping[str, Any], start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of the whole mask: bool [B, 1, stop - start, K]."""
+    first = request.get("q_offset", 0)
+    rows = {"q_length": stop - start, "q_offset": first + start, "allow_is_causal_skip": False}
+    made: Tensor = make_mask("sdpa", {**request, **rows})
+    return made
+
+
+# Caches
+
+
+class FixedSizeLayer(CacheLayerMixin):
+    """The flags of a cache layer that neither grows nor can be cut, compiled over or allocated before its first use."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+
+def cache_layer(cache: Cache, index: int) -> Any:
+    """Layer `index` of a cache; one that makes its layers as they are asked for makes them up to there."""
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
+
+
+def is_filled(layer: Any) -> bool:
+    """Whether a cache layer holds tokens."""
+    return bool(layer.is_initialized) and int(layer.get_seq_length()) > 0
+
+
+def allocated_length(layer: Any) -> int | None:
+    """Tokens that a static layer has room for; None for one that grows."""
+    length: int | None = getattr(layer, "max_cache_len", None)
+    return length
+
+
+def keys_and_values(layer: Any) -> list[Tensor]:
+    """The tensors of a softmax layer."""
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+
+
+# Model classes
+
+
+def causal_lm_class(config: type) -> type | None:
+    """The causal language model of a config class, if there is one."""
+    found: type | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
+    return found
+
+
+def was_loaded(parameter: nn.Parameter) -> bool:
+    """Whether a parameter came out of a checkpoint."""
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def copy_conversion(family: str, other: str) -> None:
+    """Convert checkpoints of `other` as those of `family` are (experts are stored otherwise than they are computed)."""
+    mapping = get_checkpoint_conversion_mapping(family)
+    if mapping is not None and get_checkpoint_conversion_mapping(other) is None:
+        register_checkpoint_conversion_mapping(other, mapping)
