@@ -22,9 +22,9 @@ import trenchcoat.data.tokens
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data import sources
 from trenchcoat.data.batches import Batches
+from trenchcoat.data.formats import PROMPT_WITHOUT_INPUT
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.packing import pack
-from trenchcoat.data.samples import PROMPT_WITHOUT_INPUT
 from trenchcoat.data.table import TokenTable
 from trenchcoat.models.embedded import stdlib_documents
 

@@ -9,7 +9,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.samples import BadSample, encode, segments
+from trenchcoat.data.formats import segments
+from trenchcoat.data.samples import BadSample, encode
 
 SHARED = Path(__file__).parents[3] / "shared"
 CHATML = (

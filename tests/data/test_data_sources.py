@@ -162,7 +162,7 @@ def test_a_column_of_another_name(load: Loader) -> None:
 
 def test_empty_outputs_stop_or_are_skipped_and_counted(load: Loader) -> None:
     rows = [*ALPACA_ROWS[:4], {"instruction": "a", "input": "", "output": ""}, *ALPACA_ROWS[4:]]
-    with pytest.raises(UserError, match=r"line 5: column 'output' is empty; mend the row, or skip .*on_bad_row=skip"):
+    with pytest.raises(UserError, match=r"line 5: column 'output' is empty; fix the row, or skip .*on_bad_row=skip"):
         load("rows.jsonl", jsonl(rows))
     skipped = load("rows.jsonl", jsonl(rows), on_bad_row="skip", packing="contiguous", seq_len=256)
     clean = load("clean.jsonl", jsonl(ALPACA_ROWS), packing="contiguous", seq_len=256)

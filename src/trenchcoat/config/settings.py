@@ -153,9 +153,9 @@ class DataConfig(_Section):
     """Rows held out from the front when there is no validation split."""
     validation_fraction: InnerShare | None = None
     """Hold out this fraction of the rows instead of `validation_rows`; of a `.txt` file, of its end (null: 0.05)."""
-    format: Literal["auto", "alpaca", "chat", "text"] = "auto"
-    """Schema of a row: {instruction, input, output}, {conversations | messages}, or {text}; `auto` looks at each row,
-    so Long-LLM files, which mix {text} and {conversations}, need nothing."""
+    format: str = "auto"
+    """Schema of a row: `alpaca` {instruction, input, output}, `chat` {conversations | messages}, `text` {text}, or one
+    of your own; `auto` looks at each row, so Long-LLM files, which mix {text} and {conversations}, need nothing."""
     text_column: str = "text"
     """Column read by the `text` format."""
     seq_len: RowLength = 1024

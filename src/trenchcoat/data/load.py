@@ -1,6 +1,6 @@
 """Training text: rows from a source, tokens by template, rows of fixed length, batches by index.
 
-``load_batches`` is the door. Tokens are kept on disk under a hash of everything they depend on; leaving samples out,
+Call ``load_batches``. Tokens are kept on disk under a hash of everything they depend on; leaving samples out,
 selecting, packing, holding out and the order of rows are arithmetic on top, so another ``seq_len``, ``min_tokens`` or
 seed tokenizes nothing again. With ``data.streaming`` there is no table of tokens: ``trenchcoat.data.stream``.
 """
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batch, Batches, Part
+from trenchcoat.data.formats import check_format
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
     Source,
@@ -51,6 +52,7 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int,
     """
     cfg.check()
     _check(cfg, batch_size, seed)
+    check_format(cfg.format)
     pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
     if cfg.streaming:
         return _stream(cfg, tokenizer, batch_size, seed, pad)

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.samples import BadSample, Segment, encode, segments
+from trenchcoat.data.formats import segments
+from trenchcoat.data.samples import BadSample, Segment, encode
 from trenchcoat.data.sources import Row, Source
 from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
 from trenchcoat.runtime.files import SaveError
@@ -80,7 +81,7 @@ def read_samples(
         except BadSample as error:
             problem = f"{name}, {where}: {error}"
             if cfg.on_bad_row == "error":
-                raise UserError(f"{problem}; mend the row, or skip such rows with data.on_bad_row=skip") from error
+                raise UserError(f"{problem}; fix the row, or skip such rows with data.on_bad_row=skip") from error
             yield BadSample(error.reason, problem)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from trenchcoat.config import DataConfig, Recipe
 from trenchcoat.data.batches import Batches
+from trenchcoat.data.formats import check_format
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.models.attach import student_implementation
@@ -84,8 +85,9 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise ``UserError`` when the recipe's student or objective does not exist."""
+    """Raise ``UserError`` when the recipe's student, objective or data format does not exist."""
     student_class(recipe.student.name)
+    check_format(recipe.data.format)
     if recipe.lora is not None:
         stage_2_objective(recipe.lora.objective)
 
