@@ -135,7 +135,7 @@ def blocks_stopped(recipe: Recipe) -> list[list[str]] | str:
     """The same with a SIGTERM for the last process alone before micro-batch 13; the checkpoints of every block."""
     whole = pipeline.Feed._take
 
-    def take(feed: pipeline.Feed, item: BatchKey) -> data.Batch:
+    def take(feed: pipeline.Feed, item: BatchKey) -> dict[str, torch.Tensor]:
         if feed.chain.last and item == BatchKey(TRAIN, 13):
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(feed, item)
@@ -216,7 +216,7 @@ def main(jobs: Path, out: Path, delay: float) -> None:
     if delay:
         quick = data.Batches.train_batch
 
-        def slow(self: data.Batches, index: int) -> data.Batch:
+        def slow(self: data.Batches, index: int) -> dict[str, torch.Tensor]:
             time.sleep(delay)
             return quick(self, index)
 

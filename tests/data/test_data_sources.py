@@ -1,4 +1,4 @@
-"""Every kind of source, and every way in which a file can be wrong: the message names the place and the mend."""
+"""Every kind of source, and every way in which a file can be wrong: the message names the place and the fix."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_it_is_the_formula_on_whole_maps(family: str, padding: str, monkeypatch:
     if padding != "none":
         mask[1, :7] = 0
         mask = mask.flip(1) if padding == "right" else mask
-    monkeypatch.setattr(esl, "BLOCK_ELEMENTS", 2 * 4 * 40 * 7)  # blocks of 7 queries
+    monkeypatch.setattr(esl, "WEIGHTS_AT_ONCE", 2 * 4 * 40 * 7)  # blocks of 7 queries
     found = effective_lengths(model, ids, mask)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, naive(model, ids, mask), rtol=1e-5, atol=1e-5)
@@ -74,7 +74,7 @@ def test_known_lengths() -> None:
 
 def test_no_map_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), tokens(1, 256)
-    monkeypatch.setattr(esl, "BLOCK_ELEMENTS", 4 * 256 * 8)
+    monkeypatch.setattr(esl, "WEIGHTS_AT_ONCE", 4 * 256 * 8)
     largest = 0
     matmul = torch.matmul
 

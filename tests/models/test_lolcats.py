@@ -1,4 +1,4 @@
-"""Checkpoints of the original LoLCATs code: taken over, equal to its formula, written back, and refused when unsound.
+"""Checkpoints of the original LoLCATs code: imported, equal to its formula, written back, and refused when unsound.
 
 The files are made here by hand in the original's format. Its attention is written out below in float64, with its masks.
 """
@@ -146,7 +146,7 @@ def saved(path: Path, state: Any, *, nested: bool = True) -> Path:
 
 
 def imported(folder: Path, base: Path, maps: State, lora: State | None = None, **asked: Any) -> Path:
-    """The adapter folder of these states; a window of 8 unless told otherwise."""
+    """The adapter folder of these states; a window of 8 unless given."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "adapter"
     lora_file = None if lora is None else saved(folder / "l.pt", lora)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from trenchcoat.data.packing import PackedRows
+from trenchcoat.models.embedded import Split
 
 Batch = dict[str, Tensor]
 """Tensors of one micro-batch by name; for some layers alone, ``inputs_embeds`` [b, T, d] in place of ``input_ids``."""
-Part = Literal["train", "validation"]
 
 
 class Batches:
@@ -31,7 +30,7 @@ class Batches:
 
     def __init__(
         self,
-        parts: dict[Part, PackedRows],
+        parts: dict[Split, PackedRows],
         *,
         batch_size: int,
         seed: int,
@@ -63,7 +62,7 @@ class Batches:
         """Micro-batches of one epoch."""
         return math.ceil(self.rows("train") / self.batch_size)
 
-    def rows(self, split: Part) -> int:
+    def rows(self, split: Split) -> int:
         """Rows of ``train`` or ``validation``."""
         return len(self._parts[split])
 

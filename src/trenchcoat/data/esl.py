@@ -29,9 +29,9 @@ from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, 
 from trenchcoat.runtime.runlog import RunLog
 from trenchcoat.runtime.sharding import compute_device, run_decoder
 
-NAME = "trenchcoat_esl"
+ESL_ATTENTION = "trenchcoat_esl"
 """Name under which the observing attention function is registered."""
-BLOCK_ELEMENTS = 1 << 22
+WEIGHTS_AT_ONCE = 1 << 22
 """Attention weights held at once (16 MiB in float32)."""
 BATCH_TOKENS = 4096
 """Tokens of a forward pass over short samples."""
@@ -59,7 +59,7 @@ def layer_esl(
     key = k_BGTD.float().repeat_interleave(heads // k_BGTD.shape[1], dim=1).transpose(2, 3)
     place = torch.arange(tokens, device=q_BHTD.device)
     total_B = torch.zeros(batch, dtype=torch.float64, device=q_BHTD.device)
-    step = max(1, BLOCK_ELEMENTS // (batch * heads * tokens))
+    step = max(1, WEIGHTS_AT_ONCE // (batch * heads * tokens))
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         score = torch.matmul(q_BHTD[:, :, start:stop].float() * scale, key[..., :stop])  # none sees a later key
@@ -122,7 +122,7 @@ def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None)
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT.to(device)
     observer = _Observer(mask_BT.bool())
     model.eval()
-    with attention_through(model, NAME) as sites, torch.no_grad():
+    with attention_through(model, ESL_ATTENTION) as sites, torch.no_grad():
         for site in sites:
             site.module.esl_observer = observer
         try:
@@ -214,4 +214,4 @@ def _padded(table: TokenTable, rows: NDArray[np.int64], seq_len: int) -> tuple[T
     return torch.from_numpy(ids), torch.from_numpy(real.astype(np.int64))
 
 
-register_attention(NAME, _observe, mask)
+register_attention(ESL_ATTENTION, _observe, mask)

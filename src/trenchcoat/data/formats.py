@@ -41,7 +41,7 @@ class RowFormat(Protocol):
         """The text of a row in pieces, each with whether it counts; ``BadSample`` for a row that cannot be used."""
 
 
-class Alpaca:
+class AlpacaFormat:
     """{instruction, input, output}; the input may be absent."""
 
     def columns(self, cfg: DataConfig) -> str:
@@ -59,7 +59,7 @@ class Alpaca:
         return [(prompt, not cfg.mask_prompt), (column_text(row, "output"), True)]
 
 
-class PlainText:
+class TextFormat:
     """{text}, or another column named by ``data.text_column``; all of it counts."""
 
     def columns(self, cfg: DataConfig) -> str:
@@ -75,7 +75,7 @@ class PlainText:
         return [(column_text(row, cfg.text_column), True)]
 
 
-class Chat:
+class ChatFormat:
     """{messages} or {conversations}: turns, rendered by the tokenizer's chat template."""
 
     def columns(self, cfg: DataConfig) -> str:
@@ -91,7 +91,7 @@ class Chat:
         return _chat(_turns(row), tokenizer, cfg.mask_prompt)
 
 
-FORMATS: dict[str, RowFormat] = {"alpaca": Alpaca(), "text": PlainText(), "chat": Chat()}
+FORMATS: dict[str, RowFormat] = {"alpaca": AlpacaFormat(), "text": TextFormat(), "chat": ChatFormat()}
 """Value of ``data.format`` -> format; ``auto`` takes the first that matches a row. Add yours here."""
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.config.settings import TEXT_HELD_OUT
-from trenchcoat.data.batches import Batch, Batches, Part
+from trenchcoat.data.batches import Batches
 from trenchcoat.data.formats import check_format
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
@@ -34,9 +34,8 @@ from trenchcoat.data.sources import (
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.stream_sources import open_stream
 from trenchcoat.data.table import TokenTable
-from trenchcoat.data.tokens import cache_folder, content_hash, token_table, unwanted_lengths
-
-__all__ = ["Batch", "Batches", "Part", "Rank", "StreamedBatches", "TokenTable", "cache_folder", "load_batches"]
+from trenchcoat.data.tokens import content_hash, token_table, unwanted_lengths
+from trenchcoat.models.embedded import Split
 
 Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
 """(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""
@@ -179,7 +178,7 @@ def _validation_source(path: str, cfg: DataConfig) -> Source:
     return subsampled(dataset_source(path, splits, "validation" if "validation" in splits else cfg.split), rows)
 
 
-def _packed(part: Part, cfg: DataConfig, span: _Span) -> PackedRows:
+def _packed(part: Split, cfg: DataConfig, span: _Span) -> PackedRows:
     table = span.table
     offsets = table.offsets[span.first : span.stop + 1]
     packed = pack(

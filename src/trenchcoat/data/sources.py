@@ -222,7 +222,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); the file is truncated "
-            "or broken there, get it again or mend that line"
+            "or broken there, get it again or fix that line"
         ) from error
     if not isinstance(rows, list):
         raise UserError(f"{file} holds a JSON {type(rows).__name__}; expected a list of objects, or one object a line")

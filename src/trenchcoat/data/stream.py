@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.batches import Batch, Batches, Part
+from trenchcoat.data.batches import Batch, Batches
 from trenchcoat.data.packing import Encoded, PackedRows, pack, padded_batch
 from trenchcoat.data.samples import BadSample, Segment, encode
 from trenchcoat.data.sources import Row
@@ -41,11 +41,12 @@ from trenchcoat.data.tokens import (
     tokenizer_hash,
     unwanted_lengths,
 )
+from trenchcoat.models.embedded import Split
 from trenchcoat.runtime.files import CorruptFileError, SaveError, read_json, write_json
 
 ENDLESS = sys.maxsize
 """Length of a stream, in micro-batches and in rows."""
-AHEAD = 8
+BATCHES_AHEAD = 8
 """Micro-batches made in the background before they are asked for."""
 BLOCK_CHARACTERS, BLOCK_ROWS = 1 << 16, 16
 """Least text of a block, in characters and in rows of T tokens (at four characters a token), with the most shards."""
@@ -276,7 +277,7 @@ class StreamedBatches(Batches):
         """A stream has no end."""
         return ENDLESS
 
-    def rows(self, split: Part) -> int:
+    def rows(self, split: Split) -> int:
         """Rows of ``validation``; of ``train``, there is no end."""
         return ENDLESS if split == "train" else super().rows(split)
 
@@ -303,7 +304,7 @@ class StreamedBatches(Batches):
         batch = self._ahead.pop(index).result()
         if self._last is not None and index > self._last:
             step = index - self._last
-            for wanted in range(index + step, index + (AHEAD + 1) * step, step):
+            for wanted in range(index + step, index + (BATCHES_AHEAD + 1) * step, step):
                 if wanted not in self._ahead:
                     self._ahead[wanted] = self._thread.submit(self._make, wanted)
         self._last = index

@@ -19,7 +19,7 @@ from torch import nn
 
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.models.families import AttentionSite, attention_sites, decoder_of
-from trenchcoat.models.interface import NAME, count_real_tokens, hand_over_cache, student_of
+from trenchcoat.models.interface import ATTENTION_NAME, count_real_tokens, hand_over_cache, student_of
 from trenchcoat.models.transformers_internals import attention_name, choose_attention
 from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
@@ -97,7 +97,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     for student in students.values():
         student.mode = mode
     for config, own in _configs(model):
-        choose_attention(config, own if mode == "teacher" else NAME)
+        choose_attention(config, own if mode == "teacher" else ATTENTION_NAME)
     if students:
         decoder_of(model).trenchcoat_mode = mode
 
@@ -133,7 +133,7 @@ def mode_of(model: nn.Module) -> Mode:
 
 
 def set_far(model: nn.Module, enabled: bool) -> None:
-    """Switch the far (linear) part of every student on or off; off shows what the window alone is worth."""
+    """Switch the far (linear) part of every student on or off; off shows what the window does alone."""
     for student in students_of(model).values():
         student.far_enabled = enabled
 
@@ -150,7 +150,7 @@ def set_state_dtype(model: nn.Module, dtype: str) -> None:
 
 
 def student_implementation(model: nn.Module, cfg: StudentConfig, *, dtype: torch.dtype, device: torch.device) -> str:
-    """What `student.impl` stands for in a model whose layers compute in `dtype` on `device`."""
+    """The implementation that `student.impl` selects in a model whose layers compute in `dtype` on `device`."""
     return operator_of(cfg, head_dim=attention_sites(model)[0].head_dim, dtype=dtype, device=device)
 
 
@@ -194,10 +194,10 @@ def _implementation(site: AttentionSite) -> str:
     """The attention implementation that the config of a layer names (never ours)."""
     known = site.module.__dict__.get("teacher_attention")
     named = known or attention_name(site.module.config)
-    if named == NAME:
+    if named == ATTENTION_NAME:
         raise UserError(
-            f"the model was loaded with attn_implementation={NAME!r}, which needs students to run; load it with its "
-            "own (sdpa, eager, ...) and attach students"
+            f"the model was loaded with attn_implementation={ATTENTION_NAME!r}, which needs students to run; "
+            "load it with its own (sdpa, eager, ...) and attach students"
         )
     return str(named or "eager")
 

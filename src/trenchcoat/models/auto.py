@@ -181,10 +181,10 @@ def _publish(name: str, base: type, members: dict[str, Any]) -> type:
 
 def _own_attention(config: Any) -> Any:
     """The config; a copy without our attention when it comes from a live linearized model."""
-    from trenchcoat.models.interface import NAME
+    from trenchcoat.models.interface import ATTENTION_NAME
     from trenchcoat.models.transformers_internals import attention_name, choose_attention
 
-    if attention_name(config) != NAME:
+    if attention_name(config) != ATTENTION_NAME:
         return config
     own = copy.deepcopy(config)
     choose_attention(own, None)

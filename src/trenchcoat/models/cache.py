@@ -39,7 +39,7 @@ class StateLayer(FixedSizeLayer):
         self._home: torch.device | None = None
 
     def advance(self, state: RowState, tokens: int) -> None:
-        """Take over the state after `tokens` more columns."""
+        """Store the state after `tokens` more columns."""
         self.state = state
         self.tokens += tokens
         self.is_initialized = True

@@ -1,7 +1,7 @@
 """Which model families can be linearized, and where their attention is.
 
-The door is Transformers' attention interface: a layer's `self_attn` hands q, k, v (after RoPE and norms) to a function
-chosen by name. A family that computes attention otherwise is refused here, by name and with the reason, before anything
+The entry point is Transformers' attention interface: a layer's `self_attn` passes q, k, v (after RoPE and norms) to a
+function chosen by name. A family that computes attention otherwise is refused here, with the reason, before anything
 about the model is changed. The checks read the model's structure; `KNOWN_FAMILIES` is what is tested or was tried.
 """
 
@@ -17,43 +17,12 @@ from torch import nn
 from trenchcoat.config import UserError
 from trenchcoat.models.transformers_internals import calls_attention_interface
 
-KNOWN_FAMILIES: tuple[str, ...] = (
-    "apertus",
-    "arcee",
-    "bitnet",
-    "cohere",
-    "cohere2",
-    "ernie4_5",
-    "exaone4",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gemma4_text",
-    "glm",
-    "glm4",
-    "gpt_oss",
-    "granite",
-    "granitemoe",
-    "helium",
-    "hunyuan_v1_dense",
-    "llama",
-    "llama4_text",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
+KNOWN_FAMILIES: tuple[str, ...] = tuple(
+    """
+    apertus arcee bitnet cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text gemma4_text glm glm4 gpt_oss
+    granite granitemoe helium hunyuan_v1_dense llama llama4_text ministral mistral mixtral nemotron olmo2 olmo3
+    olmoe phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
+    """.split()
 )
 """Transformers' `model_type` of the families known to work; merged checkpoints of these load through `AutoModel`."""
 
@@ -139,7 +108,8 @@ def decoder_of(model: Any) -> Any:
 def choose_lora_targets(targets: Iterable[str], linear: Iterable[str], where: str) -> list[str]:
     """Those of an attention's ``linear`` layers that ``lora.targets`` means, in their order.
 
-    Families with one fused `qkv_proj` get it there. UserError for a target that ``where`` (in words) does not have.
+    Families with one fused `qkv_proj` get it there. UserError for a target that is not there; ``where`` says
+    for which attention that is.
     """
     known, wanted = list(linear), set(targets)
     if "qkv_proj" in known and wanted & _FUSED:

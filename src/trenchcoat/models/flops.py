@@ -6,7 +6,8 @@ window's scores computed twice, padding. Softmax rows, norms, activations and ro
 differ from the usual 6 N: nothing of the frozen base gets weight gradients, and causal attention is counted causally
 ((T + 1) / 2 keys a query).
 
-Letters: H query heads, G key/value heads, K key maps, D head dim, P columns of a map, F features, W window, T tokens.
+Shape legend: H query heads, G key/value heads, K key maps, D head dim, P columns of a map, F features, W window,
+T tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linearized models on disk: adapter folders, merged folders, and `load`, the one door to both.
+"""Linearized models on disk: adapter folders, merged folders, and `load` for both.
 
 adapter folder    adapter.safetensors (students and LoRA), trenchcoat.json (settings, base model and its identity)
 merged folder     a complete Transformers checkpoint of class Linearized<Family>ForCausalLM
@@ -38,7 +38,7 @@ ADAPTER_VERSION = 1
 """Version of the adapter folder's layout."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-"""What of the base model's config is written beside the adapter, to say in words how another base differs."""
+"""What of the base model's config is written beside the adapter, to say how another base differs."""
 
 _SOURCE = ("path", "revision", "attention")
 """Fields of ModelConfig that say what the adapter stands on."""

@@ -44,12 +44,12 @@ def fingerprint(model: nn.Module) -> str:
 
     A hash of the config's sizes and of the first ``ELEMENTS`` values of ``SAMPLES`` matrices spread over the model,
     rounded to bfloat16, so that loading in float32 or bfloat16 gives the same answer. (Loading float32 weights as
-    float16 rounds twice and may differ.) A quantized model bears the one of its files (:func:`bear_fingerprint`).
+    float16 rounds twice and may differ.) A quantized model has the one of its files (:func:`remember_fingerprint`).
     Raises ``ValueError`` for weights on the meta device.
     """
-    borne = getattr(model, "trenchcoat_fingerprint", None)
-    if borne is not None:
-        return str(borne)
+    known = getattr(model, "trenchcoat_fingerprint", None)
+    if known is not None:
+        return str(known)
     tensors = base_tensors(model)
 
     def first(name: str) -> Tensor:
@@ -82,7 +82,7 @@ def file_fingerprint(plain: nn.Module, folder: Path, other: Callable[[str, int],
     return _digest(plain.config, {name: tuple(p.shape) for name, p in base_tensors(plain).items()}, first)
 
 
-def bear_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> None:
+def remember_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> None:
     """Give ``model``, whose weights are not those of its files, the fingerprint that they have in ``folder``.
 
     ``plain`` is the same model as the files describe it, on the meta device. Raises ``UserError`` for a folder without

@@ -1,7 +1,7 @@
 """Where trenchcoat meets Transformers: an attention function, a mask function and a hook, all named `trenchcoat`.
 
-A model whose config names `trenchcoat` as its attention calls :func:`attention` with q, k, v after RoPE and norms. What
-happens depends on the `student` submodule of that layer:
+A model whose config names `trenchcoat` as its attention calls :func:`linearized_attention` with q, k, v after RoPE and
+norms. What happens depends on the `student` submodule of that layer:
 
 * none, or mode `teacher`: the model's own implementation, on its own mask;
 * `transfer`: the same, and the student learns beside it, at once and layer by layer;
@@ -36,7 +36,7 @@ from trenchcoat.models.transformers_internals import (
 )
 from trenchcoat.students import StudentAttention
 
-NAME = "trenchcoat"
+ATTENTION_NAME = "trenchcoat"
 """Name under which the attention and mask functions are registered."""
 
 _CACHE = "trenchcoat_state"
@@ -97,7 +97,7 @@ def mask(**request: Any) -> LazyMask:
     return given if isinstance(given, LazyMask) else LazyMask(request)
 
 
-def attention(
+def linearized_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -141,7 +141,7 @@ def student_of(module: nn.Module) -> StudentAttention | None:
 def own_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Output:
-    """The model's own implementation, named by the attribute `teacher_attention` of `module`; see :func:`attention`."""
+    """The model's own implementation, named by the attribute `teacher_attention` of `module`."""
     implementation = str(module.teacher_attention)
     run: Callable[..., Output] = attention_function(module, implementation)
     if isinstance(attention_mask, LazyMask):
@@ -194,12 +194,12 @@ def _student(
 
 
 def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of `self_attn`: in student mode the layer's state goes to :func:`attention`, not its cache."""
+    """Forward pre-hook of `self_attn`: in student mode the attention function gets the layer's state, not its cache."""
     student = student_of(module)
     if student is None or student.mode == "teacher":
         return None
     chosen = attention_name(module.config)
-    if chosen != NAME:
+    if chosen != ATTENTION_NAME:
         raise ValueError(
             f"the model's attention implementation was changed to {chosen!r} while its students are in "
             f"{student.mode!r} mode; use trenchcoat's set_mode to change what runs"
@@ -227,4 +227,4 @@ def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return args, {**kwargs, "position_ids": positions}
 
 
-register_attention(NAME, attention, mask)
+register_attention(ATTENTION_NAME, linearized_attention, mask)

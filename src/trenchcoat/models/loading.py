@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
-from trenchcoat.models.identity import bear_fingerprint
+from trenchcoat.models.identity import remember_fingerprint
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
@@ -100,7 +100,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
     model, tokenizer = load_model(cfg, quantization_config=settings)
     folder = base_folder(model_source(cfg), cfg.revision)
     try:
-        bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+        remember_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
     except KeyError as error:
         raise UserError(
             f"model.quantize=nf4: {folder} has no tensor {error}: the family's tensors are renamed when it is loaded, "

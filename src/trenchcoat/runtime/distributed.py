@@ -6,8 +6,8 @@
 
 Everything else in the package asks this file how many processes there are; with one, every function here is the
 identity. Numbers are exchanged as float64 over the host's collectives (gloo), gradients and weights elsewhere
-(:mod:`trenchcoat.runtime.sharding`). What a process dies of is left in the store that torchrun keeps, and every process
-beats there once a second, so that the others can name the one that is gone.
+(:mod:`trenchcoat.runtime.sharding`). The error that ends a process is written to the store that torchrun keeps, and
+every process writes a heartbeat there once a second, so that the others can name the one that is gone.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from trenchcoat.config import ParallelConfig, UserError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 BEAT_SECONDS = 1.0
-"""Time between two signs of life."""
+"""Time between two heartbeats."""
 SILENT_SECONDS = 4.0
-"""A process without a sign of life for so long, after a collective failed, is named as the one that is gone."""
+"""A process without a heartbeat for so long, after a collective failed, is named as the one that is gone."""
 
 
 class ProcessLost(UserError):
@@ -78,7 +78,7 @@ def size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and speaks to the user."""
+    """Whether this process is the one that writes files and prints to the user."""
     return _world.rank == 0
 
 
@@ -101,16 +101,16 @@ def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
     found = _from_environment(device)
     store = _join(cfg, found)
     _world, _store = found, store
-    life = _Life(store, found)
+    heartbeat = _Heartbeat(store, found)
     try:
         yield found
     except (RuntimeError, ValueError, ArithmeticError, OSError, LookupError, TypeError) as error:
-        lost = life.explain(error)
+        lost = heartbeat.explain(error)
         if lost is not None:
             raise ProcessLost(lost) from error
         raise
     finally:
-        life.stop()
+        heartbeat.stop()
         _world, _store = World(), None
         _leave()
 
@@ -169,13 +169,13 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-class _Life:
-    """Signs of life of this process, and a look at those of the others."""
+class _Heartbeat:
+    """The heartbeat of this process, and a look at those of the others."""
 
     def __init__(self, store: dist.Store, found: World) -> None:
         self.store, self.world = store, found
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True, name="trenchcoat-life")
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="trenchcoat-heartbeat")
         store.set(f"host/{found.rank}", platform.node())
         self._thread.start()
 
@@ -190,12 +190,12 @@ class _Life:
             self._ended.wait(BEAT_SECONDS)
 
     def stop(self) -> None:
-        """No more signs of life."""
+        """End the heartbeat."""
         self._ended.set()
         self._thread.join(timeout=2 * BEAT_SECONDS)
 
     def explain(self, error: BaseException) -> str | None:
-        """Who is to blame, in words, when ``error`` may be that of a broken collective; None when it is our own."""
+        """Which process failed, as a sentence, when ``error`` may be a broken collective's; None when it is our own."""
         if isinstance(error, FailedElsewhere):
             return None
         own = isinstance(error, UserError | ArithmeticError) or not isinstance(error, RuntimeError)
@@ -207,7 +207,7 @@ class _Life:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors: first say why
             found = self._blame(error)
             if found is not None:
-                self.store.set(f"left/{self.world.rank}", "on account of another")
+                self.store.set(f"left/{self.world.rank}", "because of another")
             return found
         except RuntimeError:
             return f"process {self.world.rank} lost contact with the job ({_first_line(error)})"
@@ -217,9 +217,9 @@ class _Life:
         before = {r: self._read(f"beat/{r}") for r in others}
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
-            told = {r: text for r in others if (text := self._read(f"failed/{r}"))}
-            if told:
-                where, text = next(iter(told.items()))
+            failed = {r: text for r in others if (text := self._read(f"failed/{r}"))}
+            if failed:
+                where, text = next(iter(failed.items()))
                 return f"process {where} of {self.world.size} failed ({text}), so process {self.world.rank} stops too"
             time.sleep(0.2)
         silent = [r for r in others if self._read(f"beat/{r}") == before[r]]
@@ -280,14 +280,14 @@ def largest(value: float) -> float:
     return float(found)
 
 
-def share(items: Sequence[T]) -> list[T | None]:
+def share(items: Sequence[_T]) -> list[_T | None]:
     """Every ``size``-th item from number ``rank`` on; None where there is none left, so that all lists are as long."""
     rounds = -(-len(items) // size())
     places = [number * size() + rank() for number in range(rounds)]
     return [items[place] if place < len(items) else None for place in places]
 
 
-def from_main(work: Callable[[], T]) -> T:
+def from_main(work: Callable[[], _T]) -> _T:
     """What ``work`` gives on the main process, on every process (so it must be plain data); its error too."""
     if size() == 1:
         return work()
@@ -303,7 +303,7 @@ def from_main(work: Callable[[], T]) -> T:
         raise failure
     if box[1] is not None:
         raise FailedElsewhere(box[1])
-    result: T = box[0]
+    result: _T = box[0]
     return result
 
 
@@ -316,7 +316,7 @@ def first_of(text: str | None) -> str | None:
     return next((one for one in found if one), None)
 
 
-def in_turns_per_node(work: Callable[[], T]) -> T:
+def in_turns_per_node(work: Callable[[], _T]) -> _T:
     """``work`` on the first process of each node before the others: what it downloads or caches is then there."""
     if size() == 1:
         return work()
@@ -329,7 +329,7 @@ def in_turns_per_node(work: Callable[[], T]) -> T:
     return work()
 
 
-def one_by_one_per_node(work: Callable[[], T]) -> T:
+def one_by_one_per_node(work: Callable[[], _T]) -> _T:
     """``work`` on one process of each node after the other: what it holds on the way, the node holds once."""
     for turn in range(round(largest(float(world().local_size)))):
         if turn == world().local_rank:

@@ -66,7 +66,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def saving(target: Path) -> Iterator[None]:
-    """Turn a failed write inside the block into a ``SaveError`` naming ``target`` and the mend."""
+    """Turn a failed write inside the block into a ``SaveError`` naming ``target`` and what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -223,7 +223,7 @@ def locked(directory: Path | str) -> Iterator[None]:
 
 
 def holder(directory: Path | str) -> str | None:
-    """Who holds ``directory``, in words; None when nobody does. The lock stays as it is, and nothing is made."""
+    """The command that holds ``directory``, for messages; None when none does. Nothing is locked, and nothing is made."""
     name = Path(directory) / _HOLDER_FILE
     if not _read_holder(name):
         return None

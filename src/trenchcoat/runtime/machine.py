@@ -16,7 +16,7 @@ from trenchcoat.config.units import GIB
 
 
 def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float = 0.5) -> list[str]:
-    """Sentences about this machine; raises ``UserError`` naming what is missing and the mend.
+    """Sentences about this machine; raises ``UserError`` naming what is missing and the fix.
 
     ``directory`` is where the run will live (it need not exist); ``memory_gib`` and ``disk_gib`` are what must be free.
     """

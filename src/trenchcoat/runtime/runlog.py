@@ -5,7 +5,7 @@
     {"kind": "train", "stage": "transfer", "step": 12, "loss": 3.1, "lr": 0.01, "grad_norm": 0.8, "tokens": 98304,
      "seconds": 5.2, "loss/layer_00": ..., ...}                      after optimizer step 12 (steps count from 1)
     {"kind": "eval", "stage": "transfer", "step": 0, "loss": 9.7, "seconds": 1.1, ...}          step 0 is untrained
-    {"kind": "info" | "warning", "text": "..."}                      what happened, in words
+    {"kind": "info" | "warning", "text": "..."}                      what happened, as a sentence
     {"kind": "result", "stage": "transfer", "step": 100, ...}        the end of a stage
 
 ``tokens`` and ``seconds`` of a train line are totals since the stage began; numbers that are not finite are written as

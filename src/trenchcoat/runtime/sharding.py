@@ -24,19 +24,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from trenchcoat.config import ParallelConfig, UserError
 from trenchcoat.runtime import distributed
 
-__all__ = [
-    "MasterCopies",
-    "fill_from_files",
-    "first_elements",
-    "is_sharded",
-    "run_decoder",
-    "shard_base",
-    "shard_units",
-    "tensor_files",
-    "to_device",
-    "whole",
-]
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the base of ``model`` is spread over processes."""

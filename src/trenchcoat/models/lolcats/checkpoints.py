@@ -1,4 +1,4 @@
-"""Checkpoints of the original LoLCATs code, taken over as adapters and written back.
+"""Checkpoints of the original LoLCATs code, imported as adapters and exported again.
 
 Where its attention and ours are the same function, and where they differ, is in `docs/LOLCATS.md`. The base model's
 weights are never loaded: its config gives the shapes, its files the identity that the adapter remembers.
@@ -21,7 +21,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students
 from trenchcoat.models.families import attention_sites
 from trenchcoat.models.hub import ADAPTER_META, adapter_state, read_adapter
-from trenchcoat.models.identity import bear_fingerprint, fingerprint
+from trenchcoat.models.identity import fingerprint, remember_fingerprint
 from trenchcoat.models.loading import base_folder, model_source
 from trenchcoat.models.lolcats.files import Key, StateFile, read_state, write_states
 from trenchcoat.models.lolcats.settings import (
@@ -37,8 +37,6 @@ from trenchcoat.models.lolcats.settings import (
 )
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import meta_model
-
-__all__ = ["LORA_FILE", "MAPS_FILE", "Asked", "export_checkpoint", "import_checkpoint"]
 
 MAPS_FILE, LORA_FILE = "maps.pt", "lora.pt"
 
@@ -73,9 +71,9 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
     tensors = {**_maps(model, found, student), **_lora_tensors(model, found, lora_cfg)}
     known = {name.replace(".weight", ".default.weight") if "lora_" in name else name: t for name, t in tensors.items()}
     model.load_state_dict(known, strict=False, assign=True)
-    bear_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+    remember_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
     hub.save_adapter(model, out, base=cfg, student=student, lora=lora_cfg, base_fingerprint=fingerprint(model))
-    return _told(found, student, lora_cfg, asked)
+    return _summary(found, student, lora_cfg, asked)
 
 
 def _empty_model(folder: Path, found: StateFile, student: StudentConfig, lora: LoraConfig | None) -> Any:
@@ -205,7 +203,7 @@ def _lora_tensors(model: Any, found: StateFile, lora: LoraConfig | None) -> dict
     return tensors
 
 
-def _told(found: StateFile, student: StudentConfig, lora: LoraConfig | None, asked: Asked) -> list[str]:
+def _summary(found: StateFile, student: StudentConfig, lora: LoraConfig | None, asked: Asked) -> list[str]:
     own = "as the file says" if "student" in found.settings else "recognised from the keys"
     window = f", window {student.window}" if student.name in WINDOWED else ""
     lines = [
@@ -215,7 +213,7 @@ def _told(found: StateFile, student: StudentConfig, lora: LoraConfig | None, ask
     ]
     if "student" not in found.settings:
         lines.append(
-            "the keys tell neither the window's width and kind nor the activation; where the model was trained with "
+            "the keys say neither the window's width and kind nor the activation; where the model was trained with "
             "others, give --window, --attention, --feature-map, --skip-connection, --affine"
         )
     if lora is not None:

@@ -47,7 +47,7 @@ class StateFile:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def update(self, later: StateFile) -> None:
-        """Take over everything in `later`."""
+        """Add everything in `later`, which wins."""
         self.maps |= later.maps
         self.lora |= later.lora
         self.settings |= later.settings

@@ -101,7 +101,7 @@ def _recognised(found: StateFile, mixed: bool) -> StudentConfig:
     if strange:
         raise UserError(
             f"{found.path} has {strange[0]}, of a bottleneck adapter (untied_head_adapter), which has biases that our "
-            "maps do not have; only untied_head_einsum can be taken over"
+            "maps do not have; only untied_head_einsum can be imported"
         )
     layer = next((t for (_, name), t in sorted(found.maps.items()) if name == "feature_map_q.mlp.layer"), None)
     if layer is None or layer.ndim != 3:
