@@ -223,7 +223,7 @@ def locked(directory: Path | str) -> Iterator[None]:
 
 
 def holder(directory: Path | str) -> str | None:
-    """The command that holds ``directory``, for messages; None when none does. Nothing is locked, and nothing is made."""
+    """The command that holds ``directory``, for messages; None when none does. It locks nothing and makes nothing."""
     name = Path(directory) / _HOLDER_FILE
     if not _read_holder(name):
         return None
