@@ -16,7 +16,7 @@ from tiny_families import BASE, FAMILIES, logits, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig
 from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
-from trenchcoat.models.families import KNOWN_FAMILIES, UnsupportedFamilyError, attention_sites, check_family
+from trenchcoat.models.families import KNOWN_FAMILIES, UnsupportedFamilyError, attention_sites
 from trenchcoat.models.hub import adapter_state, load_adapter_state
 from trenchcoat.models.lora import add_lora, merge_lora
 from trenchcoat.students import STUDENTS, student_class
@@ -239,7 +239,7 @@ def test_families_that_cannot_work_are_refused_unchanged(family: str) -> None:
 
 def test_a_module_that_is_no_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedFamilyError, match="not a Transformers model"):
-        check_family(torch.nn.Linear(2, 2))
+        attention_sites(torch.nn.Linear(2, 2))
 
 
 def test_an_attention_off_the_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ class _Observer:
         self.layers: list[Tensor] = []
 
     def see(self, query: Tensor, key: Tensor, seen: LazyMask, kwargs: dict[str, Any]) -> None:
+        """Add the numbers of one layer."""
         device, scaling = query.device, kwargs.get("scaling")
         found = layer_esl(
             query,

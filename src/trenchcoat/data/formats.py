@@ -176,6 +176,7 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> lis
         )
 
     def render(count: int, **options: bool) -> str:
+        """The first ``count`` turns as text."""
         return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, **options))
 
     try:

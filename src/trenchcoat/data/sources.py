@@ -66,6 +66,7 @@ def subsampled(source: Source, rows: int | None) -> Source:
         return source
 
     def chosen() -> Iterator[tuple[str, Row]]:
+        """The drawn rows, in their order."""
         total = source.count() if source.count is not None else sum(1 for _ in source.rows())
         if total <= rows:
             yield from source.rows()

@@ -246,6 +246,7 @@ class _IterableReader:
 
     @property
     def position(self) -> Any:
+        """The data set's own state, as plain JSON."""
         return json.loads(json.dumps(self.rows.state_dict()))
 
 
@@ -298,6 +299,7 @@ def _dataset_stream(path: str, cfg: DataConfig, hold: int) -> tuple[StreamSource
     skipped = 0 if own is not None else hold
 
     def reader(shard: int, position: Any) -> RowReader:
+        """The rows of a shard, without those held out."""
         part = rows.shard(shards, shard)
         return _IterableReader(part.skip(skipped) if shard == 0 and skipped else part, position)
 

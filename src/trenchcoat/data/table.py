@@ -33,6 +33,7 @@ class TokenTable:
 
     @property
     def rows(self) -> int:
+        """Number of rows, skipped ones included."""
         return len(self.offsets) - 1
 
 

@@ -34,6 +34,7 @@ class _AfterImport(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """The module's own spec, with our registration behind its execution."""
         if name != AUTO_MODULE:
             return None
         sys.meta_path.remove(self)
@@ -43,6 +44,7 @@ class _AfterImport(MetaPathFinder):
             execute = loader.exec_module
 
             def execute_and_wait(module: ModuleType) -> None:
+                """Run the module, then wait for its first use."""
                 execute(module)
                 _register_on_first_use(module)
 
@@ -68,7 +70,10 @@ def _register_on_first_use(module: Any) -> None:
     originals = {name: vars(kind)[name] for name in names}
 
     def wrapped(name: str) -> classmethod[Any, Any, Any]:
+        """A class method that registers the families, then does what it did before."""
+
         def first_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            """Unwrap, register, and call the original."""
             for each, original in originals.items():
                 setattr(kind, each, original)
             register_families()
@@ -133,6 +138,7 @@ def model_class(family: str) -> type:
         _attach(self)
 
     def initialize_weights(self: Any) -> None:
+        """The family's own, then the students'."""
         base.initialize_weights(self)
         _initialize_students(self)
 

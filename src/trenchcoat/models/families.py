@@ -93,11 +93,6 @@ def attention_sites(model: nn.Module) -> list[AttentionSite]:
     return [_site(name, module) for name, module in found]
 
 
-def check_family(model: nn.Module) -> None:
-    """Raise :class:`UnsupportedFamilyError`, naming family and reason, when `model` cannot be linearized."""
-    attention_sites(model)
-
-
 def decoder_of(model: Any) -> Any:
     """The module that holds the list of layers: the model without its head."""
     get_decoder = getattr(model, "get_decoder", None)

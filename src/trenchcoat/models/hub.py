@@ -157,7 +157,7 @@ def load(
         CorruptFileError: damaged files.
     """
     folder = Path(path).expanduser()
-    adapter = next((f for f in (folder, folder / "adapter") if (f / ADAPTER_META).is_file()), None)
+    adapter = find_adapter(folder)
     if adapter is not None:
         return _load_adapter(adapter, device=device, dtype=dtype, base=base, attention=attention)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -317,6 +317,11 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[
     directory = Path(directory)
     save_tensors(directory / ADAPTER_FILE, tensors, {"format": "pt"})
     write_json(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+
+
+def find_adapter(folder: Path) -> Path | None:
+    """The adapter folder that ``folder`` is or, as a run's folder does, holds."""
+    return next((f for f in (folder, folder / "adapter") if (f / ADAPTER_META).is_file()), None)
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

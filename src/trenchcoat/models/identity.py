@@ -53,6 +53,7 @@ def fingerprint(model: nn.Module) -> str:
     tensors = base_tensors(model)
 
     def first(name: str) -> Tensor:
+        """The first values of a parameter."""
         if tensors[name].is_meta:
             raise ValueError(f"fingerprint: {name} is on the meta device; load the weights first")
         return first_elements(tensors[name], ELEMENTS)
@@ -69,6 +70,7 @@ def file_fingerprint(plain: nn.Module, folder: Path, other: Callable[[str, int],
     where = tensor_files(folder)
 
     def first(name: str) -> Tensor:
+        """The first values of a parameter."""
         if name not in where:
             return other(name, ELEMENTS)
         with safe_open(str(where[name]), framework="pt") as opened:
@@ -90,6 +92,7 @@ def remember_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> No
     """
 
     def unknown(name: str, count: int) -> Tensor:
+        """There is no other place to look."""
         raise KeyError(name)
 
     marked: Any = model

@@ -36,6 +36,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
     before = {kind: signal.getsignal(kind) for kind in kinds}
 
     def handler(number: int, frame: FrameType | None) -> None:
+        """Note the request; the next Ctrl-C is the usual one."""
         stop.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -114,6 +114,7 @@ class _Bar:
         self.bar, self.task = bar, task
 
     def update(self, step: int, **numbers: float) -> None:
+        """Show that ``step`` is done."""
         self.bar.update(self.task, completed=step, numbers=_short(numbers))
 
 
@@ -126,6 +127,7 @@ class _Plain:
         self.printed = -math.inf
 
     def update(self, step: int, **numbers: float) -> None:
+        """Show that ``step`` is done."""
         now = time.monotonic()
         if step < self.total and now - self.printed < PLAIN_EVERY_SECONDS:
             return

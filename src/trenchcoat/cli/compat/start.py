@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.evaluation.results import StageFacts
-from trenchcoat.models.hub import ADAPTER_META, read_adapter
+from trenchcoat.models.hub import find_adapter, read_adapter
 from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
 
@@ -95,7 +95,7 @@ def adopt_transfer(source: Path, recipe: Recipe) -> None:
         _check_made_for(recipe, source, settings)
         _link(run.stage_dir(TRANSFER) / WEIGHTS, own / WEIGHTS)
     else:
-        adapter = next((folder for folder in (source, source / "adapter") if (folder / ADAPTER_META).is_file()), None)
+        adapter = find_adapter(source)
         if adapter is None:
             raise UserError(
                 f"{source} holds no finished attention transfer: give the folder of a run of distill_llama.py or of "

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.models import loading
-from trenchcoat.models.families import check_family, decoder_of
+from trenchcoat.models.families import attention_sites, decoder_of
 from trenchcoat.models.identity import file_fingerprint
 from trenchcoat.models.loading import base_folder
 from trenchcoat.models.shapes import meta_model
@@ -72,7 +72,7 @@ class BlockSource:
     def plain(self) -> Any:
         """The whole model on the meta device."""
         model = meta_model(self.config)
-        check_family(model)
+        attention_sites(model)  # raises for a family that cannot work
         return model
 
     @cached_property

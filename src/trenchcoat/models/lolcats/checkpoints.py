@@ -57,8 +57,7 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
     Raises:
         UserError: files that are no such checkpoint, that lack tensors or have others, or that do not fit the base.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another folder")
+    _check_empty(out)
     found = read_state(maps)
     if lora is not None:
         found.update(read_state(lora))
@@ -228,9 +227,8 @@ def export_checkpoint(source: Path, out: Path) -> list[str]:
     tensors, so that :func:`import_checkpoint` needs nothing else. Raises UserError where the original has no such
     model.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another folder")
-    folder = next((f for f in (source, source / "adapter") if (f / ADAPTER_META).is_file()), None)
+    _check_empty(out)
+    folder = hub.find_adapter(source)
     if folder is None:
         raise UserError(
             f"{source} holds no adapter: give an adapter's or a run's folder (a merged model has its LoRA in its "
@@ -286,3 +284,8 @@ def _original_maps(
     if student.tied:
         written |= {name.replace("feature_map_q", "feature_map_k"): t for name, t in written.items()}
     return written
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another folder")
