@@ -87,7 +87,7 @@ def _file_stream(files: Sequence[Path], name: str, hold: int) -> tuple[StreamSou
     kind = files[0].suffix.lower()
     if kind not in (".json", ".jsonl", ".parquet"):
         raise UserError(f"{name}: files of kind {kind!r} are not streamed; use .jsonl or .parquet")
-    space: _Lines | _Groups = _Groups(files, hold) if kind == ".parquet" else _Lines(files, hold)
+    space: _Space = _Groups(files, hold) if kind == ".parquet" else _Lines(files, hold)
     if space.held < hold or space.empty:
         raise UserError(
             f"{name} has no more than {space.held} rows, too few to hold out {hold} for validation and train on the "
@@ -113,7 +113,48 @@ def _files_fingerprint(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-class _Lines:
+class _Space:
+    """Files as one space of positions (bytes or rows), cut into shards."""
+
+    starts: list[int]
+    """Where each part of the space (a file or a row group) starts, and its end."""
+    cuts: list[int]
+    """Where each shard starts, and the end."""
+    shards: int
+    held: int
+    """Rows before the first shard."""
+    empty: bool
+    """Nothing is left for the shards."""
+
+    def read(self, part: int, position: int, stop: int) -> Iterator[tuple[int, str, Row]]:
+        """(position behind the row, where, row) of the rows of a part that begin from ``position`` to ``stop``."""
+        raise NotImplementedError
+
+    def open(self, shard: int, position: Any) -> RowReader:
+        """The rows of a shard."""
+        return _SpaceReader(self, self.cuts[shard] if position is None else int(position), self.cuts[shard + 1])
+
+    def all(self) -> _SpaceReader:
+        """Every row."""
+        return _SpaceReader(self, 0, self.starts[-1])
+
+
+class _SpaceReader:
+    def __init__(self, space: _Space, start: int, stop: int) -> None:
+        self.space, self.position, self.stop = space, start, stop
+
+    def __iter__(self) -> Iterator[tuple[str, Row]]:
+        starts = self.space.starts
+        while self.position < self.stop:
+            part = bisect.bisect_right(starts, self.position) - 1
+            stop = min(self.stop, starts[part + 1])
+            for behind, where, row in self.space.read(part, self.position, stop):
+                self.position = behind
+                yield where, row
+            self.position = max(self.position, stop)
+
+
+class _Lines(_Space):
     """Files of JSON lines as one space of bytes."""
 
     def __init__(self, files: Sequence[Path], hold: int) -> None:
@@ -121,7 +162,7 @@ class _Lines:
         self.starts = [0, *itertools.accumulate(file.stat().st_size for file in files)]
         for file in files:
             self._refuse_list(file)
-        reader = _LineReader(self, 0, self.starts[-1])
+        reader = self.all()
         self.held = sum(1 for _ in itertools.islice(reader, hold))
         begin, end = reader.position, self.starts[-1]
         shards = most_shards((end - begin) // SHARD_BYTES)
@@ -153,35 +194,21 @@ class _Lines:
             stream.readline()
             return self.starts[number] + stream.tell()
 
-    def open(self, shard: int, position: Any) -> RowReader:
-        """The lines of a shard."""
-        return _LineReader(self, self.cuts[shard] if position is None else int(position), self.cuts[shard + 1])
-
-    def all(self) -> Iterator[tuple[str, Row]]:
-        """Every line."""
-        return iter(_LineReader(self, 0, self.starts[-1]))
-
-
-class _LineReader:
-    def __init__(self, space: _Lines, start: int, stop: int) -> None:
-        self.space, self.position, self.stop = space, start, stop
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
-        while self.position < self.stop:
-            number = bisect.bisect_right(self.space.starts, self.position) - 1
-            base = self.space.starts[number]
-            with open(self.space.files[number], "rb") as stream:
-                stream.seek(self.position - base)
-                name = f"{self.space.files[number].name}, " if len(self.space.files) > 1 else ""
-                while self.position < min(self.stop, self.space.starts[number + 1]):
-                    line = stream.readline()
-                    offset = self.position - base
-                    self.position += len(line)
-                    if line.strip():
-                        yield f"{name}byte {offset}", json_line(line, offset)
+    def read(self, part: int, position: int, stop: int) -> Iterator[tuple[int, str, Row]]:
+        """Lines, blank ones left out."""
+        file, base = self.files[part], self.starts[part]
+        name = f"{file.name}, " if len(self.files) > 1 else ""
+        with open(file, "rb") as stream:
+            stream.seek(position - base)
+            while position < stop:
+                line = stream.readline()
+                offset = position - base
+                position += len(line)
+                if line.strip():
+                    yield position, f"{name}byte {offset}", json_line(line, offset)
 
 
-class _Groups:
+class _Groups(_Space):
     """Parquet files as one space of rows, cut at row groups."""
 
     def __init__(self, files: Sequence[Path], hold: int) -> None:
@@ -195,42 +222,27 @@ class _Groups:
             self.groups += [(file, i) for i, count in enumerate(counts) if count]
             sizes += [count for count in counts if count]
         self.starts = [0, *itertools.accumulate(sizes)]
-        self.hold = hold
         self.held = min(hold, self.starts[-1])
         self.empty = self.starts[-1] <= hold
         first = max(0, bisect.bisect_right(self.starts, hold) - 1)
         count = len(sizes) - first
         self.shards = most_shards(count)
         self.cuts = [self.starts[first + count * i // self.shards] for i in range(self.shards)] + [self.starts[-1]]
+        self.cuts[0] = max(self.cuts[0], hold)
 
-    def open(self, shard: int, position: Any) -> RowReader:
-        """The rows of a shard."""
-        start = max(self.cuts[shard], self.hold) if position is None else int(position)
-        return _GroupReader(self, start, self.cuts[shard + 1])
-
-    def all(self) -> Iterator[tuple[str, Row]]:
-        """Every row."""
-        return iter(_GroupReader(self, 0, self.starts[-1]))
-
-
-class _GroupReader:
-    def __init__(self, space: _Groups, start: int, stop: int) -> None:
-        self.space, self.position, self.stop = space, start, stop
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
+    def read(self, part: int, position: int, stop: int) -> Iterator[tuple[int, str, Row]]:
+        """Rows of one group."""
         import pyarrow.parquet
 
-        while self.position < self.stop:
-            number = bisect.bisect_right(self.space.starts, self.position) - 1
-            file, group = self.space.groups[number]
-            skip = self.position - self.space.starts[number]
-            with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
-                for batch in table.iter_batches(batch_size=256, row_groups=[group]):
-                    rows = batch.slice(skip) if skip < len(batch) else batch.slice(len(batch))
-                    skip = max(0, skip - len(batch))
-                    for row in rows.to_pylist():
-                        self.position += 1
-                        yield f"{file.name}, row {self.position} of the stream", row
+        file, group = self.groups[part]
+        skip = position - self.starts[part]
+        with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=256, row_groups=[group]):
+                rows = batch.slice(skip) if skip < len(batch) else batch.slice(len(batch))
+                skip = max(0, skip - len(batch))
+                for row in rows.to_pylist():
+                    position += 1
+                    yield position, f"{file.name}, row {position} of the stream", row
 
 
 class _IterableReader:
