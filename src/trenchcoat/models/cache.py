@@ -21,7 +21,7 @@ from trenchcoat.models.transformers_internals import (
     is_filled,
     keys_and_values,
 )
-from trenchcoat.ops import RowState
+from trenchcoat.students import RowState
 
 
 class StateLayer(FixedSizeLayer):

@@ -1,5 +1,6 @@
 """The attentions that take the place of softmax: what each computes, learns, remembers and costs."""
 
+from trenchcoat.ops.state import RowState
 from trenchcoat.students.base import Mode, StudentAttention, TransferRequest, layer_key
 from trenchcoat.students.feature_maps import ACTIVATIONS, Activation, FeatureMap, register_feature_map
 from trenchcoat.students.registry import STUDENTS, build_student, operator_of, register_student, student_class
@@ -11,6 +12,7 @@ __all__ = [
     "Activation",
     "FeatureMap",
     "Mode",
+    "RowState",
     "StudentAttention",
     "SumAttention",
     "TransferRequest",

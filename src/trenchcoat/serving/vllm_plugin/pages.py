@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trenchcoat.ops import RowState
-from trenchcoat.students import StudentAttention
+from trenchcoat.students import RowState, StudentAttention
 
 _SEEN = "seen_B"
 
