@@ -107,3 +107,15 @@ def test_the_packages_metadata_agrees_with_the_pins() -> None:
     ):
         assert name in pins
         assert f'"{name}>=' in wanted
+
+
+def test_every_row_of_i_want_to_add_has_an_example_that_runs() -> None:
+    """The last cell of a row names the test; every test of `tests/extending` is in a row."""
+    start = CONTRIBUTING.index("## I want to add")
+    rows = [
+        line for line in CONTRIBUTING[start:].splitlines() if line.startswith("| ") and not line.startswith("| what")
+    ]
+    named = [re.findall(r"\]\((tests/[\w/]+\.py)\)", row) for row in rows]
+    assert all(len(found) == 1 for found in named), rows
+    examples = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "tests/extending").glob("test_*.py")}
+    assert examples == {found[0] for found in named} - {"tests/config/test_config.py"}
