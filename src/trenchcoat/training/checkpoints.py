@@ -1,8 +1,8 @@
 """Resumable training checkpoints.
 
 A checkpoint is a folder ``step-00000100`` holding safetensors files, ``state.json`` and ``manifest.json`` with the
-SHA-256 of each file. It appears by a rename, so it is complete or absent; a file damaged later is found by its
-checksum, and the newest sound checkpoint before it is used. Nothing is ever unpickled.
+SHA-256 of each file. It is published by a rename, so it is either complete or absent. Later damage is detected by the
+checksums, and the newest intact checkpoint is used instead. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from trenchcoat.students import StudentAttention
 
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
-"""Of one process; several write a file each."""
+"""File of a single process; several processes write one file each."""
 STATE = "state.json"
 STATE_VERSION = 3
-"""Of what a checkpoint holds; 3: a missing loss is Infinity in ``state.json``, as Python writes it."""
+"""Version of the checkpoint contents. 3: a missing loss is Infinity in ``state.json``, as Python writes it."""
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -68,7 +68,7 @@ class Checkpoint:
         return sorted(found)
 
     def load_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill ``tensors``, whole or sharded, whatever the number of processes that wrote them; a collective."""
+        """Fill ``tensors``, full or sharded, no matter how many processes wrote the checkpoint; a collective."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             reader = HuggingFaceStorageReader(str(self.path))
@@ -76,11 +76,11 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """One checkpoint that is being written; it exists for readers only after ``finish``.
+    """A checkpoint being written; readers see it only after ``finish``.
 
-    One process writes ``tensors`` at once; several write their shards together,
-    through torch's distributed checkpoints, in the background when there is a ``side_group`` for it. Raises
-    ``SaveError`` when the disk is full, leaving the older checkpoints as they were.
+    A single process writes ``tensors`` immediately; several write their shards through torch's distributed
+    checkpointing, in the background if ``side_group`` is given. Raises ``SaveError`` when the disk is full; older
+    checkpoints are not touched.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CheckpointWriter:
                 self._future = dcp.async_save(dict(tensors), storage_writer=writer, process_group=side_group)
 
     def finish(self) -> Path:
-        """Wait until all is written, add state and checksums, and give the checkpoint its final name."""
+        """Wait until everything is written, add state and checksums, and rename the checkpoint to its final name."""
         with saving(self.target), self._whole_or_nothing():
             if self._future is not None:
                 self._future.result()
@@ -144,7 +144,7 @@ class CheckpointWriter:
 
 
 def _system_error(error: dcp.CheckpointException) -> tuple[int, str]:
-    """(errno, message) of the first process's failure."""
+    """(errno, message) of the first process that failed."""
     for rank, (failure, _) in error.failures.items():
         full = is_disk_full(failure)
         code = errno.ENOSPC if full else getattr(failure, "errno", None) or errno.EIO
@@ -178,26 +178,26 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def newest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest sound checkpoint under ``root``, or None; ``warn`` gets a message about every damaged one."""
+    """The newest intact checkpoint under ``root``, or None; calls ``warn`` for every damaged one."""
     for path in reversed(checkpoint_folders(root)):
         try:
             return read_checkpoint(path)
         except CorruptFileError as error:
-            warn(f"{error}; this checkpoint is not used")
+            warn(f"{error}; skipping this checkpoint")
     return None
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints, and what an interrupted save left behind."""
+    """Delete all but the newest ``keep`` checkpoints, and the leftovers of interrupted saves."""
     for path in checkpoint_folders(root)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     remove_partials(Path(root))
 
 
 class CheckpointManager:
-    """The checkpoints of one stage under ``root``; the newest ``keep`` of them are kept.
+    """The checkpoints of one stage under ``root``; keeps the newest ``keep``.
 
-    With ``background`` several processes write while training goes on; ``finish`` waits for that.
+    With ``background``, multi-process saves run while training continues; ``finish`` waits for them.
     """
 
     def __init__(self, root: Path, keep: int, warn: Callable[[str], None], *, background: bool) -> None:
@@ -206,14 +206,14 @@ class CheckpointManager:
         self._writing: CheckpointWriter | None = None
 
     def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write the checkpoint of ``step`` (begin to, in the background); raises ``SaveError``."""
+        """Write the checkpoint of ``step``, or start writing it in the background; raises ``SaveError``."""
         self.finish()
         self._writing = CheckpointWriter(self.root, step, tensors, state, self._side)
         if self._side is None:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint being written, then delete those no longer needed."""
+        """Wait for the checkpoint being written, then delete old ones."""
         if self._writing is None:
             return
         writer, self._writing = self._writing, None
@@ -222,7 +222,7 @@ class CheckpointManager:
             prune_checkpoints(self.root, self.keep)
 
     def newest(self) -> Checkpoint | None:
-        """The newest sound checkpoint; damaged ones are named."""
+        """The newest intact checkpoint; warns about damaged ones."""
         found: Checkpoint | None = distributed.from_main(lambda: newest_checkpoint(self.root, self.warn))
         return found
 
@@ -234,7 +234,7 @@ def identity(
     settings: Mapping[str, Any],
     base: str | None,
 ) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: settings, data, trained names, base and frozen students."""
+    """What must match to continue from a checkpoint: settings, data, trained names, base and frozen students."""
     shapes = hashlib.sha256(str(sorted((name, tuple(p.shape)) for name, p in trainable.items())).encode())
     frozen = hashlib.sha256()
     for module in model.modules():
@@ -258,17 +258,17 @@ def identity(
 
 @dataclass
 class Counters:
-    """How far a stage is. Losses are evaluation losses (infinite until there is one); steps count from 0."""
+    """Progress of a stage. Losses are evaluation losses (infinite before the first one); steps count from 0."""
 
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
-    """Tokens the objective counted in them."""
+    """Tokens the objective counted in those steps."""
     evaluated_step: int = -1
     initial_loss: float = math.inf
     last_loss: float = math.inf
     seconds: float = 0.0
-    """Spent in this stage up to the checkpoint."""
+    """Time spent in this stage up to the checkpoint."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -283,9 +283,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, trainable: Mapping[str, 
 def empty_slots(
     optimizer: torch.optim.Optimizer, trainable: Mapping[str, nn.Parameter], names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Zeros for those of ``names`` that are slots (as in ``optimizer_tensors``), put into the unused optimizer.
+    """Zeros for the ``names`` that are optimizer slots (as in ``optimizer_tensors``), also set in the new optimizer.
 
-    Scalars (step counts) stay on the CPU, as torch has them; other slots are shaped and sharded as their parameter is.
+    Scalars (step counts) stay on the CPU, as in torch; other slots are shaped and sharded like their parameter.
     """
     slots: dict[str, Tensor] = {}
     for key in names:
@@ -298,7 +298,7 @@ def empty_slots(
 
 
 def require_same_identity(where: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ``UserError`` naming what differs between a checkpoint at ``where`` and the run that would continue it."""
+    """Raise ``UserError`` naming the differences between the checkpoint at ``where`` and the current run."""
     changes = []
     for name, value in now.items():
         old = before.get(name)
@@ -315,5 +315,5 @@ def require_same_identity(where: str, before: Mapping[str, Any], now: Mapping[st
     if changes:
         raise UserError(
             f"{where} belongs to another run ({'; '.join(changes)}): use another run.dir, undo the change, or delete "
-            "that folder to start the stage again"
+            "that folder to restart the stage"
         )

@@ -1,8 +1,8 @@
-"""The groups of parameters that are clipped, scheduled, judged and stopped together: one layer's, or all of them.
+"""Parameter groups (one per layer, or one for all), each with its own clipping, learning rate and early stopping.
 
-Attention transfer trains every layer's student on a loss of its own. With ``clip_scope: layer`` nothing of one layer
-depends on another: not its clipping, its learning rate, which of its weights are the best, or when it stops. So it
-makes no difference which layers are trained together, or where.
+Attention transfer trains the student of each layer on its own loss. With ``clip_scope: layer`` the layers are fully
+independent: clipping, learning rate, best weights and early stopping are all per layer. So it makes no difference
+which layers are trained together, or where.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BEST = "best/"
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that are clipped by one norm."""
+    """Parameters clipped by a common norm."""
 
     name: str
     """For messages."""
     loss: str
-    """Name of the metric that is their loss, where the objective gives it; else it is ``loss``."""
+    """Name of the group's loss metric; ``loss`` is used if the objective does not report it."""
     parameters: dict[str, nn.Parameter]
 
 
@@ -49,9 +49,9 @@ def clip_groups(
     scope: str,
     stand_ins: Mapping[str, nn.Parameter] | None = None,
 ) -> list[ParamGroup]:
-    """``layer``: parameters by the student (so, layer) they belong to, the rest together; ``global``: one group.
+    """``layer``: one group per student (layer), plus one for the rest; ``global``: a single group.
 
-    ``stand_ins`` (by name) take the parameters' places in the groups.
+    ``stand_ins`` (by name), such as float32 master copies, replace the parameters in the groups.
     """
     members = trainable if stand_ins is None else stand_ins
     if scope == "global":
@@ -68,15 +68,15 @@ def clip_groups(
 
 
 def average_and_clip(groups: Sequence[ParamGroup], micro_batches: int, clip: float | None) -> float:
-    """Divide all gradients by ``micro_batches``, clip every group by its own norm; the norm of all before clipping.
+    """Divide gradients by ``micro_batches`` and clip each group by its norm; returns the total norm before clipping.
 
-    Gradients may be sharded; norms are then those of the whole. Raises ``NonFiniteGradient`` naming the first group
-    whose norm is not finite, ``RuntimeError`` when there is no gradient at all.
+    Gradients may be sharded; norms are those of the full gradients. Raises ``NonFiniteGradient`` naming the first group
+    whose norm is not finite, ``RuntimeError`` when there are no gradients at all.
     """
     gradients = {one.name: [p.grad for p in one.parameters.values() if p.grad is not None] for one in groups}
     gradients = {name: found for name, found in gradients.items() if found}
     if not gradients:
-        raise RuntimeError("the objective left no gradient on any trainable parameter")
+        raise RuntimeError("the objective produced no gradient for any trainable parameter")
     norms: list[Tensor] = []
     for found in gradients.values():
         if micro_batches > 1:
@@ -94,7 +94,7 @@ def average_and_clip(groups: Sequence[ParamGroup], micro_batches: int, clip: flo
 
 
 class GroupProgress:
-    """The learning rate of one group, its best weights so far, and whether it has stopped."""
+    """Learning rate, best weights so far and early stopping of one group."""
 
     def __init__(self, group: ParamGroup, cfg: StageConfig, total_steps: int) -> None:
         self.group, self.cfg = group, cfg
@@ -104,11 +104,11 @@ class GroupProgress:
 
     @property
     def stopped(self) -> bool:
-        """Whether early stopping has ended its training."""
+        """Whether early stopping has ended the group's training."""
         return self.cfg.early_stopping is not None and self.bad >= self.cfg.early_stopping
 
     def observe(self, numbers: Mapping[str, float], step: int) -> None:
-        """Take note of an evaluation after ``step`` optimizer steps."""
+        """Record an evaluation after ``step`` optimizer steps."""
         if self.stopped:
             return
         loss = numbers.get(self.group.loss, numbers["loss"])
@@ -122,14 +122,14 @@ class GroupProgress:
 
     @torch.no_grad()
     def restore_best(self) -> None:
-        """Put the best weights into the parameters; nothing where no evaluation has found any."""
+        """Copy the best weights, if there are any yet, into the parameters."""
         for name, kept in self._best.items():
             self.group.parameters[name].copy_(kept)
 
-    # Checkpoints: where the best step is the checkpoint's own, the best weights are not saved twice
+    # Checkpoints: if the best step is the checkpoint's step, the best weights are not saved twice
 
     def state(self) -> dict[str, Any]:
-        """What must be saved, as JSON."""
+        """State to save, as JSON."""
         numbers = {"best_loss": self.best_loss, "best_step": self.best_step, "bad": self.bad}
         return {"schedule": self.schedule.state(), **numbers}
 
@@ -138,7 +138,7 @@ class GroupProgress:
         return {} if self.best_step == step else {f"{BEST}{name}": kept for name, kept in self._best.items()}
 
     def load_state(self, state: Mapping[str, Any], step: int) -> dict[str, Tensor]:
-        """Continue from ``state``; tensors to be filled from the checkpoint of ``step`` before :meth:`loaded`."""
+        """Restore ``state``; returns the tensors to fill from the checkpoint of ``step`` before :meth:`loaded`."""
         self.schedule.load_state(state["schedule"])
         self.best_loss, self.best_step, self.bad = state["best_loss"], state["best_step"], state["bad"]
         if self.cfg.restore_best and self.best_step >= 0:
@@ -146,34 +146,34 @@ class GroupProgress:
         return self.best_tensors(step)
 
     def loaded(self, step: int) -> None:
-        """After the weights of ``step`` are loaded: where they are the best, keep them as such."""
+        """Call after the weights of ``step`` are loaded: if they are the best ones, keep a copy."""
         if self.best_step == step:
             for name, kept in self._best.items():
                 kept.copy_(self.group.parameters[name].detach())
 
 
 class ParamGroups:
-    """All groups of a stage and how far each has come."""
+    """All parameter groups of a stage and their progress."""
 
     def __init__(self, groups: Sequence[ParamGroup], cfg: StageConfig, total_steps: int) -> None:
         self.members = [GroupProgress(group, cfg, total_steps) for group in groups]
 
     def for_optimizer(self) -> list[dict[str, Any]]:
-        """The optimizer's groups: these, where their learning rates may differ, else one of all parameters."""
+        """The optimizer's param groups: one per group if their learning rates can differ, else a single one."""
         lists = [list(member.group.parameters.values()) for member in self.members]
         if not self.members[0].schedule.follows_evaluations:
             lists = [[p for members in lists for p in members]]
         return [{"params": members} for members in lists]
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Give the optimizer the learning rates of the step with index ``step``; the largest of them."""
+        """Set the optimizer's learning rates for step index ``step``; returns the largest."""
         rates = [member.schedule.lr(step) for member in self.members]
         for group, rate in zip(optimizer.param_groups, rates, strict=False):
             group["lr"] = rate
         return max(rates)
 
     def active(self) -> list[ParamGroup]:
-        """The groups that still learn; the gradients of the others are dropped."""
+        """The groups still training; drops the gradients of the others."""
         for member in self.members:
             if member.stopped:
                 for parameter in member.group.parameters.values():
@@ -182,7 +182,7 @@ class ParamGroups:
 
     @property
     def stopped(self) -> bool:
-        """Whether all of them have."""
+        """Whether all groups have stopped early."""
         return all(member.stopped for member in self.members)
 
     @property
@@ -196,7 +196,7 @@ class ParamGroups:
         return max(member.best_step for member in self.members)
 
     def state(self) -> dict[str, Any]:
-        """What must be saved, as JSON."""
+        """State to save, as JSON."""
         return {member.group.name: member.state() for member in self.members}
 
     def best_tensors(self, step: int) -> dict[str, Tensor]:
@@ -204,6 +204,6 @@ class ParamGroups:
         return {name: kept for member in self.members for name, kept in member.best_tensors(step).items()}
 
     def load_state(self, state: Mapping[str, Any], step: int) -> dict[str, Tensor]:
-        """Continue from ``state``; see :meth:`GroupProgress.load_state`."""
+        """Restore ``state``; see :meth:`GroupProgress.load_state`."""
         found = [member.load_state(state[member.group.name], step) for member in self.members]
         return {name: tensor for tensors in found for name, tensor in tensors.items()}

@@ -1,12 +1,12 @@
-"""The one training loop, for every stage: ``fit(model, batches, objective, cfg, run, stage=...)``.
+"""The training loop of every stage: ``fit(model, batches, objective, cfg, run, stage=...)``.
 
-It steps AdamW over the parameters that require gradients, the schedule, clipping, evaluation, best-checkpoint keeping,
-early stopping, saving and resuming. A run killed at any moment and started again ends with the numbers of an
+It runs AdamW over the parameters that require gradients, with a schedule, clipping, evaluation, best-weight tracking,
+early stopping, saving and resuming. A run killed at any moment and restarted ends with the same numbers as an
 uninterrupted one: weights, optimizer, schedule and data position are restored, the log is rewound, and every
-micro-batch seeds the random generators by its own index.
+micro-batch seeds the random generators by its index.
 
-Several processes divide the micro-batches of each optimizer step among them; the step itself is the same, so a run may
-be continued with another number of processes. They stop together, whichever of them is asked to, or finds a NaN.
+Several processes split the micro-batches of each optimizer step; the step itself is the same, so a run may be continued
+with a different number of processes. They all stop together when one of them gets a stop signal or finds a NaN.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _FREE_TO_CHANGE = {
 
 
 class NonFiniteLoss(UserError):
-    """A loss or gradient became NaN or infinite; ``stage``, ``step`` (the one being made) and ``where`` locate it."""
+    """A loss or gradient became NaN or infinite, in ``stage``, during ``step``, first in ``where``."""
 
     def __init__(self, stage: str, step: int, where: str, what: str) -> None:
         self.stage, self.step, self.where = stage, step, where
@@ -61,16 +61,16 @@ class NonFiniteLoss(UserError):
 
 
 class BatchSource(Protocol):
-    """What ``fit`` asks of the data: random access by micro-batch index, and a validation set."""
+    """The data that ``fit`` needs: random access by micro-batch index, and a validation set."""
 
     def __len__(self) -> int:
-        """Micro-batches an epoch."""
+        """Micro-batches per epoch."""
 
     def train_batch(self, index: int) -> Batch:
         """Micro-batch ``index``, counted over epochs; always the same for the same index."""
 
     def validation_batches(self) -> int:
-        """Validation micro-batches."""
+        """Number of validation micro-batches."""
 
     def validation_batch(self, index: int) -> Batch:
         """Validation micro-batch ``index``."""
@@ -83,35 +83,35 @@ class FitResult:
     steps: int
     initial_loss: float
     best_loss: float
-    """Of the weights it ends with (under ``restore_best``): where layers are judged alone, the mean of their best."""
+    """Loss of the final weights under ``restore_best``; with per-layer groups, the mean of their best losses."""
     best_step: int
-    """The latest, where layers are judged alone."""
+    """With per-layer groups, the latest of their best steps."""
     final_loss: float
     seconds: float
     tokens: int
     resumed_from: int | None
     stopped: bool
-    """Ctrl-C (or SIGTERM) ended it: a checkpoint was saved and the caller must stop too."""
+    """Ctrl-C (or SIGTERM) ended it: a checkpoint is saved, and the caller must stop too."""
     early: bool
     """Early stopping ended it."""
     finished: bool
-    """Nothing is left to do; False when it was stopped, or has reached ``until``."""
+    """The stage is complete; False if it was stopped, or only reached ``until``."""
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What the caller of ``fit`` decides beyond the recipe."""
+    """Options of ``fit`` that are not in the recipe."""
 
     background_saves: bool = False
-    """Several processes write checkpoints while they train."""
+    """With several processes, write checkpoints while training continues."""
     flops_per_token: float | None = None
-    """Of a training step, for the logged utilization."""
+    """FLOPs of a training step, for the logged utilization."""
     base: str | None = None
     """Fingerprint of the frozen base weights; checkpoints over another base are refused."""
     until: int | None = None
     """Save and return after this optimizer step; another call continues."""
     stop: StopSignal | None = None
-    """Replaces Ctrl-C and SIGTERM, which are then the caller's."""
+    """Stop signal of a caller that handles Ctrl-C and SIGTERM itself."""
 
 
 def fit(
@@ -124,11 +124,11 @@ def fit(
     stage: str,
     options: FitOptions | None = None,
 ) -> FitResult:
-    """Train the parameters of ``model`` that require gradients (float32) and leave the best of them in it.
+    """Train the parameters of ``model`` that require gradients (float32); it ends with the best weights.
 
     ``stage`` names the checkpoint folder and the log lines. A finished stage is loaded, not trained again.
-    Raises ``UserError`` for nothing to train or a checkpoint of other settings, ``NonFiniteLoss`` naming layer and
-    step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with ``stopped`` set.
+    Raises ``UserError`` if there is nothing to train or the checkpoint has other settings, ``NonFiniteLoss`` naming
+    layer and step, ``SaveError`` for a full disk. After Ctrl-C it saves and returns with ``stopped`` set.
     """
     options = options or FitOptions()
     loop = _Loop(model, batches, objective, cfg, run, stage, options)
@@ -199,16 +199,16 @@ class _Loop:
 
     @property
     def seconds(self) -> float:
-        """Time spent in this stage, earlier runs of it included."""
+        """Time spent in this stage, including earlier runs."""
         return time.monotonic() - self.began
 
     def _run_all(
         self, mine: Iterable[Batch | None], spare: Callable[[], Batch], step: int, stop: StopSignal
     ) -> MetricSums:
-        """The objective on this process's micro-batches, and the sums over all processes.
+        """Run the objective on this process's micro-batches; returns the sums over all processes.
 
-        None is a micro-batch of another process: the model's collectives need all processes, so ``spare`` is run and
-        does not count.
+        None stands for a micro-batch of another process: the model's collectives need every process, so ``spare`` is
+        run instead and not counted.
         """
         sums = MetricSums()
         for place in mine:
@@ -254,7 +254,7 @@ class _Loop:
             raise Interrupted
 
     def _train_batch(self, index: int) -> Batch:
-        """Micro-batch ``index``, after seeding the generators (of dropout) by it: the same in any process."""
+        """Micro-batch ``index``; seeds the generators (for dropout) by it, so it is the same in any process."""
         torch.manual_seed(hash((getattr(self.batches, "seed", 0), index)) % (1 << 62))
         return self.batches.train_batch(index)
 
@@ -272,7 +272,7 @@ class _Loop:
         raise NonFiniteLoss(self.stage, step, where, "loss")
 
     def evaluate(self, stop: StopSignal) -> None:
-        """Mean loss over the validation batches (weighted by their tokens); feeds schedule, best and early stopping."""
+        """Token-weighted mean loss over the validation batches; updates schedule, best weights and early stopping."""
         began, at = time.monotonic(), self.at
         rows = evaluation_batches(self.cfg, self.batches.validation_batches())
         if not rows:
@@ -294,7 +294,7 @@ class _Loop:
             raise Interrupted
 
     def abandon_step(self) -> None:
-        """After an interruption: forget the unfinished step and save the last finished one."""
+        """After an interruption: drop the unfinished step and save the last finished one."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.saved_step != self.at.step:
             self.save()
@@ -302,7 +302,7 @@ class _Loop:
     # Saving and resuming
 
     def save(self) -> None:
-        """Write a checkpoint of the last finished step, then delete those no longer needed."""
+        """Write a checkpoint of the last finished step, then delete old ones."""
         self.at.seconds = self.seconds
         state = {"counters": asdict(self.at), "groups": self.groups.state(), "identity": self.identity}
         masters = self.masters.parameters
@@ -312,7 +312,7 @@ class _Loop:
         self.saved_step = self.at.step
 
     def resume(self) -> None:
-        """Continue from the newest sound checkpoint of this stage, if there is one."""
+        """Continue from the newest intact checkpoint of this stage, if there is one."""
         found = self.checkpoints.newest()
         if found is None:
             self.log.rewind(self.stage, -1)
@@ -320,7 +320,7 @@ class _Loop:
         require_same_identity(str(found.path), found.state["identity"], self.identity)
         if found.step > self.total:
             raise UserError(
-                f"{found.path} is already past the {self.total} steps asked for: use another run.dir, ask for more "
+                f"{found.path} is already past the requested {self.total} steps: use another run.dir, request more "
                 "steps, or delete that folder"
             )
         names = [name for name in found.names() if not name.startswith(BEST)]
@@ -336,7 +336,7 @@ class _Loop:
         self.saved_step = self.resumed_from = found.step
         evaluated = self.at.evaluated_step == self.at.step
         dropped = self.log.rewind(self.stage, self.at.step, evaluated=evaluated)
-        more = f", {dropped} log lines after it dropped" if dropped else ""
+        more = f", dropped {dropped} later log lines" if dropped else ""
         self.log.info(f"{self.stage}: continuing from step {self.at.step} of {self.total} ({found.path.name}{more})")
 
     def finish(self, stopped: bool) -> FitResult:
@@ -356,7 +356,7 @@ class _Loop:
             finished=self.ended and not stopped,
         )
         if stopped:
-            self.log.info(f"{self.stage}: stopped after step {at.step}; run the same command again to go on")
+            self.log.info(f"{self.stage}: stopped after step {at.step}; run the same command again to continue")
         if not result.finished:
             return result
         if self.cfg.restore_best:
@@ -368,7 +368,7 @@ class _Loop:
         return result
 
 
-# Parts that need no loop
+# Helpers
 
 
 def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
@@ -382,7 +382,7 @@ def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
 
 
 def _readable(place: str) -> str:
-    """``layer_03`` and ``model.layers.3.mlp`` as words that name the layer."""
+    """Readable layer name for ``layer_03`` or ``model.layers.3.mlp``."""
     if match := re.fullmatch(r"layer_(\d+)", place):
         return f"layer {int(match.group(1))}"
     if match := re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", place):

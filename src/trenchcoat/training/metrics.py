@@ -1,4 +1,4 @@
-"""Numbers of an optimizer step or an evaluation, summed over micro-batches and processes; speed and memory."""
+"""Metrics of an optimizer step or an evaluation, summed over micro-batches and processes; speed and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MetricSums:
         """The micro-batch whose metrics are not finite, else the last one."""
 
     def add(self, metrics: Metrics, batch: Batch, *, counts: bool) -> None:
-        """One micro-batch more; with ``counts`` false only the names of its metrics matter."""
+        """Add a micro-batch; with ``counts`` false only the names of its metrics are registered."""
         tokens = metrics.get("tokens", 1.0)
         new = {"count": 1.0, "tokens": tokens}
         for name, value in metrics.items():
@@ -38,7 +38,7 @@ class MetricSums:
             self.suspect = batch
 
     def reduce(self, stop: bool) -> None:
-        """Add up over all processes; ``stop`` (this process was asked to stop) becomes everybody's."""
+        """Sum over all processes; a ``stop`` request on any process is shared with all."""
         self._sums = distributed.sum_metrics({**self._sums, "stop": float(stop)})
 
     @property
@@ -66,10 +66,10 @@ class MetricSums:
 
 
 def speed(device: torch.device, tokens: int, seconds: float, flops_per_token: float | None) -> dict[str, float]:
-    """Speed and memory of a step that took ``seconds`` for ``tokens`` of all processes, for the log; a collective.
+    """Speed and memory of a step that took ``seconds`` for ``tokens`` over all processes, for the log; a collective.
 
-    ``speed/tokens_per_second`` is of all processes together, ``speed/mfu`` is there where the device's peak and
-    ``flops_per_token`` are known, ``speed/memory_gib`` is the most that any process has held (of its GPU, else of the
+    ``speed/tokens_per_second`` is over all processes, ``speed/mfu`` is given when the device's peak and
+    ``flops_per_token`` are known, ``speed/memory_gib`` is the peak memory of any process (on its GPU, else on the
     host).
     """
     on_gpu = device.type == "cuda"

@@ -3,10 +3,10 @@
 An objective runs the forward pass on one micro-batch and, when gradients are enabled, adds the gradients of the
 micro-batch's mean loss to ``.grad``; it returns plain numbers. Shapes: b rows, T tokens, V vocabulary.
 
-    "loss"                          what is minimized; "tokens": how many tokens the means are over
-    "loss/layer_03", ...            transfer: the same, layer by layer
-    "mse/...", "relative/...",      transfer, without gradients only: mean((y - y_hat)^2), its share of mean(y^2),
-    "xent/..."                      and the attention cross-entropy when it has a weight
+    "loss"                          what is minimized; "tokens": number of tokens averaged over
+    "loss/layer_03", ...            transfer: the loss of each layer
+    "mse/...", "relative/...",      transfer, without gradients only: mean((y - y_hat)^2), its ratio to mean(y^2),
+    "xent/..."                      and the attention cross-entropy if its weight is not 0
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from trenchcoat.data.batches import Batch
 
 IDLE = "idle"
-"""Key of a batch that is run only so that the processes' collectives match; its gradients are 0."""
+"""Key that marks a batch run only to keep the collectives of all processes matched; its gradients are 0."""
 
 Metrics = dict[str, float]
 Objective = Callable[[nn.Module, "Batch"], Metrics]
-"""Runs one micro-batch; adds its gradients when they are enabled, and returns its numbers."""
+"""Runs one micro-batch, adds its gradients when they are enabled, and returns its metrics."""
 
 
 def _mask_if_padded(batch: Batch) -> Tensor | None:
@@ -39,7 +39,7 @@ def _mask_if_padded(batch: Batch) -> Tensor | None:
 
 
 def forward_decoder(model: nn.Module, batch: Batch) -> Tensor:
-    """The decoder's layers on a batch's tokens, or hidden states, without gradients: [b, T, d] after the last one."""
+    """Run the decoder's layers on a batch of tokens or hidden states, without gradients; returns [b, T, d]."""
     name = "inputs_embeds" if "inputs_embeds" in batch else "input_ids"
     inputs: dict[str, Any] = {name: batch[name], "attention_mask": _mask_if_padded(batch), "use_cache": False}
     with torch.no_grad():
@@ -47,13 +47,13 @@ def forward_decoder(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def transfer_objective(cfg: TransferConfig, outputs: Callable[[Batch, Tensor], None] | None = None) -> Objective:
-    """Attention transfer (LoLCATs, arXiv 2410.10254, section 3.1), every layer on its own.
+    """Attention transfer (LoLCATs, arXiv 2410.10254, section 3.1), each layer independently.
 
     Each ``StudentAttention`` in ``transfer`` mode computes its loss and its parameters' gradients inside the forward
-    pass, which itself runs without gradients, so nothing of one layer is kept while the next one runs. ``loss`` is the
-    mean over layers; gradients are those of each layer's own loss. ``outputs`` is given every batch (but idle ones) and
-    the hidden states [b, T, d] after the last layer. Raises ``UserError`` when no layer is in transfer
-    mode, ``RuntimeError`` when the forward pass did not reach one.
+    pass, which itself runs without gradients, so no activations are kept from one layer to the next. ``loss`` is the
+    mean over layers; gradients are those of each layer's own loss. ``outputs`` is called with every batch (except idle
+    ones) and the hidden states [b, T, d] after the last layer. Raises ``UserError`` when no layer is in transfer mode,
+    ``RuntimeError`` when the forward pass did not reach one of them.
     """
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
@@ -79,9 +79,9 @@ def transfer_objective(cfg: TransferConfig, outputs: Callable[[Batch, Tensor], N
 
 
 def initialise_from_text(model: nn.Module, batch: Batch) -> None:
-    """Give the students the initial values that come from real text: keys of `batch`, for ``init: landmarks``.
+    """Initialise students from real text: from the keys of `batch`, for ``init: landmarks``.
 
-    The students of ``model`` must be in ``transfer`` mode; other initialisations are left as they are.
+    The students of ``model`` must be in ``transfer`` mode; students with another ``init`` are not changed.
     """
     students = [m for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "transfer"]
     students = [student for student in students if student.starts_from_text]
@@ -92,7 +92,7 @@ def initialise_from_text(model: nn.Module, batch: Batch) -> None:
 def _forward_transfer(
     model: nn.Module, batch: Batch, students: list[StudentAttention], request: TransferRequest
 ) -> Tensor:
-    """The decoder's forward pass, in which each of ``students`` (in transfer mode) gets ``request``; its output."""
+    """Run the decoder with ``request`` set on each of ``students`` (in transfer mode); returns its output."""
     for student in students:
         student.request, student.metrics = request, {}
     if model.training:
@@ -105,10 +105,10 @@ def _forward_transfer(
 
 
 def _collect(students: list[StudentAttention], *, detailed: bool, xent: bool) -> Metrics:
-    """All layers' numbers with one transfer to the host."""
+    """The metrics of all layers, with a single copy to the host."""
     missed = [student.layer_idx for student in students if "loss" not in student.metrics]
     if missed:
-        raise RuntimeError(f"the forward pass did not run the transfer of layers {missed}")
+        raise RuntimeError(f"the forward pass did not compute the transfer loss of layers {missed}")
     names = ["loss", "mse", "target_power", *(["xent"] if xent else [])] if detailed else ["loss"]
     device = students[0].metrics["loss"].device
     table = torch.stack(
@@ -127,7 +127,7 @@ def _collect(students: list[StudentAttention], *, detailed: bool, xent: bool) ->
 
 
 def next_token_loss(logits_bTV: Tensor, labels_bT: Tensor) -> tuple[Tensor, int]:
-    """Mean cross-entropy of the next token in float32 over labels that count, and their number; 0 when none counts."""
+    """(mean next-token cross-entropy in float32, number of labels) over labels other than -100; loss 0 if none."""
     targets = F.pad(labels_bT[:, 1:], (0, 1), value=-100).reshape(-1)
     count = int((targets != -100).sum())
     total = F.cross_entropy(
@@ -137,7 +137,7 @@ def next_token_loss(logits_bTV: Tensor, labels_bT: Tensor) -> tuple[Tensor, int]
 
 
 def next_token_objective() -> Objective:
-    """Next-token prediction on the labels that count (not -100), through the whole model."""
+    """Next-token prediction on labels other than -100, through the whole model."""
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
         """One micro-batch of next-token prediction."""
@@ -156,7 +156,7 @@ def next_token_objective() -> Objective:
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "next_token": next_token_objective,
 }
-"""What ``lora.objective`` may name. Add an objective here."""
+"""Valid values of ``lora.objective``. Add an objective here."""
 
 
 def stage_2_objective(name: str) -> Objective:
@@ -167,17 +167,17 @@ def stage_2_objective(name: str) -> Objective:
 
 
 def first_nonfinite(model: nn.Module, objective: Objective, batch: Batch) -> str | None:
-    """Name of the first parameter, else of the first module in the forward pass, that holds a NaN or an infinity."""
+    """Name of the first parameter with a NaN or infinity, else of the first module whose output has one."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return name
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """A hook that notes ``name`` when the module's output is not finite and no earlier one was."""
+        """A hook that records ``name`` if the module's output is the first that is not finite."""
 
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            """Look at the first output."""
+            """Check the first output."""
             first = output[0] if isinstance(output, tuple | list) and output else output
             if not found and isinstance(first, Tensor) and first.is_floating_point() and not first.isfinite().all():
                 found.append(name)

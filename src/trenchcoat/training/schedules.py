@@ -1,6 +1,6 @@
-"""Learning rates over the optimizer steps, each with warm-up, and how many steps and micro-batches a stage has.
+"""Learning-rate schedules, each with warm-up, and the number of steps and micro-batches of a stage.
 
-A schedule is a class in ``SCHEDULES``; its name there is what ``transfer.schedule`` and ``lora.schedule`` accept.
+A schedule is a class in ``SCHEDULES``; its key there is its name in ``transfer.schedule`` and ``lora.schedule``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 from trenchcoat.config import StageConfig, UserError
 
 PLATEAU_THRESHOLD = 1e-4
-"""An evaluation counts as better when it is below the best one by this share (as in torch's ReduceLROnPlateau)."""
+"""Relative improvement on the best loss that counts as better (as in torch's ReduceLROnPlateau)."""
 
 
 class Schedule:
-    """The rate of every optimizer step, from its index and the evaluation losses seen so far; here, a constant one.
+    """Learning rate by step index and the evaluation losses seen so far; the base class is constant.
 
-    A subclass overrides ``rate_at``, or ``observe`` where evaluations change the rate.
+    A subclass overrides ``rate_at``, or ``observe`` if evaluations change the rate.
     """
 
     follows_evaluations: ClassVar[bool] = False
-    """Whether the rate depends on ``observe``: each group of parameters may then have its own."""
+    """Whether the rate depends on ``observe``, so that parameter groups can have different rates."""
 
     def __init__(self, cfg: StageConfig, total_steps: int) -> None:
         self.cfg, self.total = cfg, total_steps
@@ -31,25 +31,25 @@ class Schedule:
         self.bad = 0
 
     def rate_at(self, share: float) -> float:
-        """The rate after a share (0 to 1) of the steps that follow the warm-up."""
+        """Rate after a fraction (0 to 1) of the steps that follow the warm-up."""
         return self.rate
 
     def lr(self, step: int) -> float:
-        """Rate of the step with index ``step`` (the first is 0)."""
+        """Rate of step index ``step`` (from 0)."""
         warmup = self.cfg.warmup_steps
         share = min(max((step - warmup) / max(self.total - warmup, 1), 0.0), 1.0)
         rate = self.rate_at(share)
         return rate * min(1.0, (step + 1) / warmup) if warmup > 0 else rate
 
     def observe(self, loss: float) -> None:
-        """Take note of an evaluation loss."""
+        """Record an evaluation loss."""
 
     def state(self) -> dict[str, Any]:
-        """What must be saved, as JSON."""
+        """State to save, as JSON."""
         return {"rate": self.rate, "best": self.best, "bad": self.bad}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state()``."""
+        """Restore what ``state()`` returned."""
         self.rate, self.best, self.bad = state["rate"], state["best"], state["bad"]
 
 
@@ -103,7 +103,7 @@ def build_schedule(cfg: StageConfig, total_steps: int) -> Schedule:
 
 
 def training_length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
-    """(micro-batches, optimizer steps) of the whole stage; the last step of an epoch count may be a short one."""
+    """(micro-batches, optimizer steps) of the whole stage; with ``epochs`` the last step may be shorter."""
     if cfg.max_steps is not None:
         return cfg.max_steps * cfg.accumulation, cfg.max_steps
     micro_batches = math.ceil(cfg.epochs * epoch)
@@ -111,11 +111,11 @@ def training_length(cfg: StageConfig, epoch: int) -> tuple[int, int]:
 
 
 def step_batches(cfg: StageConfig, step: int, micro_batches: int) -> range:
-    """Indices of the micro-batches of the optimizer step with index ``step``, of so many in the whole stage."""
+    """Indices of the micro-batches of optimizer step index ``step``; the stage has ``micro_batches`` in total."""
     first = step * cfg.accumulation
     return range(first, min(first + cfg.accumulation, micro_batches))
 
 
 def evaluation_batches(cfg: StageConfig, available: int) -> int:
-    """Validation micro-batches of an evaluation, of so many that there are."""
+    """Number of validation micro-batches per evaluation, at most ``available``."""
     return available if cfg.eval_batches is None else min(available, cfg.eval_batches)
