@@ -1,7 +1,7 @@
 """The columns of the report's table: a heading, and how a row's scores become a cell.
 
-A new column is a class here and its line in ``REPORT_COLUMNS``; its figures also join the row's ``summary`` in
-``results.json``.
+To add a column, write a class here and list it in ``REPORT_COLUMNS``; its values also appear in the row's ``summary``
+in ``results.json``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def percent(share: Estimate) -> str:
-    """``93.1 % ± 0.8``; without an error where it is known to be zero, as for the two ends of a gap."""
+    """``93.1 % ± 0.8``; the error is omitted where it is exactly zero, as for the two ends of a gap."""
     digits = 1 if abs(share.value) < 2 and share.error != 0 else 0
     noise = f" ± {100 * share.error:.{digits}f}" if math.isfinite(share.error) and share.error != 0 else ""
     return f"{100 * share.value:.{digits}f} %{noise}"
 
 
 class ReportColumn:
-    """One column of the table. The cells of the base class are shares in per cent."""
+    """One column of the table. By default cells are percentages."""
 
     key: ClassVar[str]
     """Its key in the summary of a row in ``results.json``."""
@@ -31,20 +31,20 @@ class ReportColumn:
     short_heading: ClassVar[str]
     """The heading on a terminal, three lines high."""
     description: ClassVar[str] = ""
-    """What the report explains about it."""
+    """Its explanation in the report; empty: none."""
     absent: ClassVar[str] = "–"
     """The cell of a row without a value."""
 
     def value(self, results: Results, row: str) -> Estimate | None:
-        """The figure of ``row``; None where it has none."""
+        """The value for ``row``; None if there is none."""
         raise NotImplementedError
 
     def text(self, value: Estimate) -> str:
-        """A figure as readers see it, with its standard error behind " ±"."""
+        """A formatted value, its standard error after " ±"."""
         return percent(value)
 
     def cell(self, results: Results, row: str, *, noise: bool = True) -> str:
-        """The text of ``row``; ``noise`` adds the standard error."""
+        """The cell of ``row``; ``noise`` adds the standard error."""
         value = self.value(results, row)
         text = self.absent if value is None or math.isnan(value.value) else self.text(value)
         return text if noise else text.partition(" ±")[0]
@@ -57,7 +57,7 @@ class PerplexityColumn(ReportColumn):
     absent = "no tokens"
 
     def losses(self, scores: Scores) -> RowSums:
-        """Of the tokens that count here."""
+        """Losses of the tokens that this column covers."""
         return scores.all
 
     def value(self, results: Results, row: str) -> Estimate | None:
@@ -66,7 +66,7 @@ class PerplexityColumn(ReportColumn):
         return Estimate(losses.perplexity, losses.perplexity * losses.error) if losses.count else None
 
     def text(self, value: Estimate) -> str:
-        """Three digits below 100, one above."""
+        """Three decimals below 100, else one."""
         if not math.isfinite(value.value):
             return "not finite"
         digits = 3 if value.value < 100 else 1
@@ -79,12 +79,12 @@ class FarPerplexityColumn(PerplexityColumn):
     key, heading, short_heading = "perplexity_past_2w", "perplexity, past 2W", "\nppl\npast 2W"
 
     def losses(self, scores: Scores) -> RowSums:
-        """Of the tokens that count here."""
+        """Losses of the tokens that this column covers."""
         return scores.far
 
 
 class RecallColumn(ReportColumn):
-    """Recall probes whose token is the first choice."""
+    """Share of the recall probes whose token the model ranks first."""
 
     key, heading, short_heading = "recall_accuracy", "recall probe", "\nrecall\nprobe"
     description = (
@@ -104,8 +104,8 @@ class GapColumn(ReportColumn):
 
     key, heading, short_heading = "share_closed", "gap closed, all tokens", "gap\nclosed\nall"
     description = (
-        "how much of the loss between the untrained swap (0 %) and the teacher (100 %) is made up. Negative is worse "
-        "than the start, and – means that there is no such gap or that it is within the noise."
+        "how much of the loss between the untrained swap (0 %) and the teacher (100 %) is closed. Negative is worse "
+        "than the untrained swap; – means that there is no such gap or that it is within the noise."
     )
 
     def value(self, results: Results, row: str) -> Estimate | None:
@@ -118,7 +118,7 @@ class FarGapColumn(ReportColumn):
 
     key, heading, short_heading = "far_share_closed", "gap closed, past 2W", "gap\nclosed\npast 2W"
     description = (
-        "the same between the better window + sinks row{window_row} and the teacher; it says what the far part adds."
+        "the same, measured from the better window + sinks row{window_row} to the teacher: what the far part adds."
     )
 
     def value(self, results: Results, row: str) -> Estimate | None:
@@ -130,4 +130,4 @@ REPORT_COLUMNS: dict[str, ReportColumn] = {
     column.key: column
     for column in (PerplexityColumn(), FarPerplexityColumn(), RecallColumn(), GapColumn(), FarGapColumn())
 }
-"""Every column by its key, in the order of the table. Add yours here."""
+"""Every column by key, in table order. Add yours here."""

@@ -1,9 +1,9 @@
-"""lm-evaluation-harness 0.4.13 over linearized models: a harness model, and scores of its tasks as records.
+"""lm-evaluation-harness 0.4.13 for linearized models: a model class for the harness, and its task scores as records.
 
-The model is registered under the name ``trenchcoat``. The harness has no discovery of models in other packages, so its
-command line learns of it by being started from here: ``trenchcoat lm-eval ...`` or ``python -m
+The model is registered under the name ``trenchcoat``. The harness does not discover models in other packages,
+so its command line has to be started from here: ``trenchcoat lm-eval ...`` or ``python -m
 trenchcoat.evaluation.harness``, with the harness's own arguments. Several processes (``accelerate launch -m
-trenchcoat.evaluation.harness ...``) each score a share of the rows: the harness's own data parallelism.
+trenchcoat.evaluation.harness ...``) each score a share of the rows, by the harness's own data parallelism.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ MODEL_NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """The harness's own defaults."""
 HARNESS_DEVICE = "cuda:0"
-"""What the harness's command line asks for when no device is given."""
+"""The default device of the harness's command line."""
 RECENT = 16
-"""Texts whose tokens are remembered."""
+"""Texts whose token ids are cached."""
 CPU_ROWS = 16
-"""Rows of a call for generation and rolling likelihood on a CPU, whose memory the harness does not probe."""
+"""Batch size for generation and rolling likelihood on a CPU, where the harness cannot find one automatically."""
 
 
 class TrenchcoatLM(HFLM):
     """A linearized model in the harness. Likelihoods go through :class:`LoglikelihoodScorer`: contexts are read whole
-    unless ``max_length`` is given (the harness would cut them at the trained length), shared beginnings once.
+    unless ``max_length`` is given (the harness cuts them at the trained length), and shared prefixes are read once.
 
     Args (as ``--model_args path=DIR,teacher=true``):
         path: run, adapter or merged folder.
         teacher: score the base model's own softmax attention, without LoRA, instead.
         far: False switches the far part off.
-        base: where the base model is, when not where it was.
-        batch_size: rows of a call, or `auto`.
+        base: where the base model is, if it has moved.
+        batch_size: rows per forward pass, or `auto`.
         max_length: tokens of context and continuation to keep, cut from the left.
-        share: read shared beginnings once.
+        share: read shared prefixes once.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class TrenchcoatLM(HFLM):
                 become_teacher(model)
             set_far(model, far)
         self._encode_plain = functools.lru_cache(RECENT)(super().tok_encode)
-        with _quietly():  # it warns about ready-made models and several processes, both of which are handled below
+        with _quietly():  # it warns about model objects and several processes; both are handled below
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -110,14 +110,14 @@ class TrenchcoatLM(HFLM):
 
     @staticmethod
     def _harness_batch(batch_size: int | str, model: Any) -> int | str:
-        """What the harness's own calls (generation, rolling likelihood) get: its automatic batch needs a GPU."""
+        """Batch size of the harness's own calls (generation, rolling likelihood); its automatic one needs a GPU."""
         on_cpu = str(batch_size).startswith("auto") and model.device.type == "cpu"
         return CPU_ROWS if on_cpu else batch_size
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
-        """As the harness's; the last few plain texts are kept: the choices of a question ask for the same one."""
+        """As the harness's, with a small cache: the choices of a question share their context."""
         if add_special_tokens is None and left_truncate_len is None and not kwargs:
             return self._encode_plain(string)
         found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
@@ -135,7 +135,7 @@ class TrenchcoatLM(HFLM):
         return answers
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
-        """At most ``max_length`` tokens read, and the one they predict; cut from the left."""
+        """Cut the context from the left so that the model reads at most ``max_length`` tokens."""
         if self._max_length is None:
             return Request(context, continuation)
         room = self._max_length + 1 - len(continuation)
@@ -156,9 +156,9 @@ class TrenchcoatLM(HFLM):
 
 
 def _usable(device: str | None) -> str:
-    """The device asked for; the harness's command line asks for its default, cuda:0, also where there is no GPU."""
+    """The requested device, but the CPU for the harness's default cuda:0 on a machine without a GPU."""
     if device == HARNESS_DEVICE and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("%s is not there; the model runs on the CPU", device)
+        logging.getLogger(__name__).warning("%s is not available; the model runs on the CPU", device)
         return "cpu"
     return device or "auto"
 
@@ -168,7 +168,7 @@ if MODEL_NAME not in model_registry:
 
 
 def become_teacher(model: Any) -> None:
-    """From a run or adapter: the base model as it was, its own attention, no LoRA. Raises ``UserError`` for others."""
+    """Turn a run or adapter back into its base model: own attention, no LoRA. Raises ``UserError`` for other models."""
     if not hasattr(model, "trenchcoat_adapter"):
         raise UserError(
             "a merged folder no longer holds its teacher's weights: give the teacher's own folder (--teacher DIR), or "
@@ -179,9 +179,9 @@ def become_teacher(model: Any) -> None:
 
 
 def task_manager(names: Sequence[str], *, task_dir: Path | None, data_dir: Path | None) -> TaskManager:
-    """The harness's index with our task files (given ``data_dir``) and the user's; the harness's own where needed.
+    """The harness's index of our task files (given ``data_dir``), the user's, and where needed the harness's own.
 
-    Raises ``UserError`` for a name that nobody knows.
+    Raises ``UserError`` for an unknown name.
     """
     paths: list[Path] = []
     metadata = {}
@@ -190,7 +190,7 @@ def task_manager(names: Sequence[str], *, task_dir: Path | None, data_dir: Path 
         metadata["data_dir"] = str(data_dir)
     if task_dir is not None:
         if not task_dir.is_dir() or not any(task_dir.glob("**/*.yaml")):
-            raise UserError(f"--task-dir {task_dir}: no task file (*.yaml) there")
+            raise UserError(f"--task-dir {task_dir}: no task file (*.yaml) in it")
         paths.append(task_dir)
     manager = TaskManager(include_path=[*paths], include_defaults=False, metadata=metadata) if paths else None
     if manager is None or not set(names) <= set(manager.all_tasks):
@@ -204,7 +204,7 @@ def task_manager(names: Sequence[str], *, task_dir: Path | None, data_dir: Path 
 
 
 def load_tasks(manager: TaskManager, names: Sequence[str]) -> list[Any]:
-    """The harness's groups and tasks of these names, with their data. Raises ``UserError`` when it cannot be had."""
+    """The harness's groups and tasks of these names, with their data. Raises ``UserError`` when it cannot be loaded."""
     try:
         loaded = manager.load([*names])
         groups = [group for name, group in loaded.get("groups", {}).items() if name in names]
@@ -226,7 +226,7 @@ def score_tasks(
     *,
     model_name: str,
 ) -> dict[str, TaskRecord]:
-    """Score tasks; records with the scores of this one model under ``model_name``. Empty on all processes but one."""
+    """Score tasks; returns records with this model's scores under ``model_name``; {} on all but the first process."""
     manager = task_manager(names, task_dir=plan.task_dir, data_dir=plan.data_dir)
     with _quietly():
         found = simple_evaluate(
@@ -262,7 +262,7 @@ class HarnessTasks(EvalTask):
         self.path, self.names, self.name = path, names, ",".join(names)
 
     def score(self, model: ScoredModel, plan: TaskPlan) -> dict[str, TaskRecord]:
-        """Records of the tasks, and of the tasks inside groups."""
+        """Records of the tasks, and of the tasks in groups."""
         lm = TrenchcoatLM(
             self.path,
             model=model.scorer.model,
@@ -312,7 +312,7 @@ def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the harness's bars (one a subject) and notes (two a subject) off the terminal; its errors stay."""
+    """Hide the harness's progress bars (one per subject) and log messages (two per subject); errors are still shown."""
     modules = (lm_eval.api.task, lm_eval.api.model)
     bars = [module.tqdm for module in modules]
     logger = logging.getLogger("lm_eval")
@@ -333,7 +333,7 @@ def _no_bar(bar: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def harness_command() -> None:
-    """The harness's own command line, which now knows ``--model trenchcoat``."""
+    """The harness's own command line, with ``--model trenchcoat`` registered."""
     cli_evaluate()
 
 

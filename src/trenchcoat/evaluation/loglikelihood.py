@@ -1,8 +1,8 @@
-"""Log-probabilities of continuations, what their contexts share computed once.
+"""Log-probabilities of continuations; prefixes that contexts share are computed once.
 
-Few-shot prompts of one subject begin alike: the model reads that beginning once and its cache, copied for every row of
-a batch, is the start of the rest. The cache of a linearized layer has a constant size, so this costs the same whatever
-the length of the beginning; softmax layers work too, with a cache that grows.
+Few-shot prompts of one subject share a prefix: the model reads it once, and every row of a batch continues from a copy
+of its cache. The cache of a linearized layer has a constant size, so the copy costs the same whatever the length of the
+prefix; softmax layers work too, with a cache that grows.
 
 Shape legend: b rows of a batch, T columns of a call, K columns whose logits are kept, V vocabulary.
 """
@@ -28,12 +28,12 @@ from trenchcoat.students import StudentAttention
 Ids = NDArray[np.int64]
 
 LEAST_SAVED = {"cpu": 256}
-"""Tokens that sharing a beginning must save before it gets a call of its own, by device; else LEAST_SAVED_GPU."""
+"""Tokens that sharing a prefix must save to be worth a forward pass of its own, by device; else LEAST_SAVED_GPU."""
 LEAST_SAVED_GPU = 8192
 MOST_KEPT = 64
-"""Positions of a row whose logits may be kept for requests that read only its beginning."""
+"""Trailing positions of a row whose logits may be kept for requests that are prefixes of it."""
 CALL_TOKENS = {"cpu": 1 << 14}
-"""Tokens of a call when the batch size is automatic, by device; else CALL_TOKENS_GPU, halved when memory is short."""
+"""Tokens per forward pass with an automatic batch size, by device; else CALL_TOKENS_GPU, halved when out of memory."""
 CALL_TOKENS_GPU = 1 << 17
 
 
@@ -52,9 +52,9 @@ class Answer(NamedTuple):
     greedy: bool
     """Each of its tokens is the model's first choice."""
     hits: int
-    """Its tokens that are the model's first choice."""
+    """Number of its tokens that are the model's first choice."""
     tokens: int
-    """Its tokens."""
+    """Number of its tokens."""
 
 
 @dataclass
@@ -62,18 +62,18 @@ class ScoringCost:
     """What scoring cost."""
 
     rows: int = 0
-    """Different rows scored (one-token continuations of one context are one row)."""
+    """Distinct rows scored (one-token continuations of one context are one row)."""
     tokens_given: int = 0
     """Tokens of those rows."""
     tokens_read: int = 0
-    """Tokens that the model read for them, padding apart."""
+    """Tokens that the model read for them, without padding."""
     beginnings: int = 0
-    """Shared beginnings that were read once."""
+    """Shared prefixes that were read once."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that share their first ``shared`` tokens; 0: they are read whole."""
+    """Rows that share their first ``shared`` tokens; 0: nothing is shared."""
 
     shared: int
     members: list[int]
@@ -82,26 +82,26 @@ class RowGroup:
 @dataclass
 class _Row:
     ids: Ids
-    """The tokens that the model reads: context and continuation without its last token."""
+    """The tokens that the model reads: the context, and the continuation without its last token."""
     kept: int
     """Trailing positions whose logits are needed."""
     askers: list[tuple[int, int]]
-    """(request, tokens of the row behind what the request reads)."""
+    """(request, tokens of the row after those that the request reads)."""
 
     @property
     def shareable(self) -> Ids:
-        """What another call may read: all but the positions whose logits are needed."""
+        """The part that may be a shared prefix: all but the positions whose logits are needed."""
         return self.ids[: len(self.ids) - self.kept]
 
 
 def _distinct_rows(requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[_Row]:
-    """What must be read, sorted: requests that read the same, or the beginning of what another reads, share a row."""
+    """The rows to read, sorted: requests whose tokens equal another's, or a prefix of another's, share a row."""
     rows: dict[bytes, _Row] = {}
     for number, (context, continuation) in enumerate(requests):
         if not len(context) or not len(continuation):
             raise ValueError(f"request {number} has an empty context or continuation; each needs a token")
         ids = np.asarray([*context, *continuation[:-1]], dtype=np.int64)
-        row = rows.setdefault(ids.astype(">u4").tobytes(), _Row(ids, 0, []))  # such bytes sort as the ids do
+        row = rows.setdefault(ids.astype(">u4").tobytes(), _Row(ids, 0, []))  # big-endian, so bytes sort as the ids do
         row.kept = max(row.kept, len(continuation))
         row.askers.append((number, 0))
     found: list[_Row] = []
@@ -122,10 +122,10 @@ class LoglikelihoodScorer:
     """Scores requests on a model that is ready (the caller sets mode, LoRA and far part).
 
     Args:
-        batch_size: rows of a call; None: as many as make up ``CALL_TOKENS``, halved when the GPU's memory is short.
-        share: read a shared beginning once. Ignored, and ``why_not`` says why, for models whose rotary embedding
+        batch_size: rows per forward pass; None: as many as fit in ``CALL_TOKENS``, halved when out of GPU memory.
+        share: read shared prefixes once. Ignored (see ``why_not``) for models whose rotary embedding
             depends on the length of the whole text.
-        progress: called with the number of requests answered so far, and of all.
+        progress: called with the numbers of requests done and in all.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class LoglikelihoodScorer:
     ) -> None:
         self.model, self.device = model, compute_device(model)
         self.batch_size, self.progress = batch_size, progress
-        self.why_not = "" if share else "it was not asked for"
+        self.why_not = "" if share else "it was switched off"
         if share and _rotary_type(model) in ("dynamic", "longrope"):
             self.why_not = f"its rotary embedding is {_rotary_type(model)!r}, which depends on the length of the text"
         self.share = not self.why_not
@@ -148,7 +148,7 @@ class LoglikelihoodScorer:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def scores(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
-        """One answer a :class:`Request` (or plain pair), in their order.
+        """One answer per :class:`Request` (or plain pair), in order.
 
         Raises ``ValueError`` for an empty context or continuation.
         """
@@ -168,7 +168,7 @@ class LoglikelihoodScorer:
         return [answer for answer in answers if answer is not None]
 
     def _calls(self, rows: list[_Row]) -> Iterator[tuple[list[int], Tensor]]:
-        """(members, log-probabilities [b, K, V] float32, aligned at the last column) of each call."""
+        """(members, log-probabilities [b, K, V] float32, aligned at the last column) of each forward pass."""
         least = LEAST_SAVED.get(self.device.type, LEAST_SAVED_GPU)
         groups = (
             plan_groups([row.shareable for row in rows], least) if self.share else [RowGroup(0, [*range(len(rows))])]
@@ -176,12 +176,12 @@ class LoglikelihoodScorer:
         self.work.rows += len(rows)
         self.work.tokens_given += sum(len(row.ids) for row in rows)
         for group in groups:
-            beginning = self._read(rows[group.members[0]].ids[: group.shared]) if group.shared else None
+            prefix = self._read(rows[group.members[0]].ids[: group.shared]) if group.shared else None
             left = sorted(group.members, key=lambda i: -len(rows[i].ids))
             while left:
                 members = left[: self._rows_of_a_call(len(rows[left[0]].ids) - group.shared)]
-                logits = self._try(beginning, group.shared, [rows[i] for i in members])
-                if logits is None:  # memory was short: the limit is lower now
+                logits = self._try(prefix, group.shared, [rows[i] for i in members])
+                if logits is None:  # out of memory: retry with the lower limit
                     continue
                 left = left[len(members) :]
                 yield members, logits
@@ -190,13 +190,13 @@ class LoglikelihoodScorer:
         columns = max(longest, self._least_columns)
         return self.batch_size if self.batch_size is not None else max(1, self.budget // columns)
 
-    def _try(self, beginning: Any, shared: int, rows: list[_Row]) -> Tensor | None:
+    def _try(self, prefix: Any, shared: int, rows: list[_Row]) -> Tensor | None:
         try:
-            return self._forward(beginning, shared, rows)
+            return self._forward(prefix, shared, rows)
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise UserError(
-                    f"memory is too short for a single row of {len(rows[0].ids)} tokens: use a larger device, or "
+                    f"out of memory with a single row of {len(rows[0].ids)} tokens: use a larger device, or "
                     "shorter contexts (--max-length, fewer --num-fewshot)"
                 ) from error
             self.budget = max(1, self.budget // 2)
@@ -205,13 +205,13 @@ class LoglikelihoodScorer:
             return None
 
     def _read(self, ids: Ids) -> Any:
-        """The cache after a beginning."""
+        """The cache after a prefix."""
         self.work.tokens_read += len(ids)
         self.work.beginnings += 1
         ids_1T = torch.from_numpy(ids)[None].to(self.device)
         return self.model(input_ids=ids_1T, use_cache=True, **self._keep(1)).past_key_values
 
-    def _forward(self, beginning: Any, shared: int, rows: list[_Row]) -> Tensor:
+    def _forward(self, prefix: Any, shared: int, rows: list[_Row]) -> Tensor:
         """Log-probabilities [b, K, V] float32 at the last columns; rows are left-padded."""
         rests = [row.ids[shared:] for row in rows]
         columns = max(self._least_columns, *(len(rest) for rest in rests))
@@ -227,8 +227,8 @@ class LoglikelihoodScorer:
             position_bT = shared + (mask_bT.cumsum(1) - 1).clamp_min(0)
             placed = {"attention_mask": whole.to(self.device), "position_ids": position_bT.to(self.device)}
         cache = None
-        if beginning is not None:
-            cache = copy.deepcopy(beginning)
+        if prefix is not None:
+            cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(rows))
         out = self.model(
             input_ids=ids_bT.to(self.device),
@@ -260,24 +260,24 @@ def _rotary_type(model: Any) -> str:
 
 
 def _least_columns(model: Any) -> int:
-    """Columns below which a call with a cache would go through the decoding step, one token after the other."""
+    """Columns below which a call with a cache would go through the decoding step, token by token."""
     windows = [m.cfg.window for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "student"]
     return 1 + max(windows, default=0)
 
 
 @dataclass
 class _Node:
-    """Rows that have their first ``depth`` tokens in common; ``pool``: those not yet in a group."""
+    """Rows that share their first ``depth`` tokens; ``pool``: those not yet in a group."""
 
     depth: int
     pool: list[int] = field(default_factory=list)
 
 
 def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[RowGroup]:
-    """Which rows to read after a beginning of their own; ``rows`` are sorted.
+    """Group rows by shared prefix; ``rows`` are sorted.
 
-    Going up the tree of common beginnings, rows become a group where reading their beginning once saves more than
-    ``least_saved`` tokens against leaving them to the next shorter common beginning. O(total tokens).
+    Going up the tree of common prefixes, rows become a group where reading their prefix once saves more than
+    ``least_saved`` tokens over the next shorter common prefix. O(total tokens).
     """
     groups: list[RowGroup] = []
     stack = [_Node(0)]
@@ -304,12 +304,12 @@ def plan_groups(rows: Sequence[Ids], least_saved: int) -> list[RowGroup]:
 
 
 def _saved(node: _Node, above: int) -> int:
-    """Tokens saved by reading this node's beginning once, against reading its rows after ``above`` shared tokens."""
+    """Tokens saved by reading this node's prefix once, compared with sharing only ``above`` tokens."""
     return len(node.pool) * (node.depth - above) - node.depth
 
 
 def _common(a: Ids, b: Ids) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n

@@ -1,13 +1,13 @@
-"""Benchmarks from files on this machine, and MMLU scored without the harness.
+"""Benchmarks from local files, and MMLU scored without the harness.
 
     DIR[/mmlu]/{dev,test}/SUBJECT_{dev,test}.csv     question, A, B, C, D, answer letter; no header
     DIR[/commonsense]/NAME.jsonl                     {"question": ..., "choices": [...], "label": index}
 
-The task files in ``harness_tasks`` name functions of this module, so the harness's own command line can use them too.
+The task files in ``harness_tasks`` refer to functions of this module, so the harness's command line can use them too.
 
 ``mmlu_letters`` is MMLU as its authors (https://arxiv.org/abs/2009.03300) and LoLCATs' standalone evaluation score it:
 the examples of dev in their order, then the question, and the letter with the largest logit is the answer. The prompt
-is the harness's. Prompts longer than ``max_length`` tokens count as wrong, as there (2048).
+is the harness's. Prompts longer than ``max_length`` tokens count as wrong, as in theirs (2048).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def mmlu_folder(data_dir: Path | str | None) -> Path:
 
 
 def mmlu_subjects(folder: Path) -> list[str]:
-    """Subjects that have a test file, in order."""
+    """Subjects that have a test file, sorted."""
     return sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
 
 
 def read_mmlu(folder: Path, subject: str, split: str) -> list[ChoiceItem]:
-    """The questions of ``split`` (``dev`` or ``test``). Raises ``UserError`` naming the line that is not MMLU's."""
+    """The questions of ``split`` (``dev`` or ``test``). Raises ``UserError`` naming a malformed line."""
     path = folder / split / f"{subject}_{split}.csv"
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected MMLU's CSV of subject {subject!r}, split {split!r}")
@@ -83,7 +83,7 @@ def read_mmlu(folder: Path, subject: str, split: str) -> list[ChoiceItem]:
 
 
 def read_choices(path: Path) -> list[ChoiceItem]:
-    """Questions of a JSONL file. Raises ``UserError`` naming the line that has another form."""
+    """Questions of a JSONL file. Raises ``UserError`` naming a malformed line."""
     if not path.is_file():
         raise UserError(f"no such file: {path}; expected lines of {{question, choices, label}}")
     items: list[ChoiceItem] = []
@@ -150,13 +150,13 @@ def _root(data_dir: Path | str | None) -> Path:
 
 
 class MmluLetters(EvalTask):
-    """Every subject of MMLU, and all of them together under ``mmlu_letters``."""
+    """Every subject of MMLU, and their total as ``mmlu_letters``."""
 
     name = MMLU_LETTERS
     description = "MMLU from local files: the largest of the four letters' logits is the answer"
 
     def score(self, model: ScoredModel, plan: TaskPlan) -> Mapping[str, TaskRecord]:
-        """Records with the scores of this one model."""
+        """Records with this model's scores."""
         from trenchcoat.evaluation.statistics import mean_estimate
         from trenchcoat.evaluation.task_results import ModelScore, TaskRecord
 
@@ -193,9 +193,9 @@ class MmluLetters(EvalTask):
 
 
 def letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(tokens that all four answers begin with after the prompt, the last token of each answer).
+    """(tokens that all four answers start with, last token of each answer).
 
-    Raises ``UserError`` for a tokenizer whose answers do not end in four different tokens.
+    Raises ``UserError`` for a tokenizer whose four answers do not end in different tokens.
     """
     length = len(tokenizer(_PROMPT_END)["input_ids"])
     answers = [tokenizer(f"{_PROMPT_END} {letter}")["input_ids"][length:] for letter in LETTERS]

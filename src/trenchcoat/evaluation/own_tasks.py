@@ -1,4 +1,4 @@
-"""The tasks and probes that need no harness, by name."""
+"""The tasks and probes that do not need the harness, by name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What is left of a long text: needle, recall and copy, made from the model's own text and tokenizer.
+"""Long-context probes: needle, recall and copy, made from held-out text in the model's own tokens.
 
-Nothing is downloaded and no question is put in natural language, so the probes mean something for models of any size.
+Nothing is downloaded and there are no natural-language questions, so the probes are meaningful for models of any size.
 A row is held-out text (the filler) with something hidden in it, at 0.5 to 16 times the length the model was trained on.
-Every model gets the same rows. A new probe is a class here and its line in ``own_tasks.py``.
+Every model gets the same rows. To add a probe, write a class here and list it in ``own_tasks.py``.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
     from trenchcoat.evaluation.task_results import ProbeRecord
 
 CUE_TOKENS, ASKED_TOKENS = 8, 8
-"""Tokens of a needle that are shown again, and that are asked for."""
+"""Tokens of a needle that are repeated as its cue, and that the model must predict."""
 PAIRS = 8
 MOST_COPIED = 64
-"""Tokens at the end of a copy that are asked for, a quarter of the row where that is less."""
+"""Tokens at the end of a copy that the model must predict; at most a quarter of the row."""
 LEAST_LENGTH = 64
 SEED = 7
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row: what to score, and how the answers make a share of right tokens."""
+    """One row: what to score, and how the answers become a share of right tokens."""
 
     requests: Sequence[tuple[Sequence[int], Sequence[int]]]
-    """Token ids of a context, and of a continuation whose likelihood is asked for."""
+    """Token ids of a context, and of the continuation to score."""
     share: Callable[[Sequence[Answer]], float]
 
 
 class Haystack:
     """Filler, passages and rare tokens from held-out text.
 
-    ``corpus``: token ids of held-out text, special tokens left out. ``opening``: ids every row begins with (BOS).
-    Raises ``UserError`` for a text too small for rows of ``longest`` tokens.
+    ``corpus``: token ids of held-out text, special tokens left out. ``opening``: ids that every row starts with (BOS).
+    Raises ``UserError`` for a text too short for rows of ``longest`` tokens.
     """
 
     def __init__(self, corpus: Sequence[int], opening: Sequence[int], longest: int) -> None:
@@ -57,17 +57,17 @@ class Haystack:
         rare = known[len(known) // 4 : -len(known) // 10 or None]
         if len(rare) < 3 * PAIRS:
             raise UserError(
-                f"the held-out text has {len(known)} different tokens, too few for {PAIRS} pairs; give more"
+                f"the held-out text has {len(known)} different tokens, too few for {PAIRS} pairs; give more text"
             )
         self.rare = rare
 
     def filler(self, rng: random.Random, tokens: int) -> tuple[list[int], int]:
-        """A stretch of text, and where it begins."""
+        """A span of text, and where it starts."""
         start = rng.randrange(len(self.corpus) - tokens + 1)
         return self.corpus[start : start + tokens], start
 
     def passage(self, rng: random.Random, tokens: int, start: int, length: int) -> list[int]:
-        """A stretch that does not overlap the filler ``[start, start + length)``."""
+        """A span that does not overlap the filler ``[start, start + length)``."""
         free = [(0, start - tokens), (start + length, len(self.corpus) - tokens)]
         places = [(low, high) for low, high in free if high >= low]
         low, high = places[rng.randrange(len(places))]
@@ -85,21 +85,21 @@ class Probe(EvalTask):
 
     long_context = True
     depths: ClassVar[tuple[float, ...]] = (0.0,)
-    """Where in the text the answer is, 0 at its beginning; one entry for a probe without a depth."""
+    """Where in the text the answer is (0: at the start); one entry for a probe without a depth."""
     chance: ClassVar[float | None] = None
-    """What guessing gives, where that is known."""
+    """Accuracy of guessing, if known."""
 
     def question(self, hay: Haystack, rng: random.Random, length: int, depth: float) -> Question:
         """One row of ``length`` tokens."""
         raise NotImplementedError
 
     def control(self, hay: Haystack, rng: random.Random, length: int) -> Question | None:
-        """The same ending without what it refers to; None where chance is known."""
+        """The same ending without the text it refers to; None if chance is known."""
         return None
 
     def score(self, model: ScoredModel, plan: TaskPlan) -> Mapping[str, ProbeRecord]:
-        """One record."""
-        assert plan.trained is not None, "settled before a probe is made"
+        """The record of this probe."""
+        assert plan.trained is not None, "set by evaluate_tasks"
         corpus = corpus_tokens(model.held_out(), model.tokenizer)
         opening = [] if model.tokenizer.bos_token_id is None else [model.tokenizer.bos_token_id]
         hay = Haystack(corpus, opening, round(plan.trained * max(plan.probe_lengths)))
@@ -137,10 +137,10 @@ class Probe(EvalTask):
 
 
 class Needle(Probe):
-    """A passage from elsewhere is hidden once; the row ends with its first tokens, and the next ones are asked for."""
+    """A passage from elsewhere is hidden once; the row ends with its first tokens, the model must predict the next."""
 
     name = "needle"
-    description = "a passage hidden at some depth, its next tokens asked for at the end"
+    description = "a passage hidden at some depth; the row ends with its first tokens, the next ones are scored"
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
 
     def question(self, hay: Haystack, rng: random.Random, length: int, depth: float | None) -> Question:
@@ -155,22 +155,23 @@ class Needle(Probe):
         return Question([(context, needle[CUE_TOKENS:])], share_of_hits)
 
     def control(self, hay: Haystack, rng: random.Random, length: int) -> Question:
-        """The same ending, the passage not there."""
+        """The same ending without the passage."""
         return self.question(hay, rng, length, None)
 
 
 class Recall(Probe):
-    """Eight pairs of two rare tokens and one more are scattered; the row ends with the two tokens of one pair.
+    """Eight triples (two rare tokens and a third) are scattered; the row ends with the first two tokens of one.
 
-    Whether the right one of the eight is the likeliest: associative recall with one query, after arXiv 2312.04927.
+    Scores whether its third token is the likeliest of the eight: associative recall with one query, after arXiv
+    2312.04927.
     """
 
     name = "recall"
-    description = "one of eight scattered pairs asked for at the end"
+    description = "eight scattered triples; the row ends with the first two tokens of one, its third is scored"
     chance = 1 / PAIRS
 
     def question(self, hay: Haystack, rng: random.Random, length: int, depth: float) -> Question:
-        """Pairs at random places."""
+        """Triples at random places."""
         tokens = rng.sample(hay.rare, 3 * PAIRS)
         pairs = [tokens[3 * i : 3 * i + 3] for i in range(PAIRS)]
         text, _ = hay.filler(rng, length - len(hay.opening) - 3 * PAIRS - 2)
@@ -190,10 +191,10 @@ class Recall(Probe):
 
 
 class Copy(Probe):
-    """Half a row of text, then the same again; its last tokens are asked for."""
+    """Half a row of text, then the same text; the model must predict its last tokens."""
 
     name = "copy"
-    description = "half a row of text, then the same again"
+    description = "half a row of text, then the same text"
 
     def question(self, hay: Haystack, rng: random.Random, length: int, depth: float | None) -> Question:
         """With a ``depth`` of None the first half is other text."""

@@ -1,6 +1,6 @@
-"""What an evaluation found, as data: scores of each row of the report, and the file ``results.json``.
+"""Evaluation results: the scores of each row of the report, and the file ``results.json``.
 
-Everything the report says is computed from these numbers, so a report can be written again without a model.
+Everything in the report is computed from these numbers, so it can be rewritten without a model.
 Losses are in nats.
 """
 
@@ -25,7 +25,7 @@ RESULTS_FORMAT = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command leaves: texts and tables for the terminal, in order, and what was found."""
+    """What a command returns: texts and tables for the terminal, in order, and its results."""
 
     shown: tuple[Any, ...]
     results: Any = None
@@ -68,17 +68,17 @@ class DecodePoint:
     """Decoding at one context length, batch of one."""
 
     context: int
-    """Tokens already in the cache when timing starts."""
+    """Tokens in the cache when timing starts."""
     ms_per_token: float
     """Median time of a one-token step, in milliseconds."""
     ms_quartiles: tuple[float, float]
     """Lower and upper quartile of that time."""
     prefill_ms: float
-    """Time of the one call that reads the context."""
+    """Time to read the context in one call."""
     cache_bytes: int
     """Bytes held by the cache's tensors after the context is read."""
     ms_mean: float = math.nan
-    """Mean time of the steps: it has its share of work that is done only every so many tokens, and of disturbances."""
+    """Mean time of a step; unlike the median it includes periodic work and disturbances."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Sample:
 
     prompt: str
     outputs: dict[str, str]
-    """Row name (``teacher``, ``transfer_lora``, ...) to continuation."""
+    """Row name (``teacher``, ``transfer_lora``, ...) -> continuation."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class Results:
     window: int
     seq_len: int
     rows: dict[str, Scores] = field(default_factory=dict)
-    """Row name to scores, all on the same text."""
+    """Row name -> scores, all on the same text."""
     decode: dict[str, list[DecodePoint]] = field(default_factory=dict)
-    """``teacher`` and ``student`` to their decoding curve."""
+    """``teacher`` and ``student`` -> decoding curve."""
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageFacts] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -120,24 +120,24 @@ class Results:
     environment: dict[str, Any] = field(default_factory=dict)
     """Versions, devices, git revision, threads."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Where the text came from and how many rows and tokens were read, dropped and scored."""
+    """The source of the text; rows and tokens read, dropped and scored."""
     implementation: str = ""
-    """The operator's implementation that ran, e.g. ``chunkwise``."""
+    """The implementation of the operator, e.g. ``chunkwise``."""
     seconds: float = math.nan
     """Wall time of the whole run."""
     notes: list[str] = field(default_factory=list)
-    """Remarks for the reader, shown in the report as they are."""
+    """Remarks, shown in the report verbatim."""
 
     def ordered_rows(self) -> list[tuple[str, Scores]]:
         """The rows in the order of the table, unregistered names last."""
         return [(name, self.rows[name]) for name in dict.fromkeys([*REPORT_ROWS, *self.rows]) if name in self.rows]
 
     def converted(self) -> str | None:
-        """Name of the row the run was for: the last stage that was trained; None when there is none."""
+        """Name of the converted model's row, that of the last stage trained; None if no stage was."""
         return next((name for name in CONVERTED if name in self.rows), None)
 
     def best_window_row(self) -> str | None:
-        """Name of the best row without a far part on tokens past 2W; None when none was scored."""
+        """Name of the best row without a far part on tokens past 2W; None if none was scored."""
         names = [name for name, row in REPORT_ROWS.items() if row.window_only and name in self.rows]
         return min(names, key=lambda name: self.rows[name].far.mean, default=None)
 
@@ -163,7 +163,7 @@ class Results:
         return plain
 
     def _summary(self, name: str, scores: Scores) -> dict[str, Any]:
-        """The table's figures, for readers of the JSON file; not read back."""
+        """The numbers in the table, for readers of the JSON file; ``load`` ignores them."""
         figures = {
             "loss": scores.all.mean,
             "loss_error": scores.all.error,
@@ -180,14 +180,14 @@ class Results:
         return figures | {key: asdict(value) if value else None for key, value in values.items()}
 
     def save(self, path: str | Path) -> None:
-        """Write ``path`` as JSON, whole or not at all. Raises ``SaveError`` when the disk is full."""
+        """Write ``path`` as JSON, atomically. Raises ``SaveError`` when the disk is full."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         text = re.sub(r"\[[\s\d.,eE+null-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
         write_text(Path(path), text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Read what ``save`` wrote. Raises ``ValueError`` for a file of another format or one that is damaged."""
+        """Read what ``save`` wrote. Raises ``ValueError`` for another format or a damaged file."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             if raw.get("format") != RESULTS_FORMAT:
@@ -225,7 +225,7 @@ def _scores(raw: Mapping[str, Any]) -> Scores:
 
 
 def number_or_nan(value: float | None) -> float:
-    """The inverse, for numbers."""
+    """The inverse of ``json_ready`` for a number."""
     return math.nan if value is None else float(value)
 
 

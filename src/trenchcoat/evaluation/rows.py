@@ -1,7 +1,7 @@
 """The rows of the report: which variants of the model are compared, and what each one shows.
 
-A new row is a class here and its line in ``REPORT_ROWS``. A row only says how its model is put together; the stages of
-``trenchcoat.linearize`` train and score it.
+To add a row, write a class here and list it in ``REPORT_ROWS``. A row only defines how its model is built; the stages
+of ``trenchcoat.linearize`` train and score it.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ from trenchcoat.students import student_class
 
 @dataclass(frozen=True)
 class Variant:
-    """How the model of a row is put together from the base model of a run."""
+    """How the model of a row is built from the base model of a run."""
 
     stage: str | None = None
-    """The training stage whose weights it has; None: untrained students."""
+    """The training stage whose weights it uses; None: untrained students."""
     teacher: bool = False
     """The base model with its own attention."""
     student: StudentConfig | None = None
-    """Another student than the recipe's."""
+    """A student that replaces the recipe's."""
     far: bool = True
     """False switches the far part off."""
 
     @property
     def lora(self) -> bool:
-        """Whether its stage trains a LoRA."""
+        """Whether its stage trains LoRA."""
         return self.stage not in (None, TRANSFER)
 
 
 class ReportRow:
-    """One row of the report: its texts, its line in the pictures, and its model."""
+    """One row of the report: its texts, its line in the plots, and its model."""
 
     name: ClassVar[str]
     """Its key in ``results.json``."""
     label: ClassVar[str]
-    """Its name for readers."""
+    """Its name in tables and plots."""
     description: ClassVar[str]
-    """What the row is, as the report explains it; ``{sinks}`` is the recipe's number of sinks."""
+    """Its explanation in the report; ``{sinks}`` is the recipe's number of sinks."""
     stage: ClassVar[str | None] = None
-    """The training stage that makes it, where one does."""
+    """The training stage that produces it, if any."""
     baseline: ClassVar[bool] = False
-    """Its stage is trained for the comparison alone where the recipe has ``eval.baselines``."""
+    """Its stage is trained only for comparison, if the recipe has ``eval.baselines``."""
     question: ClassVar[str] = ""
-    """What the report asks about the converted model against this row; empty: nothing."""
+    """What the report asks about the converted model against this row; empty: no question."""
     window_only: ClassVar[bool] = False
-    """A model without a far part, against which gaps past 2W are measured."""
+    """A model without a far part, from which gaps past 2W are measured."""
     colour: ClassVar[str] = "#666666"
     line: ClassVar[Any] = "-"
 
     def student(self, recipe: Recipe) -> StudentConfig | None:
-        """Another student than the recipe's, where the row has one."""
+        """The student that replaces the recipe's, if any."""
         return None
 
     def variant(self, recipe: Recipe) -> Variant | None:
-        """The row's model under a recipe; None where the recipe does not ask for the row."""
+        """The row's model under a recipe; None if the recipe does not include the row."""
         asked = self.stage in (None, *own_stages(recipe))
         if self.baseline and recipe.lora is not None and recipe.eval.baselines:
             asked = True
@@ -74,14 +74,14 @@ def own_stages(recipe: Recipe) -> list[str]:
 
 
 def window_sinks_student(recipe: Recipe) -> StudentConfig:
-    """The student of the comparison rows: window and sinks, no far part, nothing to train."""
+    """The student of the comparison rows: window and sinks, no far part, no trainable parameters."""
     return dataclasses.replace(recipe.student, name="window_sinks", sinks=recipe.eval.sinks)
 
 
 class TeacherRow(ReportRow):
     """The model that was converted."""
 
-    name, label, description = "teacher", "teacher", "the untouched model."
+    name, label, description = "teacher", "teacher", "the original model."
     colour = "#000000"
 
     def variant(self, recipe: Recipe) -> Variant:
@@ -102,8 +102,8 @@ class TransferOnlyRow(ReportRow):
 
     name, label, stage = "transfer_only", "transfer only", TRANSFER
     description = (
-        "after *attention transfer*, which trains only the feature maps and mixes, so that each layer's output "
-        "imitates softmax attention's."
+        "after *attention transfer*, which trains only the feature maps and mixing gates, so that each layer's output "
+        "matches that of softmax attention."
     )
     colour = "#56B4E9"
 
@@ -115,7 +115,7 @@ class LoraOnlyRow(ReportRow):
     description = (
         "no transfer; only *LoRA*, small low-rank corrections to the attention projections, trained on the next token."
     )
-    question = "Is attention transfer worth having, against LoRA alone?"
+    question = "Does it beat LoRA alone, without attention transfer?"
     baseline = True
     colour = "#E69F00"
 
@@ -134,12 +134,12 @@ class FarOffRow(ReportRow):
     name, label = "far_off", "the same, far part off"
     description = (
         "the converted model with only its window. It was trained with the far part in place, so the difference "
-        "flatters the far part; the rows without one are the fair opponents."
+        "flatters the far part; the window + sinks rows are the fair comparison."
     )
     colour, line = "#CC79A7", "--"
 
     def variant(self, recipe: Recipe) -> Variant | None:
-        """For students that have something left without a far part."""
+        """For students that still attend to something without their far part."""
         student = student_class(recipe.student.name)
         if not student.has_far or student.kind == "linear":
             return None
@@ -151,16 +151,16 @@ class WindowSinksRow(ReportRow):
 
     name, label = "window_sinks", "window + sinks, untrained"
     description = (
-        "each token sees the window and the first {sinks} tokens (*sinks*, on which attention likes to rest), and "
+        "each token sees the window and the first {sinks} tokens (*sinks*, which attract attention), and "
         "nothing else: no far part at all, and no training."
     )
-    question = "Does it beat a plain window with sinks, without training?"
+    question = "Does it beat window + sinks without training?"
     window_only = True
     colour = "#D55E00"
     line: ClassVar[Any] = "-."
 
     def student(self, recipe: Recipe) -> StudentConfig:
-        """Nothing to train, and no far part."""
+        """Window and sinks, no far part."""
         return window_sinks_student(recipe)
 
 
@@ -187,20 +187,20 @@ REPORT_ROWS: dict[str, ReportRow] = {
         WindowSinksLoraRow(),
     )
 }
-"""Every row by its name, in the order of the table. Add yours here."""
+"""Every row by name, in table order. Add yours here."""
 
 TEACHER, UNTRAINED, FAR_OFF = TeacherRow.name, UntrainedRow.name, FarOffRow.name
 CONVERTED = (TransferLoraRow.name, TransferOnlyRow.name, LoraOnlyRow.name)
-"""Rows that may be the model a run is for; the first of them that was scored is."""
+"""Rows that can be the converted model; the first that was scored is."""
 
 
 def row_label(name: str) -> str:
-    """The row's name as readers see it; of a row that is not registered (a folder's, say) the name itself."""
+    """The row's label; for an unregistered row (such as a folder) its name."""
     return REPORT_ROWS[name].label if name in REPORT_ROWS else name
 
 
 def asked_rows(recipe: Recipe) -> dict[str, Variant]:
-    """The rows that a recipe asks for, in the order they are made: those of the recipe's own stages first."""
+    """The rows of a recipe in the order they are computed: those of its own stages first."""
     found = {name: row.variant(recipe) for name, row in REPORT_ROWS.items()}
     variants = {name: variant for name, variant in found.items() if variant is not None}
     own = (None, *own_stages(recipe))
@@ -208,6 +208,6 @@ def asked_rows(recipe: Recipe) -> dict[str, Variant]:
 
 
 def final_row(recipe: Recipe) -> str:
-    """The row of the model that the recipe is for: made by the last stage that it trains."""
+    """The row of the recipe's converted model: that of the last stage it trains."""
     stage = next(reversed(own_stages(recipe)), None)
     return next((row.name for row in REPORT_ROWS.values() if stage is not None and row.stage == stage), UNTRAINED)

@@ -1,7 +1,7 @@
 """Scoring a causal language model on rows of text, and timing its decoding.
 
-``score`` and ``decode_curve`` take a model that is ready (the caller sets mode, adapters and far part),
-so one and the same function measures every row of the report's table.
+``score`` and ``decode_curve`` take a model as it is (the caller sets mode, adapters and far part),
+so the same functions measure every row of the report's table.
 
 Shapes: N rows, b rows of a batch, T tokens, V vocabulary. Position n is a query: its output predicts token n + 1.
 """
@@ -26,31 +26,31 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import compute_device
 
 LOGIT_ELEMENTS = 1 << 24
-"""Largest float32 piece of logits made at once, in elements (64 MiB)."""
+"""Largest chunk of float32 logits computed at once, in elements (64 MiB)."""
 
 
 @dataclass(frozen=True)
 class EvalRows:
-    """N rows of text, real tokens first (padding, wherever it was, moved behind them)."""
+    """N rows of text, real tokens first, padding moved to the end."""
 
     ids: Tensor
     """[N, T] int64."""
     real: Tensor
     """[N, T] bool: True for tokens, False for padding."""
     counted: Tensor
-    """[N, T] bool: tokens whose prediction counts; never the first of a row, which nothing predicts."""
+    """[N, T] bool: tokens whose prediction counts; never the first of a row, which has no prediction."""
 
 
 def gather_rows(rows: Tensor | Sequence[Mapping[str, Tensor]]) -> EvalRows:
-    """Bring rows into one shape and their padding to the end.
+    """Collect rows into one tensor, with padding at the end.
 
     ``rows`` is either [N, T] int64 ids without padding, or batches with ``input_ids`` [b, T] and, optionally,
     ``attention_mask`` [b, T] (0 at padding) and ``labels`` [b, T] (not shifted; -100 does not count).
-    Raises ``ValueError`` when there is no row, or no token to score.
+    Raises ``ValueError`` if there is no row or no token to score.
     """
     batches: Sequence[Mapping[str, Tensor]] = [{"input_ids": rows}] if isinstance(rows, Tensor) else rows
     if not batches or not any(batch["input_ids"].numel() for batch in batches):
-        raise ValueError("there are no rows to score: the validation split is empty. Give it rows or a larger share.")
+        raise ValueError("there are no rows to score: the validation split is empty; give it rows or a larger share")
     length = max(batch["input_ids"].shape[1] for batch in batches)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in batches:
@@ -71,21 +71,21 @@ def gather_rows(rows: Tensor | Sequence[Mapping[str, Tensor]]) -> EvalRows:
 
 
 def recall_probes(rows: EvalRows, window: int) -> Tensor:
-    """Find the tokens that can hardly be predicted without what was read more than ``2 * window`` tokens ago.
+    """Find the tokens that can hardly be predicted without text from more than ``2 * window`` tokens ago.
 
     Token n + 1 of a row is a probe when all of these hold:
 
-    1. The row said the same before, far away: the two tokens before it and itself, (x[n-1], x[n], x[n+1]), occur
+    1. The same trigram occurred before, far away: the two tokens before it and itself, (x[n-1], x[n], x[n+1]), occur
        together at an earlier place of the row that ends at or before n - 2W. So it can be looked up.
     2. The token itself does not occur among the last 2W tokens, x[n-2W+1 .. n], so a model that sees only those
        cannot copy it. (A terrace or sliding near set never holds more than 2W tokens.)
-    3. The same three tokens occur together in no other of the N rows. This leaves out what the language alone makes
-       likely (`for i in`, `return None`): names, numbers and phrases private to this text remain.
+    3. The same three tokens occur together in no other of the N rows. This excludes what is likely
+       in any text (`for i in`, `return None`) and leaves names, numbers and phrases of this text.
 
-    A two-token context names its place better than one token, and costs only a quarter of the probes: 32 rows of
-    1024 tokens of Python source give 360 to 1160 of them at W = 64 with a vocabulary of 2k. A stack of L windowed
-    layers can still pass something along over more than 2W tokens, so the windowed rows of the table are not at
-    chance: the probe compares rows and is no absolute measure. Condition 3 depends on the rows scored together.
+    A two-token context identifies its earlier occurrence better than one token and costs only a quarter of the
+    probes: 32 rows of 1024 tokens of Python source give 360 to 1160 of them at W = 64 with a vocabulary of 2k. A stack
+    of L windowed layers still carries information over more than 2W tokens, so the windowed rows of the table are not
+    at chance: the probe compares rows and is not an absolute measure. Condition 3 depends on the rows scored together.
 
     Returns [N, T] bool at the probed tokens (index n + 1). O(N T log(N T)) time, no loop over tokens.
     """
@@ -95,7 +95,7 @@ def recall_probes(rows: EvalRows, window: int) -> Tensor:
     tokens = _dense(ids)
     pairs = _dense(tokens[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 1:])
     triples = _dense(pairs[:, :-1] * (int(tokens.max()) + 1) + tokens[:, 2:])
-    # Padding comes after the real tokens, so never before a probe; here it must not equal other rows' text.
+    # Padding comes after the real tokens, never before a probe; here it must not match the text of other rows.
     real_triples = rows.real[:, 2:]
     triples = torch.where(real_triples, triples, -1)
     place = torch.arange(length)
@@ -109,12 +109,12 @@ def recall_probes(rows: EvalRows, window: int) -> Tensor:
 
 
 def _dense(values: Tensor) -> Tensor:
-    """Renumber to 0, 1, 2, ... keeping equality, so that products of two numberings stay within int64."""
+    """Renumber to 0, 1, 2, ... keeping equality, so that products of two such numbers fit in int64."""
     return torch.unique(values, return_inverse=True)[1]
 
 
 def _runs(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row: places sorted by value (earlier first within one value), and whether each repeats the value before."""
+    """Per row: positions sorted by value (stable), and whether each has the same value as the one before."""
     ordered, places = torch.sort(values, dim=1, stable=True)
     repeats = torch.zeros_like(ordered, dtype=torch.bool)
     repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
@@ -148,7 +148,7 @@ def _in_one_row(values: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is put back."""
+    """Evaluation mode without gradients; restores the previous mode."""
     was_training = model.training
     model.eval()
     try:
@@ -163,10 +163,10 @@ def score(
 ) -> Scores:
     """Next-token scores of ``model`` on N rows: over all tokens, past 2W, on recall probes, and by position.
 
-    ``rows`` as in ``gather_rows``. ``window`` is the student's W also for the teacher, so that all models are scored
+    ``rows`` as in ``gather_rows``. ``window`` is the student's W, for the teacher too, so that all models are scored
     on the same tokens: token n + 1 is "past 2W" when n >= 2W, that is when more than 2W tokens come before it.
     Padding and labels of -100 are left out. Losses are in nats, computed in float32, and summed in float64.
-    Raises ``ValueError`` for a window or batch size under 1 and for rows without a token to score.
+    Raises ``ValueError`` for a window or batch size below 1 and for rows without a token to score.
     """
     if window < 1 or batch_size < 1:
         raise ValueError(f"window and batch_size must be at least 1; got window={window}, batch_size={batch_size}")
@@ -176,7 +176,7 @@ def score(
     hits = torch.zeros_like(losses)
     with _evaluating(model):
         for first in distributed.share(range(0, len(text.ids), batch_size)):
-            part = slice(first or 0, (first or 0) + batch_size)  # None: the others need company, not another result
+            part = slice(first or 0, (first or 0) + batch_size)  # None: only takes part in collectives
             found = _token_losses(model, text.ids[part])
             if first is not None:
                 losses[part], hits[part] = found
@@ -184,7 +184,7 @@ def score(
     counted, probes = text.counted[:, 1:], recall_probes(text, window)[:, 1:]
     far = counted & (torch.arange(losses.shape[1]) >= 2 * window)
     rows_counted = counted.sum(0)
-    by_position = torch.where(counted, losses, 0.0).sum(0) / rows_counted  # 0 / 0 is the NaN that is documented
+    by_position = torch.where(counted, losses, 0.0).sum(0) / rows_counted  # 0 / 0 gives the documented NaN
     return Scores(
         window=window,
         seq_len=text.ids.shape[1],
@@ -247,13 +247,13 @@ def cache_bytes(cache: Any) -> int:
 def decode_curve(
     model: nn.Module, lengths: Sequence[int], *, steps: int = 80, warmup: int = 3, seed: int = 0
 ) -> list[DecodePoint]:
-    """Time and memory of decoding after contexts of ``lengths`` tokens, batch of one.
+    """Decoding time and cache size after contexts of ``lengths`` tokens, batch of one.
 
-    For each length: random tokens are read in one call (the model makes its own cache), then one token at a time is
-    decoded, ``warmup`` steps untimed and ``steps`` timed. The median leaves out disturbances by other work on the
-    machine; the mean is kept too, because it counts the step, one in every W, that folds a chunk into the far state
+    For each length: random tokens are read in one call (the model creates its cache), then decoded one token at a
+    time, ``warmup`` steps untimed and ``steps`` timed. The median is robust to other work on the machine; the mean
+    is kept too, because it includes the step, one in every W, that folds a chunk into the far state
     (so ``steps`` should be at least W). The cache's bytes are those of its tensors right after the context was read.
-    Raises ``ValueError`` for a length under 1.
+    Raises ``ValueError`` for a length below 1.
     """
     if any(length < 1 for length in lengths) or steps < 1:
         raise ValueError(f"context lengths and steps must be at least 1; got lengths={tuple(lengths)}, steps={steps}")
@@ -289,7 +289,7 @@ def _decode_point(model: nn.Module, ids: Tensor, context: int, warmup: int) -> D
 
 
 def _clock(device: torch.device) -> float:
-    """Seconds, after everything queued on the device is done."""
+    """Time in seconds, after synchronizing the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

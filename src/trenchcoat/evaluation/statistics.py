@@ -1,7 +1,7 @@
-"""Means, standard errors, paired differences, shares of a gap and intervals: all the statistics of the reports.
+"""The statistics of the reports: means, standard errors, paired differences, shares of a gap, intervals.
 
-Losses are in nats. Their noise is a bootstrap over the evaluated rows of text (B. Efron, 1979): resampling rows, not
-tokens, because the tokens of one row are not independent.
+Losses are in nats. Their standard errors come from a bootstrap (B. Efron, 1979) over the evaluated rows of text: rows
+are resampled, not tokens, because the tokens of one row are not independent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its standard error; NaN where the error is not known."""
+    """A value with its standard error; NaN if the error is unknown."""
 
     value: float
     error: float = math.nan
@@ -35,7 +35,7 @@ class Estimate:
 
 @cache
 def _bootstrap_weights(rows: int) -> Tensor:
-    """[BOOTSTRAP_DRAWS, rows] float64: how often each row is drawn; the same draws for everyone, so they are paired."""
+    """[BOOTSTRAP_DRAWS, rows] float64: how often each row is drawn; the same draws for every model."""
     generator = torch.Generator().manual_seed(20)
     drawn = torch.randint(rows, (BOOTSTRAP_DRAWS, rows), generator=generator)
     counts = torch.zeros(BOOTSTRAP_DRAWS, rows, dtype=torch.float64)
@@ -85,7 +85,7 @@ class RowSums:
 
 
 def _spread(values: Tensor) -> float:
-    """Standard deviation over the resamplings in which the quantity exists."""
+    """Standard deviation over the resamplings in which the quantity is defined."""
     finite = values[torch.isfinite(values)]
     return float(finite.std()) if len(finite) > 1 else math.nan
 
@@ -93,7 +93,7 @@ def _spread(values: Tensor) -> float:
 def paired_difference(a: RowSums, b: RowSums) -> Estimate:
     """Mean of ``a`` minus mean of ``b`` on the same tokens; the error is of the difference, not of each.
 
-    Raises ``ValueError`` when both were not counted on the same tokens.
+    Raises ``ValueError`` if they do not cover the same tokens.
     """
     if a.counts != b.counts:
         raise ValueError(
@@ -106,7 +106,7 @@ def paired_difference(a: RowSums, b: RowSums) -> Estimate:
 def gap_closed(row: RowSums, bottom: RowSums, top: RowSums) -> Estimate | None:
     """Share (bottom - row) / (bottom - top) of the loss gap that ``row`` closes: 0 is ``bottom``, 1 is ``top``.
 
-    None when the gap itself is not clearly above its noise: a share of nothing means nothing.
+    None if the gap itself is within its noise, where a share has no meaning.
     """
     gap = paired_difference(bottom, top)
     if not (gap.clear and gap.value > 0):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trenchcoat.evaluation.task_results import ProbeRecord, TaskRecord
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Lengths of a probe's rows, in lengths of a training row."""
+"""Lengths of a probe's rows, as multiples of a training row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,24 +24,24 @@ class TaskPlan:
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int | None = None
-    """Rows of a call; None: chosen."""
+    """Rows per forward pass; None: automatic."""
     max_length: int | None = None
     task_dir: Path | None = None
     data_dir: Path | None = None
     teacher: str | None = None
-    """Score the teacher too: an empty text for the run's or adapter's base, or where the teacher is."""
+    """Score the teacher too: an empty string for the run's or adapter's base, else the teacher's folder."""
     share: bool = True
-    """Read shared beginnings once."""
+    """Read shared prefixes once."""
     device: str = "auto"
     probe_lengths: tuple[float, ...] = LENGTHS
     probe_rows: int = 16
     trained: int | None = None
-    """Length of a training row, where no recipe says it."""
+    """Tokens of a training row, if there is no recipe."""
 
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """The model that is being scored."""
+    """A model to score."""
 
     name: str
     """``student``, ``far_off`` or ``teacher``."""
@@ -52,16 +52,16 @@ class ScoredModel:
 
 
 class EvalTask:
-    """What one name of ``--tasks`` scores. A new one is a class, and its line in ``own_tasks.py``."""
+    """One task of ``--tasks``. To add one, write a class and list it in ``own_tasks.py``."""
 
     name: str
     """Its name on the command line and in ``tasks.json``."""
     description: str
     every_process: ClassVar[bool] = False
-    """Scored by all processes together; else the first one scores it alone."""
+    """Scored by all processes together; otherwise by the first one alone."""
     long_context: ClassVar[bool] = False
-    """Made from held-out text at lengths of a training row, and scored with the far part off too."""
+    """Made from held-out text at multiples of a training row, and scored with the far part off too."""
 
     def score(self, model: ScoredModel, plan: TaskPlan) -> Mapping[str, TaskRecord | ProbeRecord]:
-        """Records by name, with the scores of this one model. Raises ``UserError`` for data that is not there."""
+        """Records by name, with this model's scores. Raises ``UserError`` for missing data."""
         raise NotImplementedError

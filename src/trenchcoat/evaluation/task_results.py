@@ -1,7 +1,7 @@
-"""What tasks and probes found, as data: the file ``tasks.json``.
+"""Results of tasks and probes: the file ``tasks.json``.
 
-A task keeps the result of every row it scored, so that two models on the same rows are compared row by row: the error
-of a difference is that of the paired differences, which is smaller than the errors of the two sides suggest.
+A task keeps the result of every row, so that two models on the same rows are compared row by row: the error of a
+difference is that of the paired differences, smaller than the two models' errors suggest.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ TASKS_FILE = "tasks.json"
 TASKS_FORMAT = 1
 STUDENT, TEACHER, FAR_OFF = "student", "teacher", "far_off"
 MODEL_LABELS = {STUDENT: "linear", FAR_OFF: "far part off", TEACHER: "teacher"}
-"""The models of a record in their order."""
+"""The models of a record, in order."""
 
 
 @dataclass
 class ModelScore:
-    """One model on one task."""
+    """Scores of one model on one task."""
 
     metrics: dict[str, Estimate] = field(default_factory=dict)
     rows: dict[str, list[float]] = field(default_factory=dict)
-    """Metric to its value on every row, in the task's order; empty for groups and for metrics that are no mean."""
+    """Metric -> value of every row, in the task's order; empty for groups and for metrics that are not means."""
     too_long: int = 0
-    """Rows counted as wrong because their prompts were over a limit (``mmlu_letters`` with a ``max_length``)."""
+    """Rows counted as wrong because their prompts were too long (``mmlu_letters`` with a ``max_length``)."""
 
 
 @dataclass
@@ -44,29 +44,29 @@ class TaskRecord:
     count: int
     """Rows scored."""
     rows_id: str = ""
-    """Identity of the rows, their prompts included: equal where results can be compared row by row."""
+    """Identity of the rows, their prompts included: equal if results can be compared row by row."""
     members: list[str] = field(default_factory=list)
     """Tasks of a group; empty for a task."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Few-shot examples, limit, seeds, version of the task, where its rows came from."""
+    """Few-shot examples, limit, seeds, version of the task, source of its rows."""
     scores: dict[str, ModelScore] = field(default_factory=dict)
     """``student`` and ``teacher``."""
 
     @property
     def identity(self) -> Any:
-        """Equal for records whose scores are of the same rows."""
+        """Equal for records of the same rows."""
         return self.rows_id, self.members, self.settings
 
     def join(self, other: TaskRecord) -> None:
-        """Take over the scores of other models on the same rows."""
+        """Add the scores of other models on the same rows."""
         self.scores |= other.scores
 
     def metrics(self) -> list[str]:
-        """Every metric that some model has."""
+        """All metrics of any model."""
         return list(dict.fromkeys(metric for score in self.scores.values() for metric in score.metrics))
 
     def metric(self, model: str, metric: str) -> Estimate | None:
-        """A metric of one model, where it was scored."""
+        """A metric of one model; None if it was not scored."""
         return self.scores[model].metrics.get(metric) if model in self.scores else None
 
 
@@ -77,24 +77,24 @@ class ProbeRecord:
     name: str
     lengths: list[int]
     depths: list[float]
-    """Where in the text the answer is, 0 at its beginning; one entry where the probe has no depth."""
+    """Where in the text the answer is (0: at the start); one entry for a probe without a depth."""
     trained: int
-    """Tokens of the rows that the model was trained on."""
+    """Length of the training rows in tokens."""
     chance: float | None = None
-    """What guessing gives, where that is known."""
+    """Accuracy of guessing, if known."""
     settings: dict[str, Any] = field(default_factory=dict)
     shares: dict[str, list[list[list[float]]]] = field(default_factory=dict)
-    """Model (``student``, ``far_off``, ``teacher``) to [length][depth][row]."""
+    """Model (``student``, ``far_off``, ``teacher``) -> [length][depth][row]."""
     controls: dict[str, list[list[float]]] = field(default_factory=dict)
-    """Model to [length][row] of the same question without what it asks for; no lengths where chance is known."""
+    """Model -> [length][row] of the same ending without the text it refers to; empty if chance is known."""
 
     @property
     def identity(self) -> Any:
-        """Equal for records whose shares are of the same rows."""
+        """Equal for records of the same rows."""
         return self.lengths, self.depths, self.trained, self.settings
 
     def join(self, other: ProbeRecord) -> None:
-        """Take over the shares of other models on the same rows."""
+        """Add the shares of other models on the same rows."""
         self.shares |= other.shares
         self.controls |= other.controls
 
@@ -116,11 +116,11 @@ class TaskResults:
     tasks: dict[str, TaskRecord] = field(default_factory=dict)
     probes: dict[str, ProbeRecord] = field(default_factory=dict)
     made: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a model and call: tasks, seconds, rows, tokens given and tokens read."""
+    """One entry per model and task: tasks, seconds, rows, tokens given and tokens read."""
     environment: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: TaskResults) -> None:
-        """Take over what ``other`` has: scores join a record of the same rows and settings, else they replace it."""
+        """Merge ``other``: scores join a record of the same rows and settings, or replace one of others."""
         for mine, theirs in ((self.tasks, other.tasks), (self.probes, other.probes)):
             for name, record in cast("Mapping[str, Any]", theirs).items():
                 known = cast("dict[str, Any]", mine).setdefault(name, record)
@@ -132,11 +132,11 @@ class TaskResults:
         self.environment = other.environment
 
     def save(self, path: Path) -> None:
-        """Write JSON, whole or not at all."""
+        """Write JSON, atomically."""
         write_json(path, json_ready({"format": TASKS_FORMAT, **asdict(self), "differences": self._differences()}))
 
     def _differences(self) -> dict[str, Any]:
-        """Student minus teacher by task and metric, for readers of the file; not read back."""
+        """Student minus teacher by task and metric, for readers of the file; ``load`` ignores it."""
         found: dict[str, Any] = {}
         for name, record in self.tasks.items():
             pairs = {metric: paired(self, self, name, metric) for metric in record.metrics()}
@@ -173,7 +173,7 @@ def _task(raw: dict[str, Any]) -> TaskRecord:
 
 
 def pooled_rows(results: TaskResults, name: str, model: str, metric: str) -> tuple[str, list[float]]:
-    """(identity, values) of all rows behind a task or group; empty when a row is not known."""
+    """(identity, values) of all rows of a task or group; empty if any are missing."""
     record = results.tasks[name]
     parts = [results.tasks[member] for member in record.members if member in results.tasks] or [record]
     rows, identity = [], []
@@ -189,7 +189,7 @@ def pooled_rows(results: TaskResults, name: str, model: str, metric: str) -> tup
 def paired(
     a: TaskResults, b: TaskResults, name: str, metric: str, models: tuple[str, str] = (STUDENT, TEACHER)
 ) -> Estimate | None:
-    """Metric of ``models[0]`` in ``a`` minus that of ``models[1]`` in ``b``, row by row; None when rows differ."""
+    """Metric of ``models[0]`` in ``a`` minus that of ``models[1]`` in ``b``, row by row; None if the rows differ."""
     if name not in a.tasks or name not in b.tasks:
         return None
     (one, left), (other, right) = pooled_rows(a, name, models[0], metric), pooled_rows(b, name, models[1], metric)

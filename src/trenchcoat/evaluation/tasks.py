@@ -1,4 +1,4 @@
-"""``trenchcoat eval --tasks``: a model, and its teacher beside it, on tasks and probes; the file ``tasks.json``."""
+"""``trenchcoat eval --tasks``: score a model and its teacher on tasks and probes, and write ``tasks.json``."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from trenchcoat.runtime.runlog import Tracker, environment, show_progress
 
 
 def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | None = None) -> Outcome:
-    """Score ``plan.tasks`` with the model in ``target``; ``recipe`` names the text that probes are made of.
+    """Score ``plan.tasks`` with the model in ``target``; ``recipe`` names the text for the probes.
 
-    Results join those in ``out``, by default ``tasks.json`` of a run's folder, whose report is written again. Raises
-    ``UserError`` for unknown tasks, missing files, and a harness that is not installed.
+    Results are merged into ``out``, by default ``tasks.json`` of a run's folder, and the run's report is rewritten.
+    Raises ``UserError`` for unknown tasks, missing files, and a missing harness.
     """
     others = [name for name in plan.tasks if name not in OWN_TASKS]
     if others and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"--tasks {','.join(others)} needs the evaluation harness: pip install 'trenchcoat[eval]' (without it "
-            f"there are {', '.join(OWN_TASKS)})"
+            f"--tasks {','.join(others)} needs the evaluation harness: pip install 'trenchcoat[eval]' (these tasks "
+            f"work without it: {', '.join(OWN_TASKS)})"
         )
     if recipe.run.threads is not None:
         torch.set_num_threads(recipe.run.threads)
@@ -56,7 +56,7 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     plan = dataclasses.replace(plan, trained=plan.trained or _trained(plan, recipe if is_run else None))
     path = out if out is not None else target / TASKS_FILE if is_run else None
     if path is not None and path.is_file():
-        TaskResults.load(path)  # a damaged file is an error before the work, not after it
+        TaskResults.load(path)  # fail on a damaged file before scoring, not after
     found = TaskResults(str(target), environment=environment())
     tasks = [OWN_TASKS[name] for name in plan.tasks if name in OWN_TASKS]
     if others:
@@ -71,19 +71,20 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
         return Outcome((), found)
     shown: list[Any] = terminal_tables(found)
     if path is None:
-        return Outcome((*shown, "not kept; give --out FILE to keep them"), found)
-    kept = TaskResults.load(path) if path.is_file() else TaskResults(found.model)  # as it is now: others may write too
+        return Outcome((*shown, "the results are not saved; give --out FILE to save them"), found)
+    # read again: others may have written to it
+    kept = TaskResults.load(path) if path.is_file() else TaskResults(found.model)
     kept.add(found)
     kept.save(path)
     shown.append(f"the results: {path}")
     if path == target / TASKS_FILE and (target / RESULTS_FILE).is_file():
         written = report.write_report(target, Results.load(target / RESULTS_FILE))
-        shown.append(f"the report, with them: {written}")
+        shown.append(f"the report: {written}")
     return Outcome(tuple(shown), found)
 
 
 def _is_first() -> bool:
-    """Whether this is the only process, or the first of several (of the harness's own data parallelism)."""
+    """Whether this is the only process, or the first of several (the harness's data parallelism)."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -97,14 +98,14 @@ def _trained(plan: TaskPlan, recipe: Recipe | None) -> int | None:
     asked = _long_context(plan)
     if asked:
         raise UserError(
-            f"--tasks {','.join(asked)}: only a run's recipe says how long the training rows were; give "
+            f"--tasks {','.join(asked)}: without a run's recipe the length of the training rows is unknown; give "
             "--trained-length N"
         )
     return None
 
 
 def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
-    """(name, model ready to be scored, tokenizer) of each model, one after the other: they share weights."""
+    """(name, model, tokenizer) of each model to score, one after the other, since they share weights."""
     device = _device(plan)
     model, tokenizer = hub.load(target, device=device)
     if plan.teacher == "" and not hasattr(model, "trenchcoat_adapter"):
@@ -127,7 +128,7 @@ def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _device(plan: TaskPlan) -> str:
-    """Of several processes on GPUs each takes its own."""
+    """With several processes on GPUs, each uses its own."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if rank is not None and plan.device == "auto" and torch.cuda.is_available() else plan.device
 
@@ -159,7 +160,7 @@ def _score(
 
 def _held_out(recipe: Recipe, tokenizer: Any) -> list[int]:
     """Token ids of the recipe's validation rows, without padding."""
-    data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # it chooses training rows only
+    data = dataclasses.replace(recipe.data, select="none", select_rows=None)  # selection applies to training rows only
     found: list[int] = []
     for batch in load_batches(data, tokenizer, batch_size=1, seed=0).validation():
         ids, mask = batch["input_ids"][0], batch.get("attention_mask")
@@ -169,13 +170,13 @@ def _held_out(recipe: Recipe, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress that opens with the first answers, when their number is known; of several processes one shows it."""
+    """A progress bar, opened when the number of requests is known, on the first process only."""
     tracker: Tracker | None = None
     known = 0
     with ExitStack() as shown:
 
         def update(done: int, total: int) -> None:
-            """Show what is done, on a new bar where the total is another."""
+            """Show progress; a new total starts a new bar."""
             nonlocal tracker, known
             if not _is_first():
                 return

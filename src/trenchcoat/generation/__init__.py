@@ -1,1 +1,1 @@
-"""Text from a model: generation, chat, saved states."""
+"""Text generation, chat, saved states."""

@@ -1,6 +1,6 @@
 """A conversation with a model: turns in its chat template (or a plain transcript), answers streamed.
 
-Only what is new is read at each turn; the state of a linearized model has a constant size and can be saved to a file
+Each turn reads only the new tokens; the state of a linearized model has a constant size and can be saved to a file
 (:mod:`trenchcoat.generation.statefile`), however long the conversation.
 """
 
@@ -20,25 +20,25 @@ from trenchcoat.generation.generate import Sampling, Session
 from trenchcoat.models.attach import mode_of
 
 USER, ANSWER = "User:", "Assistant:"
-"""Names of the speakers in a plain transcript."""
+"""Speaker labels of a plain transcript."""
 
 _ASKED, _ANSWERED, _NEXT = "first-question", "the-answer-given", "next-question"
-"""Placeholders, to find out what a template puts between an answer and the next question."""
+"""Placeholders that show what a template puts between an answer and the next question."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote, and what that took."""
+    """An answer of the model, and its cost."""
 
     text: str
     tokens: int
     seconds: float
-    """From the question to the last token, reading included."""
+    """From the question to the last token, prefill included."""
     seen: int
-    """Tokens of the whole conversation that the model has read."""
+    """Tokens of the conversation so far that the model has read."""
     state_bytes: int
     stopped: bool
-    """Stopped by the caller before its end."""
+    """Whether the caller stopped it early."""
 
     @property
     def summary(self) -> str:
@@ -48,7 +48,7 @@ class Reply:
         return f"{self.tokens} tokens, {rate:.1f} tokens/s, {self.seen} tokens seen, state {size:.2f} MiB"
 
 
-class _Pieces(TextStreamer):
+class _TextPieces(TextStreamer):
     """Passes text on as soon as whole words are complete, and collects it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
@@ -74,13 +74,13 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Start over."""
+        """Start a new conversation."""
         self.session = Session.new(self.model)
         self.turns = 0
         self._asking = False
 
     def save(self, path: Path | str) -> None:
-        """Write the state; UserError in the softmax mode, whose cache grows with the text."""
+        """Write the state to a file. Raises UserError in softmax mode, whose cache grows with the text."""
         if mode_of(self.model) != "student":
             raise UserError("only a linearized model's state has a constant size and can be saved")
         self.session.save(path)
@@ -92,8 +92,8 @@ class Conversation:
         self._asking = False
 
     def ask(self, text: str, on_text: Callable[[str], None], halt: Callable[[], bool] = lambda: False) -> Reply:
-        """The answer, passed to `on_text` piece by piece; `halt` is called after every token, and True stops it."""
-        ids, streamer = self._turn(text), _Pieces(self.tokenizer, on_text)
+        """Generate the answer, streaming it to `on_text`; `halt` is called after every token, and True stops."""
+        ids, streamer = self._turn(text), _TextPieces(self.tokenizer, on_text)
         started = time.perf_counter()
         new = self.session.write(
             ids,
@@ -111,7 +111,7 @@ class Conversation:
         return Reply(answer, len(new), seconds, self.session.seen, self.session.nbytes(), halt())
 
     def _turn(self, text: str) -> list[int]:
-        """Tokens to be read: the question as the template writes it, and the prompt for the answer."""
+        """The tokens of this turn: the question as the template formats it, and the start of the answer."""
         first = self.turns == 0
         if not self.templated:
             name = USER if first else "" if self._asking else f"\n{USER}"
@@ -124,7 +124,7 @@ class Conversation:
             raise UserError("the tokenizer's chat template does not contain answers unchanged; it cannot be used")
         ends = self.config.eos_token_id or []
         pending = self.session.pending
-        if pending and pending[-1] in ends:  # the template writes the end of the answer itself
+        if pending and pending[-1] in ends:  # the template adds the end token itself
             del pending[-1]
         return self._ids(tail.replace(_NEXT, text), special=False)
 

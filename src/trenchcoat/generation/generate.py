@@ -1,8 +1,8 @@
-"""Text from a model: batches of prompts, left-padded, through Transformers' own ``generate``.
+"""Text generation: left-padded batches of prompts through Transformers' own ``generate``.
 
-The linearized model brings its constant-size cache itself, so one function serves teacher and student. Prompts are read
-in pieces of ``PREFILL_TOKENS``, so that the memory they need does not depend on their length. A :class:`Session` is one
-row that continues from where it was, in memory or from a file.
+A linearized model creates its constant-size cache itself, so the same code runs teacher and student. Prompts are read
+in chunks of ``PREFILL_TOKENS``, so that memory does not grow with their length. A :class:`Session` is one row that can
+be continued later, from memory or from a file.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from trenchcoat.models.lora import remove_lora
 from trenchcoat.runtime.sharding import run_decoder
 
 PREFILL_TOKENS = 2048
-"""Tokens of a prompt that are read at once."""
+"""Tokens of a prompt processed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How many tokens are written, and how each is chosen: greedily unless ``do_sample`` or ``num_beams`` is set."""
+    """How many tokens are generated, and how each is chosen: greedily unless ``do_sample`` or ``num_beams`` is set."""
 
     max_new_tokens: int = 64
     do_sample: bool = False
     temperature: float = 1.0
-    """This, ``top_k`` and ``top_p`` have an effect only with ``do_sample``."""
+    """``temperature``, ``top_k`` and ``top_p`` have an effect only with ``do_sample``."""
     top_k: int | None = None
     top_p: float | None = None
     num_beams: int = 1
     seed: int = 0
-    """Sampling starts from it at each batch, or at each turn of a chat; the caller's random state is left as it was."""
+    """Set at each batch, or at each turn of a chat; the caller's random state is restored afterwards."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further options of Transformers' ``GenerationConfig``, by name."""
 
@@ -69,15 +69,15 @@ class Sampling:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Sampling:
-        """From options by name; those that are not fields are Transformers' (``more``)."""
+        """From options by name; names that are not fields go to Transformers (``more``)."""
         own = {each.name for each in fields(cls)} - {"more"}
         known = {name: value for name, value in options.items() if name in own}
         return cls(**known, more={name: value for name, value in options.items() if name not in own})
 
     def config(self, model: Any, tokenizer: Any) -> GenerationConfig:
-        """Transformers' settings, with the model's end tokens; nothing else of the checkpoint's own.
+        """The GenerationConfig, with the model's end tokens and none of the checkpoint's other generation settings.
 
-        Raises ``UserError`` for an option that does not exist (with the nearest that does) or a value it refuses.
+        Raises ``UserError`` for an unknown option (suggesting the closest one) or an invalid value.
         """
         known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
         for name in self.more:
@@ -88,7 +88,7 @@ class Sampling:
         ends, pad = _end_tokens(model, tokenizer), tokenizer.pad_token_id
         options: dict[str, Any] = {
             "eos_token_id": ends or None,
-            "pad_token_id": pad if pad is not None else (ends or [0])[0],  # any will do: padding is masked
+            "pad_token_id": pad if pad is not None else (ends or [0])[0],  # any token will do: padding is masked
             "bos_token_id": tokenizer.bos_token_id,
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.do_sample,
@@ -111,7 +111,7 @@ def _require_positive(name: str, value: int) -> None:
 
 
 def softmax_twin(model: Any) -> Any:
-    """A second model over the same weights (none is copied) whose layers run the softmax attention, without LoRA."""
+    """A second model that shares all weights but runs softmax attention, without LoRA."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     twin = copy.deepcopy(model, shared)
     remove_lora(twin)
@@ -121,15 +121,15 @@ def softmax_twin(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Generation:
-    """One prompt and what the model wrote after it."""
+    """A prompt and the model's continuation."""
 
     prompt: str
     text: str
     """The continuation only, special tokens left out."""
     tokens: int
-    """New tokens, the end-of-text token included when it was written."""
+    """New tokens, including the end-of-text token if there is one."""
     seconds: float
-    """Wall time of the whole batch this prompt was in."""
+    """Wall time of the whole batch."""
 
 
 def generate_rows(
@@ -145,13 +145,13 @@ def generate_rows(
 ) -> Iterator[dict[str, Any]]:
     """The fields of a :class:`Generation` for each prompt, batch by batch.
 
-    ``compare`` adds `softmax`: the text of the same weights with softmax attention, without LoRA. ``start`` is a saved
-    state that is read before every prompt, ``end`` where the state after the only prompt and its continuation is
-    written. Raises ``UserError``.
+    ``compare`` adds `softmax`: the continuation by the same weights with softmax attention, without LoRA. Every prompt
+    continues from the saved state ``start``; the state after a single prompt and its continuation is saved to ``end``.
+    Raises ``UserError``.
     """
     if end is not None:
         if len(prompts) != 1 or compare:
-            raise UserError(f"a state is saved after one prompt, without comparison; {len(prompts)} prompts are given")
+            raise UserError(f"a state can be saved after one prompt, without comparison; got {len(prompts)} prompts")
         yield _continue_and_save(model, tokenizer, prompts[0], sampling, start=start, end=end)
         return
     if compare and start is not None:
@@ -175,10 +175,10 @@ def generate_text(
     batch_size: int = 8,
     start: Session | None = None,
 ) -> list[Generation]:
-    """Continue every prompt; with the option ``num_return_sequences`` a prompt has several results.
+    """Continue every prompt; with ``num_return_sequences`` a prompt has several results.
 
-    An empty prompt starts from the tokenizer's beginning-of-text token. ``start`` is read before every prompt (and not
-    changed): a common beginning that is computed once. Raises ``UserError`` naming the option that is out of range, or
+    An empty prompt starts from the tokenizer's beginning-of-text token. Every prompt continues from ``start`` (which is
+    not changed): a shared prefix that is computed once. Raises ``UserError`` naming the option that is out of range, or
     the prompt that has no token to start from.
     """
     _require_positive("max_new_tokens", sampling.max_new_tokens)
@@ -204,7 +204,7 @@ def generate_text(
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end a text: those of the model's own generation settings, else the tokenizer's."""
+    """End-of-text ids: those of the model's generation config, else the tokenizer's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = own if own is not None else tokenizer.eos_token_id
     if ends is None:
@@ -246,7 +246,7 @@ def _generate_batch(
 def _generate(
     model: Any, ids: Tensor, mask: Tensor, config: GenerationConfig, seed: int | None, **options: Any
 ) -> list[list[int]]:
-    """The tokens that `model.generate` returns, with long prompts read in pieces, sampling from ``seed`` if given."""
+    """The tokens that `model.generate` returns, with long prompts read in chunks, and ``seed`` set if given."""
     if ids.shape[1] > PREFILL_TOKENS and config.prefill_chunk_size is None:
         config = copy.deepcopy(config)
         config.prefill_chunk_size = PREFILL_TOKENS
@@ -264,7 +264,7 @@ def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[:length]
 
 
-# One row that is continued
+# One row that can be continued
 
 
 class _Halt(StoppingCriteria):
@@ -280,11 +280,11 @@ def _continue_and_save(
 ) -> dict[str, Any]:
     """Continue one prompt (after the state `start`, if given) and write the state after it to `end`.
 
-    ``max_new_tokens=0`` only reads. Returns the fields of a Generation.
+    ``max_new_tokens=0`` only reads the prompt. Returns the fields of a Generation.
     """
     session = Session.new(model) if start is None else Session.load(start, model)
     if sampling.num_beams != 1 or sampling.more.get("num_return_sequences", 1) != 1:
-        raise UserError("a state is saved of one continuation; leave out beams and num_return_sequences")
+        raise UserError("a state can be saved after one continuation only; leave out beams and num_return_sequences")
     ids = _encode(tokenizer, prompt, None if start is None else session)[len(session.pending) :]
     began = time.perf_counter()
     if sampling.max_new_tokens == 0:
@@ -299,21 +299,21 @@ def _continue_and_save(
 
 @dataclass
 class Session:
-    """One row of text that a model reads and continues; with a linearized model its state has a constant size."""
+    """One row of text that a model reads and continues; the state of a linearized model has a constant size."""
 
     model: Any
     cache: Cache
     pending: list[int] = field(default_factory=list)
-    """Tokens that come next and have not been read yet, such as the last one generated."""
+    """Tokens not read yet, such as the last one generated."""
 
     @classmethod
     def new(cls, model: Any) -> Session:
-        """Nothing read yet."""
+        """An empty session."""
         return cls(model, DynamicCache(config=model.config))
 
     @classmethod
     def load(cls, path: Path | str, model: Any) -> Session:
-        """As it was saved; see :func:`trenchcoat.generation.statefile.load_state` for the errors."""
+        """Load a saved session; see :func:`trenchcoat.generation.statefile.load_state` for the errors."""
         cache, pending = load_state(path, model)
         rows = {layer.state.seen_B.shape[0] for layer in cache.layers if getattr(layer, "state", None) is not None}
         if rows != {1}:
@@ -326,18 +326,18 @@ class Session:
 
     @property
     def seen(self) -> int:
-        """Tokens read."""
+        """Number of tokens read."""
         return int(self.cache.get_seq_length())
 
     def fork(self, rows: int) -> Cache:
-        """A copy of the cache with `rows` equal rows; this one is not touched."""
+        """A copy of the cache with `rows` equal rows."""
         twin = copy.deepcopy(self.cache)
         if rows > 1:
             twin.batch_repeat_interleave(rows)
         return twin
 
     def read(self, ids: Sequence[int]) -> None:
-        """Read tokens in pieces; the last one stays pending, since its logits choose the next token."""
+        """Read tokens in chunks; the last one stays pending, since its logits choose the next token."""
         row = [*self.pending, *ids]
         if not row:
             raise UserError("there is nothing to read: the text has no tokens")
@@ -361,7 +361,7 @@ class Session:
         """Read `ids` and generate; returns the new tokens, the end token included.
 
         `halt` is called after every token; generation stops when it returns True. With `seed`, sampling starts from it
-        and the caller's random state stays as it was. `options` go to Transformers' ``generate``.
+        and the caller's random state is restored afterwards. `options` go to Transformers' ``generate``.
         """
         row = [*self.pending, *ids]
         if not row:

@@ -1,7 +1,7 @@
-"""The state of a conversation as a file: as large after a million tokens as after a hundred.
+"""Saved states: files of constant size, however long the text.
 
-A file belongs to one function: the weights (a hash over the first values of all of them, adapters included) and the
-settings of the students. It holds no text except the last tokens, if the model has not read them yet.
+A file fits one model: it records a hash of the first values of all weights, adapters included, and of the students'
+settings. It holds no text except tokens that the model has not read yet.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FORMAT = "trenchcoat state 1"
 """Written into every file."""
 
 ELEMENTS = 256
-"""How many of the first values of each parameter are hashed."""
+"""Number of leading values of each parameter that are hashed."""
 
 
 def function_identity(model: nn.Module) -> str:
     """A hash of what the model computes: the parameters' first values (rounded to bfloat16) and the students' settings.
 
-    A merged model and the adapter it came from have different hashes: rounding makes their states differ.
+    A merged model and its adapter have different hashes, since their weights are rounded differently.
     """
     settings = asdict(student_config(model))
     settings.pop("impl")
@@ -50,9 +50,9 @@ def function_identity(model: nn.Module) -> str:
 def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequence[int] = ()) -> None:
     """Write `cache` (of a linearized model in mode `student`) to a safetensors file, atomically.
 
-    `pending` are tokens that come next and that the cache has not seen, such as the last one generated. Raises
-    UserError when the cache has not been used, or holds layers that keep softmax attention (whose caches grow), and
-    SaveError when the disk is full.
+    `pending` are tokens that the cache has not seen yet, such as the last one generated. Raises
+    UserError if the cache is empty or has layers that keep softmax attention (whose caches grow), and SaveError if
+    the disk is full.
     """
     layers = students_of(model)
     tensors: dict[str, Tensor] = {}
@@ -60,7 +60,9 @@ def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequen
     for index in range(max(len(cache.layers), len(layers))):
         layer = cache.layers[index] if index < len(cache.layers) else None
         if index not in layers:
-            raise UserError(f"layer {index} keeps softmax attention, whose cache grows with the text; it is not saved")
+            raise UserError(
+                f"layer {index} keeps softmax attention, whose cache grows with the text; such a state cannot be saved"
+            )
         if not isinstance(layer, StateLayer) or layer.state is None:
             raise UserError("this cache holds no state: read some text with the model in mode 'student' first")
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state.tensors().items()}
@@ -77,8 +79,9 @@ def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequen
 def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
     """(cache, pending tokens) of a file that :func:`save_state` wrote, on the devices of the model's layers.
 
-    Continue with `model.generate(ids, attention_mask=ones over all tokens, past_key_values=cache)`, where `ids` are the
-    pending tokens and the new ones. Raises UserError for another model's file, CorruptFileError for a damaged one.
+    Continue with `model.generate(ids, attention_mask=<ones for all tokens>, past_key_values=cache)`, where `ids` are
+    the pending tokens and the new ones. Raises UserError for another model's file, CorruptFileError for a damaged
+    file.
     """
     where = Path(path)
     tensors, record = load_tensors(where), _record(where)
@@ -86,8 +89,8 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
         raise UserError(f"{where} is not a saved state ({_FORMAT!r}); create one with --save-state")
     if record.get("identity") != function_identity(model):
         raise UserError(
-            f"{where} was written by another model (other weights, adapter or student settings); load it with the one "
-            "that wrote it"
+            f"{where} was written by another model (other weights, adapter or student settings); load it with "
+            "that model"
         )
     try:
         tokens, pending = int(record["tokens"]), [int(token) for token in json.loads(record["pending"])]
@@ -115,7 +118,7 @@ def _record(path: Path) -> dict[str, str]:
 
 
 def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens: int) -> RowState:
-    """The state of one layer; raises CorruptFileError naming what does not fit."""
+    """The state of one layer; raises CorruptFileError naming what is wrong."""
     seen = found.get("seen_B")
     if seen is None or seen.dtype != torch.int64 or seen.ndim != 1 or not len(seen):
         raise CorruptFileError(f"{path} is damaged: layers.{index}.seen_B is missing or not whole numbers")

@@ -1,4 +1,4 @@
-"""What a request may ask for: unsupported fields and values out of range are refused, not ignored.
+"""Validation of requests: unsupported fields and values out of range are refused, not ignored.
 
 Imported only when serving: it needs the extra `serve`.
 """
@@ -17,10 +17,10 @@ CLIENT_GONE: contextvars.ContextVar[threading.Event | None] = contextvars.Contex
 """Set once the client of the current request has disconnected."""
 
 _HARMLESS = {"user", "metadata", "store", "service_tier", "stream_options", "parallel_tool_calls"}
-"""Fields that have no effect here, without misleading the client."""
+"""Fields that can be ignored without misleading the client."""
 
 _DEFAULTS: dict[str, tuple[Any, ...]] = {"n": (1,), "best_of": (1,), "presence_penalty": (0,)}
-"""Values that ask for what happens anyway; None, False and an empty list always do."""
+"""Values that equal the server's behaviour; None, False and an empty list always do."""
 
 _NUMBERS: dict[str, tuple[type, float, float, str]] = {
     "temperature": (float, 0.0, 2.0, "a number from 0 to 2"),
@@ -33,7 +33,7 @@ _NUMBERS: dict[str, tuple[type, float, float, str]] = {
 
 
 def refuse(message: str) -> HTTPException:
-    """The error for a client's mistake."""
+    """The HTTP 400 error for an invalid request."""
     return HTTPException(status_code=400, detail=message)
 
 
@@ -51,4 +51,4 @@ def check_body(body: Mapping[str, Any], unsupported: set[str]) -> None:
     stop = body.get("stop")
     texts = stop if isinstance(stop, list) and stop else [stop]
     if stop is not None and not all(isinstance(text, str) for text in texts):
-        raise refuse(f"stop is {stop!r}; expected a text or a list of texts")
+        raise refuse(f"stop is {stop!r}; expected a string or a list of strings")

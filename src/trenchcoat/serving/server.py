@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server for one linearized model, made of the parts of Transformers' own (`transformers serve`).
+"""An OpenAI-compatible server for one linearized model, built from the parts of `transformers serve`.
 
-The differences: the model comes from an adapter's, a run's or a merged folder, mistakes in a request are reported to
-the client, prompts have a limit, and a request ends when its client disconnects or the server stops. `requests` checks
-what clients ask for, `transformers_server` adapts the library's classes, `web` is the HTTP around them.
+Differences: the model comes from an adapter, run or merged folder, invalid requests are reported to the client, prompts
+have a limit, and a request ends when its client disconnects or the server stops. `requests` validates requests,
+`transformers_server` adapts the library's classes, `web` is the HTTP layer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     name: str | None = None
-    """Name that clients ask for; None: the folder's."""
+    """Model name in requests; None: the folder's."""
     context: int | None = None
-    """Tokens of a prompt and its answer together; None: as many positions as the base model was made for."""
+    """Tokens of a prompt and its answer together; None: the base model's `max_position_embeddings`."""
     grace: float = 30.0
     """Seconds that running requests get after the first Ctrl-C or SIGTERM."""
     chat_template: str | None = None
@@ -42,14 +42,14 @@ class ServeSettings:
     device: str = "auto"
     dtype: str = "auto"
     base: str | None = None
-    """Where the base model of an adapter is, if it has moved."""
+    """Path of an adapter's base model, if it has moved."""
     log_level: str = "warning"
 
 
 def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
-    """Serve the linearized model in `path` until a signal ends it; `say` receives a sentence for the terminal.
+    """Serve the linearized model in `path` until a signal stops it; `say` receives a line for the terminal.
 
-    Raises UserError when the extra is not installed, the model cannot be loaded, or a setting is impossible.
+    Raises UserError if the extra is not installed, the model cannot be loaded, or a setting is invalid.
     """
     if not is_serve_available():
         raise UserError("serving needs fastapi, uvicorn and openai: pip install 'trenchcoat[serve]'")
@@ -64,7 +64,7 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
     model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
     context = cfg.context or getattr(model.config, "max_position_embeddings", None)
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer of {path} is a slow one; streaming needs a fast one (tokenizer.json)")
+        raise UserError(f"{path} has a slow tokenizer; streaming needs a fast one (tokenizer.json)")
     if template is not None:
         tokenizer.chat_template = template
     server = _build(model, tokenizer, name, context, cfg)

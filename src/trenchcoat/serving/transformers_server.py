@@ -1,7 +1,7 @@
-"""Everything that depends on the inside of Transformers' server (`transformers.cli.serving`), in one file.
+"""Everything that depends on the internals of Transformers' server (`transformers.cli.serving`), in one file.
 
-These modules are not a public interface: `tests/serving/test_transformers_server.py` states what each of them is
-expected to be, so that a new release of Transformers breaks that test and this file, and nothing else. Written against
+They are not a public interface: `tests/serving/test_transformers_server.py` states what we expect of each, so that a
+new release of Transformers breaks that test and this file, and nothing else. Written against
 transformers 5.23. Imported only when serving: it needs the extra `serve`.
 """
 
@@ -32,7 +32,7 @@ ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 
 class SingleModelManager(ModelManager):
-    """The library's store of models, holding the one that is served, under one name."""
+    """The library's model manager with a single model under one name."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         super().__init__(model_timeout=-1)
@@ -41,12 +41,12 @@ class SingleModelManager(ModelManager):
         self.created = int(time.time())
 
     def load_model_and_processor(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """(model, tokenizer), whatever the name: requests for another one have been refused by now."""
+        """(model, tokenizer) for any name: requests for other models have been refused before."""
         return self.pair
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
-        """The name itself: there are no revisions."""
+        """The name as it is: there are no revisions."""
         return model_id
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
@@ -55,20 +55,20 @@ class SingleModelManager(ModelManager):
 
 
 class Cancellation(StoppingCriteria):
-    """Ends a generation from outside: its client is gone, or the server has waited long enough."""
+    """Cancels a generation whose client has disconnected or whose server is stopping."""
 
     def __init__(self, stopping: threading.Event, client_gone: threading.Event | None) -> None:
         self.stopping, self.client_gone = stopping, client_gone
 
     def check(self) -> None:
-        """Raise when it is time to end."""
+        """Raise if the generation should end."""
         if self.stopping.is_set():
             raise HTTPException(status_code=503, detail="the server is stopping")
         if self.client_gone is not None and self.client_gone.is_set():
             raise HTTPException(status_code=499, detail="the client is gone")
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """After every token; bool [rows], all False."""
+        """Called after every token; returns bool [rows], all False."""
         self.check()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -86,17 +86,17 @@ class _CancellableModel:
 
 
 class _EscapedErrors:
-    """A stream's queue whose error messages are escaped for JSON: the library puts them between quotes unchanged."""
+    """A stream's queue that escapes error messages for JSON, since the library puts them in quotes unescaped."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
 
     async def get(self) -> Any:
-        """The next piece, when there is one."""
+        """Wait for the next item."""
         return self._escaped(await self._queue.get())
 
     def get_nowait(self) -> Any:
-        """The next piece; raises when there is none yet."""
+        """The next item; raises if there is none yet."""
         return self._escaped(self._queue.get_nowait())
 
     @staticmethod
@@ -105,7 +105,7 @@ class _EscapedErrors:
 
 
 class Generator(GenerateManager):
-    """The library's generating thread, with a limit on the length of prompts and generations that can be cancelled."""
+    """The library's generation thread, with a limit on prompt length and with cancellation."""
 
     def __init__(self, context: int | None, stopping: threading.Event) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Generator(GenerateManager):
         return _CancellableModel(model, Cancellation(self.stopping, CLIENT_GONE.get()))
 
     def _measured(self, inputs: Mapping[str, Tensor], gen_config: Any) -> dict[str, Tensor]:
-        """Token ids and mask; `max_new_tokens` is lowered to what the context leaves."""
+        """Token ids and mask; limits `max_new_tokens` to the rest of the context."""
         tokens = inputs["input_ids"].shape[-1]
         if tokens == 0:
             raise refuse("the prompt has no token; give a text")
@@ -141,7 +141,7 @@ class Generator(GenerateManager):
         return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
     def wait(self, seconds: float) -> None:
-        """Until the generating thread has nothing left to do."""
+        """Wait until the generation thread is idle."""
         try:
             self.submit(lambda: None).result(timeout=seconds)
         except TimeoutError:
@@ -156,12 +156,12 @@ class SharedGenerator(GenerationState):
         self.generator = generator
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Generator:
-        """The only one."""
+        """That generator."""
         return self.generator
 
 
 class _CheckedHandler:
-    """Added to both of the library's handlers: mistakes in a request are answered with a 400 instead of a 500."""
+    """Mixin for both of the library's handlers: invalid requests get a 400 instead of a 500."""
 
     _unused_fields: set[str]
     model_manager: SingleModelManager
@@ -177,7 +177,7 @@ class _CheckedHandler:
             raise refuse(f"this request cannot be answered: {' '.join(str(error).split())[:300]}") from error
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The library's; a temperature or top_p asks for sampling, even if the model's own settings are greedy."""
+        """As the library's, but a temperature or top_p turns sampling on even if the model's own config is greedy."""
         config = super()._build_generation_config(body, *args, **kwargs)  # type: ignore[misc]
         temperature, top_p = body.get("temperature"), body.get("top_p")
         if (temperature is not None and temperature > 0) or (temperature is None and top_p not in (None, 1, 1.0)):

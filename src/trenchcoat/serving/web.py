@@ -1,4 +1,4 @@
-"""HTTP around the application: clients that disconnect, errors in the OpenAI form, stopping in two steps.
+"""The HTTP layer: client disconnects, errors in OpenAI's format, two-step shutdown.
 
 Imported only when serving: it needs the extra `serve`.
 """
@@ -22,7 +22,7 @@ from trenchcoat.serving.transformers_server import Generator
 
 
 class DisconnectWatcher:
-    """ASGI middleware: notices a client that disconnects, at once and on every route, and sets ``CLIENT_GONE``.
+    """ASGI middleware: sets ``CLIENT_GONE`` as soon as a client disconnects, on every route.
 
     A request's body is read completely; after that the only message that can arrive is the disconnect.
     """
@@ -31,7 +31,7 @@ class DisconnectWatcher:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One connection."""
+        """Handle one connection."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -49,7 +49,7 @@ class DisconnectWatcher:
             disconnected.set()
 
         async def replay() -> Any:
-            """The body, as it was received, then the disconnect."""
+            """Replay the body, then wait for the disconnect."""
             if messages:
                 return messages.pop(0)
             await disconnected.wait()
@@ -63,14 +63,14 @@ class DisconnectWatcher:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, stopping in two steps: no new requests at once, running ones are ended after a grace period."""
+    """uvicorn with a two-step shutdown: refuse new requests at once, cancel running ones after a grace period."""
 
     def __init__(self, config: uvicorn.Config, generator: Generator, grace: float) -> None:
         super().__init__(config)
         self.generator, self.grace = generator, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: as above. Second: end the running requests now. Third: exit without waiting."""
+        """First signal: as above. Second: cancel the running requests now. Third: exit without waiting."""
         if self.generator.stopping.is_set():
             self.force_exit = True
         elif self.should_exit:
@@ -82,13 +82,13 @@ class Server(uvicorn.Server):
             timer.start()
 
     def run_until_signal(self) -> None:
-        """Serve; returns after a signal has ended it. Raises UserError when the address is not available."""
+        """Serve until a signal stops it. Raises UserError if the address is not available."""
         try:
             self.run()
-        except SystemExit as error:  # uvicorn exits when it cannot start
+        except SystemExit as error:  # uvicorn exits if it cannot start
             place = f"{self.config.host}:{self.config.port}"
             raise UserError(
-                f"cannot listen on {place}: the port is in use, or the address is not this machine's; choose others"
+                f"cannot listen on {place}: the port is in use, or the address is not this machine's; choose another"
             ) from error
         finally:
             self.generator.stopping.set()
@@ -96,20 +96,20 @@ class Server(uvicorn.Server):
 
 
 def answer_errors_in_openai_form(app: FastAPI) -> None:
-    """Errors as the OpenAI API sends them, whose message is what client packages show."""
+    """Send errors in OpenAI's format, so that client packages show the message."""
 
     def answer(status: int, message: str) -> JSONResponse:
-        """An error of this status."""
+        """An error response."""
         kind = "invalid_request_error" if status < 500 else "server_error"
         return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        """An error that was raised on purpose."""
+        """Errors raised by our own checks."""
         return answer(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def unreadable(request: Request, error: RequestValidationError) -> JSONResponse:
         """A body that is not a JSON object."""
-        words = "; ".join(str(item.get("msg")) for item in error.errors())
-        return answer(400, f"the body is not a readable JSON object: {words}")
+        details = "; ".join(str(item.get("msg")) for item in error.errors())
+        return answer(400, f"the body is not a readable JSON object: {details}")

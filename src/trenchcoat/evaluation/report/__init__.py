@@ -1,1 +1,1 @@
-"""Reports: of one run, of its tasks, of runs side by side."""
+"""Reports: one run, its tasks, several runs side by side."""

@@ -1,6 +1,6 @@
-"""Any number of runs side by side: one table, one page of pictures, 95 % intervals; Markdown and HTML.
+"""Compare runs: one table, one page of plots, 95 % intervals; Markdown and HTML.
 
-Runs scored on the same rows are compared row by row with the first one named; others only side by side.
+Runs scored on the same rows are compared row by row with the first one; others are only shown side by side.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RUN_HEADINGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one run left; empty results where it left none."""
+    """The results of one run; empty where it has none."""
 
     name: str
     results: Results = field(default_factory=lambda: Results(window=0, seq_len=0))
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def converted(self) -> Scores | None:
-        """Scores of the model that the run was for."""
+        """Scores of the converted model."""
         return self.results.rows.get(self.results.converted() or "")
 
     @property
@@ -61,7 +61,7 @@ class Run:
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run folders (``results.json``, ``tasks.json``) and files that ``eval --out`` wrote.
 
-    Raises ``UserError`` naming the one that holds neither.
+    Raises ``UserError`` naming a path with neither.
     """
     names = [path.name for path in paths]
     runs = []
@@ -79,7 +79,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def same_rows(a: Results, b: Results) -> bool:
-    """Whether two runs were scored on the same tokens: the same teacher and text, and the teacher's row to show it."""
+    """Whether two runs were scored on the same tokens: the losses of their teachers are equal row by row."""
     left, right = a.rows.get(TEACHER), b.rows.get(TEACHER)
     if left is None or right is None or left.all.counts != right.all.counts:
         return False
@@ -91,7 +91,7 @@ def _perplexity(loss: float) -> str:
 
 
 def loss_table(runs: Sequence[Run]) -> Table:
-    """One row a run, with 95 % intervals."""
+    """One row per run, with 95 % intervals."""
     first = runs[0]
     rows = []
     for run in runs:
@@ -113,13 +113,13 @@ def loss_table(runs: Sequence[Run]) -> Table:
 
 
 def _above(own: Scores, other: Scores | None, part: str) -> Estimate | None:
-    """Paired difference of losses; None where the tokens are not the same (past 2W of another W, say)."""
+    """Paired difference of losses; None where the tokens differ (past 2W of another W, for example)."""
     a, b = getattr(own, part), None if other is None else getattr(other, part)
     return None if b is None or a.counts != b.counts else paired_difference(a, b)
 
 
 def task_table(runs: Sequence[Run]) -> Table:
-    """A row for each task and metric, a column a run: the value with its interval, and the paired difference from the
+    """One row per task and metric, one column per run: the value with its interval, and the paired difference from the
     first run."""
     rows = [[alias, metric, *(_task_cell(run, runs[0], name, metric) for run in runs)]
             for name, alias, metric in _shown(runs)]  # fmt: skip
@@ -140,7 +140,7 @@ def _task_cell(run: Run, first: Run, name: str, metric: str) -> str:
 
 
 def _shown(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """(task, its title, metric) of everything that some run has."""
+    """(task, its title, metric) of everything that at least one run has."""
     records = [record for run in runs for record in shown_tasks(run.tasks)]
     found = {(record.name, metric): record.alias for record in records for metric in record.metrics()}
     return [(name, alias, metric) for (name, metric), alias in found.items()]
@@ -149,7 +149,7 @@ def _shown(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 def _estimate(
     run: Run, name: str, metric: str, model: str = STUDENT
 ) -> tuple[float, tuple[float, float] | None] | None:
-    """(value, 95 % interval) of a metric, where the run has it."""
+    """(value, 95 % interval) of a metric, if the run has it."""
     record = run.tasks.tasks.get(name)
     estimate = None if record is None else record.metric(model, metric)
     if estimate is None:
@@ -182,9 +182,9 @@ def comparison_text(runs: Sequence[Run], *, drawn: bool) -> str:
     if any(run.converted for run in runs):
         lines += [
             *loss_table(runs).as_markdown(),
-            "Losses in nats a token, of the model that each run was for; perplexity is exp(loss). Brackets: 95 % "
+            "Losses in nats per token, of each run's converted model; perplexity is exp(loss). Brackets: 95 % "
             "intervals, bootstrap over the rows of text. Differences are taken row by row, so their intervals are "
-            "narrower than the two sides suggest; – means that the rows are not the same ones.",
+            "narrower than the two sides suggest; – means that the rows differ.",
             "",
         ]
     tasks = task_table(runs)
@@ -195,7 +195,7 @@ def comparison_text(runs: Sequence[Run], *, drawn: bool) -> str:
     if probes.cells:
         lines += ["## Long-context probes", "", *probes.as_markdown()]
     if drawn:
-        lines += ["## Pictures", "", f"![The runs' losses, tasks and probes]({PICTURE})", ""]
+        lines += ["## Plots", "", f"![The runs' losses, tasks and probes]({PICTURE})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -218,7 +218,7 @@ def _probe_curve(run: Run, name: str, model: str = STUDENT) -> list[tuple[float,
 
 
 def plot_runs(runs: Sequence[Run], path: Path) -> bool:
-    """One page: loss above the teacher, the same by position, tasks, probes; what no run has is left out."""
+    """One page: loss above the teacher's, the same by position, tasks, probes; panels without data are left out."""
     panels: list[tuple[float, Callable[[Axes], None]]] = []
     if any(run.converted and run.teacher for run in runs):
         panels.append((1.2 + 0.4 * len(runs), lambda axes: _draw_losses(axes, runs)))

@@ -1,4 +1,4 @@
-"""Markdown reports as one self-contained HTML file: pictures inside, no script, nothing fetched."""
+"""Markdown reports as one self-contained HTML file: images embedded, no scripts, nothing fetched."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _PICTURE = re.compile(r'<img src="([^":]+\.png)"')
 
 
 def write_page(path: Path, markdown: str, pictures: Path) -> None:
-    """Write ``markdown`` as HTML to ``path``; pictures it names are read from the folder ``pictures`` and put inside.
+    """Write ``markdown`` as HTML to ``path``; images it refers to are read from the folder ``pictures`` and embedded.
 
-    Text of models and data sets is escaped; of HTML only the report's own folding (``details``) passes.
+    Text of models and data sets is escaped; the only HTML let through is the report's own ``details``.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     body = _FOLD.sub(r"<details><summary>\1</summary>", body).replace("<p>&lt;/details&gt;</p>", "</details>")

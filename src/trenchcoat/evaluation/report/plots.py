@@ -1,6 +1,6 @@
-"""The report's pictures, as PNG files; drawn without a display.
+"""The report's plots, as PNG files; drawn without a display.
 
-Colours are those of M. Okabe and K. Ito, which any colour vision distinguishes; every line also has its name beside it.
+The palette is Okabe and Ito's, which is safe for colour-blind readers; every line is also labelled.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MOST_LAYER_LABELS = 8
 def page(
     path: Path, size: tuple[float, float], rows: int = 1, columns: int = 1, *, grid: bool = True, **layout: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A new figure and its axes, row by row; written to ``path`` when all is drawn."""
+    """A new figure and its axes, row by row; saved to ``path`` on exit."""
     with matplotlib.rc_context({**LOOK, "axes.grid": grid}):
         figure = Figure(figsize=size, layout="constrained")
         yield figure, list(figure.subplots(rows, columns, squeeze=False, **layout).flat)
@@ -57,10 +57,10 @@ def page(
 
 
 def name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], gap: float = 0.052) -> None:
-    """Write names right of the axes at the heights where their lines end, pushed apart so that they can be read.
+    """Label lines at the right of the axes, at the heights where they end, without overlap.
 
     ``names``: (y in data units, text, colour). ``gap``: least distance, as a share of the axes' height. Call it
-    after the limits are set.
+    after setting the limits.
     """
     to_share = axes.transData + axes.transAxes.inverted()
     ordered = sorted((float(to_share.transform((1, y))[1]), text, colour) for y, text, colour in names)
@@ -130,7 +130,7 @@ def _draw_positions(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float
 
 
 def _mark_window(axes: Axes, tokens: int) -> None:
-    """A line where the near set ends."""
+    """A vertical line where the near set ends."""
     axes.axvline(tokens, color="#555555", linewidth=1, linestyle=(0, (2, 2)))
     axes.annotate(
         f" 2W = {tokens}", (tokens, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9, color="#555555"
@@ -138,7 +138,7 @@ def _mark_window(axes: Axes, tokens: int) -> None:
 
 
 def _look(row: str) -> ReportRow:
-    """Colour and line of a row; of one that is not registered the common ones."""
+    """Colour and line style of a row; the defaults for an unregistered one."""
     return REPORT_ROWS.get(row, ReportRow())
 
 
@@ -217,7 +217,7 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _lora_rows() -> dict[str, str]:
-    """Training stages with a next-token loss, and the row that each one makes."""
+    """Training stages with a next-token loss, and the row of each."""
     return {row.stage: name for name, row in REPORT_ROWS.items() if row.stage not in (None, TRANSFER)}
 
 
@@ -233,7 +233,7 @@ def _series(lines: Sequence[Mapping[str, Any]], kind: str, key: str) -> list[tup
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Running mean over a fortieth of the points."""
+    """Running mean over 1/40 of the points."""
     width = max(1, len(points) // 40)
     values = [y for _, y in points]
     return [
@@ -257,7 +257,7 @@ def _draw_relative_error(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None
 
 
 def _draw_layers(axes: Axes, lines: Sequence[Mapping[str, Any]], measure: str, line_kind: str) -> None:
-    """One line a layer from lines of ``line_kind``, dots from held-out text, names at the ends (of some, if many)."""
+    """One line per layer from records of ``line_kind``, dots from held-out text; labels at the ends (some, if many)."""
     keys = _layers(lines, measure)
     every = math.ceil(len(keys) / MOST_LAYER_LABELS)
     ends = []
@@ -311,7 +311,7 @@ def _draw_lora(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot_decode(results: Results, path: Path) -> bool:
-    """Decoding time a token and bytes of cache against the context. False when decoding was not measured."""
+    """Decoding time per token and cache size against the context length. False when decoding was not measured."""
     curves = {mode: points for mode, points in results.decode.items() if points}
     if not curves:
         return False

@@ -1,7 +1,7 @@
-"""The report of a run: ``report.md`` with its pictures, and the same table and answers for the terminal.
+"""The report of a run: ``report.md`` with its plots, and the same table and answers for the terminal.
 
-Everything is computed from a ``Results``; the words around the numbers are written for someone who sees this for the
-first time. An answer that speaks against the conversion stands in the same place, in the same size, as one for it.
+Everything is computed from a ``Results``; the text is written for first-time readers. Negative answers are shown as
+prominently as positive ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def report_table(results: Results, *, short: bool = False) -> Table:
 
 
 def terminal_table(results: Results) -> rich_table.Table:
-    """The table of the report without its noise, to print with rich."""
+    """The report's table without standard errors, to print with rich."""
     title = f"Perplexity (ppl), recall and gap closed (W = {results.window})"
     return report_table(results, short=True).as_rich(title)
 
@@ -66,11 +66,11 @@ def terminal_verdicts(results: Results) -> rich_table.Table:
 
 
 def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Write ``report.md``, its PNG pictures, ``report.html`` with all of it, and ``results.json`` into ``run_dir``.
+    """Write ``report.md``, its PNG plots, a self-contained ``report.html`` and ``results.json`` into ``run_dir``.
 
-    Returns the report's path. ``metrics``: the lines of the run's log, read from ``run_dir`` when left out; tasks and
-    probes come from its ``tasks.json``, where there is one. A picture whose numbers were not measured is left out, and
-    the report says so. Raises ``SaveError`` when the folder cannot be written.
+    Returns the report's path. ``metrics``: the lines of the run's log, read from ``run_dir`` by default; tasks and
+    probes come from its ``tasks.json``, if any. A plot whose numbers were not measured is left out, and the report
+    says so. Raises ``SaveError`` when the folder cannot be written.
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mappin
 
 
 def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults | None = None) -> str:
-    """The report in Markdown; ``drawn`` says which pictures exist."""
+    """The report in Markdown; ``drawn`` says which plots exist."""
     found, best = verdicts(results), results.best_window_row()
     stages = (("transfer", "attention transfer"), ("lora", "LoRA"))
     descriptions = [(column.heading, column.description) for column in REPORT_COLUMNS.values() if column.description]
@@ -137,8 +137,8 @@ def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
         *report_table(results).as_markdown(),
         f"Scored on the same {len(first.all.counts)} rows of up to {first.seq_len:,} tokens for every model: "
         f"{first.all.count:,} tokens, of which {first.far.count:,} past 2W, and {first.recall.count:,} recall probes. "
-        "± is one standard error (bootstrap over the rows of text). Two models differ far less in their noise than "
-        "these errors suggest, because they read the same text: the answers above use the error of the difference.",
+        "± is one standard error (bootstrap over the rows of text). All models read the same text, so the error of a "
+        "difference is much smaller than these errors; the answers above use that one.",
         "",
     ]
     picture = ["![Loss of each row above the teacher's, with noise](rows.png)", ""]
@@ -150,10 +150,10 @@ def _pictures(drawn: Mapping[str, bool]) -> list[str]:
         (
             "positions.png",
             "Loss by position",
-            "Where a curve leaves the teacher's to the right of 2W, context is lost.",
+            "A curve that departs from the teacher's to the right of 2W shows lost context.",
         ),
         ("training.png", "Training", "Training loss of both stages, and the loss on held-out text."),
-        ("decode.png", "Decoding", "Time of one more token, and bytes of state, against the tokens already read."),
+        ("decode.png", "Decoding", "Time per token and size of the state, against the length of the context."),
     )
     lines: list[str] = []
     for file, title, text in shown:
@@ -165,9 +165,9 @@ def _pictures(drawn: Mapping[str, bool]) -> list[str]:
 def _samples(results: Results) -> list[str]:
     if not results.samples:
         return []
-    lines = ["## Texts side by side", "", "Continuations of the same held-out beginnings; not selected.", ""]
+    lines = ["## Texts side by side", "", "Continuations of the same held-out prompts; not selected.", ""]
     for number, sample in enumerate(results.samples, 1):
-        lines += [f"### Beginning {number}", "", *_fenced(sample.prompt), ""]
+        lines += [f"### Prompt {number}", "", *_fenced(sample.prompt), ""]
         for name, text in sample.outputs.items():
             lines += [f"**{row_label(name)}**", "", *_fenced(text), ""]
     return lines
@@ -203,9 +203,9 @@ def _making(results: Results) -> list[str]:
              f"{point.prefill_ms:.0f} ms", bytes_text(point.cache_bytes))
             for mode, points in results.decode.items() for point in points
         ]  # fmt: skip
-        headings = ("model", "context", "ms a token, median", "mean", "reading the context", "cache")
+        headings = ("model", "context", "ms per token, median", "mean", "reading the context", "cache")
         lines += ["### Decoding", "", *Table(headings, decode).as_markdown()]
-        lines += ["The mean has its share of the step, one in every W tokens, that moves a chunk into the sum.", ""]
+        lines += ["The mean includes the step, one in every W tokens, that moves a chunk into the far sum.", ""]
     return lines
 
 
@@ -220,7 +220,7 @@ def _flat_rows(content: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[s
 
 
 def _get(content: Mapping[str, Any], *path: str) -> Any:
-    """The value at ``path`` of nested mappings; None when it is not there."""
+    """The value at ``path`` of nested mappings; None if missing."""
     value: Any = content
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None

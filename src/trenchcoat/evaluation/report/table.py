@@ -1,4 +1,4 @@
-"""A table of texts, for the terminal and for Markdown (from which the HTML page is made)."""
+"""A table of strings, for the terminal and for Markdown (from which the HTML page is made)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under headings; one list of texts a row, the first of them its name."""
+    """Headings and rows of cells; the first cell of a row is its name."""
 
     headings: Sequence[str]
     cells: Sequence[Sequence[str]]

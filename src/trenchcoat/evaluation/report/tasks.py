@@ -29,13 +29,13 @@ PROBES_PICTURE = "probes.png"
 
 
 def shown_tasks(results: TaskResults) -> list[TaskRecord]:
-    """Groups and the tasks outside them, and a group's subgroups; not the dozens of tasks inside."""
+    """Groups, their subgroups, and tasks outside groups; not the dozens of tasks inside a group."""
     inside = {member for record in results.tasks.values() for member in record.members}
     return [record for name, record in results.tasks.items() if name not in inside]
 
 
 def task_table(results: TaskResults) -> Table:
-    """One row for each task and metric."""
+    """One row per task and metric."""
     cells = [
         [
             record.alias,
@@ -53,7 +53,7 @@ def task_table(results: TaskResults) -> Table:
 
 
 def probe_table(record: ProbeRecord, heading: str, unit: str = "") -> Table:
-    """Shares at each length, over all depths, of each model; then the controls, and what guessing gives."""
+    """Shares of each model at each length, over all depths; then the controls, and chance."""
     models = [model for model in MODEL_LABELS if model in record.shares]
     cells = [[MODEL_LABELS[model], *map(_share, record.means(model))] for model in models]
     for model in (model for model in MODEL_LABELS if any(record.controls.get(model, []))):
@@ -87,7 +87,7 @@ def markdown_sections(results: TaskResults, *, drawn: bool) -> list[str]:
         lines += ["## Tasks", "", *task_table(results).as_markdown()]
         lines += [
             "In per cent, ± one standard error over the rows. The last column is linear minus teacher over the same "
-            "rows, compared one by one; its error is that of the difference. 95 % intervals: "
+            "rows, compared row by row; its error is that of the difference. 95 % intervals: "
             + (_intervals(results) or "none")
             + ".",
             "",
@@ -120,8 +120,8 @@ def _intervals(results: TaskResults) -> str:
 
 
 def plot_probes(results: TaskResults, path: Path) -> bool:
-    """Heat maps: one panel a model by length and depth, or one by length for probes without a depth. False without
-    probes."""
+    """Heat maps: one panel per model by length and depth, or a single one by length for probes without a depth. False
+    without probes."""
     panels: list[tuple[str, list[str], list[str], list[list[float]]]] = []
     for record in results.probes.values():
         models = [model for model in MODEL_LABELS if model in record.shares]

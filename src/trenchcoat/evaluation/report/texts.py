@@ -1,4 +1,4 @@
-"""Numbers as readers see them."""
+"""Formatting of numbers for reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trenchcoat.evaluation.statistics import NORMAL_95, Estimate
 
 
 def signed(difference: Estimate) -> str:
-    """``0.021 ± 0.004`` (the error is one standard error), with more digits when the noise is smaller than those."""
+    """``0.021 ± 0.004`` (the error is one standard error), with more digits when the error is smaller."""
     if not math.isfinite(difference.error):
         return f"{difference.value:.3f} (noise unknown)"
     digits = 3 if difference.error >= 0.002 else 4
@@ -44,7 +44,7 @@ def bytes_text(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``4 min 05 s``; a dash when it was not measured."""
+    """``4 min 05 s``; a dash if not measured."""
     if not math.isfinite(seconds):
         return "–"
     if seconds < 60:

@@ -1,8 +1,8 @@
-"""What the numbers of an evaluation say, in plain sentences; nothing here is chosen by hand for a run.
+"""The conclusions that an evaluation's numbers support, as sentences; the rules are the same for every run.
 
 A comparison is answered "yes" only when the difference is in favour **and** more than two standard errors of the
 paired difference away from zero; a difference within the noise is answered "no", because it was not shown. The
-reason for the far-part questions: published hybrids of window and linear attention were found to bypass their
+far-part questions are there because published hybrids of window and linear attention were found to bypass their
 linear part (arXiv 2510.05901).
 """
 
@@ -34,11 +34,11 @@ SHARE_TARGET = 0.9
 FAR_SHARE_TARGET = 0.5
 """Target: share of the loss gap between the better window + sinks row and the teacher, on tokens past 2W."""
 LEAST_EFFECT = 0.005
-"""Nats (half a per cent of perplexity) that the far part must improve before it counts as needed."""
+"""Improvement in nats (half a per cent of perplexity) from which the far part counts as needed."""
 
 
 class _NotMeasuredError(Exception):
-    """What a question needs is not in the results."""
+    """The results lack what a question needs."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Verdict:
     sentence: str
     """The answer with its numbers."""
     target: bool = False
-    """True for the targets the project set itself."""
+    """True for the project's own targets."""
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """All questions in the order of the report; those whose rows are missing are "not measured"."""
+    """All questions in the order of the report; those whose data is missing are "not measured"."""
     from_swap = "Target: close at least {:.0%} of the gap from the untrained swap to the teacher, all tokens"
     from_window = "Target: close at least {:.0%} of the gap from window + sinks to the teacher, past 2W"
     beats = {window_only: [_beats(name, window_only) for name in REPORT_ROWS] for window_only in (True, False)}
@@ -78,7 +78,7 @@ _Question = tuple[str, str, Callable[[Results], tuple[bool, str]]]
 
 
 def _beats(name: str, window_only: bool) -> _Question | None:
-    """The question whether the converted model beats a row that asks it."""
+    """The question whether the converted model beats row ``name``, if that row has one."""
     row = REPORT_ROWS[name]
     asks = bool(row.question) and row.window_only == window_only
     return (f"beats_{name}", row.question, partial(_better_than, other=name)) if asks else None
@@ -94,7 +94,7 @@ def _verdict(results: Results, key: str, question: str, answer: Callable[[Result
 
 
 def headline(found: Sequence[Verdict]) -> str:
-    """One sentence over all answers: targets met, and how many answers are a NO."""
+    """One-sentence summary: targets met, and counts of each answer."""
     targets = [verdict.outcome for verdict in found if verdict.target]
     against, unknown = (sum(v.outcome == outcome for v in found) for outcome in ("no", "not measured"))
     parts = [f"Targets met: {targets.count('yes')} of {len(targets)}"]
@@ -108,7 +108,7 @@ def _better(difference: Estimate) -> bool:
 
 
 def _converted(results: Results, needed: str, *others: str) -> str:
-    """The row that the run was for. Raises for a run without it or one of ``others``, or where it is one of them."""
+    """The row of the converted model. Raises if it or one of ``others`` is missing, or if it is one of ``others``."""
     name = results.converted()
     if name is None or name in others or any(other not in results.rows for other in others):
         raise _NotMeasuredError(f"this needs {needed}")
@@ -120,8 +120,8 @@ def _compare(results: Results, name: str, other: str) -> Estimate:
     return paired_difference(results.rows[other].far, results.rows[name].far)
 
 
-def _in_words(difference: Estimate) -> str:
-    """How the loss compares, with its noise."""
+def _describe(difference: Estimate) -> str:
+    """The loss difference as a phrase, with its error."""
     if not math.isfinite(difference.value):
         return "a loss is not a number"
     if not difference.clear:
@@ -136,7 +136,7 @@ def _has_structure(results: Results) -> tuple[bool, str]:
         raise _NotMeasuredError("this needs the teacher and a window + sinks row")
     gap = _compare(results, TEACHER, window)
     good = _better(gap) and gap.value >= LEAST_EFFECT
-    text = f"Past 2W, the teacher against the better window + sinks row ({row_label(window)}): {_in_words(gap)}."
+    text = f"Past 2W, the teacher against the better window + sinks row ({row_label(window)}): {_describe(gap)}."
     return good, text if good else f"{text} Without such a gap no linear part can help on this text."
 
 
@@ -148,7 +148,7 @@ def _better_than(results: Results, other: str) -> tuple[bool, str]:
     mine, its = results.rows[name].far_perplexity, results.rows[other].far_perplexity
     return good, (
         f"'{row_label(name)}' {verb} '{row_label(other)}' on tokens past 2W: perplexity {mine:.3f} against {its:.3f}; "
-        f"{_in_words(difference)}."
+        f"{_describe(difference)}."
     )
 
 
@@ -157,7 +157,7 @@ def _needs_far(results: Results) -> tuple[bool, str]:
     difference = _compare(results, name, FAR_OFF)
     good = _better(difference) and difference.value >= LEAST_EFFECT
     mine, its = results.rows[name].far_perplexity, results.rows[FAR_OFF].far_perplexity
-    numbers = f"perplexity past 2W is {mine:.3f} with it and {its:.3f} without; {_in_words(difference)}"
+    numbers = f"perplexity past 2W is {mine:.3f} with it and {its:.3f} without; {_describe(difference)}"
     if good:
         text = f"needs its linear part: {numbers}."
     elif _better(difference):
@@ -219,7 +219,7 @@ def _order_target(results: Results) -> tuple[bool, str]:
     name = _converted(results, "a transferred model and " + ", ".join(map(row_label, others)), *others)
     found = {row_label(other): _compare(results, name, other) for other in others}
     lost = [other for other, difference in found.items() if not _better(difference)]
-    parts = "; ".join(f"against '{other}' {_in_words(difference)}" for other, difference in found.items())
+    parts = "; ".join(f"against '{other}' {_describe(difference)}" for other, difference in found.items())
     start = f"MISSED (not better than {', '.join(lost)})" if lost else "Met"
     return not lost, f"{start}: {parts}."
 

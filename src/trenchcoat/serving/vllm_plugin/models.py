@@ -1,8 +1,8 @@
-"""The connection to vLLM 0.33.0: its Llama and Mistral, with a student in place of the attention of every layer.
+"""Model classes for vLLM 0.33.0: its Llama and Mistral with a student in place of the attention of every layer.
 
-vLLM's own classes do everything else (weights, projections, RoPE, sampling, scheduling). A layer's state is a page of
-vLLM's Mamba cache (`MambaBase.get_state_shape`). The tests run it against stand-ins, since vLLM cannot be installed
-together with the versions that they use. Imported by vLLM only.
+vLLM's classes do everything else (weights, projections, RoPE, sampling, scheduling). A layer's state is a page of
+vLLM's Mamba cache (`MambaBase.get_state_shape`). The tests run it against fakes, since vLLM's requirements
+conflict with the versions that they pin. Imported by vLLM only.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from trenchcoat.students import StudentAttention, build_student
 
 
 def check_settings(vllm_config: Any) -> None:
-    """Raise ValueError for what this plugin does not support, with the option that avoids it."""
+    """Raise ValueError for what this plugin does not support, naming the option to change."""
     if not vllm_config.model_config.enforce_eager:
-        raise ValueError("linearized models run without CUDA graphs and torch.compile here: give --enforce-eager")
+        raise ValueError("linearized models do not support CUDA graphs or torch.compile in vLLM: give --enforce-eager")
     if vllm_config.cache_config.enable_prefix_caching:
-        raise ValueError("linearized models have no prefix caching here: give --no-enable-prefix-caching")
+        raise ValueError("linearized models do not support prefix caching in vLLM: give --no-enable-prefix-caching")
     if vllm_config.model_config.hf_config.trenchcoat["student"].get("keep_softmax"):
-        raise ValueError("models that keep softmax layers (student.keep_softmax) cannot be served through vLLM here")
+        raise ValueError("models that keep softmax layers (student.keep_softmax) cannot be served through vLLM")
 
 
 def student_for(vllm_config: Any, *, num_heads: int, num_kv_heads: int, head_dim: int) -> StudentAttention:
@@ -55,7 +55,7 @@ class StudentLayer(nn.Module, MambaBase):
 
     @property
     def mamba_type(self) -> Any:
-        """vLLM's plain linear attention, whose metadata has all that is needed."""
+        """vLLM's linear attention, whose metadata is sufficient."""
         return MambaAttentionBackendEnum.LINEAR
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -69,7 +69,7 @@ class StudentLayer(nn.Module, MambaBase):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
         every = get_forward_context().attn_metadata
-        if every is None:  # vLLM measures memory before there is a cache
+        if every is None:  # vLLM profiles memory before there is a cache
             return torch.zeros_like(query)
         meta = every[self.prefix]
         tokens = meta.num_decode_tokens + meta.num_prefill_tokens
@@ -87,13 +87,13 @@ class StudentLayer(nn.Module, MambaBase):
 
 
 def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
-    """Replace `attn.attn` by a student; its parameters load under the names that they have in a merged folder."""
+    """Replace `attn.attn` by a student; its parameters load by their names in a merged folder."""
     check_settings(vllm_config)
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     student = student_for(vllm_config, num_heads=attn.num_heads, num_kv_heads=attn.num_kv_heads, head_dim=attn.head_dim)
 
     def load_share(parameter: nn.Parameter, whole: Tensor) -> None:
-        """Called by vLLM with a tensor of the folder."""
+        """Called by vLLM with a tensor from the folder."""
         parameter.data.copy_(heads_of_rank(whole, rank, ranks))
 
     for parameter in student.parameters():
@@ -104,7 +104,7 @@ def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
 
 
 class _WithStudent:
-    """Puts a student into a layer of vLLM's, which comes next in the order of classes."""
+    """Mixin that puts a student into a vLLM layer, the next class in the MRO."""
 
     def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, config=config)  # type: ignore[call-arg]
@@ -121,7 +121,7 @@ class LinearizedMistralDecoderLayer(_WithStudent, MistralDecoderLayer):
 
 
 class _Linearized(HasInnerState, IsAttentionFree):
-    """What vLLM asks a model class about its state before there is a model."""
+    """Class methods that tell vLLM the size of the state before a model exists."""
 
     @classmethod
     def _layout(cls, vllm_config: Any) -> PageLayout:

@@ -1,7 +1,7 @@
 """A request's state as one page of a server's cache, and attention of many requests' tokens over such pages.
 
 A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes. The tokens of a
-step come in one flat row: first those of requests that decode (one token each), then those of requests that prefill.
+step are concatenated: first those of requests that decode (one token each), then those of requests that prefill.
 
 Shape legend: P pages, T tokens of a step, R requests of it, H query heads, G key/value heads, D head dim.
 """
@@ -21,11 +21,11 @@ _SEEN = "seen_B"
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The tensors of a page, in order: the widest dtypes first, so that each begins at a multiple of its size."""
+    """The tensors of a page, widest dtypes first, so that each is aligned to its element size."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    """Without the axis of pages; tensors without elements (no sinks, no buffer) are left out."""
+    """Without the page axis; empty tensors (no sinks, no buffer) are left out."""
     dtypes: tuple[torch.dtype, ...]
 
     @classmethod
@@ -49,21 +49,21 @@ class PageLayout:
         return state
 
     def write(self, pages: Sequence[Tensor], slots: Tensor, state: RowState) -> None:
-        """Put `state` into `slots`."""
+        """Write `state` to `slots`."""
         for name, page in zip(self.names, pages, strict=True):
             page[slots.long()] = state.tensors()[name].view(-1, *page.shape[1:]).to(page.dtype)
 
 
 @dataclass(frozen=True)
 class StepRequests:
-    """The requests whose tokens a step brings; the first ``decodes`` of them bring one token each."""
+    """The requests of a step; the first ``decodes`` of them have one token each."""
 
     starts: Sequence[int]
-    """Where each request's tokens begin, and where the last one's end; R + 1 numbers."""
+    """Start of each request's tokens, and the end of the last; R + 1 numbers."""
     lengths: Sequence[int]
-    """Tokens of each request so far, these included."""
+    """Tokens of each request so far, including this step's."""
     slots: Tensor
-    """Page of each request, int [R]. What a page held before a request's first token is ignored."""
+    """Page of each request, int [R]. A page's content before a request's first token is ignored."""
     decodes: int
 
 
