@@ -1,4 +1,4 @@
-"""The attention operator: its meaning (`reference`), its O(T) form (`chunked`), its kernels (`triton`), decoding."""
+"""The attention operator: its definition (`reference`), its O(T) form (`chunked`), its kernels (`triton`), decoding."""
 
 from trenchcoat.ops.operator import IMPLEMENTATIONS, linear_window_attention
 from trenchcoat.ops.state import Features, HeadWeights, Kind, RowState, Rule, StateSizes, StudentState, Tokens

@@ -1,7 +1,7 @@
 """Cross-entropy between the rows of the teacher's and the student's attention maps, in blocks of queries.
 
-H(a_n, a_hat_n) = - sum_j a_nj log a_hat_nj. Quadratic in time, but only [block, T] pieces of a head exist at a time.
-A sink logit is one more column of both maps.
+H(a_n, a_hat_n) = - sum_j a_nj log a_hat_nj. Quadratic in time, but only one [block, T] block of a head's map exists at
+a time. A sink logit is one more column of both maps.
 
 Shape legend: B rows, H query heads, G key/value heads, K key maps (G or H), T tokens, F features, Q queries of a block,
 J keys they can see.
@@ -15,9 +15,9 @@ from torch import Tensor
 from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, Rule, Tokens
 
 MAP_ELEMENTS = 1 << 19
-"""Entries of one piece of a map."""
+"""Entries of one block of a map."""
 SMALLEST = 1e-30
-"""Far weights are clamped here before the logarithm."""
+"""Lower clamp of far weights before the logarithm."""
 NEEDS_FAR = "the cross-entropy needs the far part; without it the student gives most keys probability 0"
 
 
@@ -36,10 +36,10 @@ def attention_cross_entropy(
     teacher_window: int | None = None,
     gradients: bool = True,
 ) -> tuple[Tensor, Gradients | None]:
-    """Sum over rows, heads and tokens, and its gradients (None when not asked for).
+    """Sum over rows, heads and tokens, and its gradients (None if not requested).
 
-    For rows without holes (`length_B` tokens each, None: all T); the teacher is causal softmax, over the last
-    `teacher_window` tokens when given. Needs `rule.far`: without it the student's map has zeros.
+    For rows without padding between tokens (`length_B` tokens each, None: all T); the teacher is causal softmax, over
+    the last `teacher_window` tokens if given. Needs `rule.far`: without it the student's map has zeros.
     """
     if not rule.far or features.k_BKTF is None:
         raise ValueError(NEEDS_FAR)

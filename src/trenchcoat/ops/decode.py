@@ -1,10 +1,10 @@
-"""Generation: one token after the other against a state of constant size, updated in place.
+"""Generation: one token at a time against a state of constant size, updated in place.
 
-A token is one :func:`step` a layer, a function of tensors whose shapes never change and that never asks a tensor for
-its value: it can be compiled, or captured as a CUDA graph. A chunk whose keys all become far together (kind `terrace`)
-is folded into the far sums before the step, once in W tokens; when that is due is known from the state's own count of
-positions, which is kept on the host, so the device is never waited for. Rows may be at different positions. What
-depends on positions alone (:class:`Places`) is computed once a token, for all layers.
+A token is one :func:`step` per layer, a function of fixed tensor shapes that never reads a tensor's value on the host:
+it can be compiled, or captured as a CUDA graph. A chunk whose keys all become far together (kind `terrace`) is folded
+into the far sums before the step, once every W tokens; the state counts positions on the host to know when, so there is
+no device synchronisation. Rows may be at different positions. What depends on positions alone (:class:`Places`) is
+computed once per token, for all layers.
 
 Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T new tokens, N buffer slots,
 D key dim, E value dim, F features, S sinks, A rows that fold now, Q keys they fold.
@@ -22,7 +22,7 @@ from trenchcoat.ops.state import LINEAR_EPS, Features, HeadWeights, PhiK, Rule, 
 
 @dataclass(frozen=True)
 class Places:
-    """Where a token goes and what it sees, the same in every layer: its slot as `key_slot` int64 [B, G, 1, D] and
+    """Where a token is stored and what it sees, the same in every layer: its slot as `key_slot` int64 [B, G, 1, D] and
     `value_slot` [B, G, 1, E], and the near set as `bias`, [B * G, 1, N + S] of 0 (near) and -inf."""
 
     key_slot: Tensor
@@ -31,7 +31,7 @@ class Places:
 
     @classmethod
     def of(cls, state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
-        """For the token at position `seen`, whose slot already holds it."""
+        """For the token at position `seen`, already stored in its slot."""
         batch, kv_heads = state.k_BGND.shape[:2]
         seen_B1 = state.seen_B[:, None]
         age = (seen_B1 - torch.arange(rule.slots, device=seen_B1.device)).remainder(rule.slots)
@@ -48,7 +48,7 @@ class Places:
 
 
 _last: tuple[tuple[object, ...], Places] | None = None
-"""The newest places and what they depend on: the other layers of the same token take them from here."""
+"""Cache of the latest places and what they depend on, for the other layers of the same token."""
 
 
 def _places(state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
@@ -65,9 +65,9 @@ def _places(state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
 
 
 def decode(tokens: Tokens, features: Features | None, heads: HeadWeights, state: StudentState, rule: Rule) -> Tensor:
-    """y [B, H, T, E] in q's dtype; a token with mask False changes nothing and gets 0. Call it under `no_grad`.
+    """y [B, H, T, E] in q's dtype; a token with mask False changes nothing and outputs 0. Call under `no_grad`.
 
-    Only kind `linear` reads the keys' features; the others compute those of a key when it leaves the buffer.
+    Only kind `linear` reads the keys' features; the others compute a key's features when it leaves the buffer.
     """
     wide = torch.promote_types(tokens.q_BHTD.dtype, torch.float32)
     phi_k = None if features is None else features.phi_k
@@ -94,9 +94,9 @@ def step(
     places: Places | None,
     rule: Rule,
 ) -> Tensor:
-    """y [B, H, 1, E] of one token a row, whose pair joins the state; what leaves the buffer has been folded before.
+    """y [B, H, 1, E] of one token per row, stored into the state; keys that leave the buffer are already folded.
 
-    The caller counts the token (`StudentState.count`) afterwards. `places` is None for kind `linear` only.
+    The caller then counts the token (`StudentState.count`). `places` is None for kind `linear` only.
     """
     q_BH1D, real_B = token.q_BHTD, _real(token, state)
     fq_BH1F = fk_BK1F = None
@@ -123,7 +123,7 @@ def _real(token: Tokens, state: StudentState) -> Tensor | None:
 
 
 def _fold_chunks(state: StudentState, rule: Rule, phi_k: PhiK | None, real_B: Tensor | None) -> None:
-    """Kind ``terrace``: at the first token of a chunk, the chunk before the last one becomes far."""
+    """Kind ``terrace``: at the first token of a chunk, the second to last chunk becomes far."""
     window = rule.window
     position = state.positions()
     due = [b for b, n in enumerate(position) if n % window == 0 and n >= 2 * window and n - window > rule.sinks]
@@ -145,7 +145,7 @@ def _fold_chunks(state: StudentState, rule: Rule, phi_k: PhiK | None, real_B: Te
 
 
 def _fold_oldest(state: StudentState, rule: Rule, phi_k: PhiK | None, real_B: Tensor | None) -> None:
-    """Kind ``sliding``: the oldest key of a full buffer becomes far, in the slot that the new one will take."""
+    """Kind ``sliding``: the oldest key of a full buffer becomes far; the new key takes its slot."""
     position = state.seen_B - rule.window
     far = position >= rule.sinks
     if real_B is not None:
@@ -175,7 +175,7 @@ def _fold(
 
 
 def _store(token: Tokens, state: StudentState, places: Places, rule: Rule, real_B: Tensor | None) -> None:
-    """The new pair takes its slot (and its sink slot)."""
+    """Write the new pair to its slot (and its sink slot)."""
     k_BG1D, v_BG1E = token.k_BGTD, token.v_BGTE
     slots = (k_BG1D, state.k_BGND, places.key_slot), (v_BG1E, state.v_BGNE, places.value_slot)
     for new, buffer, index in slots:

@@ -1,6 +1,6 @@
-"""The operator: a softmax window plus linear attention over everything older, by one name and several implementations.
+"""The operator: a softmax window plus linear attention over everything older; one function, several implementations.
 
-The formula and the edge cases are written out in :mod:`trenchcoat.ops.reference`. This file validates and dispatches.
+:mod:`trenchcoat.ops.reference` defines the formula and the edge cases. This file validates and dispatches.
 
 Shape legend: B rows, H query heads, G key/value heads, K heads of the key map (H or G), T tokens, D key dim, E value
 dim, F features, S sinks, W window.
@@ -34,21 +34,21 @@ def linear_window_attention(
     state: StudentState | None = None,
     impl: str = "chunkwise",
 ) -> Result:
-    """Student attention of T tokens, continuing `state` when one is given.
+    """Student attention of T tokens, continuing `state` if given.
 
     Args:
         tokens: q, k, v and the mask.
-        features: of q and k; may be None where the rule has no far part.
-        heads: raw mix and sink logit of every head.
+        features: of q and k; may be None if the rule has no far part.
+        heads: raw mix and sink logit per head.
         rule: the formula's settings.
-        state: what came before, an empty one at the start of a row (not modified, no gradient flows through it).
+        state: the state before these tokens, empty at the start of a row (not modified, no gradient flows through it).
         impl: one of IMPLEMENTATIONS.
 
     Returns:
-        y [B, H, T, E] in q's dtype, and the state after these tokens where one came in, else None.
+        y [B, H, T, E] in q's dtype, and the state after these tokens if one was given, else None.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown `impl`, a state with a buffer without `features.phi_k`.
+        ValueError: mismatched shapes, an unknown `impl`, a state with a buffer without `features.phi_k`.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; available here: {', '.join(IMPLEMENTATIONS)}")
@@ -94,9 +94,9 @@ def _chunkwise(
 
 @torch.no_grad()
 def attend_with_maps(tokens: Tokens, maps: Learners[W], heads: HeadWeights, rule: Rule) -> Tensor:
-    """`linear_window_attention` (chunkwise) of phi_q(q) and phi_k(k), with features that exist only tile by tile.
+    """`linear_window_attention` (chunkwise) of phi_q(q) and phi_k(k), with features computed tile by tile.
 
-    No gradients and no state; y [B, H, T, E] in q's dtype.
+    No gradients, no state; y [B, H, T, E] in q's dtype.
     """
     _check(tokens, heads)
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE

@@ -1,4 +1,4 @@
-"""The operator's meaning: the quadratic formula, in float32 or wider. Slow, plain, and the oracle of every test.
+"""The operator's definition: the quadratic formula, in float32 or wider. Slow and simple; every test compares with it.
 
 For the query at position n of a row (positions count its real tokens, from 0), near set N(n), far set R(n):
 
@@ -9,13 +9,13 @@ For the query at position n of a row (positions count its real tokens, from 0), 
     l = 1, or 1 - g when `affine`.
 
 * ``terrace``: N = { j <= n : j >= (floor(n / W) - 1) W };  ``sliding``: N = { n - W < j <= n };  ``linear``: N empty,
-  R = { j <= n }, l = 1, the denominator gets + 1e-12; its mix, scale, soft-cap and sink logit are not used.
+  R = { j <= n }, l = 1, 1e-12 is added to the denominator; mix, scale, soft-cap and sink logit are not used.
 * `sinks` = S: positions 0..S-1 are near for every later query, hence never far.
 * `sink_logit_H` (a learned sink without value): c_n = max(c_n, sink_h) and g exp(sink_h - c_n) joins the denominator.
 * `far=False` leaves R out of both sums (kind ``linear`` then returns 0).
-* A token with mask False does not exist: it has no position, enters nothing, and its output is 0.
+* A token with mask False does not exist: it has no position, no query sees it, and its output is 0.
 * c_n is part of the function and so is its gradient (it does not cancel: the far sum is not scaled by exp(-c_n)).
-  Where several scores tie for the maximum any convex combination of their gradients may be returned.
+  If several scores tie for the maximum, any convex combination of their gradients may be returned.
 
 Gradients flow to q, k, v, the features, the mix and the sink logit, never through a state.
 Source: LoLCATs, https://arxiv.org/abs/2410.10254, with terraces aligned to the first real token so that it is causal.
@@ -59,7 +59,7 @@ def attention_outputs(
 
 
 def next_state(tokens: Tokens, features: Features | None, rule: Rule, state: StudentState) -> StudentState:
-    """The state after the tokens, one token after the other; `state` itself is left alone."""
+    """The state after the tokens, one token at a time; `state` itself is not modified."""
     state = state.clone()
     real_BT, _ = _positions(tokens, None)
     k_BGTD, v_BGTE = tokens.k_BGTD.detach(), tokens.v_BGTE.detach()
@@ -74,7 +74,7 @@ def next_state(tokens: Tokens, features: Features | None, rule: Rule, state: Stu
 def _append(
     state: StudentState, b: int, k_GD: Tensor, v_GE: Tensor, fk_KF: Tensor | None, rule: Rule, phi_k: PhiK | None
 ) -> None:
-    """One token of row b: fold what its query sees as far, then store it."""
+    """One token of row b: fold the keys that are far for its query, then store the token."""
     n = int(state.seen_B[b])
     if rule.kind == "linear":
         if rule.far and fk_KF is not None:
@@ -140,7 +140,7 @@ def teacher_weights(
 
 
 class _Keys:
-    """Keys with position and existence; prepending a state makes buffered pairs ordinary keys."""
+    """Keys with their positions and mask; prepending a state makes buffered pairs ordinary keys."""
 
     def __init__(
         self, tokens: Tokens, features: Features | None, position_BJ: Tensor, real_BJ: Tensor, dtype: torch.dtype
@@ -150,7 +150,7 @@ class _Keys:
         self.position_BJ, self.real_BJ = position_BJ, real_BJ
 
     def prepend_state(self, state: StudentState, rule: Rule, phi_k: PhiK | None) -> None:
-        """Put the state's sinks and buffered pairs in front."""
+        """Prepend the state's sinks and buffered pairs."""
         seen_B1 = state.seen_B[:, None]
         buffered_BN = state.slot_positions()
         first_B1 = rule.near_start(seen_B1 - 1)
@@ -170,7 +170,7 @@ class _Keys:
 
 
 def _positions(tokens: Tokens, state: StudentState | None) -> tuple[Tensor, Tensor]:
-    """(is a token real, its position), both [B, T]."""
+    """(mask, position) of each token, both [B, T]."""
     mask_BT, like_BT = tokens.mask_BT, tokens.k_BGTD[:, 0, :, 0]
     real = torch.ones_like(like_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     position = real.long().cumsum(1) - 1
@@ -190,7 +190,7 @@ def _scores(q_BHTD: Tensor, k_BGJD: Tensor, rule: Rule) -> Tensor:
 def _near_weights(
     q_BHTD: Tensor, keys: _Keys, position_BT: Tensor, sink_logit_H: Tensor | None, rule: Rule
 ) -> tuple[Tensor, Tensor | None]:
-    """exp(s - c) on the near set, 0 elsewhere, and the sink's own weight; both without g."""
+    """exp(s - c) on the near set, 0 elsewhere, and the sink's weight; both without g."""
     near = rule.is_near(position_BT[:, None, :, None], keys.position_BJ[:, None, None, :])
     near = near & keys.real_BJ[:, None, None, :]
     scores = _scores(q_BHTD, keys.k, rule)

@@ -1,6 +1,6 @@
-"""What every implementation shares: a call's tensors, the rule that says which keys are near, the constant-size state.
+"""Types shared by all implementations: a call's tensors, the rule for near and far keys, the constant-size state.
 
-Implementations import these types and never one another.
+Implementations import these types, never each other.
 
 Shape legend: B batch rows, H query heads, G key/value heads, K heads of the key feature map (G or H), T tokens, N
 buffer slots (2W terrace, W sliding, 0 linear), S sink slots, D key dim, E value dim, F features.
@@ -21,14 +21,14 @@ PhiK = Callable[[Tensor], Tensor]
 """Key feature map: [B, G, N, D] -> [B, K, N, F]."""
 
 LINEAR_EPS = 1e-12
-"""Added to the denominator of kind ``linear``, whose features can all be zero."""
+"""Added to the denominator of kind ``linear``, where all features can be zero."""
 
 
 @dataclass(frozen=True)
 class Tokens:
     """The new tokens of a call, after RoPE and norms: any floating dtype, H a multiple of G.
 
-    `mask_BT` is True at real tokens, in any pattern (None: all are real); outputs elsewhere are 0.
+    `mask_BT` is True at real tokens, in any pattern (None: all real); outputs at other tokens are 0.
     """
 
     q_BHTD: Tensor
@@ -46,22 +46,22 @@ class Tokens:
 class Features:
     """Features (float32) of the tokens' queries and keys, K = H or G.
 
-    `phi_k` makes features of keys that wait in a state's buffer; a state with a buffer needs it.
+    `phi_k` computes features of the keys in a state's buffer; a state with a buffer needs it.
     """
 
     q_BHTF: Tensor
     k_BKTF: Tensor | None
-    """None only in a decode step of a kind with a buffer, which computes them when a key leaves it."""
+    """None only in a decode step of a kind with a buffer, which computes them when a key leaves the buffer."""
     phi_k: PhiK | None = None
 
     def __getitem__(self, span: slice) -> Features:
-        """Those of the tokens `span`."""
+        """The features of the tokens `span`."""
         return Features(self.q_BHTF[:, :, span], None if self.k_BKTF is None else self.k_BKTF[:, :, span], self.phi_k)
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """One number a query head: the raw mix (g = sigmoid(mix) weighs the near part) and a learned sink's logit."""
+    """One number per query head: the raw mix (g = sigmoid(mix) weights the near part) and a learned sink's logit."""
 
     mix_H: Tensor
     sink_logit_H: Tensor | None = None
@@ -69,7 +69,7 @@ class HeadWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """The settings that decide the function computed; positions count from the first real token of a row."""
+    """The settings that define the function; positions count from the first real token of a row."""
 
     kind: Kind
     window: int
@@ -93,11 +93,11 @@ class Rule:
 
     @property
     def slots(self) -> int:
-        """Key/value pairs the state buffers."""
+        """Key/value pairs buffered by the state."""
         return {"terrace": 2 * self.window, "sliding": self.window, "linear": 0}[self.kind]
 
     def log_ratio(self, mix_H: Tensor) -> Tensor:
-        """log(g / l) with g = sigmoid(mix): all of the mix that the formula depends on."""
+        """log(g / l) with g = sigmoid(mix); the formula depends on the mix only through this."""
         return mix_H if self.affine else torch.nn.functional.logsigmoid(mix_H)
 
     def ratio(self, mix_H: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Rule:
         return mix_H.exp() if self.affine else mix_H.sigmoid()
 
     def near_start(self, position: Tensor) -> Tensor:
-        """First position (sinks apart) that is near for the query at `position` (int64, any shape); 0 at least."""
+        """First position (besides sinks) that is near for the query at `position` (int64, any shape); at least 0."""
         if self.kind == "terrace":
             return ((position.div(self.window, rounding_mode="floor") - 1) * self.window).clamp_min(0)
         if self.kind == "sliding":
@@ -135,34 +135,34 @@ class StateSizes:
 
 @dataclass
 class RowState:
-    """What a student remembers of each row: the fields of a dataclass, tensors with the rows first and of fixed sizes.
+    """A student's state per row: a dataclass of tensors of fixed size, rows first.
 
-    Caches, files and servers handle states through this class alone, so that a student may define its own.
+    Caches, files and servers use states only through this class, so a student may define its own subclass.
     """
 
     seen_B: Tensor = field(kw_only=True)
     """Real tokens seen, int64."""
     near_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that hold keys and values of the window and the sinks; the rest stands for the far past."""
+    """Fields that hold keys and values of the window and the sinks; the others represent the far past."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def replaced(self, tensors: dict[str, Tensor]) -> Self:
-        """A state of the same kind with other tensors."""
+        """The same state with other tensors."""
         return type(self)(**tensors)
 
     def nbytes(self) -> int:
-        """Bytes held; the same at any number of tokens seen."""
+        """Size in bytes; independent of the number of tokens seen."""
         return sum(t.nbytes for t in self.tensors().values())
 
     def index_select(self, index: Tensor) -> Self:
-        """Rows picked (and repeated) by `index`, int64 [n]."""
+        """Rows selected by `index`, int64 [n]; repeats allowed."""
         return self.replaced({name: t.index_select(0, index.to(t.device)) for name, t in self.tensors().items()})
 
     def repeat_interleave(self, n: int) -> Self:
-        """Every row n times, copies of a row side by side."""
+        """Every row n times, copies of a row adjacent."""
         return self.replaced({name: t.repeat_interleave(n, dim=0) for name, t in self.tensors().items()})
 
     def clone(self) -> Self:
@@ -188,12 +188,12 @@ class RowState:
 
 @dataclass
 class StudentState(RowState):
-    """The state of a softmax window and sums over what is older.
+    """The state of a softmax window and sums over everything older.
 
     `far_s_BKFE` and `far_z_BKF` (float32; the first may be bfloat16) hold the keys that were far for the last query;
-    the buffer holds the others and possibly some older ones: the pair of position p lives in slot p modulo N, so what
-    is valid follows from `seen_B`. The first S tokens of a row are kept in the sink slots and never become far.
-    Features of buffered keys are not stored: they are recomputed when the key becomes far.
+    the buffer holds the others and possibly some older ones: the pair of position p is in slot p modulo N, so `seen_B`
+    determines which slots are valid. The first S tokens of a row stay in the sink slots and never become far. Features
+    of buffered keys are not stored; they are computed when the key becomes far.
     """
 
     k_BGND: Tensor
@@ -216,15 +216,15 @@ class StudentState(RowState):
         far_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> StudentState:
-        """The state before the first token; `dtype` is the buffers', `far_dtype` that of S (default: at least float32).
+        """The state before the first token, with buffers of `dtype` and S of `far_dtype` (default: at least float32).
 
-        z, which is small, is at least float32 always.
+        z takes little memory, so it is always at least float32.
         """
         wide = torch.promote_types(dtype, torch.float32)
         kv_heads, key_dim, value_dim = sizes.kv_heads, sizes.key_dim, sizes.value_dim
 
         def zeros(*shape: int, of: torch.dtype = dtype) -> Tensor:
-            """Of every row."""
+            """Zeros [B, *shape]."""
             return torch.zeros(batch_size, *shape, dtype=of, device=device)
 
         return cls(
@@ -238,18 +238,18 @@ class StudentState(RowState):
         )
 
     def positions(self) -> list[int]:
-        """`seen_B` as known to the host, which asks the device only when it has not counted along."""
+        """`seen_B` on the host; it is read from the device only if the host lost count."""
         if self._host is None:
             self._host = self.seen_B.tolist()
         return self._host
 
     def count(self, real_B: Tensor | None = None) -> None:
-        """One more token in every row (in those of the bool tensor `real_B`), in place."""
+        """Count one more token in every row (or those where the bool tensor `real_B` is True), in place."""
         self.seen_B += 1 if real_B is None else real_B
         self.counted(1 if real_B is None else None)
 
     def counted(self, tokens: int | None) -> None:
-        """`seen_B` has grown by `tokens` in every row; None: by what the host does not know."""
+        """Record that `seen_B` has grown by `tokens` in every row; None: by an amount unknown to the host."""
         self._host = None if tokens is None or self._host is None else [n + tokens for n in self._host]
 
     def zero_(self) -> Self:
@@ -263,7 +263,7 @@ class StudentState(RowState):
         return super().copy_(other)
 
     def slot_positions(self) -> Tensor:
-        """Position held by each buffer slot, int64 [B, N]; negative where the slot is still empty."""
+        """Position held by each buffer slot, int64 [B, N]; negative for empty slots."""
         slots = self.k_BGND.shape[2]
         last = self.seen_B[:, None] - 1
         slot = torch.arange(slots, device=last.device)
@@ -271,7 +271,7 @@ class StudentState(RowState):
 
 
 def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tensor, seen_B: Tensor) -> None:
-    """Q keys of each row join the far sums, in place; features that are 0 add nothing.
+    """Add Q keys of each row to the far sums, in place; zero features add nothing.
 
     `seen_B` are the rows' positions, for the rounding of a bfloat16 S (:func:`round_to_bfloat16`).
     """
@@ -292,9 +292,9 @@ def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tens
 def round_to_bfloat16(x_BX: Tensor, seen_B: Tensor) -> Tensor:
     """float32 -> bfloat16, up or down in proportion to the distance, by a threshold that varies with the position.
 
-    Rounded to nearest, a sum stops growing once a chunk's share falls below half a unit of its last place: after some
-    256 chunks. Here the thresholds of an element at successive positions are a Weyl sequence modulo 1, so that what
-    rounding takes and gives averages out; nothing is random, the same text gives the same state.
+    With round-to-nearest, a sum stops growing once a chunk's contribution falls below half a unit in the last place,
+    after about 256 chunks. Here the thresholds of an element at successive positions are a Weyl sequence modulo 1, so
+    rounding errors average out. It is deterministic: the same text gives the same state.
     """
     count = x_BX[0].numel()
     element = torch.arange(count, device=x_BX.device, dtype=torch.int64).view(x_BX.shape[1:]) * 2654435761 >> 8

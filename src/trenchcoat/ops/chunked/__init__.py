@@ -1,1 +1,1 @@
-"""The operator in linear time, chunk after chunk, in PyTorch."""
+"""The operator in linear time, chunk by chunk, in PyTorch."""

@@ -1,9 +1,10 @@
-"""The operator in O(T) time and memory: chunks of W tokens, tiles that stay in cache, a hand-written backward.
+"""The operator in O(T) time and memory: chunks of W tokens, tiles that fit in cache, a hand-written backward.
 
-The forward keeps q, k, v, the features, y, the denominators and the running sums at tile starts; the backward computes
-the rest again. When only features and mix need gradients the whole window part of the backward is skipped.
+The forward saves q, k, v, the features, y, the denominators and the running sums at tile starts; the backward
+recomputes the rest. When only features and mix need gradients, the window part of the backward is skipped.
 
-The rows must start at a chunk boundary and be free of holes (:mod:`trenchcoat.ops.chunked.rows` sees to both).
+Rows must start at a chunk boundary and have no padding between tokens (:mod:`trenchcoat.ops.chunked.rows` ensures
+both).
 
 Shape legend: as in :mod:`trenchcoat.ops.chunked.layout` and :mod:`trenchcoat.ops.chunked.tiles`.
 """
@@ -28,7 +29,7 @@ W = TypeVar("W")
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the backward needs beside the inputs: y and the denominator in full precision, sums at tile starts."""
+    """What the backward needs besides the inputs: y and the denominator in full precision, sums at tile starts."""
 
     y_BHTE: Tensor
     den_BHT: Tensor | None
@@ -51,7 +52,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of whatever asks for one."""
+        """Gradients of the inputs that require one."""
         first_B, s0, z0, y, den, *rest = ctx.saved_tensors
         args, starts = rest[: ctx.count], list(rest[ctx.count :])
         x = Inputs(*[*args, first_B, None if s0 is None else (s0, z0)])
@@ -65,7 +66,7 @@ class _Attention(torch.autograd.Function):
 
 
 def aligned_attention(x: Inputs, rule: Rule) -> Tensor:
-    """y [B, H, T, E] in q's dtype of plain rows, differentiable in everything but the state."""
+    """y [B, H, T, E] in q's dtype for aligned rows, differentiable in everything but the state."""
     s0, z0 = (None, None) if x.start is None else x.start
     tensors = (x.q_BHTD, x.k_BGTD, x.v_BGTE, x.fq_BHTF, x.fk_BKTF, x.log_ratio_H)
     sinks = (x.sink_logit_H, x.sink_k_BGSD, x.sink_v_BGSE)
@@ -74,12 +75,12 @@ def aligned_attention(x: Inputs, rule: Rule) -> Tensor:
 
 
 def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
-    """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles."""
+    """y [B, H, T, E] in q's dtype, without autograd; features are computed inside the tiles."""
     return _forward(x, rule, keep=False, maps=maps)[0]
 
 
 def _chains(x: Inputs, rule: Rule) -> list[list[TilePart]]:
-    """Tiles of the same rows together: each starts from the sums of the one before."""
+    """Tiles grouped by row: each starts from the sums of the previous one."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
     tiles = parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, TILE_TOKENS)
@@ -94,7 +95,7 @@ def _forward(x: Inputs, rule: Rule, *, keep: bool, maps: Learners[W] | None = No
     den = y.new_empty(batch, heads, tokens, dtype=wide) if keep and rule.far else None
 
     def work(tiles: list[TilePart], scratch: Scratch) -> list[Tensor]:
-        """The tiles of a row in order; the sums that later ones start from."""
+        """Run the tiles of a row in order; returns the sums that later tiles start from."""
         starts: list[Tensor] = []
         carry: tuple[Tensor, Tensor] | None = None
         for part in tiles:
@@ -118,7 +119,7 @@ def _backward(x: Inputs, rule: Rule, dy: Tensor, kept: _Kept, grads: list[Tensor
     taken = 0
 
     def work(tiles: list[TilePart], scratch: Scratch) -> None:
-        """The tiles of a row from the last to the first."""
+        """Run the tiles of a row from last to first."""
         nonlocal taken
         count = 2 * (len(tiles) - 1) if rule.far else 0
         starts = kept.starts[taken : taken + count]
@@ -171,7 +172,7 @@ def _backward_tile(
     y = pack.queries(y_BHTE, scratch("y", *shape, y_BHTE.shape[-1]))
     dnum = pack.queries(dy_BHTE, scratch("dnum", *shape, y_BHTE.shape[-1]))
     near_grads = work.near and any(g is not None for g in (dq, dk, dv, dlogit_H, dsink_k, dsink_v))
-    pull = y.new_zeros(()).expand(shape)
+    max_grad = y.new_zeros(()).expand(shape)
     suffix = None
     dv_pad = scratch("dv", 1, 1 + tile.total, tile.window, y.shape[-1]).zero_() if dv is not None else None
     if work.near:
@@ -187,9 +188,9 @@ def _backward_tile(
             del starts[-2:]
         prefix = tile.prefix_sums(work.fk, work.v, start)
         dfq, dfk, suffix = tile.feature_gradients(work.fq, work.fk, work.v, prefix, dnum, dden, after)
-        pull = torch.mul(dfq, work.fq, out=scratch("weighted", *dfq.shape)).sum(-1)
+        max_grad = torch.mul(dfq, work.fq, out=scratch("weighted", *dfq.shape)).sum(-1)
         if dratio_H is not None and work.near:
-            work.add_per_head(dratio_H, pull, -1.0)
+            work.add_per_head(dratio_H, max_grad, -1.0)
         if dfq_BHTF is not None:
             pack.unpack(dfq, dfq_BHTF)
         if dfk_BKTF is not None:
@@ -202,7 +203,7 @@ def _backward_tile(
     else:
         dden = torch.mul(dnum, y, out=y).sum(-1).neg_()
     if near_grads:
-        _near_backward(work, dnum, dden, pull, dv_pad, grads)
+        _near_backward(work, dnum, dden, max_grad, dv_pad, grads)
     if dv is not None and dv_pad is not None:
         pack.add_keys(dv_pad, dv)
     if suffix is None or work.part.c0 == 0:
@@ -220,8 +221,8 @@ def _near_backward(
 ) -> None:
     """Gradients through the window: w = r exp(s - c), ds = w dw, and at the largest score minus the row's sum of w dw.
 
-    y does not change when numerator and denominator grow alike, so that sum is `-pull`, the far part's with its sign
-    turned: sum_j w_j dw_j + sum_f dphi_f phi_f = 0.
+    y does not change when numerator and denominator are scaled alike, so that sum is `-max_grad`, the negative of the
+    far part's: sum_j w_j dw_j + sum_f dphi_f phi_f = 0.
     """
     tile, rule, scratch, x = work.tile, work.rule, work.tile.scratch, work.x
     dq, dk, _, _, _, _, dlogit_H, dsink_k, dsink_v = grads

@@ -1,10 +1,10 @@
 """Attention transfer in closed form: squared error to the teacher's outputs and its gradients for maps and mix.
 
-q, k, v and the teacher's y are constants, so the window part is one too: forward, loss and gradients are written out,
-tile by tile, with nothing recomputed and no graph. A tile's features live only inside the tile.
+q, k, v and the teacher's y are constants, so the window part is constant too: forward, loss and gradients are computed
+explicitly, tile by tile, with no recomputation and no autograd graph. A tile's features exist only inside the tile.
 
-Shape legend: B rows, H query heads = G * n, G key/value heads, T tokens, D key dim, E value dim; letters of a tile as
-in :mod:`trenchcoat.ops.chunked.tiles`; A heads and N tokens of a feature-map block.
+Shape legend: B rows, H query heads = G * n, G key/value heads, T tokens, D key dim, E value dim; for the letters of a
+tile see :mod:`trenchcoat.ops.chunked.tiles`; A heads and N tokens of a feature-map block.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trenchcoat.ops.state import HeadWeights, Rule, Tokens
 W = TypeVar("W")
 
 ATTEND_TOKENS = 8192
-"""Query rows (heads x tokens) of a tile where nothing is kept for a backward pass."""
+"""Query rows (heads x tokens) of a tile when nothing is saved for a backward pass."""
 
 
 def transfer_error(
@@ -40,7 +40,8 @@ def transfer_error(
 ) -> Tensor:
     """Sum of (y - y_hat)^2 over real tokens, 0-d; adds the gradients of `error_scale` times it to the learners' grads.
 
-    Rows must be free of holes; `length_B` int64 gives their tokens (None: all T). `maps` None: no far part.
+    Rows must have no padding between tokens; `length_B` int64 is their token count (None: all T). `maps` None: no far
+    part.
     """
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -71,14 +72,14 @@ def _opened(
 
 
 def _tiles(x: Inputs, rule: Rule, budget: int) -> Iterator[TilePart]:
-    """Tiles of about `budget` query rows, unless one head has more; rows are never cut here."""
+    """Tiles of about `budget` query rows, unless one head has more; rows are never split here."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     kv_heads, chunks = x.k_BGTD.shape[1], -(-tokens // rule.window)
     return parts(batch, kv_heads, heads // kv_heads, chunks, rule.window, budget, whole_rows=True)
 
 
 def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
-    """y [B, H, T, E] in q's dtype, without autograd, with features made inside the tiles; short rows only are quick."""
+    """y [B, H, T, E] in q's dtype, without autograd, features computed inside the tiles; fast for short rows only."""
     batch, heads, tokens, _ = x.q_BHTD.shape
     y = x.q_BHTD.new_empty(batch, heads, tokens, x.v_BGTE.shape[-1])
 
@@ -95,7 +96,8 @@ def attend(x: Inputs, maps: Learners[W], rule: Rule) -> Tensor:
 
 @dataclass(frozen=True)
 class _Far(Generic[W]):
-    """The far part of a tile: the chunks of queries that have far keys, the chunks of keys that are far for someone."""
+    """The far part of a tile: the chunks of queries with far keys, and the chunks of keys that are far for some
+    query."""
 
     tile: Tile
     query: Learner[W]
@@ -111,14 +113,14 @@ class _Far(Generic[W]):
 
 
 def _sinks(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
-    """The first S tokens (zeros where the rows are shorter; no query sees those)."""
+    """The first S tokens (zeros where a row is shorter; no query sees those)."""
     if not rule.sinks:
         return None
     return torch.nn.functional.pad(x_BGTD[:, :, : rule.sinks], (0, 0, 0, max(0, rule.sinks - x_BGTD.shape[2])))
 
 
 def _forward(work: TileWork, maps: Learners[W] | None, y_hat: Tensor) -> _Far[W] | None:
-    """Fills y_hat [n, X, W, E]; the far part is None where no query has far keys.
+    """Fills y_hat [n, X, W, E]; the far part is None if no query has far keys.
 
     In a tile of one row only later chunks of queries and earlier chunks of keys have a far part, in pairs.
     """
@@ -158,7 +160,7 @@ def _error(work: TileWork, y_hat: Tensor, y_BHTE: Tensor, length_B: Tensor | Non
 def _backward(
     work: TileWork, far: _Far[W], error: Tensor, y_hat: Tensor, scale: float, dlog_ratio_H: Tensor | None
 ) -> None:
-    """Error to gradients; `error`, `y_hat` and the denominators are used up, and the window's scratch is reused."""
+    """Gradients from the error; overwrites `error`, `y_hat` and the denominators, and reuses the window's scratch."""
     dnum = error[:, far.late].mul_(far.den.reciprocal_().mul_(scale)[..., None])
     dden = y_hat[:, far.late].mul_(dnum).sum(-1).neg_()
     v = work.v[far.early]

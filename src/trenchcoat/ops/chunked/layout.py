@@ -1,7 +1,7 @@
-"""How rows are cut into tiles, copied into tile layout and back; shared by the chunkwise implementations.
+"""How rows are split into tiles and copied to tile layout and back; shared by the chunkwise implementations.
 
-Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T tokens, S sinks; letters of a
-tile as in :mod:`trenchcoat.ops.chunked.tiles`.
+Shape legend: B rows, H query heads = G * n, G key/value heads, K key maps (G or H), T tokens, S sinks; for the letters
+of a tile see :mod:`trenchcoat.ops.chunked.tiles`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TILE_TOKENS = 4096
 
 @dataclass(frozen=True)
 class TilePart:
-    """Which batch rows, key/value heads and chunks make up a tile."""
+    """The batch rows, key/value heads and chunks of a tile."""
 
     b: slice
     g: slice
@@ -41,9 +41,9 @@ def parts(
     *,
     whole_rows: bool = False,
 ) -> Iterator[TilePart]:
-    """Tiles of about `budget` query rows, in an order that keeps the pieces of a long row together.
+    """Tiles of about `budget` query rows, ordered so that the tiles of a long row are consecutive.
 
-    `whole_rows`: never cut a row, however long.
+    `whole_rows`: never split a row, however long.
     """
     row = shared * chunks * window
     if row >= budget:
@@ -64,7 +64,7 @@ def parts(
 
 
 def grouped(tiles: Iterable[TilePart], key: Callable[[TilePart], Any]) -> list[list[TilePart]]:
-    """Tiles of equal key together, in order; tiles of different groups may then run side by side."""
+    """Tiles grouped by key, in order; tiles of different groups may run in parallel."""
     groups: dict[Any, list[TilePart]] = {}
     for part in tiles:
         groups.setdefault(key(part), []).append(part)
@@ -86,7 +86,7 @@ class Packer:
         return grouped[:, :, :, t0:t1].movedim(0, 2).movedim(1, 0)
 
     def query_tile(self, x: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """[n, X, W, dim] of x [B, H, T, dim]: a view where x already lies like that, in whole chunks."""
+        """[n, X, W, dim] of x [B, H, T, dim]: a view if x already has this layout and whole chunks."""
         plain = self.view(x, self.t0, self.t1)
         heads, batch, tokens = plain.shape[1:4]
         lies_well = x.dtype == scratch.dtype and x.stride(-1) == 1 and tokens == self.chunks * self.window
@@ -107,7 +107,7 @@ class Packer:
         return tile.view(tile.shape[0], *self._rows(), self.chunks * self.window, *tile.shape[3:])
 
     def keys(self, x: Tensor, out: Tensor) -> Tensor:
-        """Fill `out` [m, 1 + X, W, dim]; slot 0 is the chunk before the tile, zeros when there is none."""
+        """Fill `out` [m, 1 + X, W, dim]; slot 0 is the chunk before the tile, or zeros."""
         if self.part.c0:
             out[:, 0] = self.view(x, self.t0 - self.window, self.t0)[:, 0, 0]
         else:
@@ -160,9 +160,9 @@ class Inputs:
 
 
 class TileWork:
-    """One tile: its packed inputs, and the intermediate results forward and backward share.
+    """One tile: its packed inputs, and the intermediate results that forward and backward share.
 
-    `key_maps` is the number of key maps when the features are not among the inputs (the caller then sets fq and fk).
+    `key_maps` is the number of key maps if the inputs have no features (the caller then sets fq and fk).
     """
 
     def __init__(self, x: Inputs, rule: Rule, part: TilePart, scratch: Scratch, key_maps: int | None = None) -> None:
@@ -220,12 +220,12 @@ class TileWork:
         self.p, self.scores = self.tile.near_weights(self.q, self.near_k, sink_logit)
 
     def add_per_head(self, grad_H: Tensor, value_nXW: Tensor, sign: float = 1.0) -> None:
-        """Add `sign` times the sum over a tile's tokens and rows to the heads they belong to."""
+        """Add `sign` times the sum over a tile's tokens and rows to the gradient of their heads."""
         by_head = value_nXW.reshape(self.tile.n, self.groups, -1).sum(-1)
         grad_H.view(-1, self.tile.n)[self.part.g].add_(by_head.mT, alpha=sign)
 
     def row_start(self, features: int) -> tuple[Tensor, Tensor]:
-        """Sums at the start of the rows, ([m, R, L, F, E], [m, R, L, F]): those of the incoming state, or zeros."""
+        """Sums at the start of the rows, ([m, R, L, F, E], [m, R, L, F]), from the incoming state, or zeros."""
         tile, lag = self.tile, self.tile.lag
         if self.x.start is None:
             s = self.v.new_zeros(1, 1, 1, features, self.v.shape[-1])

@@ -1,6 +1,7 @@
-"""Feature maps inside a tile: what the operator asks of a map, and the features of a tile's queries and keys.
+"""Feature maps inside a tile: the interface the operator needs, and the features of a tile's queries and keys.
 
-Shape legend: letters of a tile as in :mod:`trenchcoat.ops.chunked.tiles`; A heads and N tokens of a feature-map block.
+Shape legend: for the letters of a tile see :mod:`trenchcoat.ops.chunked.tiles`; A heads and N tokens of a feature-map
+block.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ EVERY = slice(None)
 
 
 class Phi(Protocol[W]):
-    """A feature map that runs and differentiates one block of heads (see `students.feature_maps.FeatureMap`)."""
+    """A feature map that computes and differentiates one block of heads (see `students.feature_maps.FeatureMap`)."""
 
     num_heads: int
 
@@ -39,13 +40,13 @@ class Phi(Protocol[W]):
         ...
 
     def pick(self, w: W, inputs: int, heads: slice, share: int) -> W:
-        """Parameters of map `share` of each of the input heads `heads`, of `inputs` in all; views."""
+        """Views of the parameters of map `share` of each input head in `heads`, out of `inputs` heads."""
         ...
 
 
 @dataclass(frozen=True)
 class Learner(Generic[W]):
-    """A feature map, its parameters, and where their gradients are added (None: none are wanted)."""
+    """A feature map, its parameters, and the tensors their gradients are added to (None: no gradients)."""
 
     phi: Phi[W]
     weights: W
@@ -53,7 +54,7 @@ class Learner(Generic[W]):
 
 
 Learners = tuple[Learner[W], Learner[W]]
-"""Those of queries and keys."""
+"""The learners of queries and keys."""
 
 
 def fill(
@@ -61,7 +62,7 @@ def fill(
 ) -> tuple[Tensor, Tensor]:
     """Features of the queries of chunks `late` [n, X, W, F] and of the keys of padded chunks `early` [m, 1 + X, W, F].
 
-    Slot 0 of the keys holds the chunk before the tile where its keys can be far for the tile's own queries, else zeros.
+    Slot 0 of the keys holds the chunk before the tile if its keys can be far for the tile's own queries, else zeros.
     """
     (query, key), scratch = maps, tile.scratch
     total, window = tile.total, tile.window
@@ -95,7 +96,7 @@ def picked(work: TileWork, learner: Learner[W], j: int, *, grads: bool = False) 
 
 
 def clear_sinks(work: TileWork, tile: Tile, padded_xWF: Tensor) -> None:
-    """Zero what belongs to the first S tokens of each row."""
+    """Zero the entries of the first S tokens of each row."""
     if not work.rule.sinks:
         return
     for chunks, first in ((padded_xWF[1:], work.pack.t0), (padded_xWF[:1], work.pack.t0 - tile.window)):

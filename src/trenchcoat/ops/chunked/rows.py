@@ -1,8 +1,8 @@
-"""Rows made plain for the chunkwise implementation: no holes, starting at a chunk boundary, the buffer in front.
+"""Align rows for the chunkwise implementation: no padding between tokens, chunk-aligned start, buffered keys first.
 
-A padded row is compacted to the left. A state is continued by putting the keys its last query still saw as near in
-front of the new tokens; those start at a chunk boundary by construction, their outputs are thrown away, and everything
-older is the initial value of the far sums.
+A padded row is compacted to the left. To continue a state, the keys that were near for its last query are prepended to
+the new tokens; they start at a chunk boundary by construction, and their outputs are discarded. Everything older is the
+initial value of the far sums.
 
 Shape legend: B rows, H query heads, G key/value heads, K key maps, T new tokens, L aligned length, N buffer slots,
 S sinks.
@@ -20,14 +20,14 @@ from trenchcoat.ops.state import Rule, StudentState, add_far
 
 @dataclass(frozen=True)
 class Rows:
-    """Where every token goes. `source_BL` indexes cat(buffer, new tokens); `target_BT` is a new token's aligned place.
+    """Where every token goes. `source_BL` indexes cat(buffer, new tokens); `target_BT` is a new token's aligned index.
 
-    Both are None when the tokens can be used as they lie.
+    Both are None if the tokens can be used as they are.
     """
 
     real_BT: Tensor | None
     length_B: Tensor | None
-    """Tokens of the aligned row, None when all T."""
+    """Tokens of the aligned row; None means all T."""
     first_B: Tensor
     """Position of aligned token 0."""
     source_BL: Tensor | None
@@ -35,7 +35,7 @@ class Rows:
 
     @classmethod
     def plan(cls, batch: int, tokens: int, rule: Rule, mask_BT: Tensor | None, state: StudentState | None) -> Rows:
-        """Look at mask and state, and decide."""
+        """Choose the alignment from mask and state."""
         device = None if mask_BT is None else mask_BT.device
         device = state.seen_B.device if state is not None else device
         zero_B = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -61,7 +61,7 @@ class Rows:
         return cls(real, ahead_B + count_B, first_B, source, target_BT)
 
     def align(self, new: Tensor, before: Tensor | None = None) -> Tensor:
-        """[B, heads, T, dim] (behind `before` [B, heads, N, dim]) -> [B, heads, L, dim]."""
+        """[B, heads, T, dim] (after `before` [B, heads, N, dim]) -> [B, heads, L, dim]."""
         if self.source_BL is None:
             return new
         both = new if before is None else torch.cat([before.to(new.dtype), new], 2)
@@ -81,7 +81,7 @@ class Rows:
 
 
 def far_keys(fk_BKLF: Tensor, rows: Rows, rule: Rule) -> Tensor:
-    """Key features with zeros at sinks, which never become far. (Padding comes after every query it could reach.)"""
+    """Key features, zero at sinks, which never become far. (Padding comes after every query that could see it.)"""
     if not rule.sinks:
         return fk_BKLF
     sink = rows.positions(fk_BKLF.shape[2]).to(fk_BKLF.device) < rule.sinks
@@ -91,7 +91,7 @@ def far_keys(fk_BKLF: Tensor, rows: Rows, rule: Rule) -> Tensor:
 def sink_pairs(
     k_BGLD: Tensor, v_BGLE: Tensor, rows: Rows, rule: Rule, state: StudentState | None
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of positions 0..S-1, [B, G, S, dim]; what no query can see yet is arbitrary but finite."""
+    """Keys and values of positions 0..S-1, [B, G, S, dim]; entries no query can see yet are arbitrary but finite."""
     sink = torch.arange(rule.sinks, device=k_BGLD.device)
     place = (sink - rows.first_B[:, None].to(sink.device)).clamp(0, k_BGLD.shape[2] - 1)
     k, v = (x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (k_BGLD, v_BGLE))
@@ -110,7 +110,7 @@ def state_after(
     rule: Rule,
     state: StudentState,
 ) -> StudentState:
-    """The state after the aligned rows, with features from :func:`far_keys`; `state` itself is left alone."""
+    """The state after the aligned rows, with features from :func:`far_keys`; `state` itself is not modified."""
     length = k_BGLD.shape[2]
     batch = k_BGLD.shape[0]
     device = k_BGLD.device
@@ -135,7 +135,7 @@ def state_after(
 
 
 def _fill_buffer(after: StudentState, k_BGLD: Tensor, v_BGLE: Tensor, rows: Rows) -> None:
-    """Every slot takes the newest pair that belongs into it; slots without one keep what they had."""
+    """Write to every slot the newest pair that maps to it; slots without one keep their content."""
     held_BN = after.slot_positions()
     place = held_BN - rows.first_B[:, None].to(held_BN.device)
     fresh = (place >= 0)[:, None, :, None]

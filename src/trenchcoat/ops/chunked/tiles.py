@@ -1,9 +1,9 @@
 """The arithmetic of one tile of heads and chunks that fits in cache; shared by the chunkwise implementations.
 
-A row's tokens are cut into chunks of W. Near keys of a chunk are the chunk before and the chunk itself, read through an
-overlapping strided view; older chunks enter through running sums of phi(k)^T v. Queries of the n heads that share a
-key/value head lie in an outer axis, so keys and values are never repeated. The weight of the near part relative to the
-far part is r = g / l, which is all that the formula depends on.
+A row's tokens are split into chunks of W. Near keys of a chunk are the chunk before and the chunk itself, read through
+an overlapping strided view; older chunks enter through running sums of phi(k)^T v. Queries of the n heads that share a
+key/value head have an outer axis, so keys and values are never repeated. The weight of the near part relative to the
+far part is r = g / l; the formula depends on g and l only through r.
 
 Shape legend: n query heads per key/value head, m key maps per key/value head (n or 1), X = M * C chunks of the M rows
 of the tile (a row is one key/value head of one batch row) in order, W tokens of a chunk, J = 2W + extra near columns
@@ -26,15 +26,15 @@ NEG_INF = float("-inf")
 
 
 class Scratch:
-    """Uninitialised buffers by name, reused from tile to tile, carved out of one piece of memory.
+    """Uninitialised buffers by name, reused from tile to tile, allocated from one block of memory.
 
-    One piece, because many middle-sized ones make the C library give the pages back and fetch them again every time.
-    Its size is what the last scratch of the same `purpose` came to need.
+    One block, because with many medium-sized ones malloc returns pages to the system and requests them again every
+    time. Its size is what the last scratch of the same `purpose` needed.
     """
 
     _needed: ClassVar[dict[tuple[str, torch.dtype], int]] = {}
     _spacing: ClassVar[int] = 80
-    """Elements between two buffers, so that large powers of two do not fall onto the same cache lines."""
+    """Elements between two buffers, so that buffers of large power-of-two sizes do not share cache sets."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, purpose: str = "") -> None:
         self.device, self.dtype, self._key = device, dtype, (purpose, dtype)
@@ -43,7 +43,7 @@ class Scratch:
         self._flat: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """The buffer `name` as `shape`; what an earlier call of the same name gave is overwritten by its user."""
+        """The buffer `name` as `shape`; it shares memory with the result of any earlier call with the same name."""
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.numel() < size:
@@ -57,11 +57,11 @@ class Scratch:
         return torch.empty(size, device=self.device, dtype=self.dtype)
 
     def close(self) -> None:
-        """Remember what was needed."""
+        """Record the size needed."""
         self._needed[self._key] = self._used
 
     def constant(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns, made once."""
+        """The result of `make`, called once."""
         if name not in self._flat:
             self._flat[name] = make()
         return self._flat[name]
@@ -75,10 +75,10 @@ _R = TypeVar("_R")
 def run_tiles(
     tasks: Iterable[_T], work: Callable[[_T, Scratch], _R], *, device: torch.device, dtype: torch.dtype, purpose: str
 ) -> list[_R]:
-    """`work(task, scratch)` for every task, with one scratch of this `purpose`. Nothing is recorded for autograd.
+    """Run `work(task, scratch)` for every task with one scratch of this `purpose`, without autograd.
 
-    One tile after the other: the threads share its operations. (One tile a thread was slower, at any size measured on
-    two cores: Python's lock is taken at every operation, and each tile wants its own scratch.)
+    Tiles run one at a time; threads parallelise their operations. (One tile per thread was slower at every size
+    measured on two cores: every operation takes the GIL, and each tile needs its own scratch.)
     """
     scratch = Scratch(device, dtype, purpose)
     results = [work(task, scratch) for task in tasks]
@@ -99,12 +99,12 @@ def _near_bias(kind: str, window: int, extra: int, device: torch.device, dtype: 
 
 
 def _local_mask(window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """1 where column <= row: a sliding query's far keys in the chunk before, a linear query's in its own."""
+    """1 where column <= row: a sliding query's far keys in the previous chunk, a linear query's in its own."""
     return torch.ones(window, window, device=device, dtype=dtype).tril_()
 
 
 def bmm_shared(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
-    """out[j] (+)= a[j] @ b[j] over a leading axis that `b` (or `a`, or `out`: then summed) may have only once."""
+    """out[j] (+)= a[j] @ b[j] over a leading axis, which may have size 1 in `b` (or `a`, or `out`: then summed)."""
     count = max(a.shape[0], b.shape[0])
     for j in range(count):
         aj, bj, oj = a[j % a.shape[0]], b[j % b.shape[0]], out[j % out.shape[0]]
@@ -116,7 +116,7 @@ def bmm_shared(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -
 
 
 SCAN = 32
-"""Chunks summed up by one triangular matrix product; at D = 64, F = 128 that costs 4 % of a tile's arithmetic."""
+"""Chunks summed by one triangular matrix product; at D = 64, F = 128 this is 4 % of a tile's arithmetic."""
 
 
 def running_sums(
@@ -124,7 +124,7 @@ def running_sums(
 ) -> None:
     """out[c] = carry + the sum of own[c'] over c' <= c (backwards: c' >= c), in products of SCAN chunks at a time.
 
-    A loop of additions costs as little arithmetic, but a call a chunk.
+    A loop of additions is as cheap in arithmetic, but needs one call per chunk.
     """
     rows, chunks = own_RCN.shape[:2]
     starts = range(0, chunks, SCAN)
@@ -143,8 +143,8 @@ def running_sums(
 class Tile:
     """Sizes of a tile, and the near and far arithmetic on packed arrays.
 
-    `first` says that chunk 0 of every row has no predecessor; otherwise the tile is a later piece of a single row and
-    slot 0 of the padded key arrays holds its predecessor.
+    `first`: chunk 0 of every row has no predecessor; otherwise the tile is a later part of a single row and slot 0 of
+    the padded key arrays holds its predecessor.
     """
 
     rule: Rule
@@ -157,7 +157,7 @@ class Tile:
     sink_far_from: Tensor | None = None
     """With sinks: position of the first near key (sinks apart) for each query, int64 [rows, chunks, W]."""
     lag: int = -1
-    """L; by default 2, and 1 for kind ``linear``. With 0 the caller has already paired query and key chunks."""
+    """L; by default 2, or 1 for kind ``linear``. With 0 the caller has already paired query and key chunks."""
 
     def __post_init__(self) -> None:
         if self.lag < 0:
@@ -183,7 +183,7 @@ class Tile:
         return torch.cat([view, extra], 1)
 
     def near_weights(self, q_nXWD: Tensor, near_k_XJD: Tensor, sink_logit_nR: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(softmax over the near columns [n, X, W, J], scores before it); the scores are overwritten by a next call.
+        """(softmax over the near columns [n, X, W, J], scores before it); the next call overwrites the scores.
 
         The sum of exp(s - c) is 1 / max of a softmax row.
         """
@@ -216,8 +216,8 @@ class Tile:
     def prefix_sums(self, fk_mxWF: Tensor, v_xWE: Tensor, start: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Running sums of phi(k)^T v and phi(k), [m, L + X, F, E] and [m, L + X, F].
 
-        Entry i < X is what chunk i's queries see (chunks up to i - L and what came before the tile); in a tile of one
-        row the last L entries are what the next tile starts from. `start` = ([m, R, L, F, E], [m, R, L, F]).
+        Entry i < X is what chunk i's queries see (chunks up to i - L and everything before the tile); in a tile of one
+        row, the next tile starts from the last L entries. `start` = ([m, R, L, F, E], [m, R, L, F]).
         """
         features, dim = fk_mxWF.shape[-1], v_xWE.shape[-1]
         s = self.scratch("prefix_s", self.m, self.lag + self.total, features, dim)
@@ -237,7 +237,7 @@ class Tile:
         return s, z
 
     def _own_sums(self, features: int, dim: int) -> tuple[Tensor, Tensor]:
-        """Room for every chunk's own sums of one key map, [X, F, E] and [X, F]."""
+        """Buffers for every chunk's own sums of one key map, [X, F, E] and [X, F]."""
         return self.scratch("own_s", self.total, features, dim), self.scratch("own_z", self.total, features)
 
     def _by_row(self, x: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ class Tile:
         """Gradients of the running sums, summed over the chunks that see them: [m, X + L, F, E] and [m, X + L, F].
 
         Entry i + L is the gradient of chunk i's own sums. `after` = ([m, L, F, E], [m, L, F]), the first L entries of
-        the tile that follows in the same row; afterwards entries 0..L-1 are what the preceding tile needs.
+        the next tile in the same row; the returned entries 0..L-1 are passed to the previous tile.
         """
         features, dim = fq_nXWF.shape[-1], dnum_nXWE.shape[-1]
         s = self.scratch("suffix_s", self.m, self.total + self.lag, features, dim)
@@ -302,7 +302,7 @@ class Tile:
         ratio_nX: Tensor,
         num: Tensor,
     ) -> Tensor:
-        """The denominator over l, [n, X, W], and y in place of `num` [n, X, W, E].
+        """Returns the denominator over l, [n, X, W]; replaces `num` [n, X, W, E] by y in place.
 
         `near` = (softmax p, its near values [X, J, E]).
         """
@@ -344,7 +344,7 @@ class Tile:
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """(dfq [n, X, W, F], dfk [m, 1 + X, W, F] over padded chunks, suffix sums).
 
-        `buffers` names the scratch the first two are written to.
+        `buffers` are the names of the scratch buffers for the first two.
         """
         s, z = prefix[0][:, : self.total], prefix[1][:, : self.total]
         dfq = bmm_shared(dnum_nXWE, s.mT, self.scratch(buffers[0], *fq_nXWF.shape))

@@ -1,1 +1,1 @@
-"""The operator as Triton kernels. Nothing here is imported before the kernels are asked for."""
+"""The operator as Triton kernels. Nothing here is imported until the kernels are requested."""

@@ -1,7 +1,7 @@
-"""The operator on GPUs: Triton kernels behind PyTorch functions, imported only when `impl: triton` asks for them.
+"""The operator on GPUs: Triton kernels behind PyTorch functions, imported only for `impl: triton`.
 
-What the kernels cannot do is refused with the reason (`impl: chunkwise` does it). The device's first use checks a small
-case against the chunkwise implementation.
+Calls the kernels cannot run raise an error with the reason (`impl: chunkwise` runs them). The first use of a device
+checks a small case against the reference.
 
 Shape legend: B batch rows, R rows, H query heads, G key/value heads, K key maps, T tokens, D key dim, E value dim, P
 columns of a map, N groups of chunks, S sinks.
@@ -23,12 +23,12 @@ from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 
 Form = tuple[str, bool, float]
-"""Activation of both maps, whether it is paired, and their floor."""
+"""Activation of both maps, whether it is paired, and the lower clamp of the features."""
 LOG2E = math.log2(math.e)
 
 
 class _Attention(torch.autograd.Function):
-    """y of a call's tensors; the differentiable ones come last."""
+    """y from a call's tensors; the differentiable ones come last."""
 
     @staticmethod
     def forward(ctx: Any, rule: Rule, spans: Spans, form: Form, *tensors: Tensor | None) -> Tensor:
@@ -45,7 +45,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors that want one."""
+        """Gradients of the tensors that require one."""
         *tensors, y, den, top, s, z = ctx.saved_tensors
         call = _call(ctx.rule, ctx.spans, ctx.form, *tensors)
         grads = _backward(call, inner(dy), y, den, top, (s, z), ctx.needs_input_grad[3:])
@@ -78,8 +78,8 @@ def _backward(
     maps = [*far.maps(any(needed[3:5]), any(needed[5:7]))]
     if not inputs:
         return [None, None, None, *maps, dlog, None, None, None, None, None]
-    pull, column = torch.empty_like(dden), torch.empty_like(dden, dtype=torch.int32)
-    result = (x(dden), x(pull), x(column))
+    max_grad, column = torch.empty_like(dden), torch.empty_like(dden, dtype=torch.int32)
+    result = (x(dden), x(max_grad), x(column))
     dq = call.buffer(heads, call.q.shape[3], dtype=call.q.dtype)
     programs, sinks = call.rows * heads * call.groups, call.rule.sinks
     dlogit = call.log_ratio.new_empty(programs)
@@ -111,21 +111,21 @@ def attend(
     state: StudentState | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, StudentState | None]:
-    """y [B, H, T, E] in q's dtype, differentiable in everything but the state, and the state after the tokens.
+    """y [B, H, T, E] in q's dtype, differentiable in everything but the state; and the state after the tokens.
 
     Args:
-        tokens: bfloat16, float16 or float32.
-        maps: feature maps of queries and keys; may be None where the rule has no far part.
-        heads, rule, state: as for :func:`trenchcoat.ops.linear_window_attention`.
-        cu_seqlens: int32 [R + 1], where the R sequences packed into the one batch row begin and end; then without
-            mask and state.
+        tokens: bfloat16, float16 or float32. maps: feature maps of queries and keys; may be None if the rule has no far
+        part. heads, rule, state: as for :func:`trenchcoat.ops.linear_window_attention`. cu_seqlens: int32 [R + 1],
+        boundaries of the R sequences packed into one batch row; requires no mask and no state.
 
     Raises:
-        ValueError: what the kernels cannot do.
+        ValueError: the kernels do not support the call.
     """
     q, k, v, mask_BT = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, tokens.mask_BT
     if cu_seqlens is not None and (mask_BT is not None or state is not None or q.shape[0] != 1 or rule.sinks):
-        raise ValueError("cu_seqlens packs sequences into one batch row, without mask, state or sinks")
+        raise ValueError(
+            "cu_seqlens packs sequences into one batch row; it cannot be combined with mask, state or sinks"
+        )
     if rule.kind == "linear" and not rule.far:
         return q.new_zeros(*q.shape[:3], v.shape[3]), state
     rows, spans = _lay_out(q, rule, mask_BT, state, cu_seqlens)
@@ -150,7 +150,7 @@ def attend(
 
 
 def _opened(maps: FusedMaps | None) -> tuple[Form, tuple[Tensor | None, ...]]:
-    """The form of the maps, and their parameters in the order of :func:`_call`."""
+    """The maps' form, and their parameters in the order of :func:`_call`."""
     if maps is None:
         return ("softmax", False, 0.0), (None,) * 4
     query, key = maps
@@ -158,7 +158,7 @@ def _opened(maps: FusedMaps | None) -> tuple[Form, tuple[Tensor | None, ...]]:
 
 
 def _columns(tensors: tuple[Tensor | None, ...], values: slice) -> list[Tensor | None]:
-    """Tensors in the order of :func:`_call`, of the values (v, sinks, far sums) only some columns."""
+    """Tensors in the order of :func:`_call`, with only some columns of the values (v, sinks, far sums)."""
     return [x[..., values] if i in (2, 10, 11) and x is not None else x for i, x in enumerate(tensors)]
 
 
@@ -169,7 +169,7 @@ def _lay_out(
     state: StudentState | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Rows, Spans | None]:
-    """Rows to gather, or (in a packed batch, or where padding lies at the rows' ends) where they lie already."""
+    """Rows to gather, or (packed batch, or padding only at the rows' ends) the rows in place."""
     plain = Rows.plan(q.shape[0], q.shape[2], rule, None, None)
     if cu_seqlens is not None:
         edges = cu_seqlens.to(q.device, torch.int32)
@@ -220,8 +220,8 @@ def transfer_error(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(sum of (y - y_hat)^2 over real tokens, gradients of `error_scale` times it).
 
-    The gradients: query matrix, query bias, key matrix, key bias, log(g / l); all None without `learn`. Rows must be
-    free of holes; `length_B` int64 gives their tokens (None: all T).
+    The gradients: query matrix, query bias, key matrix, key bias, log(g / l); all None without `learn`. Rows must have
+    no padding between tokens; `length_B` int64 is their token count (None: all T).
     """
     q, k, v, y = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, y_BHTE))
     spans = Spans.of_lengths(length_B, q.device)
@@ -243,7 +243,7 @@ def _added(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 def _first_tokens(x_BGTD: Tensor, sinks: int) -> Tensor:
-    """The first S tokens, zeros where the rows are shorter."""
+    """The first S tokens, zeros where a row is shorter."""
     return torch.nn.functional.pad(x_BGTD[:, :, :sinks], (0, 0, 0, max(0, sinks - x_BGTD.shape[2]))).contiguous()
 
 

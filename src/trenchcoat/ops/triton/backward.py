@@ -1,14 +1,14 @@
-"""The backward pass as Triton kernels; everything but denominators and largest scores is computed again.
+"""The backward pass as Triton kernels; everything but denominators and largest scores is recomputed.
 
 With w_nj = r exp(s_nj - c_n), dnum = dy / den and dden = -dnum . y: dw_nj = dnum . v_j + dden and ds = w dw. The
-largest score also gets `pull`, minus the sum of w dw over the near keys: c_n is part of the function, and adding one
-number to all scores of a query (c_n among them) changes nothing, so the gradients of its scores add up to zero.
+largest score also gets `max_grad`, minus the sum of w dw over the near keys: c_n is part of the function, and adding a
+constant to all scores of a query (c_n among them) changes nothing, so the gradients of its scores sum to zero.
 
-Far part: `query_gradients` walks forward with the far sums on chip, `gradient_sums` adds up phi(q)^T dnum by group,
-`key_gradients` walks backward with these. They store du, the gradients before the activation, of which
-`map_gradients` makes those of the maps. The near part's kernels (:mod:`trenchcoat.ops.triton.near`) then finish dq, dk
-and dv. A program adds up over the heads that share its keys or its map in a fixed order, so the bits are the same every
-time.
+Far part: `query_gradients` iterates forward with the far sums on chip, `gradient_sums` sums phi(q)^T dnum by group,
+`key_gradients` iterates backward with these. They store du, the gradients before the activation, from which
+`map_gradients` computes those of the maps. The near part's kernels (:mod:`trenchcoat.ops.triton.near`) then complete
+dq, dk and dv. A program sums over the heads that share its keys or its map in a fixed order, so results are bitwise
+reproducible.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.parts`.
 """
@@ -41,7 +41,7 @@ from trenchcoat.ops.triton.parts import (
 
 @triton.jit
 def load_row(X, r, h, start, token, ok, OTHER: tl.constexpr):
-    """One number a token, `OTHER` where there is none."""
+    """One number per token, `OTHER` where there is no token."""
     return tl.load(place(X, r, h, start) + token, mask=ok, other=OTHER)
 
 
@@ -56,7 +56,7 @@ def load_dnum(DY, DEN, times, r, h, start, token, ok, C: tl.constexpr, GIVEN: tl
 
 @triton.jit
 def row_gradient(dnum, Y, DDEN, r, h, start, token, ok, C: tl.constexpr):
-    """dden of a chunk, stored for the kernels to come."""
+    """dden of a chunk, stored for later kernels."""
     y = load_tile(place(Y, r, h, start), Y[3], token, ok, C.values, C.block_e).to(tl.float32)
     dden = -tl.sum(dnum * y, 1)
     tl.store(place(DDEN, r, h, start) + token, dden, mask=ok)
@@ -75,7 +75,7 @@ def query_feature_gradient(s1, s2, z1, z2, dnum, dden, C: tl.constexpr):
 
 @triton.jit
 def local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C: tl.constexpr):
-    """Adds what far keys of :func:`overlap` give."""
+    """Adds the contribution of the far keys of :func:`overlap`."""
     i = tl.arange(0, C.block_w)
     dx = product(dnum, tl.trans(far_v), C.low, C) + dden[:, None]
     dx = tl.where((i[None, :] <= i[:, None]) & far_ok[None, :], dx, 0.0)
@@ -87,13 +87,13 @@ def local_query_gradient(df, dg, fk, gk, far_v, far_ok, dnum, dden, C: tl.conste
 
 @triton.jit
 def store_gradient(DU, r, h, start, token, ok, f, g, df, dg, C: tl.constexpr):
-    """Write du of a chunk, from the gradients of its features."""
+    """Write du of a chunk, given the gradients of its features."""
     store_tile(place(DU, r, h, start), DU[3], token, ok, features_backward(f, g, df, dg, C), C.columns, C.block_p)
 
 
 @triton.jit
 def share_of_far(f, g, df, dg, C: tl.constexpr):
-    """Sum of dphi(q) phi(q): what the far part's weights would gain by growing together."""
+    """Sum of dphi(q) phi(q): the gradient for a common scale of the far part's weights."""
     total = tl.sum(df * rounded(f, C), 1)
     if C.paired:
         total += tl.sum(dg * rounded(g, C), 1)
@@ -105,7 +105,7 @@ def query_gradients(
     Q, K, V, Q_BOX, K_BOX, V_BOX, Y, DY, QUERY, KEY, START, DEN, DDEN, DU, share_ptr, ROWS, heads, kv_heads, maps, span,
     C: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """du of the queries, dden (unless GIVEN), this program's share of the gradient of log r; grid (R H, groups)."""
+    """du of the queries, dden (unless GIVEN), this program's part of the gradient of log r; grid (R H, groups)."""
     r, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     group = tl.program_id(1)
     start, length, first = row_of(ROWS, r, C)
@@ -183,7 +183,7 @@ def gradient_sums(
 
 @triton.jit
 def seeing_chunk(c, KIND: tl.constexpr):
-    """The chunk of queries that joins the gradient sums after chunk c has read them."""
+    """The chunk of queries that is added to the gradient sums after chunk c has read them."""
     if KIND == "linear":
         return c
     else:
@@ -243,7 +243,7 @@ def key_gradients(
 
 @triton.jit
 def map_gradients(X, DU, GRADS, ROWS, heads, maps, span, C: tl.constexpr, BLOCK: tl.constexpr):
-    """x^T du and the sum of du over a group of chunks, for BLOCK rows of one map; grid (R M, groups, blocks of rows), X
+    """x^T du and the sum of du over a group of chunks, for BLOCK rows of one map; grid (R M, groups, blocks of rows). X
     has `heads` heads."""
     r, m = tl.program_id(0) // maps, tl.program_id(0) % maps
     group = tl.program_id(1)

@@ -1,4 +1,4 @@
-"""The self-check of a device's first use: a small case of every kind through every pass, against the reference."""
+"""The self-check at a device's first use: a small case of every kind through every pass, against the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trenchcoat.ops.triton.decode import decode
 from trenchcoat.ops.triton.launch import FusedMap, FusedMaps
 
 TOKENS, WINDOW, DIM, PREFILLED = 200, 64, 64, 191
-"""The case: two heads that share keys. Decoding goes from a prefill to the first token of a new chunk."""
+"""Sizes of the case: two heads that share keys. Decoding runs from a prefill to the first token of a new chunk."""
 
 NAMES = (
     "the output",
@@ -43,18 +43,18 @@ ALLOWED: dict[Kind, tuple[float, ...]] = {
     ),
     "linear": (0.016, 0.007, 0.011, 0.047, 0.054, 0.045, 0, 0.26, 0.15, 0.26, 0, 0.0019, 0.0082, 0.0083, 0.005, 0),
 }  # fmt: skip
-"""Deviation allowed to what :data:`NAMES` says: twice the largest of an independent run in bfloat16 over 24 random
-calls of this case (`tests/low_precision.py` says why twice, `tests/ops/test_triton_check.py` computes it again). That
-run rounds the operands of every product, forward and backward, and what is stored, and is exact elsewhere."""
+"""Tolerances for :data:`NAMES`: twice the largest deviation of an independent bfloat16 run over 24 random calls of this
+case (`tests/low_precision.py` explains the factor, `tests/ops/test_triton_check.py` recomputes them). That run rounds
+the operands of every product, forward and backward, and stored tensors; everything else is exact."""
 
 
 @lru_cache
 def check(device: torch.device) -> None:
-    """Raise RuntimeError naming the first mismatch, or what does not compile; what passed is not checked again in this
-    process.
+    """Raise RuntimeError naming the first mismatch or the kernel that does not compile. Passed checks are not repeated
+    in this process.
 
-    It runs in a thread of its own, so that what the caller's has set (inference mode, autocast, a checkpointed layer's
-    hooks on saved tensors) does not meet it.
+    It runs in a separate thread, so that the caller's thread-local settings (inference mode, autocast, saved-tensor
+    hooks of a checkpointed layer) do not apply.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -81,8 +81,8 @@ def _failure(device: torch.device, what: str) -> RuntimeError:
 
 
 def deviations(kind: Kind, device: torch.device) -> list[float]:
-    """Largest deviation of everything :data:`NAMES` names from the reference, which runs in float64 on the CPU;
-    infinite where a number is not finite."""
+    """Largest deviation of each result in :data:`NAMES` from the reference, which runs in float64 on the CPU; infinite
+    if a number is not finite."""
     rule = rule_of(kind)
     exact = [t.double() for t in case(0)]
     expected = passes(exact, lambda x: reference(x, rule))
@@ -103,8 +103,8 @@ def rule_of(kind: Kind) -> Rule:
 
 
 def case(seed: int) -> list[Tensor]:
-    """q, k, v, query map, key map, mix, a projection of the output, a teacher's output; float32, what kernels read or
-    are given in 16 bits as bfloat16 numbers."""
+    """q, k, v, query map, key map, mix, a projection of the output, a teacher's output; float32, but with bfloat16
+    values for what the kernels get in 16 bits."""
     make = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -118,7 +118,7 @@ def case(seed: int) -> list[Tensor]:
 
 
 def passes(leaves: list[Tensor], run: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
-    """The first eleven of :data:`NAMES`, by autograd through `run`, which makes y of the first six leaves."""
+    """The first eleven of :data:`NAMES`, by autograd through `run`, which computes y from the first six leaves."""
     with torch.enable_grad():
         x = [t.clone().requires_grad_() for t in leaves[:6]]
         y = run(x)

@@ -1,15 +1,15 @@
-"""The cross-entropy of attention rows as Triton kernels: what :mod:`trenchcoat.ops.crossent` means, without maps.
+"""The cross-entropy of attention rows (:mod:`trenchcoat.ops.crossent`) as Triton kernels, without materialised maps.
 
 With a_nj the teacher's and w_nj the student's unnormalised weights, den_n = sum_j w_nj and x_nj = phi(q_n) . phi(k_j)
 of far pairs, a row's term is log den_n - sum_j a_nj log w_nj, and its gradient for x_nj is 1 / den_n - a_nj / x_nj.
 Features are read from memory (:mod:`trenchcoat.ops.triton.features`), as every key is read T / tile times. `query_side`
-walks over a query tile's keys once: the teacher's sum is kept online, so loss, denominators and the sum over j of
-(a_nj / x_nj) phi(k_j) come from the same pass. `key_side` walks over a key tile's queries. Terms without a_nj come from
-running sums of phi, so that tiles the teacher does not see cost nothing. Nothing is added atomically.
+iterates over a query tile's keys once: with an online softmax of the teacher, loss, denominators and the sum over j of
+(a_nj / x_nj) phi(k_j) come from the same pass. `key_side` iterates over a key tile's queries. Terms without a_nj come
+from running sums of phi, so tiles the teacher does not see are skipped. There are no atomic additions.
 
 Scores and logarithms are in units of log 2. Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; positions count
-from the first token of a row, whose tokens have no holes; `RESIDENT` tokens of a tile that stays on chip (queries in
-`query_side`, keys in `key_side`), `STREAMED` tokens of the tiles that pass by.
+from the first token of a row, without padding between tokens; `RESIDENT` tokens of the tile that stays on chip (queries
+in `query_side`, keys in `key_side`), `STREAMED` tokens of the tiles that are streamed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SAFE: tl.constexpr = tl.constexpr(SMALLEST)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
-"""Largest score of no keys: finite, so that differences of two such are 0."""
+"""Largest score of no keys: finite, so that the difference of two is 0."""
 
 
 @triton.jit
 def first_seer(key, C: tl.constexpr):
-    """First query for which the key is far (sinks apart)."""
+    """First query for which the key is far (if not a sink)."""
     if C.kind == "terrace":
         query = (key // C.window + 2) * C.window
     elif C.kind == "sliding":
@@ -68,7 +68,7 @@ def both_scores(a, b, fa, ga, fb, gb, scale, cap, C: tl.constexpr):
 
 @triton.jit
 def log_similarity(x, C: tl.constexpr):
-    """log2 x, clamped. In half precision the hardware's, good to 22 bits: Triton's own costs 18 instructions a pair."""
+    """log2 x, clamped. In half precision the hardware's, accurate to 22 bits: Triton's takes 18 instructions."""
     x = tl.maximum(x, SAFE)
     if C.split and not C.wide:
         log_x = libdevice.fast_log2f(x)
@@ -79,7 +79,7 @@ def log_similarity(x, C: tl.constexpr):
 
 @triton.jit
 def over_similarity(e, x, log_x, TINY: tl.constexpr):
-    """2^e / x, 0 where x was clamped (TINY: it can be that small)."""
+    """2^e / x, 0 where x was clamped (TINY: x can be that small)."""
     w = tl.exp2(e - log_x)
     if TINY:
         w = tl.where(x >= SAFE, w, 0.0)
@@ -88,7 +88,7 @@ def over_similarity(e, x, log_x, TINY: tl.constexpr):
 
 @triton.jit
 def masked_tile(i, stop, begin, before, resume):
-    """The i-th of the tiles [0, stop), then those from `begin`, and after `before` tiles in all those from `resume`."""
+    """The i-th tile of [0, stop), then of those from `begin`, and after `before` in total, of those from `resume`."""
     tile = tl.where(i < stop, i, begin + i - stop)
     return tl.where(i < before, tile, resume + i - before)
 
@@ -110,9 +110,9 @@ def absorb(
     s, x, far, top, total, cross, acc_f, acc_g, fk, gk,
     C: tl.constexpr, MASKED: tl.constexpr, TINY: tl.constexpr, LEARN: tl.constexpr,
 ):  # fmt: skip
-    """A key tile joins the teacher's sum, sum e log x and sum (e / x) phi(k) over far keys, e = 2^(s - top).
+    """Adds a key tile to the teacher's sum, sum e log x and sum (e / x) phi(k) over far keys, e = 2^(s - top).
 
-    Returns these, e and what sums so far were multiplied with."""
+    Returns these, e, and the factor the previous sums were rescaled by."""
     above = tl.maximum(top, tl.max(s, 1))
     fade = tl.exp2(top - above)
     s -= above[:, None]
@@ -135,7 +135,7 @@ def absorb(
 
 @triton.jit
 def near_without_keys(logit, top, zero, C: tl.constexpr):
-    """What `absorb_near` adds to, before any key: the sink logit's part."""
+    """Initial values of `absorb_near`: the sink logit's part."""
     near_sum, share = zero, zero
     if C.sink_logit and C.kind != "linear":
         near_sum, share = zero + 1.0, tl.exp2(logit - top)
@@ -144,7 +144,7 @@ def near_without_keys(logit, top, zero, C: tl.constexpr):
 
 @triton.jit
 def absorb_near(s, near, e, fade, largest, near_sum, share, weighted):
-    """The near keys of a tile join sum 2^(s - largest) and, with the teacher's e, sum e and sum e s."""
+    """Adds a tile's near keys to sum 2^(s - largest) and, with the teacher's e, to sum e and sum e s."""
     own = tl.where(near, s, float("-inf"))
     above = tl.maximum(largest, tl.max(own, 1))
     near_sum = near_sum * tl.exp2(largest - above) + tl.sum(tl.exp2(own - above[:, None]), 1)
@@ -155,8 +155,8 @@ def absorb_near(s, near, e, fade, largest, near_sum, share, weighted):
 
 @triton.jit
 def key_range(t0, last, teacher_window, C: tl.constexpr, WINDOWED: tl.constexpr, SIZE: tl.constexpr):
-    """(sink tiles, first tile the teacher sees in part, first it sees whole, first not wholly far, end) for queries
-    t0 to last; sink tiles end before the second, and the first four rise."""
+    """(sink tiles, first tile the teacher sees partly, first it sees fully, first not entirely far, end) for queries t0
+    to last; sink tiles end before the second, and the first four are non-decreasing."""
     sinks: tl.constexpr = (C.sinks + SIZE - 1) // SIZE
     there = t0 <= last
     end = tl.where(there, last // SIZE + 1, 0)
@@ -175,7 +175,7 @@ def finish(
     ok, fq, gq, z1, z2, top, total, cross, largest, near_sum, share, weighted, far_den, log_ratio, logit,
     C: tl.constexpr,
 ):  # fmt: skip
-    """Of each query: (cross-entropy, teacher's log-sum, all of its weight on keys / den, gradient of log(g / l))."""
+    """Per query: (cross-entropy, teacher's log-sum, its total weight on keys / den, gradient of log(g / l))."""
     far_den += tl.sum(rounded(fq, C) * z1[None, :], 1)
     if C.paired:
         far_den += tl.sum(rounded(gq, C) * z2[None, :], 1)
@@ -186,15 +186,15 @@ def finish(
             total += tl.exp2(logit - top)
         den = far_den + 1e-12
         everything = everything / total
-        pull = cross / total
+        expected = cross / total
         dlog = share * 0.0
     else:
         near_den = near_sum * tl.exp2(log_ratio)
         den = tl.where(ok, far_den + near_den, 1.0)
         everything = everything / total
-        pull = (cross + weighted + (log_ratio - largest) * share) / total
+        expected = (cross + weighted + (log_ratio - largest) * share) / total
         dlog = near_den * (everything / den) - share / total
-    return LN2 * (everything * tl.log2(den) - pull), top + tl.log2(total), everything / den, dlog
+    return LN2 * (everything * tl.log2(den) - expected), top + tl.log2(total), everything / den, dlog
 
 
 @triton.jit
@@ -203,7 +203,7 @@ def store_query_gradient(
     du_stride, C: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write du of a query tile: weight_n times the sum of phi(k) over far keys, of (z1, z2) and of the tiles from
-    `edge` to `end`, less what `acc` holds; through the activation."""
+    `edge` to `end`, minus `acc`; through the activation."""
     acc_f = z1[None, :] * weight[:, None] - acc_f
     acc_g = z2[None, :] * weight[:, None] - acc_g
     if C.kind != "linear":
@@ -232,7 +232,7 @@ def query_side(
 
     LOSS = (cross-entropy, gradient of log(g / l)) of every tile, [R H, tiles]. With LEARN also: ROW = (teacher's
     log-sum, weight / den), float32 [R, H, T]; QUERY_SUMS, the tile's sum of weight / den phi(q), [R H, tiles, F]; DU,
-    the gradient of the query map's products before the activation, [R, H, T, P]. KEY_SUMS are running totals.
+    the gradient of the query map's pre-activations, [R, H, T, P]. KEY_SUMS are running totals.
     """
     row, i = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles
     r, h = row // heads, row % heads
@@ -288,8 +288,8 @@ def query_side(
 def query_range(
     k0, length, teacher_window, C: tl.constexpr, WINDOWED: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr
 ):  # fmt: skip
-    """(first tile of queries, first from which all keys are far, a multiple of RESIDENT tokens, first not seen whole by
-    the teacher or cut by the row's end, end) for the RESIDENT keys from k0; they rise."""
+    """(first tile of queries, first from which all keys are far, a multiple of RESIDENT tokens, first not fully seen by
+    the teacher or cut by the row's end, end) for the RESIDENT keys from k0; non-decreasing."""
     ratio: tl.constexpr = RESIDENT // STREAMED
     end = tl.cdiv(length, STREAMED)
     whole = tl.minimum(tl.cdiv(first_seer(k0 + RESIDENT - 1, C), RESIDENT) * ratio, end)
@@ -307,8 +307,8 @@ def key_side(
     Q, K, FQ, FK, KEY, QUERY_SUMS, ROW, DU, ROWS, heads, kv_heads, maps, tiles, scale, cap, teacher_window,
     C: tl.constexpr, RESIDENT: tl.constexpr, STREAMED: tl.constexpr, WINDOWED: tl.constexpr, TINY: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys for one query head; grid (R H tiles). DU [R, H, T, P] is the gradient of the key map's products
-    before the activation; QUERY_SUMS are running totals backwards, of tiles of RESIDENT queries."""
+    """One tile of keys for one query head; grid (R H tiles). DU [R, H, T, P] is the gradient of the key map's
+    pre-activations; QUERY_SUMS are running totals from the end, over tiles of RESIDENT queries."""
     row, i = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     r, h = row // heads, row % heads
     start, length, _first = row_of(ROWS, r, C)

@@ -1,4 +1,4 @@
-"""From tensors to the launches of :mod:`trenchcoat.ops.triton.crossent`: tile sizes, what is refused, the passes.
+"""Launches of :mod:`trenchcoat.ops.triton.crossent`: tile sizes, unsupported calls, the passes.
 
 Shape legend: B rows, H query heads, G key/value heads, K key maps, T tokens, D key dim, P columns of a map, F features.
 """
@@ -33,13 +33,13 @@ from trenchcoat.ops.triton.passes import map_gradient, total
 from trenchcoat.ops.triton.tiles import Tile
 
 FEATURE_TILE = 64
-"""Tokens of a tile of `stored_features` where no sums are wanted."""
+"""Tokens of a tile of `stored_features` when no sums are needed."""
 LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tokens of the tile that stays on chip (a multiple of the other) and of those that pass by, warps, stages."""
+    """Tokens of the tile that stays on chip (a multiple of the other) and of the streamed tiles, warps, stages."""
 
     resident: int
     streamed: int
@@ -47,20 +47,20 @@ class Tiles:
     stages: int
 
     def shared_bytes(self, c: Constants, itemsize: int) -> int:
-        """Shared memory of a program, to 2 KiB: a resident tile and a passing one for each stage; at the end, the
-        resident queries or keys and their map (or what is read of both at a time)."""
+        """Shared memory of a program, accurate to 2 KiB: a resident tile and a streamed one per stage; at the end, the
+        resident queries or keys and their map (or the parts of both that are read at a time)."""
         d, p = c.block_d.value, c.block_p.value
         loop = (self.resident + self.stages * self.streamed) * (d + features_of(c))
         end = self.resident * d + (c.piece.value or d) * p * (2 if c.split.value else 1)
         return int(itemsize * max(loop, end)) + 2048
 
     def registers(self, c: Constants) -> int:
-        """Registers of a thread that tiles of float32 take: gradients of features, and four of scores or weights."""
+        """Registers per thread for float32 tiles: gradients of features, and four of scores or weights."""
         return self.resident * (features_of(c) + 4 * self.streamed) // (32 * self.warps)
 
 
 CHOICES = (Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 1), Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1))
-"""By preference; the first three are for tensor cores."""
+"""In order of preference; the first three use tensor cores."""
 MOST_REGISTERS = 192
 
 
@@ -82,14 +82,15 @@ def cross_entropy(
     teacher_window: int | None = None,
     learn: bool = True,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(summed cross-entropy of the attention rows, its gradients), float32; the meaning is
-    :func:`trenchcoat.ops.crossent.attention_cross_entropy`'s.
+    """(summed cross-entropy of the attention rows, its gradients), float32; see
+    :func:`trenchcoat.ops.crossent.attention_cross_entropy`.
 
     The gradients: query matrix, query bias, key matrix, key bias, log(g / l); all None without `learn`. q and k are
-    bfloat16, float16 or float32; rows must be free of holes, `length_B` int64 gives their tokens (None: all T).
+    bfloat16, float16 or float32; rows must have no padding between tokens, `length_B` int64 is their token count (None:
+    all T).
 
     Raises:
-        ValueError: what the kernels cannot do.
+        ValueError: the kernels do not support the call.
     """
     if not rule.far or maps is None:
         raise ValueError(NEEDS_FAR)
@@ -116,7 +117,7 @@ def _tiles(call: Call) -> Tiles:
 
 
 def _store(call: Call, x: Tensor, phi: FusedMap, tile: int | None) -> tuple[Tensor, Tensor | None]:
-    """phi(x) [B, M, T, F]; with `tile` also its running totals [B M, tiles, F], what lies before each tile."""
+    """phi(x) [B, M, T, F]; with `tile` also its running totals before each tile, [B M, tiles, F]."""
     batch, inputs, tokens, _ = x.shape
     maps, size = phi.matrix.shape[0], tile or FEATURE_TILE
     count = -(-tokens // size)
@@ -137,7 +138,7 @@ def _run(
     call: Call, tiles: Tiles, features: tuple[Tensor, Tensor], log_ratio_H: Tensor, key_sums: Tensor | None,
     teacher_window: int | None, learn: bool,
 ) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
-    """Of stored features phi(q) [B, H, T, F] and phi(k) [B, K, T, F]."""
+    """The cross-entropy from stored features phi(q) [B, H, T, F] and phi(k) [B, K, T, F]."""
     batch, heads, tokens, _ = call.q.shape
     count, key_count = (-(-tokens // size) for size in (tiles.resident, tiles.streamed))
     query, key, x = call.query, call.key, call.tensor

@@ -1,8 +1,8 @@
 """Generation as Triton kernels: a few new tokens against a state of constant size, updated in place.
 
-Up to W tokens are two launches with no question to the host, so that they can be captured in a CUDA graph:
+Up to W tokens take two launches without host synchronisation, so they can be captured in a CUDA graph:
 :func:`trenchcoat.ops.triton.prepare.prepare`, and `read`, whose programs hold a slice of the far sum S, read once for
-all tokens and query heads of a key map. It adds the leaving keys, divides, and stores the new pairs. S is read in
+all tokens and query heads of a key map. It adds the leaving keys, divides, and stores the new pairs. S is read as
 float32, as in the first launch.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.prepare`; N buffer slots.
@@ -35,14 +35,14 @@ from trenchcoat.ops.triton.prepare import count_of, exact, leaving, prepare, row
 from trenchcoat.ops.triton.tiles import Tile
 
 WIDEST_SLICE, NARROWEST_SLICE = 64, 16
-"""Columns of the far sum one program holds: as many as leave two programs to a multiprocessor."""
+"""Columns of the far sum per program: as many as allow two programs per multiprocessor."""
 LARGEST_SLICE = 1 << 14
-"""Numbers of the far sum one program holds: half of the registers of its four warps."""
+"""Entries of the far sum per program: half of the registers of its four warps."""
 FEW_ROWS = 8
-"""Rows (tokens x query heads) that `read` takes one by one: a tile of 16 for tensor cores needs so many registers that
-fewer programs fit on a multiprocessor, and it is their loads that keep the memory busy."""
+"""Rows (tokens x query heads) up to which `read` handles them one by one: a tile of 16 for tensor cores needs so many
+registers that fewer programs fit on a multiprocessor, too few to saturate memory bandwidth."""
 RING_TILE = 1 << 14
-"""Numbers of a tile of buffered keys: 64 KiB of shared memory in float32."""
+"""Entries of a tile of buffered keys: 64 KiB of shared memory in float32."""
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def load_slice(FAR, row, e, C: tl.constexpr):
 
 @triton.jit
 def store_half(s_ptr, at, e, s, m, turn, half, C: tl.constexpr):
-    """Write one half of a slice; in bfloat16 as :func:`trenchcoat.ops.state.round_to_bfloat16` rounds at `turn`."""
+    """Write one half of a slice; bfloat16 is rounded as by :func:`trenchcoat.ops.state.round_to_bfloat16` at `turn`."""
     p = tl.arange(0, C.block_p)[:, None]
     ok = (p < C.columns) & (e[None, :] < C.values)
     at += half * C.columns * C.values
@@ -93,7 +93,7 @@ def store_half(s_ptr, at, e, s, m, turn, half, C: tl.constexpr):
 @triton.jit
 def store_pairs(X, RING, SINK, b, g, seen, n, real_ptr, tokens, SIZE: tl.constexpr, C: tl.constexpr,
                 BLOCK_T: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Columns n of the new keys or values take their slots (and sink slots)."""
+    """Write columns n of the new keys or values to their slots (and sink slots)."""
     token, ok, rank = row_tokens(tl.arange(0, BLOCK_T), 1, tokens, real_ptr, b, BLOCK_T)
     position = seen + rank
     there = ok[:, None] & (n[None, :] < SIZE)
@@ -109,7 +109,7 @@ def store_pairs(X, RING, SINK, b, g, seen, n, real_ptr, tokens, SIZE: tl.constex
 @triton.jit
 def load_leaving(LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOCK_T: tl.constexpr,
                  BLOCK_L: tl.constexpr):  # fmt: skip
-    """(features of both halves [L, P], values [L, columns e], position of the first token that finds each far)."""
+    """(features of both halves [L, P], values [L, columns e], position of the first token for which each is far)."""
     V, real_ptr, b, m, g, kv_heads, maps, room = PLACE
     i = tl.arange(0, BLOCK_L)
     ok = i < number
@@ -129,7 +129,7 @@ def load_leaving(LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOC
 @triton.jit
 def leaving_rows(num, den, q1, q2, LEAVING, PLACE, e, number, begin, position, tokens, C: tl.constexpr,
                  BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr):  # fmt: skip
-    """Adds the leaving keys that rows at `position` see as far."""
+    """Adds the leaving keys that are far for rows at `position`."""
     f1, f2, v, seer = load_leaving(LEAVING, PLACE, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
     x = combine(q1, tl.trans(f1))
     if C.paired:
@@ -141,7 +141,7 @@ def leaving_rows(num, den, q1, q2, LEAVING, PLACE, e, number, begin, position, t
 @triton.jit
 def fold_leaving(FAR, at, s1, s2, LEAVING, PLACE, e, number, begin, tokens, C: tl.constexpr, BLOCK_T: tl.constexpr,
                  BLOCK_L: tl.constexpr):  # fmt: skip
-    """The leaving keys join the slice of S, in memory."""
+    """Add the leaving keys to the slice of S, in memory."""
     f1, f2, v, _seer = load_leaving(LEAVING, PLACE, e, number, begin, tokens, C, BLOCK_T, BLOCK_L)
     m = PLACE[3]
     store_half(FAR[0], at, e, s1 + combine(tl.trans(f1), v), m, begin, 0, C)
@@ -213,10 +213,10 @@ def decode(
     rule: Rule,
 ) -> Tensor:
     """y [B, H, T, E] in q's dtype for a few tokens, updating `state` in place; a token with mask False changes nothing
-    and gets 0. A bfloat16 S is rounded as :func:`trenchcoat.ops.state.round_to_bfloat16` does it, once a call.
+    and outputs 0. A bfloat16 S is rounded once per call, as by :func:`trenchcoat.ops.state.round_to_bfloat16`.
 
     Raises:
-        ValueError: what the kernels cannot do.
+        ValueError: the kernels do not support the call.
     """
     query, key = maps if maps is not None and rule.far else (None, None)
     q, k, v = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE))
@@ -236,7 +236,7 @@ def decode(
 
 
 def slice_columns(values: int, c: Constants, programs: int, wanted: int) -> int:
-    """Columns of S a program of `read` holds, so that `wanted` programs run where that many can."""
+    """Columns of S per program of `read`, so that up to `wanted` programs run."""
     columns = min(block(values), WIDEST_SLICE, max(NARROWEST_SLICE, LARGEST_SLICE // features_of(c)))
     while columns > NARROWEST_SLICE and programs * triton.cdiv(values, columns) < wanted:
         columns //= 2
@@ -245,7 +245,7 @@ def slice_columns(values: int, c: Constants, programs: int, wanted: int) -> int:
 
 @dataclass(frozen=True)
 class StepTiles:
-    """Tiles a step is compiled for, and `room` for leaving keys."""
+    """The tiles a step is compiled for, and `room` for leaving keys."""
 
     tokens: int
     leaving: int
@@ -259,7 +259,7 @@ class StepTiles:
 
 
 def sizes_of(call: Call, rows: int, tokens: int) -> StepTiles:
-    """For a step of `tokens` tokens in `rows` rows."""
+    """The tiles for a step of `tokens` tokens in `rows` rows."""
     c, rule = call.constants, call.rule
     # without a far part, one program of `read` handles one key/value head
     shared = call.heads // (call.kv_heads if call.key is None else call.maps)
@@ -275,12 +275,12 @@ def sizes_of(call: Call, rows: int, tokens: int) -> StepTiles:
 
 
 def leaving_dtype(call: Call) -> torch.dtype:
-    """Type of the leaving keys' features between the launches: a whole chunk's in what prefill rounds them to."""
+    """Dtype of the leaving keys' features between the launches; for a whole chunk, the dtype prefill rounds them to."""
     return torch.bfloat16 if call.rule.kind == "terrace" and call.q.dtype != torch.float32 else torch.float32
 
 
 def _whole(phi: FusedMap | None) -> tuple[Tensor | None, ...]:
-    """(matrix, what takes its remainder's place, bias): `prepare` reads maps in float32, without a remainder."""
+    """(matrix, placeholder for its remainder, bias): `prepare` reads maps in float32, without a remainder."""
     if phi is None:
         return None, None, None
     matrix = phi.matrix.contiguous()
@@ -296,7 +296,7 @@ def _step(call: Call, log_ratio_H: Tensor, pieces: list[Tensor], state: StudentS
     sizes = sizes_of(call, rows, tokens)
 
     def scratch(*shape: int, of: torch.dtype = torch.float32) -> Tensor:
-        """Memory that lives for one step."""
+        """Memory used for one step."""
         return torch.empty(shape, dtype=of, device=q.device)
 
     far = (state.far_s_BKFE, state.far_z_BKF)

@@ -1,6 +1,6 @@
-"""Features in memory: phi of every token stored, and what reads it.
+"""Features in memory: storing and loading phi of every token.
 
-They serve kernels that read each token many times, where computing phi anew costs more than reading it.
+For kernels that read each token many times, where recomputing phi costs more than reading it.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; F features, in memory the P of f and then the P of g.
 """
@@ -16,7 +16,7 @@ from trenchcoat.ops.triton.parts import lines, load_tile, place, rounded, row_of
 
 @triton.jit
 def tile_tokens(i, length, SIZE: tl.constexpr):
-    """(tokens of tile i, which of them exist)."""
+    """(tokens of tile i, mask of those that exist)."""
     token = i * SIZE + tl.arange(0, SIZE)
     return token, token < length
 
@@ -33,7 +33,7 @@ def load_phi(base, stride, token, ok, C: tl.constexpr):
 
 @triton.jit
 def store_phi(base, stride, token, ok, f, g, C: tl.constexpr):
-    """The counterpart of `load_phi`, in the destination's type."""
+    """The counterpart of `load_phi`, in the destination's dtype."""
     store_tile(base, stride, token, ok, f, C.columns, C.block_p)
     if C.paired:
         store_tile(base + C.columns, stride, token, ok, g, C.columns, C.block_p)
@@ -83,8 +83,8 @@ def weighted_sum(f, g, weight, C: tl.constexpr):
 
 @triton.jit
 def stored_features(X, MAP, PHI, SUMS, ROWS, inputs, maps, tiles, C: tl.constexpr, SIZE: tl.constexpr):
-    """phi(x) of one tile and map, in the type of PHI [R, M, T, F], and its sum without sink keys, SUMS [R M, tiles, F]
-    (None: not wanted); grid (R M tiles)."""
+    """phi(x) of one tile and map, in the dtype of PHI [R, M, T, F], and its sum without sink keys, SUMS [R M, tiles, F]
+    (None: skipped); grid (R M tiles)."""
     i, row = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     r, m = row // maps, row % maps
     start, length, first = row_of(ROWS, r, C)

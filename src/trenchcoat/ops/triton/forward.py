@@ -1,12 +1,12 @@
 """The forward pass as Triton kernels: far sums of chunk groups, their running totals, outputs.
 
-A row's chunks are cut into groups that run side by side (one group when there are rows and heads enough). `far_sums`
-adds up each group's phi(k)^T v, `running_totals` makes of them what each group starts from, and `outputs` walks through
-a group with the sums on chip. Features never reach memory. In attention transfer `outputs` stores, in place of y, what
-the gradients need of the error.
+A row's chunks are split into groups that run in parallel (one group if there are enough rows and heads). `far_sums`
+computes each group's sum of phi(k)^T v, `running_totals` turns these into the sums each group starts from, and
+`outputs` iterates over a group with the sums on chip. Features are never written to memory. In attention transfer
+`outputs` stores the error terms that the gradients need instead of y.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; R rows, H query heads, K key maps, G key/value heads. `lag`: the
-sums a chunk reads end that many chunks before it (2; 1 for kind linear).
+sums a chunk reads end this many chunks before it (2; 1 for kind linear).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def running_totals(x_ptr, start_ptr, groups, size, BACKWARDS: tl.constexpr, BLOC
 
 @triton.jit
 def far_chunk(c, KIND: tl.constexpr):
-    """The chunk that joins the sums after chunk c was read: the one before, or (linear) c itself."""
+    """The chunk that is added to the sums after chunk c was read: the one before, or (linear) c itself."""
     if KIND == "linear":
         return c
     else:

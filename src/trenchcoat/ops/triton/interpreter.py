@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as GPUs do."""
+"""Patch Triton's interpreter to round as GPUs do."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _convert = interpreter._convert_float
 
 
 def round_to_nearest() -> None:
-    """float32 becomes the nearest bfloat16 from now on: the interpreter cuts the last 16 bits off, which makes twice
-    the error and one that always points to zero."""
+    """Round float32 to the nearest bfloat16 from now on: the interpreter truncates the last 16 bits, which doubles the
+    error and biases it towards zero."""
     interpreter._convert_float = _nearest
 
 

@@ -1,4 +1,4 @@
-"""From tensors to Triton launches: what the kernels accept, their constants, groups and launch settings.
+"""Triton launches: what the kernels accept, their constants, groups and launch settings.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; B batch rows, R rows (B, or the sequences of a packed batch), T
 tokens, F features (P, or 2 P where paired), N groups of chunks.
@@ -26,7 +26,7 @@ from trenchcoat.ops.triton.tiles import Choices, Tile, choices
 OutOfResources = triton.runtime.errors.OutOfResources
 VERSION = triton.__version__
 INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
-"""Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET was set)."""
+"""Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET is set)."""
 if INTERPRETED:
     from trenchcoat.ops.triton.interpreter import round_to_nearest
 
@@ -34,9 +34,9 @@ if INTERPRETED:
 
 WIDEST, LONGEST_WINDOW, MOST_SINKS = 256, 128, 64
 LARGEST_SUM = 1 << 15
-"""Entries of the far sum on chip, F x E: 128 KiB, half of a multiprocessor's registers. Wider values are cut."""
+"""Entries of the far sum on chip, F x E: 128 KiB, half of a multiprocessor's registers. Wider values are split."""
 PIECE = 32
-"""Rows of a map that are read at a time where shared memory does not hold maps whole."""
+"""Rows of a map read at a time if maps do not fit whole in shared memory."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class FusedMap:
 
 
 FusedMaps = tuple[FusedMap, FusedMap]
-"""Those of queries and keys."""
+"""The maps of queries and keys."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Where rows lie: row r has `length` tokens from token `start` of its batch row, the first at position `first`.
+    """Row r has `length` tokens from token `start` of its batch row, the first at position `first`.
 
-    int32 [R] each, or None when every row has all T tokens from position 0. `packed`: all rows lie in batch row 0.
+    int32 [R] each, or None if every row has all T tokens from position 0. `packed`: all rows are in batch row 0.
     """
 
     start: Tensor | None = None
@@ -85,7 +85,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Call:
-    """One call's tensors and sizes, ready to launch with."""
+    """One call's tensors and sizes, ready for launching."""
 
     rule: Rule
     q: Tensor
@@ -119,22 +119,22 @@ class Call:
 
     @property
     def maps(self) -> int:
-        """K (H where there is no far part)."""
+        """K (H without a far part)."""
         return self.heads if self.key is None else self.key.matrix.shape[0]
 
     @property
     def chunks(self) -> int:
-        """Chunks of the longest row there can be."""
+        """Chunks of the longest possible row."""
         return max(1, -(-self.q.shape[2] // self.rule.window))
 
     @property
     def lag(self) -> int:
-        """Chunks the running sums lag behind."""
+        """Chunks by which the running sums lag."""
         return 1 if self.rule.kind == "linear" else 2
 
     @cached_property
     def choices(self) -> Choices:
-        """What was tuned on this device for a shape like this one, or defaults."""
+        """The settings tuned on this device for this shape, or defaults."""
         shape = signature(self.constants, str(self.q.dtype))
         return choices(device_name(self.q.device), shape, VERSION)
 
@@ -153,7 +153,7 @@ class Call:
 
     @property
     def slices(self) -> list[slice]:
-        """Columns of the values that one run of the kernels takes: all, unless the far sum would be too large."""
+        """Columns of the values per run of the kernels: all, unless the far sum would be too large."""
         c = self.constants
         width = int(c.block_e.value)
         while self.rule.far and features_of(c) * width > LARGEST_SUM:
@@ -161,7 +161,7 @@ class Call:
         return [slice(e, e + width) for e in range(0, self.v.shape[3], width)]
 
     def sliced(self, values: slice) -> Call:
-        """The same call for some columns of the values: outputs are these columns, gradients of the rest add up."""
+        """The same call for some columns of the values: outputs are these columns, other gradients are summed."""
         if values.start == 0 and values.stop >= self.v.shape[3]:
             return self
         sink_v = None if self.sink_v is None else self.sink_v[..., values]
@@ -169,14 +169,14 @@ class Call:
         return replace(self, v=self.v[..., values], sink_v=sink_v, start=start)
 
     def tensor(self, x: Tensor | None) -> tuple[Any, ...]:
-        """(pointer, strides) as the kernels take it; in a packed batch every row has the same batch row."""
+        """(pointer, strides) as the kernels take it; all rows of a packed batch share one batch row."""
         if x is None:
             return None, 0, 0, 0
         return x, 0 if self.spans.packed else x.stride(0), x.stride(1), x.stride(2)
 
     @cached_property
     def boxes(self) -> tuple[Any, ...]:
-        """q, k, v as the copy engine takes them, chunk by chunk; None where it cannot, and each thread loads."""
+        """Tensor descriptors of q, k, v for copying chunk by chunk; None if unsupported (threads then load them)."""
         tensors = (self.q, self.k, self.v)
         c = self.constants
         sizes = ((c.block_w, c.window), (c.block_d, c.dim), (c.block_e, c.values))
@@ -192,7 +192,7 @@ class Call:
         )
 
     def place(self) -> tuple[Any, ...]:
-        """ROWS of the kernels."""
+        """The argument ROWS of the kernels."""
         return self.spans.start, self.spans.length, self.spans.first, self.q.shape[2]
 
     def tail(self) -> tuple[Any, ...]:
@@ -201,13 +201,13 @@ class Call:
         return self.log_ratio, self.logit, *sinks, self.place(), self.heads, self.kv_heads, self.maps, self.span
 
     def buffer(self, heads: int, *size: int, dtype: torch.dtype) -> Tensor:
-        """[B, heads, T, *size]; zeros where a row may not write all of it."""
+        """[B, heads, T, *size]; zeroed if rows may not write all of it."""
         make = self.q.new_empty if self.spans.start is None else self.q.new_zeros
         return make(self.q.shape[0], heads, self.q.shape[2], *size, dtype=dtype)
 
     @property
     def low(self) -> torch.dtype:
-        """The type in which features' and values' gradients pass from one kernel to the next."""
+        """The dtype in which gradients of features and values are passed between kernels."""
         return torch.float32 if self.q.dtype == torch.float32 else torch.bfloat16
 
     def numbers(self) -> tuple[float, float]:
@@ -216,7 +216,7 @@ class Call:
 
     @cached_property
     def constants(self) -> Constants:
-        """What the kernels are compiled for."""
+        """The constants the kernels are compiled for."""
         rule, dtype = self.rule, self.q.dtype
         phi = self.query
         act, paired = ("softmax", False) if phi is None else (phi.act, phi.paired)
@@ -236,7 +236,7 @@ class Call:
         return constants_of(**{**vars(made), "piece": min(PIECE, made.block_d.value, made.block_p.value)})
 
     def operands(self, phi: FusedMap | None) -> tuple[Any, ...]:
-        """(matrix, remainder, bias) of a map in the types the kernels load."""
+        """(matrix, remainder, bias) of a map in the dtypes the kernels load."""
         if phi is None:
             return None, None, None
         return *parts_of(phi.matrix, self.q.dtype), phi.bias
@@ -244,13 +244,13 @@ class Call:
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 MOST_GROUPS = (1 << 16) - 1
-"""What a grid's second axis can have."""
+"""Largest size of a grid's second axis."""
 SHORTEST_GROUP = 8
-"""Chunks: sums of shorter groups cost more memory traffic than running them in parallel saves."""
+"""In chunks; with shorter groups, the memory traffic of their sums costs more than the parallelism saves."""
 
 
 def parts_of(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """`matrix` as the sum of two numbers of `dtype`, which keep 16 bits of it (float32: itself)."""
+    """`matrix` as a sum of two tensors of `dtype`, which together keep 16 bits (float32: itself)."""
     matrix = matrix.detach().contiguous()
     if dtype == torch.float32:
         return matrix, None
@@ -260,18 +260,18 @@ def parts_of(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
 
 @lru_cache
 def constants_of(**fields: Any) -> Constants:
-    """One object for equal constants: making it costs as much as a launch."""
+    """Cached, as constructing the object costs as much as a launch."""
     return Constants(**fields)
 
 
 def block(size: int) -> int:
-    """The power of two a tensor core can take, 16 at least."""
+    """`size` rounded up to a power of two, at least 16, as tensor cores need."""
     return max(16, triton.next_power_of_2(size))
 
 
 @lru_cache
 def wanted_programs(device: torch.device, each: int) -> int:
-    """Programs that fill a device, `each` a multiprocessor."""
+    """Programs that fill a device, `each` per multiprocessor."""
     if device.type != "cuda":
         return 1
     return each * torch.cuda.get_device_properties(device).multi_processor_count
@@ -285,7 +285,7 @@ def has_copy_engine(device: torch.device) -> bool:
 
 @lru_cache
 def device_name(device: torch.device) -> str:
-    """What tuned choices are filed under."""
+    """The name under which tuned choices are stored."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -298,13 +298,13 @@ def signature(c: Constants, dtype: str) -> str:
 
 
 def group_size(chunks: int, programs: int, wanted: int) -> int:
-    """Chunks of a group, so that rows x heads x groups are about as many programs as are wanted; see SHORTEST_GROUP."""
+    """Chunks per group, so that rows x heads x groups is about `wanted` programs; see SHORTEST_GROUP."""
     groups = max(1, min(-(-wanted // programs), chunks // SHORTEST_GROUP))
     return -(-chunks // groups)
 
 
 def untuned(c: Constants, kernel: str) -> Tile:
-    """Four warps where what a program keeps on chip leaves them room: 192 registers a thread, of 255."""
+    """Four warps if a program's on-chip data fits in 192 of the 255 registers per thread."""
     w, d, e = c.block_w.value, c.block_d.value, c.block_e.value
     if kernel.startswith("near_"):
         held = w * (d + e)
@@ -318,8 +318,8 @@ def untuned(c: Constants, kernel: str) -> Tile:
 def launch_kernel(
     kernel: Any, grid: tuple[int, ...], call: Call, *arguments: Any, usual: Tile | None = None, **flags: Any
 ) -> None:
-    """Launch a kernel whose last positional argument is the call's constants, as tuned; `usual` where it is not (None:
-    :func:`untuned`)."""
+    """Launch a kernel whose last positional argument is the call's constants, with tuned settings, else with `usual`
+    (None: :func:`untuned`)."""
     name = kernel.fn.__name__
     tile = call.choices.tiles.get(name) or usual or untuned(call.constants, name)
     if launches is not None:
@@ -329,13 +329,13 @@ def launch_kernel(
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Make the tensors' device the current one, on which Triton launches."""
+    """Make `device` the current one, as Triton launches there."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What :func:`launch_kernel` did, to be done again."""
+    """A recorded launch of :func:`launch_kernel`, for repeating it."""
 
     name: str
     kernel: Any
@@ -345,17 +345,17 @@ class Launch:
     tile: Tile
 
     def again(self, tile: Tile) -> None:
-        """The same launch with another tile; raises `OutOfResources` where it does not fit."""
+        """Repeat the launch with another tile; raises `OutOfResources` if it does not fit."""
         self.kernel[self.grid](*self.arguments, **self.flags, num_warps=tile.warps, num_stages=tile.stages)
 
 
 launches: list[Launch] | None = None
-"""Where :func:`recorded` keeps them."""
+"""The list :func:`recorded` appends to."""
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Every launch inside the block."""
+    """Record every launch inside the `with` block."""
     global launches
     before, launches = launches, []
     try:
@@ -366,7 +366,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 @lru_cache
 def shared_limit(device: torch.device) -> int:
-    """Shared memory a program can have; Hopper's where there is no CUDA device."""
+    """Largest shared memory of a program; Hopper's if there is no CUDA device."""
     if device.type != "cuda":
         return 227 * 1024
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -374,22 +374,22 @@ def shared_limit(device: torch.device) -> int:
 
 
 def on_gpu(device: torch.device) -> bool:
-    """Whether kernels can run there."""
+    """Whether kernels can run on `device`."""
     return INTERPRETED or device.type == "cuda"
 
 
 def inner(x: Tensor) -> Tensor:
-    """With a contiguous last axis."""
+    """`x` with a contiguous last axis."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def refused(reason: str) -> ValueError:
-    """The error for what the kernels cannot do."""
-    return ValueError(f"impl is 'triton', but {reason}; `impl: chunkwise` can do it")
+    """The error for calls the kernels cannot run."""
+    return ValueError(f"impl is 'triton', but {reason}; use `impl: chunkwise`")
 
 
 def accepted(call: Call) -> Call:
-    """The call; ValueError where the kernels cannot run it."""
+    """The call itself; ValueError if the kernels cannot run it."""
     reason = refusal(call)
     if reason is not None:
         raise refused(reason)
@@ -410,12 +410,12 @@ def refusal(call: Call) -> str | None:
         ("window", rule.window, LONGEST_WINDOW), ("sinks", rule.sinks, MOST_SINKS), ("feature_dim", columns, WIDEST),
     ):  # fmt: skip
         if size > most:
-            return f"{name} is {size}; the kernels hold {most} at most"
+            return f"{name} is {size}; the kernels support at most {most}"
     c = call.sliced(call.slices[0]).constants
     needed, there = shared_bytes(c, q.element_size()), shared_limit(q.device)
     if needed > there:
         return (
-            f"a program would need {needed} bytes of shared memory where there are {there} ({q.dtype}, window "
+            f"a program would need {needed} bytes of shared memory, but {there} are available ({q.dtype}, window "
             f"{rule.window}, head dim {q.shape[3]}, feature_dim {c.columns.value}); make one of them smaller"
         )
     return None

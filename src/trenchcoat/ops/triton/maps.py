@@ -1,7 +1,7 @@
-"""Feature maps in Triton kernels: x W, the activation, both halves, and the way back.
+"""Feature maps in Triton kernels: x W, the activation, both halves, and their backward.
 
-A program holds its maps whole where shared memory has room for them; else it reads them in pieces, with the tokens they
-are for, every time it needs them.
+A program holds its maps whole if they fit in shared memory; otherwise it reads them, and the tokens they apply to, in
+slices every time it needs them.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; M maps.
 """
@@ -23,8 +23,8 @@ def load_matrix(matrix_ptr, head, d, p, C: tl.constexpr):
 
 @triton.jit
 def load_map(M, head, C: tl.constexpr):
-    """(matrix, its remainder, bias) of one head; M is (matrix, remainder, bias) of all, [M, D, P] and [M, P]. Where
-    maps are read in pieces, only the bias."""
+    """(matrix, its remainder, bias) of one head; M is (matrix, remainder, bias) of all heads, [M, D, P] and [M, P]. If
+    maps are read in slices, only the bias."""
     d, p = tl.arange(0, C.block_d), tl.arange(0, C.block_p)
     matrix = 0.0
     remainder = 0.0
@@ -40,7 +40,7 @@ def load_map(M, head, C: tl.constexpr):
 
 @triton.jit
 def store_map(GRADS, row, d, dmatrix, dbias, C: tl.constexpr):
-    """Write a program's share of a map's gradient, rows d of [D, P] and [P], to GRADS = (matrices, biases)."""
+    """Write a program's part of a map's gradient, rows d of [D, P] and [P], to GRADS = (matrices, biases)."""
     p = tl.arange(0, C.block_p)
     ok = (d[:, None] < C.dim) & (p[None, :] < C.columns)
     at = row.to(tl.int64) * (C.dim * C.columns) + d[:, None] * C.columns + p[None, :]
@@ -81,7 +81,7 @@ def activate(u, C: tl.constexpr):
     if C.act == "softmax" or C.act == "exp":
         if C.block_p != C.columns:
             u = tl.where(there, u, float("-inf"))
-        # the largest is exactly 1 so, which its gradient asks for; u LOG2E - max LOG2E would be one fused operation
+        # so that the largest is exactly 1, as its gradient requires; u LOG2E - max LOG2E would be one fused operation
         f = tl.exp2((u - tl.max(u, 1)[:, None]) * LOG2E)
         if C.act == "softmax":
             f = f * (1.0 / tl.sum(f, 1))[:, None]
@@ -97,8 +97,8 @@ def activate(u, C: tl.constexpr):
 
 @triton.jit
 def features(x, line, ok, M, head, MAP, C: tl.constexpr):
-    """(f, g) of tokens x [tokens, D], whose addresses are `line`; g is f where the map is not paired. MAP is what
-    `load_map` gave of M and `head`."""
+    """(f, g) of tokens x [tokens, D], whose addresses are `line`; g is f if the map is not paired. MAP is the result of
+    `load_map` for M and `head`."""
     if C.piece == 0:
         u = product(x, MAP[0], C.dot, C)
         if C.split:
@@ -116,8 +116,8 @@ def features(x, line, ok, M, head, MAP, C: tl.constexpr):
 
 @triton.jit
 def key_features(x, line, ok, position, M, head, MAP, C: tl.constexpr):
-    """`features` of keys: zeros for the sinks, which never join the far part. Tokens that do not exist get features
-    too; their values are zero, and `real_ones` leaves them out of the counts."""
+    """`features` of keys: zeros for the sinks, which never become far. Tokens that do not exist get features too; their
+    values are zero, and `real_ones` excludes them from the counts."""
     f, g = features(x, line, ok, M, head, MAP, C)
     if C.sinks > 0:
         f = tl.where((position >= C.sinks)[:, None], f, 0.0)
@@ -127,7 +127,7 @@ def key_features(x, line, ok, position, M, head, MAP, C: tl.constexpr):
 
 @triton.jit
 def activate_backward(f, df, C: tl.constexpr):
-    """du of one half, from the features alone."""
+    """du of one half, computed from the features alone."""
     if C.act == "softmax":
         du = f * (df - tl.sum(f * df, 1)[:, None])
     elif C.act == "exp":

@@ -1,11 +1,11 @@
 """The near part's backward pass as Triton kernels: window, sinks and sink logit.
 
-The formulas are those of :mod:`trenchcoat.ops.triton.backward`, but no chunk waits for another here. Both kernels
-finish a gradient with what the far part gives it: dq and dk get du W^T, dv what `key_gradients` stored. r is in dnum
-and dden here, not in the weights (see `weights`).
+The formulas are those of :mod:`trenchcoat.ops.triton.backward`, but chunks are independent here. Both kernels also add
+the far part's gradients: du W^T to dq and dk, what `key_gradients` stored to dv. r is in dnum and dden here, not in the
+weights (see `weights`).
 
-Shape legend: as in :mod:`trenchcoat.ops.triton.parts`. A query's largest score is named by a column: 0 and up in the
-chunk before, `block_w` and up in its own, 2 `block_w` and up for sinks, 4 `block_w` for the sink logit.
+Shape legend: as in :mod:`trenchcoat.ops.triton.parts`. A query's largest score is identified by a column: from 0 in the
+chunk before, from `block_w` in its own, from 2 `block_w` for sinks, 4 `block_w` for the sink logit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trenchcoat.ops.triton.parts import (
 
 @triton.jit
 def largest_score(before, own, sink, logit, C: tl.constexpr):
-    """(largest score, its column); of equal ones the last part's first."""
+    """(largest score, its column); ties go to the last part, and there to the first column."""
     top, column = tl.max(own, 1), tl.argmax(own, 1) + C.block_w
     other = tl.max(before, 1)
     column = tl.where(other > top, tl.argmax(before, 1), column)
@@ -53,14 +53,14 @@ def largest_score(before, own, sink, logit, C: tl.constexpr):
 
 @triton.jit
 def gain(w, dnum, dden, v, C: tl.constexpr):
-    """w dw of a block of keys: what the loss gains by each weight's growing."""
+    """w dw of a block of keys: the loss gradient for the logarithm of each weight."""
     return w * (product(dnum, tl.trans(v), C.low, C) + dden[:, None])
 
 
 @triton.jit
-def score_gradient(ds, s, pull, at_top, scale, cap, C: tl.constexpr):
-    """Gradients of q . k: w dw plus `pull` at the largest score, through soft-cap and scale."""
-    ds += tl.where(at_top, pull[:, None], 0.0)
+def score_gradient(ds, s, max_grad, at_top, scale, cap, C: tl.constexpr):
+    """Gradients of q . k: w dw plus `max_grad` at the largest score, through soft-cap and scale."""
+    ds += tl.where(at_top, max_grad[:, None], 0.0)
     if C.softcap:
         t = tl.maximum(s, -cap) / cap
         ds = ds * (1.0 - t * t)
@@ -72,7 +72,7 @@ def chunk_query_gradient(
     dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, dnum, dden, c, length, position,
     dsink_k, dsink_v, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
-    """(dq with the near part's, pull, column of the largest score, sinks' gradients so far, sink logit's by query)."""
+    """(dq including the near part, max_grad, column of the largest score, gradients so far of sinks and sink logit)."""
     unit = exponent_unit(scale, C)
     k, before_k, sink_k, s_before, s_own, s_sink, top = window_scores(
         q, K, K_BOX, SINK_K, r, kv, start, logit, c, length, position, scale, cap, C
@@ -83,35 +83,35 @@ def chunk_query_gradient(
     own = gain(weights(s_own, unit, top), dnum, dden, v, C)
     before_v = load_chunk(V, V_BOX, r, kv, start, c - 1, length, C.values, C.block_e, C)
     past = gain(weights(s_before, unit, top), dnum, dden, before_v, C)
-    pull = -tl.sum(own, 1) - tl.sum(past, 1)
+    max_grad = -tl.sum(own, 1) - tl.sum(past, 1)
     share = dden
     if C.sinks > 0:
         w_sink = weights(s_sink, unit, top)
         sink = gain(w_sink, dnum, dden, load_sinks(SINK_V, r, kv, C, C.values, C.block_e), C)
-        pull -= tl.sum(sink, 1)
+        max_grad -= tl.sum(sink, 1)
         dsink_v = product(tl.trans(w_sink), dnum, C.low, C, dsink_v)
     if C.sink_logit:
         share = tl.exp2(logit * unit - top) * dden
-        pull -= share
+        max_grad -= share
     if not C.far:
-        pull = pull * 0.0
+        max_grad = max_grad * 0.0
     i = tl.arange(0, C.block_w)[None, :]
     at = column[:, None]
-    dq = product(score_gradient(own, s_own, pull, at == i + C.block_w, scale, cap, C), k, C.low, C, dq)
-    dq = product(score_gradient(past, s_before, pull, at == i, scale, cap, C), before_k, C.low, C, dq)
+    dq = product(score_gradient(own, s_own, max_grad, at == i + C.block_w, scale, cap, C), k, C.low, C, dq)
+    dq = product(score_gradient(past, s_before, max_grad, at == i, scale, cap, C), before_k, C.low, C, dq)
     if C.sinks > 0:
         n = tl.arange(0, C.block_s)[None, :]
-        ds = score_gradient(sink, s_sink, pull, at == n + 2 * C.block_w, scale, cap, C)
+        ds = score_gradient(sink, s_sink, max_grad, at == n + 2 * C.block_w, scale, cap, C)
         dq = product(ds, sink_k, C.low, C, dq)
         dsink_k = product(tl.trans(ds), q, C.low, C, dsink_k)
     if C.sink_logit:
-        share += tl.where(column == 4 * C.block_w, pull, 0.0)
-    return dq, pull, column, dsink_k, dsink_v, share
+        share += tl.where(column == 4 * C.block_w, max_grad, 0.0)
+    return dq, max_grad, column, dsink_k, dsink_v, share
 
 
 @triton.jit
 def store_sinks(DSINK, mine, dsink_k, dsink_v, C: tl.constexpr):
-    """This program's share of the sinks' gradients, [programs, S, D] and [programs, S, E]."""
+    """Write this program's part of the sinks' gradients, [programs, S, D] and [programs, S, E]."""
     if C.sinks > 0:
         n = tl.arange(0, C.block_s)
         rows = (mine * C.sinks).to(tl.int64)
@@ -135,10 +135,10 @@ def near_query_gradients(
     Q, K, V, Q_BOX, K_BOX, V_BOX, Y, DY, QUERY, DU, DEN, RESULT, DQ, share_ptr, DSINK,
     ratio_ptr, logit_ptr, SINK_K, SINK_V, ROWS, heads, kv_heads, maps, span, scale, cap, C: tl.constexpr,
 ):  # fmt: skip
-    """dq, and this program's share of the sinks' gradients; grid (R H, groups).
+    """dq, and this program's part of the sinks' gradients; grid (R H, groups).
 
-    RESULT = (dden, pull, column of the largest score), [R, H, T]: dden is given where there is a far part, the others
-    are for `near_key_gradients`; `share_ptr`: of the sink logit, [R H, groups].
+    RESULT = (dden, max_grad, column of the largest score), [R, H, T]: dden is an input if there is a far part, the
+    others are for `near_key_gradients`. `share_ptr`: gradient of the sink logit, [R H, groups].
     """
     r, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     group = tl.program_id(1)
@@ -163,11 +163,11 @@ def near_query_gradients(
                 dden = row_gradient(dnum, Y, RESULT[0], r, h, start, token, ok, C) * ratio
                 dnum = dnum * ratio
             q = load_chunk(Q, Q_BOX, r, h, start, c, length, C.dim, C.block_d, C)
-            dq, pull, column, dsink_k, dsink_v, share = chunk_query_gradient(
+            dq, max_grad, column, dsink_k, dsink_v, share = chunk_query_gradient(
                 dq, q, K, V, K_BOX, V_BOX, SINK_K, SINK_V, r, kv, start, logit, dnum, dden, c, length,
                 first + token, dsink_k, dsink_v, scale, cap, C,
             )  # fmt: skip
-            tl.store(place(RESULT[1], r, h, start) + token, pull, mask=ok)
+            tl.store(place(RESULT[1], r, h, start) + token, max_grad, mask=ok)
             tl.store(place(RESULT[2], r, h, start) + token, column, mask=ok)
             if C.sink_logit:
                 dlogit += tl.sum(tl.where(ok, share, 0.0), 0)
@@ -180,16 +180,16 @@ def near_query_gradients(
 def chunk_key_gradient(
     dk, dv, Q, k, v, seen, DY, DEN, TOP, RESULT, r, h, start, token, ok, column, ratio, scale, cap, C: tl.constexpr
 ):  # fmt: skip
-    """Adds what the queries of one chunk give to the keys and values of another (or the same)."""
+    """Adds the gradients that the queries of one chunk contribute to the keys and values of another (or the same)."""
     q = load_tile(place(Q, r, h, start), Q[3], token, ok, C.dim, C.block_d)
     s = scores(q, k, seen, scale, cap, C)
     w = weights(s, exponent_unit(scale, C), load_row(TOP, r, h, start, token, ok, 0.0))
     dnum = load_dnum(DY, DEN, ratio, r, h, start, token, ok, C, False)
     dv = product(tl.trans(w), dnum, C.low, C, dv)
     dden = load_row(RESULT[0], r, h, start, token, ok, 0.0) * ratio
-    pull = load_row(RESULT[1], r, h, start, token, ok, 0.0)
+    max_grad = load_row(RESULT[1], r, h, start, token, ok, 0.0)
     at = load_row(RESULT[2], r, h, start, token, ok, -1)
-    ds = score_gradient(gain(w, dnum, dden, v, C), s, pull, at[:, None] == column, scale, cap, C)
+    ds = score_gradient(gain(w, dnum, dden, v, C), s, max_grad, at[:, None] == column, scale, cap, C)
     return product(tl.trans(ds), q, C.low, C, dk), dv
 
 

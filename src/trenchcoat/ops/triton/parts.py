@@ -1,12 +1,12 @@
-"""What the Triton kernels share: a call's constants, products of rounded operands, feature maps, window scores.
+"""Code shared by the Triton kernels: a call's constants, products of rounded operands, feature maps, window scores.
 
 A kernel's program works on chunks of W tokens of one row and one query head. Products round their operands to the
-inputs' type (bfloat16 where gradients or far sums enter, whose range float16 lacks) and add up in float32; everything
-else is float32. A paired feature map gives two halves, kept apart: f = act(u) and g = act(-u).
+inputs' type (bfloat16 for gradients and far sums, whose range exceeds float16) and accumulate in float32; everything
+else is float32. A paired feature map has two halves, kept separate: f = act(u) and g = act(-u).
 
-Shape legend: W tokens of a chunk, D key dim, E value dim, P columns of a map, S sinks; `block_*` are these rounded up
-to powers of two. A tensor argument is a tuple (pointer, stride of the batch row, of the head, of the token); the last
-axis is contiguous. `*_BOX`: see :func:`load_chunk`.
+Shape legend: W tokens of a chunk, D key dim, E value dim, P columns of a map, S sinks; `block_*` are the same rounded
+up to powers of two. A tensor argument is a tuple (pointer, stride of the batch row, of the head, of the token); the
+last axis is contiguous. `*_BOX`: see :func:`load_chunk`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Constants:
-    """What a kernel is compiled for; every field becomes a `tl.constexpr`."""
+    """The constants a kernel is compiled for; every field becomes a `tl.constexpr`."""
 
     kind: Any
     window: Any
@@ -35,28 +35,28 @@ class Constants:
     """softmax, exp, relu or elu."""
     paired: Any
     features: Any
-    """Columns of both halves."""
+    """Columns of both halves together."""
     bias: Any
     split: Any
-    """The map's matrix comes as the sum of two numbers of the inputs' type."""
+    """The map's matrix is passed as a sum of two tensors of the inputs' dtype."""
     floor: Any
-    """Features are clamped here."""
+    """Lower clamp of the features."""
     far: Any
     softcap: Any
     sinks: Any
     block_s: Any
     sink_logit: Any
     ragged: Any
-    """Rows have a start, a length and a first position of their own."""
+    """Rows have individual starts, lengths and first positions."""
     dot: Any
-    """Operand type of q k^T, p v and x W."""
+    """Operand dtype of q k^T, p v and x W."""
     piece: Any
-    """Rows of a map that are read at a time; 0: programs hold maps whole."""
+    """Rows of a map read at a time; 0: programs hold maps whole."""
     low: Any
-    """Operand type where far sums, features or gradients enter."""
+    """Operand dtype of products with far sums, features or gradients."""
     wide: Any
-    """Widen rounded operands before a product: Triton's interpreter cannot multiply bfloat16. The result is the same
-    as that of the hardware, which multiplies exactly."""
+    """Widen rounded operands before a product: Triton's interpreter cannot multiply bfloat16. The result is the same as
+    on hardware, which multiplies exactly."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,14 +64,14 @@ class Constants:
 
 
 def features_of(c: Constants) -> int:
-    """F, its halves as powers of two."""
+    """F, with each half rounded up to a power of two."""
     return int(c.block_p.value) * (2 if c.paired.value else 1)
 
 
 def shared_bytes(c: Constants, itemsize: int) -> int:
-    """A close upper bound of the shared memory any kernel needs. Forward and transfer: two maps of two parts (or two
-    pieces of one, and of their tokens) beside tiles of the near part, or beside the far sum as an operand. The near
-    part's backward: six tiles. `scripts/compile_kernels.py` prints what each kernel takes."""
+    """A tight upper bound on the shared memory any kernel needs. Forward and transfer: two maps of two parts (or two
+    slices of one, and of their tokens) plus tiles of the near part, or plus the far sum as an operand. The near part's
+    backward: six tiles. `scripts/compile_kernels.py` prints what each kernel uses."""
     d, e, p, w, piece = (x.value for x in (c.block_d, c.block_e, c.block_p, c.block_w, c.piece))
     parts, features, tiles = 2 if c.split.value else 1, features_of(c), w * (d + 2 * max(d, e))
     local, near = 0 if c.kind.value == "terrace" else w, 0 if c.kind.value == "linear" else 6 * w * max(d, e)
@@ -85,11 +85,12 @@ def shared_bytes(c: Constants, itemsize: int) -> int:
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
-"""Exponentials are powers of two: e^x costs four instructions more."""
+"""Exponentials are powers of two: e^x takes four more instructions."""
 
 
 WIDTH = tl.constexpr(16)
-"""Columns of a count z, all the same: sums of features by tensor cores, whose tiles are no narrower."""
+"""Columns of a count z, all equal: tensor cores compute the sums of features, and their tiles are at least this
+wide."""
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def product(a, b, T: tl.constexpr, C: tl.constexpr, onto=None):
 
 @triton.jit
 def rounded(x, C: tl.constexpr):
-    """What `product` makes of an operand of type `low`."""
+    """An operand as `product` rounds it to `low`."""
     return x.to(C.low).to(tl.float32)
 
 
@@ -130,7 +131,7 @@ def place(X, r, h, start):
 
 @triton.jit
 def tokens_of(c, length, C: tl.constexpr):
-    """(tokens of chunk c, which of them exist)."""
+    """(tokens of chunk c, mask of those that exist)."""
     i = tl.arange(0, C.block_w)
     token = c * C.window + i
     ok = (token >= 0) & (token < length)
@@ -159,7 +160,7 @@ def load_tile(base, stride, token, ok, N: tl.constexpr, BLOCK: tl.constexpr):
 def load_chunk(X, BOX, r, h, start, c, length, N: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     """Chunk c of row r, head h, [W, N], zeros where there is no token.
 
-    BOX describes X for the copy engine, which fills with zeros outside of the tensor, or is None.
+    BOX is a tensor descriptor of X, which reads zeros outside the tensor, or None.
     """
     if BOX is not None:
         x = tl.reshape(BOX.load([r, h, c * C.window, 0]), [C.block_w, BLOCK])
@@ -171,7 +172,7 @@ def load_chunk(X, BOX, r, h, start, c, length, N: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def store_tile(base, stride, token, ok, x, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Write [tokens, N] in the destination's type."""
+    """Write [tokens, N] in the destination's dtype."""
     n = tl.arange(0, BLOCK)[None, :]
     there = ok[:, None]
     if N != BLOCK:
@@ -188,13 +189,13 @@ def load_sinks(X, r, g, C: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def real_ones(ok, C: tl.constexpr):
-    """[tokens, WIDTH]: what phi(k)^T is multiplied with for the sum of phi(k)."""
+    """[tokens, WIDTH] of ones at real tokens: phi(k)^T times this is the sum of phi(k)."""
     return tl.where(ok[:, None] & (tl.arange(0, WIDTH)[None, :] >= 0), 1.0, 0.0)
 
 
 @triton.jit
 def by_count(f, z, C: tl.constexpr):
-    """phi . z [tokens] for z [P, WIDTH], whose columns are all the same."""
+    """phi . z [tokens] for z [P, WIDTH], whose columns are equal."""
     upper = z.to(C.low)
     den = product(f, upper, C.low, C)
     if C.split:
@@ -225,7 +226,7 @@ def overlap(fq, gq, fk, gk, ok, C: tl.constexpr):
 
 @triton.jit
 def exponent_unit(scale, C: tl.constexpr):
-    """Times this, scores as the kernels keep them (products q k^T; after a soft-cap) are exponents of two."""
+    """Factor that turns scores as the kernels keep them (products q k^T; after a soft-cap) into exponents of two."""
     if C.softcap:
         return scale * 0.0 + LOG2E
     else:
@@ -234,7 +235,7 @@ def exponent_unit(scale, C: tl.constexpr):
 
 @triton.jit
 def load_logit(logit_ptr, h, unit, C: tl.constexpr):
-    """The sink logit in the scores' unit."""
+    """The sink logit in the unit of the scores."""
     logit = 0.0
     if C.sink_logit:
         logit = tl.load(logit_ptr + h) * LOG2E / unit
@@ -255,7 +256,7 @@ def scores(q, k, seen, scale, cap, C: tl.constexpr):
 
 @triton.jit
 def near_start(query, C: tl.constexpr):
-    """As :meth:`trenchcoat.ops.state.Rule.near_start`."""
+    """See :meth:`trenchcoat.ops.state.Rule.near_start`."""
     if C.kind == "terrace":
         start = tl.maximum((query // C.window - 1) * C.window, 0)
     elif C.kind == "sliding":
@@ -267,7 +268,7 @@ def near_start(query, C: tl.constexpr):
 
 @triton.jit
 def seen_before(c, C: tl.constexpr):
-    """Which keys of the chunk before are near: [query row, key column]."""
+    """Mask of the near keys in the chunk before: [query row, key column]."""
     i = tl.arange(0, C.block_w)
     seen = (i[None, :] < tl.where(c > 0, C.window, 0)) & (i[:, None] >= 0)
     if C.kind == "sliding":
@@ -277,7 +278,8 @@ def seen_before(c, C: tl.constexpr):
 
 @triton.jit
 def seen_sinks(position, C: tl.constexpr):
-    """Which sinks are out of the window of the queries at `position`, and so join the near part apart."""
+    """Mask of the sinks outside the window of the queries at `position`, which are added to the near part
+    separately."""
     n = tl.arange(0, C.block_s)[None, :]
     return (n < C.sinks) & (n < near_start(position, C)[:, None])
 
@@ -306,8 +308,8 @@ def window_scores(q, K, K_BOX, SINK_K, r, kv, start, logit, c, length, position,
 
 @triton.jit
 def weights(s, unit, top):
-    """exp(s - c), where `top` is c as an exponent of two. The largest is 1, which 16 bits hold exactly: with r in it,
-    its rounding would be the same for every query."""
+    """exp(s - c), where `top` is c as an exponent of two. The largest is 1, which is exact in 16 bits: multiplied by r,
+    it would have the same rounding error for every query."""
     return tl.exp2(s * unit - top[:, None])
 
 
@@ -321,7 +323,7 @@ def zero_sums(C: tl.constexpr):
 
 @triton.jit
 def load_sums(START, row, C: tl.constexpr):
-    """(s1, s2 [P, E], z1, z2 [P, WIDTH]) from START = (sums [rows, F, E] or None, [rows, F]); zeros for None."""
+    """(s1, s2 [P, E], z1, z2 [P, WIDTH]) from START = (sums [rows, F, E] or None, [rows, F]); None: zeros."""
     p = tl.arange(0, C.block_p)
     e = tl.arange(0, C.block_e)[None, :]
     s1, s2, z1, z2 = zero_sums(C)

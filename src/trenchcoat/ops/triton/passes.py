@@ -19,7 +19,7 @@ from trenchcoat.ops.triton.launch import LARGEST_SUM, Call, Spans, launch_kernel
 
 
 def group_starts(call: Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Far sums at the start of every group, [R K, N, F, E] and [R K, N, F]; None where they are all zero."""
+    """Far sums at the start of every group, [R K, N, F, E] and [R K, N, F]; None if they are all zero."""
     if not call.rule.far or call.key is None:
         return None, None
     if call.groups == 1:
@@ -31,7 +31,7 @@ def group_starts(call: Call) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 
 def grouped_sums(call: Call, place: tuple[Any, ...], shift: int) -> tuple[Tensor, Tensor]:
-    """Each group's own sums; `shift`: chunks by which the groups lie earlier than those of the outputs."""
+    """Each group's own sums; `shift`: chunks by which these groups precede those of the outputs."""
     assert call.key is not None
     features, count = call.key.features, call.rows * call.maps
     s = call.q.new_empty(count, call.groups, features, call.v.shape[3], dtype=torch.float32)
@@ -45,7 +45,7 @@ def grouped_sums(call: Call, place: tuple[Any, ...], shift: int) -> tuple[Tensor
 
 
 def total(x: Tensor, start: Tensor | None, *, backwards: bool = False) -> None:
-    """x [rows, N, ...] becomes, in place, what each group starts from."""
+    """Replace x [rows, N, ...] in place by the sums each group starts from."""
     rows, groups = x.shape[:2]
     size = math.prod(x.shape[2:])
     width = min(1024, triton.next_power_of_2(size))
@@ -57,11 +57,11 @@ def total(x: Tensor, start: Tensor | None, *, backwards: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What `outputs` stores in place of y when it is given the teacher's."""
+    """What `outputs` stores instead of y when given the teacher's y."""
 
     teacher: Tensor
     dnum: Tensor
-    """The error over the denominator, [B, H, T, E] in the teacher's type (float32 for float16)."""
+    """The error over the denominator, [B, H, T, E] in the teacher's dtype (float32 for float16)."""
     dden: Tensor
     """float32 [B, H, T]."""
     squares: Tensor
@@ -102,10 +102,10 @@ def final_sums(call: Call, far_tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FarGradients:
-    """The far part's backward pass: du of queries and keys, dv, and of these the maps' gradients."""
+    """The far part's backward pass: du of queries and keys, dv, and from du the maps' gradients."""
 
     def __init__(self, call: Call, dy: Tensor, den: Tensor | None, dden: Tensor, *, given: bool) -> None:
-        """With `given`, `dy` is dnum already and dden holds its values."""
+        """With `given`, `dy` is already dnum, and dden is already filled."""
         self.call, self.dy, self.dden, self.given = call, dy, dden, given
         self.den = call.tensor(den)
         self.du_query: Tensor | None = None
@@ -127,7 +127,7 @@ class FarGradients:
         return torch.zeros_like(dlog) if call.rule.kind == "linear" else dlog
 
     def keys(self, *, values: bool) -> None:
-        """Fills du of the keys and, with `values`, dv by far queries."""
+        """Fills du of the keys and, with `values`, dv from far queries."""
         call, x, c = self.call, self.call.tensor, self.call.constants
         self.du_key = call.buffer(call.maps, c.columns.value, dtype=call.low)
         self.dv = call.buffer(call.maps, call.v.shape[3], dtype=call.low) if values else None
@@ -140,7 +140,7 @@ class FarGradients:
         )  # fmt: skip
 
     def _group_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Gradients of the far sums at the end of every group, [R K, N, F, E] and [R K, N, F]; None where all are 0."""
+        """Gradients of the far sums at the end of every group, [R K, N, F, E] and [R K, N, F]; None if all are 0."""
         call = self.call
         if call.groups == 1 or call.query is None:
             return None, None
@@ -158,7 +158,7 @@ class FarGradients:
         return s, z
 
     def maps(self, query: bool, key: bool) -> list[Tensor | None]:
-        """Gradients of the query map's matrix and bias and the key map's, None where not asked for."""
+        """Gradients of the matrix and bias of the query map and the key map, None if not requested."""
         found: list[Tensor | None] = []
         for wanted, tensor, du, heads in (
             (query, self.call.q, self.du_query, self.call.heads),
@@ -169,7 +169,8 @@ class FarGradients:
 
 
 def map_gradient(call: Call, x: Tensor, du: Tensor, maps: int) -> list[Tensor | None]:
-    """Gradients of `maps` maps of x, matrix [M, D, P] and bias [M, P] or None, from du [B, H, T, P] of any multiple."""
+    """Gradients of `maps` maps of x, matrix [M, D, P] and bias [M, P] or None, from du [B, H, T, P] with H any multiple
+    of `maps`."""
     heads = du.shape[1]
     programs = call.rows * heads * call.groups
     matrix = call.log_ratio.new_empty(programs, x.shape[3], du.shape[3])

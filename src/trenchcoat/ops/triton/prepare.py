@@ -1,10 +1,10 @@
-"""The first launch of a decode step: everything the second one needs beside the far sum S.
+"""The first launch of a decode step: everything the second one needs besides the far sum S.
 
 Three kinds of programs in one grid: the near part of the heads that share keys; phi(q) of a head for all rows at once,
-so that its map is read once; phi(k) and the values of the keys that leave the window, with the counts z. Their results
-lie in scratch memory, as :func:`trenchcoat.ops.triton.decode.read` overwrites the buffer slots.
+so that its map is read once; phi(k) and the values of the keys that leave the window, with the counts z. The results go
+to scratch memory, as :func:`trenchcoat.ops.triton.decode.read` overwrites the buffer slots.
 
-Products are made of tf32 numbers, three for one (about 2^-21 off): neither features nor weights are rounded.
+Products use tf32x3 (relative error about 2^-21): neither features nor weights are rounded.
 
 Shape legend: as in :mod:`trenchcoat.ops.triton.parts`; B rows, T new tokens, L leaving keys. A tile's rows are pairs
 (token, query head) of one key/value head or key map.
@@ -28,7 +28,7 @@ def exact(a, b):
 
 @triton.jit
 def row_tokens(row, shared, tokens, real_ptr, b, BLOCK_T: tl.constexpr):
-    """(token, is there one, real tokens before it) of a tile's rows; BLOCK_T at least T."""
+    """(token, whether it exists, real tokens before it) of a tile's rows; BLOCK_T is at least T."""
     token = row // shared
     there = token < tokens
     if real_ptr is None:
@@ -52,9 +52,9 @@ def count_of(real_ptr, b, tokens, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def leaving(seen, count, tokens, C: tl.constexpr):
-    """(first position, how many keys become far, position of the token that is the first not to find them near).
+    """(first position, number of keys that become far, position of the first token for which they are not near).
 
-    Terraces: the chunk before last, when a new one begins. Kind linear: the new tokens, by their place in the call.
+    Terraces: the second to last chunk, when a new one begins. Kind linear: the new tokens, by their index in the call.
     """
     if C.kind == "terrace":
         begin = (seen + C.window - 1) // C.window * C.window
@@ -68,7 +68,7 @@ def leaving(seen, count, tokens, C: tl.constexpr):
 
 @triton.jit
 def near_block(q, k, v, visible, scale, cap, top, den, num, C: tl.constexpr):
-    """(largest score, denominator, numerator) so far, with a tile of keys added."""
+    """(largest score, denominator, numerator) so far, including a tile of keys."""
     s = exact(q, tl.trans(k)) * scale
     if C.softcap:
         e = tl.exp(-2.0 * tl.abs(s) / cap)
@@ -174,7 +174,7 @@ def prepare_keys(
     pid, K, V, K_RING, V_RING, KEY, FAR, LEAVING, seen_ptr, next_ptr, real_ptr, tokens, kv_heads, maps, room,
     C: tl.constexpr, BLOCK_T: tl.constexpr, SLOTS: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """phi(k) and values of the leaving keys of a map, and its counts z, before them and (in the state) after.
+    """phi(k) and values of the leaving keys of a map, and its counts z before and (in the state) after them.
 
     LEAVING = (features [B, K, L, F], values [B, G, L, E], counts before [B, K, F]).
     """
@@ -216,7 +216,7 @@ def prepare(
     C: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
     SLOTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What `read` needs beside S; grid (near_programs + query_programs + B K,). `next_ptr`: a copy of `seen_ptr`."""
+    """What `read` needs besides S; grid (near_programs + query_programs + B K,). `next_ptr`: a copy of `seen_ptr`."""
     pid = tl.program_id(0)
     if pid < near_programs:
         if C.kind != "linear":

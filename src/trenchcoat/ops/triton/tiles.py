@@ -1,7 +1,7 @@
-"""Launch settings that were tuned on a device (``trenchcoat bench tiles``), kept in a file by the device's name.
+"""Launch settings tuned on a device (``trenchcoat bench tiles``), stored in a file by device name.
 
-Nothing is tuned at import or during training: without an entry for the device and shape the settings are arithmetic
-(`untuned` of :mod:`trenchcoat.ops.triton.launch`). Settings change how fast a kernel is, never what it means.
+Nothing is tuned at import or during training: without an entry for the device and shape the settings are computed from
+the sizes (`untuned` of :mod:`trenchcoat.ops.triton.launch`). Settings change a kernel's speed, never its results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ VARIABLE = "TRENCHCOAT_TILES"
 
 @dataclass(frozen=True)
 class Tile:
-    """Warps of a program, and depth to which its loads are pipelined."""
+    """Warps of a program, and pipeline depth of its loads."""
 
     warps: int
     stages: int
@@ -29,23 +29,23 @@ class Tile:
 
 @dataclass(frozen=True)
 class Choices:
-    """What was found fastest for one shape."""
+    """The fastest settings found for one shape."""
 
     programs: int = 2
-    """Wanted programs a multiprocessor: rows are cut into groups until there are about so many."""
+    """Programs per multiprocessor to aim for: rows are split into groups until there are about that many."""
     tiles: dict[str, Tile] = field(default_factory=dict)
-    """Kernel -> its tile."""
+    """Kernel name -> tile."""
 
 
 def tiles_file() -> Path:
-    """The file tuned settings are kept in: what TRENCHCOAT_TILES names, or ``~/.cache/trenchcoat/tiles.json``."""
+    """The file of tuned settings: TRENCHCOAT_TILES if set, else ``~/.cache/trenchcoat/tiles.json``."""
     named = os.environ.get(VARIABLE)
     return Path(named) if named else Path.home() / ".cache" / "trenchcoat" / "tiles.json"
 
 
 @lru_cache
 def choices(device: str, signature: str, version: str) -> Choices:
-    """The entry of a device and shape; without one tuned by this version of triton, the defaults.
+    """The entry of a device and shape; the defaults if none was tuned with this version of triton.
 
     Raises:
         ValueError: the file is not what :func:`encoded` writes.
@@ -58,7 +58,7 @@ def choices(device: str, signature: str, version: str) -> Choices:
         if entry is None:
             return Choices()
         if entry["triton"] != version:
-            _log.info("%s: tuned with triton %s, not used with %s; %s", path, entry["triton"], version, AGAIN)
+            _log.info("%s: tuned with triton %s, not used with triton %s; %s", path, entry["triton"], version, AGAIN)
             return Choices()
         tiles = {name: _tile(pair) for name, pair in entry["tiles"].items()}
         programs = int(entry["programs"])
@@ -68,7 +68,7 @@ def choices(device: str, signature: str, version: str) -> Choices:
     return Choices(programs=programs, tiles=tiles)
 
 
-AGAIN = "`trenchcoat bench tiles --device cuda` writes it anew"
+AGAIN = "`trenchcoat bench tiles --device cuda` writes a new one"
 
 
 def _tile(pair: Any) -> Tile:
