@@ -132,7 +132,7 @@ def test_several_rates_share_one_transfer(workplace: Path, capsys: pytest.Captur
     # and again: the finished stage is found, not trained
     capsys.readouterr()
     assert _main("finetune", "--finetune_lr", "0.01") == 0
-    assert "finished before" in "".join(capsys.readouterr())
+    assert "already finished" in "".join(capsys.readouterr())
 
 
 def test_a_transfer_of_another_folder_is_taken_up(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     files.save_tensors(tmp_path / "model.safetensors", lost, {"format": "pt"})
     source = BlockSource(ModelConfig(path=str(tmp_path)))
     source.build(0, 1, source.read(0, 1))
-    with pytest.raises(UserError, match=r"does not hold model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(UserError, match=r"does not contain model\.layers\.0\.mlp\.up_proj"):
         source.build(1, 2, source.read(1, 2))
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):

@@ -152,8 +152,8 @@ def test_each_block_has_its_epochs_and_stops_early_by_itself(overrides: list[str
     ("more", "message"),
     [
         (["transfer=null"], "without attention transfer there are no blocks"),
-        (["data.select=esl", "data.select_rows=3"], "looks at the text with the whole model"),
-        (["blocks.size=2", "blocks.epochs=[1,2]"], "blocks.epochs has 2 entries, and there are 3 blocks"),
+        (["data.select=esl", "data.select_rows=3"], "scores the text with the whole model"),
+        (["blocks.size=2", "blocks.epochs=[1,2]"], "blocks.epochs has 2 entries, but there are 3 blocks"),
         (["student.keep_softmax=[9]"], r"names layer 9, but the layers are 0\.\.4"),
         (["blocks.pass_tokens=many"], "pass_tokens"),
         (["blocks.size=0"], "blocks.size must be at least 1"),
@@ -170,7 +170,7 @@ def test_other_recipes_blocks_and_states_are_refused(overrides: list[str], text_
     blockstages.collect_inputs(made)
     blockstages.train_block(made, 0)
     again = [*overrides, "transfer.max_steps=1"]
-    with pytest.raises(UserError, match=r"layers 0 to 1, which is none of those that blocks\.size=3 gives"):
+    with pytest.raises(UserError, match=r"layers 0 to 1, which does not match blocks\.size=3"):
         blockstages.run_blocks(recipe(again, tmp_path / "run", "blocks.size=3"))
     with pytest.raises(UserError, match=r"--block 7: the blocks of .* are 0 to 2"):
         blockstages.train_block(made, 7)
@@ -189,7 +189,7 @@ def test_changed_text_under_old_states_is_refused(overrides: list[str], text_fil
     made = recipe([*overrides, f"data.path={mine}"], tmp_path / "run", "blocks.size=2", "transfer.max_steps=1")
     blockstages.collect_inputs(made)
     mine.write_text(text_file.read_text().replace("coat", "boat"))
-    with pytest.raises(UserError, match="lists hidden states of something else: text was"):
+    with pytest.raises(UserError, match="lists hidden states of another run: text was"):
         blockstages.train_block(made, 1)
 
 

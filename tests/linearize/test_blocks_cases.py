@@ -56,7 +56,7 @@ def test_families_that_scale_embeddings_or_join_experts(family: str, overrides: 
 def test_lora_continues_on_a_four_bit_base(overrides: list[str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
     more = ["model.dtype=bfloat16", "transfer.max_steps=1"]
-    with pytest.raises(UserError, match="blocks are read as they are stored"):
+    with pytest.raises(UserError, match="blocks are read as stored"):
         blockstages.run_blocks(recipe(overrides, tmp_path / "run", *more, "model.quantize=nf4"))
     blockstages.run_blocks(recipe(overrides, tmp_path / "run", *more))
     stages.finetune(recipe(overrides, tmp_path / "run", *more, "model.quantize=nf4"))
@@ -78,7 +78,7 @@ def test_a_disk_that_is_too_small_is_reported_first_and_a_full_one_keeps_what_is
     disk = ["blocks.hidden=disk", f"blocks.hidden_dir={small_disk}"]
     with pytest.raises(UserError, match="hidden states of a pass do not fit"):
         blockstages.run_blocks(recipe(overrides, tmp_path / "run", *disk))
-    with pytest.raises(UserError, match="the inputs of all blocks take"):
+    with pytest.raises(UserError, match="the inputs of all blocks need"):
         blockstages.collect_inputs(recipe(overrides, tmp_path / "run", *disk))
     monkeypatch.setattr(blockstages, "free_disk", lambda place: 1 << 40)
     with pytest.raises(SaveError, match=r"the disk is full while saving .*states-00000"):

@@ -107,7 +107,7 @@ def test_damaged_and_missing_shards_are_named_and_their_rows_missing(tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"identity": {"base": "xyz", "layer": 4}}, "base was 'abc' there and is 'xyz' now"),
+        ({"identity": {"base": "xyz", "layer": 4}}, "base was 'abc' and is 'xyz' now"),
         ({"shape": HiddenShape(rows=11, tokens=5, hidden=3, dtype=torch.float32)}, "dtype was 'BF16'"),
         ({"shape": HiddenShape(rows=12, tokens=5, hidden=3, dtype=torch.bfloat16)}, "rows was 11"),
     ],

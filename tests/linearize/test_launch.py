@@ -142,7 +142,7 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
     assert len(failed) == 1
     assert re.match(
         r"block 0 \(layers 0 to 2\) failed: it ended without a result: killed, or out of memory \(log .*_log.out\); "
-        "tried once more",
+        "retrying",
         failed[0],
     )
 
@@ -272,17 +272,17 @@ def test_slurm_jobs_that_fail(
     with pytest.raises(UserError) as caught:
         launch.launch_blocks(made)
     assert re.match(
-        r"1 of 1 jobs failed 2 times: collect: the disk is full \(log .*/101_0_log.out\)\. What is finished is kept",
+        r"1 of 1 jobs failed 2 times: collect: the disk is full \(log .*/101_0_log.out\)\. Finished blocks are kept",
         str(caught.value),
     )
     first = next(text for text in told(tmp_path / "run") if "failed" in text)
-    assert re.match(r"collect failed: the disk is full \(log .*/100_0_log.out\); tried once more", first)
+    assert re.match(r"collect failed: the disk is full \(log .*/100_0_log.out\); retrying", first)
     with pytest.raises(UserError, match="sbatch refused the job: sbatch: error: invalid partition specified: nowhere"):
         launch.launch_blocks(
             recipe(overrides, tmp_path / "else", "blocks.launcher=slurm", "blocks.slurm=[partition=nowhere]")
         )
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no `sbatch` on this machine; start it on a login node"):
+    with pytest.raises(UserError, match="`sbatch` is not installed on this machine; run on a login node"):
         launch.launch_blocks(made)
 
 
@@ -326,9 +326,9 @@ def test_options_of_slurm(given: list[str], wanted: SlurmOptions) -> None:
         (["partition="], "expected name=value"),
         (["partitoin=gpu"], "unknown option 'partitoin': did you mean partition?"),
         (["zzz=1"], "unknown option 'zzz': expected one of account, begin"),
-        (["array=0-3"], "array is the launcher's own: blocks.jobs says how many"),
+        (["array=0-3"], "array is set by the launcher: blocks.jobs says how many"),
         (["partition=a", "partition=b"], "has partition twice"),
-        (["time=soon"], "time must be minutes, or as in 12:00:00 or 2-00"),
+        (["time=soon"], "time must be minutes, or like 12:00:00 or 2-00"),
         (["time=0"], "at least a minute"),
         (["cpus_per_task=many"], "cpus_per_task must be a whole number of at least 1, got 'many'"),
         (["gpus_per_node=4"], "a block is trained on one GPU"),
@@ -344,9 +344,9 @@ def test_what_a_launcher_refuses(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = [item for item in overrides if not item.startswith("blocks.size")]
-    with pytest.raises(UserError, match=r"blocks\.size is needed with the launcher slurm"):
+    with pytest.raises(UserError, match=r"blocks\.size is required with the launcher slurm"):
         launch.launch_blocks(recipe(plain, tmp_path / "run", "blocks.launcher=slurm"))
-    with pytest.raises(UserError, match=r"blocks.epochs has 1 entries, and there are 2 blocks"):
+    with pytest.raises(UserError, match=r"blocks.epochs has 1 entries, but there are 2 blocks"):
         launch.launch_blocks(recipe(overrides, tmp_path / "run", "blocks.epochs=[1]"))
     assert cli.main(["blocks", "run", "llama3_1_8b", "--launcher", "slurm", *overrides]) == 2
     assert "--launcher slurm is for `blocks run --parallel`" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""The rows of the report: each variant of the model, trained where it must be, scored on the same text; and how long
-that will take.
+"""The rows of the report: each variant of the model, trained if needed and scored on the same text; and a time
+estimate.
 
-Every row is kept in the run's folder under the settings behind it, so a second call scores only what is new.
+Every row is cached in the run's folder, keyed by the settings it depends on, so a second call scores only new rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SAMPLES = 3
 SAMPLE_TOKENS = 48
 """Length of those continuations."""
 LONGEST_PROMPT = 160
-"""Most tokens of a sample's prompt; three windows, when that is less."""
+"""Maximum tokens of a sample's prompt (or three windows, if that is less)."""
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
 """Time per token of a training step (and of scoring) in teacher forward passes; measured on the demo, on two cores."""
 
@@ -44,7 +44,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def evaluation_rows(batches: Batches, rows: int) -> EvalRows:
-    """``rows`` validation rows, evenly spread: neighbours are often of one document, and so more alike."""
+    """``rows`` validation rows, evenly spread: neighbouring rows often come from the same document."""
     found = gather_rows(list(batches.validation()))
     available = len(found.ids)
     chosen = torch.arange(min(rows, available)) * available // min(rows, available)
@@ -52,7 +52,7 @@ def evaluation_rows(batches: Batches, rows: int) -> EvalRows:
 
 
 class Comparison:
-    """Scores, decoding curves and samples of one run, made or read back."""
+    """Scores, decoding curves and samples of one run, computed or read from the cache."""
 
     def __init__(self, variants: ModelVariants) -> None:
         self.variants, self.recipe = variants, variants.recipe
@@ -81,7 +81,7 @@ class Comparison:
         return model
 
     def _key(self, variant: Variant, **more: Any) -> dict[str, Any]:
-        """Everything in the recipe that the figures of a variant depend on."""
+        """All recipe settings that the figures of a variant depend on."""
         everything = flatten(self.recipe)
         base = {k: v for k, v in everything.items() if k.split(".")[0] in ("model", "student", "data")}
         stage = stage_settings(self.recipe, variant.stage) if variant.stage is not None else {}
@@ -91,7 +91,7 @@ class Comparison:
         return {k: v for k, v in parts.items() if k not in ("model.device", "data.cache_dir")}
 
     def _once(self, name: str, key: Mapping[str, Any], part: str, make: Callable[[], Any]) -> Any:
-        """``part`` of the results kept under ``name``; made and kept where the settings behind it, ``key``, are new."""
+        """``part`` of the results cached under ``name``; computed and cached if the settings ``key`` have changed."""
         folder = self.variants.folder
         path = distributed.from_main(lambda: folder.kept(name, key))
         if path is not None:
@@ -99,7 +99,7 @@ class Comparison:
         found = make()
 
         def keep() -> None:
-            """Write the file, then the settings behind it."""
+            """Write the file, then its key."""
             Results(self.recipe.student.window, self.seq_len, **{part: found}).save(folder.evaluation_path(name))
             folder.keep(name, key)
 
@@ -111,7 +111,7 @@ class Comparison:
 
         def make() -> dict[str, Scores]:
             """Score it."""
-            text = self.text()  # before the model is put together: reading may take everything off the model
+            text = self.text()  # before the model is assembled: reading may remove students and LoRA from it
             recipe = self.recipe
             model = self.assemble(row)
             return {row: score(model, text, window=recipe.student.window, batch_size=recipe.eval.batch_size)}
@@ -150,7 +150,7 @@ class Comparison:
         return [prompt for prompt in prompts if prompt.strip()][:SAMPLES]
 
     def facts(self) -> dict[str, Any]:
-        """Where the text came from and how much of it there is."""
+        """Source and size of the text."""
         return dict(self._once("facts", self._key(Variant()), "data", self._facts))
 
     def _facts(self) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Comparison:
         }
 
     def results(self, scores: dict[str, Scores], stages: list[StageFacts], began: float) -> Results:
-        """Everything together, for the report."""
+        """All results, for the report."""
         recipe, final = self.recipe, final_row(self.recipe)
         curves = {"teacher": self.decode(TEACHER, "teacher"), "student": self.decode(final, "student")}
         parts = sum(stage.seconds for stage in stages) + sum(one.seconds for one in scores.values())
@@ -194,7 +194,7 @@ def stage_tokens(cfg: StageConfig, batches: Batches, seq_len: int) -> tuple[int,
 
 
 def seconds_per_token(variants: ModelVariants, batches: Batches, repeats: int = 2) -> float:
-    """Time of a teacher forward pass, per token; the fastest of ``repeats`` after one to warm up."""
+    """Time per token of a teacher forward pass; the fastest of ``repeats`` after a warm-up pass."""
     model = variants.assemble_teacher()
     device = compute_device(model)
     ids = batches.train_batch(0)["input_ids"].to(device)
@@ -209,7 +209,7 @@ def seconds_per_token(variants: ModelVariants, batches: Batches, repeats: int = 
 
 
 def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> float:
-    """What the unfinished ``stages`` and the scoring of ``rows`` rows of the table will take, roughly; from one timed
+    """Rough time for the unfinished ``stages`` and for scoring ``rows`` rows of the table, extrapolated from a timed
     forward pass of the teacher."""
     recipe = variants.recipe
     left = [stage for stage in stages if variants.folder.result(stage) is None]

@@ -1,4 +1,4 @@
-"""Opening a run: every command that trains or scores in a run's folder begins with :func:`open_run`."""
+"""Opening a run: every command that trains or scores in a run's folder starts with :func:`open_run`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A recipe's run while one command works on it: its folder, its log, and what is closed at the end."""
+    """A run opened by one command: its folder, its log, and resources that are closed at the end."""
 
     recipe: Recipe
     folder: RunFolder
@@ -49,14 +49,14 @@ class OpenRun:
         ``data.select``. A collective."""
         data = data or self.recipe.data
         load = partial(load_batches, data, tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank)
-        # what the first process of a node tokenizes, the others read from the cache; a ranking needs all at once
+        # the first process of a node tokenizes, the others read its cache; a ranking needs all processes together
         batches = distributed.in_turns_per_node(load) if rank is None else load()
         if isinstance(batches, StreamedBatches):
             self.resources.callback(batches.close)
         return batches
 
     def write_environment(self, model: Any, attention: str, *, dtype: torch.dtype, device: torch.device) -> str:
-        """Record versions, devices and the attention implementations; the one of the students is returned."""
+        """Record versions, devices and attention implementations; returns the students' implementation."""
         operator = student_implementation(model, self.recipe.student, dtype=dtype, device=device)
         self.log.write_environment(implementation=operator, teacher_attention=attention)
         return operator
@@ -64,11 +64,11 @@ class OpenRun:
 
 @contextmanager
 def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -> Iterator[OpenRun]:
-    """Join the processes of torchrun, hold the run's folder and open its log.
+    """Join the torchrun process group, lock the run's folder and open its log.
 
-    ``directory`` is a folder to hold and log to in place of the run's own.
-    Raises ``UserError`` for a student or an objective that does not exist, a folder that holds ``stages`` of another
-    recipe, and one that another command uses.
+    ``directory`` is a folder to lock and log to instead of the run's own.
+    Raises ``UserError`` for an unknown student or objective, a folder that holds ``stages`` of another recipe, and a
+    folder that another command is using.
     """
     check_names(recipe)
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
-"""What each command does, from recipe to report: the order of the stages, what is skipped, what is kept.
+"""The commands, from recipe to report: the order of the stages, what is skipped and what is saved.
 
 The steps of `linearize`: model variants (model, students, data) -> fit (transfer) -> fit (LoRA) -> adapter ->
-comparison (every row of the table; the comparison rows are trained on the way) -> report. A killed command continues
-where it was: finished stages and finished scores are read from the run's folder.
+comparison (all rows of the table; comparison rows are trained as needed) -> report. A killed command continues where
+it stopped: finished stages and scores are read from the run's folder.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
 
 
 def transfer(recipe: Recipe) -> Outcome:
-    """Stage 1 alone, and the adapter folder of what it learned."""
+    """Stage 1 alone; writes its adapter folder."""
     with open_variants(recipe, [TRANSFER]) as variants:
         _open(variants)
         facts = _train(variants, TRANSFER)
@@ -66,7 +66,7 @@ def transfer(recipe: Recipe) -> Outcome:
 
 
 def finetune(recipe: Recipe) -> Outcome:
-    """Stage 2 alone, on the transfer found in the run's folder (or without one, where the recipe has transfer=null)."""
+    """Stage 2 alone, on the transfer found in the run's folder (or without one, if the recipe has transfer=null)."""
     with open_variants(recipe, own_stages(recipe)) as variants:
         variants.require_transfer()
         _open(variants)
@@ -91,7 +91,7 @@ def evaluate_run(recipe: Recipe) -> Outcome:
 
 
 def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:
-    """Record the recipe in the run's folder and log what is run."""
+    """Record the recipe in the run's folder and log the run's settings."""
     recipe = variants.recipe
     variants.log.write_recipe(dump_recipe(recipe))
     for sentence in opening:
@@ -106,13 +106,13 @@ def _announce_time(variants: ModelVariants) -> None:
     seconds = estimate_seconds(variants, stages_of(variants.recipe), len(asked_rows(variants.recipe)))
     if seconds > 0:
         variants.log.info(
-            f"this will take about {in_words(seconds)} on this machine; stopped, the same command continues"
+            f"this will take about {in_words(seconds)} on this machine; if stopped, run the same command to continue"
         )
 
 
 def _train(variants: ModelVariants, stage: str) -> StageFacts:
     if variants.folder.result(stage) is not None:
-        variants.log.info(f"{stage}: finished before, skipped")
+        variants.log.info(f"{stage}: already finished, skipped")
     else:
         variants.log.info(f"{stage}: {_TITLES[stage]}")
     return variants.train(stage)
@@ -126,7 +126,7 @@ def _ended(facts: StageFacts) -> str:
 
 
 def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float) -> Outcome:
-    """Score every row, train what the comparison rows need, write the report."""
+    """Score every row, training comparison rows as needed, and write the report."""
     comparison = Comparison(variants)
     scores: dict[str, Scores] = {}
     for row, variant in comparison.rows.items():
@@ -149,7 +149,7 @@ def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float)
 
 
 def _side_by_side(sample: Sample) -> list[str]:
-    """The end of a prompt and what each model wrote after it."""
+    """The end of a prompt and each model's continuation."""
     lines = ["", f"prompt ends: ...{sample.prompt[-160:]}"]
     for name, text in sample.outputs.items():
         lines.append(f"[{row_label(name)}]")
@@ -165,7 +165,7 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     model, tokenizer = hub.load(path, device=recipe.model.device)
     data = dataclasses.replace(
         recipe.data, select="none", select_rows=None
-    )  # these concern training rows, which are not needed
+    )  # these apply to training rows, which are not needed
     batches = load_batches(data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
     window = student_config(model).window
     text = evaluation_rows(batches, recipe.eval.rows)

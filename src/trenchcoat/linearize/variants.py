@@ -1,7 +1,7 @@
 """The variants of one loaded model that the stages and the report rows need: with students, with LoRA, with weights.
 
 Every variant is assembled from the same loaded base model: fresh students from the seed, fresh LoRA from the seed, then
-the weights of a finished stage. So the numbers do not depend on the order in which stages and rows are made.
+the weights of a finished stage. So the results do not depend on the order in which stages and rows are run.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BASE_WEIGHTS = "base weights"
 
 
 class ModelVariants:
-    """The base model of a run with students and LoRA put on and taken off; nothing is loaded before it is needed."""
+    """The base model of a run, to which students and LoRA are added and removed; everything is loaded lazily."""
 
     def __init__(self, run: OpenRun) -> None:
         self.run, self.recipe, self.folder, self.log = run, run.recipe, run.folder, run.log
@@ -66,12 +66,12 @@ class ModelVariants:
 
     @property
     def model(self) -> Any:
-        """The base model, with whatever ``assemble`` last put on it."""
+        """The base model, as ``assemble`` last left it."""
         return self._loaded[0]
 
     @property
     def implementation(self) -> str:
-        """What the students' operator ran on, by the run's ``environment.json``; what the recipe asks without it."""
+        """The students' implementation: from the run's ``environment.json``, else from the recipe."""
         path = Path(self.recipe.run.dir) / "environment.json"
         return str((read_json(path) if path.is_file() else {}).get("implementation", self.recipe.student.impl))
 
@@ -86,7 +86,7 @@ class ModelVariants:
         return identity.fingerprint(self.model)
 
     def batches(self, batch_size: int, seq_len: int | None = None) -> Batches:
-        """The recipe's data in micro-batches of ``batch_size`` rows; the source is read once for each size."""
+        """The recipe's data in micro-batches of ``batch_size`` rows; the source is read once per size."""
         data = self.recipe.data
         if seq_len is not None and seq_len != data.seq_len:
             data = dataclasses.replace(data, seq_len=seq_len)
@@ -98,10 +98,10 @@ class ModelVariants:
 
     @cached_property
     def _ranking(self) -> EslRanking:
-        """Scores for `data.select`, of the untouched model; those of `data.seq_len` also where rows are longer."""
+        """Scores of the unmodified model for `data.select`; always at `data.seq_len`, even if rows are longer."""
         data = self.recipe.data
         folder = cache_folder(data)
-        quantize = self.recipe.model.quantize  # a base in 4 bits has the fingerprint of its files, and other scores
+        quantize = self.recipe.model.quantize  # a 4-bit base has the fingerprint of its files but different scores
         base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
         return EslRanking(self.assemble_teacher, base, seq_len=data.seq_len, folder=folder, log=self.log)
 
@@ -110,7 +110,7 @@ class ModelVariants:
     def assemble(
         self, *, student: StudentConfig | None = None, lora: bool = False, weights: str | None = None
     ) -> nn.Module:
-        """The model in ``student`` mode with fresh students, LoRA when asked for, and a finished stage's weights."""
+        """The model in ``student`` mode with fresh students, optional LoRA, and a finished stage's weights."""
         if self.recipe.data.select != "none":
             self.batches(LANDMARK_ROWS)  # ranking the samples removes students and LoRA from the model
         remove_lora(self.model)
@@ -139,18 +139,18 @@ class ModelVariants:
     @property
     def _lora(self) -> LoraConfig:
         if self.recipe.lora is None:
-            raise UserError("this recipe has lora=null, so there is no stage 2; leave lora=null out to run it")
+            raise UserError("this recipe has lora=null, so there is no stage 2; remove lora=null to run it")
         return self.recipe.lora
 
     # Training stages
 
     @property
     def main_lora_stage(self) -> str:
-        """Name of the recipe's own stage 2: ``lora``, or ``lora_only`` when there is no transfer before it."""
+        """Name of the recipe's stage 2: ``lora``, or ``lora_only`` without a transfer before it."""
         return LORA if self.recipe.transfer is not None else LORA_ONLY
 
     def train(self, stage: str) -> StageFacts:
-        """Run ``stage`` to its end, or read the result of an earlier call. Raises ``Stopped`` after Ctrl-C."""
+        """Run ``stage`` to the end, or read the result of an earlier call. Raises ``Stopped`` after Ctrl-C."""
         kept = distributed.from_main(lambda: self.folder.result(stage))
         if kept is not None:
             return StageFacts(**kept)
@@ -173,7 +173,7 @@ class ModelVariants:
         return facts
 
     def _log_text(self, batches: Batches) -> None:
-        """Log how much text there is and what was left out of it."""
+        """Log the amount of text and what was skipped."""
         counts = batches.counts
         left_out = [
             f"{number} {name.split('/')[-1]}" for name, number in counts.items() if "skipped/" in name and number
@@ -190,7 +190,7 @@ class ModelVariants:
         self.log.info(f"{text}; left out: {', '.join(left_out)}" if left_out else text)
 
     def _prepare(self, stage: str) -> tuple[Objective, StageConfig]:
-        """Assemble the model of a stage, freeze what it does not train; returns its objective and settings."""
+        """Assemble and freeze the model for a stage; returns its objective and settings."""
         if stage == TRANSFER:
             if self.recipe.transfer is None:
                 raise UserError("this recipe has transfer=null, so there is no stage 1; run `finetune`, or `linearize`")
@@ -210,7 +210,7 @@ class ModelVariants:
         return stage_2_objective(self._lora.objective), self._lora
 
     def require_transfer(self) -> None:
-        """Raise ``UserError`` when stage 2 needs a transfer that this run's folder does not hold, finished."""
+        """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""
         if self.recipe.transfer is None or self.folder.result(TRANSFER) is not None:
             return
         state = "is not finished" if self.folder.begun(TRANSFER) else "has not been run"
@@ -225,12 +225,12 @@ class ModelVariants:
         return self.folder.directory / "adapter"
 
     def _exported(self, lora: bool) -> bool:
-        """Whether the adapter folder is there already, with or without a LoRA."""
+        """Whether the adapter folder already exists, with or without LoRA as given."""
         meta = self.adapter / hub.ADAPTER_META
         return meta.is_file() and (files.read_json(meta).get("lora") is not None) == lora
 
     def export(self, stage: str) -> None:
-        """Write the adapter folder from a finished stage, unless it is there already."""
+        """Write the adapter folder from a finished stage, unless it already exists."""
         lora = stage != TRANSFER
         if stage not in self._trained and distributed.from_main(lambda: self._exported(lora)):
             return
@@ -250,13 +250,13 @@ class ModelVariants:
 
 @contextmanager
 def open_variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
-    """The model variants of a run that is open while the block runs; see :func:`open_run`."""
+    """Open a run and return its model variants; see :func:`open_run`."""
     with open_run(recipe, stages) as run:
         yield ModelVariants(run)
 
 
 def step_flops(config: Any, recipe: Recipe, cfg: StageConfig) -> float | None:
-    """FLOPs per token of a training step; None where the model's ``config`` lacks its sizes."""
+    """FLOPs per token of a training step; None if the model's ``config`` lacks its sizes."""
     try:
         shapes = shapes_of(config)
     except UserError:

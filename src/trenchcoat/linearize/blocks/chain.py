@@ -5,12 +5,12 @@
     chain.send(item, hidden_bTd, padding_bT)    returns before it has arrived
     chain.close(END)                            every process, once; nothing is left in transit afterwards
 
-Data only travels from the first process to the last, through the host's group (gloo), so nothing here differs between
-CPUs and GPUs. A message is a header of five numbers (its type, which micro-batch, its rows and tokens), followed, for a
-micro-batch, by its bytes: hidden states [b, T, d], then the padding [b, T]. A thread receives ahead of time and sends
-are asynchronous, each by at most ``QUEUED`` micro-batches, so a process holds no more than 2 ``QUEUED`` of them and the
-current one. Waiting for a neighbour has no timeout. A request to stop, or a failure, goes to the first process through
-the job's store, and from there along the chain in place of a micro-batch: all processes stop before the same one.
+Data only moves from the first process to the last, through the host's group (gloo), so CPUs and GPUs behave the same. A
+message is a header of five numbers (its type, which micro-batch, its rows and tokens), followed, for a micro-batch, by
+its bytes: hidden states [b, T, d], then the padding [b, T]. A thread receives ahead of time and sends are asynchronous,
+each by at most ``QUEUED`` micro-batches, so a process holds at most 2 ``QUEUED`` of them plus the current one. Waiting
+for a neighbour has no timeout. A stop request or a failure goes to the first process through the job's store, and from
+there along the chain in place of a micro-batch: all processes stop before the same micro-batch.
 
 Shapes: b rows of a micro-batch, T tokens, d entries of a hidden state.
 """
@@ -31,17 +31,17 @@ from torch import Tensor
 from trenchcoat.runtime import distributed
 
 QUEUED = 2
-"""Micro-batches that may wait at the entrance of a process, and as many that may wait to be taken by the next one."""
+"""Maximum micro-batches in a process's receive queue, and maximum sends in flight to the next process."""
 DATA, END, STOP, FAILED = range(4)
-"""What a message is: a micro-batch; the end of all; a stop that somebody asked for; the end because of a failure."""
+"""Message types: a micro-batch; the end of the data; a requested stop; the end because of a failure."""
 START, VALIDATION, TRAIN = range(3)
-"""Kinds of micro-batches: rows that initial values come from, validation rows, training rows."""
+"""Kinds of micro-batches: rows for the initial values, validation rows, training rows."""
 
 _ROUNDS = count()
 
 
 class BatchKey(NamedTuple):
-    """A micro-batch by its kind and its number among them."""
+    """Identifies a micro-batch by its kind and its number within that kind."""
 
     kind: int
     number: int
@@ -56,7 +56,7 @@ class Arrived(NamedTuple):
 
 
 class Closed(Exception):
-    """Nothing more comes: ``code`` is ``END``, ``STOP`` or ``FAILED``."""
+    """No more data will arrive: ``code`` is ``END``, ``STOP`` or ``FAILED``."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -64,7 +64,7 @@ class Closed(Exception):
 
 
 class Chain:
-    """This process in the chain; ``hidden`` is d, ``pin`` makes what is received quick to copy to a GPU."""
+    """This process's end of the chain; ``hidden`` is d, ``pin`` receives into pinned memory for GPU copies."""
 
     def __init__(self, hidden: int, dtype: torch.dtype, *, pin: bool = False) -> None:
         self.rank, self.size = distributed.rank(), distributed.size()
@@ -81,16 +81,16 @@ class Chain:
     # Along the chain
 
     def send(self, item: BatchKey, hidden_bTd: Tensor, padding_bT: Tensor) -> None:
-        """Send a micro-batch to the next process; waits when ``QUEUED`` have not been taken yet. ``RuntimeError`` when
-        the next process is gone."""
+        """Send a micro-batch to the next process; blocks while ``QUEUED`` sends are in flight. ``RuntimeError`` if the
+        next process is gone."""
         rows, tokens, _ = hidden_bTd.shape
         states = hidden_bTd.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).flatten()
         payload = torch.cat([states, padding_bT.to("cpu", torch.uint8).flatten()])
         self._post([DATA, *item, rows, tokens], payload)
 
     def receive(self, item: BatchKey) -> Arrived:
-        """The next micro-batch from the process before; raises ``Closed`` when there is none, ``RuntimeError`` when
-        that process is gone or sends another micro-batch."""
+        """The next micro-batch from the previous process; raises ``Closed`` when there is none, ``RuntimeError`` when
+        that process is gone or sends a different micro-batch."""
         found = self._next()
         if isinstance(found, int):
             raise Closed(found)
@@ -99,9 +99,9 @@ class Chain:
         return found
 
     def close(self, code: int) -> None:
-        """Announce to the next process that nothing more comes, and receive what the one before still sends.
+        """Tell the next process that no more data follows, and drain what the previous one still sends.
 
-        ``code`` is ``END`` (the code of the process before is then passed on), or why this process ends early.
+        ``code`` is ``END`` (the code of the previous process is then forwarded), or why this process ends early.
         """
         if code != END and not self.last:
             self._post([code, 0, 0, 0, 0])
@@ -113,7 +113,7 @@ class Chain:
             self._wait_for_oldest()
 
     def abandon(self) -> None:
-        """Stop the thread; for a process that leaves without :meth:`close`."""
+        """Stop the thread, for a process that exits without :meth:`close`."""
         self._over.set()
 
     def _next(self) -> Arrived | int:
@@ -142,7 +142,7 @@ class Chain:
             work.wait()
 
     def _listen(self) -> None:
-        """Receive until the chain is closed, in a thread of its own."""
+        """Receive until the chain is closed; runs in a background thread."""
         try:
             while True:
                 found = self._read()
@@ -180,14 +180,14 @@ class Chain:
         distributed.leave_note(f"{self._name}/halt", str(code))
 
     def asked(self) -> int | None:
-        """The code that some process has asked for, read from the job's store."""
+        """The code that a process has asked for, read from the job's store; None if there is none."""
         found = distributed.look_for_notes(f"{self._name}/halt")
         return None if found is None else int(found[0])
 
     def done(self) -> None:
-        """Report that this process needs nothing more for itself."""
+        """Report that this process needs no more data for its own training."""
         distributed.leave_note(f"{self._name}/done-{self.rank}", "")
 
     def all_done(self) -> bool:
-        """Whether all processes have done so."""
+        """Whether all processes have reported this."""
         return distributed.look_for_notes(*(f"{self._name}/done-{rank}" for rank in range(self.size))) is not None

@@ -1,10 +1,9 @@
 """The rows of one pass through the blocks, and batches of hidden states instead of tokens.
 
-A *pass* is a range of optimizer steps. Its rows are, in this order: the rows that initial values come from (in the
-first pass), the validation rows (where the pass evaluates), and the training rows of this process's micro-batches in
-the order in which they are first used. A row that comes again, in another epoch, is there once. Rows are always
-computed in the batch (*group*) in which the joint run computes them first, so that every number is the same to the
-last bit.
+A *pass* is a range of optimizer steps. Its rows are, in this order: the rows for the initial values (in the first
+pass), the validation rows (if the pass evaluates), and the training rows of this process's micro-batches in the order
+of first use. A row repeated in another epoch is stored once. Rows are always computed in the batch (*group*) in which
+the joint run computes them first, so that the results are bit-identical.
 
 Shapes: N rows of the pass, b rows of a micro-batch, T tokens, d entries of a hidden state.
 """
@@ -26,12 +25,12 @@ from trenchcoat.runtime import distributed
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
 
 ROWS = "rows"
-"""Key of a batch of hidden states for its rows' indices in the pass [b]."""
+"""Key, in a batch of hidden states, of the rows' indices in the pass [b]."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A pass as optimizer steps: ``first`` is the first one's index, ``until`` how many are done after the last."""
+    """A pass as optimizer steps [``first``, ``until``)."""
 
     number: int
     first: int
@@ -62,11 +61,11 @@ class PassRows:
         start: Batch | None,
         of_all: bool = False,
     ) -> None:
-        """``totals``: optimizer steps of every block; ``start``: the batch that initial values come from; ``of_all``:
-        rows of the other processes' micro-batches are included, in the same order on every process."""
+        """``totals``: optimizer steps of every block; ``start``: the batch for the initial values; ``of_all``: include
+        the rows of other processes' micro-batches, in the same order on every process."""
         self.span = span
         self.groups: list[list[int]] = []
-        """Rows that are computed together, each row in one group or more."""
+        """Rows that are computed together; a row may be in several groups."""
         self.start: list[int] = []
         self.train: dict[int, list[int]] = {}
         """Index of a micro-batch of this process -> its rows."""
@@ -86,7 +85,7 @@ class PassRows:
         for step in range(span.first, span.until):
             for index, own in _shared(step_batches(cfg, step, micro_batches), of_all):
                 self._add_training(index, text, own=own)
-        if not self.train:  # with more processes than micro-batches a step: something to run so that collectives match
+        if not self.train:  # more processes than micro-batches per step: run something so that collectives match
             self._add_training(span.first * cfg.accumulation, text, own=True)
         self.ids_NT = torch.stack(self._ids)
         self.real_NT = torch.stack(self._real)
@@ -125,12 +124,12 @@ class PassRows:
         return int(self.ids_NT.shape[1])
 
     def text(self, rows: Sequence[int]) -> Batch:
-        """Tokens of ``rows`` and their padding, [b, T]."""
+        """Tokens and padding of ``rows``, [b, T]."""
         where = torch.tensor(rows)
         return {"input_ids": self.ids_NT[where].long(), "attention_mask": self.real_NT[where].long(), ROWS: where}
 
     def hidden(self, rows: Sequence[int], states: HiddenStates) -> Batch:
-        """Hidden states of ``rows`` and their padding."""
+        """Hidden states and padding of ``rows``."""
         where = torch.tensor(rows)
         padding = self.real_NT[where].long()
         return {"inputs_embeds": states.read(rows), "attention_mask": padding, ROWS: where}
@@ -142,7 +141,7 @@ class PassRows:
 
 
 class TextOrder:
-    """The numbers of micro-batches, the seed and the fingerprint of ``text``, for batches of its hidden states."""
+    """Micro-batch counts, seed and fingerprint of ``text``, for batches of its hidden states."""
 
     def __init__(self, text: Batches) -> None:
         self.text, self.seed, self.fingerprint = text, text.seed, text.fingerprint
@@ -157,7 +156,7 @@ class TextOrder:
 
 
 class HiddenBatches(TextOrder):
-    """The data of ``fit`` as hidden states; the next batch is read in the background."""
+    """Hidden states as the data of ``fit``; the next batch is prefetched in the background."""
 
     def __init__(self, text: Batches, whole: PassRows, states: HiddenStates, *, pin: bool) -> None:
         super().__init__(text)
@@ -167,11 +166,11 @@ class HiddenBatches(TextOrder):
         self._ahead: dict[tuple[bool, int], Future[Batch]] = {}
 
     def train_batch(self, index: int) -> Batch:
-        """Micro-batch ``index``; for one of another process, any (it is only run so that collectives match)."""
+        """Micro-batch ``index``; if it belongs to another process, any one (run only so that collectives match)."""
         return self._get(False, index if index in self._pass.train else next(iter(self._pass.train)))
 
     def validation_batch(self, index: int) -> Batch:
-        """Validation micro-batch ``index``; for one of another process, any."""
+        """Validation micro-batch ``index``; if it belongs to another process, any one."""
         known = self._pass.validation
         if not known:
             return self.train_batch(next(iter(self._pass.train)))
@@ -197,7 +196,7 @@ class HiddenBatches(TextOrder):
 
 
 def _shared(indices: Sequence[int], of_all: bool) -> Iterator[tuple[int, bool]]:
-    """(index, whether it is this process's); of other processes only with ``of_all``."""
+    """(index, whether it belongs to this process); those of other processes only with ``of_all``."""
     for place, index in enumerate(indices):
         own = place % distributed.size() == distributed.rank()
         if own or of_all:

@@ -1,8 +1,8 @@
-"""What a run's folder records of its blocks: one folder each, with the record of a stage and its log in it.
+"""The blocks in a run's folder: one folder per block, with its stage record and log.
 
-blocks/layers-003-005/stages/transfer/   settings, and when it is finished what it learned and its figures
+blocks/layers-003-005/stages/transfer/   settings and, once finished, the trained weights and figures
 blocks/layers-003-005/checkpoints/       resumable checkpoints
-blocks/layers-003-005/metrics.jsonl      its log, as a run's own
+blocks/layers-003-005/metrics.jsonl      its log, in the format of a run's log
 blocks/hidden/                           hidden states between blocks
 """
 
@@ -52,11 +52,11 @@ def cut(layers: int, size: int) -> list[LayerBlock]:
 
 
 def divide(blocks: Sequence[LayerBlock], processes: int) -> list[LayerBlock]:
-    """Consecutive blocks joined into one for each process, the largest with as few layers as can be; ``UserError``
-    when there are more processes than blocks. Only the last of ``blocks`` may be smaller than the others."""
+    """Merge consecutive blocks into one per process, keeping the largest as small as possible; ``UserError`` when there
+    are more processes than blocks. Only the last of ``blocks`` may be smaller than the others."""
     if processes > len(blocks):
         raise UserError(
-            f"{processes} processes, and {len(blocks)} blocks for them: start at most {len(blocks)} (torchrun "
+            f"{processes} processes for {len(blocks)} blocks: start at most {len(blocks)} (torchrun "
             "--nproc_per_node), or lower blocks.size"
         )
     each, more = divmod(len(blocks), processes)
@@ -68,14 +68,14 @@ def divide(blocks: Sequence[LayerBlock], processes: int) -> list[LayerBlock]:
 
 @dataclass(frozen=True)
 class BlockIdentity:
-    """What the blocks of a run must have in common to be stitched."""
+    """What must be the same for all blocks of a run to stitch them."""
 
     base: str
     """Identity of the base weights."""
     text: str
-    """Of the tokens and their division into rows."""
+    """Fingerprint of the tokens and their division into rows."""
     layers: int
-    """Of the whole model."""
+    """Layers of the whole model."""
 
 
 class BlockFolder:
@@ -88,7 +88,7 @@ class BlockFolder:
 
     @contextmanager
     def log(self, parent: RunLog) -> Iterator[RunLog]:
-        """Its log, shown as the run's own is."""
+        """The block's log, displayed like the run's log."""
         if parent.directory == self.directory:
             yield parent
             return
@@ -97,13 +97,13 @@ class BlockFolder:
             yield log
 
     def begin(self) -> None:
-        """Record what its training depends on; ``UserError`` when it was begun with something else."""
+        """Record what its training depends on; ``UserError`` if it was started with something different."""
         assert self.identity is not None
         layers = {"layers": [self.block.first, self.block.stop]}
         self._stage.begin(TRANSFER, self.recipe, {**asdict(self.identity), **layers})
 
     def finish(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Keep what it learned, under the whole model's names."""
+        """Save the trained weights, under the whole model's parameter names."""
         self._stage.finish(TRANSFER, tensors, facts)
 
     @property
@@ -112,11 +112,11 @@ class BlockFolder:
         return self.result() is not None
 
     def result(self) -> dict[str, Any] | None:
-        """Its figures when it is finished."""
+        """Its figures once it is finished, else None."""
         return self._stage.result(TRANSFER)
 
     def require_finished(self) -> dict[str, Any]:
-        """Its figures; ``UserError`` when it is not finished, or was trained on something else."""
+        """Its figures; ``UserError`` if it is not finished, or was trained on something different."""
         self.begin()
         result = self.result()
         if result is None:
@@ -131,28 +131,28 @@ class BlockFolder:
         return lines[-1] if lines else None
 
     def weights(self) -> dict[str, Tensor]:
-        """What it learned."""
+        """The trained weights."""
         return self._stage.weights(TRANSFER)
 
     def steps_done(self, warn: Callable[[str], None]) -> int:
-        """Optimizer steps in its newest sound checkpoint; -1 when there is none."""
+        """Optimizer steps in its newest intact checkpoint; -1 if there is none."""
         found = checkpoints.newest_checkpoint(self.directory / "checkpoints" / TRANSFER, warn)
         return -1 if found is None else found.step
 
 
 def blocks_folder(recipe: Recipe) -> Path:
-    """Where the blocks of a run are."""
+    """Folder of a run's blocks."""
     return Path(recipe.run.dir) / FOLDER
 
 
 def hidden_folder(recipe: Recipe) -> Path:
-    """Where hidden states are kept on disk."""
+    """Folder of the hidden states on disk."""
     own = recipe.blocks.hidden_dir
     return blocks_folder(recipe) / "hidden" if own is None else Path(own).expanduser()
 
 
 def found_blocks(recipe: Recipe) -> list[LayerBlock]:
-    """The blocks that a run's folder holds, in order of their layers, however they were cut."""
+    """The blocks in a run's folder, ordered by layer, whatever their sizes."""
     names = (_NAME.fullmatch(path.name) for path in blocks_folder(recipe).glob("layers-*"))
     spans = sorted((int(name.group(1)), int(name.group(2)) + 1) for name in names if name)
     return [LayerBlock(number, first, stop) for number, (first, stop) in enumerate(spans)]
@@ -166,7 +166,7 @@ def require_cover(blocks: list[LayerBlock], wanted: set[int]) -> None:
             if layer in held:
                 raise UserError(
                     f"layer {layer} is in two blocks, layers {held[layer].first} to {held[layer].stop - 1} and layers "
-                    f"{block.first} to {block.stop - 1}: delete the folder of the one that is not wanted"
+                    f"{block.first} to {block.stop - 1}: delete the folder of the one you do not want"
                 )
             held[layer] = block
     missing = sorted(wanted - held.keys())
@@ -178,17 +178,17 @@ def require_cover(blocks: list[LayerBlock], wanted: set[int]) -> None:
 
 
 def merge_logs(folders: Sequence[Path], log: RunLog, *, at_once: bool = False) -> int:
-    """Write one line a step of the blocks' training and evaluation lines to ``log``; returns how many.
+    """Merge the blocks' training and evaluation lines into ``log``, one line per step; returns the number of lines.
 
-    Per-layer numbers are copied; ``loss`` and the like are means over the layers that the step still trained,
-    the gradient's norm that of all, seconds the blocks' together, or the most of one where they were trained
-    ``at_once``. What an earlier call wrote is dropped first.
+    Per-layer numbers are copied; ``loss`` and similar are means over the layers still trained at that step,
+    the gradient norm is the total, seconds are summed over blocks, or the maximum if they were trained ``at_once``.
+    Lines of an earlier call are dropped first.
     """
     lines: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for folder in folders:
         for line in read_metrics(folder):
             if line["kind"] in ("train", "eval") and line.get("stage") == TRANSFER:
-                # an evaluation comes after the step it is of
+                # an evaluation comes after its step
                 lines.setdefault((line["step"], int(line["kind"] == "eval")), []).append(line)
     log.rewind(TRANSFER, -1)
     for (step, evaluation), parts in sorted(lines.items()):

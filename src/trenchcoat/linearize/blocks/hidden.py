@@ -1,16 +1,16 @@
-"""Hidden states between two blocks, row by row: in memory, or in files that are mapped, checked and resumed.
+"""Hidden states between two blocks, row by row: in memory, or in resumable memory-mapped files with checksums.
 
     states = HiddenFiles(folder, shape, identity)        rows are written once, in any order
     states.write([4, 5], hidden_bTd); states.read([0, 1]) -> [b, T, d]
-    states.missing()                                     rows not (or no longer) there
-    states.finish()                                      everything written is on disk
+    states.missing()                                     rows not written yet, or lost
+    states.finish()                                      waits until everything written is on disk
 
 A folder of hidden states holds shards ``states-00000.safetensors`` (tensor ``hidden`` [rows, T, d]) and
-``manifest-00.json``: shape, dtype, what they are the states of, and the CRC-32 of every shard. A shard is written
-under a temporary name and renamed when its rows are complete and on disk. Each of several processes writes its own
-shards and its own manifest.
+``manifest-00.json``: shape, dtype, identity (model, data, layer), and the CRC-32 of every shard. A shard is written
+under a temporary name and renamed once all its rows are on disk. With several processes, each writes its own shards and
+its own manifest.
 
-Shapes: b rows asked for, T tokens, d entries of a hidden state.
+Shapes: b requested rows, T tokens, d entries of a hidden state.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trenchcoat.runtime.files import PARTIAL_PREFIX, CorruptFileError, read_json
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _PIECE = 1 << 24
-"""Bytes checked at once."""
+"""Bytes per chunk when computing a checksum."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ class HiddenShape:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return self.tokens * self.hidden * self.dtype.itemsize
 
     @property
     def bytes(self) -> int:
-        """Of all rows."""
+        """Bytes of all rows."""
         return self.rows * self.row_bytes
 
 
 class HiddenStates:
-    """What both kinds share: which rows are there."""
+    """Base class of both stores: keeps track of which rows are present."""
 
     def __init__(self, shape: HiddenShape) -> None:
         self.shape = shape
         self.present: NDArray[np.bool_] = np.zeros(shape.rows, dtype=np.bool_)
 
     def write(self, rows: Sequence[int], hidden_bTd: Tensor) -> None:
-        """Keep the hidden states of ``rows``, unless they are there already; from any device."""
+        """Store the hidden states of ``rows`` (from any device); rows already present are skipped."""
         new = [place for place, row in enumerate(rows) if not self.present[row]]
         if not new:
             return
@@ -77,25 +77,25 @@ class HiddenStates:
         """Hidden states of ``rows``, [b, T, d] in new memory; ``KeyError`` for a missing row."""
         absent = [row for row in rows if not self.present[row]]
         if absent:
-            raise KeyError(f"row {absent[0]} of the hidden states is not there")
+            raise KeyError(f"row {absent[0]} of the hidden states is missing")
         return self._read(rows)
 
     def missing(self) -> list[int]:
-        """Rows that are not there, in order."""
+        """Missing rows, in order."""
         return [int(row) for row in np.flatnonzero(~self.present)]
 
     def finish(self) -> None:
-        """Return when everything written is complete."""
+        """Wait until all writes are complete."""
 
     def refresh(self) -> None:
-        """See what other processes have written."""
+        """Pick up what other processes have written."""
 
     def remove(self) -> None:
-        """Forget everything, on disk too."""
+        """Delete all states, in memory and on disk."""
         self.present[:] = False
 
     def close(self) -> None:
-        """Release memory and file handles; what is on disk stays."""
+        """Release memory and file handles; files on disk stay."""
 
     def _write(self, rows: Sequence[int], hidden_bTd: Tensor) -> None:
         raise NotImplementedError
@@ -125,7 +125,7 @@ class HiddenMemory(HiddenStates):
 class HiddenFiles(HiddenStates):
     """Hidden states on disk; an unfinished folder is continued.
 
-    ``identity`` names what they are the states of (model, data, layer); states of anything else are refused with a
+    ``identity`` identifies the states (model, data, layer); a folder with another identity is refused with a
     ``UserError`` naming the difference. ``verify`` reads every shard once and compares it with its checksum; a damaged
     or missing shard is reported to ``warn`` and its rows count as missing. Writing raises ``SaveError``.
     """
@@ -156,7 +156,7 @@ class HiddenFiles(HiddenStates):
 
     @property
     def _manifest(self) -> Path:
-        """This writer's own."""
+        """This writer's manifest."""
         return self.folder / f"manifest-{self.writer:02d}.json"
 
     def _look(self, verify: bool) -> None:
@@ -164,11 +164,11 @@ class HiddenFiles(HiddenStates):
             self._read_manifest(path, verify)
 
     def refresh(self) -> None:
-        """See what other processes have finished since."""
+        """Pick up shards that other processes have finished since."""
         self._look(verify=False)
 
     def missing(self) -> list[int]:
-        """Rows that are not there, in order; of several writers, those that are this one's to write."""
+        """Missing rows, in order; with several writers, only those that this one writes."""
         return [row for row in super().missing() if self._mine(row // self.shard_rows)]
 
     def _mine(self, shard: int) -> bool:
@@ -203,7 +203,7 @@ class HiddenFiles(HiddenStates):
         return self.folder / f"states-{shard:05d}.safetensors"
 
     def _problem(self, index: int, shard: Mapping[str, Any], verify: bool) -> str | None:
-        """What is wrong with a finished shard; None for a sound one."""
+        """What is wrong with a finished shard; None if it is intact."""
         path = self._path(index)
         if not path.is_file():
             return f"{path} is missing"
@@ -219,7 +219,7 @@ class HiddenFiles(HiddenStates):
         return None
 
     def _prefix(self, rows: int) -> bytes:
-        """The head of a safetensors file with one tensor."""
+        """The header of a safetensors file with one tensor."""
         shape = self.shape
         entry = {
             "dtype": SAFETENSORS_DTYPES[shape.dtype],
@@ -295,12 +295,12 @@ class HiddenFiles(HiddenStates):
                 self._maps[index] = _mapped(path, len(self._prefix(count)), sizes, self.shape.dtype)
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"{path} cannot be read ({error}); run the same command again, and what is lost is computed again"
+                    f"{path} cannot be read ({error}); run the same command again to recompute what is lost"
                 ) from error
         return self._maps[index]
 
     def remove(self) -> None:
-        """Delete the files of this writer (all, where no other process writes here)."""
+        """Delete all files of the folder; only for folders that no other process writes to."""
         self.close()
         super().remove()
         self._own = {}
@@ -312,7 +312,7 @@ class HiddenFiles(HiddenStates):
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Close the maps; an incomplete shard is deleted, and its rows are missing again."""
+        """Close the memory maps; incomplete shards are deleted and their rows become missing again."""
         self._thread.shutdown()
         for index, shard in self._open.items():
             shard.discard()
@@ -322,7 +322,7 @@ class HiddenFiles(HiddenStates):
 
 
 class _Writing:
-    """A shard that is being written: ``left`` rows are missing."""
+    """A shard being written; ``left`` rows are still missing."""
 
     def __init__(self, path: Path, prefix: bytes, rows: int, row_bytes: int) -> None:
         self.path, self.left = path, rows
@@ -347,7 +347,7 @@ class _Writing:
         self.left -= 1
 
     def close(self) -> None:
-        """Everything is on disk afterwards."""
+        """Flush everything to disk and close the file."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -361,8 +361,8 @@ class _Writing:
 def _gathered(states_Td: Sequence[Tensor]) -> Tensor:
     """[b, T, d] in new memory, copied by numpy.
 
-    Torch would start a team of threads for the thread that reads ahead; where there are more threads than cores,
-    libgomp lets all of them sleep between operations.
+    Torch would start another OpenMP thread team for the prefetch thread; with more threads than cores, libgomp puts all
+    of them to sleep between operations.
     """
     out = torch.empty(len(states_Td), *states_Td[0].shape, dtype=states_Td[0].dtype)
     for place, states in zip(out, states_Td, strict=True):
@@ -388,6 +388,6 @@ def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     if changed:
         name = changed[0]
         raise UserError(
-            f"{path} lists hidden states of something else: {name} was {before.get(name)!r} there and is "
-            f"{now.get(name)!r} now. Delete that folder, or undo the change"
+            f"{path} lists hidden states of another run: {name} was {before.get(name)!r} and is {now.get(name)!r} now. "
+            "Delete that folder, or undo the change"
         )

@@ -1,15 +1,15 @@
-"""The jobs of a launcher: processes of this machine, or Slurm's, both through submitit.
+"""The launcher's jobs: local processes or Slurm jobs, both through submitit.
 
-:class:`LocalJobs` and :class:`SlurmJobs` start tasks (:class:`Task`) and watch them. What is running is written down in
-the run's folder, so that a later launcher finds it instead of starting it twice.
+:class:`LocalJobs` and :class:`SlurmJobs` start tasks (:class:`Task`) and monitor them. Running jobs are recorded in the
+run's folder, so that a later launcher finds them instead of starting them twice.
 
-submitit (https://github.com/facebookincubator/submitit) pickles a task, and calls it in the job:
+submitit (https://github.com/facebookincubator/submitit) pickles a task and calls it in the job:
 
     it returns, or raises        submitit writes a result
     SIGTERM                      training saves a checkpoint after its step and stops; then local: the job ends;
-                                 Slurm: the job asks to be queued again (`scontrol requeue`)
-    Slurm's preemption signal    (SIGUSR2, also sent some time before the time limit) the same; what takes longer than
-                                 ``SAVE_SECONDS`` falls back to the previous checkpoint
+                                 Slurm: the job requeues itself (`scontrol requeue`)
+    Slurm's preemption signal    (SIGUSR2, also sent some time before the time limit) the same; if saving takes longer
+                                 than ``SAVE_SECONDS``, the job continues from the previous checkpoint
     killed, machine lost         no result: the launcher counts it as failed
 """
 
@@ -44,20 +44,20 @@ from trenchcoat.runtime.runlog import RunLog
 
 Step = Literal["collect", "train", "stitch"]
 STEPS = {"collect": blockstages.collect_inputs, "stitch": blockstages.stitch_blocks}
-"""What is done before and after the blocks are trained."""
+"""The steps before and after the blocks are trained."""
 
 SIGNAL_SECONDS = 120
 """How long before its time limit a Slurm job gets the preemption signal."""
 STOP_SECONDS = 120.0
 """Time that local jobs have to save a checkpoint when their launcher is stopped."""
 MAX_TIMEOUTS = 50
-"""How often a Slurm job is queued again because its time was over."""
+"""How often a Slurm job is requeued because of its time limit."""
 SAVE_SECONDS = 60
 """Time a Slurm job has for its step and a checkpoint after the preemption signal."""
 LOCK_SECONDS = 2.0
 """Time between two attempts to lock a block that another process holds."""
 FOREVER_MINUTES = 10 * 365 * 24 * 60
-"""Time limit of local jobs, which submitit wants to have."""
+"""Time limit of local jobs (submitit requires one)."""
 
 
 # In the job
@@ -65,12 +65,12 @@ FOREVER_MINUTES = 10 * 365 * 24 * 60
 
 @dataclass(frozen=True)
 class Task:
-    """What one job does; called in its process."""
+    """The work of one job; called in the job's process."""
 
     recipe: Recipe
     step: Step
     number: int = 0
-    """Of the block to train."""
+    """Number of the block to train."""
     device: str | None = None
     """For CUDA_VISIBLE_DEVICES; None leaves it as the scheduler set it."""
 
@@ -82,7 +82,7 @@ class Task:
             return self._train() if self.step == "train" else STEPS[self.step](self.recipe)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit calls when the job runs again: the same task, which continues from what is saved."""
+        """Called by submitit when it requeues the job: the same task, which continues from its checkpoint."""
         return submitit.helpers.DelayedSubmission(self)
 
     def _train(self) -> Any:
@@ -92,7 +92,7 @@ class Task:
                 return blockstages.train_block(self.recipe, self.number)
             except InUse as error:
                 if not warned:
-                    logging.getLogger(__name__).warning("%s This job waits for it.", error)
+                    logging.getLogger(__name__).warning("%s Waiting for it.", error)
                 warned = True
                 time.sleep(LOCK_SECONDS)
 
@@ -104,11 +104,11 @@ def _stoppable() -> Iterator[None]:
     on_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
     def stop(number: int, frame: FrameType | None) -> None:
-        """SIGTERM where no training handles it."""
+        """Handle SIGTERM outside training."""
         raise Stopped
 
     def run_again(number: int, frame: FrameType | None) -> None:
-        """Ask submitit to queue the job again."""
+        """Ask submitit to requeue the job."""
         for kind in (signal.SIGTERM, signal.SIGUSR2, signal.SIGALRM):  # Slurm will send some of these now
             signal.signal(kind, signal.SIG_IGN)
         assert callable(requeue)
@@ -139,7 +139,7 @@ def _stoppable() -> Iterator[None]:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent, submitit's controller, has died: nothing would track it any more."""
+    """End this process when its parent, submitit's controller, has died: nothing would track it anymore."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -150,7 +150,7 @@ def _end_with(parent: int) -> None:
 
 @dataclass
 class Job:
-    """A job that was started, by this launcher or by one before it."""
+    """A job started by this launcher or an earlier one."""
 
     name: str
     """Name of its block or step."""
@@ -161,7 +161,7 @@ class Job:
     handle: Any = None
     """Submitit's job."""
     missed: int = 0
-    """How many polls in a row did not list it."""
+    """Number of consecutive polls that did not list it."""
 
     @property
     def paths(self) -> Any:
@@ -188,7 +188,7 @@ class Job:
             return None
         parts = str(error).split("-" * 22)  # submitit puts the traceback between two such lines
         lines = [line for line in parts[min(1, len(parts) - 1)].splitlines() if line.strip()]
-        return re.sub(r"^(?:\w+\.)*(\w+): ", r"\1: ", lines[-1]) if lines else "no reason given"
+        return re.sub(r"^(?:\w+\.)*(\w+): ", r"\1: ", lines[-1]) if lines else "no error message"
 
 
 class Jobs(ABC):
@@ -207,22 +207,22 @@ class Jobs(ABC):
 
     @abstractmethod
     def free_slots(self) -> int | None:
-        """How many more jobs may be started now; None for any number."""
+        """How many more jobs can be started now; None means no limit."""
 
     @abstractmethod
     def start(self, tasks: Mapping[str, Task]) -> None:
-        """Start tasks under their names, at most as many as there are free slots."""
+        """Start tasks by name, at most as many as there are free slots."""
 
     @abstractmethod
     def _alive(self) -> dict[str, bool]:
-        """Whether each of the running jobs still is."""
+        """For each job in ``running``, whether it is still running."""
 
     @abstractmethod
     def stop(self) -> None:
-        """The launcher stops: end the jobs that depend on it, and log which continue."""
+        """Called when the launcher stops: end the jobs that depend on it, and log which ones continue."""
 
     def ended(self) -> list[Job]:
-        """Those that have ended since the last call; they are no longer in ``running``."""
+        """Jobs that have ended since the last call; removes them from ``running``."""
         alive = self._alive()
         gone = [job for name, job in self.running.items() if not alive[name]]
         for job in gone:
@@ -244,19 +244,19 @@ class Jobs(ABC):
             self._save()
 
     def failure(self, job: Job) -> str | None:
-        """Why an ended job failed, in a line; None when it succeeded."""
+        """Why a job failed, in one line; None if it succeeded."""
         if self.appears(job.has_result, Path(job.folder)):
             return job.error()
         return f"it ended without a result{self._state(job)}: killed, or out of memory"
 
     def appears(self, check: Callable[[], bool], folder: Path) -> bool:
-        """Whether ``check``, of a file in ``folder``, is true, or becomes so while the file system settles."""
+        """Whether ``check`` (of a file in ``folder``) is true, or becomes true within ``settle_seconds``."""
         until = time.monotonic() + self.settle_seconds
         while not check():
             if time.monotonic() >= until:
                 return False
             with suppress(OSError):
-                folder.chmod(folder.stat().st_mode)  # makes NFS ask its server again
+                folder.chmod(folder.stat().st_mode)  # invalidates the NFS client cache
             time.sleep(0.5)
         return True
 
@@ -275,9 +275,9 @@ class Jobs(ABC):
 
 
 class LocalJobs(Jobs):
-    """Processes of this machine, one on each of ``devices`` at most (names for CUDA_VISIBLE_DEVICES; "" is the CPU).
+    """Local processes, at most one per device of ``devices`` (names for CUDA_VISIBLE_DEVICES; "" is the CPU).
 
-    They are started so that Ctrl-C reaches only the launcher, which then ends them. When the launcher is killed, they
+    They are started so that Ctrl-C reaches only the launcher, which then ends them. If the launcher is killed, they
     continue to the end of their block.
     """
 
@@ -302,7 +302,7 @@ class LocalJobs(Jobs):
         return len(self._free())
 
     def start(self, tasks: Mapping[str, Task]) -> None:
-        """A process each."""
+        """Start one process per task."""
         for device, (name, task) in zip(self._free(), tasks.items(), strict=False):
             number = sum(1 for _ in self.folder.glob(f"{name}-*"))
             folder = self.folder / f"{name}-{number}"
@@ -322,7 +322,7 @@ class LocalJobs(Jobs):
         return {name: self._is_running(job) for name, job in self.running.items()}
 
     def _is_running(self, job: Job) -> bool:
-        """Whether its controller runs; process numbers are reused, so the command line is compared."""
+        """Whether its controller runs; process ids are reused, so the command line is compared."""
         if not job.handle.done():
             return True
         try:
@@ -335,7 +335,7 @@ class LocalJobs(Jobs):
         return [job for name, job in self.running.items() if alive[name]]
 
     def stop(self) -> None:
-        """End them: each has ``STOP_SECONDS`` to save a checkpoint, or until Ctrl-C is pressed again."""
+        """End all jobs: they have ``STOP_SECONDS`` to save a checkpoint, or until Ctrl-C is pressed again."""
         running = self._still_running()
         if running:
             self.log.info(f"ending {len(running)} jobs, which save a checkpoint first (Ctrl-C again kills them)")
@@ -366,7 +366,7 @@ class LocalJobs(Jobs):
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C; one pressed meanwhile reaches this process afterwards."""
+    """Processes started inside ignore Ctrl-C; if it is pressed meanwhile, this process gets it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -375,7 +375,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 class SlurmJobs(Jobs):
-    """Jobs of Slurm, several at a time as one array. They outlive their launcher; the next one finds them."""
+    """Slurm jobs, several as one array. They outlive their launcher; the next launcher finds them."""
 
     kind = "slurm"
     poll_seconds = 10.0
@@ -388,18 +388,18 @@ class SlurmJobs(Jobs):
         missing = [tool for tool in ("sbatch", "srun", "squeue") if shutil.which(tool) is None]
         if missing:
             raise UserError(
-                f"--launcher slurm: there is no `{missing[0]}` on this machine; start it on a login node of the "
+                f"--launcher slurm: `{missing[0]}` is not installed on this machine; run on a login node of the "
                 "cluster, or use --launcher local"
             )
 
     def free_slots(self) -> int | None:
-        """A first array may have any size, as Slurm queues it; later jobs count against ``at_once``."""
+        """The first array may have any size, as Slurm queues it; later jobs count against ``at_once``."""
         if self.at_once is None or not self.running:
             return None
         return max(0, self.at_once - len(self.running))
 
     def start(self, tasks: Mapping[str, Task]) -> None:
-        """One job, or one array of jobs, ``at_once`` of which run at a time."""
+        """Submit one job, or one array of jobs of which ``at_once`` run at a time."""
         folder = self.folder / "slurm"
         executor = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS)
         options, further = self.options, dict(self.options.further)
@@ -438,7 +438,7 @@ class SlurmJobs(Jobs):
         return {job.name: not job.has_result() and job.missed < 2 for job in self.running.values()}
 
     def _listed(self, jobs: Sequence[Job]) -> set[str] | None:
-        """Ids of those of ``jobs`` that are queued or running; None when Slurm does not answer."""
+        """Ids of the ``jobs`` that are queued or running; None when Slurm does not answer."""
         ids = sorted({job.id.split("_")[0] for job in jobs})
         command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={','.join(ids)}"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -448,7 +448,7 @@ class SlurmJobs(Jobs):
         return set(done.stdout.split())
 
     def stop(self) -> None:
-        """They continue; nothing is cancelled."""
+        """Log that the jobs continue; nothing is cancelled."""
         if self.running:
             ids = " ".join(sorted({job.id.split("_")[0] for job in self.running.values()}))
             self.log.info(

@@ -1,12 +1,12 @@
-"""`trenchcoat blocks run --parallel`: every block a job of its own, on this machine's devices or through Slurm.
+"""`trenchcoat blocks run --parallel`: one job per block, on this machine's devices or through Slurm.
 
     collect      the inputs of all blocks           local: in this process; Slurm: a job
-    train        a job for each block that is not finished, at most ``blocks.jobs`` at a time
+    train        a job for each unfinished block, at most ``blocks.jobs`` at a time
     stitch       one adapter of all blocks          local: in this process; Slurm: a job
 
-A block that fails is tried once more. This process locks the run's folder while blocks are trained, and each job its
-own block's; a block that another process has locked is waited for. After the launcher is stopped or killed, the same
-command continues: finished blocks are kept, and jobs that still run are found again
+A block that fails is tried once more. This process locks the run's folder while blocks are trained, and each job locks
+its block's folder; if another process holds that lock, the job waits. After the launcher is stopped or killed, the same
+command continues: finished blocks are kept, and running jobs are found again
 (:mod:`trenchcoat.linearize.blocks.jobs`).
 """
 
@@ -36,7 +36,7 @@ from trenchcoat.runtime.runfolder import TRANSFER
 from trenchcoat.runtime.runlog import RunLog, Tracker
 
 FOLDER = "jobs"
-"""Next to the blocks' folders: the logs of the jobs, and which of them run."""
+"""Folder next to the blocks' folders: job logs, and the record of running jobs."""
 TRIES = 2
 """How often a job is started before it counts as failed."""
 STATUS_SECONDS = 30.0
@@ -49,7 +49,7 @@ def launch_blocks(recipe: Recipe) -> Outcome:
     Raises ``UserError`` naming the blocks that failed twice, ``Stopped`` after Ctrl-C or SIGTERM.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("blocks run --parallel starts processes of its own: run it without torchrun")
+        raise UsageError("blocks run --parallel starts its own processes: run it without torchrun")
     folder = blocks_folder(recipe) / FOLDER
     local = recipe.blocks.launcher == "local"
     options = None if local else parse_slurm(recipe.blocks.slurm)
@@ -64,13 +64,13 @@ def launch_blocks(recipe: Recipe) -> Outcome:
             name = f"trenchcoat-{Path(recipe.run.dir).name}"
             jobs = SlurmJobs(folder, log, options, name=name, at_once=recipe.blocks.jobs)
         if local and recipe.blocks.jobs is not None and recipe.blocks.jobs > len(devices):
-            log.info(f"blocks.jobs={recipe.blocks.jobs}, but one job a GPU is {len(devices)} here")
+            log.info(f"blocks.jobs={recipe.blocks.jobs}, but one job per GPU allows only {len(devices)} here")
         jobs.find_earlier()
         return _Launch(recipe, blocks, jobs, log).run()
 
 
 def _devices(recipe: Recipe) -> list[str]:
-    """A device for each job that may run at once, as CUDA_VISIBLE_DEVICES calls it; "" is the CPU."""
+    """One device per concurrent job, as named in CUDA_VISIBLE_DEVICES; "" is the CPU."""
     wanted, jobs = recipe.model.device, recipe.blocks.jobs
     if wanted == "cpu" or not torch.cuda.is_available():
         return [""] * (jobs or 1)
@@ -86,11 +86,11 @@ def _devices(recipe: Recipe) -> list[str]:
 
 
 def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[LayerBlock]]:
-    """The recipe for the jobs, in which nothing depends on the machine that runs them, and its blocks."""
+    """The recipe for the jobs, made independent of the machine they run on, and its blocks."""
     if recipe.blocks.launcher == "slurm":
         if recipe.blocks.size is None and not found_blocks(recipe):
             raise UserError(
-                "blocks.size is needed with the launcher slurm, because the GPUs of the jobs are not visible here: "
+                "blocks.size is required with the launcher slurm, because the jobs' GPUs are not visible here: "
                 "`trenchcoat blocks plan RECIPE --gpu-memory 80GB` computes how many layers fit"
             )
         here = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, device="cpu"))
@@ -111,19 +111,19 @@ def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[Layer
 
 @dataclass
 class _Piece:
-    """What one job does: train a block, or a step of its own."""
+    """The work of one job: training a block, or a collect or stitch step."""
 
     name: str
     title: str
     task: Task
     block: BlockFolder | None = None
     value: Any = None
-    """What the job returned, of a step."""
+    """What the job of a step returned."""
     done: bool = False
     tries: int = 0
     errors: list[str] = field(default_factory=list)
     waited_for: bool = False
-    """Whether the log has reported that another process holds it."""
+    """Whether the wait for another process that holds the block has been logged."""
 
 
 class _Launch:
@@ -151,7 +151,7 @@ class _Launch:
         running = [name for name in self.jobs.running if any(piece.name == name for piece in todo)]
         again = f"; jobs of an earlier launcher are still running: {', '.join(running)}" if running else ""
         self.log.info(
-            f"{len(pieces)} blocks as {self.jobs.kind} jobs, {len(pieces) - len(todo)} finished before{again}; logs "
+            f"{len(pieces)} blocks as {self.jobs.kind} jobs, {len(pieces) - len(todo)} already finished{again}; logs "
             f"in {self.jobs.folder}"
         )
 
@@ -164,7 +164,7 @@ class _Launch:
         return _Piece(record.directory.name, str(block), task, record, done=record.finished)
 
     def _step(self, step: Step) -> Any:
-        """What `blocks collect` or `blocks stitch` does."""
+        """Run `blocks collect` or `blocks stitch`."""
         if self.in_process:
             made = STEPS[step](self.recipe)
             if torch.cuda.is_initialized():  # jobs on the same GPU need the memory
@@ -177,7 +177,7 @@ class _Launch:
     # Jobs
 
     def _work(self, pieces: list[_Piece], total: int) -> None:
-        """Run jobs until all pieces are done; ``UserError`` when one failed twice, after the others."""
+        """Run jobs until all pieces are done; ``UserError`` at the end if one failed twice."""
         with stop_on_signals() as stop:
             try:
                 with self.log.progress("blocks" if total > 1 else pieces[0].name, total, total - len(pieces)) as shown:
@@ -192,7 +192,7 @@ class _Launch:
         if failed:
             reasons = "; ".join(f"{piece.title}: {piece.errors[-1]}" for piece in failed)
             raise UserError(
-                f"{len(failed)} of {total} jobs failed {TRIES} times: {reasons}. What is finished is kept; fix the "
+                f"{len(failed)} of {total} jobs failed {TRIES} times: {reasons}. Finished blocks are kept; fix the "
                 "cause and run the same command again"
             )
 
@@ -217,7 +217,7 @@ class _Launch:
             self._pause(stop)
 
     def _waiting(self, pieces: list[_Piece]) -> list[_Piece]:
-        """Those that are left, after as many as there are free slots were started."""
+        """Start as many pieces as there are free slots; returns those still waiting."""
         left = [p for p in pieces if not p.done and p.tries < TRIES and p.name not in self.jobs.running]
         ready = [piece for piece in left if self._free(piece)][: self.jobs.free_slots()]
         for piece in ready:
@@ -227,7 +227,7 @@ class _Launch:
         return [piece for piece in left if not piece.done and piece not in ready]
 
     def _free(self, piece: _Piece) -> bool:
-        """Whether no other process holds it; marks one that another process has finished."""
+        """Whether no other process holds the piece; marks it done if another process has finished it."""
         if piece.block is None:
             return True
         if piece.block.finished:
@@ -247,17 +247,17 @@ class _Launch:
             piece.value = job.handle.result() if piece.done else None
         elif reason is None and not self.jobs.appears(self._finished(piece.block), piece.block.directory):
             reason = (
-                f"its job succeeded, but {piece.block.directory} holds no result: is this folder shared by all nodes?"
+                f"its job succeeded, but {piece.block.directory} has no result: is this folder shared by all nodes?"
             )
         else:
             piece.done = piece.block.finished
         if piece.done:
             self.log.info(f"{piece.title}: {self._figures(piece)}")
             return
-        reason = reason or "its job succeeded, but left no result"
+        reason = reason or "its job succeeded, but wrote no result"
         piece.errors.append(f"{reason} (log {job.log})")
         piece.tries = max(piece.tries, 1)  # also for a job of an earlier launcher
-        again = "tried once more" if piece.tries < TRIES else "not tried again"
+        again = "retrying" if piece.tries < TRIES else "not retried"
         self.log.warning(f"{piece.title} failed: {piece.errors[-1]}; {again}")
 
     def _figures(self, piece: _Piece) -> str:

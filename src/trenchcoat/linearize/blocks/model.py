@@ -1,8 +1,8 @@
-"""A model in pieces: some consecutive layers, its embedding, or its head, each read from the files alone.
+"""Parts of a model, each read separately from its files: consecutive layers, the embedding, or the head.
 
-A block is a model of the same Hugging Face class with fewer layers, filled by Transformers' own loader from just the
-tensors of those layers, so families whose tensors are renamed or joined on loading work too. It is fed hidden states
-[b, T, hidden] in place of tokens and returns those after its last layer. No modelling file is edited.
+A block is a model of the same Hugging Face class with fewer layers, filled by Transformers' own loader from only the
+tensors of those layers, so families whose tensors are renamed or merged on loading work too. It takes hidden states
+[b, T, hidden] instead of tokens and returns those after its last layer. No modelling file is edited.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from trenchcoat.runtime.files import read_json, write_json
 from trenchcoat.runtime.sharding import first_elements, tensor_files
 
 BLOCK_FILE = "trenchcoat_block.json"
-"""Beside the tensors of one block copied by ``blocks shard``: which layers of which model they are."""
+"""File next to the tensors of a block copied by ``blocks shard``: which layers of which model they are."""
 
 _LAYER = re.compile(r"(?<![^.])layers\.(\d+)\.")
 _EMBEDDING_SCALES = ("embedding_multiplier",)
-"""Attributes of decoders by which they multiply embeddings, and would multiply hidden states given in their place."""
+"""Decoder attributes that scale the embeddings, and would also scale hidden states passed in their place."""
 
 Tensors = dict[str, Tensor]
 
 
 class BlockSource:
-    """The files of a model, from which any of its layers can be built alone.
+    """The files of a model, from which any range of layers can be built separately.
 
-    ``folder`` overrides where they are (a folder that ``blocks shard`` made). Raises ``UserError`` for a model without
+    ``folder`` overrides their location (a folder made by ``blocks shard``). Raises ``UserError`` for a model without
     safetensors files, a family that cannot be linearized, and 4-bit bases.
     """
 
@@ -72,12 +72,12 @@ class BlockSource:
     def plain(self) -> Any:
         """The whole model on the meta device."""
         model = meta_model(self.config)
-        attention_sites(model)  # raises for a family that cannot work
+        attention_sites(model)  # raises for an unsupported family
         return model
 
     @cached_property
     def attention(self) -> str:
-        """Name of the attention that the layers run, as the whole model would choose it."""
+        """Name of the layers' attention implementation, as the whole model would choose it."""
         asked = None if self.cfg.attention == "auto" else self.cfg.attention
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._config(0, 0), attn_implementation=asked)
@@ -95,13 +95,13 @@ class BlockSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the whole base model, the same as :func:`trenchcoat.models.identity.fingerprint` of it loaded."""
+        """Fingerprint of the whole base model, equal to :func:`trenchcoat.models.identity.fingerprint` once loaded."""
         if self.part is not None:
             return str(self.part["base_fingerprint"])
         return file_fingerprint(self.plain, self.folder, self._first_elements_when_loaded)
 
     def _first_elements_when_loaded(self, name: str, count: int) -> Tensor:
-        """Of a parameter that the files have under other names."""
+        """First elements of a parameter that is stored under other names in the files."""
         found = _LAYER.search(name)
         if found is None:
             raise UserError(f"{self.folder} has no tensor {name!r}; the model is incomplete")
@@ -121,7 +121,7 @@ class BlockSource:
     # Reading
 
     def read(self, first: int, stop: int) -> Tensors:
-        """The stored tensors of layers [first, stop), numbered from 0, in host memory of their own."""
+        """The stored tensors of layers [first, stop), numbered from 0, copied to host memory."""
         if not 0 <= first < stop <= self.layers:
             raise ValueError(f"layers [{first}, {stop}) of {self.layers}")
         names = [name for name in self._files if _layer_in(name, first, stop)]
@@ -130,13 +130,13 @@ class BlockSource:
         return {_moved(name, -first): tensor for name, tensor in self._load(names)}
 
     def _load(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:  # opened again for each, so that what was read does not stay mapped
+        for name in names:  # reopened for each tensor, so that read pages do not stay mapped
             try:
                 with safe_open(str(self._files[name]), framework="pt") as opened:
                     yield name, _own_memory(opened.get_tensor(name))
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{self._files[name]} cannot be read ({error}); run the same command again when the disk works"
+                    f"{self._files[name]} cannot be read ({error}); check the disk and run the same command again"
                 ) from error
 
     # Building
@@ -144,7 +144,7 @@ class BlockSource:
     def build(self, first: int, stop: int, tensors: Tensors) -> Any:
         """The layers [first, stop) as a model that takes ``inputs_embeds`` [b, T, hidden]; frozen, on the device.
 
-        ``tensors`` (of :meth:`read`) become its weights. Its layers keep the numbers they have in the whole model.
+        ``tensors`` (from :meth:`read`) become its weights. Its layers keep their indices in the whole model.
         """
         model = self._filled(self._config(first, stop, vocabulary=1), tensors)
         model.set_output_embeddings(nn.Identity())
@@ -159,7 +159,7 @@ class BlockSource:
         return model.to(self.device)
 
     def embedding(self) -> Any:
-        """The model without layers, whose ``last_hidden_state`` is what its first layer is given; on the host."""
+        """The model without layers, on the host; its ``last_hidden_state`` is the input of the first layer."""
         name = _name_of(self.plain, self.plain.get_input_embeddings().weight)
         model = self._filled(self._config(0, 0), dict(self._load([name])))
         decoder = decoder_of(model)
@@ -170,7 +170,7 @@ class BlockSource:
         return model
 
     def head(self) -> Any:
-        """The model without layers, fed hidden states after the last one: its final norm and its head."""
+        """The model without layers, for hidden states after the last one: its final norm and head."""
         plain = self.plain
         embedding = _name_of(plain, plain.get_input_embeddings().weight)
         head = plain.get_output_embeddings().weight
@@ -183,7 +183,7 @@ class BlockSource:
         return model.to(self.device)
 
     def _config(self, first: int, stop: int, vocabulary: int | None = None) -> Any:
-        """The config of layers [first, stop); lists with an entry a layer are cut with them."""
+        """The config of layers [first, stop); lists with one entry per layer are sliced too."""
         config = copy.deepcopy(self.config)
         for name, value in vars(self.config).items():
             if isinstance(value, list | tuple) and len(value) == self.layers and name != "architectures":
@@ -197,7 +197,7 @@ class BlockSource:
 
     def _filled(self, config: Any, tensors: Mapping[str, Tensor]) -> Any:
         attention = None if self.cfg.attention == "auto" else self.cfg.attention
-        with _quiet(), torch.random.fork_rng(devices=[]):  # what is missing is drawn at random, and dropped
+        with _quiet(), torch.random.fork_rng(devices=[]):  # missing weights are initialised at random, then dropped
             try:
                 model, found = self._class.from_pretrained(
                     None,
@@ -214,16 +214,16 @@ class BlockSource:
         if missing or found["mismatched_keys"]:
             wrong = missing or sorted(str(one) for one in found["mismatched_keys"])
             raise UserError(
-                f"{self.folder} does not hold {wrong[0]} as the model wants it; it is incomplete or damaged"
+                f"{self.folder} does not contain {wrong[0]} as the model expects it; it is incomplete or damaged"
             )
         return model.eval().requires_grad_(False)
 
     # Copying
 
     def copy_block(self, first: int, stop: int, out: Path, tokenizer: Any = None) -> None:
-        """Copy the tensors of layers [first, stop), the config and their identity to a folder.
+        """Copy the tensors of layers [first, stop), the config and the base fingerprint to a folder.
 
-        The folder can replace the model where only this block is used.
+        The folder can be used instead of the model for this block.
         """
         tensors = dict(self._load([name for name in self._files if _layer_in(name, first, stop)]))
         with files.atomic_directory(out) as partial:
@@ -246,30 +246,30 @@ class ReadAhead:
         self._next: tuple[tuple[int, int], Future[Tensors]] | None = None
 
     def start(self, first: int, stop: int) -> None:
-        """Start to read layers [first, stop)."""
+        """Start reading layers [first, stop)."""
         if self._next is None or self._next[0] != (first, stop):
             self._next = (first, stop), self._thread.submit(self.source.read, first, stop)
 
     def block(self, first: int, stop: int) -> Any:
-        """The model of layers [first, stop), from what was read ahead when these were."""
+        """The model of layers [first, stop), from the prefetched tensors if these layers were prefetched."""
         self.start(first, stop)
         assert self._next is not None
         (_, reading), self._next = self._next, None
         return self.source.build(first, stop, reading.result())
 
     def close(self) -> None:
-        """Wait for what is being read, and drop it."""
+        """Wait for pending reads and drop them."""
         self._thread.shutdown(cancel_futures=True)
         self._next = None
 
 
 def global_names(tensors: Mapping[str, Tensor], first: int) -> Tensors:
-    """Tensors of a block that begins at layer ``first`` under the names they have in the whole model."""
+    """Rename the tensors of a block that starts at layer ``first`` to their names in the whole model."""
     return {_moved(name, first): tensor for name, tensor in tensors.items()}
 
 
 def local_names(tensors: Mapping[str, Tensor], first: int, stop: int) -> Tensors:
-    """Those of the whole model's tensors that belong to layers [first, stop), numbered from 0."""
+    """The whole model's tensors that belong to layers [first, stop), with layers renumbered from 0."""
     return {_moved(name, -first): tensor for name, tensor in tensors.items() if _layer_in(name, first, stop)}
 
 
@@ -293,21 +293,21 @@ def _unscale(decoder: Any) -> None:
 
 
 def _own_memory(tensor: Tensor) -> Tensor:
-    """A copy in memory of its own that returns to the system with the tensor (a heap would keep it)."""
+    """A copy in its own memory mapping, which is returned to the system with the tensor (the heap would keep it)."""
     if not tensor.numel():
         return tensor.clone()
     pages = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):  # matrix products over small pages are slow
         pages.madvise(mmap.MADV_HUGEPAGE)
     copy_ = torch.frombuffer(pages, dtype=torch.uint8)
-    # by numpy: torch would start a team of threads for this thread, and with more threads than cores all of them sleep
+    # by numpy: torch would start an OpenMP team for this thread, and with more threads than cores all of them sleep
     np.copyto(copy_.numpy(), tensor.contiguous().view(torch.uint8).flatten().numpy())
     return copy_.view(tensor.dtype).view(tensor.shape)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the loader's report of tensors that a block rightly lacks."""
+    """Silence the loader's warnings about tensors that a block does not have by design."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,14 +1,14 @@
-"""Attention transfer over processes that each keep a range of layers: a pipeline that only runs forward.
+"""Attention transfer with a range of layers per process: a forward-only pipeline.
 
-    process 0      embeds a micro-batch, runs it through its layers, whose students learn, and sends the outputs on
-    process 1      receives them, runs them through the layers that follow, sends the outputs on
+    process 0      embeds a micro-batch, runs it through its layers while training their students, sends the outputs on
+    process 1      receives them, runs them through the next layers, sends the outputs on
     the last one   sends nothing
 
-Weights are read once. No gradient is sent back, so nothing waits for an answer, and no hidden state is kept: a process
-holds a few micro-batches of them (:mod:`trenchcoat.linearize.blocks.chain`). All processes go through the same
-micro-batches in the same order, those of the joint run, which follows from the recipe alone; each trains its layers
-with the one training loop, as if it were the only process, in a block folder of its own. What a process need not learn
-from (it is ahead of the others after a kill, or finished, or has stopped early) it runs forward and passes on.
+Weights are read once. No gradients are sent back, so no process waits for a reply, and hidden states are not stored: a
+process holds only a few micro-batches of them (:mod:`trenchcoat.linearize.blocks.chain`). All processes go through the
+micro-batches of the joint run in the same order, which follows from the recipe alone; each trains its layers with the
+ordinary training loop, as if it were the only process, in its own block folder. Micro-batches that a process does not
+train on (it is ahead of the others after a kill, finished, or stopped early) are run forward and passed on.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ from trenchcoat.training.schedules import evaluation_batches, step_batches, trai
 
 
 class Position(NamedTuple):
-    """How far a process is: optimizer steps done (-1 before the first checkpoint), and whether the evaluation that may
-    be due after them is done."""
+    """Progress of a process: optimizer steps done (-1 before the first checkpoint), and whether the evaluation due
+    after them, if any, is done."""
 
     step: int
     evaluated: bool
 
 
 FINISHED = Position(1 << 40, True)
-"""The position of a process that has nothing left to learn."""
+"""The position of a process whose training is finished."""
 
 
 class Pipeline:
-    """The transfer of a run whose blocks are divided among the processes into ``ranges``, one for each."""
+    """The transfer of a run whose layers are split into ``ranges``, one per process."""
 
     def __init__(self, run: BlockRun, ranges: Sequence[LayerBlock], *, host_memory: float) -> None:
-        """``host_memory``: bytes that this process may use. ``UserError``, the same on all processes, when a range
-        does not fit, or has blocks with different numbers of epochs."""
+        """``host_memory``: bytes that this process may use. Raises ``UserError``, the same on all processes, if a range
+        does not fit or contains blocks with different numbers of epochs."""
         self.run, self.ranges = run, list(ranges)
         self.block = self.ranges[distributed.rank()]
         self.folder = BlockFolder(run.recipe, self.block, run.identity)
@@ -77,7 +77,7 @@ class Pipeline:
         self._require_room(host_memory)
 
     def go(self) -> None:
-        """Train what is left. Raises ``Stopped`` after Ctrl-C on any process, ``ProcessLost`` when another failed."""
+        """Train what is left. Raises ``Stopped`` after Ctrl-C on any process, ``ProcessLost`` if another failed."""
         run = self.run
         positions = self._positions()
         if min(positions) == FINISHED:
@@ -105,7 +105,7 @@ class Pipeline:
             torch.cuda.empty_cache()
 
     def _work(self, feed: Feed, position: Position, *, start: bool) -> tuple[int, UserError | None]:
-        """This process's part; the code it ended with, and its own failure."""
+        """Run this process's part; returns the code it ended with, and its failure if any."""
         try:
             with distributed.alone():
                 self._train(feed, position, start=start)
@@ -143,10 +143,10 @@ class Pipeline:
         if anybody:
             raise Stopped
 
-    # Before it begins
+    # Before training
 
     def _settings(self, block: LayerBlock) -> TransferConfig:
-        """Of a range's training: those of its first block."""
+        """Training settings of a range: those of its first block."""
         return self.run.stage(next(one for one in self.run.blocks if one.first == block.first))
 
     def _require_common_epochs(self) -> None:
@@ -156,9 +156,9 @@ class Pipeline:
             given = {epochs[number] for number in members}
             if len(given) > 1:
                 raise UserError(
-                    f"blocks.epochs gives blocks {members[0]} to {members[-1]} {sorted(given)} epochs, and with "
-                    f"blocks.ranks=pipeline process {held.number} trains them together: give them one number, or set "
-                    "blocks.ranks=data"
+                    f"blocks.epochs gives blocks {members[0]} to {members[-1]} {sorted(given)} epochs, but with "
+                    f"blocks.ranks=pipeline process {held.number} trains them together: give them the same number, or "
+                    "set blocks.ranks=data"
                 )
 
     def _require_room(self, host_memory: float) -> None:
@@ -170,7 +170,7 @@ class Pipeline:
         free = torch.cuda.mem_get_info(run.source.device)[0] if on_gpu else host_memory
         short = (with_reserve(needed) if on_gpu else needed) > free
         shortage = distributed.first_of(
-            f"{layers} layers a process need {gib(needed)}, and process {distributed.rank()} has {gib(free)} free: "
+            f"{layers} layers per process need {gib(needed)}, but process {distributed.rank()} has {gib(free)} free: "
             "start more processes (torchrun --nproc_per_node), lower transfer.batch_size, or set blocks.ranks=data, "
             "which holds one block at a time"
             if short
@@ -180,7 +180,7 @@ class Pipeline:
             raise UserError(shortage)
 
     def _positions(self) -> list[Position]:
-        """How far each process is; a collective."""
+        """The position of each process; a collective."""
         mine, size, rank = self._position(), distributed.size(), distributed.rank()
         numbers = [0.0] * (2 * size)
         numbers[2 * rank : 2 * rank + 2] = float(mine.step), float(mine.evaluated)
@@ -191,7 +191,7 @@ class Pipeline:
         kept = set(self.run.recipe.student.keep_softmax)
         if self.folder.finished or kept.issuperset(range(self.block.first, self.block.stop)):
             return FINISHED
-        # fit reads the same one, and warns about damaged ones
+        # fit reads the same checkpoint, and warns about damaged ones
         found = checkpoints.newest_checkpoint(self.folder.directory / "checkpoints" / TRANSFER, lambda text: None)
         if found is None:
             return Position(-1, False)
@@ -203,20 +203,20 @@ class Pipeline:
         row = run.recipe.data.seq_len * run.source.hidden * run.source.dtype.itemsize
         most = 2 * QUEUED + 1
         run.log.info(
-            f"pipeline: {len(self.ranges)} processes hold the layers {ranges}, and pass hidden states on; each has at "
-            f"most {most} micro-batches of them at a time ({tera(most * run.cfg.batch_size * row)})"
+            f"pipeline: {len(self.ranges)} processes hold layers {ranges}; each buffers at most {most} micro-batches "
+            f"of hidden states ({tera(most * run.cfg.batch_size * row)})"
         )
         if max(positions).step >= 0:
             steps = [
                 "finished" if one == FINISHED else f"step {one.step}" if one.step >= 0 else "new" for one in positions
             ]
             at = ", ".join(steps)
-            run.log.info(f"pipeline: continuing; the processes are at: {at}. Those ahead only pass hidden states on")
+            run.log.info(f"pipeline: continuing; the processes are at: {at}. Those ahead only forward hidden states")
 
 
 def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position, *, start: bool) -> Iterator[BatchKey]:
-    """All micro-batches after ``first`` that a process with one of ``settings`` (which differ in epochs alone) asks
-    for, in the order in which it does; ``start``: first the rows that initial values come from."""
+    """All micro-batches after ``first`` that a process with any of ``settings`` (which differ only in epochs) requests,
+    in order; with ``start``, the rows for the initial values come first."""
     cfg = settings[0]
     lengths = [training_length(one, len(text)) for one in settings]
     micro_batches, ends = max(number for number, _ in lengths), {steps for _, steps in lengths}
@@ -233,8 +233,8 @@ def schedule(text: Batches, settings: Sequence[TransferConfig], first: Position,
 class Feed(TextOrder):
     """The data of ``fit``, as it arrives through the chain.
 
-    Micro-batches of the schedule that are not asked for are run forward and passed on. ``Interrupted`` is raised when
-    the processes stop, ``Closed`` when one of them has failed or all are done.
+    Scheduled micro-batches that are not requested are run forward and passed on. Raises ``Interrupted`` when the
+    processes stop, ``Closed`` when one of them has failed or all are done.
     """
 
     def __init__(self, run: BlockRun, chain: Chain, model: Any, items: Iterator[BatchKey], stop: StopSignal) -> None:
@@ -254,20 +254,20 @@ class Feed(TextOrder):
         return self._get(BatchKey(VALIDATION, index))
 
     def start(self, fresh: bool) -> None:
-        """The rows that initial values come from; ``fresh``: this process's students want them."""
+        """Process the rows for the initial values; ``fresh``: this process's students still need them."""
         batch = self._on_device(self._take(next(self._items)))
         if fresh:
             initialise_from_text(self.model, batch)
         self._pass_on(BatchKey(START, 0), batch)
 
     def pass_outputs(self, batch: Batch, hidden_bTd: Tensor) -> None:
-        """Send the outputs for the micro-batch that was asked for last, once."""
+        """Send the outputs of the last requested micro-batch, once."""
         if self._at is not None and not self.chain.last:
             self.chain.send(self._at, hidden_bTd, batch["attention_mask"])
         self._at = None
 
     def rest(self) -> None:
-        """Pass on all that is left."""
+        """Pass on all remaining micro-batches."""
         self._resting = True
         self.chain.done()
         for item in self._items:
@@ -280,7 +280,7 @@ class Feed(TextOrder):
                 self._at = item
                 return batch
             self._pass_on(item, self._on_device(batch))
-        raise RuntimeError(f"micro-batch {wanted} is not among those that the processes have agreed on")
+        raise RuntimeError(f"micro-batch {wanted} is not in the common schedule of the processes")
 
     def _take(self, item: BatchKey) -> Batch:
         try:
@@ -295,7 +295,7 @@ class Feed(TextOrder):
         return {"inputs_embeds": found.hidden_bTd, "attention_mask": found.padding_bT}
 
     def _check_for_stop(self) -> None:
-        """On the first process: whether all should end here. On the others: forward a request to stop to it."""
+        """On the first process: whether all processes should end here. On the others: send it any stop request."""
         if not self.chain.first:
             if self._stop.requested and not self._asked:
                 self._asked = True

@@ -2,13 +2,13 @@
 
     for each pass over the rows:
         embed them
-        for each block:      load it (the next one is read meanwhile); all its optimizer steps on this pass's
-                             micro-batches; its outputs, the teacher's, are the next block's inputs; free it
+        for each block:      load it (prefetching the next one); run all its optimizer steps on this pass's
+                             micro-batches; its (teacher) outputs are the next block's inputs; free it
 
-The transfer is teacher-forced and layers learn alone, so this gives the students of the joint run, bit for bit on one
-device in float32. Students and their optimizer are kept in the stage's checkpoints while other blocks are trained. A
-killed run continues from them: the files on disk determine which block is next in which pass, and lost hidden states
-are computed again. :mod:`trenchcoat.linearize.blocks.stages` has the commands that use this.
+The transfer is teacher-forced and layers learn independently, so this gives the students of the joint run, bit for bit
+on one device in float32. Students and their optimizer are kept in the stage's checkpoints while other blocks are
+trained. A killed run continues from them: the files on disk determine the next block and pass, and lost hidden states
+are recomputed. :mod:`trenchcoat.linearize.blocks.stages` has the commands that use this.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from trenchcoat.training.objectives import forward_decoder, initialise_from_text
 from trenchcoat.training.schedules import training_length
 
 COLLECTED = "collected"
-"""Folder, among those of hidden states, of the boundaries that ``blocks collect`` keeps."""
+"""Subfolder, in the hidden-states folder, of the boundaries that ``blocks collect`` stores."""
 
 
 class BlockRun:
@@ -58,7 +58,7 @@ class BlockRun:
         *,
         start: Batch | None = None,
     ) -> None:
-        """``start``: the batch that initial values come from, for students that want one."""
+        """``start``: the batch for the initial values, for students that need one."""
         assert recipe.transfer is not None  # checked when the run was opened
         self.recipe, self.cfg = recipe, recipe.transfer
         self.source, self.text, self.blocks, self.log = source, text, list(blocks), log
@@ -70,7 +70,7 @@ class BlockRun:
 
     @cached_property
     def identity(self) -> BlockIdentity:
-        """What the blocks of this run have in common."""
+        """What all blocks of this run must have in common."""
         return BlockIdentity(self.source.fingerprint, self.text.fingerprint, self.source.layers)
 
     @cached_property
@@ -79,7 +79,7 @@ class BlockRun:
         return [training_length(self.stage(block), len(self.text))[1] for block in self.blocks]
 
     def stage(self, block: LayerBlock) -> TransferConfig:
-        """The settings of one block's training."""
+        """Training settings of one block."""
         epochs = self.recipe.blocks.epochs
         return dataclasses.replace(self.cfg, epochs=epochs[block.number]) if epochs else self.cfg
 
@@ -96,14 +96,14 @@ class BlockRun:
     # Rows and where their hidden states are
 
     def rows(self, span: Span, *, of_all: bool = False) -> PassRows:
-        """The rows of a pass on this process; ``of_all``: those of the other processes too."""
+        """The rows of a pass on this process; with ``of_all``, also those of the other processes."""
         start = self.start if span.first == 0 else None
         return PassRows(span, self.text, self.cfg, totals=self.totals, start=start, of_all=of_all)
 
     def states(self, rows: PassRows, boundary: int, folder: Path | None, *, share: bool = False) -> HiddenStates:
-        """Hidden states before block ``boundary``: in memory, or in ``folder``, where earlier ones are found again.
+        """Hidden states before block ``boundary``: in memory, or in ``folder``, reusing those already there.
 
-        ``share``: the processes fill the folder together, each some of its files.
+        ``share``: the processes fill the folder together, each writing some of its files.
         """
         shape = HiddenShape(rows.rows, rows.tokens, self.source.hidden, self.source.dtype)
         if folder is None:
@@ -128,7 +128,7 @@ class BlockRun:
     # One block
 
     def load(self, number: int, following: int | None) -> Any:
-        """The model of a block; the tensors of ``following`` are read in the background."""
+        """The model of a block; prefetches the tensors of ``following`` in the background."""
         block = self.blocks[number]
         model = self.ahead.block(block.first, block.stop)
         if following is not None:
@@ -139,7 +139,7 @@ class BlockRun:
     def train(
         self, number: int, model: Any, rows: PassRows, states: HiddenStates, out: HiddenStates | None
     ) -> FitResult:
-        """Train a block on a pass; its outputs go to ``out`` on the way. Raises ``Stopped`` after Ctrl-C."""
+        """Train a block on a pass, writing its outputs to ``out``. Raises ``Stopped`` after Ctrl-C."""
         block, folder = self.blocks[number], self.folders[number]
         self.make_ready(model, block)
         if rows.start and self.steps_done[number] < 0:
@@ -160,7 +160,7 @@ class BlockRun:
         return result
 
     def make_ready(self, model: Any, block: LayerBlock) -> None:
-        """Fresh students in transfer mode; nothing else of the model is trained."""
+        """Attach fresh students in transfer mode and freeze the rest of the model."""
         self.attach(model, block)
         set_mode(model, "transfer")
         freeze_for_transfer(model)
@@ -177,8 +177,8 @@ class BlockRun:
         stop: StopSignal | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> FitResult:
-        """Train a model of layers and keep its record in ``folder``, ``facts`` included; ``outputs``
-        gets the hidden states after the last layer. Raises ``Stopped`` after Ctrl-C, or when ``stop`` is requested."""
+        """Train a model of some layers and keep its record, including ``facts``, in ``folder``; ``outputs`` gets the
+        hidden states after the last layer. Raises ``Stopped`` after Ctrl-C, or when ``stop`` is requested."""
         with folder.log(self.log) as log:
             distributed.from_main(folder.begin)
             objective = transfer_objective(self.cfg, outputs)
@@ -194,14 +194,14 @@ class BlockRun:
         return result
 
     def attach(self, model: Any, block: LayerBlock) -> None:
-        """Put fresh students into a block's model, the same that the whole model would get."""
+        """Attach fresh students to a block's model, identical to those of the whole model."""
         student = self.recipe.student
         kept = tuple(index for index in student.keep_softmax if block.first <= index < block.stop)
         torch.manual_seed(self.recipe.run.seed)
         attach_students(model, dataclasses.replace(student, keep_softmax=kept))
 
     def _flops_per_token(self, model: Any) -> float | None:
-        """Of a training step; counted once for each number of layers."""
+        """FLOPs per token of a training step; computed once per number of layers."""
         layers = int(model.config.num_hidden_layers)
         if layers not in self._flops:
             student = dataclasses.replace(self.recipe.student, keep_softmax=())
@@ -216,8 +216,8 @@ class BlockRun:
         out: HiddenStates,
         wanted: list[list[int]] | None = None,
     ) -> None:
-        """Write the outputs of a block with the model's own attention to ``out``, for the ``wanted`` groups of rows
-        (default: all) that are missing there."""
+        """Write a block's outputs with the model's original attention to ``out``, for those of the ``wanted`` groups of
+        rows (default: all) that are missing there."""
         if students_of(model):
             set_mode(model, "teacher")
         for group in rows.groups_missing(out, wanted):
@@ -226,7 +226,7 @@ class BlockRun:
         out.finish()
 
     def embed(self, rows: PassRows, out: HiddenStates, wanted: list[list[int]]) -> None:
-        """Write the hidden states of ``wanted`` groups before the first layer to ``out``."""
+        """Write the embeddings of the ``wanted`` groups (inputs of the first layer) to ``out``."""
         groups = rows.groups_missing(out, wanted)
         if groups:
             model = self.source.embedding()
@@ -234,10 +234,10 @@ class BlockRun:
                 out.write(group, forward_decoder(model, rows.text(group)))
         out.finish()
 
-    # Which blocks a pass still has to train
+    # Blocks that a pass still has to train
 
     def trained(self, number: int, span: Span) -> bool:
-        """Whether a block has done its steps of a pass; the last pass is done when its record is complete."""
+        """Whether a block has done its steps of a pass; its last pass is done once its record is complete."""
         before_its_end = span.until < self.totals[number]
         return self.folders[number].finished or (before_its_end and self.steps_done[number] >= span.until)
 
@@ -247,12 +247,12 @@ class BlockRun:
         return any(index not in kept for index in range(block.first, block.stop))
 
     def to_train(self, span: Span) -> list[int]:
-        """Blocks that have steps of a pass left, in order."""
+        """Blocks with steps left in a pass, in order."""
         return [n for n in range(len(self.blocks)) if self.learns(n) and not self.trained(n, span)]
 
 
 class Stream:
-    """Passes through the blocks; ``place`` is the folder of hidden states, None to keep them in memory."""
+    """Runs passes through the blocks; ``place`` is the folder of hidden states, None to keep them in memory."""
 
     def __init__(self, run: BlockRun, place: Path | None) -> None:
         self.run, self.place = run, place
@@ -261,7 +261,7 @@ class Stream:
         return None if self.place is None else self.place / span.folder
 
     def _states(self, rows: PassRows, boundary: int) -> HiddenStates:
-        """Hidden states before a block in a pass, including those that exist already."""
+        """Hidden states before a block in a pass, including those that already exist."""
         folder = self._pass_folder(rows.span)
         if folder is not None:
             folder = (
@@ -270,7 +270,7 @@ class Stream:
         return self.run.states(rows, boundary, folder)
 
     def remove_stale(self, passes: Sequence[Span]) -> None:
-        """Delete hidden states of passes that are none of ``passes``."""
+        """Delete hidden states of passes that are not in ``passes``."""
         if self.place is None or not self.place.is_dir() or not distributed.is_main():
             return
         names = {span.folder for span in passes}
@@ -279,7 +279,7 @@ class Stream:
                 shutil.rmtree(path, ignore_errors=True)
 
     def go(self, span: Span) -> None:
-        """Train every block on one pass, or what is left of it. Raises ``Stopped`` after Ctrl-C."""
+        """Train every block on one pass, or on what is left of it. Raises ``Stopped`` after Ctrl-C."""
         run = self.run
         wanted = run.to_train(span)
         if wanted:
@@ -298,7 +298,7 @@ class Stream:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _block(self, rows: PassRows, number: int, states: HiddenStates, *, last: int, train: bool) -> HiddenStates:
-        """One block; returns the states after it (those before it when it is the last)."""
+        """Run one block; returns the states after it (before it, if it is the last)."""
         run = self.run
         out = None if number == last else self._states(rows, number + 1)
         model = run.load(number, number + 1 if number < last else None)
@@ -311,7 +311,7 @@ class Stream:
         return out
 
     def _inputs(self, rows: PassRows, boundary: int) -> HiddenStates:
-        """The hidden states before a block: found on disk, or computed from the nearest ones that are."""
+        """The hidden states before a block: from disk, or computed from the nearest earlier ones that are there."""
         below = self._states(rows, boundary)
         wanted = rows.groups_missing(below)
         start = boundary
@@ -342,17 +342,17 @@ class Collection:
         return self.run.rows(self.span, of_all=True)
 
     def states(self, boundary: int, *, share: bool = True) -> HiddenStates:
-        """Those before a block, including those that exist already."""
+        """Hidden states before a block, including those that already exist."""
         return self.run.states(self.rows, boundary, self.folder / f"boundary-{boundary:03d}", share=share)
 
     @property
     def bytes(self) -> int:
-        """Of all the hidden states."""
+        """Bytes of all hidden states."""
         shape = HiddenShape(self.rows.rows, self.rows.tokens, self.run.source.hidden, self.run.source.dtype)
         return len(self.run.blocks) * shape.bytes
 
     def fill(self, until: int) -> HiddenStates:
-        """Compute what is missing of the states before the blocks up to ``until``; returns the last of them."""
+        """Compute the missing states before blocks 0 to ``until``; returns those before ``until``."""
         run, rows = self.run, self.rows
         states = self.states(0)
         run.embed(rows, states, rows.groups)
@@ -371,14 +371,14 @@ class Collection:
         return states
 
     def train(self, number: int) -> None:
-        """Train one block from what was collected; what is lost or damaged of its inputs is computed again."""
+        """Train one block on its collected inputs; lost or damaged ones are recomputed."""
         run = self.run
         if run.folders[number].finished:
             return
         states = self.states(number, share=False)
         if self.rows.groups_missing(states):
             states.close()
-            run.log.warning(f"the inputs of {run.blocks[number]} are not complete: they are collected first")
+            run.log.warning(f"the inputs of {run.blocks[number]} are incomplete: collecting them first")
             states = self.fill(number)
         run.train(number, run.load(number, None), self.rows, states, None)
         states.close()

@@ -1,4 +1,4 @@
-"""Scores of the teacher and of its linearized students with one block in memory at a time."""
+"""Scores of the teacher and the linearized model, with one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from trenchcoat.training.objectives import forward_decoder
 def score_blocks(
     run: BlockRun, weights: Mapping[str, Tensor], text: EvalRows, *, batch_size: int
 ) -> tuple[Scores, Scores]:
-    """(teacher, students) on N rows of text; ``weights`` are the students' parameters of the whole model.
+    """(teacher, students) scores on N rows of text; ``weights`` are the parameters of all students.
 
-    Both runs go through the blocks together, so weights are read once; 2 N T d hidden states are in memory.
+    Both models go through the blocks together, so weights are read once; 2 N T d numbers are held in memory.
     """
     window = run.recipe.student.window
     teacher = forward_decoder(run.source.embedding(), {"input_ids": text.ids})
@@ -47,14 +47,14 @@ def score_blocks(
 
 
 def _through(model: nn.Module, states_NTd: Tensor, parts: list[slice], device: torch.device) -> None:
-    """Replace every row by the output of the layers of ``model``."""
+    """Replace every row in place by the output of ``model``'s layers."""
     for part in parts:
         states_NTd[part] = forward_decoder(model, {"inputs_embeds": states_NTd[part].to(device)}).to("cpu")
 
 
 class _Head(nn.Module):
-    """The vocabulary head in the form of a model of tokens, for :func:`trenchcoat.evaluation.scoring.score`; it reads
-    the given states in order."""
+    """The vocabulary head with the interface of a causal LM, for :func:`trenchcoat.evaluation.scoring.score`; it
+    ignores the token values and uses the given states in order."""
 
     def __init__(self, head: Any, states_NTd: Tensor, batch_size: int) -> None:
         super().__init__()

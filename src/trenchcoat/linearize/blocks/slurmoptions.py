@@ -1,7 +1,7 @@
 """The setting ``blocks.slurm``: options of sbatch, checked before anything is submitted.
 
-The names are sbatch's long options (https://slurm.schedmd.com/sbatch.html), with ``-`` or ``_``. Those that say how a
-job is started, and where its output goes, are the launcher's own; ``setup`` is a line of shell that runs first.
+The names are sbatch's long options (https://slurm.schedmd.com/sbatch.html), with ``-`` or ``_``. Options for how a job
+is started and where its output goes are reserved for the launcher; ``setup`` is a shell command that runs first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from trenchcoat.config import UsageError
 
 DEFAULT_MINUTES = 720
-"""Time limit of a job; it is queued again when it is reached."""
+"""Time limit of a job; a job that reaches it is requeued."""
 
 _COUNTS = {"cpus_per_task", "cpus_per_gpu", "gpus_per_node"}
 _FLAGS = {"exclusive", "oversubscribe", "contiguous"}
@@ -28,39 +28,39 @@ _OURS = {
     "array": "blocks.jobs says how many blocks are trained at once",
     **dict.fromkeys(("nodes", "ntasks", "ntasks_per_node"), "a block is trained by one process on one GPU"),
     **dict.fromkeys(("output", "error", "open_mode"), "logs go to blocks/jobs in the run's folder"),
-    "signal": "jobs need a signal of their own before the time is over",
+    "signal": "the launcher sets its own signal before the time limit",
     "chdir": "jobs run where the launcher was started, so that the recipe's paths are the same",
-    "dependency": "the launcher submits a step when the one before it is done",
+    "dependency": "the launcher submits each step when the previous one is done",
 }
 _GPU_ASKED = {"gres", "gpus", "gpus_per_task", "gpus_per_node"}
-"""Options by which a job asks for its GPU; without any, one is asked for."""
+"""Options that request GPUs; without any of them, one GPU is requested."""
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What ``blocks.slurm`` asks for."""
+    """The parsed ``blocks.slurm`` options."""
 
     minutes: int
     """Time limit of a job."""
     gpus: int | None
-    """`--gpus-per-node`; None when other options ask for the GPU, or for none."""
+    """`--gpus-per-node`; None if other options request the GPU, or if none is requested."""
     cpus: int | None
     """`--cpus-per-task`."""
     setup: tuple[str, ...]
-    """Lines of shell before the job."""
+    """Shell commands to run before the job."""
     further: dict[str, Any]
     """Other options, under sbatch's names; a flag is True."""
 
 
 def parse_slurm(given: Sequence[str]) -> SlurmOptions:
-    """Read ``name=value`` options; raises ``UsageError`` for one that is unknown, repeated or the launcher's."""
+    """Parse ``name=value`` options; raises ``UsageError`` for an unknown, repeated or reserved one."""
     found: dict[str, Any] = {}
     setup: list[str] = []
     for item in given:
         name, equals, value = item.partition("=")
         name, value = name.strip().lstrip("-").replace("-", "_"), value.strip()
         if not equals or not name or not value or "\n" in value:
-            raise UsageError(f"blocks.slurm holds {item!r}: expected name=value, such as partition=gpu or time=240")
+            raise UsageError(f"blocks.slurm has {item!r}: expected name=value, such as partition=gpu or time=240")
         _check_name(name)
         if name == "setup":
             setup.append(value)
@@ -79,7 +79,7 @@ def parse_slurm(given: Sequence[str]) -> SlurmOptions:
 
 def _check_name(name: str) -> None:
     if name in _OURS:
-        raise UsageError(f"blocks.slurm: {name} is the launcher's own: {_OURS[name]}")
+        raise UsageError(f"blocks.slurm: {name} is set by the launcher: {_OURS[name]}")
     known = _COUNTS | _FLAGS | _TEXTS
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -103,10 +103,10 @@ def _value(name: str, value: str) -> Any:
 
 
 def _minutes(value: str) -> int:
-    """Slurm's forms of a time, in minutes (rounded up): m, m:s, h:m:s, d-h, d-h:m, d-h:m:s."""
+    """A Slurm time in minutes (rounded up): m, m:s, h:m:s, d-h, d-h:m or d-h:m:s."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value)
     if match is None:
-        raise UsageError(f"blocks.slurm: time must be minutes, or as in 12:00:00 or 2-00 (days-hours), got {value!r}")
+        raise UsageError(f"blocks.slurm: time must be minutes, or like 12:00:00 or 2-00 (days-hours), got {value!r}")
     days, *rest = match.groups()
     numbers = [int(part) for part in rest if part is not None]
     if days is not None:

@@ -1,4 +1,4 @@
-"""What each of the `trenchcoat blocks` commands does; see :mod:`trenchcoat.linearize.blocks.run` for how."""
+"""The `trenchcoat blocks` commands; :mod:`trenchcoat.linearize.blocks.run` does the work."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ from trenchcoat.students import student_class
 from trenchcoat.training.schedules import evaluation_batches, training_length
 
 FREE_SHARE = 0.8
-"""The share of the free memory that hidden states, and weights read ahead, may take."""
+"""Fraction of the free memory available to hidden states and prefetched weights."""
 
 
 # The commands
 
 
 def run_blocks(recipe: Recipe) -> Outcome:
-    """The whole transfer, then stitch: streamed, one block in memory at a time, or (`blocks.ranks=pipeline`) every
-    process with layers of its own. The same command continues."""
+    """The whole transfer, then stitch: streamed, one block in memory at a time, or (`blocks.ranks=pipeline`) with a
+    range of layers per process. Running the same command again continues."""
     if recipe.blocks.ranks == "pipeline":
         with open_blocks(recipe, cut_for="ranges") as work:
             Pipeline(work, divide(work.blocks, distributed.size()), host_memory=_host_memory()).go()
@@ -74,7 +74,7 @@ def run_blocks(recipe: Recipe) -> Outcome:
 
 
 def stream_blocks(work: BlockRun) -> None:
-    """Stream what is left of the transfer."""
+    """Stream the rest of the transfer."""
     if all(work.folders[number].finished for number in range(len(work.blocks)) if work.learns(number)):
         return
     distributed.from_main(lambda: require_free(work.folders))
@@ -88,7 +88,7 @@ def stream_blocks(work: BlockRun) -> None:
 
 
 def collect_inputs(recipe: Recipe) -> Outcome:
-    """Keep the inputs of every block on disk, for `train`: one pass of the teacher alone."""
+    """Store the inputs of every block on disk, for `train`: one pass of the teacher alone."""
     with open_blocks(recipe) as work:
         collection = Collection(work, hidden_folder(recipe))
         _require_disk(recipe, collection)
@@ -97,11 +97,11 @@ def collect_inputs(recipe: Recipe) -> Outcome:
 
 
 def train_block(recipe: Recipe, number: int, weights: Path | None = None) -> Outcome:
-    """Train one block from collected inputs, alone; ``weights`` is a folder that `shard` made of it."""
+    """Train a single block on collected inputs; ``weights`` is its folder made by `shard`."""
     with open_blocks(recipe, block=number, weights=weights) as work:
         block = work.blocks[number]
         if not work.learns(number):
-            return Outcome((f"{block} has only layers that student.keep_softmax leaves as they are",))
+            return Outcome((f"nothing to train in {block}: student.keep_softmax keeps all its layers",))
         distributed.from_main(work.folders[number].begin)
         Collection(work, hidden_folder(recipe)).train(number)
         facts = work.folders[number].result()
@@ -110,7 +110,7 @@ def train_block(recipe: Recipe, number: int, weights: Path | None = None) -> Out
 
 
 def shard_blocks(recipe: Recipe, out: Path) -> Outcome:
-    """Copy each block's tensors, the tokenizer and the config into a folder of its own."""
+    """Copy each block's tensors, with the tokenizer and the config, into a separate folder."""
     source = BlockSource(recipe.model)
     tokenizer = load_tokenizer(recipe.model, model_source(recipe.model))
     blocks = cut(source.layers, _size(recipe, source))
@@ -124,7 +124,7 @@ def shard_blocks(recipe: Recipe, out: Path) -> Outcome:
 
 
 def stitch_blocks(recipe: Recipe) -> Outcome:
-    """Make one adapter of all blocks, as the joint run leaves it, and score it."""
+    """Combine all blocks into one adapter, as the joint run would write it, and score it."""
     with open_blocks(recipe, cut_for="any") as work:
         return _stitched(work)
 
@@ -132,7 +132,7 @@ def stitch_blocks(recipe: Recipe) -> Outcome:
 def checked_blocks(recipe: Recipe, share: int = 1) -> list[LayerBlock]:
     """The blocks of a recipe, checked against its settings and the run's folder; nothing is locked or written.
 
-    ``share``: how many processes will share this machine's memory, where that decides the size.
+    ``share``: number of processes that will share this machine's memory, used when the size is chosen automatically.
     """
     require_ranks(recipe, "blocks")
     check_recipe(recipe)
@@ -168,9 +168,9 @@ def open_blocks(
     weights: Path | None = None,
     cut_for: Literal["blocks", "ranges", "any"] = "blocks",
 ) -> Iterator[BlockRun]:
-    """The blocks of a recipe, their text and log, with the folder locked: of the run, or of one ``block``.
+    """Open the blocks of a recipe with their text and log, locking the run's folder or that of one ``block``.
 
-    ``cut_for``: the run's folder may hold these blocks, the processes' ``ranges`` of them, or ``any``.
+    ``cut_for``: what the run's folder may hold: these ``blocks``, the processes' ``ranges`` of them, or ``any``.
     """
     transfer = check_recipe(recipe)
     require_ranks(recipe, cut_for)
@@ -195,7 +195,7 @@ def open_blocks(
 
 
 def _record(run: OpenRun, source: BlockSource, blocks: Sequence[LayerBlock]) -> None:
-    """Record the recipe in the run's folder and log what is run."""
+    """Record the recipe in the run's folder and log the run's settings."""
     recipe = run.recipe
     distributed.from_main(lambda: run.folder.begin(TRANSFER, recipe, {}))
     run.log.write_recipe(dump_recipe(recipe))
@@ -207,9 +207,9 @@ def _record(run: OpenRun, source: BlockSource, blocks: Sequence[LayerBlock]) -> 
 
 
 def _size(recipe: Recipe, source: BlockSource, share: int = 1) -> int:
-    """Layers a block: as asked for, one in a pipeline, as the run's folder has them, or as many as the device takes.
+    """Layers per block: as set, 1 for a pipeline, as in the run's folder, or as many as fit the device.
 
-    ``share`` processes divide the host's memory.
+    ``share`` processes share the host's memory.
     """
     found = found_blocks(recipe)
     if recipe.blocks.ranks == "pipeline" and recipe.blocks.size is None:
@@ -230,22 +230,22 @@ def _host_memory() -> float:
     return math.inf if free is None else FREE_SHARE * free / distributed.world().local_size
 
 
-# What is refused before anything begins
+# Checks before anything starts
 
 
 def check_recipe(recipe: Recipe) -> TransferConfig:
-    """The recipe's transfer; raises ``UserError`` for settings with which nothing can be done by blocks."""
+    """The recipe's transfer settings; raises ``UserError`` for settings that blocks do not support."""
     if recipe.transfer is None:
         raise UserError("transfer=null: without attention transfer there are no blocks to train")
     if recipe.data.select != "none":
         raise UserError(
-            f"data.select={recipe.data.select} looks at the text with the whole model, which blocks never load: leave "
+            f"data.select={recipe.data.select} scores the text with the whole model, which blocks never load: leave "
             "it out, or give the selected rows as a file"
         )
     if recipe.model.quantize != "none":
         raise UserError(
-            f"model.quantize={recipe.model.quantize}: blocks are read as they are stored. Leave it out here, and set "
-            "it for `trenchcoat finetune`, which goes on over a 4-bit base"
+            f"model.quantize={recipe.model.quantize}: blocks are read as stored. Leave it out here, and set it for "
+            "`trenchcoat finetune`, which continues on a 4-bit base"
         )
     check_names(recipe)
     return recipe.transfer
@@ -256,7 +256,7 @@ def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) 
     epochs, kept = recipe.blocks.epochs, recipe.student.keep_softmax
     if epochs and len(epochs) != len(blocks):
         raise UserError(
-            f"blocks.epochs has {len(epochs)} entries, and there are {len(blocks)} blocks: give one for each"
+            f"blocks.epochs has {len(epochs)} entries, but there are {len(blocks)} blocks: give one for each"
         )
     if kept and max(kept) >= source.layers:
         raise UserError(f"student.keep_softmax names layer {max(kept)}, but the layers are 0..{source.layers - 1}")
@@ -265,7 +265,7 @@ def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) 
 
 
 def check_found(recipe: Recipe, blocks: list[LayerBlock], cut_for: str) -> None:
-    """Raise ``UserError`` when the run's folder holds blocks with other limits."""
+    """Raise ``UserError`` when the run's folder holds blocks with other boundaries."""
     if cut_for == "any":
         return
     asked = f"blocks.size={recipe.blocks.size}"
@@ -277,20 +277,20 @@ def check_found(recipe: Recipe, blocks: list[LayerBlock], cut_for: str) -> None:
         if (found.first, found.stop) not in known:
             fix = "start as many processes as before" if cut_for == "ranges" else "use its size"
             raise UserError(
-                f"{blocks_folder(recipe)} holds a block of layers {found.first} to {found.stop - 1}, which is none of "
-                f"those that {asked} gives: {fix}, another run.dir, or delete it"
+                f"{blocks_folder(recipe)} holds a block of layers {found.first} to {found.stop - 1}, which does not "
+                f"match {asked}: {fix}, use another run.dir, or delete it"
             )
 
 
 def require_ranks(recipe: Recipe, cut_for: str) -> None:
-    """Raise ``UserError`` when this command does not support `blocks.ranks`, or it needs more processes."""
+    """Raise ``UserError`` when this command does not support `blocks.ranks`, or needs more processes for it."""
     if recipe.blocks.ranks != "pipeline" or cut_for == "any":
         return
     if cut_for == "blocks":
-        raise UserError("blocks.ranks=pipeline is for `blocks run` only: set blocks.ranks=data for the other commands")
+        raise UserError("blocks.ranks=pipeline only works with `blocks run`: set blocks.ranks=data for other commands")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise UserError(
-            "blocks.ranks=pipeline is for several processes: start them with torchrun --nproc_per_node N, or set "
+            "blocks.ranks=pipeline needs several processes: start them with torchrun --nproc_per_node N, or set "
             "blocks.ranks=data"
         )
 
@@ -300,7 +300,7 @@ def require_free(folders: Sequence[BlockFolder]) -> None:
     for folder in folders:
         who = holder(folder.directory)
         if who is not None:
-            raise InUse(f"{folder.block} is in use by {who}. Stop it, or wait for it, as `blocks run --parallel` does")
+            raise InUse(f"{folder.block} is in use by {who}. Stop it, or wait for it with `blocks run --parallel`")
 
 
 # Choosing the passes
@@ -311,11 +311,11 @@ def _step_tokens(work: BlockRun) -> int:
 
 
 def _choose_pass(work: BlockRun) -> PassChoice:
-    """What `blocks.pass_tokens` and `blocks.hidden` mean on this machine; the same on every process."""
+    """The pass that `blocks.pass_tokens` and `blocks.hidden` give on this machine; the same on every process."""
     recipe = work.recipe
 
     def choose() -> PassChoice:
-        """On the main process: from the sizes of the run and the speeds of this machine."""
+        """On the main process: choose from the sizes of the run and the speed of this machine."""
         place = hidden_folder(recipe)
         bytes_a_token = float(work.source.hidden * work.source.dtype.itemsize)
         seq_len, batch = recipe.data.seq_len, work.cfg.batch_size
@@ -352,7 +352,7 @@ def _choose_pass(work: BlockRun) -> PassChoice:
 
 
 def _require_disk(recipe: Recipe, collection: Collection) -> None:
-    """Raise ``UserError`` when what `collect` has still to write does not fit the disk."""
+    """Raise ``UserError`` when what `collect` still has to write does not fit on the disk."""
 
     def check() -> None:
         """On the main process: compare with the free space."""
@@ -361,9 +361,9 @@ def _require_disk(recipe: Recipe, collection: Collection) -> None:
         free = free_disk(collection.folder)
         if needed > free:
             raise UserError(
-                f"the inputs of all blocks take {tera(collection.bytes)} in {collection.folder}, {tera(needed)} of "
-                f"them are still to be written and {tera(free)} are free: set blocks.hidden_dir to a larger disk, take "
-                "larger blocks (blocks.size), or use `blocks run`, which keeps the states of two boundaries at most"
+                f"the inputs of all blocks need {tera(collection.bytes)} in {collection.folder}; {tera(needed)} of it "
+                f"is still to be written and {tera(free)} is free: set blocks.hidden_dir to a larger disk, use larger "
+                "blocks (blocks.size), or use `blocks run`, which keeps the states of two boundaries at most"
             )
 
     distributed.from_main(check)
@@ -400,7 +400,7 @@ def _stitched(work: BlockRun) -> Outcome:
 
 
 def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
-    """What all blocks learned, checked, and left in the run's folder as the joint run leaves it."""
+    """The checked weights of all blocks; writes them to the run's folder as the joint run would."""
     recipe = work.recipe
     blocks = found_blocks(recipe)
     wanted = set(range(work.source.layers)) - set(recipe.student.keep_softmax)
@@ -443,7 +443,7 @@ def _status_row(record: BlockFolder, block: LayerBlock) -> list[str]:
         state = "stopped early" if result.get("early") else "finished"
         steps, loss, seconds = str(result["steps"]), f"{result['best_loss']:.4g}", in_words(result["seconds"])
     elif at is not None:
-        state, steps, loss, seconds = "begun", str(at["step"]), f"{at['loss']:.4g}", in_words(at["seconds"])
+        state, steps, loss, seconds = "started", str(at["step"]), f"{at['loss']:.4g}", in_words(at["seconds"])
     else:
         state, steps, loss, seconds = "waiting", "", "", ""
     return [str(block.number), layers, state, steps, loss, seconds, tera(_size_of(record.directory))]
