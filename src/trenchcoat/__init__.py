@@ -1,7 +1,7 @@
 """trenchcoat: pretrained softmax Transformers become linear-time, constant-memory models.
 
 Importing it registers the linearized model classes, so `AutoModelForCausalLM.from_pretrained(merged_folder)` works
-afterwards. Nothing heavy is imported before it is used.
+afterwards. Heavy dependencies are imported on first use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = [
     "students_of",
 ]
 
-_HOME = {
+_MODULE_OF = {
     "Recipe": "config",
     "StudentConfig": "config",
     "UserError": "config",
@@ -65,8 +65,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"trenchcoat.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"trenchcoat.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module 'trenchcoat' has no attribute {name!r}")
 
 

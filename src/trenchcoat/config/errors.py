@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message names the value, what was expected and the fix, in one line."""
+    """A user's mistake: the message names the value, what was expected and the fix, in one line."""
 
     reported = False
     """Whether another process has shown the message already."""

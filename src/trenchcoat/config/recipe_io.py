@@ -1,7 +1,7 @@
 """Read a recipe: a YAML file and ``key=value`` overrides become one checked ``Recipe``.
 
-Every mistake is a ``UserError`` of one line that names the field by its path (``transfer.lr``), the value found and
-what was expected; an unknown key is answered with the nearest known one. The only module that imports omegaconf.
+A mistake raises a one-line ``UserError`` with the field's path (``transfer.lr``), the value found and what was
+expected; for an unknown key it suggests the nearest known one. This is the only module that imports omegaconf.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The checked recipe of ``path``: a YAML file, a run folder, or the name of a recipe that ships with trenchcoat.
 
     ``overrides`` are ``key=value`` with the key's path (``transfer.lr=5e-3``, ``transfer=null``); values are YAML.
-    A recipe that names no ``run.dir`` runs in ``runs/<its own name>``. Raises ``UserError``.
+    Without ``run.dir``, the run's folder is ``runs/<recipe name>``. Raises ``UserError``.
     """
     file = _find(str(path))
     document = read_yaml(file, overrides)
@@ -68,12 +68,12 @@ def _find(path: str) -> Path:
     near = difflib.get_close_matches(Path(stem).name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "give the path of a YAML file or one of these names."
     raise UserError(
-        f"there is no recipe {path!r}: no such file, and the recipes that ship are {', '.join(known)}; {hint}"
+        f"there is no recipe {path!r}: no such file, and the built-in recipes are {', '.join(known)}; {hint}"
     )
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file as nested plain values, read as recipes are (``1e-4`` is a number), with ``overrides`` laid over it.
+    """A YAML file as nested plain values, parsed like a recipe (``1e-4`` is a number), with ``overrides`` applied.
 
     Raises ``UserError`` for a file that is not UTF-8, not YAML or not a mapping, and for bad overrides.
     """
@@ -114,7 +114,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """A type and everything between its brackets: of ``tuple[PositiveInt, ...] | None`` also ``int`` and its range."""
+    """A type and, recursively, its arguments: for ``tuple[PositiveInt, ...] | None`` also ``int`` and its range."""
     yield hint
     for argument in typing.get_args(hint):
         yield from _parts(argument)
@@ -155,7 +155,7 @@ def _build(cls: type, document: Any, path: str) -> Any:
 
 
 def key_hint(full: str, known: Sequence[str]) -> str:
-    """What the unknown key ``full`` was meant to be, of the dotted paths that are ``known``; completes the message."""
+    """The nearest of the ``known`` dotted paths to the unknown key ``full``, as the end of an error message."""
     head, _, key = full.rpartition(".")
     prefix = f"{head}." if head else ""
     siblings = list(dict.fromkeys(prefix + p.removeprefix(prefix).split(".")[0] for p in known if p.startswith(prefix)))
@@ -196,7 +196,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
-    if isinstance(value, bool):  # YAML 1.1 reads off, no, on and yes as truth values
+    if isinstance(value, bool):  # YAML 1.1 reads off, no, on and yes as booleans
         value = next((word for word in (("on", "yes") if value else ("off", "no")) if word in choices), value)
     if value in choices:
         return value
@@ -224,7 +224,7 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The text under each field of a dataclass, inherited fields included, as one paragraph a field."""
+    """The docstring of each field of a dataclass, inherited fields included, as one paragraph per field."""
     docs: dict[str, str] = {}
     for owner in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]).body
@@ -267,7 +267,7 @@ def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) 
 
 
 def _shown(value: Any) -> str:
-    """A default as one would type it in an override."""
+    """A default, written as in an override."""
     if isinstance(value, tuple):
         return f"[{','.join(map(_shown, value))}]"
     if isinstance(value, bool) or value is None:

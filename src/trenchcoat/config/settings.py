@@ -1,7 +1,7 @@
-"""Every setting of the system, as frozen dataclasses; a recipe is one YAML file over them.
+"""Every setting, as frozen dataclasses; a recipe is a YAML file that sets some of them.
 
-The string below a field is its help text on the command line, its type says which values it takes. What two fields
-must have in common is checked by the ``check`` method beside them, when a recipe is read.
+The string below a field is its help text on the command line, its type defines the valid values. Constraints between
+fields are checked by the ``check`` method of their class, when a recipe is read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ TEXT_HELD_OUT = 0.05
 """Share of a plain-text document held out from its end where ``data.validation_fraction`` is null."""
 
 KNOWN_FEATURE_MAPS = ["hedgehog", "hedgehog_half", "t2r", "exp", "exp_half", "elu"]
-"""Names of `student.feature_map.name`; `trenchcoat.students.feature_maps` has what they stand for, and adds yours."""
+"""Names of `student.feature_map.name`; `trenchcoat.students.feature_maps` defines them and registers yours."""
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """What the value of a field must be beyond its type, as in ``Annotated[int, Constraint(...)]``; null is exempt."""
+    """A condition on a field's value beyond its type, as in ``Annotated[int, Constraint(...)]``; null always passes."""
 
     text: str
     """Completes "must be ..."."""
@@ -65,7 +65,7 @@ LayerNames = Annotated[tuple[str, ...], Constraint("the names of one linear laye
 
 class _Section:
     def check(self, path: str) -> None:
-        """Raise ``UserError`` for fields that do not fit together; ``path`` is where the section is in the recipe."""
+        """Raise ``UserError`` for incompatible fields; ``path`` is the section's path in the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class ModelConfig(_Section):
     device: Text = "auto"
     """`auto` (a GPU when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     attention: str = "auto"
-    """The attention the teacher runs: Transformers' `sdpa`, `eager`, `flash_attention_2`, ..., or `auto`: `sdpa` where
-    the family can (gemma2 with its soft-cap and gpt_oss with its sinks cannot), else `eager`."""
+    """The teacher's attention implementation: Transformers' `sdpa`, `eager`, `flash_attention_2`, ..., or `auto`:
+    `sdpa` where the family supports it (gemma2 with its soft-cap and gpt_oss with its sinks do not), else `eager`."""
     quantize: Literal["none", "nf4"] = "none"
     """`nf4` keeps the frozen base in 4 bits through bitsandbytes (QLoRA, https://arxiv.org/abs/2305.14314)."""
 
@@ -113,7 +113,7 @@ class StudentConfig(_Section):
     """The attention that replaces softmax."""
 
     name: Text = "terrace"
-    """Name in the STUDENTS registry: `terrace`, `sliding`, `linear`, `window_sinks`, or one of your own."""
+    """Name in the STUDENTS registry: `terrace`, `sliding`, `linear`, `window_sinks`, or one that you registered."""
     window: PositiveInt = 64
     """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W."""
     feature_map: FeatureMapConfig = field(default_factory=FeatureMapConfig)
@@ -132,8 +132,8 @@ class StudentConfig(_Section):
     """Indices of layers that keep their softmax attention."""
     impl: Literal["chunkwise", "reference", "triton", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
-    devices, checked at their first use), or auto (triton on CUDA devices where the kernels can do what the student
-    asks, else chunkwise; the log says which and why)."""
+    devices, checked at their first use), or auto (triton on CUDA devices where the kernels support the student, else
+    chunkwise; the log says which and why)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class DataConfig(_Section):
 
     path: Text = "embedded"
     """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library).
-    `path[5000]` takes 5000 rows of it, always the same ones, in its order (all, where it has fewer)."""
+    `path[5000]` takes a fixed random sample of 5000 rows, in their original order (all rows if it has fewer)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: Text = "train"
@@ -152,10 +152,12 @@ class DataConfig(_Section):
     validation_rows: PositiveInt = 500
     """Rows held out from the front when there is no validation split."""
     validation_fraction: InnerShare | None = None
-    """Hold out this fraction of the rows instead of `validation_rows`; of a `.txt` file, of its end (null: 0.05)."""
+    """Hold out this fraction of the rows instead of `validation_rows`; for a `.txt` file, of the text, from its end
+    (null: 0.05)."""
     format: str = "auto"
     """Schema of a row: `alpaca` {instruction, input, output}, `chat` {conversations | messages}, `text` {text}, or one
-    of your own; `auto` looks at each row, so Long-LLM files, which mix {text} and {conversations}, need nothing."""
+    that you registered; `auto` decides row by row, so Long-LLM files, which mix {text} and {conversations}, work as
+    they are."""
     text_column: str = "text"
     """Column read by the `text` format."""
     seq_len: RowLength = 1024
@@ -163,30 +165,32 @@ class DataConfig(_Section):
     packing: Literal["across", "contiguous"] = "across"
     """`across`: samples are concatenated and cut; `contiguous`: a row holds one sample (short rows are padded)."""
     mask_prompt: bool = True
-    """alpaca and chat: only the response counts in the labels."""
+    """alpaca and chat: the loss is on the response only."""
     eos: bool = True
-    """End every sample with the tokenizer's end token; false for models that never saw one (BOS then separates)."""
+    """End every sample with the tokenizer's EOS token; false for models trained without one (BOS then separates
+    samples)."""
     max_rows: PositiveInt | None = None
     """Use only this many rows of the source (after the held-out ones)."""
     min_tokens: PositiveInt | None = None
-    """Leave out (and count) samples of fewer tokens, marks included; held-out ones too."""
+    """Drop (and count) samples with fewer tokens, BOS and EOS included; held-out samples too."""
     max_tokens: PositiveInt | None = None
-    """Leave out (and count) samples of more tokens, marks included; held-out ones too."""
+    """Drop (and count) samples with more tokens, BOS and EOS included; held-out samples too."""
     select: Literal["none", "esl"] = "none"
     """`esl` trains on the samples with the largest effective sequence length (LoLCATs, equation 9): how far back the
-    model's attention looks, over a sample's first `seq_len` tokens. One pass of the model, kept in `cache_dir`."""
+    model's attention looks, over a sample's first `seq_len` tokens. Takes one pass of the model; the scores are kept in
+    `cache_dir`."""
     select_rows: PositiveInt | None = None
-    """Training samples that `select` keeps; needed with it."""
+    """Number of training samples that `select` keeps; required with it."""
     streaming: bool = False
     """Read the training rows as a stream, for data larger than memory and disk cache. Needs max_steps in both stages,
     and `validation_rows`, a `validation` split or `validation_path`."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What a broken line, a missing column or an empty output does: stop, or be skipped and counted."""
+    """On a broken line, a missing column or an empty output: stop, or skip and count the row."""
     cache_dir: str | None = None
-    """Where tokenized data is kept, by a hash of its content; null is `~/.cache/trenchcoat`."""
+    """Cache folder of tokenized data, keyed by a content hash; null is `~/.cache/trenchcoat`."""
 
     def check(self, path: str = "data") -> None:
-        """Raise ``UserError`` for fields that do not fit together."""
+        """Raise ``UserError`` for incompatible fields."""
         if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(
                 f"{path}.min_tokens must be at most {path}.max_tokens ({self.max_tokens}), got {self.min_tokens}"
@@ -201,14 +205,14 @@ class DataConfig(_Section):
             if getattr(self, name) != unset:
                 instead = " (data.validation_rows works)" if name == "validation_fraction" else ""
                 raise UserError(
-                    f"{path}.{name}={getattr(self, name)} needs to see all rows, and {path}.streaming=true never does: "
-                    f"leave one of the two out{instead}"
+                    f"{path}.{name}={getattr(self, name)} needs to see all rows, but {path}.streaming=true does not: "
+                    f"remove one of the two{instead}"
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(_Section):
-    """What both training stages share; read by `training.loop.fit`."""
+    """Settings of both training stages; read by `training.loop.fit`."""
 
     lr: PositiveFloat = 1e-3
     """Peak learning rate of AdamW."""
@@ -223,9 +227,9 @@ class StageConfig(_Section):
     max_steps: PositiveInt | None = None
     """Optimizer steps; overrides epochs."""
     batch_size: PositiveInt = 1
-    """Rows a forward pass (micro-batch)."""
+    """Rows per forward pass (micro-batch)."""
     accumulation: PositiveInt = 8
-    """Micro-batches an optimizer step, over all processes together."""
+    """Micro-batches per optimizer step, over all processes together."""
     clip: PositiveFloat | None = 1.0
     """Gradient norm limit; null for none."""
     clip_scope: Literal["layer", "global"] = "global"
@@ -235,26 +239,27 @@ class StageConfig(_Section):
     warmup_steps: NonNegativeInt = 0
     """Linear warm-up, in optimizer steps (any schedule)."""
     min_lr: NonNegativeFloat = 1e-5
-    """Where the plateau, cosine and linear schedules end."""
+    """Final (lowest) rate of the plateau, cosine and linear schedules."""
     plateau_factor: InnerShare = 0.1
-    """plateau: what the rate is multiplied by."""
+    """plateau: factor that the rate is multiplied by."""
     plateau_patience: NonNegativeInt = 10
-    """plateau: evaluations without improvement before the rate falls."""
+    """plateau: evaluations without improvement before the rate is reduced."""
     eval_every: PositiveInt = 100
-    """Evaluate every this many optimizer steps (and at the end)."""
+    """Optimizer steps between evaluations (there is also one at the end)."""
     eval_batches: PositiveInt | None = None
     """Use only this many validation micro-batches; null for all."""
     save_every: PositiveInt = 100
-    """Write a resumable checkpoint every this many optimizer steps (and at the end)."""
+    """Optimizer steps between resumable checkpoints (there is also one at the end)."""
     keep_checkpoints: PositiveInt = 2
-    """Complete checkpoints kept; each holds the best weights so far too."""
+    """Number of checkpoints kept; each also holds the best weights so far."""
     early_stopping: PositiveInt | None = None
     """Stop after this many evaluations without improvement; null for never. With `clip_scope: layer` every layer stops
-    by itself."""
+    on its own."""
     early_stopping_threshold: Share = 0.0
-    """early_stopping: an evaluation is an improvement when it is below the best one by this share."""
+    """early_stopping: relative decrease of the best loss that counts as an improvement."""
     restore_best: bool = True
-    """End with the weights of the best evaluation loss (with `clip_scope: layer`, of each layer's own)."""
+    """Restore the weights with the best evaluation loss at the end (with `clip_scope: layer`, for each layer
+    separately)."""
 
     def check(self, path: str) -> None:
         """Raise ``UserError`` for a schedule that would end above its start."""
@@ -269,12 +274,12 @@ class TransferConfig(StageConfig):
     lr: PositiveFloat = 1e-2
     """Peak learning rate of AdamW."""
     clip_scope: Literal["layer", "global"] = "layer"
-    """The layers are independent: clip each student by its own norm, and schedule, keep and stop it by its own loss
-    (`layer`); or clip all by one norm and judge them by their mean (`global`)."""
+    """`layer`: clip each student by its own norm, and use its own loss for its schedule, best weights and early
+    stopping (the layers are independent); `global`: one norm and the mean loss for all."""
     mse_weight: NonNegativeFloat = 1000.0
     """Weight of the squared error of the attention outputs, before the output projection."""
     xent_weight: NonNegativeFloat = 0.0
-    """Weight of the cross-entropy between the rows of both attention maps."""
+    """Weight of the cross-entropy between the rows of the teacher's and the student's attention maps."""
     normalize: Literal["none", "layer"] = "none"
     """`layer` divides the squared error by mean(y^2) of that layer."""
 
@@ -282,7 +287,7 @@ class TransferConfig(StageConfig):
         """Raise ``UserError`` for a bad schedule, or when there is no loss."""
         super().check(path)
         if self.mse_weight == 0 and self.xent_weight == 0:
-            raise UserError(f"{path}.mse_weight and {path}.xent_weight are both 0: there is no loss to learn from")
+            raise UserError(f"{path}.mse_weight and {path}.xent_weight are both 0: there is no loss to train on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +295,7 @@ class LoraConfig(StageConfig):
     """Stage 2, LoRA with next-token loss (LoLCATs, section 3.1 and appendix A)."""
 
     objective: Text = "next_token"
-    """What is minimized: `next_token`, or a name that you added to OBJECTIVES in `trenchcoat.training.objectives`."""
+    """The objective: `next_token`, or a name that you added to OBJECTIVES in `trenchcoat.training.objectives`."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     rank: PositiveInt = 8
@@ -300,7 +305,7 @@ class LoraConfig(StageConfig):
     dropout: Share = 0.0
     """Dropout before the LoRA matrices."""
     targets: LayerNames = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the linear layers that get a LoRA."""
+    """Names of the linear layers that LoRA is applied to."""
     train_feature_maps: bool = False
     """Train feature maps and mixes too."""
     gradient_checkpointing: bool = False
@@ -309,21 +314,21 @@ class LoraConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(_Section):
-    """How a run under `torchrun` is spread over its processes; nothing here acts on a single one."""
+    """How a run under `torchrun` is distributed over its processes; a single process ignores these settings."""
 
     shard: Literal["full", "node", "none"] = "full"
-    """Who holds the frozen base: `full`, a share on every process (FSDP2); `node`, a whole copy a node, shared by its
-    processes (HSDP); `none`, a whole copy on each."""
+    """Sharding of the frozen base: `full`, over all processes (FSDP2); `node`, one copy per node, sharded over its
+    processes (HSDP); `none`, a full copy on each process."""
     node_size: PositiveInt | None = None
-    """Processes that share a copy under `node`; null is those that torchrun started on this node."""
+    """Processes per copy with `node`; null is those that torchrun started on this node."""
     cpu_offload: bool = False
     """Keep the shards in host memory and bring them to the device layer by layer."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Collectives; `auto` is nccl on GPUs (with gloo for the host's), gloo on CPUs."""
+    """Backend of collectives; `auto` is nccl on GPUs (with gloo for host tensors), gloo on CPUs."""
     timeout_seconds: PositiveInt = 600
     """A collective that waits longer than this ends the job."""
     async_save: bool = True
-    """Write checkpoints while training continues."""
+    """Write checkpoints in the background, while training continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,31 +336,31 @@ class BlocksConfig(_Section):
     """Attention transfer block by block (`trenchcoat blocks`), for models larger than the machine."""
 
     size: PositiveInt | None = None
-    """Layers a block, k (the last block may have fewer); null is as many as the device's memory takes, for streaming
-    at most the number that lets the next block be read meanwhile, and 1 where `ranks` is `pipeline`."""
+    """Layers per block, k (the last block may have fewer); null is as many as fit in device memory (when streaming,
+    leaving room to read the next block meanwhile), and 1 where `ranks` is `pipeline`."""
     pass_tokens: str = "auto"
     """Tokens of one pass through the blocks: a number (`1M` is 1000000), `all` (the weights are read once), or `auto`:
-    what is quickest with this machine's memory, disk and bandwidths."""
+    the fastest choice for this machine's memory, disk and bandwidths."""
     hidden: Literal["auto", "memory", "disk"] = "auto"
     """Where a pass keeps the hidden states between two blocks; `auto`: in memory where they fit."""
     hidden_dir: str | None = None
     """Folder of hidden states on disk; null is `blocks/hidden` in the run's folder."""
     shard_mib: PositiveInt = 256
-    """Size of a file of hidden states at most, in MiB."""
+    """Maximum size of a file of hidden states, in MiB."""
     epochs: tuple[PositiveFloat, ...] = ()
-    """Passes over the training rows of each block, in order; empty is `transfer.epochs` for all of them."""
+    """Passes over the training rows of each block, in order; empty is `transfer.epochs` for all blocks."""
     ranks: Literal["data", "pipeline"] = "data"
-    """What several processes under torchrun do: `data`, all train the same block on their share of the micro-batches;
-    `pipeline` (for `blocks run`), each keeps a range of the blocks and sends its outputs to the next."""
+    """How processes under torchrun divide the work: `data`, all train the same block on their share of the
+    micro-batches; `pipeline` (for `blocks run`), each holds a range of the blocks and sends its outputs to the next."""
     launcher: Literal["local", "slurm"] = "local"
-    """Who runs `blocks run --parallel`: this machine's devices, or a Slurm job array (extra `cluster`)."""
+    """Where `blocks run --parallel` runs: on this machine's devices, or as a Slurm job array (extra `cluster`)."""
     jobs: PositiveInt | None = None
-    """Blocks trained at once by the launcher; null is one a GPU (one without GPUs) for `local`, all for `slurm`."""
+    """Blocks trained at once by the launcher; null is one per GPU (one without GPUs) for `local`, all for `slurm`."""
     slurm: tuple[str, ...] = ()
     """Further sbatch options as `name=value`: [partition=gpu, account=lab, time=240]."""
 
     def check(self, path: str) -> None:
-        """Raise ``UserError`` for a ``pass_tokens`` that is no number of tokens."""
+        """Raise ``UserError`` for a ``pass_tokens`` that is not a number of tokens."""
         parse_tokens(self.pass_tokens, f"{path}.pass_tokens")
 
 
@@ -366,7 +371,7 @@ class EvalConfig(_Section):
     rows: PositiveInt = 32
     """Validation rows scored."""
     batch_size: PositiveInt = 4
-    """Rows a forward pass."""
+    """Rows per forward pass."""
     seq_len: RowLength | None = None
     """Tokens of an evaluation row; null is data.seq_len."""
     baselines: bool = True
@@ -379,18 +384,18 @@ class EvalConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(_Section):
-    """Where a run lives and how it is reproduced."""
+    """A run's folder, seed and display."""
 
     dir: Text = "runs/default"
     """The run's folder: recipe, log, checkpoints, adapter, report."""
     seed: NonNegativeInt = 0
     """Seed of initialisation, data order and dropout."""
     threads: PositiveInt | None = None
-    """CPU threads; null leaves torch's choice."""
+    """CPU threads; null keeps PyTorch's default."""
     progress: Literal["auto", "bar", "plain", "off"] = "auto"
     """Progress display: a bar on a terminal, plain lines otherwise."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Send metrics there too (extra `track`); `metrics.jsonl` is always written."""
+    """Also send metrics to these (extra `track`); `metrics.jsonl` is always written."""
     project: str = "trenchcoat"
     """Project name for the trackers."""
 
@@ -410,7 +415,7 @@ class Recipe(_Section):
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     """Stage 2; null skips it."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Processes, when there are several."""
+    """Distribution over several processes."""
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     """Transfer block by block."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -419,7 +424,7 @@ class Recipe(_Section):
     """Folder, seed, display."""
 
     def check(self, path: str = "") -> None:
-        """Raise ``UserError`` for sections that do not fit together."""
+        """Raise ``UserError`` for incompatible sections."""
         student, data = self.student, self.data
         if student.name != "linear" and student.window > data.seq_len:
             raise UserError(
@@ -431,8 +436,8 @@ class Recipe(_Section):
         for name, stage in (("transfer", self.transfer), ("lora", self.lora)):
             if data.streaming and stage is not None and stage.max_steps is None:
                 raise UserError(
-                    f"data.streaming=true needs {name}.max_steps: a stream has no length that {name}.epochs "
-                    f"({stage.epochs:g}) could be counted in"
+                    f"data.streaming=true needs {name}.max_steps: a stream has no known length, so {name}.epochs "
+                    f"({stage.epochs:g}) cannot be used"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Sizes, counts of tokens and times: read from what a user writes, and written for a user to read."""
+"""Parse and format sizes, token counts and durations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 
 
 def parse_size(text: str, what: str, *, binary: bool = False) -> float:
-    """`80GB`, `1.5 TB`, `3GB/s`, `640MiB`, `10M` as a number; ``binary`` takes GB as 2^30 (makers of GPUs mean that).
+    """`80GB`, `1.5 TB`, `3GB/s`, `640MiB`, `10M` as a number; ``binary`` takes GB as 2^30 (as GPU makers do).
 
     ``UserError`` for anything else, naming the option ``what``.
     """

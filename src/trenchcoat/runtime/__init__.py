@@ -1,1 +1,1 @@
-"""What a run stands on: processes, files, signals, its folder and its log."""
+"""Infrastructure of a run: processes, files, signals, its folder and its log."""

@@ -1,4 +1,4 @@
-"""How many floating-point operations a second a device can do at most."""
+"""Peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     (r"MI300X", 1307.4, 163.4),
     (r"MI250X", 383.0, 47.9),
 )
-"""(pattern in the device's name, dense bfloat16 TFLOP/s with float32 sums, float32 TFLOP/s without tensor cores)."""
+"""(pattern in the device's name, dense bfloat16 TFLOP/s with float32 accumulation, float32 TFLOP/s without tensor
+cores)."""
 
 
 def device_peak(name: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
-    """Peak FLOP/s of a device by its name (``torch.cuda.get_device_name()``, ``H100``), dense; None when not known.
+    """Peak FLOP/s of a device by its name (``torch.cuda.get_device_name()``, ``H100``), dense; None if unknown.
 
-    bfloat16 and float16 by the makers' data sheets, without sparsity; float32 on the ordinary cores, which is what
+    bfloat16 and float16 from the vendors' data sheets, without sparsity; float32 without tensor cores, which is what
     PyTorch uses unless TF32 is allowed.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,13 +1,13 @@
-"""The processes of a run: joining those that torchrun started, the few collectives the rest needs, and who failed.
+"""The processes of a run: joining those that torchrun started, collectives on host tensors, and failure reports.
 
-    with joined(recipe.parallel, recipe.model.device):     # nothing happens without torchrun, or with one process
+    with joined(recipe.parallel, recipe.model.device):     # a no-op without torchrun or with one process
         ...
         if is_main(): ...
 
-Everything else in the package asks this file how many processes there are; with one, every function here is the
-identity. Numbers are exchanged as float64 over the host's collectives (gloo), gradients and weights elsewhere
-(:mod:`trenchcoat.runtime.sharding`). The error that ends a process is written to the store that torchrun keeps, and
-every process writes a heartbeat there once a second, so that the others can name the one that is gone.
+The rest of the package gets the number of processes from here; with one, every function here is the identity. Numbers
+are exchanged as float64 over gloo, gradients and weights in :mod:`trenchcoat.runtime.sharding`. A failing process
+writes its error to torchrun's store, and every process writes a heartbeat there once a second, so that the others can
+tell which one is gone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 BEAT_SECONDS = 1.0
 """Time between two heartbeats."""
 SILENT_SECONDS = 4.0
-"""A process without a heartbeat for so long, after a collective failed, is named as the one that is gone."""
+"""After a failed collective, a process without a heartbeat for this long is reported as gone."""
 
 
 class ProcessLost(UserError):
@@ -42,14 +42,14 @@ class ProcessLost(UserError):
 
 
 class FailedElsewhere(UserError):
-    """What the main process alone did has failed there; every process raises it with the same message."""
+    """Work done only on the main process failed there; every process raises this with the same message."""
 
     reported = True
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the job."""
+    """This process's place in the job."""
 
     rank: int = 0
     size: int = 1
@@ -63,12 +63,12 @@ _store: dist.Store | None = None
 
 
 def world() -> World:
-    """Who this process is; ``World()`` outside :func:`joined`."""
+    """This process's place in the job; ``World()`` outside :func:`joined`."""
     return _world
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process."""
     return _world.rank
 
 
@@ -83,16 +83,16 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """The device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if _world.device_type == "cuda" else torch.device("cpu")
 
 
 @contextmanager
 def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
-    """Join the processes that torchrun started, for the time of the block; ``device`` is the recipe's model.device.
+    """Join the processes that torchrun started, while the block runs; ``device`` is the recipe's model.device.
 
-    Raises ``UserError`` for a backend that cannot run here, and ``ProcessLost`` naming the process that is gone when a
-    collective fails for it. Inside another ``joined`` block it changes nothing.
+    Raises ``UserError`` for a backend that cannot run here, and ``ProcessLost``, naming the process that is gone, when
+    a collective fails because of it. Does nothing inside another ``joined`` block.
     """
     global _world, _store
     if _store is not None or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
@@ -117,7 +117,7 @@ def joined(cfg: ParallelConfig, device: str = "auto") -> Iterator[World]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within the block this process counts as the only one: it writes its own files, and joins no collective."""
+    """Inside the block this process acts as the only one: it writes its own files and takes part in no collective."""
     global _world
     before = _world
     _world = replace(before, rank=0, size=1)
@@ -154,7 +154,7 @@ def _join(cfg: ParallelConfig, found: World) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", found.rank, found.size, timeout=timeout))
         store.set_timeout(timeout)
-        # torchrun keeps one store over its restarts
+        # torchrun keeps one store across its restarts
         store = dist.PrefixStore(f"trenchcoat/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             chosen, store=dist.PrefixStore("group", store), rank=found.rank, world_size=found.size, timeout=timeout
@@ -165,12 +165,12 @@ def _join(cfg: ParallelConfig, found: World) -> dist.Store:
 
 
 def _leave() -> None:
-    with suppress(RuntimeError):  # a broken group cannot be taken apart in good order
+    with suppress(RuntimeError):  # destroying a broken group may fail
         dist.destroy_process_group()
 
 
 class _Heartbeat:
-    """The heartbeat of this process, and a look at those of the others."""
+    """Sends this process's heartbeat and checks those of the others."""
 
     def __init__(self, store: dist.Store, found: World) -> None:
         self.store, self.world = store, found
@@ -195,7 +195,8 @@ class _Heartbeat:
         self._thread.join(timeout=2 * BEAT_SECONDS)
 
     def explain(self, error: BaseException) -> str | None:
-        """Which process failed, as a sentence, when ``error`` may be a broken collective's; None when it is our own."""
+        """A sentence naming the process that failed, if ``error`` may come from a broken collective; None for our own
+        error."""
         if isinstance(error, FailedElsewhere):
             return None
         own = isinstance(error, UserError | ArithmeticError) or not isinstance(error, RuntimeError)
@@ -204,7 +205,7 @@ class _Heartbeat:
                 self.store.set(f"failed/{self.world.rank}", f"{type(error).__name__}: {error}"[:2000])
                 return None
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors: first say why
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends the survivors: report why first
             found = self._blame(error)
             if found is not None:
                 self.store.set(f"left/{self.world.rank}", "because of another")
@@ -241,7 +242,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-# Collectives over the host's group
+# Collectives on host tensors
 
 
 def barrier() -> None:
@@ -251,7 +252,7 @@ def barrier() -> None:
 
 
 def all_sum(values: Sequence[float]) -> list[float]:
-    """Sums over processes, in float64; NaN and infinity travel too."""
+    """Sums over processes, in float64; NaN and infinity are preserved."""
     if size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -281,14 +282,15 @@ def largest(value: float) -> float:
 
 
 def share(items: Sequence[_T]) -> list[_T | None]:
-    """Every ``size``-th item from number ``rank`` on; None where there is none left, so that all lists are as long."""
+    """This process's ``items[rank::size]``, padded with None so that all processes get lists of the same length."""
     rounds = -(-len(items) // size())
     places = [number * size() + rank() for number in range(rounds)]
     return [items[place] if place < len(items) else None for place in places]
 
 
 def from_main(work: Callable[[], _T]) -> _T:
-    """What ``work`` gives on the main process, on every process (so it must be plain data); its error too."""
+    """Run ``work`` on the main process; every process returns its result (so it must be plain data) or raises its
+    error."""
     if size() == 1:
         return work()
     box: list[Any] = [None, None]
@@ -317,7 +319,7 @@ def first_of(text: str | None) -> str | None:
 
 
 def in_turns_per_node(work: Callable[[], _T]) -> _T:
-    """``work`` on the first process of each node before the others: what it downloads or caches is then there."""
+    """Run ``work`` on the first process of each node before the others, which find what it downloaded or cached."""
     if size() == 1:
         return work()
     if world().local_rank == 0:
@@ -330,7 +332,7 @@ def in_turns_per_node(work: Callable[[], _T]) -> _T:
 
 
 def one_by_one_per_node(work: Callable[[], _T]) -> _T:
-    """``work`` on one process of each node after the other: what it holds on the way, the node holds once."""
+    """Run ``work`` on the processes of a node one by one, so that only one holds its temporary memory at a time."""
     for turn in range(round(largest(float(world().local_size)))):
         if turn == world().local_rank:
             result = work()
@@ -339,20 +341,20 @@ def one_by_one_per_node(work: Callable[[], _T]) -> _T:
 
 
 def leave_note(name: str, text: str) -> None:
-    """Leave a note for the other processes, who find it when they look."""
-    assert _store is not None, "notes are for the processes of a job"
+    """Store a note that the other processes find with :func:`look_for_notes`."""
+    assert _store is not None, "notes need a process group: use them inside joined()"
     _store.set(f"note/{name}", text)
 
 
 def look_for_notes(*names: str) -> list[str] | None:
-    """The texts of these notes when all of them are there, else None; it does not wait."""
-    assert _store is not None, "notes are for the processes of a job"
+    """The texts of these notes if all of them exist, else None; does not wait."""
+    assert _store is not None, "notes need a process group: use them inside joined()"
     keys = [f"note/{name}" for name in names]
     return [_store.get(key).decode() for key in keys] if _store.check(keys) else None
 
 
 def mesh(cfg: ParallelConfig) -> DeviceMesh:
-    """The processes as FSDP wants them: one row, or nodes by processes of a node (``parallel.shard: node``)."""
+    """The device mesh for FSDP: 1-D, or nodes x processes per node (``parallel.shard: node``)."""
     if cfg.shard != "node":
         return flat_mesh()
     per_node = cfg.node_size or world().local_size
@@ -362,10 +364,10 @@ def mesh(cfg: ParallelConfig) -> DeviceMesh:
 
 
 def flat_mesh() -> DeviceMesh:
-    """All processes in one row."""
+    """A 1-D device mesh of all processes."""
     return init_device_mesh(world().device_type, (size(),))
 
 
 def side_group() -> Any:
-    """A group of its own for work in the background."""
+    """A separate process group for background work."""
     return dist.new_group(backend="gloo")

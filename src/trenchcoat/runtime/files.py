@@ -1,8 +1,8 @@
-"""Files that are either complete or absent: written beside their place, flushed to disk, then renamed.
+"""Atomic file writes: to a temporary path in the same folder, flushed to disk, then renamed.
 
 Every file the system leaves behind (checkpoints, adapters, the run's record) goes through here, so a killed process or
-a full disk never leaves half a file under a name that a later run would trust. And one command at a time in a folder:
-:func:`locked` holds a lock that the operating system releases when its holder dies.
+a full disk never leaves a partial file under its final name. :func:`locked` allows one command at a time in a folder,
+with a lock that the operating system releases when its holder dies.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from torch import Tensor
 from trenchcoat.config import UserError
 
 PARTIAL_PREFIX = ".partial-"
-"""Start of the names of files and folders that are still being written."""
+"""Name prefix of files and folders that are still being written."""
 
 _LOCK_FILE, _HOLDER_FILE = ".lock", ".lock-holder"
 _PROBE_SECONDS = 0.05
-"""How long two processes that only look at a lock may be in each other's way."""
+"""Timeout when only probing a lock, as another process may be probing it too."""
 
 
 class SaveError(UserError):
-    """Writing failed (disk full, no permission); nothing that existed before was touched."""
+    """Writing failed (disk full, no permission); existing files are unchanged."""
 
 
 class CorruptFileError(UserError):
-    """A file does not hold what its record says it should."""
+    """A file is damaged or does not match its checksum."""
 
 
 class InUse(UserError):
-    """A folder that another command holds."""
+    """Another command is using the folder."""
 
 
 def sync(path: Path) -> None:
@@ -58,7 +58,7 @@ def sync(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of the system, or of safetensors, means that there is no room left."""
+    """Whether an OS or safetensors error means that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return "no space left" in str(error).lower() or "quota exceeded" in str(error).lower()
@@ -87,9 +87,9 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; what is written there becomes ``target`` when the block ends well.
+    """Yield a temporary path in the folder of ``target``; it is renamed to ``target`` when the block succeeds.
 
-    Raises ``SaveError`` when the disk is full or the folder cannot be written; the old file then stays as it was.
+    Raises ``SaveError`` when the disk is full or the folder cannot be written; the old file is then unchanged.
     """
     target = Path(target)
     partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
@@ -119,7 +119,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 
 def publish_directory(partial: Path, target: Path) -> None:
-    """Flush the files of a finished folder and give it its name; an existing ``target`` is replaced."""
+    """Flush the files of a finished folder and rename it to ``target``; an existing ``target`` is replaced."""
     for path in sorted(partial.rglob("*")):
         if path.is_file():
             sync(path)
@@ -160,7 +160,7 @@ def read_json(path: Path) -> Any:
 
 
 def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU copies fit for safetensors: detached, contiguous, no two sharing storage (views are copied apart)."""
+    """CPU tensors that safetensors can store: detached, contiguous, none sharing storage (views are copied)."""
     plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -174,7 +174,7 @@ def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, atomically. Any dtype and device; shared storage is copied apart."""
+    """Write named tensors as safetensors, atomically. Any dtype and device; tensors that share storage are copied."""
     with atomic_file(Path(path)) as partial:
         save_file(separate_storage(tensors), partial, metadata=dict(metadata or {}))
 
@@ -198,7 +198,7 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def locked(directory: Path | str) -> Iterator[None]:
-    """Hold ``directory`` (made if need be) while the block runs; ``InUse`` naming the holder when it is taken."""
+    """Lock ``directory`` (created if needed) while the block runs; raises ``InUse`` naming the holder of the lock."""
     path, name = Path(directory) / _LOCK_FILE, Path(directory) / _HOLDER_FILE
     lock = FileLock(path)
     with saving(path):
@@ -208,7 +208,7 @@ def locked(directory: Path | str) -> Iterator[None]:
         except Timeout as error:
             raise InUse(
                 f"{directory} is in use by {_read_holder(name) or 'another process'}. Wait for it, stop it, or give "
-                "this run a folder of its own (run.dir=...)"
+                "this run another folder (run.dir=...)"
             ) from error
     try:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300]
@@ -223,7 +223,7 @@ def locked(directory: Path | str) -> Iterator[None]:
 
 
 def holder(directory: Path | str) -> str | None:
-    """The command that holds ``directory``, for messages; None when none does. It locks nothing and makes nothing."""
+    """The command that has locked ``directory``, for messages, or None. Leaves no lock and creates nothing."""
     name = Path(directory) / _HOLDER_FILE
     if not _read_holder(name):
         return None
@@ -231,7 +231,7 @@ def holder(directory: Path | str) -> str | None:
         with FileLock(Path(directory) / _LOCK_FILE, timeout=_PROBE_SECONDS):
             name.unlink(missing_ok=True)
         return None
-    except OSError:  # held, or not ours to open
+    except OSError:  # locked, or no permission to open it
         return _read_holder(name) or None
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the work stops at the next safe point instead of in the middle of something."""
+"""Ctrl-C as a stop request, which takes effect at the next safe point."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """Raised by ``StopSignal.check`` once a stop was asked for."""
+    """Raised by ``StopSignal.check`` after a stop request."""
 
 
 class StopSignal:
@@ -20,7 +20,7 @@ class StopSignal:
         self.requested = False
 
     def check(self) -> None:
-        """Raise ``Interrupted`` when a stop was asked for."""
+        """Raise ``Interrupted`` after a stop request."""
         if self.requested:
             raise Interrupted
 
@@ -36,7 +36,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
     before = {kind: signal.getsignal(kind) for kind in kinds}
 
     def handler(number: int, frame: FrameType | None) -> None:
-        """Note the request; the next Ctrl-C is the usual one."""
+        """Record the request; the next Ctrl-C raises ``KeyboardInterrupt``."""
         stop.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

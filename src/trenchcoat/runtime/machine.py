@@ -1,4 +1,4 @@
-"""Is this machine fit for a run: interpreter, library versions, cores, memory, disk."""
+"""Checks that this machine can run: interpreter, library versions, cores, memory, disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trenchcoat.config.units import GIB
 def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float = 0.5) -> list[str]:
     """Sentences about this machine; raises ``UserError`` naming what is missing and the fix.
 
-    ``directory`` is where the run will live (it need not exist); ``memory_gib`` and ``disk_gib`` are what must be free.
+    ``directory`` is the run's folder (it need not exist); ``memory_gib`` and ``disk_gib`` must be free.
     """
     wrong = _unmet_requirements()
     memory, disk = free_memory(), free_disk(directory)
@@ -41,7 +41,7 @@ def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float =
 
 
 def _unmet_requirements() -> list[str]:
-    """What the installed package's own requirements ask for and the environment does not hold."""
+    """Requirements of the installed package that the environment does not meet."""
     try:
         required = metadata.requires("trenchcoat") or []
     except metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def _unmet_requirements() -> list[str]:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that can be had now; None where the system does not say."""
+    """Bytes of available memory; None where the system does not report it."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return None

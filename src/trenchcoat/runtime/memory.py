@@ -1,4 +1,4 @@
-"""How much tensor memory a piece of code takes at its worst, counted from the allocations themselves."""
+"""Peak tensor memory of a piece of code, counted from its allocations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LiveMemory(TorchDispatchMode):
     """Bytes of the storages created inside the block that are alive: ``live`` now, ``peak`` at most.
 
     Storages that existed before (parameters, inputs, gradients) do not count, nor does what a kernel allocates and
-    frees within one call. Works on any device; forward and backward; costs a few microseconds an operation.
+    frees within one call. Works on any device; forward and backward; costs a few microseconds per operation.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation and look at what went in and what came out."""
+        """Run the operation and count the storages of its inputs and outputs."""
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
                 self._see(leaf, created=False)

@@ -1,4 +1,4 @@
-"""What a run's folder remembers of finished work, so that a rerun skips it and another recipe is refused.
+"""The record of finished stages in a run's folder: a rerun skips them, and another recipe is refused.
 
 stages/<name>/settings.json        the settings the stage depends on, written when it begins
 stages/<name>/weights.safetensors  what it learned
@@ -36,11 +36,11 @@ _FREE = {
     "transfer.save_every", "transfer.keep_checkpoints", "lora.save_every", "lora.keep_checkpoints",
     "lora.gradient_checkpointing",
 }  # fmt: skip
-"""Fields that may change between two calls of the same run."""
+"""Fields that may change when a run is resumed."""
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested dataclasses or mappings as {path: plain value}; tuples become lists, as JSON will give them back."""
+    """Nested dataclasses or mappings as {path: plain value}; tuples become lists, as JSON returns them."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
@@ -60,7 +60,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The finished and begun stages, and the kept scores, of one run."""
+    """The started and finished stages, and the saved scores, of one run."""
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory)
@@ -70,14 +70,14 @@ class RunFolder:
         return self.directory / "stages" / stage
 
     def refuse_other_recipe(self, recipe: Recipe, stages: list[str]) -> None:
-        """Raise ``UserError`` when one of ``stages`` was begun here with other settings."""
+        """Raise ``UserError`` when one of ``stages`` was started here with other settings."""
         for stage in stages:
             self._compare(stage, stage_settings(recipe, stage))
 
     def begin(self, stage: str, recipe: Recipe, identity: Mapping[str, Any]) -> None:
-        """Note the settings of a stage that begins, with ``identity`` of what the recipe only names.
+        """Record the settings of a starting stage, with the ``identity`` of what the recipe only refers to.
 
-        Raises ``UserError`` when it was begun here with others.
+        Raises ``UserError`` when it was started here with other settings.
         """
         settings = {**stage_settings(recipe, stage), **identity}
         self._compare(stage, settings)
@@ -92,37 +92,37 @@ class RunFolder:
         before = read_json(path)
         changed = [name for name in now if name in before and before[name] != now[name]]
         changed += [name for name in before if name not in now and name.split(".")[0] in {n.split(".")[0] for n in now}]
-        if stage == TRANSFER and self.result(stage) is not None:  # LoRA may go on over the same weights in 4 bits
+        if stage == TRANSFER and self.result(stage) is not None:  # LoRA may continue on the same weights in 4 bits
             changed = [name for name in changed if name != "model.quantize"]
         if changed:
             shown = "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed[:3])
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
                 f"{self.directory} holds stage {stage!r} of another recipe: {shown}{more}. "
-                "Give this run a folder of its own (run.dir=...), delete that folder, or use its settings"
+                "Give this run another folder (run.dir=...), delete that folder, or use its settings"
             )
 
     def require_identity(self, stage: str, name: str, value: str) -> None:
-        """Raise ``UserError`` when ``stage`` was begun here with another ``name`` (of ``identity`` in `begin`)."""
+        """Raise ``UserError`` when ``stage`` was started here with another ``name`` (of ``identity`` in `begin`)."""
         path = self.stage_dir(stage) / "settings.json"
         before = read_json(path).get(name) if path.is_file() else None
         if before not in (None, value):
             raise UserError(
                 f"stage {stage!r} in {self.directory} was made with other {name} ({before}) than these ({value}): give "
-                "the model that it was made with, or run it again in a folder of its own (run.dir=...)"
+                "the model that it was made with, or run it again in another folder (run.dir=...)"
             )
 
     def begun(self, stage: str) -> bool:
-        """Whether the stage was begun here."""
+        """Whether the stage was started here."""
         return (self.stage_dir(stage) / "settings.json").is_file()
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
-        """Keep what a stage learned, and mark it finished."""
+        """Save what a stage learned, and mark it finished."""
         save_tensors(self.stage_dir(stage) / "weights.safetensors", tensors)
         write_json(self.stage_dir(stage) / "result.json", dict(result))
 
     def result(self, stage: str) -> dict[str, Any] | None:
-        """The figures of a finished stage, else None."""
+        """The results of a finished stage, else None."""
         path = self.stage_dir(stage) / "result.json"
         return dict(read_json(path)) if path.is_file() else None
 
@@ -131,17 +131,17 @@ class RunFolder:
         return load_tensors(self.stage_dir(stage) / "weights.safetensors")
 
     def kept(self, name: str, key: Mapping[str, Any]) -> Path | None:
-        """The evaluation file ``name`` when it was made under the same ``key``, else None."""
+        """The evaluation file ``name`` if it was written with the same ``key``, else None."""
         path = self.evaluation_path(name)
         stamp = path.with_suffix(".key")
         return path if path.is_file() and stamp.is_file() and stamp.read_text() == _digest(key) else None
 
     def keep(self, name: str, key: Mapping[str, Any]) -> None:
-        """Stamp the evaluation file ``name``, already written, with the settings behind it."""
+        """Record the settings behind the evaluation file ``name``, which is already written."""
         self.evaluation_path(name).with_suffix(".key").write_text(_digest(key))
 
     def evaluation_path(self, name: str) -> Path:
-        """Where the scores ``name`` are kept; its folder exists afterwards."""
+        """Path of the scores ``name``; creates the folder."""
         folder = self.directory / "evaluation"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}.json"

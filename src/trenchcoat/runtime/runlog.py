@@ -1,6 +1,6 @@
 """The record of a run: ``metrics.jsonl``, ``environment.json``, ``recipe.yaml``, and the progress display.
 
-``metrics.jsonl`` holds one JSON object a line. Every line has ``kind`` and ``time`` (seconds since the epoch):
+``metrics.jsonl`` holds one JSON object per line. Every line has ``kind`` and ``time`` (seconds since the epoch):
 
     {"kind": "train", "stage": "transfer", "step": 12, "loss": 3.1, "lr": 0.01, "grad_norm": 0.8, "tokens": 98304,
      "seconds": 5.2, "loss/layer_00": ..., ...}                      after optimizer step 12 (steps count from 1)
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY_SECONDS = 10.0
-"""Plain progress prints at most one line in this many seconds."""
+"""Minimum time between two lines of plain progress."""
 _PACKAGES = ("trenchcoat", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """All complete lines of a run's ``metrics.jsonl`` (a line cut short by a kill is passed over); [] when absent."""
+    """All complete lines of a run's ``metrics.jsonl`` (a line truncated by a kill is skipped); [] when absent."""
     path = Path(directory) / METRICS_FILE
     if not path.is_file():
         return []
@@ -101,7 +101,7 @@ class Tracker(Protocol):
     """What ``RunLog.progress`` yields."""
 
     def update(self, step: int, **numbers: float) -> None:
-        """Show that ``step`` is done, with a few numbers beside it."""
+        """Show that ``step`` is done, with a few numbers."""
 
 
 class _Silent:
@@ -153,7 +153,7 @@ def _clock(seconds: float) -> str:
 def show_progress(
     title: str, total: int, start: int = 0, *, console: Console | None = None, display: str = "auto"
 ) -> Iterator[Tracker]:
-    """Show the way from ``start`` to ``total`` steps on standard error: a bar on a terminal, else plain lines."""
+    """Show progress from ``start`` to ``total`` steps on standard error: a bar on a terminal, else plain lines."""
     console = console if console is not None else Console(stderr=True)
     if display == "plain" or (display == "auto" and not console.is_terminal):
         yield _Plain(console, title, total, start)
@@ -192,7 +192,7 @@ class RunLog:
         if progress not in ("auto", "bar", "plain", "off"):
             raise ValueError(f"progress={progress!r}; expected auto, bar, plain or off")
         self.label = ""
-        """What progress is headed with, before its title."""
+        """Prefix of the progress title."""
         self.display = ("bar" if self.console.is_terminal else "plain") if progress == "auto" else progress
         with saving(self.metrics_path):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ class RunLog:
                         file.write(b"\n")
 
     def log(self, kind: str, **content: Any) -> None:
-        """Append one line; numbers, strings, lists and dicts of them. It reaches the system at once."""
+        """Append one line; numbers, strings, lists and dicts of them. It is flushed to the operating system at once."""
         line = {
             "kind": kind,
             **{name: _jsonable(value) for name, value in content.items()},
@@ -248,15 +248,15 @@ class RunLog:
         self.console.print(f"warning: {text}", highlight=False, markup=False, soft_wrap=True)
 
     def sync(self) -> None:
-        """Flush the lines to disk; called before a checkpoint claims a step."""
+        """Flush the lines to disk; called before a checkpoint is written."""
         with saving(self.metrics_path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> int:
-        """Drop the lines of ``stage`` after ``step`` (-1: all), its result line, and lines cut short; returns how many.
+        """Drop the lines of ``stage`` after ``step`` (-1: all), its result line, and truncated lines; returns how many.
 
-        ``evaluated=False`` also drops the evaluation at ``step`` itself, because it will be made again.
+        ``evaluated=False`` also drops the evaluation at ``step`` itself, because it will be repeated.
         """
         last = {"eval": step if evaluated else step - 1, "result": -1}
         self._file.close()
@@ -282,7 +282,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Tracker]:
-        """Show the way from ``start`` to ``total`` steps while the block runs."""
+        """Show progress from ``start`` to ``total`` steps while the block runs."""
         title = f"{self.label}{title}"
         if self.display == "off":
             yield _Silent()
@@ -291,7 +291,7 @@ class RunLog:
             yield tracker
 
     def close(self) -> None:
-        """Close the file, and what the trackers keep open."""
+        """Close the file and the trackers."""
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
@@ -310,29 +310,29 @@ class SilentLog(RunLog):
         self.directory, self.display, self.label = Path(directory), "off", ""
 
     def log(self, kind: str, **content: Any) -> None:
-        """Nothing."""
+        """No-op."""
 
     def info(self, text: str) -> None:
-        """Nothing."""
+        """No-op."""
 
     def warning(self, text: str) -> None:
-        """Nothing."""
+        """No-op."""
 
     def sync(self) -> None:
-        """Nothing."""
+        """No-op."""
 
     def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> int:
-        """Nothing; 0 lines dropped."""
+        """No-op; returns 0."""
         return 0
 
     def write_environment(self, **more: Any) -> None:
-        """Nothing."""
+        """No-op."""
 
     def write_recipe(self, text: str) -> None:
-        """Nothing."""
+        """No-op."""
 
     def close(self) -> None:
-        """Nothing."""
+        """No-op."""
 
 
 def _jsonable(value: Any) -> Any:

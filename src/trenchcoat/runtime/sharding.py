@@ -1,9 +1,9 @@
-"""Tensors spread over processes: the frozen base by FSDP2, and what is trained by shards of its optimizer state.
+"""Sharding over processes: the frozen base with FSDP2, and the optimizer state of what is trained.
 
-The frozen base is cut into units (every decoder layer, the embedding, the head), gathered one by one as the forward
-and backward pass reach them; nothing in it is trained, so no gradient of it is ever reduced. Students and LoRA are
-small, stay whole on every process and outside FSDP; their gradients are summed once an optimizer step, and AdamW's
-state (and the copy of the parameters that it steps) is sharded, as in ZeRO (https://arxiv.org/abs/1910.02054).
+The frozen base is split into FSDP units (every decoder layer, the embedding, the head), gathered one by one as the
+forward and backward pass reach them; nothing in it is trained, so its gradients are never reduced. Students and LoRA
+are small: they are replicated on every process, outside FSDP; their gradients are summed once per optimizer step, and
+AdamW's state (and the copy of the parameters that it steps) is sharded, as in ZeRO (https://arxiv.org/abs/1910.02054).
 
 Shapes: a parameter is sharded along its first axis.
 """
@@ -26,19 +26,19 @@ from trenchcoat.runtime import distributed
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the base of ``model`` is spread over processes."""
+    """Whether the base of ``model`` is sharded over processes."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
-    """Whether each process holds a part of ``tensor``."""
+    """Whether each process holds a shard of ``tensor``."""
     return isinstance(tensor, DTensor)
 
 
 def shard_base(model: nn.Module, layers: Sequence[nn.Module], cfg: ParallelConfig) -> None:
-    """Make FSDP units of ``layers``, of the embedding and the head, and of what is left; the model may be on meta.
+    """Make FSDP units of the ``layers``, the embedding, the head, and the rest; the model may be on the meta device.
 
-    Call it before students and LoRA are attached: what comes later is left whole.
+    Call it before students and LoRA are attached: modules added later are not sharded.
     """
     if cfg.cpu_offload and distributed.world().device_type == "cpu":
         raise UserError("parallel.cpu_offload=true needs GPUs: without one, everything is in host memory already")
@@ -47,7 +47,7 @@ def shard_base(model: nn.Module, layers: Sequence[nn.Module], cfg: ParallelConfi
 
 
 def shard_units(model: Any, layers: Sequence[nn.Module], **options: Any) -> None:
-    """FSDP units of ``layers``, of the embedding and the head (in one with the rest if tied), and of the rest."""
+    """Make FSDP units of the ``layers``, the embedding and the head (part of the rest if tied), and the rest."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     for unit in (*layers, *(() if tied else (embedding, head)), model):
@@ -55,7 +55,7 @@ def shard_units(model: Any, layers: Sequence[nn.Module], **options: Any) -> None
 
 
 def to_device(model: nn.Module, device: torch.device) -> None:
-    """Give a model on meta (its buffers are real) memory for its shards on ``device``, and its buffers their values."""
+    """Allocate the shards of a model on meta (its buffers are real) on ``device``; buffers keep their values."""
     buffers = dict(model.named_buffers())
     model.to_empty(device=device)
     for name, value in buffers.items():
@@ -64,11 +64,11 @@ def to_device(model: nn.Module, device: torch.device) -> None:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """File of every tensor of a checkpoint in ``folder``: one safetensors file, or several with an index."""
+    """The file of every tensor of a checkpoint in ``folder`` (one safetensors file, or several with an index)."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
-            f"{folder} has no safetensors files; several processes read their shares from those only: convert the "
+            f"{folder} has no safetensors files; several processes read their shards from those only: convert the "
             "model with save_pretrained, or set parallel.shard=none"
         )
     where: dict[str, Path] = {}
@@ -77,12 +77,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             with safe_open(str(file), framework="pt") as opened:
                 where |= dict.fromkeys(opened.keys(), file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a readable safetensors file ({error}); get it again") from error
+            raise UserError(f"{file} is not a readable safetensors file ({error}); download it again") from error
     return where
 
 
 def fill_from_files(model: nn.Module, folder: Path) -> None:
-    """Read this process's part of every parameter (and no more) out of the safetensors files in ``folder``.
+    """Read this process's shard of every parameter (and no more) from the safetensors files in ``folder``.
 
     Raises ``UserError`` naming a tensor that is missing or has another shape.
     """
@@ -92,9 +92,9 @@ def fill_from_files(model: nn.Module, folder: Path) -> None:
     if missing:
         raise UserError(
             f"{folder} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing): the family's "
-            "tensors are renamed or joined when it is loaded whole, or the model is incomplete. Set parallel.shard=none"
+            "tensors are renamed or merged on loading, or the model is incomplete. Set parallel.shard=none"
         )
-    for name, parameter in wanted.items():  # opened anew for each, so that what was read does not stay mapped
+    for name, parameter in wanted.items():  # reopened for each, so that what was read does not stay mapped
         with torch.no_grad(), safe_open(str(where[name]), framework="pt") as opened:
             _fill(parameter, opened.get_slice(name), f"{name} in {where[name]}")
 
@@ -108,7 +108,7 @@ def _fill(parameter: nn.Parameter, stored: Any, what: str) -> None:
 
 
 def _local(parameter: Tensor) -> tuple[Tensor, slice]:
-    """This process's part of a parameter, and which of its rows that is."""
+    """This process's shard of a parameter, and its rows."""
     if not isinstance(parameter, DTensor):
         return parameter.data, slice(0, parameter.shape[0] if parameter.dim() else 1)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -116,7 +116,7 @@ def _local(parameter: Tensor) -> tuple[Tensor, slice]:
 
 
 def first_elements(tensor: Tensor, count: int) -> Tensor:
-    """The first ``count`` elements of a tensor in float32 on the host, wherever they are; a collective when sharded."""
+    """The first ``count`` elements of a tensor in float32 on the host; a collective when sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().flatten()[:count].to("cpu", torch.float32)
     local, rows = _local(tensor)
@@ -130,15 +130,15 @@ def first_elements(tensor: Tensor, count: int) -> Tensor:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Where the layers of ``model`` compute (their weights may wait elsewhere)."""
+    """The device that the layers of ``model`` run on (their weights may be offloaded)."""
     return distributed.device() if is_sharded(model) else next(model.parameters()).device
 
 
 def run_decoder(model: nn.Module, **inputs: Any) -> Tensor:
-    """The forward pass of the layers, without the vocabulary head where possible: hidden states, or of a spread model
-    the logits of one token."""
+    """Forward pass of the layers, without the vocabulary head where possible: hidden states, or of a sharded model the
+    logits of one token."""
     hub: Any = model
-    if is_sharded(model):  # FSDP wants its root to be called; of the head's work one token is left
+    if is_sharded(model):  # FSDP needs its root called; the head then runs on one token only
         found: Tensor = hub(**inputs, logits_to_keep=1).logits
         return found
     decoder = hub.get_decoder() if hasattr(hub, "get_decoder") else None
@@ -147,12 +147,12 @@ def run_decoder(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (a collective); others as they are."""
+    """Gather a sharded tensor (a collective); other tensors are returned as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class MasterCopies:
-    """The trained parameters as the optimizer sees them: themselves, or with several processes a shard of each.
+    """The parameters that the optimizer steps: the trained ones, or with several processes a shard of each.
 
     ``reduce`` moves gradients from the parameters to the shards (a sum over processes), ``publish`` stepped shards
     back to the parameters.
@@ -174,7 +174,7 @@ class MasterCopies:
         return distributed.size() > 1
 
     def reduce(self) -> None:
-        """Sum the gradients over processes into the shards; the parameters' own gradients are then gone."""
+        """Sum the gradients over processes into the shards; clears the parameters' own gradients."""
         if not self.sharded:
             return
         present = distributed.all_sum([float(p.grad is not None) for p in self.trainable.values()])
@@ -188,7 +188,7 @@ class MasterCopies:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the shards, gathered, into the parameters."""
+        """Gather the shards into the parameters."""
         if not self.sharded:
             return
         for name, parameter in self.trainable.items():

@@ -1,4 +1,4 @@
-"""Metrics sent on to TensorBoard or Weights & Biases, when a recipe asks for it (``run.trackers``); never otherwise."""
+"""Metrics for TensorBoard or Weights & Biases, only if a recipe enables them (``run.trackers``)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from trenchcoat.config import UserError
 
 
 class MetricsTracker(Protocol):
-    """Where numbers go beside ``metrics.jsonl``."""
+    """Receives numbers in addition to ``metrics.jsonl``."""
 
     def add(self, stage: str, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         """Numbers of ``kind`` (train, eval) after ``step`` of ``stage``."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush and close."""
 
 
 class TensorBoard:
@@ -30,7 +30,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(directory / "tensorboard"))
 
     def add(self, stage: str, kind: str, step: int, numbers: Mapping[str, float]) -> None:
-        """One scalar a number, named ``<stage>/<kind>/<number>``."""
+        """One scalar per number, named ``<stage>/<kind>/<number>``."""
         for name, value in numbers.items():
             self._writer.add_scalar(f"{stage}/{kind}/{name}", value, step)
 
@@ -40,7 +40,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of ``project``; online or offline as the user's own settings of wandb say."""
+    """A run of ``project``; online or offline as in the user's wandb settings."""
 
     def __init__(self, directory: Path, project: str) -> None:
         _require("wandb", "wandb")
@@ -49,7 +49,7 @@ class WeightsAndBiases:
         self._run: Any = wandb.init(project=project, name=directory.name, dir=str(directory), resume="allow")
 
     def add(self, stage: str, kind: str, step: int, numbers: Mapping[str, float]) -> None:
-        """Stages count their steps separately, so the step is a number like the others."""
+        """Stages count their steps separately, so the step is logged as a number."""
         prefix = f"{stage}/{kind}"
         self._run.log({f"{prefix}/{name}": value for name, value in numbers.items()} | {f"{stage}/step": step})
 
