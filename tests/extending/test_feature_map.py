@@ -93,7 +93,7 @@ def test_the_kernels_are_asked_through_it(caplog: pytest.LogCaptureFixture, monk
     pytest.importorskip("triton")
     monkeypatch.setattr(fused, "_reported", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    reason = "the kernels do not have the feature map 'softplus'"
+    reason = "the kernels do not support the feature map 'softplus'"
     maps = FeatureMapConfig(name="softplus")
     student = build_student(StudentConfig(feature_map=maps), num_heads=2, num_kv_heads=1, head_dim=128)
     with caplog.at_level(logging.INFO, logger="trenchcoat"):

@@ -1,4 +1,4 @@
-"""The attentions that take the place of softmax: what each computes, learns, remembers and costs."""
+"""The attentions that replace softmax: their computation, training, state and cost."""
 
 from trenchcoat.ops.state import RowState
 from trenchcoat.students.base import Mode, StudentAttention, TransferRequest, layer_key

@@ -1,8 +1,8 @@
-"""What every student attention shares: its maps, how it learns beside the teacher, and what it must say of itself.
+"""The base class of student attentions: feature maps, learning from the teacher, and the interface each must implement.
 
 A student is one file in this package and one line in `students.registry`: a subclass of :class:`StudentAttention` (its
-docstring says what to write), or of :class:`trenchcoat.students.sums.SumAttention` where the far part is the usual sum.
-Caches, saved states, checkpoints and plans ask the methods here and know no student by name.
+docstring says what to write), or of :class:`trenchcoat.students.sums.SumAttention` if the far part is the usual sum.
+Caches, saved states, checkpoints and plans call only these methods and know no student by name.
 
 Shape legend: B rows, H query heads, G key/value heads, K heads of the key map, T tokens, D head dim, E value dim,
 F features.
@@ -23,7 +23,7 @@ from trenchcoat.students.feature_maps import FeatureMap
 Mode = Literal["teacher", "transfer", "student"]
 
 TINY = 1e-30
-"""Least value of a layer's mean squared target where the loss is divided by it."""
+"""Lower clamp of a layer's mean squared target when the loss is divided by it."""
 
 
 def layer_key(name: str, index: int) -> str:
@@ -33,29 +33,29 @@ def layer_key(name: str, index: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferRequest:
-    """What the objective asks of every student during a transfer step."""
+    """The objective's options for every student in a transfer step."""
 
     mse_weight: float = 1000.0
     xent_weight: float = 0.0
     normalize: Literal["none", "layer"] = "none"
     backward: bool = True
-    """False only measures the loss."""
+    """False: only measure the loss."""
     initialise: bool = False
-    """Only set the initial values that come from real text (`init: landmarks`); no loss."""
+    """Only set initial values that depend on real text (`init: landmarks`); no loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flops:
-    """Floating-point operations of a token's forward pass in one layer, two a multiply-add."""
+    """Floating-point operations of a token's forward pass in one layer, two per multiply-add."""
 
     maps: float
     """Features of queries and keys."""
     near: float
     """Scores and values of the near keys."""
     write: float
-    """The token joins the state of the far part."""
+    """Adding the token to the state of the far part."""
     read: float
-    """Its query reads that state."""
+    """Reading that state with its query."""
 
 
 class StudentAttention(nn.Module):
@@ -63,22 +63,22 @@ class StudentAttention(nn.Module):
 
     A subclass writes
 
-    * `__init__`, where it has parameters beyond the feature maps `query_map` and `key_map`, and `reset_parameters`;
+    * `__init__`, if it has parameters besides the feature maps `query_map` and `key_map`, and `reset_parameters`;
     * `forward`, differentiable, and `empty_state`, whose class (a dataclass derived from
-      :class:`trenchcoat.ops.RowState`) is its own affair. Deriving it from `StudentState` instead gives it the
-      window's ring of keys and values, which the operator keeps under a rule with `far=False`;
+      :class:`trenchcoat.ops.RowState`) it defines itself. Derived from `StudentState` instead, it has the window's ring
+      buffer of keys and values, which the operator maintains under a rule with `far=False`;
 
-    and, where the general answer does not fit, `decode` (here `forward`, written back into the state), `learn` (here
-    autograd through `forward`), `flops`, `features` and `key_heads` (here those of feature maps and of a state of F x E
-    numbers a head) and `implementation` (here one, in PyTorch).
+    and overrides, where the default does not fit, `decode` (default: `forward`, written back into the state), `learn`
+    (default: autograd through `forward`), `flops`, `features` and `key_heads` (default: those of feature maps and of a
+    state of F x E numbers per head) and `implementation` (default: a single one, in PyTorch).
 
-    What a gate would need that depends on the layer's input: `models.interface.hand_over_cache` is called with the
-    hidden states of `self_attn` and could hand them to `attention` as it does the cache; they would arrive as one more
-    keyword of `forward`, `decode` and `transfer`.
+    For a gate that depends on the layer's input: `models.interface.hand_over_cache` is called with the hidden states of
+    `self_attn` and could pass them to `attention` as it passes the cache, as one more keyword argument of `forward`,
+    `decode` and `transfer`.
     """
 
     kind: ClassVar[Kind] = "linear"
-    """Which keys the softmax part sees; `linear`: there is none."""
+    """Which keys the softmax part sees; `linear`: no softmax part."""
     has_far: ClassVar[bool] = True
     """Whether there is a far part, with feature maps."""
 
@@ -125,7 +125,7 @@ class StudentAttention(nn.Module):
 
     @property
     def starts_from_text(self) -> bool:
-        """Whether initial values come from real text (`init: landmarks`)."""
+        """Whether initial values depend on real text (`init: landmarks`)."""
         return self.has_far and self.cfg.feature_map.init == "landmarks"
 
     @property
@@ -157,18 +157,18 @@ class StudentAttention(nn.Module):
         mask_BT: Tensor | None = None,
         state: Any = None,
     ) -> tuple[Tensor, Any]:
-        """y [B, H, T, E] in q's dtype with autograd, and the state after it where one came in (else None).
+        """y [B, H, T, E] in q's dtype with autograd, and the state after it if one was given (else None).
 
         `scale`, `softcap` and `sink_logit` are those of the teacher's scores. `mask_BT` is True at real tokens, in any
-        pattern; the others do not exist, and their outputs are 0. `state` is what came before, :meth:`empty_state` at
-        the start of a row; it is not modified.
+        pattern; other tokens are ignored, and their outputs are 0. `state` is the state before these tokens,
+        :meth:`empty_state` at the start of a row; it is not modified.
         """
         raise NotImplementedError
 
     def empty_state(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None) -> RowState:
-        """The state before the first token, at its final size; `dtype` is the model's.
+        """The state before the first token, at its full size; `dtype` is the model's.
 
-        `state_dtype` bfloat16 asks for one of half the size.
+        With `state_dtype` bfloat16 it should be half the size.
         """
         raise NotImplementedError
 
@@ -192,10 +192,10 @@ class StudentAttention(nn.Module):
         return y
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
-        """The implementation that runs for inputs of `dtype` on `device`; ValueError when the one asked for cannot."""
+        """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""
         if self.cfg.impl != "auto":
             raise ValueError(
-                f"student.impl is {self.cfg.impl}, but {self.cfg.name!r} has one implementation of its own; use auto"
+                f"student.impl is {self.cfg.impl}, but {self.cfg.name!r} has a single implementation; use auto"
             )
         return "pytorch"
 
@@ -215,8 +215,8 @@ class StudentAttention(nn.Module):
     ) -> None:
         """Learn from the teacher's outputs y (before the output projection); see :class:`TransferRequest`.
 
-        Adds the gradients to the parameters' `.grad` (when the request says so) and fills `metrics`. Works under an
-        outer `torch.no_grad()`; q, k, v, y are constants.
+        Adds the gradients to the parameters' `.grad` (if requested) and fills `metrics`. Works under an outer
+        `torch.no_grad()`; q, k, v, y are constants.
         """
         request = self.request if self.request is not None else TransferRequest()
         if request.initialise:
@@ -236,7 +236,7 @@ class StudentAttention(nn.Module):
         softcap: float | None = None,
         sink_logit: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss, mse, xent and mean squared target, 0-d without a graph; gradients go to the parameters' `.grad`."""
+        """Loss, mse, xent and mean squared target, 0-d and detached; gradients go to the parameters' `.grad`."""
         if request.xent_weight:
             raise ValueError(f"{self.cfg.name!r} has no attention rows to compare; use transfer.xent_weight=0")
         mask_BT = tokens.mask_BT
@@ -269,7 +269,8 @@ class StudentAttention(nn.Module):
     # What it costs
 
     def flops(self, seq_len: int) -> Flops:
-        """Of a token in a row of `seq_len`: on average 1.5 W (terrace) or W (sliding) near keys, and the sinks."""
+        """Per token in a row of `seq_len` tokens: on average 1.5 W (terrace) or W (sliding) near keys, and the
+        sinks."""
         near, window = 0.0, self.cfg.window
         if self.kind != "linear":
             keys = (1.5 if self.kind == "terrace" else 1.0) * window + self.cfg.sinks

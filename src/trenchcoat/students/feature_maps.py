@@ -5,7 +5,7 @@ Sources: LoLCATs (https://arxiv.org/abs/2410.10254), Hedgehog (https://arxiv.org
 
 Shape legend: B rows, M map heads, X heads of the input (M, or a divisor of it: each input head feeds M / X maps), T
 tokens, D head dim, P columns of W (`feature_dim`), F features (2P for hedgehog and exp, P otherwise), R adapter width;
-inside, A heads of a block and N tokens of it.
+inside a block, A heads and N tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from trenchcoat.config import KNOWN_FEATURE_MAPS, FeatureMapConfig
 from trenchcoat.ops.chunked.maps import Learner
 
 BLOCK_ROWS = 4096
-"""Heads x tokens handled at once, so that a block's arrays stay in cache."""
+"""Heads x tokens per block, so that a block's arrays fit in cache."""
 
 
 @dataclass(frozen=True)
 class Activation:
     """`forward(u, out)` fills out with act(u); `backward(f, df)` is du, from the output f alone. Last axis: features.
 
-    `paired` applies it to u and to -u and concatenates the two. `kernel` is the name the Triton kernels have for it
-    (:class:`trenchcoat.ops.triton.launch.FusedMap`); None where they do not have it.
+    `paired` applies it to u and to -u and concatenates the two. `kernel` is its name in the Triton kernels
+    (:class:`trenchcoat.ops.triton.launch.FusedMap`); None if they do not support it.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]
@@ -86,7 +86,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def register_feature_map(name: str, activation: Activation) -> None:
-    """Make `activation` available as `student.feature_map.name: <name>`; ValueError when the name is taken."""
+    """Make `activation` available as `student.feature_map.name: <name>`; ValueError if the name is taken."""
     if ACTIVATIONS.get(name, activation) is not activation:
         raise ValueError(f"feature map {name!r} exists already; choose another name")
     ACTIVATIONS[name] = activation
@@ -105,7 +105,7 @@ class Weights:
 
 
 class FeatureMap(nn.Module):
-    """phi for M heads. Parameters are float32; features come out in the parameters' dtype whatever the input's."""
+    """phi for M heads. Parameters are float32; features have the parameters' dtype, whatever the input's."""
 
     def __init__(self, cfg: FeatureMapConfig, *, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class FeatureMap(nn.Module):
         width = cfg.adapter_dim
 
         def parameter(*shape: int) -> nn.Parameter:
-            """One for every head."""
+            """A parameter with one entry per head."""
             return nn.Parameter(torch.empty(num_heads, *shape, dtype=torch.float32))
 
         self.weight = parameter(head_dim, cfg.feature_dim)
@@ -141,9 +141,9 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values from the config; the adapter starts as the identity (up = 0).
+        """Set initial values from the config; the adapter starts as the identity (up = 0).
 
-        `landmarks` starts as kaiming does, until `set_landmarks` is given keys of real text.
+        `landmarks` starts like kaiming, until `set_landmarks` gets keys of real text.
         """
         bound = math.sqrt(6.0 / self.head_dim)
         if self.cfg.init in ("kaiming", "landmarks"):
@@ -175,7 +175,7 @@ class FeatureMap(nn.Module):
             )
         for head in range(self.num_heads):
             keys_ND = keys_GND[head * groups // self.num_heads].float()
-            # another offset for each head, so that heads of a group start apart
+            # a different offset for each head, so that heads of a group start from different keys
             chosen = (torch.arange(self.cfg.feature_dim) * available + head) // self.cfg.feature_dim
             landmarks_PD = keys_ND[chosen.clamp_max(available - 1)] - keys_ND.mean(0)
             self.weight[head].copy_(landmarks_PD.T * scale)
@@ -186,7 +186,7 @@ class FeatureMap(nn.Module):
         return y
 
     def rows(self, x_BXTD: Tensor) -> Tensor:
-        """As `forward`, under `no_grad` and in one block, all rows together: quicker where tokens are few."""
+        """Like `forward`, under `no_grad` and with all rows in one block: faster for few tokens."""
         batch, inputs, tokens, _ = x_BXTD.shape
         w = Weights(*self.parameter_list())
         x = x_BXTD if x_BXTD.dtype == w.weight.dtype else x_BXTD.to(w.weight.dtype)
@@ -197,7 +197,7 @@ class FeatureMap(nn.Module):
         return f.view(self.num_heads, batch, tokens, -1).transpose(0, 1)
 
     def block(self, x_AND: Tensor, w: Weights, out_ANF: Tensor) -> Tensor:
-        """Fill `out` with the features of x; no graph. `out` must be contiguous per head."""
+        """Fill `out` with the features of x, without autograd. `out` must be contiguous per head."""
         u = self._linear(x_AND, w)
         if self.act.paired:
             halves = torch.stack((u, -u), -2)
@@ -209,7 +209,7 @@ class FeatureMap(nn.Module):
     def block_backward(
         self, x_AND: Tensor, w: Weights, f_ANF: Tensor, df_ANF: Tensor, grads: Weights | None, need_dx: bool
     ) -> Tensor | None:
-        """Add the parameters' gradients to `grads`; returns dx [A, N, D] when asked for. May overwrite df."""
+        """Add the parameters' gradients to `grads`; returns dx [A, N, D] if requested. May overwrite df."""
         if self.act.backward is _relu_backward:
             df_ANF = df_ANF.mul_(f_ANF > self.cfg.eps)
         shape = (*f_ANF.shape[:-1], 2, -1) if self.act.paired else f_ANF.shape
@@ -237,19 +237,20 @@ class FeatureMap(nn.Module):
         return Weights(*(None if p is None else p.detach() for p in self.parameter_list()))  # type: ignore[arg-type]
 
     def pick(self, w: Weights, inputs: int, heads: slice, share: int) -> Weights:
-        """Parameters (or gradients) of map `share` of each of the input heads `heads`, of `inputs` in all; views."""
+        """Views of the parameters (or gradients) of map `share` of each input head in `heads`, out of `inputs`
+        heads."""
         parts = (w.weight, w.bias, w.down, w.up)
         return Weights(*(None if p is None else p.unflatten(0, (inputs, -1))[heads, share] for p in parts))  # type: ignore[arg-type]
 
     def gradients(self) -> Weights:
-        """The parameters' `.grad`, made (zero) where there is none yet."""
+        """The parameters' `.grad`, created as zeros if missing."""
         for p in self.parameters():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         return Weights(*(None if p is None else p.grad for p in self.parameter_list()))  # type: ignore[arg-type]
 
     def learner(self, learns: bool) -> Learner[Weights]:
-        """Itself with its parameters, and where their gradients are added if it learns."""
+        """The map with its parameters and, if it learns, the tensors their gradients are added to."""
         return Learner(self, self.weights(), self.gradients() if learns else None)
 
     def parameter_list(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -257,7 +258,7 @@ class FeatureMap(nn.Module):
         return self.weight, self.bias, self.down, self.up
 
     def matrix(self) -> Tensor:
-        """What x is multiplied with [M, D, P], the skip connection included; differentiable."""
+        """The matrix [M, D, P] that multiplies x, including the skip connection; differentiable."""
         return self._matrix(Weights(self.weight))
 
     def _matrix(self, w: Weights) -> Tensor:
@@ -332,7 +333,7 @@ class _Phi(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, df_BMTF: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the parameters, as far as they are asked for."""
+        """Gradients of x and of the parameters, where required."""
         x_BXTD, f, *params = ctx.saved_tensors
         phi: FeatureMap = ctx.phi
         batch, inputs, tokens, dim = x_BXTD.shape

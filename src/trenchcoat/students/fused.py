@@ -1,4 +1,4 @@
-"""Students on the Triton kernels: which implementation runs where, and the feature maps as the kernels take them.
+"""Students on the Triton kernels: choice of the implementation, and feature maps in the kernels' format.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, E value dim.
 """
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("trenchcoat")
 OLDEST, NOT_YET = (8, 0), (10, 0)
-"""Compute capabilities: tensor cores older than the first have no bfloat16; from the second on `auto` does not choose
-the kernels, which were not tuned there."""
+"""Compute capabilities: tensor cores before the first do not support bfloat16; from the second on, `auto` does not
+choose the kernels, which are not tuned for these."""
 _reported: set[str] = set()
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer asks of the kernels."""
+    """The sizes of a layer that the kernels must support."""
 
     dtype: torch.dtype
     rule: Rule
@@ -41,12 +41,12 @@ class LayerShape:
 def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape) -> str:
     """The implementation that `student.impl` chooses on `device`.
 
-    `auto` is `triton` on CUDA devices where the kernels can do what `feature_map` and `shape` ask, else `chunkwise`.
-    The choice is logged once, with the reason. Before the first use of `triton` on a device its kernels are checked.
+    `auto` is `triton` on CUDA devices if the kernels support `feature_map` and `shape`, else `chunkwise`. The choice is
+    logged once, with the reason. The kernels are checked before their first use on a device.
 
     Raises:
         ValueError: `triton` cannot run here.
-        RuntimeError: the kernels failed their check.
+        RuntimeError: the kernels failed their self-check.
     """
     if impl not in ("auto", "triton"):
         return impl
@@ -59,7 +59,7 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
         if impl == "auto":
             reason = reason or _unfit(device, shape, None if feature_map is None else feature_map.cfg)
         elif reason is not None:
-            raise ValueError(f"student.impl is triton, but {reason}; student.impl=chunkwise can do it")
+            raise ValueError(f"student.impl is triton, but {reason}; use student.impl=chunkwise")
     chosen = "triton" if reason is None else "chunkwise"
     choice = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
     if choice not in _reported:
@@ -78,7 +78,7 @@ def _installed() -> bool:
 
 
 def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | None:
-    """Why the kernels cannot run, as far as it is known before a call; None when they can."""
+    """Why the kernels cannot run, as far as known before a call; None if they can."""
     if not _installed():
         return "triton is not installed (pip install 'trenchcoat[kernels]')"
     if device.type != "cuda":
@@ -89,19 +89,19 @@ def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | Non
     elif torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if feature_map is not None and feature_map.act.kernel is None:
-        return f"the kernels do not have the feature map {feature_map.cfg.name!r}"
+        return f"the kernels do not support the feature map {feature_map.cfg.name!r}"
     if feature_map is not None and feature_map.down is not None:
-        return "the kernels have no adapter (student.feature_map.adapter_dim)"
+        return "the kernels do not support an adapter (student.feature_map.adapter_dim)"
     return None
 
 
 @lru_cache
 def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None) -> str | None:
-    """Why the kernels cannot, or should not, take tensors of this shape; or None."""
+    """Why the kernels cannot or should not run on tensors of this shape, or None."""
     from trenchcoat.ops.triton.launch import Call, FusedMap, refusal
 
     if torch.cuda.get_device_capability(device) >= NOT_YET:
-        return f"{torch.cuda.get_device_name(device)} is newer than what the kernels are written for"
+        return f"{torch.cuda.get_device_name(device)} is newer than the GPUs the kernels are written for"
     if shape.dtype == torch.float32:
         return "in float32 the kernels multiply without tensor cores"
     q, v = (torch.empty(1, 1, 0, n, dtype=shape.dtype, device=device) for n in (shape.dim, shape.values))
@@ -113,7 +113,7 @@ def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None
 
 
 def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> FusedMaps | None:
-    """Feature maps as the kernels take them, or None without a far part; gradients flow to their parameters."""
+    """Feature maps in the kernels' format, or None without a far part; gradients flow to their parameters."""
     if query is None or key is None or not rule.far:
         return None
     from trenchcoat.ops.triton.launch import FusedMap
@@ -126,7 +126,7 @@ def add_gradients(
     query: FeatureMap | None, key: FeatureMap | None, found: list[Tensor | None], weight: float = 1.0
 ) -> Tensor | None:
     """Add `weight` times the kernels' gradients (query matrix and bias, key matrix and bias) to the maps' `.grad`;
-    returns that for log(g / l), which comes last."""
+    returns the gradient of log(g / l), the last one."""
     for phi, matrix, bias in ((query, found[0], found[1]), (key, found[2], found[3])):
         if phi is None or matrix is None:
             continue

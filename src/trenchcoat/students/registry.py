@@ -1,4 +1,4 @@
-"""Student attentions by name. A new one is one file beside this one and one line in STUDENTS."""
+"""Student attentions by name. A new one is one file in this package and one line in STUDENTS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STUDENTS: dict[str, type[StudentAttention]] = {
 
 
 def register_student(name: str, cls: type[StudentAttention]) -> type[StudentAttention]:
-    """Make `cls` available as `student.name: <name>`; ValueError when the name is taken by another class."""
+    """Make `cls` available as `student.name: <name>`; ValueError if the name is taken by another class."""
     if STUDENTS.get(name, cls) is not cls:
         raise ValueError(f"student {name!r} is already {STUDENTS[name].__name__}; choose another name")
     STUDENTS[name] = cls
@@ -38,7 +38,7 @@ def student_class(name: str) -> type[StudentAttention]:
 
 
 def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The implementation that `cfg.impl` chooses in layers of this head size, type and device."""
+    """The implementation that `cfg.impl` selects for layers of this head size, dtype and device."""
     with torch.device("meta"):
         student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
     return student.implementation(dtype, device)

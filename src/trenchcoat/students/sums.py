@@ -1,6 +1,6 @@
-"""Softmax attention over a window and, over everything older, sums of phi(k) v^T: the students of the operator.
+"""Students based on the operator: softmax attention over a window, sums of phi(k) v^T over everything older.
 
-The formula is in :mod:`trenchcoat.ops.reference`; transfer is in closed form, without a graph.
+The formula is in :mod:`trenchcoat.ops.reference`; transfer is in closed form, without an autograd graph.
 
 Shape legend: as in :mod:`trenchcoat.students.base`.
 """
@@ -28,14 +28,14 @@ from trenchcoat.students.feature_maps import Weights
 
 
 class SumAttention(StudentAttention):
-    """A subclass sets `kind`, and `has_far = False` when it has no far part."""
+    """A subclass sets `kind`, and `has_far = False` if it has no far part."""
 
     kind: ClassVar[Kind] = "terrace"
 
     def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
         super().__init__(cfg, **sizes)
         if not 0.0 < cfg.mix_init < 1.0:
-            raise ValueError(f"student.mix_init is {cfg.mix_init}; it must lie strictly between 0 and 1")
+            raise ValueError(f"student.mix_init is {cfg.mix_init}; it must be strictly between 0 and 1")
         self.mix_H: nn.Parameter | None = None
         if self.has_far and self.kind != "linear":
             self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
@@ -99,7 +99,7 @@ class SumAttention(StudentAttention):
     def empty_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None
     ) -> StudentState:
-        """The state before the first token, at its final size; `dtype` is the keys' and values'.
+        """The state before the first token, at its full size; `dtype` is that of keys and values.
 
         With `state_dtype` bfloat16 the far sums and the buffered pairs are bfloat16.
         """
@@ -142,7 +142,8 @@ class SumAttention(StudentAttention):
         y_BHTE: Tensor,
         weight: float | None,
     ) -> tuple[Tensor, Tensor]:
-        """(sum, gradient of `weight` times it for log(g / l)); the maps' go to their `.grad`. None: no gradients."""
+        """(sum, gradient of `weight` times the sum for log(g / l)); the maps' gradients go to their `.grad`. None: no
+        gradients."""
         learns, dlog_ratio = weight is not None, torch.zeros_like(heads.mix_H)
         options: dict[str, Any] = {"length_B": length_B, "error_scale": weight or 0.0}
         if self._impl(tokens.q_BHTD) == "triton":
@@ -160,7 +161,7 @@ class SumAttention(StudentAttention):
     def _cross_entropy(
         self, tokens: Tokens, heads: HeadWeights, rule: Rule, length_B: Tensor | None, weight: float | None
     ) -> tuple[Tensor, Tensor]:
-        """As `_squared_error`, of the attention rows' cross-entropy."""
+        """Like `_squared_error`, for the cross-entropy of attention rows."""
         learns, none = weight is not None, torch.zeros_like(heads.mix_H)
         if self._impl(tokens.q_BHTD) == "triton":
             from trenchcoat.ops.triton.crossent_launch import cross_entropy
@@ -200,7 +201,7 @@ class SumAttention(StudentAttention):
         return self.query_map.learner(learns), self.keys_phi.learner(learns)
 
     def _mix(self, like: Tensor) -> Tensor:
-        """The raw mix; a constant 0 where the student learns none (its value then cancels or is not used)."""
+        """The raw mix; a constant 0 if the student learns none (its value then cancels or is not used)."""
         if self.mix_H is not None:
             return self.mix_H
         return torch.zeros(self.num_heads, dtype=torch.float32, device=like.device)
@@ -223,7 +224,7 @@ class SumAttention(StudentAttention):
         return self.implementation(like.dtype, like.device)
 
     def _only_reads(self, *inputs: Tensor) -> bool:
-        """Nothing needs a gradient, so features need not outlive their tile."""
+        """Whether nothing needs a gradient, so that features can be discarded with their tile."""
         return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
 
 
@@ -235,7 +236,7 @@ def _known_rule(
 
 
 def _real(y_BHLE: Tensor, rows: Rows) -> Tensor:
-    """Zeros where there is no token."""
+    """Zero outputs where there is no token."""
     if rows.length_B is None:
         return y_BHLE
     token = torch.arange(y_BHLE.shape[2], device=y_BHLE.device)

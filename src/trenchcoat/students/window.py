@@ -1,4 +1,4 @@
-"""Students with a softmax window: terrace, sliding, and the untrained window + sinks they are measured against.
+"""Students with a softmax window: terrace, sliding, and the untrained baseline window + sinks.
 
 Sources: LoLCATs (https://arxiv.org/abs/2410.10254) for the first two; StreamingLLM (https://arxiv.org/abs/2309.17453)
 for window + sinks.
