@@ -65,7 +65,7 @@ def test_70b_on_a_node_and_405b_on_three() -> None:
     planned = _plan("llama3_1_405b", gpus=24)
     assert planned[1].best == "sharded over all (FSDP)"
     assert [way.name for way in planned[1].ways if "HSDP" in way.name] == ["sharded in each node (HSDP)"]
-    assert "lora waits for the links" in _notes(planned)
+    assert "lora is bound by the links" in _notes(planned)
     assert "divide" not in _notes(planned)
 
 

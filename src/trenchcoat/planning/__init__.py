@@ -1,1 +1,1 @@
-"""What fits where and how long it takes: arithmetic on sizes."""
+"""Memory and time estimates from sizes alone."""

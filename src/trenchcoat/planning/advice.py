@@ -1,4 +1,4 @@
-"""Notes on a plan: what a step waits for, what does not divide evenly and, when nothing fits, what would."""
+"""Notes on a plan: the bottleneck of a step, uneven splits and, if nothing fits, what would."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trenchcoat.planning.footprint import Layout
 from trenchcoat.planning.plan import RESERVE_BYTES, RESERVE_SHARE, Plan, Planner, Way, layouts
 
 MOST_GPUS = 1024
-"""The largest number that is tried."""
+"""The largest number of GPUs tried."""
 
 
 def notes_on(planner: Planner, plan: Plan) -> list[str]:
-    """Notes on ``plan``, which ``planner`` made."""
+    """Notes on ``plan``, made by ``planner``."""
     found = [] if plan.chosen is not None else _what_would_fit(planner, plan)
     machine, needed = plan.machine, sum(plan.disk.values())
     if machine.disk is not None and needed > machine.disk:
@@ -41,7 +41,7 @@ def enough_gpus(planner: Planner) -> int | None:
 
 
 def one_layer_bytes(planner: Planner) -> float:
-    """Attention transfer with a single layer of the model in memory; the recipe must have that stage."""
+    """Memory of attention transfer with one layer of the model at a time; the recipe must have that stage."""
     assert planner.recipe.transfer is not None
     return block_bytes(planner.step(planner.recipe.transfer), 1)
 
@@ -69,7 +69,7 @@ def _what_would_fit(planner: Planner, plan: Plan) -> list[str]:
 
 
 def _with_other_settings(planner: Planner) -> str | None:
-    """Checkpointing, single rows, or both: the first with which one of the ways fits."""
+    """The first of gradient checkpointing, batch size 1, or both, that makes one of the ways fit."""
     lora = planner.recipe.lora
     checkpointed: list[tuple[str, str, Any]] = []
     if lora is not None and not lora.gradient_checkpointing:
@@ -90,7 +90,7 @@ def _with_other_settings(planner: Planner) -> str | None:
 
 
 def _about(planner: Planner, way: Way) -> list[str]:
-    """Notes on the way that was chosen."""
+    """Notes on the chosen way."""
     found = []
     for name, stage in planner.stages.items():
         waits = planner.seconds(stage, way.layout)
@@ -98,7 +98,7 @@ def _about(planner: Planner, way: Way) -> list[str]:
         if bound != "arithmetic":
             rows = math.ceil(waits[bound] / waits["arithmetic"]) * stage.batch_size
             found.append(
-                f"{name} waits for the {bound}: {waits[bound]:.2g} s a micro-batch against "
+                f"{name} is bound by the {bound}: {waits[bound]:.2g} s per micro-batch against "
                 f"{waits['arithmetic']:.2g} s of arithmetic; {name}.batch_size={rows} would balance the two"
             )
     if way.layout.offload:
@@ -113,7 +113,7 @@ def _about(planner: Planner, way: Way) -> list[str]:
 
 
 def uneven(stage: str, accumulation: int, processes: int) -> str:
-    """The note on micro-batches that do not divide evenly among ``processes``."""
+    """Note that the micro-batches of a step do not divide evenly among ``processes``."""
     return (
         f"{stage}.accumulation={accumulation} micro-batches a step do not divide among {processes} processes; "
         f"{stage}.accumulation={processes * math.ceil(accumulation / processes)} does"

@@ -1,4 +1,4 @@
-"""The speed of this machine, measured to choose the length of passes: bytes a second of its disks, FLOP a second."""
+"""Measure this machine's disk bandwidth and FLOP/s, to choose the length of passes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from trenchcoat.runtime.machine import free_disk
 
 PROBE_BYTES = 64 << 20
 SHARE_OF_PEAK = 0.4
-"""Share of a device's peak, or of a large matrix product's speed, that training reaches."""
+"""Fraction of a device's peak, or of a large matrix product's speed, that training reaches."""
 
 
 def _forget(descriptor: int) -> None:
-    """Ask the system to drop what it has cached of a file, where it supports that."""
+    """Ask the system to drop a file's pages from its cache, if supported."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_rate(folder: Path, size: int = PROBE_BYTES) -> float:
-    """Bytes a second that reach the disk of ``folder``; raises ``SaveError`` where it cannot be written."""
+    """Write bandwidth of ``folder``'s disk in bytes/s; raises ``SaveError`` if it is not writable."""
     path = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-probe"
-    size = max(1, min(size, free_disk(folder) // 4))  # a quarter of what is free is enough to measure with
+    size = max(1, min(size, free_disk(folder) // 4))  # use at most a quarter of the free space
     piece = os.urandom(min(1 << 20, size))
     with saving(path):
         try:
@@ -45,7 +45,7 @@ def write_rate(folder: Path, size: int = PROBE_BYTES) -> float:
 
 
 def read_rate(files: Sequence[Path], size: int = PROBE_BYTES) -> float:
-    """Bytes a second read from the start of ``files``, bypassing the system's cache where possible."""
+    """Read bandwidth in bytes/s from the start of ``files``, bypassing the page cache where possible."""
     left, seconds, done = size, 0.0, 0
     for file in files:
         if left <= 0:
@@ -60,7 +60,7 @@ def read_rate(files: Sequence[Path], size: int = PROBE_BYTES) -> float:
 
 
 def flop_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second that training reaches on ``device``: a share of its known peak, or of a large matrix product."""
+    """FLOP/s that training reaches on ``device``: a fraction of its known peak, or of a large matrix product."""
     if device.type == "cuda":
         peak = device_peak(torch.cuda.get_device_name(device), dtype)
         if peak is not None:

@@ -1,16 +1,16 @@
-"""How much memory one process needs at the worst moment of a training step, part by part, from sizes alone.
+"""Peak memory of one process in a training step, by part, computed from sizes alone.
 
-The arithmetic follows the step through its moments (a layer gathered in the forward pass, the loss over the vocabulary,
+The calculation goes through the moments of a step (a layer gathered in the forward pass, the loss over the vocabulary,
 a layer recomputed in the backward pass, ...) and keeps the largest. It agrees with :mod:`trenchcoat.planning.simulate`,
-which runs the same step on fake tensors; `docs/PLAN.md` compares the two. Not included: the CUDA context, the buffers
-of NCCL, the fragmentation of the allocator (`plan` adds a reserve for them).
+which runs the same step on fake tensors; `docs/PLAN.md` compares the two. Not included: the CUDA context, NCCL buffers
+and allocator fragmentation (`plan` adds a reserve for them).
 
-Held throughout the step: this process's share of the frozen base; students and LoRA in float32, whole, with the
-gradients of what is trained; AdamW's moments of that and, with several processes, the copies of parameters and
-gradients that the optimizer steps: those are sharded, so each process holds its share.
+Held throughout the step: this process's shard of the frozen base; unsharded students and LoRA in float32, with the
+gradients of the trained ones; AdamW's moments and, with several processes, the optimizer's copies of parameters and
+gradients: these are sharded, so each process holds its share.
 
-FSDP2 holds three layers at the worst moment of a gather in the forward pass (the gathered buffer of the previous layer,
-which it keeps until the next copy is done, its own, and the copy that the layer computes with) and two in the backward
+FSDP2 holds three layers at the peak of a gather in the forward pass (the gathered buffer of the previous layer, kept
+until the next copy is done, its own, and the copy that the layer computes with) and two in the backward
 pass. Notation: n tokens of the micro-batch, h hidden size, H query and G key/value heads of dim D, F features, K key
 maps, I columns of the MLP, V vocabulary.
 """
@@ -33,22 +33,22 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight: one 8-bit constant for 64 weights, one 32-bit constant for 256 constants (QLoRA,
 arXiv 2305.14314)."""
 MOMENTS, MASTER_COPY = 8, 8
-"""Bytes of a trained parameter: AdamW's two moments; with several processes, the parameter and gradient it steps."""
+"""Bytes per trained parameter: AdamW's two moments; with several processes, its parameter and gradient copies."""
 
 MEMORY_PARTS = ("weights", "gathered layers", "students", "LoRA", "gradients", "optimizer", "activations", "logits")
-"""Names of the parts, in the order of a table."""
+"""Names of the parts, in table order."""
 
 
 @dataclass(frozen=True)
 class StepSizes:
-    """What one process computes in a micro-batch: the sizes that its memory depends on."""
+    """Sizes of one process's micro-batch that its memory depends on."""
 
     shapes: Shapes
     student: StudentConfig
     stage: TransferConfig | LoraConfig
     seq_len: int
     dtype_bytes: int = 2
-    """Of a base weight, and of an activation that keeps the base's precision."""
+    """Bytes of a base weight, and of an activation in the base's precision."""
 
     @property
     def tokens(self) -> int:
@@ -62,7 +62,7 @@ class Layout:
 
     ranks: int = 1
     shared_by: int = 1
-    """Processes that share one copy of the base (FSDP2); 1 is a whole copy on each."""
+    """Processes that share one copy of the base (FSDP2); 1: a full copy on each."""
     offload: bool = False
     """Shards are kept in host memory."""
     nf4: bool = False
@@ -71,17 +71,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one process at its worst moment."""
+    """Bytes of one process at its peak."""
 
     parts: dict[str, float]
     moment: str
-    """When that is."""
+    """Name of the peak moment."""
     host: float = 0.0
     """Bytes in host memory for this process (offloaded shards)."""
 
     @property
     def total(self) -> float:
-        """All parts together."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
 
@@ -111,7 +111,7 @@ def footprint(step: StepSizes, layout: Layout) -> Footprint:
 
 
 def base_bytes(shapes: Shapes, dtype_bytes: int = 2, *, nf4: bool = False) -> float:
-    """Size of the frozen base; with ``nf4`` embedding, head and norms keep their precision."""
+    """Bytes of the frozen base; with ``nf4``, embedding, head and norms keep their precision."""
     if not nf4:
         return float(dtype_bytes * shapes.parameters)
     in_layers = shapes.layers * shapes.layer_parameters
@@ -119,9 +119,9 @@ def base_bytes(shapes: Shapes, dtype_bytes: int = 2, *, nf4: bool = False) -> fl
 
 
 def state_bytes(shapes: Shapes, student: StudentConfig, dtype_bytes: int = 2) -> tuple[float, float]:
-    """(far sums in float32, window of keys and values) of one sequence during generation, whatever its length.
+    """Bytes of (far sums in float32, window of keys and values) per sequence during generation, at any length.
 
-    Layers that keep softmax attention are not counted: their cache grows.
+    Layers that keep softmax attention are not counted: their cache grows with the sequence.
     """
     with torch.device("meta"):
         state = layer_student(shapes, student).empty_state(1, dtype=torch.bfloat16)
@@ -138,7 +138,7 @@ def _parts(gathered: float, activations: float, logits: float = 0.0) -> dict[str
 
 @dataclass(frozen=True)
 class _Moments:
-    """The moments of a step: bytes of each part that are held then, beyond what is held throughout."""
+    """The moments of a step: bytes of each part at that moment, on top of what is held throughout."""
 
     step: StepSizes
     layout: Layout
@@ -154,7 +154,7 @@ class _Moments:
         return layer_student(self.step.shapes, self.step.student)
 
     def _transfer(self, stage: TransferConfig) -> dict[str, dict[str, float]]:
-        """Nothing is kept from layer to layer; a sharded head is gathered too (for one token: the root must be run)."""
+        """Nothing is kept between layers; a sharded head is gathered too (for one token, as the root must run)."""
         s, n, size = self.step.shapes, self.step.tokens, self.step.dtype_bytes
         hidden = float(size * s.hidden * n)
         mlp = n * size * (3.0 * s.mlp_width + 4.0 * s.hidden)
@@ -168,7 +168,7 @@ class _Moments:
         }
 
     def _lora(self, stage: LoraConfig) -> dict[str, dict[str, float]]:
-        """With checkpointing the inputs of every layer are kept and one layer is computed again; else all are kept."""
+        """With checkpointing, only layer inputs are kept and one layer is recomputed; otherwise everything is kept."""
         s, n, size = self.step.shapes, self.step.tokens, self.step.dtype_bytes
         saved = self._layer_saved(stage)
         checkpointed = stage.gradient_checkpointing
@@ -193,7 +193,7 @@ class _Moments:
         }
 
     def _gathered(self, *, layers: float = 0, embeddings: float = 0, heads: float = 0) -> float:
-        """Bytes of so many gathered units; without sharding only what 4-bit weights are unpacked into.
+        """Bytes of the given numbers of gathered units; without sharding, only the buffer for unpacked 4-bit weights.
 
         A tied embedding belongs to the root unit, which is gathered throughout.
         """
@@ -208,11 +208,11 @@ class _Moments:
         return float(size * units)
 
     def _features(self) -> float:
-        """Bytes of a token's features, of queries and keys, in float32."""
+        """Bytes per token of query and key features in float32."""
         return 4.0 * self.student.features * (self.step.shapes.heads + self.student.key_heads)
 
     def _layer_saved(self, stage: LoraConfig) -> float:
-        """What autograd keeps of one layer: the matrices are frozen, so only what LoRA, norms, MLP and student need."""
+        """What autograd saves for one layer: matrices are frozen, so only inputs of LoRA, norms, MLP and student."""
         s, size = self.step.shapes, self.step.dtype_bytes
         dropout = 1.0 if stage.dropout > 0 else 0.0  # the mask
         adapted = (4.0 + dropout) * sum(inputs for inputs, _ in s.lora_layers(stage))
@@ -223,7 +223,7 @@ class _Moments:
         return self.step.tokens * (adapted + norms + heads + self._features() + output + mlp)
 
     def _student_transfer(self, stage: TransferConfig) -> float:
-        """q, k, v, both outputs, the residual, a tile; with the cross-entropy all features and their gradients."""
+        """q, k, v, both outputs, the residual, a tile; with cross-entropy also all features and their gradients."""
         s = self.step.shapes
         features = 2.0 * self._features() if stage.xent_weight > 0 else 0.0
         rows = self.step.dtype_bytes * (2 * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden)
@@ -237,8 +237,8 @@ class _Moments:
         return self.step.tokens * (rows + self._features()) + self._tile(TILE_TOKENS, 6, 4, 6, 2)
 
     def _tile(self, most: int, queries: int, keys: int, columns: int, features: int) -> float:
-        """Scratch of a tile of up to ``most`` query rows: so many arrays of queries, of keys, of window columns, of
-        features, and the running sums (forwards and backwards)."""
+        """Scratch of a tile of up to ``most`` query rows: the given numbers of arrays of queries, keys, window columns
+        and features, plus the running sums (forward and backward)."""
         s, width = self.step.shapes, self.student.features
         rows = min(most, s.heads * self.step.tokens)
         dim, window = s.head_dim, self.student.cfg.window

@@ -1,9 +1,9 @@
-"""`trenchcoat plan`: which ways of running a recipe fit a machine, how fast they are, and what they need on disk.
+"""`trenchcoat plan`: which ways of running a recipe fit a machine, their speed, and the disk space they need.
 
 Nothing is downloaded and no weights are loaded: sizes come from the model's config (:mod:`trenchcoat.models.shapes`),
-memory from :mod:`trenchcoat.planning.footprint`, operations from :mod:`trenchcoat.models.flops`. A step takes the
-longer of its arithmetic (at the given MFU) and its transfers (the frozen base gathered over the links once in the
-forward and once in the backward pass).
+memory from :mod:`trenchcoat.planning.footprint`, FLOPs from :mod:`trenchcoat.models.flops`. The time of a step is the
+maximum of its arithmetic (at the given MFU) and its transfers (the frozen base is gathered once in the forward and once
+in the backward pass).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from trenchcoat.planning.footprint import Footprint, Layout, StepSizes, base_byt
 from trenchcoat.runtime.devices import device_peak
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
-"""Kept free on a GPU: CUDA context and NCCL buffers, and a share of the peak for the allocator's fragmentation."""
+"""Reserve on a GPU: bytes for the CUDA context and NCCL buffers, and a fraction of the peak for fragmentation."""
 NODE_LINK, NETWORK_LINK, HOST_LINK = 300e9, 50e9, 25e9
-"""Bytes a second that one GPU receives: from its node (NVLink), from other nodes (400 Gbit/s each), from the host."""
+"""Bytes/s received by one GPU: within its node (NVLink), from other nodes (400 Gbit/s each), from the host."""
 KNOWN_TOKENS = {"yahma/alpaca-cleaned": 10e6}
-"""Tokens of one pass, with its template (LoLCATs, arXiv 2410.10254: 40 million in two passes of each stage)."""
+"""Tokens per epoch, with the prompt template (LoLCATs, arXiv 2410.10254: 40 million in two epochs of each stage)."""
 KNOWN_ROWS = {"yahma/alpaca-cleaned": 51_760}
-"""Samples of one pass."""
+"""Samples per epoch."""
 BYTES_A_TOKEN = 5
-"""Of the token cache: an int32 and a flag."""
+"""Bytes per token of the token cache: an int32 and a flag."""
 HOST_MEMORY, DISK_RATE = 128 * GIB, 3e9
-"""Defaults: host memory for each GPU in use; bytes a second that a node reads from its disk."""
+"""Defaults: host memory per GPU in use; a node's disk read bandwidth in bytes/s."""
 HOST_USABLE = 0.8
-"""Share of a node's host memory that a plan counts on."""
+"""Fraction of a node's host memory that a plan uses."""
 
 Stage = TransferConfig | LoraConfig
 
@@ -52,17 +52,17 @@ class Machine:
     gpu: str = "H100"
     """Name of the GPU, for its peak FLOP/s."""
     mfu: float = 0.4
-    """Share of the peak that the arithmetic reaches."""
+    """Fraction of the peak that the arithmetic reaches."""
     link: float | None = None
-    """Bytes a second that a GPU receives from the others; None: by whether they are in one node."""
+    """Bytes/s that a GPU receives from the others; None: depends on whether they are in one node."""
     disk: float | None = None
-    """Free bytes."""
+    """Free disk space in bytes."""
     bandwidth: float | None = None
-    """Bytes a second that a node reads from the disk."""
+    """Disk read bandwidth of a node in bytes/s."""
     write_bandwidth: float | None = None
-    """Bytes a second that a node writes; None: as many as it reads."""
+    """Disk write bandwidth of a node in bytes/s; None: same as reading."""
     host_memory: float | None = None
-    """Bytes of host memory of a node; None: `HOST_MEMORY` for each GPU in use."""
+    """Bytes of host memory of a node; None: `HOST_MEMORY` per GPU in use."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpus_per_node < 1:
@@ -82,30 +82,30 @@ class Machine:
 
     @property
     def read_rate(self) -> float:
-        """Bytes a second that a node reads from the disk."""
+        """Disk read bandwidth of a node in bytes/s."""
         return self.bandwidth or DISK_RATE
 
     @property
     def write_rate(self) -> float:
-        """Bytes a second that a node writes to the disk."""
+        """Disk write bandwidth of a node in bytes/s."""
         return self.write_bandwidth or self.read_rate
 
     @property
     def usable_host_memory(self) -> float:
-        """Bytes of a node's host memory that a plan counts on."""
+        """Bytes of a node's host memory that a plan uses."""
         return HOST_USABLE * (self.host_memory or HOST_MEMORY * self.node_gpus)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage, run one way."""
+    """One stage under one layout."""
 
     memory: Footprint
     tokens_per_second: float
     bound_by: str
-    """What a step waits for: `arithmetic`, `links` or `host`."""
+    """The bottleneck of a step: `arithmetic`, `links` or `host`."""
     tokens: float | None
-    """Tokens that the stage trains on; None when the size of the data is unknown."""
+    """Tokens that the stage trains on; None if the size of the data is unknown."""
 
     @property
     def hours(self) -> float | None:
@@ -119,25 +119,25 @@ class Way:
 
     name: str
     settings: str
-    """Overrides that choose it."""
+    """Overrides that select it."""
     layout: Layout
     stages: dict[str, StagePlan]
     fits: bool
 
     @property
     def peak(self) -> float:
-        """Bytes of the worst stage on one GPU."""
+        """Peak bytes on one GPU, over all stages."""
         return max(stage.memory.total for stage in self.stages.values())
 
     @property
     def seconds_a_token(self) -> float:
-        """Of all stages together, for comparing ways."""
+        """Sum over all stages, for comparing ways."""
         return sum((s.tokens or 1.0) / s.tokens_per_second for s in self.stages.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer; bytes, seconds, tokens."""
+    """The resulting plan; in bytes, seconds, tokens."""
 
     model: str
     shapes: Shapes
@@ -164,10 +164,9 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> tuple[Planner, Plan]:
-    """Every way of running ``recipe`` on ``machine``; ``tokens`` is the size of one pass over the training data.
+    """Every way of running ``recipe`` on ``machine``; ``tokens`` is the number of training tokens per epoch.
 
-    Raises ``UserError`` for a model without a readable config, a family or student that is not supported, an unknown
-    GPU.
+    Raises ``UserError`` for a model without a readable config, an unsupported family or student, or an unknown GPU.
     """
     if recipe.transfer is None and recipe.lora is None:
         raise UserError("transfer=null and lora=null together leave nothing to plan; leave one of them out")
@@ -182,12 +181,12 @@ def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) 
 
 
 def with_reserve(size: float) -> float:
-    """Memory that a GPU must have to hold ``size`` bytes."""
+    """Memory that a GPU needs to hold ``size`` bytes, including the reserve."""
     return size * (1 + RESERVE_SHARE) + RESERVE_BYTES
 
 
 def layouts(machine: Machine) -> list[tuple[str, str, Layout]]:
-    """(name, settings, layout) of the ways that ``machine`` allows."""
+    """(name, settings, layout) of the ways possible on ``machine``."""
     gpus, node = machine.gpus, machine.gpus_per_node
     one = [("one GPU", "", Layout()), ("one GPU, 4-bit base", "model.quantize=nf4", Layout(nf4=True))]
     if gpus == 1:
@@ -214,12 +213,12 @@ class Planner:
 
     @property
     def dtype_bytes(self) -> int:
-        """Of a base weight on a GPU."""
+        """Bytes of a base weight on a GPU."""
         return 4 if self.recipe.model.dtype == "float32" else 2
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base on a GPU."""
+        """Dtype of the base on a GPU."""
         return torch.float32 if self.dtype_bytes == 4 else torch.bfloat16
 
     @property
@@ -230,7 +229,7 @@ class Planner:
 
     @property
     def flop_rate(self) -> float:
-        """FLOP that one GPU does in a second, in the base's precision; UserError for an unknown GPU."""
+        """FLOP/s of one GPU in the base's precision; ``UserError`` for an unknown GPU."""
         peak = device_peak(self.machine.gpu, self.dtype)
         if peak is None:
             raise UserError(
@@ -239,14 +238,14 @@ class Planner:
         return peak * self.machine.mfu
 
     def flops(self, stage: Stage) -> float:
-        """Of a token's training step."""
+        """FLOPs per token of a training step."""
         seq_len, student = self.recipe.data.seq_len, self.recipe.student
         if isinstance(stage, LoraConfig):
             return lora_flops_per_token(self.shapes, student, stage, seq_len).total
         return transfer_flops_per_token(self.shapes, student, seq_len, xent=stage.xent_weight > 0).total
 
     def step(self, stage: Stage) -> StepSizes:
-        """A micro-batch of ``stage``."""
+        """Sizes of a micro-batch of ``stage``."""
         return StepSizes(self.shapes, self.recipe.student, stage, self.recipe.data.seq_len, self.dtype_bytes)
 
     def way(self, name: str, settings: str, layout: Layout) -> Way:
@@ -255,7 +254,7 @@ class Planner:
         return Way(name, settings, layout, stages, all(self.fits(s.memory) for s in stages.values()))
 
     def fits(self, memory: Footprint) -> bool:
-        """With the reserve."""
+        """Whether it fits a GPU, including the reserve."""
         return with_reserve(memory.total) <= self.machine.gpu_memory
 
     def stage(self, stage: Stage, layout: Layout) -> StagePlan:
@@ -267,7 +266,7 @@ class Planner:
         return StagePlan(memory, rows / waits[bound], bound, self.stage_tokens(stage))
 
     def memory(self, stage: Stage, layout: Layout) -> Footprint:
-        """Of one process."""
+        """Memory of one process."""
         try:
             return footprint(self.step(stage), layout)
         except UserError:
@@ -276,7 +275,7 @@ class Planner:
             raise UserError(f"the student does not fit {self.recipe.model.path}: {error}") from error
 
     def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
-        """Seconds of a micro-batch by what it waits for; they overlap, so the longest counts."""
+        """Seconds per micro-batch, by resource; they overlap, so the longest counts."""
         passes = 2 if isinstance(stage, LoraConfig) else 1
         rows = stage.batch_size * self.recipe.data.seq_len
         found = {"arithmetic": rows * self.flops(stage) / self.flop_rate}
@@ -290,14 +289,14 @@ class Planner:
         return found
 
     def stage_tokens(self, stage: Stage) -> float | None:
-        """Tokens that ``stage`` trains on; None when that depends on data of unknown size."""
+        """Tokens that ``stage`` trains on; None if that depends on data of unknown size."""
         if stage.max_steps is not None:
             return float(stage.max_steps * stage.accumulation * stage.batch_size * self.recipe.data.seq_len)
         once = self.tokens_a_pass()
         return None if once is None else stage.epochs * once
 
     def tokens_a_pass(self) -> float | None:
-        """As given, or known, or a quarter of a text file's bytes."""
+        """Tokens per epoch: as given, as known, or a quarter of a text file's bytes; None if unknown."""
         data = self.recipe.data
         if self.tokens is not None:
             return self.tokens
@@ -309,7 +308,7 @@ class Planner:
         return KNOWN_TOKENS.get(data.path)
 
     def disk(self) -> dict[str, float]:
-        """Bytes on disk by what they are."""
+        """Bytes on disk, by kind."""
         maps = student_parameters(self.shapes, self.recipe.student)
         adapters = 0 if self.recipe.lora is None else self.shapes.lora_parameters(self.recipe.lora)
         found = {"weights of the base": float(self.dtype_bytes * self.shapes.parameters)}
@@ -317,7 +316,7 @@ class Planner:
             trained = maps if isinstance(stage, TransferConfig) else adapters
             if isinstance(stage, LoraConfig) and stage.train_feature_maps:
                 trained += maps
-            # parameters and both moments, the kept ones, the best, and one being written
+            # parameters and both moments: the kept checkpoints, the best weights, and a checkpoint being written
             found[f"checkpoints of {name}"] = 12.0 * trained * (stage.keep_checkpoints + 2)
         found["adapter"] = 4.0 * (maps + adapters)
         found["token cache"] = BYTES_A_TOKEN * (self.tokens_a_pass() or 0.0)

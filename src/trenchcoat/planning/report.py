@@ -1,7 +1,7 @@
-"""Plans for people and for programs: rich tables and notes for the terminal, a JSON document with everything.
+"""Reports of a plan: tables and notes for the terminal, and a complete JSON document.
 
 `trenchcoat plan` reports the ways of running a recipe, and compares a simulated step with the arithmetic; `trenchcoat
-blocks plan` the ways of running its attention transfer block by block.
+blocks plan` reports the ways of running its attention transfer block by block.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trenchcoat.planning.simulate import Sharding, simulate
 STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
 
 _TEXT_COLUMNS = ("way", "fits", "settings", "limit", "part", "stage")
-"""Columns that are aligned on the left."""
+"""Left-aligned columns."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class PlanReport:
 def report_plan(
     recipe: Recipe, machine: Machine, *, tokens: float | None = None, simulated: bool = False
 ) -> PlanReport:
-    """Plan ``recipe`` on ``machine``; with ``simulated`` a step of each stage is run on fake tensors, and compared.
+    """Plan ``recipe`` on ``machine``; with ``simulated``, also run a step of each stage on fake tensors to compare.
 
-    ``tokens`` is the size of one pass over the training data. Raises ``UserError``.
+    ``tokens`` is the number of training tokens per epoch. Raises ``UserError``.
     """
     planner, plan = make_plan(recipe, machine, tokens=tokens)
     notes = notes_on(planner, plan)
@@ -76,7 +76,7 @@ def report_plan(
 
 
 def report_blocks_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> PlanReport:
-    """Plan the transfer of ``recipe`` block by block; ``tokens`` is one pass over the training data.
+    """Plan the transfer of ``recipe`` block by block; ``tokens`` is the number of training tokens per epoch.
 
     Raises ``UserError``.
     """
@@ -90,7 +90,7 @@ def report_blocks_plan(recipe: Recipe, machine: Machine, *, tokens: float | None
 
 
 def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
-    """Notes on ``plan``: what was chosen and why, what does not fit, what is not counted."""
+    """Notes on ``plan``: the choice and its reason, what does not fit, what is not counted."""
     gpus, chosen, transfer = plan.machine.gpus, plan.chosen, recipe.transfer
     assert transfer is not None
     found = [f"{chosen.name}: {chosen.why}"] if chosen.why else []
@@ -113,7 +113,7 @@ def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
             f"blocks are counted in the weights' own precision, not with model.quantize={recipe.model.quantize}"
         )
     if plan.machine.disk is None:
-        found.append("give the free disk space as --disk to have it compared")
+        found.append("pass the free disk space as --disk to check it too")
     return found
 
 
@@ -155,7 +155,7 @@ def _blocks_headline(recipe: Recipe, plan: BlocksPlan) -> str:
 
 
 def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None]) -> Table:
-    """One row for each of ``rows``, a line for None."""
+    """A table of ``rows``; None draws a separator line."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="left" if heading in _TEXT_COLUMNS else "right")
@@ -168,7 +168,7 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | N
 
 
 def _ways_table(plan: Plan) -> Table:
-    """One row a way."""
+    """One row per way."""
     stages = list(plan.ways[0].stages)
     speeds = [f"{name}\n{what}" for name in stages for what in ("tokens/s", "hours")]
     table = _table(
@@ -186,7 +186,7 @@ def _ways_table(plan: Plan) -> Table:
         ),
     )
     if plan.best is not None:
-        table.caption = "* the quickest that fits"
+        table.caption = "* the fastest that fits"
     return table
 
 
@@ -197,7 +197,7 @@ def _speed(stage: StagePlan) -> tuple[str, str]:
 
 
 def _parts_table(plan: Plan, stage: str) -> Table:
-    """One row a component, one column a way."""
+    """One row per part, one column per way."""
     memories = [way.stages[stage].memory for way in plan.ways]
     parts = [part for part in MEMORY_PARTS if any(memory.parts[part] for memory in memories)]
     return _table(
@@ -243,7 +243,7 @@ _LIMIT: list[_Column] = [("limit", lambda way: way.limit)]
 
 
 def _block_ways(title: str, columns: list[_Column], ways: list[BlockWay]) -> Table:
-    """One row a way; a line where the number of GPUs changes."""
+    """One row per way; a separator where the number of GPUs changes."""
     rows: list[list[str] | None] = []
     for i, way in enumerate(ways):
         if i and way.gpus != ways[i - 1].gpus:
@@ -276,14 +276,14 @@ def _state_line(plan: Plan) -> str:
 
 
 def _way_to_simulate(plan: Plan) -> Way:
-    """The chosen way, or the sharded one, if it can be simulated; else the first that can."""
+    """The chosen way, else a sharded one, else the first, among those that can be simulated."""
     able = [way for way in plan.ways if not way.layout.nf4 and not way.layout.offload]
     preferred = [way for way in able if way.name == plan.best] or [w for w in able if w.layout.shared_by > 1]
     return (preferred or able)[0]
 
 
 def _simulated(planner: Planner, way: Way, name: str) -> dict[str, Any]:
-    """A simulated step of the stage ``name``, and the arithmetic for it."""
+    """Simulated and calculated memory of a step of the stage ``name``."""
     layout, counted = way.layout, way.stages[name].memory.total
     shard: Sharding = "full" if layout.shared_by == layout.ranks else "node"
     found = simulate(

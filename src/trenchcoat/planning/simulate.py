@@ -1,13 +1,13 @@
-"""A training step of the real shapes without the machine: real modules, real sharding, tensors without data.
+"""Simulate a training step at full size without the hardware: real modules and sharding, tensors without data.
 
 The model is built on the meta device, its parameters become fake tensors (PyTorch's FakeTensorMode), the collectives of
 a fake process group return at once, FSDP2 shards and gathers as in a real run, and PyTorch's memory tracker follows
-every allocation. So one CPU computes what one of many GPUs would hold at its worst moment: parameters, gathered layers,
-activations, gradients, optimizer shards. Not included: the CUDA context, the buffers of NCCL, the fragmentation of the
-allocator, and what a kernel allocates and frees within one call. Softmax attention is PyTorch's fused one.
+every allocation. So a single CPU computes the peak memory of one of many GPUs: parameters, gathered layers,
+activations, gradients, optimizer shards. Not included: the CUDA context, NCCL buffers, allocator fragmentation, and
+memory that a kernel allocates and frees within one call. Softmax attention is PyTorch's fused SDPA.
 
-The step of attention transfer is simulated completely when its loss is the squared error alone (its gradients are in
-closed form, without a backward pass); with a weight on the cross-entropy, only the teacher's forward pass is.
+A step of attention transfer is fully simulated if its loss is the squared error alone (its gradients are in closed
+form, without a backward pass); with cross-entropy, only the teacher's forward pass is simulated.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from trenchcoat.runtime.sharding import run_decoder, shard_units
 from trenchcoat.students import TransferRequest
 
 MOST_TILES = 2
-"""Tiles of a layer: the operator's own size cuts a large model into so many that simulating them takes hours. The
-scratch of larger tiles is some 0.1 GiB for 8B and 0.4 GiB for 405B, at a moment that is not the worst one there."""
+"""Maximum tiles per layer: with the operator's tile size a large model has so many that simulating them takes hours.
+The scratch of larger tiles is about 0.1 GiB for 8B and 0.4 GiB for 405B, at a moment that is not the peak."""
 
 Sharding = Literal["full", "node", "none"]
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """Bytes on one rank at the worst moment of the step, by kind (as PyTorch's tracker names them)."""
+    """Peak bytes on one rank during the step, by kind (as named by PyTorch's tracker)."""
 
     peak: int
     parts: dict[str, int]
@@ -56,7 +56,7 @@ class Simulated:
 
 
 class _CausalMask(LazyMask):
-    """The mask of unpadded rows: it needs no values, which fake tensors do not have."""
+    """The mask of unpadded rows; needs no values, which fake tensors do not have."""
 
     def __init__(self, batch: int, tokens: int) -> None:
         super().__init__({"q_length": tokens})
@@ -68,7 +68,7 @@ class _CausalMask(LazyMask):
 
 
 class _PeakTracker(FSDPMemTracker):
-    """PyTorch's tracker, without the peaks of single FSDP units: it updates those after every operation."""
+    """PyTorch's tracker without the per-unit FSDP peaks, which it would update after every operation."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         for device, now in self._curr_mem_snap.items():
@@ -87,10 +87,10 @@ def simulate(
     node_size: int = 8,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Simulated:
-    """Memory of rank 0 in one step of ``stage``: ``stage.batch_size`` rows of ``seq_len`` tokens a rank.
+    """Memory of rank 0 in one step of ``stage``: ``stage.batch_size`` rows of ``seq_len`` tokens per rank.
 
     ``config`` is a Transformers config, ``shard`` as in ``parallel.shard``. Raises ``UserError`` inside a process group
-    and for a family whose attention cannot be fused.
+    and for a family without fused attention.
     """
     began = time.monotonic()
     if dist.is_initialized():
@@ -112,7 +112,7 @@ def simulate(
 
 
 def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConfig, dtype: torch.dtype) -> Any:
-    """The model of the stage on the meta device, complete except for its memory."""
+    """The complete model of the stage, on the meta device."""
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -137,7 +137,7 @@ def _mesh(ranks: int, shard: Sharding, node_size: int) -> DeviceMesh:
 
 @contextmanager
 def _few_tiles(config: Any, tokens: int) -> Iterator[None]:
-    """Use few tiles, and forget the scratch sizes of earlier ones."""
+    """Use few tiles, and clear the cached scratch sizes."""
     rows = int(config.num_attention_heads) * tokens
     before, needed = (chunkwise.TILE_TOKENS, closed_form.TILE_TOKENS), dict(Scratch._needed)
     Scratch._needed.clear()
@@ -155,11 +155,11 @@ def _step(
     model: Any, stage: TransferConfig | LoraConfig, mesh: DeviceMesh | None, *, ranks: int, seq_len: int
 ) -> dict[Any, int]:
     """The tracker's snapshot of the peak."""
-    model.to_empty(device="cpu")  # fake tensors: the mode is on
+    model.to_empty(device="cpu")  # fake tensors, as FakeTensorMode is active
     trained = [p for p in model.parameters() if p.requires_grad]
     own = [p for s in students_of(model).values() for p in s.parameters()]
     outside = list(dict.fromkeys([*trained, *own]))
-    copies = 2 if ranks == 1 else 4  # both moments; of a shard the parameter and gradient that are stepped too
+    copies = 2 if ranks == 1 else 4  # both moments; for a shard, also the optimizer's parameter and gradient copies
     optimizer = [torch.empty(-(-p.numel() // ranks), dtype=torch.float32) for p in trained for _ in range(copies)]
     ids = torch.zeros(stage.batch_size, seq_len, dtype=torch.int64)
     if mesh is None:
@@ -184,7 +184,7 @@ def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
 
 
 def _lora_step(model: Any, ids: Tensor) -> None:
-    """What `objectives.next_token_objective` does, without reading numbers."""
+    """Like `objectives.next_token_objective`, without reading values."""
     model.train()
     logits = model(input_ids=ids, attention_mask=_CausalMask(*ids.shape), use_cache=False).logits
     targets = F.pad(ids[:, 1:], (0, 1), value=-100).reshape(-1)
@@ -193,7 +193,7 @@ def _lora_step(model: Any, ids: Tensor) -> None:
 
 
 def _transfer_step(model: Any, stage: TransferConfig, ids: Tensor) -> None:
-    """What `objectives.transfer_objective` does."""
+    """Like `objectives.transfer_objective`."""
     model.eval()
     simulated = stage.xent_weight == 0 and stage.normalize == "none"
     for student in students_of(model).values():

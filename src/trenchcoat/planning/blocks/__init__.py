@@ -1,1 +1,1 @@
-"""Attention transfer block by block, planned: the size of a block, the length of a pass, the ways to run it."""
+"""Planning of attention transfer block by block: block size, pass length, and the ways to run it."""

@@ -1,20 +1,20 @@
-"""How many tokens a pass through the blocks holds, and where their hidden states are kept: arithmetic, no I/O.
+"""How many tokens a pass through the blocks holds, and where their hidden states are stored: arithmetic, no I/O.
 
 Streaming takes a *pass* of training rows through all blocks, one block at a time: it reads the block's weights, trains
-its students on the pass's micro-batches and writes the teacher's outputs, which are the next block's inputs. With long
-passes the weights are read rarely and many hidden states are held; with short ones it is the other way round. Notation:
-N tokens that the stage trains on (all epochs), D of them in distinct rows, V validation tokens, P tokens of a pass, n
-blocks, b bytes of a token's hidden state, w bytes of all blocks' weights.
+its students on the pass's micro-batches and writes the teacher's outputs, which are the next block's inputs. Long
+passes read the weights rarely but hold many hidden states; short ones do the opposite. Notation: N tokens that the
+stage trains on (all epochs), D of them in distinct rows, V validation tokens, P tokens per pass, n blocks, b bytes of a
+token's hidden state, w bytes of all blocks' weights.
 
-    held             2 b (min(P, D) + V)      inputs and outputs of one block; a row is held once, whatever the epochs
-    weights read     w ceil(N / P)            once a pass, by every node
-    states read      n b (N + V ceil(N / P))  on disk: in every epoch, and the validation rows once a pass
+    held             2 b (min(P, D) + V)      inputs and outputs of one block; a row is held once for all epochs
+    weights read     w ceil(N / P)            once per pass, by every node
+    states read      n b (N + V ceil(N / P))  on disk: in every epoch, and the validation rows once per pass
     states written   n b (min(P, D) + V)      on disk: in each pass
     computed         N + V ceil(N / P)        tokens
 
-The next block is read, and hidden states are read and written, while this one computes, so a block takes the longer of
-the two; not overlapped are the reading of a pass's first block and the copy of weights from the host to the device.
-Further evaluations of the validation rows inside a pass are not counted.
+Reading the next block and reading and writing hidden states overlap with computing, so a block takes the longer of the
+two; reading a pass's first block and copying weights from the host to the device do not overlap. Further evaluations of
+the validation rows inside a pass are not counted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trenchcoat.config.units import in_words, parse_tokens, tera
 Place = Literal["memory", "disk"]
 
 MARGIN = 0.05
-"""Hidden states stay in memory unless the disk is faster by more than this share: bandwidths are not that exact."""
+"""Hidden states stay in memory unless the disk is faster by more than this fraction: bandwidths are not that exact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,11 @@ class TokenCounts:
     """The text that attention transfer processes."""
 
     tokens: int
-    """N: that the stage trains on, all epochs."""
+    """N: tokens that the stage trains on, in all epochs."""
     distinct: int
-    """D: in distinct training rows."""
+    """D: tokens in distinct training rows."""
     validation: int
-    """V: in the validation rows that an evaluation uses; they are part of every pass."""
+    """V: tokens in the validation rows of an evaluation; they are part of every pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +53,26 @@ class Streamed(TokenCounts):
     """The work of a streaming run, and the hardware it runs on."""
 
     step_tokens: int
-    """Of one optimizer step, over all processes: a pass is a whole number of them."""
+    """Tokens per optimizer step, over all processes; a pass is a whole number of steps."""
     bytes_a_token: float
-    """b: hidden size times bytes of a number."""
+    """b: hidden size times bytes per element."""
     weights: float
     """w: bytes of all blocks' weights."""
     blocks: int
     memory: float
-    """Bytes of one node's host memory that hidden states may take (after what is read ahead)."""
+    """Bytes of one node's host memory available to hidden states (after prefetched weights)."""
     disk: float
-    """Bytes of one node's disk that hidden states may take."""
+    """Bytes of one node's disk available to hidden states."""
     read: float
-    """Bytes a second that one node reads from the disk of the weights and of the hidden states."""
+    """Disk read bandwidth of one node, for weights and hidden states, in bytes/s."""
     write: float
-    """Bytes a second that one node writes."""
+    """Disk write bandwidth of one node in bytes/s."""
     compute: float | None
-    """Seconds a token, all blocks and all processes together; None when unknown."""
+    """Seconds per token, all blocks and all processes together; None if unknown."""
     copy: float | None = None
-    """Bytes a second from the host to a device; None where the host computes."""
+    """Host-to-device bandwidth in bytes/s; None if the host computes."""
     nodes: int = 1
-    """Machines that share the rows; each reads all weights (its processes share the page cache)."""
+    """Nodes that share the rows; each reads all weights (its processes share the page cache)."""
 
     @property
     def steps(self) -> int:
@@ -82,7 +82,7 @@ class Streamed(TokenCounts):
 
 @dataclass(frozen=True, kw_only=True)
 class PassChoice:
-    """A length of the passes, and what it costs."""
+    """A pass length and its cost."""
 
     pass_tokens: int
     """P, a multiple of an optimizer step's tokens; the last pass may be shorter."""
@@ -91,21 +91,21 @@ class PassChoice:
     held: float
     """Bytes of hidden states on one node, in memory or on disk."""
     weights_read: float
-    """Bytes, of every node."""
+    """Bytes read by each node."""
     states_read: float
-    """Bytes, of all nodes together; 0 in memory."""
+    """Bytes read by all nodes together; 0 in memory."""
     states_written: float
     compute_seconds: float | None
     weights_seconds: float
     states_seconds: float
     seconds: float
-    """In all: for each block the longer of computing and of the disk, plus what is not overlapped (the first
-    block's reading, the copies of weights to the device). Without ``compute``: all but computing."""
+    """Total: for each block the longer of compute and disk, plus what does not overlap (reading the first block,
+    copying weights to the device). Without ``compute``: everything except compute."""
     why: str
 
     @property
     def disk_seconds(self) -> float:
-        """Weights and hidden states together."""
+        """Seconds for weights and hidden states together."""
         return self.weights_seconds + self.states_seconds
 
 
@@ -118,14 +118,13 @@ def held_bytes(run: Streamed, steps: int) -> float:
 def choose_pass(
     run: Streamed, *, pass_tokens: str = "auto", hidden: Literal["auto", "memory", "disk"] = "auto"
 ) -> PassChoice:
-    """The pass that `blocks.pass_tokens` and `blocks.hidden` ask for; what is `auto` becomes whatever is fastest.
+    """The pass given by `blocks.pass_tokens` and `blocks.hidden`; `auto` means whatever is fastest.
 
-    Raises ``UserError`` for a ``pass_tokens`` that is not a number and, with the figures, where hidden states do
-    not fit.
+    Raises ``UserError`` if ``pass_tokens`` is not a number or, with the figures, if hidden states do not fit.
     """
     asked = parse_tokens(pass_tokens)
     places: tuple[Place, ...] = ("memory", "disk") if hidden == "auto" else (hidden,)
-    least = 1  # optimizer steps of the shortest pass that is acceptable
+    least = 1  # optimizer steps of the shortest acceptable pass
     if asked != "auto":
         least = run.steps if asked == "all" else min(run.steps, max(1, asked // run.step_tokens))
     found: dict[Place, PassChoice] = {}
@@ -150,7 +149,7 @@ def _room(run: Streamed, place: Place) -> float:
 
 
 def _most_steps(run: Streamed, place: Place) -> int:
-    """The longest passes that fit, all of about the same length; 0 when not even one step fits."""
+    """Steps of the longest passes that fit, all about equally long; 0 if not even one step fits."""
     room = _room(run, place)
     if held_bytes(run, run.steps) <= room:
         return run.steps
@@ -160,12 +159,12 @@ def _most_steps(run: Streamed, place: Place) -> int:
 
 
 def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
-    """Sums over the passes, which are equal but for the last."""
+    """Sum the costs over the passes, which are equal except for the last."""
     length, passes = steps * run.step_tokens, math.ceil(run.steps / steps)
     count, tokens = np.array([passes - 1, 1]), np.array([length, run.tokens - (passes - 1) * length])
 
     def total(of_pass: NDArray[np.float64]) -> float:
-        """Over all passes; the two numbers are those of a whole pass and of the last one."""
+        """Sum over all passes, from the values for a full pass and for the last one."""
         return float((count * of_pass).sum())
 
     boundary = run.blocks * run.bytes_a_token if place == "disk" else 0.0
@@ -194,7 +193,7 @@ def _cost(run: Streamed, steps: int, place: Place) -> PassChoice:
 
 
 def _why(run: Streamed, found: dict[Place, PassChoice], best: Place, other: Place | None, least: int) -> str:
-    """What was chosen, at what cost, and how the other place compares where there was a choice."""
+    """The choice, its cost, and how the other place compares if there was one."""
     chosen = _described(found[best], run.tokens)
     if other is None:
         return chosen

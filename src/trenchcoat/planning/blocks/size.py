@@ -1,9 +1,9 @@
-"""How many layers a block of attention transfer holds: what a block needs on the device and on the host.
+"""How many layers fit in a block of attention transfer: its memory on the device and on the host.
 
-On the device, at the worst moment: the weights of the block's k layers, the activations of one of them (layers learn
-separately, nothing is kept from layer to layer), and the students of all k in float32 with gradient, AdamW's moments
-and the best weights so far. On the host, for each process: the weights of a block while they are copied to the GPU, and
-those of the next block while this one trains; where the host is the device, both.
+Peak on the device: the weights of the block's k layers, the activations of one of them (layers learn separately, so
+nothing is kept between layers), and the students of all k in float32 with gradients, AdamW's moments and the best
+weights so far. On the host, per process: the weights of a block while they are copied to the GPU, and those of the next
+block while this one trains; without a GPU, both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trenchcoat.planning.footprint import Layout, StepSizes, footprint
 from trenchcoat.planning.plan import RESERVE_BYTES, RESERVE_SHARE, with_reserve
 
 WEIGHTS_SHARE = 0.5
-"""Of a process's host memory that weights of blocks may take; the rest is for hidden states."""
+"""Fraction of a process's host memory available to block weights; the rest is for hidden states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +30,21 @@ class BlockSize:
     """k"""
     blocks: int
     device_bytes: float
-    """Of a GPU at its worst moment, without reserve; without a GPU, of the host."""
+    """Peak bytes on a GPU (without a GPU, on the host), without reserve."""
     host_bytes: float
-    """Of a process's host memory: weights being copied or read ahead and, without a GPU, the block being trained."""
+    """Bytes of a process's host memory: weights copied or prefetched and, without a GPU, the block being trained."""
 
 
 def layer_bytes(shapes: Shapes, dtype_bytes: int = 2) -> float:
-    """Weights of one layer."""
+    """Bytes of one layer's weights."""
     return float(dtype_bytes * shapes.layer_parameters)
 
 
 def block_bytes(step: StepSizes, layers: int) -> float:
-    """Bytes on the device while ``layers`` layers of the step's model learn.
+    """Bytes on the device while ``layers`` layers of the step's model are trained.
 
-    Layers that `student.keep_softmax` leaves as they are count like the others. Raises ``ValueError`` for a student
-    that does not fit the model.
+    Layers in `student.keep_softmax` count like the others. Raises ``ValueError`` for a student that does not fit the
+    model.
     """
     alone = replace(step.shapes, layers=layers, embedding_parameters=0, head_parameters=0, other_parameters=0)
     linear = replace(step.student, keep_softmax=())
@@ -65,15 +65,15 @@ def measure_block(step: StepSizes, layers: int, *, gpu: bool) -> BlockSize:
 def choose_block_size(
     step: StepSizes, *, gpu_memory: float | None, host_memory: float, size: int | None = None
 ) -> BlockSize:
-    """The largest blocks that fit, all of about the same size; ``size`` layers where that is given (`blocks.size`).
+    """The largest blocks that fit, all about equally large; or of ``size`` layers if given (`blocks.size`).
 
     ``gpu_memory`` and ``host_memory`` are the bytes available to a process; without a GPU the former is None. Weights
-    take at most ``WEIGHTS_SHARE`` of the host's, unless a single layer needs more. Raises ``UserError`` with the
-    figures when the given size, or a single layer, does not fit.
+    use at most ``WEIGHTS_SHARE`` of the host's, unless a single layer needs more. Raises ``UserError`` with the
+    figures if the given size, or a single layer, does not fit.
     """
 
     def fits(block: BlockSize, share: float) -> bool:
-        """Whether it fits the GPU, and this share of the host's memory."""
+        """Whether it fits the GPU and this fraction of the host's memory."""
         on_gpu = gpu_memory is None or with_reserve(block.device_bytes) <= gpu_memory
         return on_gpu and block.host_bytes <= share * host_memory
 

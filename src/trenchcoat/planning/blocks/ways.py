@@ -1,17 +1,17 @@
-"""Ways of running attention transfer on so many GPUs, block by block or jointly: memory, disk, hours, what is short.
+"""Ways of running attention transfer on a number of GPUs, block by block or jointly: memory, disk, hours, bottleneck.
 
 * *streaming*: one block after another, every process on its share of the micro-batches; hidden states of two boundaries
-  are kept in memory or on disk, the weights are read once a pass;
+  are kept in memory or on disk, the weights are read once per pass;
 * *pipeline*: each GPU holds a range of layers and passes its outputs on; weights are read once, no hidden states are
   stored;
 * *parallel*: one pass of the teacher alone (on the GPUs of one node) stores the inputs of all blocks on disk, then
   every block is trained independently on one GPU; its weights and inputs are read from the disk, which the jobs of a
   node share.
 
-Hours are lower bounds: computing at the given share of the peak, and the disk at the given bandwidth. The two overlap,
-except for the copy of a block's weights from the host to its GPU, the reading of a pass's first block and, in all ways
-but streaming, the first reading of the weights. Evaluations are not counted, except for one evaluation of the
-validation rows in each pass.
+Hours are lower bounds: compute at the given fraction of the peak, and the disk at the given bandwidth. The two overlap,
+except for copying a block's weights from the host to its GPU, reading a pass's first block and, in all ways but
+streaming, the first reading of the weights. Evaluations are not counted, except for one evaluation of the validation
+rows per pass.
 
 Block sizes come from :mod:`trenchcoat.planning.blocks.size`, passes from :mod:`trenchcoat.planning.blocks.passes`.
 """
@@ -36,57 +36,57 @@ from trenchcoat.planning.plan import HOST_LINK, KNOWN_ROWS, Machine, Plan, Plann
 
 JOINT, STREAMING, PIPELINE, PARALLEL = "joint", "streaming", "pipeline", "parallel"
 _PLACES: dict[Place, str] = {"memory": "host memory", "disk": "disk space"}
-"""Where hidden states are kept, and what is short when they do not fit there."""
+"""Where hidden states are stored, and the limiting resource if they do not fit there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockWay:
-    """One way of running the attention transfer on so many GPUs; bytes, hours, tokens."""
+    """One way of running attention transfer on ``gpus`` GPUs; in bytes, hours, tokens."""
 
     kind: str
     """`joint`, `streaming`, `pipeline` or `parallel`."""
     name: str
     gpus: int
     settings: str = ""
-    """Overrides that choose it."""
+    """Overrides that select it."""
     layers: int
-    """Of a block; of a GPU in the pipeline; all of them in the joint run."""
+    """Layers per block; per GPU in the pipeline; all layers in the joint run."""
     blocks: int
     fits: bool
     limit: str
-    """What is short (`GPU memory`, `host memory`, `disk space`) or, where it fits, what takes longest: `compute`,
+    """What does not fit (`GPU memory`, `host memory`, `disk space`) or, if it fits, what takes longest: `compute`,
     `disk`, in the joint run also `links` or `host`."""
     device_bytes: float
-    """Of one GPU, without reserve."""
+    """Bytes on one GPU, without reserve."""
     host_bytes: float = 0.0
-    """Of one node."""
+    """Host memory of one node."""
     disk_bytes: float = 0.0
-    """Hidden states on disk, of all nodes."""
+    """Hidden states on disk, over all nodes."""
     read_bytes: float = 0.0
-    """From disk, of all nodes: weights and hidden states."""
+    """Weights and hidden states read from disk, over all nodes."""
     written_bytes: float = 0.0
-    """Hidden states."""
+    """Hidden states written to disk."""
     compute_hours: float = 0.0
     disk_hours: float = 0.0
     hours: float = 0.0
     gpu_hours: float = 0.0
     place: Place | None = None
-    """streaming: where hidden states are kept."""
+    """streaming: where hidden states are stored."""
     pass_tokens: int | None = None
-    """streaming: tokens of a pass."""
+    """streaming: tokens per pass."""
     passes: int = 1
-    """0 where hidden states do not fit (there are no hours then)."""
+    """0 if hidden states do not fit (then there are no hours)."""
     collect_hours: float = 0.0
-    """parallel: of `hours`, the pass of the teacher alone."""
+    """parallel: the part of `hours` for the teacher's pass."""
     why: str = ""
     """How the pass was chosen, or what does not fit."""
     asked: bool = False
-    """The one that the recipe's settings choose (`trenchcoat blocks run`)."""
+    """Whether the recipe's settings select this way (`trenchcoat blocks run`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlocksPlan(TokenCounts):
-    """The ways for each number of GPUs; bytes and tokens."""
+    """The ways for each number of GPUs; in bytes and tokens."""
 
     model: str
     shapes: Shapes
@@ -103,11 +103,11 @@ class BlocksPlan(TokenCounts):
         return next(way for way in self.of(self.machine.gpus) if way.asked)
 
     def of(self, gpus: int) -> list[BlockWay]:
-        """The ways on so many GPUs."""
+        """The ways on ``gpus`` GPUs."""
         return [way for way in self.ways if way.gpus == gpus]
 
     def best(self, gpus: int, kind: str | None = None) -> BlockWay | None:
-        """The fastest way that fits, of one kind or of all but the joint run."""
+        """The fastest way that fits, of one kind or of all except the joint run."""
         kinds = (STREAMING, PIPELINE, PARALLEL) if kind is None else (kind,)
         fitting = [way for way in self.of(gpus) if way.fits and way.kind in kinds]
         return min(fitting, key=lambda way: way.hours, default=None)
@@ -116,8 +116,8 @@ class BlocksPlan(TokenCounts):
 def plan_blocks(recipe: Recipe, machine: Machine, tokens: float | None = None) -> BlocksPlan:
     """Every way of running the attention transfer of ``recipe``, on 1, 2, 4, ... GPUs up to those of ``machine``.
 
-    ``tokens`` is the size of one pass over the training data. Raises ``UserError`` for a recipe without transfer, data
-    of unknown size, an unknown model or GPU, and where not even a single layer fits the GPU.
+    ``tokens`` is the number of training tokens per epoch. Raises ``UserError`` for a recipe without transfer, data of
+    unknown size, an unknown model or GPU, and if not even a single layer fits the GPU.
     """
     if recipe.transfer is None:
         raise UserError("transfer=null: without attention transfer there are no blocks to plan")
@@ -126,7 +126,7 @@ def plan_blocks(recipe: Recipe, machine: Machine, tokens: float | None = None) -
 
 
 def plan_transfer(planner: Planner, plan: Plan, *, gpus: Sequence[int]) -> BlocksPlan:
-    """The same for a recipe with transfer that is already planned, on so many GPUs, the machine's last."""
+    """Like ``plan_blocks``, for an existing plan with transfer, on each number of ``gpus`` (the machine's last)."""
     recipe, machine, other_disk = planner.recipe, planner.machine, sum(plan.disk.values())
     assert recipe.transfer is not None
     counts = _token_counts(planner, recipe.transfer)
@@ -161,9 +161,9 @@ def _token_counts(planner: Planner, transfer: TransferConfig) -> TokenCounts:
 
 
 def validation_tokens(recipe: Recipe, tokens: float) -> int:
-    """Tokens of the validation rows that an evaluation uses, in whole rows; ``tokens`` are in the training rows.
+    """Tokens of the validation rows of an evaluation, in whole rows; ``tokens`` are those of the training rows.
 
-    Known for data whose samples are counted, and where a share is held out; else a row for each held-out sample.
+    Computed for data with a known number of samples or a validation fraction; else one row per held-out sample.
     """
     data, transfer = recipe.data, recipe.transfer
     share = data.validation_fraction
@@ -197,17 +197,17 @@ class _Ways:
 
     @property
     def machine(self) -> Machine:
-        """The planner's, with as many GPUs as are planned for."""
+        """The planner's machine, with the planned number of GPUs."""
         return self.planner.machine
 
     @property
     def bytes_a_token(self) -> float:
-        """Of a hidden state."""
+        """Bytes of a token's hidden state."""
         return float(self.planner.dtype_bytes * self.planner.shapes.hidden)
 
     @property
     def disk(self) -> float:
-        """Bytes of disk for hidden states, of all nodes together."""
+        """Bytes of disk available to hidden states, over all nodes."""
         return math.inf if self.machine.disk is None else self.machine.disk - self.other_disk
 
     @property
@@ -218,19 +218,19 @@ class _Ways:
 
     @cached_property
     def flops(self) -> float:
-        """Of a token's training step, all layers."""
+        """FLOPs per token of a training step, over all layers."""
         return self.planner.flops(self.transfer)
 
     @cached_property
     def teacher_flops(self) -> float:
-        """Of a token's pass through the teacher alone."""
+        """FLOPs per token of a teacher forward pass."""
         shapes, recipe = self.planner.shapes, self.planner.recipe
         alone = dataclasses.replace(recipe.student, keep_softmax=tuple(range(shapes.layers)))
         return transfer_flops_per_token(shapes, alone, recipe.data.seq_len).total
 
     @cached_property
     def size(self) -> tuple[BlockSize, str]:
-        """Blocks, and why they do not fit, if the recipe's do not."""
+        """The block size, and why it does not fit if the recipe's `blocks.size` does not."""
         step, asked = self.planner.step(self.transfer), self.planner.recipe.blocks.size
         host_memory = self.machine.usable_host_memory / self.machine.node_gpus
         try:
@@ -256,7 +256,7 @@ class _Ways:
         return {name: s / 3600 for name, s in (seconds | {"gpu_hours": self.machine.gpus * total}).items()}
 
     def joint(self) -> BlockWay:
-        """The fastest joint run that fits, or the one that needs least."""
+        """The fastest joint run that fits, or else the one that needs the least memory."""
         planner, machine = self.planner, self.machine
         found = [(*way, planner.stage(self.transfer, way[2])) for way in layouts(machine)]
         host = machine.usable_host_memory / machine.node_gpus
@@ -288,7 +288,7 @@ class _Ways:
         )
 
     def streaming(self) -> list[BlockWay]:
-        """As much as fits in memory, all on disk, and what the recipe asks for where that is neither."""
+        """As much as fits in memory, all on disk, and the recipe's settings if they are neither."""
         settings = self.planner.recipe.blocks
         size, _ = self.size
         if settings.epochs and len(settings.epochs) != size.blocks:
@@ -327,7 +327,7 @@ class _Ways:
         )
 
     def _streaming(self, pass_tokens: str, hidden: Literal["auto", "memory", "disk"]) -> BlockWay:
-        """One row: the pass that these settings choose, or why there is none."""
+        """One row: the pass that these settings give, or why there is none."""
         size, wrong = self.size
         machine, host = self.machine, self.machine.node_gpus * size.host_bytes
         try:
@@ -370,13 +370,13 @@ class _Ways:
         return "GPU memory" if with_reserve(size.device_bytes) > self.machine.gpu_memory else "host memory"
 
     def pipeline(self) -> BlockWay:
-        """Every GPU holds whole blocks throughout; the one with the most of them sets the pace."""
+        """Every GPU holds whole blocks throughout; the one with the most blocks limits the speed."""
         shapes, recipe, machine = self.planner.shapes, self.planner.recipe, self.machine
         k = recipe.blocks.size or math.ceil(shapes.layers / machine.gpus)
         blocks = math.ceil(shapes.layers / k)
         size = measure_block(self.planner.step(self.transfer), math.ceil(blocks / machine.gpus) * k, gpu=True)
         one, micro = layer_bytes(shapes, self.planner.dtype_bytes), self.transfer.batch_size * recipe.data.seq_len
-        # the last GPU waits for the first ones
+        # the last GPU waits for the pipeline to fill
         tokens = self.counts.tokens + self.counts.validation + (size.blocks - 1) * micro
         computing = tokens * self.flops * size.layers / shapes.layers / self.planner.flop_rate
         reading = self.weights / machine.nodes / machine.read_rate
@@ -396,7 +396,7 @@ class _Ways:
         )
 
     def parallel(self) -> BlockWay:
-        """The teacher once on the GPUs of a node, then every block as a separate job; jobs of a node share its disk."""
+        """One teacher pass on the GPUs of a node, then one job per block; the jobs of a node share its disk."""
         size, wrong = self.size
         counts, machine, n, one = self.counts, self.machine, size.blocks, size.host_bytes
         jobs = min(machine.gpus, n, self.planner.recipe.blocks.jobs or n)
