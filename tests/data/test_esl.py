@@ -92,7 +92,7 @@ def test_no_map_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_with_students_and_one_without_attention_are_refused() -> None:
     model = tiny_model("llama")
     attach_students(model, StudentConfig(window=4))
-    with pytest.raises(ValueError, match="take the students out first"):
+    with pytest.raises(ValueError, match="remove the students first"):
         effective_lengths(model, tokens(1, 8))
     with pytest.raises(UnsupportedFamilyError):
         effective_lengths(torch.nn.Linear(2, 2), tokens(1, 8))

@@ -68,7 +68,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help ends with the settings of the recipe's ``sections``, collected when it is asked for."""
+    """A parser whose help ends with the settings of the recipe's ``sections``, collected when the help is shown."""
 
     sections: Sequence[str] | None = ()
 

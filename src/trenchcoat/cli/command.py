@@ -1,4 +1,4 @@
-"""What a command is, and the arguments that several of them take."""
+"""The ``Command`` class, and arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def nothing(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """One command, or one action of a command. Nothing heavy is imported before ``run`` is called."""
+    """One command, or one action of a command. Heavy dependencies are imported only when ``run`` is called."""
 
     run: Callable[[argparse.Namespace], Any]
-    """Does it. Its docstring is the help: the first line is shown in the list of commands, the rest by ``--help``. What
-    it returns goes to the terminal: a sequence of texts and Rich renderables, an object with one as ``shown``, or None.
+    """The action. Its docstring is the help: the first line is shown in the list of commands, the rest by ``--help``.
+    Its return value is printed: a sequence of texts and Rich renderables, an object with one as ``shown``, or None.
     """
     options: Callable[[argparse.ArgumentParser], None] = nothing
     """Adds its arguments."""
     recipe: Callable[[argparse.Namespace], Recipe] | None = None
-    """Reads the recipe that ``run`` then finds in ``args.recipe``; a mistake in it is wrong usage."""
+    """Reads the recipe, which is passed to ``run`` as ``args.recipe``; a mistake in it is wrong usage."""
     sections: Sequence[str] | None = ()
     """Sections of the recipe whose settings the help lists; None for all."""
     actions: Mapping[str, Command] = field(default_factory=dict)
-    """The commands one level down, of which one must be given: ``trenchcoat blocks ACTION``."""
+    """The subcommands, one of which is required: ``trenchcoat blocks ACTION``."""
     raw: bool = False
-    """Whether everything after the command's name goes to ``run`` unread, as ``args.rest``."""
+    """Whether everything after the command's name is passed to ``run`` unparsed, as ``args.rest``."""
 
     @property
     def help(self) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def recipe_command(
     """A command that takes a recipe and overrides before its own ``options``."""
 
     def all_options(parser: argparse.ArgumentParser) -> None:
-        known = f"a YAML file, a run's folder, or a recipe that ships: {', '.join(builtin_recipes())}"
+        known = f"a YAML file, a run's folder, or a built-in recipe: {', '.join(builtin_recipes())}"
         parser.add_argument("recipe", metavar="RECIPE", help=known)
         add_overrides(parser)
         options(parser)

@@ -18,13 +18,13 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, default=1, metavar="N", help="GPUs in all (1)")
     add("--gpu-memory", default="80GB", metavar="SIZE", help="memory of one GPU (80GB; GB is 2^30 here)")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs that share a node (8)")
-    add("--gpu", default="H100", metavar="NAME", help="which GPU, for its peak FLOP/s (H100)")
-    add("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (0.4)")
-    add("--link", metavar="RATE", help="what a GPU receives from others (300GB/s in a node, else 50GB/s)")
-    add("--host-memory", metavar="SIZE", help="host memory of a node (128GB a GPU; GB is 2^30 here)")
-    add("--disk", metavar="SIZE", help="free disk, to compare with (2TB)")
-    add("--bandwidth", metavar="RATE", help="what a node reads from that disk (3GB/s)")
-    add("--write-bandwidth", metavar="RATE", help="what a node writes to it (as much as it reads)")
+    add("--gpu", default="H100", metavar="NAME", help="GPU model, for its peak FLOP/s (H100)")
+    add("--mfu", type=float, default=0.4, metavar="X", help="fraction of the peak that is reached (0.4)")
+    add("--link", metavar="RATE", help="bandwidth from other GPUs to one (300GB/s in a node, else 50GB/s)")
+    add("--host-memory", metavar="SIZE", help="host memory of a node (128GB per GPU; GB is 2^30 here)")
+    add("--disk", metavar="SIZE", help="free disk space (2TB)")
+    add("--bandwidth", metavar="RATE", help="read bandwidth from that disk to a node (3GB/s)")
+    add("--write-bandwidth", metavar="RATE", help="write bandwidth (the same as --bandwidth)")
     add("--tokens", metavar="N", help="tokens of one pass over the training data (10M)")
     add("--json", metavar="FILE", help="also write everything as JSON")
 
@@ -47,7 +47,7 @@ def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
 
 
 def with_json(args: argparse.Namespace, report: Any) -> Any:
-    """``report`` (a `planning.report.PlanReport`), written to the file that `--json` names, which it then mentions."""
+    """``report`` (a `planning.report.PlanReport`), also written to the `--json` file if one is given."""
     from trenchcoat.runtime.files import write_json
 
     if args.json is None:

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` have in common: the options of sampling and of the state, and writing as text arrives."""
+"""What `generate` and `chat` have in common: options of sampling and of the state, and streamed output."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How the next token is chosen, and what the state is kept in."""
+    """Options for sampling and for the state."""
     add = parser.add_argument
     add("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
-    add("--top-p", type=float, metavar="P", help="sample from the smallest set of this mass")
+    add("--top-p", type=float, metavar="P", help="sample from the smallest set of tokens with this probability mass")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     more = "any option of Transformers' GenerationConfig, such as repetition_penalty=1.1; may be repeated"
     add("--option", action="append", type=_option, default=[], metavar="NAME=VALUE", help=more)
     add("--seed", type=int, default=0, help="seed of sampling (0)")
     add("--device", default="auto", help=DEVICE_HELP)
     kinds = ["float32", "bfloat16"]
-    add("--state-dtype", choices=kinds, default="float32", help="what the state is kept in (float32)")
+    add("--state-dtype", choices=kinds, default="float32", help="dtype of the state (float32)")
     add("--load-state", type=Path, metavar="FILE", help="continue from a saved state")
 
 
@@ -40,7 +40,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def sampling_of(args: argparse.Namespace, **options: Any) -> Sampling:
-    """The settings that the command line asks for."""
+    """The sampling settings of the command line."""
     from trenchcoat.generation.generate import Sampling
 
     chosen = {name: value for name, value in values(args, "temperature", "top_p", "top_k").items() if value is not None}
@@ -59,5 +59,5 @@ def loaded_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def write(text: str, end: str = "\n") -> None:
-    """Text on standard output, at once."""
+    """Write text to standard output and flush."""
     print(text, end=end, flush=True)

@@ -12,11 +12,12 @@ from trenchcoat.config import UsageError, UserError
 
 
 def guarded(action: Callable[[], None], *, debug: bool) -> int:
-    """Run ``action``; an error becomes one line on standard error (with ``debug`` after its traceback) and a code."""
+    """Run ``action``; an error becomes one line on standard error (after its traceback with ``debug``) and an exit
+    code."""
     try:
         action()
     except KeyboardInterrupt:
-        return _failed("stopped; run the same command again to continue where it was", 130, debug)
+        return _failed("stopped; run the same command again to continue", 130, debug)
     except UsageError as error:
         return _failed(str(error), 2, debug)
     except UserError as error:
@@ -36,13 +37,13 @@ def _failed(message: str, code: int, debug: bool) -> int:
 
 
 def warn(message: str) -> None:
-    """One line on standard error; of several processes the first one writes it."""
+    """One line on standard error; written by the main process only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"trenchcoat: {' '.join(message.split())}", file=sys.stderr)
 
 
 def show(outcome: Any) -> None:
-    """Print what a command returns (see ``Command.run``); of several processes the first one does."""
+    """Print what a command returns (see ``Command.run``); the main process only."""
     if outcome is None or os.environ.get("RANK", "0") != "0":
         return
     from rich.console import Console
@@ -56,7 +57,7 @@ def show(outcome: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own notices and progress bars off the terminal."""
+    """Silence the libraries' own notices and progress bars."""
     from datasets import disable_progress_bars
     from transformers.utils import logging
 

@@ -1,7 +1,7 @@
-"""Students into a model and out of it again, and the mode it runs in.
+"""Attach students to a model, detach them, and set the mode that it runs in.
 
     attach_students(model, cfg.student)      the model still computes exactly what it did (mode `teacher`)
-    set_mode(model, "transfer")              students learn beside it
+    set_mode(model, "transfer")              students learn alongside it
     set_mode(model, "student")               the students' outputs take the place of softmax attention
 
 No modelling file is touched: a student is a submodule `self_attn.student` of its layer, and
@@ -26,11 +26,11 @@ from trenchcoat.students import Mode, StudentAttention, build_student, operator_
 
 
 def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
-    """Put a student beside the attention of every layer not in `cfg.keep_softmax`; by layer index.
+    """Attach a student to the attention of every layer not in `cfg.keep_softmax`; returns them by layer index.
 
     The model is in mode `teacher` afterwards: it computes what it did before. Parameters of students are float32, on
-    the device of their layer. Raises `UnsupportedFamilyError` for families that cannot work, and UserError for settings
-    that do not fit the model; nothing is changed then.
+    the device of their layer. Raises `UnsupportedFamilyError` for unsupported families, and UserError for settings that
+    do not fit the model, which is then unchanged.
     """
     sites = attention_sites(model)
     if students_of(model):
@@ -48,7 +48,7 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
 
 
 def detach_students(model: nn.Module) -> None:
-    """Take the students out; the model is again what it was before `attach_students` (LoRA stays)."""
+    """Remove the students, which restores the model as it was before `attach_students` (LoRA stays)."""
     set_mode(model, "teacher")
     for site in attention_sites(model):
         if student_of(site.module) is not None:
@@ -66,7 +66,7 @@ def _remove_hook(module: nn.Module, hook: object) -> None:
 
 
 def replace_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
-    """Fresh students of another configuration, in the mode of the old ones."""
+    """Replace the students with new ones of another configuration, in the same mode."""
     mode = mode_of(model)
     detach_students(model)
     students = attach_students(model, cfg)
@@ -106,11 +106,11 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 def attention_through(model: nn.Module, name: str) -> Iterator[list[AttentionSite]]:
     """Inside the block every layer calls the attention function registered as `name`; yields the layers.
 
-    For functions that look on and return `interface.own_attention`. The model has no students (its outputs are then
-    those of the untouched model); raises `UnsupportedFamilyError` for families that cannot work.
+    For functions that observe and return `interface.own_attention`. The model must have no students (so its outputs are
+    those of the original model); raises `UnsupportedFamilyError` for unsupported families.
     """
     if students_of(model):
-        raise ValueError("take the students out first: detach_students(model)")
+        raise ValueError("remove the students first: detach_students(model)")
     configs, sites = _configs(model), attention_sites(model)
     for site in sites:
         site.module.teacher_attention = _implementation(site)
@@ -139,9 +139,9 @@ def set_far(model: nn.Module, enabled: bool) -> None:
 
 
 def set_state_dtype(model: nn.Module, dtype: str) -> None:
-    """Choose what new generation caches are kept in: `float32` (keys and values: the model's own) or `bfloat16`.
+    """Set the dtype of new generation caches: `float32` (keys and values: the model's own) or `bfloat16`.
 
-    A cache that has been started keeps its dtype.
+    A cache in use keeps its dtype.
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"state dtype is {dtype!r}; expected float32 or bfloat16")
@@ -185,7 +185,7 @@ def _build(site: AttentionSite, cfg: StudentConfig) -> StudentAttention:
 
 
 def _device_of(model: nn.Module, site: AttentionSite) -> torch.device:
-    """Where a layer computes."""
+    """The device of a layer."""
     weight = next(site.module.parameters(), None)
     return compute_device(model) if weight is None or is_sharded(model) else weight.device
 

@@ -2,8 +2,8 @@
 
 `import trenchcoat` makes `AutoModelForCausalLM.from_pretrained(merged_folder)` work. Config classes are registered when
 Transformers' AutoConfig is first used (imported before or after us), a family's model class when its config is first
-made, so that importing trenchcoat stays cheap. Classes are derived from the family's own; nothing of it is copied. Our
-settings live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}}`.
+made, so that importing trenchcoat stays cheap. Classes derive from the family's own; no code is copied. Our settings
+live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}}`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 PREFIX = "linearized_"
-"""`model_type` of a linearized model is this and the base family's."""
+"""Prefix of a linearized model's `model_type`, before the base family's."""
 
 FORMAT_VERSION = 1
 """Version of what is written under the config's key `trenchcoat`."""
@@ -29,12 +29,12 @@ AUTO_MODULE = "transformers.models.auto.configuration_auto"
 
 
 class _AfterImport(MetaPathFinder):
-    """Sees Transformers' auto module being imported for the first time."""
+    """Import hook that detects the first import of Transformers' auto module."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The module's own spec, with our registration behind its execution."""
+        """The module's own spec, with our registration after its execution."""
         if name != AUTO_MODULE:
             return None
         sys.meta_path.remove(self)
@@ -61,7 +61,7 @@ def install() -> None:
 
 
 def _register_on_first_use(module: Any) -> None:
-    """Wrap AutoConfig's two entrances; the first call unwraps them and registers the families.
+    """Wrap AutoConfig's two entry points; the first call unwraps them and registers the families.
 
     Registering any earlier would import the families' modules in the middle of Transformers' own import.
     """
@@ -70,7 +70,7 @@ def _register_on_first_use(module: Any) -> None:
     originals = {name: vars(kind)[name] for name in names}
 
     def wrapped(name: str) -> classmethod[Any, Any, Any]:
-        """A class method that registers the families, then does what it did before."""
+        """The class method, wrapped to register the families first."""
 
         def first_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
             """Unwrap, register, and call the original."""
@@ -138,7 +138,7 @@ def model_class(family: str) -> type:
         _attach(self)
 
     def initialize_weights(self: Any) -> None:
-        """The family's own, then the students'."""
+        """Initialize the family's weights, then the students'."""
         base.initialize_weights(self)
         _initialize_students(self)
 
@@ -178,7 +178,7 @@ def student_settings(settings: Mapping[str, Any]) -> Any:
 
 
 def _publish(name: str, base: type, members: dict[str, Any]) -> type:
-    """A class that pickles: it is an attribute of this module under its name."""
+    """A class that can be pickled: it is an attribute of this module under its name."""
     document = f"{base.__name__} with linearized attention; see :mod:`trenchcoat.models.auto`."
     made = type(name, (base,), {"__module__": __name__, "__qualname__": name, "__doc__": document, **members})
     setattr(sys.modules[__name__], name, made)
@@ -214,7 +214,7 @@ def _attach(model: Any) -> None:
 
 
 def _initialize_students(model: Any) -> None:
-    """Give students that were in no checkpoint their initial values (Transformers leaves them as allocated)."""
+    """Initialize students that were in no checkpoint (Transformers leaves them uninitialized)."""
     from trenchcoat.models.attach import students_of
     from trenchcoat.models.transformers_internals import was_loaded
 

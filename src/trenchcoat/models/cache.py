@@ -1,7 +1,7 @@
 """The generation cache: one layer of constant size, however many tokens were generated.
 
-A :class:`StateLayer` takes the place of a layer in whatever `Cache` Transformers made, so `generate()` needs no
-override: beam search, batches, continuation and prefill in pieces go through the methods below.
+A :class:`StateLayer` replaces a layer in any `Cache` that Transformers creates, so `generate()` needs no override: beam
+search, batches, continuation and chunked prefill go through the methods below.
 
 Shape legend: B rows.
 """
@@ -49,10 +49,10 @@ class StateLayer(FixedSizeLayer):
         return 0 if self.state is None else self.state.nbytes()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the attention makes the state, whose shape only the student knows."""
+        """No-op: the attention creates the state, whose shape only the student knows."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: softmax attention cannot continue from a linear state."""
+        """Raises: softmax attention cannot continue from a linear state."""
         raise ValueError(
             "this cache holds the state of linearized layers, which softmax attention cannot read; start a new cache "
             "after changing the mode"
@@ -67,7 +67,7 @@ class StateLayer(FixedSizeLayer):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(columns, offset) of the mask that softmax layers beside this one need."""
+        """(columns, offset) of the mask that the model's softmax layers need."""
         return self.mask_length or self.tokens + query_length, 0
 
     def reset(self) -> None:
@@ -77,13 +77,14 @@ class StateLayer(FixedSizeLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Only what removes nothing is possible (0, or a length not below the present one): a state cannot unlearn."""
+        """Only crops that remove nothing are possible (0, or a length not below the current one): a state cannot be
+        rolled back."""
         if tokens_to_remove == 0 or tokens_to_remove >= self.tokens:
             return
         raise ValueError(
             f"crop({tokens_to_remove}) on a linearized layer that has seen {self.tokens} tokens: a recurrent state "
             "cannot be rolled back. Assisted (speculative) decoding needs that; generate without an assistant, or "
-            "copy the cache before the tokens you may want to take back"
+            "copy the cache before the tokens you may want to undo"
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -91,7 +92,7 @@ class StateLayer(FixedSizeLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Repeat every row `repeats` times."""
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats)
 
@@ -118,7 +119,7 @@ class StateLayer(FixedSizeLayer):
 
 
 def state_layer(cache: Cache, index: int) -> StateLayer:
-    """The state layer at `index` of `cache`, put there on first use.
+    """The state layer at `index` of `cache`, created on first use.
 
     Raises ValueError when softmax attention has already filled that layer.
     """

@@ -1,8 +1,8 @@
 """The embedded default: a small pretrained Llama and text that every Python installation already has.
 
-The text is the Python standard library's own source, read from the running interpreter, so nothing is
-downloaded and no third-party text lives in the repository. The teacher beside this file was pretrained on it
-by ``scripts/pretrain_embedded_teacher.py``; ``embedded_teacher/README.md`` holds its log and held-out loss.
+The text is the Python standard library's own source, read from the running interpreter, so nothing is downloaded and no
+third-party text is in the repository. The teacher in this folder was pretrained on it by
+``scripts/pretrain_embedded_teacher.py``; ``embedded_teacher/README.md`` holds its log and held-out loss.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def split_of(relative_path: str) -> Split:
 def stdlib_documents(split: Split, *, tests: bool = False, root: Path | None = None) -> Iterator[tuple[str, str]]:
     """Yield ``(relative path, source text)`` of the standard library's modules, in path order.
 
-    ``tests`` adds the library's own test suite (not every distribution ships it). Files that are not UTF-8, and
-    the nearly empty ones (under 200 characters), are passed over. Raises ``FileNotFoundError`` when the
-    interpreter carries no source at all (some minimal images strip it).
+    ``tests`` adds the library's own test suite (not every distribution ships it). Files that are not UTF-8, and the
+    nearly empty ones (under 200 characters), are skipped. Raises ``FileNotFoundError`` when the interpreter has no
+    source at all (some minimal images strip it).
     """
     base = root if root is not None else Path(sysconfig.get_path("stdlib"))
     found = False

@@ -34,7 +34,7 @@ _NO_GROUPS = (
     "trenchcoat plugs into"
 )
 _STATE_SPACE = "its layers are state-space or recurrent and have no softmax attention to replace"
-_LATENT = "its multi-head latent attention compresses keys and values into one latent, and reads the cache by itself"
+_LATENT = "its multi-head latent attention compresses keys and values into one latent, and reads the cache itself"
 REASONS: dict[str, str] = {
     "gpt2": _NO_GROUPS,
     "gpt_neo": _NO_GROUPS,
@@ -54,7 +54,7 @@ REASONS: dict[str, str] = {
     "recurrent_gemma": _STATE_SPACE,
     "xlstm": _STATE_SPACE,
 }
-"""Families refused by name. Others are refused by what their structure shows."""
+"""Families refused by name. Others are refused by their structure."""
 
 
 class UnsupportedFamilyError(UserError):
@@ -80,7 +80,7 @@ class AttentionSite:
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite]:
-    """Every layer's attention, in order; raises :class:`UnsupportedFamilyError` for a model that cannot work."""
+    """Every layer's attention, in order; raises :class:`UnsupportedFamilyError` for an unsupported model."""
     reason = _config_reason(model)
     if reason is None:
         found = list(_self_attentions(model))
@@ -101,10 +101,10 @@ def decoder_of(model: Any) -> Any:
 
 
 def choose_lora_targets(targets: Iterable[str], linear: Iterable[str], where: str) -> list[str]:
-    """Those of an attention's ``linear`` layers that ``lora.targets`` means, in their order.
+    """Those of an attention's ``linear`` layers that ``lora.targets`` selects, in their order.
 
-    Families with one fused `qkv_proj` get it there. UserError for a target that is not there; ``where`` says
-    for which attention that is.
+    In families with a fused `qkv_proj`, LoRA goes there. UserError for a target that does not exist; ``where`` names
+    the attention in the message.
     """
     known, wanted = list(linear), set(targets)
     if "qkv_proj" in known and wanted & _FUSED:
@@ -173,7 +173,7 @@ def _forward_reason(kind: Any) -> str | None:
     forward = kind.forward
     signature = inspect.signature(forward)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
-        return f"{kind.__name__}.forward takes no further keywords, so the cache cannot be handed on"
+        return f"{kind.__name__}.forward accepts no extra keywords, so the cache cannot be passed on"
     try:
         usable = calls_attention_interface(forward)
     except (OSError, TypeError):

@@ -1,10 +1,10 @@
-"""How many floating-point operations a token costs in each stage, for the MFU of a run.
+"""FLOPs per token of each stage, for the MFU of a run.
 
-MFU (model FLOPs utilization, PaLM, https://arxiv.org/abs/2204.02311, appendix B) counts the operations that the step is
-defined by, two a multiply-add, whatever the implementation does again: recomputation under gradient checkpointing, the
+MFU (model FLOPs utilization, PaLM, https://arxiv.org/abs/2204.02311, appendix B) counts the operations that define the
+step, two per multiply-add, and nothing that an implementation repeats: recomputation under gradient checkpointing, the
 window's scores computed twice, padding. Softmax rows, norms, activations and rotations are not counted. Two things
-differ from the usual 6 N: nothing of the frozen base gets weight gradients, and causal attention is counted causally
-((T + 1) / 2 keys a query).
+differ from the usual 6 N: the frozen base gets no weight gradients, and causal attention is counted causally ((T + 1) /
+2 keys per query).
 
 Shape legend: H query heads, G key/value heads, K key maps, D head dim, P columns of a map, F features, W window,
 T tokens.
@@ -23,7 +23,7 @@ from trenchcoat.students import StudentAttention, build_student
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs a token."""
+    """FLOPs per token."""
 
     forward: float
     backward: float
@@ -37,7 +37,7 @@ class Cost:
 def transfer_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, seq_len: int, *, xent: bool = False) -> Cost:
     """Attention transfer: the teacher's forward without its vocabulary head, and the layer-local step of each student.
 
-    ``xent``: the cross-entropy of the attention maps has a weight; it is quadratic in ``seq_len``.
+    ``xent``: the cross-entropy of the attention maps has a nonzero weight; it is quadratic in ``seq_len``.
     """
     student = layer_student(shapes, student_cfg)
     linear = shapes.layers - len(set(student_cfg.keep_softmax))
@@ -73,7 +73,7 @@ def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: L
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
-    """Share of the devices' peak that a run uses: tokens/s of all devices together, FLOP/s of one."""
+    """Fraction of the devices' peak that a run uses: tokens/s of all devices together, FLOP/s of one."""
     return tokens_per_second * flops_per_token / (peak * devices)
 
 

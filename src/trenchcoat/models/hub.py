@@ -1,8 +1,8 @@
 """Linearized models on disk: adapter folders, merged folders, and `load` for both.
 
-adapter folder    adapter.safetensors (students and LoRA), trenchcoat.json (settings, base model and its identity)
-merged folder     a complete Transformers checkpoint of class Linearized<Family>ForCausalLM
-run folder        what a run left; its `adapter` folder is meant
+adapter folder adapter.safetensors (students and LoRA), trenchcoat.json (settings, base model and its identity) merged
+folder a complete Transformers checkpoint of class Linearized<Family>ForCausalLM run folder a run's folder; its
+`adapter` folder is used
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ ADAPTER_VERSION = 1
 """Version of the adapter folder's layout."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-"""What of the base model's config is written beside the adapter, to say how another base differs."""
+"""Fields of the base model's config saved with the adapter, to report how another base differs."""
 
 _SOURCE = ("path", "revision", "attention")
-"""Fields of ModelConfig that say what the adapter stands on."""
+"""Fields of ModelConfig that identify the adapter's base model."""
 
 _LORA = ("rank", "alpha", "dropout", "targets")
 """Fields of LoraConfig that shape the adapter (the others are about training)."""
@@ -58,9 +58,9 @@ def save_adapter(
 ) -> None:
     """Write what was learned, without the base model, to an adapter folder.
 
-    `base`, `student` and `lora` say what the model was made with; for a model that came from :func:`load` they are
-    known. `base_fingerprint` is the base weights' identity, when it is at hand. Raises UserError when the settings are
-    needed and not given, and SaveError when the disk is full.
+    `base`, `student` and `lora` are the settings that the model was made with; for a model from :func:`load` they are
+    known. `base_fingerprint` is the base weights' fingerprint, if already computed. Raises UserError for missing
+    settings, and SaveError when the disk is full.
     """
     known: dict[str, Any] = getattr(model, "trenchcoat_adapter", {})
     if base is None and "base" not in known:
@@ -119,8 +119,8 @@ def _write_adapter(
 def save_merged(model: Any, directory: Path | str, tokenizer: Any = None) -> None:
     """Write a complete checkpoint, LoRA merged into the weights; the model itself is not changed.
 
-    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, and with :func:`load`. It
-    appears complete or not at all, and replaces a folder of that name. With `tokenizer` it holds that too.
+    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, and with :func:`load`. It is
+    written atomically, and replaces a folder of that name. With `tokenizer` it holds that too.
     """
     config = auto.linearized_config(model.config, student_config(model))
     family = str(config.model_type).removeprefix(auto.PREFIX)
@@ -149,7 +149,7 @@ def load(
         path: an adapter folder, a merged folder (or the hub id of one), or a run folder.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: of the base weights: `auto`, `float32`, `bfloat16`, `float16`; students are float32.
-        base: adapters only: where the base model is, when not where it was.
+        base: adapters only: path of the base model, if it has moved.
         attention: implementation of softmax layers that were kept; default: as when the adapter was made.
 
     Raises:
@@ -187,7 +187,7 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
     try:
         model, tokenizer = load_model(cfg)
     except UserError as error:
-        hint = "" if base is not None else "; when the base model has moved, give its place with base=..."
+        hint = "" if base is not None else "; if the base model has moved, give its path with base=..."
         raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
     _check_base(folder, cfg, model, source)
     attach_students(model, auto.student_settings(meta["student"]))
@@ -213,7 +213,7 @@ def _check_base(folder: Path, cfg: ModelConfig, model: Any, source: Mapping[str,
             )
     known = source.get("fingerprint")
     if known is not None and cfg.dtype == "float16" and fingerprint(model) != known:
-        model, _ = load_model(replace(cfg, dtype="float32"))  # float16 has other roundings than the fingerprint
+        model, _ = load_model(replace(cfg, dtype="float32"))  # float16 rounds differently from the fingerprint
     if known not in (None, fingerprint(model)):
         raise UserError(
             f"the adapter {folder} was made for another base model than {path!r}: the sizes agree, the weights do not "
@@ -251,7 +251,7 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
 
 
 def _register(source: str) -> None:
-    """Make the classes of a merged folder's family known, also for a family that is not registered on import."""
+    """Register the classes of a merged folder's family, also for a family that is not registered on import."""
     config = Path(source) / "config.json"
     if config.is_file():
         settings = read_json(config)
@@ -261,7 +261,7 @@ def _register(source: str) -> None:
 
 
 def _fill(whole: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Give a model on the meta device the tensors of `state`; assert that nothing is left out."""
+    """Load the tensors of `state` into a model on the meta device; asserts that none is missing."""
     result = whole.load_state_dict(dict(state), strict=False, assign=True)
     whole.tie_weights()
     empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
@@ -287,8 +287,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` (as :func:`adapter_state` names them) into the model.
 
-    The names must be exactly the model's, and so the shapes: UserError names the first that differ, and nothing is
-    changed then.
+    Names and shapes must be exactly the model's: otherwise UserError names the first difference, and nothing is
+    changed.
     """
     own = _learned(model)
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -320,15 +320,15 @@ def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[
 
 
 def find_adapter(folder: Path) -> Path | None:
-    """The adapter folder that ``folder`` is or, as a run's folder does, holds."""
+    """``folder`` itself if it is an adapter folder, else the adapter folder in it (of a run)."""
     return next((f for f in (folder, folder / "adapter") if (f / ADAPTER_META).is_file()), None)
 
 
 def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read an adapter folder: ``(tensors, meta)``.
 
-    Raises ``UserError`` when the folder is no adapter and ``CorruptFileError`` when the tensors are damaged or do not
-    belong to the JSON beside them.
+    Raises ``UserError`` when the folder is not an adapter and ``CorruptFileError`` when the tensors are damaged or do
+    not belong to the JSON beside them.
     """
     directory = Path(directory)
     for name in (ADAPTER_META, ADAPTER_FILE):

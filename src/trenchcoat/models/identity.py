@@ -1,4 +1,4 @@
-"""The identity of a base model: a hash that tells whether an adapter or a checkpoint was made over these weights."""
+"""The identity of a base model: a hash that tells whether an adapter or a checkpoint was made for these weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trenchcoat.runtime.sharding import first_elements, tensor_files
 
 SAMPLES, ELEMENTS = 8, 4096
-"""Matrices looked at, and how many of the first values of each."""
+"""Number of matrices sampled, and of leading values of each."""
 
 _CONFIG_ESSENTIALS = (
     "hidden_size",
@@ -44,8 +44,8 @@ def fingerprint(model: nn.Module) -> str:
 
     A hash of the config's sizes and of the first ``ELEMENTS`` values of ``SAMPLES`` matrices spread over the model,
     rounded to bfloat16, so that loading in float32 or bfloat16 gives the same answer. (Loading float32 weights as
-    float16 rounds twice and may differ.) A quantized model has the one of its files (:func:`remember_fingerprint`).
-    Raises ``ValueError`` for weights on the meta device.
+    float16 rounds twice and may differ.) A quantized model has the fingerprint of its files
+    (:func:`remember_fingerprint`). Raises ``ValueError`` for weights on the meta device.
     """
     known = getattr(model, "trenchcoat_fingerprint", None)
     if known is not None:
@@ -62,10 +62,10 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def file_fingerprint(plain: nn.Module, folder: Path, other: Callable[[str, int], Tensor]) -> str:
-    """The fingerprint that the model of a folder has when it is loaded, read from its safetensors files alone.
+    """The fingerprint of the model in a folder, read from its safetensors files alone.
 
-    ``plain`` is that model on the meta device; ``other`` gives the first elements [count] of a parameter whose name
-    the files do not have. Raises ``UserError`` for a folder without safetensors files.
+    ``plain`` is that model on the meta device; ``other`` returns the first elements [count] of a parameter that is not
+    in the files. Raises ``UserError`` for a folder without safetensors files.
     """
     where = tensor_files(folder)
 
@@ -85,14 +85,14 @@ def file_fingerprint(plain: nn.Module, folder: Path, other: Callable[[str, int],
 
 
 def remember_fingerprint(model: nn.Module, plain: nn.Module, folder: Path) -> None:
-    """Give ``model``, whose weights are not those of its files, the fingerprint that they have in ``folder``.
+    """Set the fingerprint of ``model``, whose weights differ from its files, to that of the files in ``folder``.
 
     ``plain`` is the same model as the files describe it, on the meta device. Raises ``UserError`` for a folder without
     safetensors files, ``KeyError`` for a parameter whose name they do not have.
     """
 
     def unknown(name: str, count: int) -> Tensor:
-        """There is no other place to look."""
+        """No fallback."""
         raise KeyError(name)
 
     marked: Any = model

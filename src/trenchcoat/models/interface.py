@@ -1,14 +1,14 @@
-"""Where trenchcoat meets Transformers: an attention function, a mask function and a hook, all named `trenchcoat`.
+"""The interface to Transformers: an attention function, a mask function and a hook, all named `trenchcoat`.
 
 A model whose config names `trenchcoat` as its attention calls :func:`linearized_attention` with q, k, v after RoPE and
 norms. What happens depends on the `student` submodule of that layer:
 
 * none, or mode `teacher`: the model's own implementation, on its own mask;
-* `transfer`: the same, and the student learns beside it, at once and layer by layer;
+* `transfer`: the same, and the student learns alongside it, layer by layer;
 * `student`: the student's output.
 
-The mask function returns a :class:`LazyMask`, which holds the 2-D padding (for students) and can still make exactly the
-mask that the model's own implementation would have been given.
+The mask function returns a :class:`LazyMask`, which holds the 2-D padding (for students) and can still build exactly
+the mask that the model's own implementation would have received.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D key dim, E value dim.
 """
@@ -48,11 +48,11 @@ Output = tuple[Tensor, Tensor | None]
 class LazyMask:
     """Padding for students, and on demand the mask of the model's own implementation.
 
-    It travels through the model in the place of a mask tensor, untouched.
+    It is passed through the model unchanged, in place of a mask tensor.
     """
 
     ndim = 4
-    """Says to `generate()` that the mask is ready made."""
+    """Tells `generate()` that the mask is already prepared."""
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._request = kept_request(request)
@@ -61,11 +61,11 @@ class LazyMask:
 
     @property
     def custom(self) -> bool:
-        """More than causality, a window and padding: packed sequences, or a mask of the model's own making."""
+        """More than causality, a window and padding: packed sequences, or a custom mask of the model."""
         return more_than_causal(self._request)
 
     def padding(self, tokens: int) -> Tensor | None:
-        """True at the real ones of the newest `tokens` columns, bool [B, tokens]; None when all are real."""
+        """True at the non-padding ones of the newest `tokens` columns, bool [B, tokens]; None when all are real."""
         if tokens not in self._padding:
             mask = padding_mask(self._request)
             part = None if mask is None else mask[:, -tokens:].bool()
@@ -83,11 +83,11 @@ class LazyMask:
         return mask_rows(self._request, start, stop)
 
     def contiguous(self) -> LazyMask:
-        """Itself (asked of masks by `generate()`)."""
+        """Returns itself (`generate()` calls this on masks)."""
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> LazyMask:
-        """Itself: tensors are moved where they are used."""
+        """Returns itself: tensors are moved where they are used."""
         return self
 
 
@@ -123,7 +123,7 @@ def linearized_attention(
         return _student(student, query, key, value, layer, options).transpose(1, 2), None
     if key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"attention transfer got {query.shape[2]} queries for {key.shape[2]} keys; it learns from whole rows, so "
+            f"attention transfer got {query.shape[2]} queries for {key.shape[2]} keys; it trains on whole rows, so "
             "call the model without a cache (use_cache=False)"
         )
     with torch.no_grad():
@@ -162,7 +162,7 @@ def _padding(attention_mask: Any, query: Tensor) -> Tensor | None:
     if attention_mask.custom:
         raise ValueError(
             "the model asked for more than a causal mask (packed sequences with restarting position_ids, or its own "
-            "overlay), which linearized layers do not support; give one sequence a row, with a 2-D attention_mask"
+            "overlay), which linearized layers do not support; give one sequence per row, with a 2-D attention_mask"
         )
     padding = attention_mask.padding(query.shape[2])
     return None if padding is None else padding.to(query.device)
@@ -213,8 +213,8 @@ def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of the decoder: in student mode positions count real tokens, unless the caller gave positions.
 
-    Softmax attention with rotary positions does not notice that a left-padded row starts late; features of rotated
-    queries and keys do, so padding would not be invisible.
+    Softmax attention with rotary positions does not depend on where a left-padded row starts; features of rotated
+    queries and keys do, so padding would change the outputs.
     """
     padding = kwargs.get("attention_mask")
     if getattr(decoder, "trenchcoat_mode", "teacher") != "student" or kwargs.get("position_ids") is not None:

@@ -1,7 +1,7 @@
-"""The pretrained model of a run: whole in one process, spread over several, or in 4 bits.
+"""The pretrained model of a run: whole in one process, sharded over several, or in 4 bits.
 
-Spread over processes, the model is built without memory, cut into FSDP units, and every process reads its own part of
-each tensor out of the safetensors files: no process, and no host, ever holds it twice or whole.
+When sharded, the model is built on the meta device and split into FSDP units, and every process reads its shard of each
+tensor from the safetensors files: no process holds the whole model, and no host holds it twice.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from trenchcoat.runtime import distributed
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
 
 ADAPTER_META = "trenchcoat.json"
-"""The file that says that a folder holds an adapter and not a model."""
+"""The file that marks a folder as an adapter, not a model."""
 
 _FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-"""What is fetched of a hub model."""
+"""Files fetched from a hub model."""
 
 
 def load_base(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
     """The frozen model in evaluation mode, and its tokenizer; a collective with several processes.
 
-    Raises ``UserError`` as :func:`load_model` does, and for what cannot be spread.
+    Raises ``UserError`` as :func:`load_model` does, and for what cannot be sharded.
     """
     if cfg.quantize == "nf4":
         return _load_quantized(cfg, parallel)
@@ -58,7 +58,7 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"cannot build model.path={cfg.path!r}: {' '.join(str(error).split())[:300]}") from error
-    model.tie_weights()  # without memory, every name had got a parameter of its own
+    model.tie_weights()  # on the meta device, tied weights were separate parameters
     model.eval().requires_grad_(False)
     shard_base(model, list(decoder_of(model).layers), parallel)
     to_device(model, torch.device("cpu") if parallel.cpu_offload else device)
@@ -69,7 +69,7 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
 
 
 def base_folder(source: str, revision: str | None) -> Path:
-    """The local folder of a model (of :func:`model_source`), fetched from the hub if need be."""
+    """The local folder of a model (of :func:`model_source`), fetched from the hub if needed."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -84,7 +84,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
     """QLoRA's frozen base: 4-bit NormalFloat with double quantization, computing in bfloat16."""
     if distributed.size() > 1 and parallel.shard != "none":
         raise UserError(
-            "model.quantize=nf4 cannot be spread by FSDP2: its 4-bit tensors lose their scales when they are cut. Set "
+            "model.quantize=nf4 cannot be sharded by FSDP2: its 4-bit tensors lose their scales when split. Set "
             "parallel.shard=none (a 4-bit copy on each process), or model.quantize=none"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -111,10 +111,10 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
 
 
 def _keep_backward(model: nn.Module) -> None:
-    """Keep bitsandbytes from its kernel for CPUs with AVX512-BF16, which has no backward.
+    """Disable bitsandbytes' kernel for CPUs with AVX512-BF16, which has no backward.
 
-    A 4-bit layer once called without gradients repacks its weight for that kernel, for good: whatever is trained below
-    it would get wrong gradients in silence after the first evaluation.
+    A 4-bit layer called once without gradients repacks its weight for that kernel permanently: after the first
+    evaluation, whatever is trained below it would silently get wrong gradients.
     """
     layers: list[Any] = list(model.modules())
     for layer in layers:
@@ -148,7 +148,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def model_source(cfg: ModelConfig) -> str:
-    """Folder or hub id of a model; raises ``UserError`` for what can be neither."""
+    """Folder or hub id of a model; raises ``UserError`` for anything else."""
     if cfg.path == "embedded":
         try:
             return str(teacher_dir())
@@ -170,7 +170,7 @@ def model_source(cfg: ModelConfig) -> str:
 def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
     """Load the whole pretrained model (evaluation mode, nothing trainable) and its tokenizer.
 
-    Raises ``UserError`` for an unknown path or id, a folder that is no causal language model, a missing tokenizer,
+    Raises ``UserError`` for an unknown path or id, a folder that is not a causal language model, a missing tokenizer,
     an attention implementation that cannot run here, or an impossible device.
     """
     device = resolve_device(cfg.device)
@@ -200,7 +200,7 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
 
 
 def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
-    """The tokenizer beside a model; raises ``UserError`` when there is none."""
+    """The tokenizer of a model; raises ``UserError`` when there is none."""
     try:
         return AutoTokenizer.from_pretrained(source, revision=cfg.revision)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""LoRA (https://arxiv.org/abs/2106.09685) into a model and out of it again. This is the only file that knows PEFT."""
+"""LoRA (https://arxiv.org/abs/2106.09685): add, merge and remove it. This is the only file that uses PEFT."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from trenchcoat.models.families import attention_sites, choose_lora_targets
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 
 _ADAPTER = "default"
-"""PEFT's name for the one adapter of a model."""
+"""PEFT's name for the model's single adapter."""
 
 
 def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
-    """Put a LoRA on the linear layers `cfg.targets` of every layer's attention; returns their paths.
+    """Add LoRA to the linear layers `cfg.targets` of every layer's attention; returns their paths.
 
-    Families with one fused `qkv_proj` get it there. LoRA's parameters are float32. Only LoRA is trainable afterwards
-    (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not have.
+    In families with a fused `qkv_proj`, LoRA goes there. LoRA's parameters are float32. Only LoRA is trainable
+    afterwards (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not
+    have.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
@@ -33,7 +34,7 @@ def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
         r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
     )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
-    model.train(model.training)  # what was put in starts in training mode, with its dropout
+    model.train(model.training)  # new modules start in training mode, with dropout
     device = compute_device(model) if is_sharded(model) else None
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(device, torch.float32)
@@ -64,12 +65,12 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add LoRA's updates to the weights and take LoRA out. No-op without LoRA."""
+    """Add LoRA's updates to the weights and remove LoRA. No-op without LoRA."""
     _take_out_lora(model, merge=True)
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Take LoRA out and forget it. No-op without LoRA."""
+    """Remove LoRA without merging it. No-op without LoRA."""
     _take_out_lora(model, merge=False)
 
 
@@ -88,11 +89,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole_weight(path: str, layer: Any) -> Tensor:
-    """The base weight under a LoRA; UserError for one that cannot take the update: quantized, or spread."""
+    """The base weight under a LoRA; UserError for one that cannot be updated: quantized, or sharded."""
     weight: Tensor = layer.get_base_layer().weight
     if not weight.is_floating_point() or is_sharded_tensor(weight):
         raise UserError(
-            f"LoRA cannot be merged into {path}, whose weight is quantized or spread over processes: save the adapter, "
+            f"LoRA cannot be merged into {path}, whose weight is quantized or sharded: save the adapter, "
             "and merge it over the ordinary base with `trenchcoat export --merge`"
         )
     return weight

@@ -1,7 +1,7 @@
 """Sizes of a model without its weights: how many parameters a layer has, how many heads, how large the vocabulary.
 
-They are read off the model that Transformers builds from a config on the meta device, so every supported family counts
-right. Configs of the Llama 3 family and of Mistral 7B ship beside this file (public facts, in the format of a hub
+They are read from the model that Transformers builds from a config on the meta device, so every supported family counts
+right. Configs of the Llama 3 family and of Mistral 7B ship with this package (public facts, in the format of a hub
 `config.json`), so planning a run needs neither weights nor a network.
 """
 
@@ -52,7 +52,7 @@ class Shapes:
     layer_parameters: int
     """Parameters of one layer, every expert included."""
     used_parameters: int
-    """Entries of one layer's matrices that a token meets: the chosen experts only."""
+    """Entries of one layer's matrices that a token uses: the active experts only."""
     embedding_parameters: int
     head_parameters: int
     """0 when the head shares the embedding."""
@@ -75,7 +75,7 @@ class Shapes:
     def lora_layers(self, cfg: LoraConfig) -> list[tuple[int, int]]:
         """(inputs, outputs) of the linear layers of one attention that `cfg.targets` gives a LoRA.
 
-        Families with one fused `qkv_proj` get it there, as in `lora.add_lora`. UserError for a target that the
+        In families with a fused `qkv_proj`, LoRA goes there, as in `lora.add_lora`. UserError for a target that the
         model does not have.
         """
         known = {name: (inputs, outputs) for name, inputs, outputs in self.projections}
@@ -87,7 +87,7 @@ class Shapes:
 
 
 def shapes_of(config: Any) -> Shapes:
-    """Sizes of the model of a Transformers config; UserError (`UnsupportedFamilyError`) for one that cannot work."""
+    """Sizes of the model of a Transformers config; UserError (`UnsupportedFamilyError`) for an unsupported one."""
     model = meta_model(config)
     sites = attention_sites(model)
     first, layers = sites[0], list(decoder_of(model).layers)
@@ -131,7 +131,7 @@ def meta_model(config: Any) -> Any:
 
 
 def _experts(config: Any) -> tuple[int, int]:
-    """(experts, experts that a token meets); (1, 1) without a mixture."""
+    """(experts, active experts per token); (1, 1) without a mixture."""
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     count = next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 1)
     return count, min(count, int(getattr(config, "num_experts_per_tok", None) or 1))
@@ -171,6 +171,6 @@ def find_config(path: str, revision: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path={path!r}: its config.json is neither in the local cache nor among the shipped ones "
-            f"({', '.join(sorted(set(SHIPPED.values())))}), and the hub did not give it; a folder that holds nothing "
-            "but the model's config.json is enough to plan with"
+            f"({', '.join(sorted(set(SHIPPED.values())))}), and it could not be fetched from the hub; a folder with "
+            "only the model's config.json is enough to plan with"
         ) from error

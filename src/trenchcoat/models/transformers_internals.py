@@ -1,8 +1,8 @@
-"""What this package uses of Transformers that its documentation does not promise, each thing once.
+"""The undocumented parts of Transformers that this package uses, each in one function.
 
 A release that changes one of these breaks this file and `tests/models/test_transformers_internals.py`, which states
-what each is expected to be. Only the name of the module that :mod:`trenchcoat.models.auto` waits for is there: it is
-needed before Transformers is imported.
+what each is expected to be. Only the name of the module that :mod:`trenchcoat.models.auto` waits for is defined there:
+it is needed before Transformers is imported.
 
 Shape legend: B rows, T tokens, K keys.
 """
@@ -57,26 +57,26 @@ def calls_attention_interface(forward: Callable[..., Any]) -> bool:
 
 
 def score_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what a layer hands to its attention function: the soft cap of the scores, and the sink logits."""
+    """The soft cap of the scores and the sink logits, from the keywords of a call of the attention function."""
     return {"softcap": keywords.get("softcap"), "sink_logit": keywords.get("s_aux")}
 
 
 def has_position_bias(keywords: Mapping[str, Any]) -> bool:
-    """Whether a layer hands a bias to add to the scores."""
+    """Whether a layer passes a bias to add to the scores."""
     return keywords.get("position_bias") is not None
 
 
-# What a mask function is asked for
+# Arguments of a mask function
 
 
 def kept_request(request: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a mask function, safe to use later (a static cache moves its offset in place)."""
+    """The keywords of a mask function, copied for later use (a static cache changes its offset in place)."""
     offset = request.get("q_offset")
     return {**request, "q_offset": offset.clone()} if isinstance(offset, Tensor) else request
 
 
 def more_than_causal(request: Mapping[str, Any]) -> bool:
-    """Packed sequences, or a mask of the model's own making."""
+    """Whether there are packed sequences, or a custom mask of the model."""
     return not request.get("allow_is_causal_skip", True) and int(request["q_length"]) > 1
 
 
@@ -86,7 +86,7 @@ def padding_mask(request: Mapping[str, Any]) -> Any:
 
 
 def make_mask(implementation: str, request: Mapping[str, Any]) -> Any:
-    """The mask that `implementation` wants."""
+    """The mask that `implementation` expects."""
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**request)
 
 
@@ -102,7 +102,7 @@ def mask_rows(request: Mapping[str, Any], start: int, stop: int) -> Tensor:
 
 
 class FixedSizeLayer(CacheLayerMixin):
-    """The flags of a cache layer that neither grows nor can be cut, compiled over or allocated before its first use."""
+    """The flags of a cache layer that cannot grow, be cropped, be compiled or be preallocated."""
 
     is_compileable = False
     is_croppable = False
@@ -111,7 +111,7 @@ class FixedSizeLayer(CacheLayerMixin):
 
 
 def cache_layer(cache: Cache, index: int) -> Any:
-    """Layer `index` of a cache; one that makes its layers as they are asked for makes them up to there."""
+    """Layer `index` of a cache; a cache that creates its layers lazily creates them up to that index."""
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     return cache.layers[index]
@@ -143,12 +143,13 @@ def causal_lm_class(config: type) -> type | None:
 
 
 def was_loaded(parameter: nn.Parameter) -> bool:
-    """Whether a parameter came out of a checkpoint."""
+    """Whether a parameter was loaded from a checkpoint."""
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
 def copy_conversion(family: str, other: str) -> None:
-    """Convert checkpoints of `other` as those of `family` are (experts are stored otherwise than they are computed)."""
+    """Convert checkpoints of `other` as those of `family` are (experts are stored in another layout than they are
+    computed in)."""
     mapping = get_checkpoint_conversion_mapping(family)
     if mapping is not None and get_checkpoint_conversion_mapping(other) is None:
         register_checkpoint_conversion_mapping(other, mapping)

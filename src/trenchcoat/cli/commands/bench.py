@@ -18,7 +18,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="FILE", help="also write the result as JSON")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--device", default="cpu", help="cpu or cuda (cpu)")
-    add("--repeats", type=int, metavar="N", help="measurements each, their median counts")
+    add("--repeats", type=int, metavar="N", help="number of measurements; their median is reported")
     add("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
     add("--only", metavar="PARTS", help="kernels: some of operator,model,decode (all)")
     add("--layers", type=int, metavar="N", help="kernels: depth of the models (4 for prefill, else 32)")
@@ -27,7 +27,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Any:
     """Measure the operator, a transfer step or decoding here.
 
-    Measure on this machine: print a table, and with --out write all figures as JSON (bench kernels as they come in).
+    Measure on this machine: print a table, and with --out write all figures as JSON (for kernels, after each
+    measurement).
     """
     settings = values(args, "out", "threads", "quick", "repeats", "device", "layers")
     only = () if args.only is None else args.only.split(",")

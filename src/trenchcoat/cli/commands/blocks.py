@@ -23,12 +23,12 @@ def _blocks(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> Any:
-    """Layers a block, memory, disk and hours of each way, before anything runs.
+    """Layers per block, memory, disk and hours of each option, before anything runs.
 
-    Say how many layers a block may have on a machine, what streaming (hidden states in memory or on disk), a pipeline
-    over the GPUs and blocks in parallel need there, how many bytes they read and write, and how long they take at
-    least, for 1, 2, 4, ... GPUs; which resource is short or takes longest; and what `blocks run` would choose. It is
-    arithmetic on the model's sizes: no weights, no GPU.
+    Show how many layers a block may have on a machine; for 1, 2, 4, ... GPUs, what streaming (hidden states in memory
+    or on disk), a pipeline over the GPUs and blocks in parallel need, how many bytes they read and write, and their
+    minimum time; which resource is short or takes longest; and what `blocks run` would choose. It is computed from the
+    model's sizes: no weights, no GPU.
     """
     from trenchcoat.planning.report import report_blocks_plan
 
@@ -38,8 +38,12 @@ def _plan(args: argparse.Namespace) -> Any:
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--parallel", action="store_true", help="every block a job of its own, several at a time (docs/CLUSTER.md)")
-    runs = "who runs the jobs of --parallel: this machine's devices, or Slurm (blocks.launcher)"
+    add(
+        "--parallel",
+        action="store_true",
+        help="each block as a separate job, several at a time (docs/CLUSTER.md)",
+    )
+    runs = "where --parallel runs its jobs: on this machine's devices, or Slurm (blocks.launcher)"
     add("--launcher", choices=["local", "slurm"], help=runs)
 
 
@@ -47,10 +51,10 @@ def _run(args: argparse.Namespace) -> Any:
     """The whole transfer on this machine, one block in memory at a time.
 
     Stream the training rows through the blocks: load a block, train its students on a pass of rows, hand the teacher's
-    outputs to the next block. Hidden states wait in memory or on disk, whichever is quicker here. At the end the blocks
-    are stitched into one adapter and scored. Killed or stopped, the same command continues. Under torchrun the
-    processes share the micro-batches or, with blocks.ranks=pipeline, the layers. With --parallel the inputs of all
-    blocks are collected on disk first, then every block is trained by a job of its own. `trenchcoat finetune` with the
+    outputs to the next block. Hidden states are kept in memory or on disk, whichever is faster here. At the end the
+    blocks are stitched into one adapter and scored. After a kill or Ctrl-C, the same command resumes. Under torchrun
+    the processes share the micro-batches or, with blocks.ranks=pipeline, the layers. With --parallel the inputs of all
+    blocks are collected on disk first, then every block is trained by a separate job. `trenchcoat finetune` with the
     same recipe continues from the result.
     """
     from trenchcoat.linearize.blocks import stages
@@ -58,7 +62,7 @@ def _run(args: argparse.Namespace) -> Any:
     recipe = args.recipe
     if not args.parallel:
         if args.launcher is not None:
-            raise UsageError(f"--launcher {args.launcher} is for `blocks run --parallel`: add it, or leave this out")
+            raise UsageError(f"--launcher {args.launcher} is for `blocks run --parallel`: add it, or drop --launcher")
         return stages.run_blocks(recipe)
     if find_spec("submitit") is None:
         raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
@@ -71,10 +75,10 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 def _collect(args: argparse.Namespace) -> Any:
-    """Keep the inputs of every block on disk, to train blocks apart.
+    """Save the inputs of every block to disk, to train blocks separately.
 
     One pass of the teacher alone through all rows, one block in memory at a time. The hidden states before each block
-    are kept in files with checksums; `blocks train` reads them, on any machine that sees the folder.
+    are kept in files with checksums; `blocks train` reads them, on any machine with access to the folder.
     """
     from trenchcoat.linearize.blocks import stages
 
@@ -83,15 +87,15 @@ def _collect(args: argparse.Namespace) -> Any:
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, required=True, metavar="I", help="number of the block, from 0")
-    source = "read its weights from a folder that `blocks shard` made of it"
+    source = "read its weights from a folder written by `blocks shard`"
     parser.add_argument("--weights", type=Path, metavar="DIR", help=source)
 
 
 def _train(args: argparse.Namespace) -> Any:
-    """Train one block from collected inputs, alone.
+    """Train one block from collected inputs, independently of the others.
 
-    Train the students of one block on the inputs that `blocks collect` kept. Blocks depend on nothing but their inputs,
-    so any number of these commands may run at once.
+    Train the students of one block on the inputs that `blocks collect` saved. Blocks depend on nothing but their
+    inputs, so any number of these commands may run at once.
     """
     from trenchcoat.linearize.blocks import stages
 
@@ -102,7 +106,7 @@ def _stitch(args: argparse.Namespace) -> Any:
     """Make one adapter of all blocks, and score it.
 
     Check that every layer is in exactly one finished block and that all blocks come from the same weights, recipe and
-    text; leave in the run's folder what the joint run leaves there; score teacher and students block by block.
+    text; write the same files to the run's folder as the joint run; score teacher and students block by block.
     """
     from trenchcoat.linearize.blocks import stages
 
@@ -110,11 +114,11 @@ def _stitch(args: argparse.Namespace) -> Any:
 
 
 def _shard_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the blocks' folders are made")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="parent of the blocks' folders")
 
 
 def _shard(args: argparse.Namespace) -> Any:
-    """Copy each block's tensors into a folder of its own.
+    """Copy each block's tensors into a separate folder.
 
     For machines without a shared file system: a block's folder is all that `blocks train --weights` reads of the model.
     """
@@ -126,7 +130,7 @@ def _shard(args: argparse.Namespace) -> Any:
 def _status(args: argparse.Namespace) -> Any:
     """A table of the blocks: state, steps, loss, time, disk.
 
-    Show how far each block of a run is.
+    Show the progress of each block of a run.
     """
     from trenchcoat.linearize.blocks import stages
 

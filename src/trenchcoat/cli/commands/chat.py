@@ -18,17 +18,17 @@ _COMMANDS = "/reset, /save FILE, /load FILE, /quit"
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", type=Path, metavar="DIR", help=TARGET_HELP)
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="tokens of an answer at most (512)")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="maximum tokens per answer (512)")
     add_sampling(parser)
     add("--save-state", metavar="FILE", help="write the state when the chat ends")
-    add("--compare", action="store_true", help="stream the softmax teacher's answer beside it")
+    add("--compare", action="store_true", help="also stream the softmax teacher's answer, side by side")
 
 
 def _run(args: argparse.Namespace) -> None:
     """Talk with a linearized model.
 
     Talk with a linearized model, in its chat template or, where the tokenizer has none, in a plain transcript. Ctrl-C
-    stops an answer. In the chat: /reset forgets everything, /save FILE and /load FILE write and read the state, /quit
+    stops an answer. In the chat: /reset clears the history, /save FILE and /load FILE write and read the state, /quit
     ends.
     """
     from trenchcoat.generation.conversation import Conversation
@@ -74,7 +74,7 @@ def _command(line: str, talks: dict[str, Any]) -> bool:
         if word == "/reset":
             for talk in talks.values():
                 talk.reset()
-            write("(everything is forgotten)")
+            write("(history cleared)")
         elif word == "/save" and rest:
             talks["linear"].save(rest)
             write(f"(saved to {rest}: {Path(rest).stat().st_size / 2**20:.2f} MiB)")

@@ -12,9 +12,9 @@ from trenchcoat.config.recipe_io import load_recipe
 def _run(args: argparse.Namespace) -> Any:
     """The whole pipeline on the embedded model, minutes on two CPU cores.
 
-    Linearize the small Llama that ships with trenchcoat, on text that every Python carries: check the machine,
-    attention transfer, LoRA, evaluation, texts of both models side by side, the report. Nothing is downloaded. Killed
-    or stopped, the same command continues. Any setting can be overridden, for example: trenchcoat demo
+    Linearize the small Llama that ships with trenchcoat, on text from the Python standard library: check the machine,
+    attention transfer, LoRA, evaluation, texts of both models side by side, the report. Nothing is downloaded. After a
+    kill or Ctrl-C, the same command resumes. Any setting can be overridden, for example: trenchcoat demo
     student.window=16
     """
     from trenchcoat.linearize import stages

@@ -20,18 +20,24 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--tasks", type=_names, metavar="A,B", help=f"harness tasks; or {', '.join(OWN_TASKS)}")
     add("--num-fewshot", type=whole_number(0), metavar="N", help="examples (default: each task's)")
     add("--limit", type=whole_number(1), metavar="N", help="only the first N rows of each task")
-    add("--batch-size", type=_batch, metavar="auto|N", help="rows of a call (auto)")
+    add("--batch-size", type=_batch, metavar="auto|N", help="rows per model call (auto)")
     add("--max-length", type=whole_number(1), metavar="N", help="cut contexts to N tokens, from the left (no cut)")
     add("--data-dir", type=Path, metavar="DIR", help="folder with mmlu/ and commonsense/")
     add("--task-dir", type=Path, metavar="DIR", help="your own task files (*.yaml)")
-    add("--teacher", nargs="?", const="", metavar="DIR", help="the teacher too (of a merged folder: DIR)")
-    add("--out", type=Path, metavar="FILE", help="results (a run's: its tasks.json)")
+    add("--teacher", nargs="?", const="", metavar="DIR", help="also score the teacher (for a merged folder: DIR)")
+    add("--out", type=Path, metavar="FILE", help="results file (for a run: its tasks.json)")
     add("--device", default="auto", help=DEVICE_HELP)
-    whole = "read every row whole, shared beginnings again and again"
+    whole = "process every row in full, without reusing shared prefixes"
     add("--no-sharing", dest="share", action="store_false", help=whole)
-    add("--probe-lengths", type=_lengths, metavar="X,Y", help="in training rows (0.5,1,2,4,8,16)")
-    add("--probe-rows", type=whole_number(1), default=16, metavar="N", help="rows of each length and depth (16)")
-    add("--trained-length", dest="trained", type=whole_number(1), metavar="N", help="a training row (data.seq_len)")
+    add("--probe-lengths", type=_lengths, metavar="X,Y", help="probe lengths, in training rows (0.5,1,2,4,8,16)")
+    add("--probe-rows", type=whole_number(1), default=16, metavar="N", help="rows per length and depth (16)")
+    add(
+        "--trained-length",
+        dest="trained",
+        type=whole_number(1),
+        metavar="N",
+        help="length of a training row (data.seq_len)",
+    )
 
 
 def text_recipe(args: argparse.Namespace) -> Recipe:

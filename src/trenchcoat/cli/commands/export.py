@@ -20,7 +20,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Any:
     """Write the adapter, or a merged model, of a run.
 
-    Write what a run learned to a folder of its own: the adapter (feature maps, mixes, LoRA; needs the base model) or,
+    Write what a run learned to a separate folder: the adapter (feature maps, mixes, LoRA; needs the base model) or,
     with --merge, a complete model that AutoModelForCausalLM loads after `import trenchcoat`.
     """
     from trenchcoat.linearize import stages

@@ -18,24 +18,24 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("target", type=Path, metavar="DIR", help=TARGET_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue, `-` for standard input; may be repeated")
-    lines = 'prompts, one a line, or {"prompt": ...} a line of a .jsonl; `-`: stdin'
+    lines = 'prompts, one per line, or {"prompt": ...} per line of a .jsonl; `-`: stdin'
     source.add_argument("--prompts", metavar="FILE", help=lines)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write (64)")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at once (8)")
     add("--beams", type=int, default=1, metavar="N", help="beam search with N beams (1)")
     add_sampling(parser)
-    add("--jsonl", action="store_true", help="a JSON object a line: prompt, text, tokens, seconds")
+    add("--jsonl", action="store_true", help="one JSON object per line: prompt, text, tokens, seconds")
     add("--out", type=Path, metavar="FILE", help="write the JSON lines to FILE")
     add("--save-state", type=Path, metavar="FILE", help="write the state after the prompt and its continuation")
-    add("--compare", action="store_true", help="show the softmax teacher's continuation beside it")
+    add("--compare", action="store_true", help="also show the softmax teacher's continuation")
 
 
 def _run(args: argparse.Namespace) -> None:
     """Write text with a linearized model.
 
     Continue one or more prompts with a linearized model: a run's folder, an adapter folder or a merged folder. The
-    state held while writing has a constant size, and so has the file that --save-state writes: a long beginning is read
-    once (--max-new-tokens 0) and continued with --load-state.
+    state has a constant size during generation, and so has the file that --save-state writes: a long prefix is
+    processed once (--max-new-tokens 0) and continued with --load-state.
     """
     from trenchcoat.generation.generate import generate_rows
     from trenchcoat.runtime.files import atomic_file
@@ -71,7 +71,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts.endswith(".jsonl"):
         lines = [_json_prompt(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not lines:
-        raise UserError(f"{where} holds no prompts; expected one a line")
+        raise UserError(f"{where} holds no prompts; expected one per line")
     return lines
 
 

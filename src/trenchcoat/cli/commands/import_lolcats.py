@@ -35,12 +35,12 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _run(args: argparse.Namespace) -> Any:
-    """Take over a LoLCATs checkpoint.
+    """Import a LoLCATs checkpoint.
 
     Convert a checkpoint of the original LoLCATs code into an adapter: its feature maps and window factors (--maps), and
     its LoRA (--lora). The files are read without executing anything in them, and checked against the base model. What
-    the keys do not say (the window, the activation) is the original's default unless given here. docs/LOLCATS.md has
-    the rest.
+    the keys do not say (the window, the activation) is the original's default unless given here. See docs/LOLCATS.md
+    for details.
     """
     from trenchcoat.models.lolcats import checkpoints
 

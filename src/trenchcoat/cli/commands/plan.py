@@ -19,9 +19,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Any:
     """What a recipe needs: memory, time and disk, before anything runs.
 
-    Say which ways of running a recipe fit a machine: one GPU, a copy on each, sharded over all (FSDP) or in each node
+    Show which ways of running a recipe fit a machine: one GPU, a copy on each, sharded over all (FSDP) or in each node
     (HSDP), shards in host memory, a 4-bit base; with the memory of one GPU part by part, tokens/s and hours at a stated
-    MFU, and the disk. It is arithmetic on the model's sizes: no weights, no GPU, and no network for the models of the
+    MFU, and the disk. It is computed from the model's sizes: no weights, no GPU, and no network for the models of the
     shipped recipes.
     """
     from trenchcoat.planning.report import report_plan

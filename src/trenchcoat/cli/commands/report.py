@@ -11,7 +11,7 @@ from trenchcoat.cli.command import Command
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files of eval --out")
-    place = "where the comparison goes (report)"
+    place = "folder of the comparison (report)"
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help=place)
 
 
@@ -19,8 +19,8 @@ def _run(args: argparse.Namespace) -> Any:
     """Any number of runs side by side.
 
     Put any number of runs side by side: losses and differences with 95 % intervals (row by row where the rows are the
-    same), tasks, probes, one page of pictures; as comparison.md and a self-contained comparison.html. With one run,
-    write its report.md and report.html again.
+    same), tasks, probes, one page of plots; as comparison.md and a self-contained comparison.html. With one run, write
+    its report.md and report.html again.
     """
     from trenchcoat.evaluation.report import compare as compare_runs
     from trenchcoat.evaluation.report import run as report

@@ -15,9 +15,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--name", help="name that clients give as `model` (the folder's)")
-    length = "tokens of a prompt and its answer together (the positions that the base model was made for)"
+    length = "tokens of a prompt and its answer together (the base model's maximum)"
     add("--context", type=int, metavar="N", help=length)
-    add("--grace", type=float, default=30.0, metavar="SECONDS", help="what running requests get after Ctrl-C (30)")
+    add(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for running requests to finish after Ctrl-C (30)",
+    )
     add("--chat-template", metavar="FILE", help="a Jinja chat template, where the tokenizer has none")
     add("--base", metavar="DIR", help="adapters: where the base model is, if it has moved")
     add("--device", default="auto", help=DEVICE_HELP)
@@ -29,8 +35,8 @@ def _run(args: argparse.Namespace) -> None:
     """Serve a linearized model over HTTP.
 
     Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), by Transformers' own server
-    (extra `serve`). Requests wait for one another; each holds a state of constant size. docs/SERVE.md says what a
-    client can ask.
+    (extra `serve`). Requests wait for one another; each holds a state of constant size. docs/SERVE.md lists the
+    supported requests.
     """
     from trenchcoat.serving.server import ServeSettings, serve
 

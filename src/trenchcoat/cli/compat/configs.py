@@ -1,7 +1,7 @@
 """Configuration files in the schema of the original research code, found by name or path and checked key by key.
 
-One key is ours: ``base`` names one file or several of the same kind, beside the file itself or in the configuration
-folders, over which the file's own keys are laid (later over earlier, mappings merged).
+One key is ours: ``base`` names one file or several of the same kind, in the file's own folder or in the configuration
+folders, which the file's own keys override (later files override earlier ones, mappings are merged).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ finetune.kwargs: r lora_alpha lora_dropout target_modules
 fsdp: save_model run_validation use_fp16 save_optimizer gradient_clipping gradient_clipping_threshold
 """,
 }
-"""Every key of the two schemas, behind its section. A ``!`` marks a key that might be expected to act and does not: a
-file that sets one has it named in the warning. The other keys without a counterpart (``return_dict``, ``device_map``,
+"""Every key of the two schemas, after its section. A ``!`` marks a key that might be expected to have an effect and has
+none: if a file sets it, the warning names it. The other keys without a counterpart (``return_dict``, ``device_map``,
 ``pin_memory``, ...) describe how the original loaded or logged, and are ignored.
 """
 
@@ -69,14 +69,14 @@ class OldConfig:
     values: Mapping[str, Any]
 
     def at(self, path: str, default: Any = None) -> Any:
-        """The value at a dotted path; ``default`` where the file says nothing or null."""
+        """The value at a dotted path; ``default`` if absent or null."""
         value: Any = self.values
         for name in path.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
         return default if value is None else value
 
     def named(self, path: str) -> bool:
-        """Whether the file names the path at all, be it as null."""
+        """Whether the file has the path at all, even as null."""
         head, _, last = path.rpartition(".")
         parent = self.at(head) if head else self.values
         return isinstance(parent, Mapping) and last in parent
@@ -112,7 +112,7 @@ def _find(kind: ConfigKind, name: str, places: Sequence[Path]) -> Path:
 
 def _resolve(kind: ConfigKind, file: Path, places: Sequence[Path], above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
-        raise UserError(f"{file} is its own base, by way of {' -> '.join(path.name for path in above)}")
+        raise UserError(f"{file} is its own base, through {' -> '.join(path.name for path in above)}")
     document = read_yaml(file)
     bases = document.pop("base", None) or []
     bases = [bases] if isinstance(bases, str) else bases
@@ -122,8 +122,8 @@ def _resolve(kind: ConfigKind, file: Path, places: Sequence[Path], above: tuple[
     merged: dict[str, Any] = {}
     for base in bases:
         found = _find(kind, base, [file.parent, *places])
-        merged = _laid_over(merged, _resolve(kind, found, places, (*above, file.resolve())))
-    return _laid_over(merged, document)
+        merged = _merge_over(merged, _resolve(kind, found, places, (*above, file.resolve())))
+    return _merge_over(merged, document)
 
 
 def _check(file: str, document: Mapping[str, Any], known: list[str], path: str) -> None:
@@ -139,11 +139,11 @@ def _check(file: str, document: Mapping[str, Any], known: list[str], path: str) 
             raise UserError(f"{file}: {full} must be a mapping of keys, got {value!r}")
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """``above`` merged into ``below``: mappings key by key, everything else replaced."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        merged[key] = _laid_over(old, value) if both else value  # type: ignore[arg-type]
+        merged[key] = _merge_over(old, value) if both else value  # type: ignore[arg-type]
     return merged

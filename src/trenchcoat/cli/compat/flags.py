@@ -1,4 +1,4 @@
-"""The flags of the two original scripts: name, kind of value, and what each of them sets here.
+"""The flags of the two original scripts: name, type of value, and the setting it maps to.
 
 The list is frozen by a test; ``docs/COMPAT.md`` shows it as a table, word for word.
 """
@@ -84,7 +84,8 @@ class Flag:
     """The type of its value; a ``switch`` takes none."""
     name: str
     effect: str
-    """What it sets. A flag that sets nothing is accepted for the sake of old command lines, and named in a warning."""
+    """What it sets. A flag that sets nothing is accepted so that old command lines keep working, and named in a
+    warning."""
 
     @property
     def ignored(self) -> bool:
@@ -97,7 +98,7 @@ FLAGS = tuple(Flag(*line.split(maxsplit=2)) for line in _TABLE.strip().splitline
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong command line is one line, not the usage of sixty flags."""
+    """Reports a wrong command line in one line, without the usage of all flags."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; --help lists the flags")

@@ -1,4 +1,4 @@
-"""The command line of one of the two scripts as a checked recipe, the folder of its run, and what to tell the user."""
+"""Translate a script's command line to a checked recipe, the folder of its run, and remarks for the user."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _NAMES_THE_RUN = (
     "tie_qk_kernels", "pure_bf16", "lr", "weight_decay", "scheduler", "gradient_accumulation_steps",
     "num_train_epochs", "max_steps", "num_train_steps", "eval_steps", "dataset_chunk_size", "batch_size", "data_dir",
 )  # fmt: skip
-"""Flags that decide what the first script learns, so that another value is another run."""
+"""Flags that decide what the first script learns: another value is another run."""
 
 _STAGE_2_ALONE = ("finetune_lr", "finetune_attn_mlps")
-"""Flags that only the second script heeds: another value is another stage 2 on the same transfer."""
+"""Flags that only the second script uses: another value is another stage 2 on the same transfer."""
 
 
 @dataclass(frozen=True)
 class ScriptPlan:
-    """What a command line asks for."""
+    """What a command line requests."""
 
     recipe: Recipe
     """Of the stage that the script runs; ``run.dir`` is that stage's folder."""
@@ -39,7 +39,7 @@ class ScriptPlan:
     """The folder of the first script's run (or of --load_distill_checkpoint)."""
     model_config: OldConfig
     remarks: tuple[str, ...]
-    """Parts of the one warning."""
+    """Parts of a single warning."""
 
 
 def make_script_plan(stage: ScriptStage, args: argparse.Namespace, folders: Sequence[Path]) -> ScriptPlan:

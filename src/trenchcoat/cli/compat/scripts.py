@@ -39,7 +39,7 @@ def run_script(stage: ScriptStage, configs: Path, arguments: Sequence[str] | Non
 
 
 def plan_of(stage: ScriptStage, arguments: Sequence[str], configs: Path) -> ScriptPlan:
-    """What a command line asks for, checked against the base model's config; nothing is run.
+    """The plan of a command line, checked against the base model's config; runs nothing.
 
     A token or an entity goes to the environment variable that its library reads. Raises ``UserError``.
     """

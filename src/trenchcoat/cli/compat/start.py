@@ -1,4 +1,4 @@
-"""Before a stage starts: the checkpoint's own config against what was asked for, and the transfer of another folder.
+"""Checks before a stage starts, against the checkpoint's own config, and reuse of another folder's transfer.
 
 A transfer is reused by placing it in the new run's folder as its finished stage 1, after a check that it was made for
 the same base and student.
@@ -27,7 +27,7 @@ _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position
 
 
 def base_config(path: str) -> Any | None:
-    """The base model's config; None where it cannot be read now (loading the model will say why)."""
+    """The base model's config; None where it cannot be read now (loading the model will report why)."""
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError):
@@ -50,12 +50,12 @@ def check_layers(flags: Mapping[str, Any], base: Any | None) -> None:
         number = f"the model has {layers}" if layers is not None else "the model's number of layers cannot be read"
         raise UserError(
             f"{shown}: these scripts train all layers in one run ({number}). Leave the flags out: every layer learns "
-            "alone here, so transfer needs the memory of one; the weights go by --enable_fsdp and --fsdp_cpu_offload"
+            "alone here, so transfer needs the memory of one; shard the weights with --enable_fsdp, --fsdp_cpu_offload"
         )
 
 
 def check_rope(config: OldConfig, base: Any | None, *, overridden: bool) -> list[str]:
-    """Compare the RoPE that ``config`` writes down with the checkpoint's own, which is the one used.
+    """Compare the RoPE settings in ``config`` with the checkpoint's own, which are the ones used.
 
     Raises ``UserError`` where they differ, unless the model's path was ``overridden`` on the command line: then the
     difference is returned as a remark.
@@ -76,13 +76,13 @@ def check_rope(config: OldConfig, base: Any | None, *, overridden: bool) -> list
         return [f"the checkpoint's own RoPE is used, not that of {config.file} ({', '.join(differ)} differ)"]
     shown = ", ".join(f"{name} {wanted[name]} (the checkpoint: {own.get(name)})" for name in differ)
     raise UserError(
-        f"{config.file} and the checkpoint it names disagree about RoPE: {shown}. The checkpoint's is what "
-        "runs: correct the file, or change config.json in a local copy of the checkpoint"
+        f"{config.file} and the checkpoint it names disagree about RoPE: {shown}. The checkpoint's is "
+        "used: correct the file, or change config.json in a local copy of the checkpoint"
     )
 
 
 def adopt_transfer(source: Path, recipe: Recipe) -> None:
-    """Make the finished transfer in ``source`` (a run's or an adapter's folder) that of ``recipe``'s run.
+    """Use the finished transfer in ``source`` (a run's or an adapter's folder) for ``recipe``'s run.
 
     Safe to call from several processes at once. Raises ``UserError`` when there is none, or it was made for another
     base model or student.

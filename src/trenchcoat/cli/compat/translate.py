@@ -1,7 +1,7 @@
-"""From the original's vocabulary to the recipe's: one function a section, plain mappings in and out.
+"""Translate the original's settings to the recipe's: one function per section, plain mappings in and out.
 
-Sources for what the words meant: the LoLCATs repository (https://github.com/HazyResearch/lolcats) and the paper
-(arXiv 2410.10254). Values are checked where the recipe is built (``recipe_io``); here only words without a counterpart
+Sources for what the settings mean: the LoLCATs repository (https://github.com/HazyResearch/lolcats) and the paper
+(arXiv 2410.10254). Values are checked where the recipe is built (``recipe_io``); here only values without a counterpart
 are refused.
 """
 
@@ -34,7 +34,7 @@ _REDPAJAMA = {"redpajama_sample": "across", "redpajama_sample_contig": "contiguo
 
 
 def _set(values: Mapping[str, Any]) -> Section:
-    """Only what is said: everything else keeps the recipe's default."""
+    """Only the values that are set: everything else keeps the recipe's default."""
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -199,7 +199,7 @@ def stage_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
 
 
 def _steps(config: OldConfig, flags: Mapping[str, Any], accumulation: int | None) -> int | None:
-    """The smallest limit given; 0 and below mean none, as there."""
+    """The smallest limit given; 0 and below mean none, as in the original."""
     limits = [flags.get("max_steps", config.at("trainer.max_steps")), config.at("optimizer.max_optimizer_steps")]
     if flags.get("num_train_steps", -1) > 0:
         limits.append(math.ceil(flags["num_train_steps"] / max(1, accumulation or StageConfig.accumulation)))
@@ -251,7 +251,7 @@ def transfer_section(config: OldConfig, flags: Mapping[str, Any]) -> Section | N
 
 
 def lora_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
-    """``lora.*``. Raises ``UserError`` for another method than LoRA."""
+    """``lora.*``. Raises ``UserError`` for a method other than LoRA."""
     method = config.at("finetune.method")
     if method != "lora":
         raise UserError(f"{config.file}: finetune.method is {method!r}; only lora is available")

@@ -1,1 +1,1 @@
-"""Checkpoints of the original LoLCATs code: their files, their settings, and the way to an adapter and back."""
+"""Checkpoints of the original LoLCATs code: their files, their settings, and conversion from and to adapters."""

@@ -52,10 +52,10 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
         maps: `.pt` file of feature maps and window factors (and perhaps LoRA).
         lora: `.pt` file of LoRA matrices (and perhaps maps trained further, which then win).
         base: folder or hub id of the model that the checkpoint was made from.
-        asked: what the keys do not tell, or what to take instead of what they tell.
+        asked: settings that the keys do not determine, or that override them.
 
     Raises:
-        UserError: files that are no such checkpoint, that lack tensors or have others, or that do not fit the base.
+        UserError: files that are not such a checkpoint, that have missing or extra tensors, or do not fit the base.
     """
     _check_empty(out)
     found = read_state(maps)
@@ -76,7 +76,7 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
 
 
 def _empty_model(folder: Path, found: StateFile, student: StudentConfig, lora: LoraConfig | None) -> Any:
-    """The base with students and LoRA, on the meta device: names and shapes of all that the files must bring."""
+    """The base with students and LoRA, on the meta device: names and shapes of everything the files must contain."""
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -223,9 +223,9 @@ def _summary(found: StateFile, student: StudentConfig, lora: LoraConfig | None, 
 def export_checkpoint(source: Path, out: Path) -> list[str]:
     """Write the adapter in `source` (an adapter's or a run's folder) as the original's files; returns sentences.
 
-    `maps.pt` holds feature maps and window factors, `lora.pt` LoRA where there is one; our settings lie beside the
-    tensors, so that :func:`import_checkpoint` needs nothing else. Raises UserError where the original has no such
-    model.
+    `maps.pt` holds feature maps and window factors, `lora.pt` LoRA where there is one; our settings are stored with the
+    tensors, so that :func:`import_checkpoint` needs nothing else. Raises UserError for a model that the original does
+    not support.
     """
     _check_empty(out)
     folder = hub.find_adapter(source)

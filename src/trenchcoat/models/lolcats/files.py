@@ -1,8 +1,8 @@
-"""The original's `.pt` files: read without executing anything in them, their keys brought to one form, and written.
+"""The original's `.pt` files: read without executing anything in them, with normalized keys, and written.
 
 A file is a dictionary of tensors, bare or under `model_state_dict`, with keys such as
 `model.layers.0.self_attn.feature_map_q.mlp.layer` or `base_model.model.model.layers.0.self_attn.q_proj.lora_A.
-default.weight`. What is written here carries our settings beside it, under `trenchcoat`; the original ignores them.
+default.weight`. Files written here also hold our settings, under `trenchcoat`; the original ignores them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _DAMAGED = (
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
     ArithmeticError, AssertionError, ImportError,
 )  # fmt: skip
-"""What torch's reader raises for files that are none of torch's, cut short or tampered with."""
+"""What torch's reader raises for files that are not torch's, truncated or tampered with."""
 
 
 @dataclass
@@ -58,16 +58,16 @@ def read_state(path: Path) -> StateFile:
     content = _load(path)
     state = content.get(STATE, content)
     if not isinstance(state, Mapping) or not state:
-        raise UserError(f"{path}: {STATE} should be a dictionary of tensors, it is {_in_words(state)}")
+        raise UserError(f"{path}: {STATE} should be a dictionary of tensors, it is {_describe(state)}")
     found = StateFile(path)
     settings = content.get(SETTINGS, {}) if state is not content else {}
     if not isinstance(settings, dict):
-        raise UserError(f"{path}: {SETTINGS} should be a dictionary of settings, it is {_in_words(settings)}")
+        raise UserError(f"{path}: {SETTINGS} should be a dictionary of settings, it is {_describe(settings)}")
     found.settings = settings
     for name, tensor in state.items():
         key, lora = _key(path, name)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise UserError(f"{path}: {name} should be a tensor of numbers, it is {_in_words(tensor)}")
+            raise UserError(f"{path}: {name} should be a tensor of numbers, it is {_describe(tensor)}")
         part = found.lora if lora else found.maps
         if key in part:
             raise UserError(f"{path} has layer {key[0]}'s {key[1]} twice, under two prefixes ({name}); remove one")
@@ -80,19 +80,19 @@ def _load(path: Path) -> Mapping[Any, Any]:
         raise UserError(f"{path}: no such file; give a .pt file of the original code")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that torch did not write: what they hold decides
+            warnings.simplefilter("ignore")  # about pickles that torch did not write: their content is checked instead
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGED as error:
         refused = _REFUSED.search(str(error))
         if refused is not None:
             raise UserError(
                 f"{path} was not read: it is a pickle that calls {refused[1]}, which could execute code. Only plain "
-                "tensors are taken; save the state dictionary alone"
+                "tensors are accepted; save only the state dictionary"
             ) from error
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is damaged, or no .pt file of tensors: {said}") from error
     if not isinstance(content, Mapping):
-        raise UserError(f"{path} should hold a dictionary of tensors, it holds {_in_words(content)}")
+        raise UserError(f"{path} should hold a dictionary of tensors, it holds {_describe(content)}")
     return content
 
 
@@ -112,14 +112,14 @@ def _key(path: Path, name: Any) -> tuple[Key, bool]:
     )
 
 
-def _in_words(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.layout} tensor of {value.dtype}".replace("torch.", "")
     return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 def write_states(out: Path, files: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
-    """Write `out` with one `.pt` file per name: (tensors by their full key, settings); complete or not at all."""
+    """Write `out` with one `.pt` file per name: (tensors by their full key, settings); atomically."""
     with atomic_directory(out) as partial:
         for name, (tensors, settings) in files.items():
             plain = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}

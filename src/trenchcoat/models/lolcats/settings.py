@@ -1,4 +1,4 @@
-"""What the original's words and keys mean in our settings, and which of our settings the original has.
+"""The original's settings and keys in terms of ours, and which of our settings the original supports.
 
 Sources: the LoLCATs repository (https://github.com/HazyResearch/lolcats) and the paper (arXiv 2410.10254).
 
@@ -24,7 +24,7 @@ ATTENTIONS = {
     "lolcats_llama_window_sw": "sliding",
     "lolcats_long_llama_window_sw": "sliding",
 }
-"""Attention types of the original; those for long inputs computed the same function piece by piece."""
+"""Attention types of the original; those for long inputs compute the same function in chunks."""
 
 FEATURE_MAPS = {"softmax_dim": "hedgehog", "exp_dim": "exp", "relu": "t2r", "pos_elu": "elu"}
 HALVED = ("softmax_dim", "exp_dim")
@@ -38,7 +38,7 @@ WINDOWED = ("terrace", "sliding")
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the user says about a checkpoint, in the original's words or ours; None is for the file to say."""
+    """Settings of a checkpoint given by the user, in the original's terms or ours; None: taken from the file."""
 
     attention: str | None = None
     window: int | None = None
@@ -57,15 +57,15 @@ def one_of(word: Any, known: Mapping[str, str], what: str) -> str:
 
 
 def expected(word: Any, known: Iterable[str]) -> str:
-    """The known words, and which of them may have been meant."""
+    """The known words and the nearest one, for a message."""
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f"known: {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def student_of(found: StateFile, asked: Asked) -> StudentConfig:
-    """The student of a checkpoint: as its own settings say, else as its keys show, with what was asked for on top.
+    """The student of a checkpoint: from its own settings, else from its keys, with the user's settings on top.
 
-    Raises UserError for maps of another kind than ours, and for an attention that its keys contradict.
+    Raises UserError for unsupported maps, and for an attention that its keys contradict.
     """
     mixed = any(name == "window_factors" for _, name in found.maps)
     start = found.settings.get("student")
@@ -106,7 +106,7 @@ def _recognised(found: StateFile, mixed: bool) -> StudentConfig:
     layer = next((t for (_, name), t in sorted(found.maps.items()) if name == "feature_map_q.mlp.layer"), None)
     if layer is None or layer.ndim != 3:
         raise UserError(
-            f"{found.path} has no feature_map_q.mlp.layer [heads, head_dim, feature_dim]; is it the maps' file?"
+            f"{found.path} has no feature_map_q.mlp.layer [heads, head_dim, feature_dim]; is it the feature maps' file?"
         )
     bias = "feature_map_q.mlp.bias" in names
     maps = FeatureMapConfig(name="t2r" if bias else "hedgehog", feature_dim=max(1, layer.shape[2]))
@@ -144,7 +144,7 @@ def plain(student: StudentConfig) -> dict[str, Any]:
 
 
 def check_exportable(student: StudentConfig, family: str) -> None:
-    """Raise UserError for a student that the original has no attention for."""
+    """Raise UserError for a student whose attention the original does not have."""
     defaults = StudentConfig()
     reason = None
     if family not in FAMILIES:
