@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trenchcoat.bench.clip import draw_errors
 from trenchcoat.bench.registry import run_benchmark
 
 
@@ -27,3 +28,5 @@ def test_a_quick_run_of_the_clips(tmp_path: Path) -> None:
     assert len(layer) == len(together) == len(result["scales"])
     assert result["perplexity"]["teacher"] < result["perplexity"]["layer"]
     assert f"{result['perplexity']['global']:.4g}" in text
+    draw_errors(result, tmp_path / "clip.png")
+    assert (tmp_path / "clip.png").read_bytes().startswith(b"\x89PNG")

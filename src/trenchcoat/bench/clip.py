@@ -13,12 +13,14 @@ clipping the embedded model's to ``CLIP``.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from trenchcoat.bench.benchmark import Benchmark, Settings, grid, shown
 from trenchcoat.config import ModelConfig
@@ -115,3 +117,19 @@ class ClipBenchmark(Benchmark[ClipSizes]):
             *grid("", {**rows, "perplexity": {scope: found[scope] for scope in SCOPES}}),
             f"perplexity of the teacher: {shown(found['teacher'])}",
         ]
+
+
+def draw_errors(record: Mapping[str, Any], path: Path) -> None:
+    """The errors layer by layer as a PNG file (`docs/clip.png` from `benchmarks/clip.json`)."""
+    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    for scope, label, marker in (("layer", "one clip a layer", "o"), ("global", "one clip for all", "s")):
+        values = list(record["relative_error"][scope].values())
+        axes.plot(range(len(values)), values, marker=marker, label=label)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(record["scales"])), [f"{i}\nx {scale:g}" for i, scale in enumerate(record["scales"])])
+    axes.set_xlabel("layer, and the scale of its attention outputs")
+    axes.set_ylabel("relative squared error")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
