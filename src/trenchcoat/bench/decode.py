@@ -88,11 +88,11 @@ class Decoder:
         return taken
 
 
-Plan = tuple[str, int, int, Any]
+_TimedTurn = tuple[str, int, int, Any]
 """Kind, rows, tokens to time, and a cache to start from (copied for every turn where it has one row)."""
 
 
-def _turns(decoder: Decoder, plans: dict[Any, Plan], repeats: int, warm: int) -> dict[Any, dict[str, float]]:
+def _turns(decoder: Decoder, plans: dict[Any, _TimedTurn], repeats: int, warm: int) -> dict[Any, dict[str, float]]:
     """Milliseconds a token, of the turn with the smallest median (the least disturbed), after `warm` untimed tokens."""
     taken: dict[Any, list[Tensor]] = {name: [] for name in plans}
     for turn in range(repeats + 1):
@@ -114,7 +114,7 @@ def _turns(decoder: Decoder, plans: dict[Any, Plan], repeats: int, warm: int) ->
 def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Context -> kind -> milliseconds a token and bytes of the cache, one row."""
     sizes = decoder.sizes
-    plans: dict[Any, Plan] = {
+    plans: dict[Any, _TimedTurn] = {
         (length, kind): (kind, 1, sizes.steps, decoder.started(kind, length, room=sizes.steps))
         for length, kind in itertools.product(sizes.lengths, kinds)
     }
@@ -132,7 +132,7 @@ def _batch(decoder: Decoder) -> dict[str, Any]:
     context, steps = sizes.batch_length, sizes.batch_steps
     student = decoder.started("student", context, sizes.batch)
     fits = max(1, cache_nbytes(student) // cache_nbytes(decoder.started("dynamic", context)))
-    plans: dict[Any, Plan] = {
+    plans: dict[Any, _TimedTurn] = {
         "student": ("student", sizes.batch, steps, student),
         "teacher, same memory": ("dynamic", fits, steps, decoder.started("dynamic", context, fits)),
         "teacher, same batch": (
