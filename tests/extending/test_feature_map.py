@@ -39,14 +39,16 @@ SOFTPLUS = Activation(softplus, softplus_backward, paired=False)
 
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    register_feature_map("softplus", SOFTPLUS)
+    register_feature_map("example_softplus", SOFTPLUS)
     yield
-    del ACTIVATIONS["softplus"]
-    KNOWN_FEATURE_MAPS.remove("softplus")
+    del ACTIVATIONS["example_softplus"]
+    KNOWN_FEATURE_MAPS.remove("example_softplus")
 
 
 def test_features_and_gradients_are_those_of_the_formula() -> None:
-    phi = FeatureMap(FeatureMapConfig(name="softplus", feature_dim=5, init="kaiming"), num_heads=2, head_dim=4).double()
+    phi = FeatureMap(
+        FeatureMapConfig(name="example_softplus", feature_dim=5, init="kaiming"), num_heads=2, head_dim=4
+    ).double()
     x = torch.randn(3, 2, 9, 4, dtype=torch.float64, requires_grad=True)
     wanted = nn.functional.softplus(x @ phi.weight).clamp_min(phi.cfg.eps)
     torch.testing.assert_close(phi(x), wanted)
@@ -58,19 +60,19 @@ def test_features_and_gradients_are_those_of_the_formula() -> None:
 
 
 def test_recipes_know_it_and_the_help_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = load_recipe("demo", ["student.feature_map.name=softplus"])
-    assert recipe.student.feature_map.name == "softplus"
-    with pytest.raises(UserError, match="did you mean softplus"):
-        load_recipe("demo", ["student.feature_map.name=softpluss"])
+    recipe = load_recipe("demo", ["student.feature_map.name=example_softplus"])
+    assert recipe.student.feature_map.name == "example_softplus"
+    with pytest.raises(UserError, match="did you mean example_softplus"):
+        load_recipe("demo", ["student.feature_map.name=example_softpluss"])
     with pytest.raises(SystemExit):
         cli.main(["linearize", "--help"])
-    assert "elu | softplus" in capsys.readouterr().out
+    assert "elu | example_softplus" in capsys.readouterr().out
 
 
 def test_linearize_learns_and_keeps_it(tiny_overrides: list[str]) -> None:
     folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
     more = [
-        "student.feature_map.name=softplus",
+        "student.feature_map.name=example_softplus",
         "student.feature_map.init=kaiming",
         "transfer.max_steps=2",
         "lora=null",
@@ -93,8 +95,8 @@ def test_the_kernels_are_asked_through_it(caplog: pytest.LogCaptureFixture, monk
     pytest.importorskip("triton")
     monkeypatch.setattr(fused, "_reported", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    reason = "the kernels do not support the feature map 'softplus'"
-    maps = FeatureMapConfig(name="softplus")
+    reason = "the kernels do not support the feature map 'example_softplus'"
+    maps = FeatureMapConfig(name="example_softplus")
     student = build_student(StudentConfig(feature_map=maps), num_heads=2, num_kv_heads=1, head_dim=128)
     with caplog.at_level(logging.INFO, logger="trenchcoat"):
         assert student.implementation(torch.bfloat16, Pretended()) == "chunkwise"  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
@@ -134,7 +132,6 @@ def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
 
 def test_names_of_the_settings_are_the_names_of_the_activations() -> None:
     assert set(KNOWN_FEATURE_MAPS) == set(ACTIVATIONS)
-    assert len(list(itertools.chain(ACTIVATIONS))) == 6
 
 
 def test_landmarks_are_centred_keys_of_the_right_group() -> None:

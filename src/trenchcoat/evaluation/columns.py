@@ -22,21 +22,31 @@ def percent(share: Estimate) -> str:
     return f"{100 * share.value:.{digits}f} %{noise}"
 
 
+def number(value: Estimate, digits: int) -> str:
+    """``2.104 ± 0.031``; the error is omitted where there are too few rows for one."""
+    noise = f" ± {value.error:.{digits}f}" if math.isfinite(value.error) else ""
+    return f"{value.value:.{digits}f}{noise}"
+
+
 class ReportColumn:
     """One column of the table. By default cells are percentages."""
 
     key: ClassVar[str]
-    """Its key in the summary of a row in ``results.json``."""
+    """Its key in the summary of a row in ``results.json``, where it must not be the key of another figure."""
     heading: ClassVar[str]
     short_heading: ClassVar[str]
     """The heading on a terminal, three lines high."""
     description: ClassVar[str] = ""
-    """Its explanation in the report; empty: none."""
+    """Its explanation in the report, ``{window_row}`` for the better window-only row; empty: none."""
     absent: ClassVar[str] = "–"
     """The cell of a row without a value."""
 
     def value(self, results: Results, row: str) -> Estimate | None:
-        """The value for ``row``; None if there is none."""
+        """The value for ``row``; None if there is none.
+
+        ``results.rows[row]`` holds the row's ``Scores``. What was measured of two models only, such as the size of
+        their caches, is in ``results.decode``.
+        """
         raise NotImplementedError
 
     def text(self, value: Estimate) -> str:
@@ -69,8 +79,7 @@ class PerplexityColumn(ReportColumn):
         """Three decimals below 100, else one."""
         if not math.isfinite(value.value):
             return "not finite"
-        digits = 3 if value.value < 100 else 1
-        return f"{value.value:.{digits}f}" + (f" ± {value.error:.{digits}f}" if math.isfinite(value.error) else "")
+        return number(value, 3 if value.value < 100 else 1)
 
 
 class FarPerplexityColumn(PerplexityColumn):
@@ -128,6 +137,12 @@ class FarGapColumn(ReportColumn):
 
 REPORT_COLUMNS: dict[str, ReportColumn] = {
     column.key: column
-    for column in (PerplexityColumn(), FarPerplexityColumn(), RecallColumn(), GapColumn(), FarGapColumn())
+    for column in (
+        PerplexityColumn(),
+        FarPerplexityColumn(),
+        RecallColumn(),
+        GapColumn(),
+        FarGapColumn(),
+    )
 }
 """Every column by key, in table order. Add yours here."""

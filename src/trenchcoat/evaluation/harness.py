@@ -199,7 +199,10 @@ def task_manager(names: Sequence[str], *, task_dir: Path | None, data_dir: Path 
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {', '.join(close)}?" if close else ""
-            raise UserError(f"--tasks has {name!r}, which neither the harness nor your files know{hint}")
+            raise UserError(
+                f"--tasks has {name!r}, which neither the harness nor your files know{hint}; "
+                "`trenchcoat eval --help` lists the tasks that do not need the harness"
+            )
     return manager
 
 

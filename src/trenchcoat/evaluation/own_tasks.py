@@ -6,5 +6,13 @@ from trenchcoat.evaluation.mmlu import MmluLetters
 from trenchcoat.evaluation.probes import Copy, Needle, Recall
 from trenchcoat.evaluation.task import EvalTask
 
-OWN_TASKS: dict[str, EvalTask] = {task.name: task for task in (MmluLetters(), Needle(), Recall(), Copy())}
+OWN_TASKS: dict[str, EvalTask] = {
+    task.name: task
+    for task in (
+        MmluLetters(),
+        Needle(),
+        Recall(),
+        Copy(),
+    )
+}
 """Add yours here."""

@@ -60,6 +60,7 @@ class Haystack:
                 f"the held-out text has {len(known)} different tokens, too few for {PAIRS} pairs; give more text"
             )
         self.rare = rare
+        """Tokens that are neither frequent nor among the rarest, most frequent first."""
 
     def filler(self, rng: random.Random, tokens: int) -> tuple[list[int], int]:
         """A span of text, and where it starts."""
@@ -90,7 +91,7 @@ class Probe(EvalTask):
     """Accuracy of guessing, if known."""
 
     def question(self, hay: Haystack, rng: random.Random, length: int, depth: float) -> Question:
-        """One row of ``length`` tokens."""
+        """One row of ``length`` tokens, context and asked tokens together."""
         raise NotImplementedError
 
     def control(self, hay: Haystack, rng: random.Random, length: int) -> Question | None:

@@ -30,6 +30,9 @@ BLOCK_ROWS = 4096
 class Activation:
     """`forward(u, out)` fills out with act(u); `backward(f, df)` is du, from the output f alone. Last axis: features.
 
+    f is what `forward` gave, raised to at least `FeatureMapConfig.eps`; `backward` may overwrite df. `reaches_zero`
+    says that act(u) can be below eps: features that were raised to it then have no gradient.
+
     `paired` applies it to u and to -u and concatenates the two. `kernel` is its name in the Triton kernels
     (:class:`trenchcoat.ops.triton.launch.FusedMap`); None if they do not support it.
     """
@@ -38,6 +41,7 @@ class Activation:
     backward: Callable[[Tensor, Tensor], Tensor]
     paired: bool
     kernel: str | None = None
+    reaches_zero: bool = False
 
 
 def _softmax(u: Tensor, out: Tensor) -> Tensor:
@@ -77,7 +81,7 @@ def _elu_backward(f: Tensor, df: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Activation] = {
     "hedgehog": Activation(_softmax, _softmax_backward, paired=True, kernel="softmax"),
     "hedgehog_half": Activation(_softmax, _softmax_backward, paired=False, kernel="softmax"),
-    "t2r": Activation(_relu, _relu_backward, paired=False, kernel="relu"),
+    "t2r": Activation(_relu, _relu_backward, paired=False, kernel="relu", reaches_zero=True),
     "exp": Activation(_exp, _exp_backward, paired=True, kernel="exp"),
     "exp_half": Activation(_exp, _exp_backward, paired=False, kernel="exp"),
     "elu": Activation(_elu, _elu_backward, paired=False, kernel="elu"),
@@ -210,7 +214,7 @@ class FeatureMap(nn.Module):
         self, x_AND: Tensor, w: Weights, f_ANF: Tensor, df_ANF: Tensor, grads: Weights | None, need_dx: bool
     ) -> Tensor | None:
         """Add the parameters' gradients to `grads`; returns dx [A, N, D] if requested. May overwrite df."""
-        if self.act.backward is _relu_backward:
+        if self.act.reaches_zero:
             df_ANF = df_ANF.mul_(f_ANF > self.cfg.eps)
         shape = (*f_ANF.shape[:-1], 2, -1) if self.act.paired else f_ANF.shape
         du = self.act.backward(f_ANF.view(shape), df_ANF.view(shape))

@@ -50,7 +50,7 @@ def report_table(results: Results, *, short: bool = False) -> Table:
 def terminal_table(results: Results) -> rich_table.Table:
     """The report's table without standard errors, to print with rich."""
     title = f"Perplexity (ppl), recall and gap closed (W = {results.window})"
-    return report_table(results, short=True).as_rich(title)
+    return report_table(results, short=True).as_rich(title, compact=True)
 
 
 def terminal_verdicts(results: Results) -> rich_table.Table:
@@ -109,11 +109,11 @@ def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults 
         window=results.window,
         two_windows=2 * results.window,
         no_near_part=" (the student of this run, `linear`, has none)" if linear else "",
-        columns=_lines(f"- **{heading[0].upper()}{heading[1:]}**: {text}" for heading, text in descriptions).format(
-            window_row=f" ({row_label(best)})" if best else ""
+        columns=_lines(f"- **{heading[0].upper()}{heading[1:]}**: {text}" for heading, text in descriptions).replace(
+            "{window_row}", f" ({row_label(best)})" if best else ""
         ),
-        rows=_lines(f"- **{row.label}**: {row.description}" for row in REPORT_ROWS.values()).format(
-            sinks=_get(results.recipe, "eval", "sinks") or "few"
+        rows=_lines(f"- **{row.label}**: {row.description}" for row in REPORT_ROWS.values()).replace(
+            "{sinks}", str(_get(results.recipe, "eval", "sinks") or "few")
         ),
         pictures=_lines(_pictures(drawn)),
         tasks="" if tasks is None else _lines(markdown_sections(tasks, drawn=drawn.get(PROBES_PICTURE, False))),
