@@ -1,4 +1,4 @@
-"""Made-up results with known differences, for the tests of the report."""
+"""Synthetic results with known differences, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ GOOD: dict[str, tuple[float, float]] = {
     "window_sinks": (0.15, 0.18),
     "window_sinks_lora": (0.12, 0.14),
 }
-"""Row to its mean loss above the teacher's: before 2W, and past it."""
+"""Row -> mean loss above the teacher's, before and past 2W."""
 
 
 def made_scores(near: float, far: float, recall: float, seed: int) -> Scores:
-    """Scores whose text noise is shared by all rows of the table, with a little noise of their own."""
+    """Scores with text noise shared by all rows of the table, and a little noise of their own."""
     text, own = random.Random(5), random.Random(seed)
     queries = LENGTH - 1
     by_row: list[list[float]] = []
@@ -57,7 +57,7 @@ def made_scores(near: float, far: float, recall: float, seed: int) -> Scores:
 
 
 def made_results(offsets: Mapping[str, tuple[float, float]] | None = None, **changes: tuple[float, float]) -> Results:
-    """Results in which everything is as hoped, unless ``changes`` say otherwise: row=(near, far) loss above teacher."""
+    """Results in which all targets are met; ``changes`` override rows: row=(near, far) loss above the teacher's."""
     rows = {**(GOOD if offsets is None else offsets), **changes}
     return Results(
         window=WINDOW,
@@ -86,7 +86,7 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 
 
 def made_metrics(layers: int = 4, steps: int = 100) -> list[dict[str, Any]]:
-    """Lines of a log as the training loop writes them."""
+    """Metric lines in the format of the training loop."""
     noise = random.Random(0)
     lines: list[dict[str, Any]] = [{"kind": "info", "text": "begin"}]
     for step in range(steps + 1):

@@ -1,4 +1,4 @@
-"""A student to score and made-up questions in the benchmarks' formats, for the tests of tasks."""
+"""A student to score and random questions in the benchmarks' formats, for the tests of tasks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SUBJECTS = sorted(path.stem for path in (task_folder() / "mmlu").glob("[!_]*.yam
 WORDS = "coat sum window token state chunk linear small model bone star".split()
 
 SHORTEST_RUN = ["lora=null", "transfer.max_steps=1", "eval.baselines=false", "eval.decode_lengths=[]"]
-"""Overrides of a run that only has to be there."""
+"""Overrides for a minimal run."""
 TOLERANCE = 2e-5
-"""Nats: five tokens whose log-probabilities, of size up to about 10, are float32 sums taken in another order."""
+"""Nats: five tokens whose log-probabilities, of size up to about 10, are float32 sums in a different order."""
 
 
 def model_of(folder: Path, name: str = "terrace", **settings: Any) -> Any:
@@ -31,7 +31,7 @@ def model_of(folder: Path, name: str = "terrace", **settings: Any) -> Any:
 
 
 def write_task_files(root: Path) -> Path:
-    """MMLU's CSV files and the JSONL files, in the benchmarks' formats, with made-up questions."""
+    """MMLU's CSV files and the JSONL files, in the benchmarks' formats, with random questions."""
     rng = random.Random(0)
 
     def words(n: int) -> str:

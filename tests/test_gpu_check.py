@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh runs what it says and says what passed; scripts/launch_kernels.py launches every kernel."""
+"""scripts/gpu_check.sh runs its steps and reports what passed; scripts/launch_kernels.py launches every kernel."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_the_commands_are_accepted() -> None:
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> dict[str, str]:
-    """A Python that finds a GPU and whose benchmark of decoding fails; a sanitizer that finds races."""
+def fakes(tmp_path: Path) -> dict[str, str]:
+    """A fake Python that finds a GPU and whose decoding benchmark fails; a fake sanitizer that finds races."""
     python, sanitizer = tmp_path / "python", tmp_path / "sanitizer"
     python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *--only\\ decode*) exit 3;; esac\n')
     sanitizer.write_text('#!/bin/sh\ntest "$2" != racecheck\n')
@@ -60,10 +60,10 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
     return {"PYTHON": str(python), "SANITIZER": str(sanitizer), "OUT": str(tmp_path / "out")}
 
 
-def test_what_passed_is_said_and_one_failure_does_not_stop_the_rest(stand_ins: dict[str, str]) -> None:
-    done = _check(**stand_ins)
+def test_results_are_reported_and_one_failure_does_not_stop_the_rest(fakes: dict[str, str]) -> None:
+    done = _check(**fakes)
     assert done.returncode == 1
-    out = Path(stand_ins["OUT"])
+    out = Path(fakes["OUT"])
     lines = (out / "summary.txt").read_text().splitlines()
     assert lines == done.stdout.splitlines()[-7:]
     steps = ["tests", *TOOLS, *PARTS]
@@ -71,14 +71,14 @@ def test_what_passed_is_said_and_one_failure_does_not_stop_the_rest(stand_ins: d
     wanted = [f"{step}: FAILED, see {out}/{step}.log" if step in failed else f"{step}: passed" for step in steps]
     assert lines == wanted
     assert "bench kernels --device cuda --only operator" in (out / "operator.log").read_text()
-    assert _check(**stand_ins, STEPS="tests model").returncode == 0
-    absent = _check(**{**stand_ins, "SANITIZER": "no-such-sanitizer"}, STEPS="memcheck")
+    assert _check(**fakes, STEPS="tests model").returncode == 0
+    absent = _check(**{**fakes, "SANITIZER": "no-such-sanitizer"}, STEPS="memcheck")
     assert absent.returncode == 1
     assert "no-such-sanitizer" in (out / "memcheck.log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
     done = _check(PYTHON=sys.executable, OUT=str(tmp_path / "out"))
     assert done.returncode == 1
     assert "no CUDA device was found" in done.stderr

@@ -87,7 +87,7 @@ def test_files_import_modules_of_their_own_package_not_its_init() -> None:
             assert package not in folders or module or parts[-1] == "__init__.py", f"{path} imports {name}"
 
 
-def test_libraries_are_imported_where_they_may_be() -> None:
+def test_libraries_are_imported_only_where_allowed() -> None:
     for path, tree in _files():
         for name in _imports(tree):
             for library, places in ALLOWED.items():
@@ -115,9 +115,9 @@ def test_no_handler_catches_everything() -> None:
 
 def test_files_open_with_a_docstring_and_stay_small() -> None:
     for path, tree in _files():
-        assert ast.get_docstring(tree), f"{path} does not say what it is for"
+        assert ast.get_docstring(tree), f"{path} has no docstring"
         lines = len((SOURCE / path).read_text(encoding="utf-8").splitlines())
-        assert lines <= 600, f"{path} has {lines} lines, more than 600: look for the second idea in it"
+        assert lines <= 600, f"{path} has {lines} lines, more than 600: split it"
 
 
 def test_functions_stay_small() -> None:

@@ -1,4 +1,4 @@
-"""A wheel built from the source tree holds all that runs need: code, recipes, embedded teacher, entry point."""
+"""A wheel built from the source tree contains what runs need: code, recipes, embedded teacher, entry point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shell scripts: clean under shellcheck, and their commands (as DRY_RUN=1 prints them) are ones that would run."""
+"""The shell scripts: clean under shellcheck, and the commands that DRY_RUN=1 prints are valid."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _split(words: list[str]) -> tuple[list[str], str, list[str]]:
     return words[:place], Path(words[place]).name, words[place + 1 :]
 
 
-def test_the_scripts_are_there() -> None:
+def test_the_scripts_exist() -> None:
     assert [f"{path.parent.name}/{path.name}" for path in SCRIPTS] == [
         "llama3_1_405b/405b_e2e_xent1_mse1000.sh",
         "llama3_1_405b/405b_no_distill_baseline.sh",
@@ -148,7 +148,7 @@ def test_the_environment_overrides() -> None:
 
 
 def test_the_batch_file_meets_at_the_first_node(tmp_path: Path) -> None:
-    """In a job, with a stand-in for Slurm's `scontrol`, from a copy of the file as Slurm makes one."""
+    """In a job, with a fake `scontrol`, from a copy of the file as Slurm makes one."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text('#!/bin/sh\ntest "$1 $2 $3" = "show hostnames n[7-8]" && printf "n7\\nn8\\n"\n')
@@ -174,7 +174,7 @@ def test_the_batch_file_meets_at_the_first_node(tmp_path: Path) -> None:
 # Block by block
 
 
-def test_the_block_scripts_are_there() -> None:
+def test_the_block_scripts_exist() -> None:
     for size in ("405b", "70b"):
         names = [path.name for path in BLOCK_SCRIPTS if path.parents[1].name == f"llama3_1_{size}"]
         assert names == ["finetune.sh", "one_gpu.sh", "slurm.sh"]
@@ -230,7 +230,7 @@ def test_the_last_step_submits_a_batch_file_that_finds_the_repository(size: str,
     assert "is not the repository" in lost.stderr
 
 
-def test_a_step_that_is_none_and_a_batch_file_outside_a_job_are_said() -> None:
+def test_an_unknown_step_and_a_batch_file_outside_a_job_are_errors() -> None:
     folder = REPOSITORY / "scripts" / "llama3_1_70b" / "trenchcoat"
     wrong = _bash(folder / "one_gpu.sh", STEPS="plan train", DRY_RUN="1")
     assert wrong.returncode == 2

@@ -1,4 +1,4 @@
-"""Runs side by side: differences row by row where the rows are the same, and nothing where they are not."""
+"""Comparing runs: differences are paired where the rows are the same, and absent where they are not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made_tasks(share: float, rows_id: str = "same", seed: int = 0) -> TaskResults:
-    """200 rows whose difficulty is shared by all models; ``share`` of them right."""
+    """200 rows whose difficulty is shared by all models; a share of ``share`` is right."""
     text, own = random.Random(1), random.Random(seed)
     rows = [float(text.random() + 0.05 * own.random() < share) for _ in range(200)]
     score = ModelScore({"acc": mean_estimate(rows)}, {"acc": rows})
@@ -54,7 +54,7 @@ def made_tasks(share: float, rows_id: str = "same", seed: int = 0) -> TaskResult
 
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
-    """Three runs: a good one, a worse one on the same rows, one on other rows; tasks of two."""
+    """Three runs: a good one, a worse one on the same rows, one on other rows; two have tasks."""
     folders = [tmp_path / name for name in ("a", "b", "c|d")]
     for folder, offset in zip(folders, (0.04, 0.30, 0.04), strict=True):
         folder.mkdir()
@@ -97,7 +97,7 @@ def test_tasks_are_compared_where_the_rows_are_the_same() -> None:
     assert "points" not in first + third
 
 
-def test_the_page_stands_alone(runs: list[Path], tmp_path: Path) -> None:
+def test_the_page_is_self_contained(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli.main(["report", *map(str, runs), "--out", str(out)]) == 0
     text, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
@@ -121,7 +121,7 @@ def test_runs_of_one_name_are_shown_by_their_paths_and_a_file_of_tasks_is_a_run(
     assert probe_table(runs).cells == [["needle", "only.json", "1x 50 %, 2x 50 %"]]
 
 
-def test_runs_without_anything_in_common_are_still_a_report(tmp_path: Path) -> None:
+def test_runs_with_nothing_in_common_still_give_a_report(tmp_path: Path) -> None:
     empty = Run("empty", Results(window=4, seq_len=8))
     path = write_comparison([empty, Run("tasks", tasks=made_tasks(0.5))], tmp_path)
     assert "## Tasks" in path.read_text()

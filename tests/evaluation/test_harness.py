@@ -1,4 +1,4 @@
-"""The evaluation harness over linearized models: its numbers, from local files, alone and in several processes."""
+"""The evaluation harness with linearized models: its scores, local files, one process and several."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     yield
     logger.setLevel(level)
-    # its command line adds one that writes to this test's captured stream, closed for the tests to come
+    # its command line adds a handler that writes to this test's captured stream, which is closed afterwards
     logger.handlers[:], logger.propagate = handlers, propagate
     monkeypatch.setattr("lm_eval.utils._LOGGING_CONFIGURED", False)
 
@@ -47,12 +47,12 @@ def student(tiny_model_dir: Path) -> Any:
     return model_of(tiny_model_dir)
 
 
-def test_the_name_is_known_to_the_harness() -> None:
+def test_the_model_is_registered_with_the_harness() -> None:
     assert get_model("trenchcoat") is TrenchcoatLM
 
 
 @pytest.mark.parametrize("mode", ["student", "teacher"])
-def test_its_likelihoods_are_the_harness_models_own(mode: Any, student: Any, tokenizer: Any, data_dir: Path) -> None:
+def test_likelihoods_equal_those_of_the_harness_model(mode: Any, student: Any, tokenizer: Any, data_dir: Path) -> None:
     """The same tasks through HFLM, which reads every row whole."""
     set_mode(student, mode)
     names = ["mmlu", "piqa", "winogrande", "hellaswag"]
@@ -69,7 +69,7 @@ def test_its_likelihoods_are_the_harness_models_own(mode: Any, student: Any, tok
         assert record.scores == expected[name].scores, name
         assert record.rows_id == expected[name].rows_id
     assert work.beginnings >= 57
-    assert work.tokens_read < 0.7 * work.tokens_given  # two questions after each beginning
+    assert work.tokens_read < 0.7 * work.tokens_given  # two questions per prefix
     assert found["mmlu"].count == 57 * 2
     assert len(found["mmlu"].members) == 57
     assert found["mmlu_humanities"].count == 13 * 2
@@ -78,7 +78,7 @@ def test_its_likelihoods_are_the_harness_models_own(mode: Any, student: Any, tok
 
 
 @pytest.mark.parametrize("max_length", [50, 300])
-def test_a_limit_cuts_where_the_harness_cuts(max_length: int, student: Any, tokenizer: Any, data_dir: Path) -> None:
+def test_max_length_truncates_like_the_harness(max_length: int, student: Any, tokenizer: Any, data_dir: Path) -> None:
     requests = [((f"{i}", "x"), [3 + i] * (20 * i + 1), [5 + i, 6]) for i in range(1, 9)]
     ours = TrenchcoatLM(model=student, tokenizer=tokenizer, max_length=max_length)
     theirs = HFLM(pretrained=student, tokenizer=tokenizer, batch_size=3, max_length=max_length)
@@ -105,8 +105,8 @@ def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Pa
     assert paired(results, TaskResults("y", tasks=others), "mmlu", "acc", (STUDENT, STUDENT)) is None
 
 
-def test_the_four_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
-    """Against the logits at the end of the whole prompt."""
+def test_mmlu_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:
+    """Compare with the logits at the end of the whole prompt."""
     scorer = loglikelihood.LoglikelihoodScorer(student)
     subject_model = ScoredModel(STUDENT, scorer, tokenizer, list)
     plan = TaskPlan(tasks=("mmlu_letters",), data_dir=data_dir, num_fewshot=2)
@@ -164,7 +164,7 @@ def test_users_task_files(student: Any, tokenizer: Any, data_dir: Path, tmp_path
     assert len(records["mine"].scores[STUDENT].rows["acc"]) == 5
 
 
-def test_mistakes_are_named(student: Any, tokenizer: Any, data_dir: Path, tmp_path: Path) -> None:
+def test_mistakes_are_explained(student: Any, tokenizer: Any, data_dir: Path, tmp_path: Path) -> None:
     def fails(names: list[str], **more: Any) -> str:
         lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
         with pytest.raises(UserError) as error:
@@ -188,7 +188,7 @@ def test_mistakes_are_named(student: Any, tokenizer: Any, data_dir: Path, tmp_pa
     ("content", "message"),
     [("a,b\n", "line 1: 2 columns"), ("q,1,2,3,4,E\n", "line 1"), ("", "is empty"), ("\xff\xfe", "not a readable CSV")],
 )
-def test_a_bad_csv_is_named(content: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_csv_is_an_error(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "anatomy_test.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message):
@@ -205,7 +205,7 @@ def test_a_bad_csv_is_named(content: str, message: str, tmp_path: Path) -> None:
         ("", "is empty"),
     ],
 )
-def test_a_bad_jsonl_is_named(content: str, message: str, tmp_path: Path) -> None:
+def test_a_bad_jsonl_is_an_error(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
@@ -235,7 +235,7 @@ def _written(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["results"]
 
 
-def test_the_harness_own_command_line_alone_and_in_two_processes(
+def test_the_harness_command_line_in_one_and_two_processes(
     merged: Path, data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: Any
 ) -> None:
     assert cli.main(["lm-eval", *_harness_arguments(merged, data_dir, tmp_path / "one")]) == 0

@@ -1,4 +1,4 @@
-"""Likelihoods of continuations are those of whole rows, however beginnings are shared and rows batched."""
+"""Likelihoods of continuations equal those of whole rows, however prefixes are shared and rows batched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trenchcoat.students import STUDENTS
 
 
 def prompts(seed: int = 0) -> list[Request]:
-    """Questions after three beginnings, four choices each, some of one token; a few with nothing in common."""
+    """Questions with three shared prefixes, four choices each, some of one token; a few with nothing in common."""
     rng = random.Random(seed)
 
     def text(low: int, high: int) -> list[int]:
@@ -54,7 +54,7 @@ def _share_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", [*STUDENTS, "teacher", "kept softmax layer"])
-def test_shared_beginnings_change_nothing(kind: str, tiny_model_dir: Path) -> None:
+def test_shared_prefixes_change_nothing(kind: str, tiny_model_dir: Path) -> None:
     settings = {"keep_softmax": (0,)} if kind == "kept softmax layer" else {}
     model = model_of(tiny_model_dir, kind if kind in STUDENTS else "terrace", **settings)
     if kind == "teacher":
@@ -72,7 +72,7 @@ def test_shared_beginnings_change_nothing(kind: str, tiny_model_dir: Path) -> No
     assert whole.work.tokens_read == whole.work.tokens_given
 
 
-def test_what_reads_the_beginning_of_another_row_is_not_read_again(tiny_model_dir: Path) -> None:
+def test_a_prefix_of_another_row_is_not_read_again(tiny_model_dir: Path) -> None:
     model = model_of(tiny_model_dir)
     context = list(range(10, 60))
     requests = [Request(context, [70]), Request(context, [71]), Request(context, [72, 73]), Request(context[:-3], [74])]
@@ -83,7 +83,7 @@ def test_what_reads_the_beginning_of_another_row_is_not_read_again(tiny_model_di
     assert [a.logprob for a in answers] == pytest.approx([p for p, _ in plain(model, requests)], abs=TOLERANCE)
 
 
-def test_groups_are_worth_their_call() -> None:
+def test_groups_save_more_than_their_call_costs() -> None:
     beginning = list(range(100))
     rows = sorted([beginning + [i] * 5 for i in range(3)] + [[9, i] for i in range(4)] + [[200]])
     groups = plan_groups([np.array(row) for row in rows], 50)
@@ -94,7 +94,7 @@ def test_groups_are_worth_their_call() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_members_of_a_group_begin_alike_and_all_rows_are_in_one(seed: int) -> None:
+def test_members_of_a_group_share_a_prefix_and_every_row_is_in_one_group(seed: int) -> None:
     rng = random.Random(seed)
     rows = sorted({tuple(rng.randrange(2) for _ in range(rng.randint(1, 12))) for _ in range(40)})
     groups = plan_groups([np.array(row) for row in rows], 3)
@@ -104,7 +104,7 @@ def test_members_of_a_group_begin_alike_and_all_rows_are_in_one(seed: int) -> No
         assert all(len(rows[i]) >= group.shared for i in group.members)
 
 
-def test_short_memory_halves_the_batch(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(tiny_model_dir)
     requests = prompts()
     expected = [a.logprob for a in LoglikelihoodScorer(model).scores(requests)]
@@ -125,7 +125,7 @@ def test_short_memory_halves_the_batch(tiny_model_dir: Path, monkeypatch: pytest
         LoglikelihoodScorer(model).scores(requests)
 
 
-def test_an_embedding_that_depends_on_the_length_is_not_shared(tiny_model_dir: Path) -> None:
+def test_nothing_is_shared_if_the_rotary_embedding_depends_on_the_length(tiny_model_dir: Path) -> None:
     model = model_of(tiny_model_dir)
     model.config.rope_parameters = {"rope_type": "longrope"}
     scorer = LoglikelihoodScorer(model)
@@ -135,6 +135,6 @@ def test_an_embedding_that_depends_on_the_length_is_not_shared(tiny_model_dir: P
 
 
 @pytest.mark.parametrize("request_", [Request([], [1]), Request([1], [])])
-def test_nothing_to_read_or_to_score_is_an_error(request_: Request, tiny_model_dir: Path) -> None:
+def test_an_empty_context_or_continuation_is_an_error(request_: Request, tiny_model_dir: Path) -> None:
     with pytest.raises(ValueError, match="request 0"):
         LoglikelihoodScorer(model_of(tiny_model_dir)).scores([request_])

@@ -1,4 +1,4 @@
-"""Probes ask for what they hide: a model that looks it up is right, one that sees only a window is not."""
+"""Probes: a model that looks up the hidden text is right, one that sees only a window is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPENING = [0]
 
 
 class LooksUp:
-    """Predicts what followed the last occurrence of the present two tokens among the ``sight`` newest ones."""
+    """Predicts what followed the last occurrence of the current two tokens among the ``sight`` newest ones."""
 
     def __init__(self, sight: int) -> None:
         self.sight = sight
@@ -97,7 +97,7 @@ def test_a_copy_row(hay: Haystack) -> None:
     assert other[1:201] != context[1:201]
 
 
-def test_looking_up_finds_everything_and_a_window_does_not(hay: Haystack) -> None:
+def test_lookup_finds_everything_and_a_window_does_not(hay: Haystack) -> None:
     for probe in (Needle(), Recall(), Copy()):
         name = probe.name
         found = TaskResults("made-up")
@@ -121,7 +121,7 @@ def test_the_heat_map_is_drawn(tmp_path: Path, hay: Haystack) -> None:
     assert not plot_probes(TaskResults("x"), tmp_path / "none.png")
 
 
-def test_too_little_text_and_too_short_rows_are_named(hay: Haystack) -> None:
+def test_too_little_text_and_too_short_rows_are_errors(hay: Haystack) -> None:
     with pytest.raises(UserError, match=r"9 tokens; probes of 2,048 tokens"):
         Haystack(range(1, 10), OPENING, 2048)
     with pytest.raises(UserError, match="different tokens"):

@@ -1,4 +1,4 @@
-"""The report is complete, readable without a model, and as loud about failures as about successes."""
+"""The report is complete, needs no model, and shows failures as prominently as successes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_all_pictures_are_drawn_and_shown(written: Path) -> None:
         assert (written / name).stat().st_size > 3_000
 
 
-def test_every_row_setting_and_remark_is_there(written: Path) -> None:
+def test_every_row_setting_and_remark_is_shown(written: Path) -> None:
     text = (written / "report.md").read_text()
     for row in REPORT_ROWS.values():
         assert text.count(row.label) >= 2  # in the table, and explained
@@ -64,7 +64,7 @@ def test_every_row_setting_and_remark_is_there(written: Path) -> None:
         assert expected in text
 
 
-def test_a_picture_needs_its_numbers(tmp_path: Path) -> None:
+def test_a_plot_without_data_is_left_out(tmp_path: Path) -> None:
     results = made_results()
     results.decode = {}
     (tmp_path / "decode.png").write_bytes(b"of an earlier run")
@@ -74,7 +74,7 @@ def test_a_picture_needs_its_numbers(tmp_path: Path) -> None:
     assert text.count("Not measured in this run.") == 2
 
 
-def test_nothing_at_all_is_still_a_report(tmp_path: Path) -> None:
+def test_empty_results_still_give_a_report(tmp_path: Path) -> None:
     text = write_report(tmp_path, Results(window=4, seq_len=8), []).read_text()
     assert "Nothing was scored." in text
     assert "Targets met: 0 of 3 (3 not measured)" in text
@@ -105,7 +105,7 @@ def test_the_terminal_shows_the_reports_numbers(written: Path) -> None:
     assert len(re.findall(r"^ (teacher|transfer \+ LoRA) ", shown, re.MULTILINE)) == 2
 
 
-def test_texts_cannot_break_the_page() -> None:
+def test_text_cannot_break_the_markdown() -> None:
     results = made_results()
     results.samples = [Sample("a ```` b", {"teacher": "```\n# not a heading\n```"})]
     results.recipe["model"] = {"path": "a|b"}
@@ -136,7 +136,7 @@ def test_log_bins_keep_the_mean() -> None:
     assert bins[-1][1] == pytest.approx(sum(scores.position_loss[455:]) / len(scores.position_loss[455:]), abs=0.02)
 
 
-def test_names_of_lines_never_touch() -> None:
+def test_labels_of_lines_never_overlap() -> None:
     axes = Figure().subplots()
     axes.set_ylim(0, 1)
     name_lines(axes, [(y, str(y), "k") for y in (0.5, 0.5, 0.51, 0.99, 1.5, 0.02)], gap=0.05)
@@ -149,5 +149,5 @@ def test_names_of_lines_never_touch() -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4.25, "4.2 s"), (245, "4 min 05 s"), (7260, "2 h 01 min"), (float("nan"), "–")]
 )
-def test_durations_for_people(seconds: float, text: str) -> None:
+def test_durations_are_readable(seconds: float, text: str) -> None:
     assert duration(seconds) == text

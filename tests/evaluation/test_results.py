@@ -1,4 +1,4 @@
-"""Numbers, their noise, and the file they are kept in."""
+"""Numbers, their standard errors, and the results file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_noise_is_the_same_in_every_process() -> None:
     assert row_sums([1.0, 2.0, 4.0]).error == pytest.approx(0.7114712, abs=1e-6)
 
 
-def test_noise_shared_by_both_models_does_not_count() -> None:
+def test_noise_shared_by_both_models_cancels() -> None:
     noise = random.Random(0)
     text = [noise.gauss(3, 1) for _ in range(40)]
     a, b = row_sums([x + 0.02 + noise.gauss(0, 0.01) for x in text]), row_sums(text)
@@ -68,7 +68,7 @@ def test_share_of_a_gap() -> None:
     assert gap_closed(top, bottom, top) == Estimate(1.0, 0.0)
 
 
-def test_no_share_of_a_gap_that_is_not_there() -> None:
+def test_no_share_of_a_gap_within_the_noise() -> None:
     text = [2.0, 2.5, 3.0, 3.5]
     wobble = [0.2, -0.2, 0.21, -0.2]
     near = row_sums([x + w for x, w in zip(text, wobble, strict=True)])
@@ -136,7 +136,7 @@ def test_numbers_that_are_not_finite_survive_as_null(tmp_path: Path) -> None:
     assert math.isnan(Results.load(tmp_path / "results.json").rows["untrained_swap"].all.mean)
 
 
-def test_the_file_holds_the_table_for_other_readers(tmp_path: Path) -> None:
+def test_the_file_has_a_summary_of_each_row(tmp_path: Path) -> None:
     made_results().save(tmp_path / "results.json")
     summary = json.loads((tmp_path / "results.json").read_text())["rows"]["transfer_lora"]["summary"]
     assert summary["share_closed"]["value"] == pytest.approx(0.98, abs=0.02)
@@ -147,7 +147,7 @@ def test_the_file_holds_the_table_for_other_readers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', '{"format": 1, "rows": 3}']
 )
-def test_a_file_that_is_not_results_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_results_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results\.json is not a results file .* eval"):
         Results.load(tmp_path / "results.json")

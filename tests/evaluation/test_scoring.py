@@ -1,4 +1,4 @@
-"""Scores agree with plain Python on small rows; the probe finds what it promises; caches are measured as they are."""
+"""Scores agree with plain Python on small rows; probes match their definition; cache sizes are exact."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def plain_losses(model: LlamaForCausalLM, row: Tensor) -> Tensor:
 
 
 def plain_probes(ids: list[list[int]], window: int) -> set[tuple[int, int]]:
-    """The three conditions of ``recall_probes``, word for word."""
+    """The three conditions of ``recall_probes``, literally."""
     found = set()
     triples = [{tuple(row[i : i + 3]) for i in range(len(row) - 2)} for row in ids]
     for r, row in enumerate(ids):
@@ -133,7 +133,7 @@ def test_batches_of_different_lengths_are_one_text(llama: LlamaForCausalLM) -> N
     assert scores.all.counts == [39, 39, 24, 24]
 
 
-def test_the_model_is_given_back_as_it_was(llama: LlamaForCausalLM) -> None:
+def test_the_models_mode_is_restored(llama: LlamaForCausalLM) -> None:
     llama.train()
     score(llama, random_rows(1, 12), window=2)
     assert llama.training
@@ -150,7 +150,7 @@ def test_nothing_to_score_is_an_error(llama: LlamaForCausalLM, rows: Tensor, mat
         score(llama, rows, window=4)
 
 
-def test_bad_window_is_named(llama: LlamaForCausalLM) -> None:
+def test_a_bad_window_is_an_error(llama: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="window=0"):
         score(llama, random_rows(1, 8), window=0)
 
@@ -159,16 +159,16 @@ def test_probe_on_a_row_made_by_hand() -> None:
     name = [7, 8, 9]
     row = torch.tensor([[*name, *range(20, 32), *name]])
     found = recall_probes(gather_rows(row), window=4).nonzero().tolist()
-    assert found == [[0, 17]]  # the last token of the name, whose three tokens were said 15 tokens earlier
+    assert found == [[0, 17]]  # the last token of the name, whose three tokens occurred 15 tokens earlier
     assert not recall_probes(gather_rows(row), window=8).any()  # there it is within the last 16 tokens
 
 
-def test_probe_needs_the_token_to_be_out_of_sight() -> None:
+def test_probe_token_must_be_outside_the_window() -> None:
     row = torch.tensor([[7, 8, 9, *range(20, 30), 9, 31, 7, 8, 9]])
     assert not recall_probes(gather_rows(row), window=4).any()
 
 
-def test_probe_leaves_out_what_other_rows_say_too() -> None:
+def test_probe_excludes_text_of_other_rows() -> None:
     with_name = [7, 8, 9, *range(20, 32), 7, 8, 9]
     assert not recall_probes(gather_rows(torch.tensor([with_name, [7, 8, 9, *range(40, 55)]])), window=4).any()
 
@@ -199,7 +199,7 @@ def test_probes_ignore_padding_and_masked_labels() -> None:
 
 
 class Copier(nn.Module):
-    """Predicts what followed the last occurrence of the present two tokens among the ``sight`` newest tokens."""
+    """Predicts what followed the last occurrence of the current two tokens among the ``sight`` newest tokens."""
 
     def __init__(self, sight: int) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Copier(nn.Module):
 
 
 def test_a_model_that_sees_only_the_window_fails_the_probe() -> None:
-    text = random_rows(4, 60, 40, seed=3) + 1  # token 0 is what the copier says when it knows nothing
+    text = random_rows(4, 60, 40, seed=3) + 1  # the copier predicts token 0 if it finds nothing
     ids = torch.cat([text, random_rows(4, 30, 40, seed=4) + 50, text], dim=1)
     near, far = (score(Copier(sight), ids, window=8) for sight in (16, 10_000))
     assert near.recall.count == far.recall.count > 100

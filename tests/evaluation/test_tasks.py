@@ -1,4 +1,4 @@
-"""`trenchcoat eval --tasks` and `trenchcoat report` as a user meets them, on a run of its own."""
+"""`trenchcoat eval --tasks` and `trenchcoat report` from the command line, on a tiny run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROBE_OPTIONS = ["--probe-lengths", "1,2", "--probe-rows", "2", "--trained-lengt
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_file: Path) -> Path:
-    """A finished run of seconds."""
+    """A finished run that takes seconds."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     overrides = [
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
@@ -44,7 +44,7 @@ def _fails(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) 
     return lines[0]
 
 
-def test_tasks_and_probes_of_a_run_beside_its_teacher(
+def test_tasks_and_probes_of_a_run_and_its_teacher(
     run: Path,
     data_dir: Path,
     capsys: pytest.CaptureFixture[str],
@@ -77,7 +77,7 @@ def test_tasks_and_probes_of_a_run_beside_its_teacher(
 
 
 def test_the_teacher_is_the_base_model(run: Path, tiny_model_dir: Path) -> None:
-    """Named by its own folder it scores as the adapter's base does: no LoRA, its own attention."""
+    """Given by its folder it scores as the adapter's base does: no LoRA, its own attention."""
     plan = {"tasks": ("copy",), "probe_lengths": (1.0,), "probe_rows": 3, "trained": 64, "device": "cpu"}
     recipe = load_recipe(run)
     ways = [tasks.TaskPlan(teacher=teacher, **plan) for teacher in ("", str(tiny_model_dir))]  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def test_the_teacher_is_the_base_model(run: Path, tiny_model_dir: Path) -> None:
     assert own.probes["copy"].controls["teacher"] == named.probes["copy"].controls["teacher"]
 
 
-def test_a_merged_folder_has_no_teacher_of_its_own(
+def test_a_merged_folder_has_no_teacher(
     run: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = hub.load(run, device="cpu")
@@ -156,7 +156,7 @@ def test_eval_without_tasks_scores_text_as_before(
     assert "Perplexity (ppl)" in shown
 
 
-def test_the_commands_of_the_page_parse() -> None:
+def test_the_commands_in_evaluate_md_parse() -> None:
     page = (Path(cli.__file__).parents[3] / "docs" / "EVALUATE.md").read_text()
     lines = [line for line in page.splitlines() if re.match(r"trenchcoat (eval|report) ", line)]
     assert len(lines) >= 5

@@ -1,4 +1,4 @@
-"""Every answer follows from the numbers: made-up results on each side of each line."""
+"""Every answer follows from the numbers: synthetic results on both sides of each threshold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def answer(results: Results, key: str) -> Verdict:
     return next(verdict for verdict in verdicts(results) if verdict.key == key)
 
 
-def test_all_is_well() -> None:
+def test_all_targets_met() -> None:
     found = verdicts(made_results())
     assert {verdict.outcome for verdict in found} == {"yes"}
     assert headline(found) == "Targets met: 3 of 3; answers: 11 YES, 0 NO, 0 not measured."
@@ -37,7 +37,7 @@ def test_all_is_well() -> None:
     ("order_target", {"window_sinks": (0.0, 0.0)}, "MISSED (not better than window + sinks, untrained)"),
     ("order_target", {"window_sinks_lora": (0.0, 0.0)}, "MISSED (not better than window + sinks + LoRA)"),
 ])  # fmt: skip
-def test_each_failure_is_said(key: str, changes: dict[str, tuple[float, float]], words: str) -> None:
+def test_each_failure_is_reported(key: str, changes: dict[str, tuple[float, float]], words: str) -> None:
     verdict = answer(made_results(**changes), key)
     assert verdict.outcome == "no"
     assert words in verdict.sentence
@@ -54,7 +54,7 @@ def test_a_difference_within_the_noise_is_no() -> None:
     assert "within the noise" in verdict.sentence
 
 
-def test_noise_too_large_to_tell_is_not_called_a_disguise() -> None:
+def test_noise_too_large_to_tell_is_not_called_a_window_model() -> None:
     results = made_results()
     mine = results.rows["transfer_lora"]
     sums = [total + (60 if row % 2 else -40) for row, total in enumerate(mine.far.sums)]
@@ -65,7 +65,7 @@ def test_noise_too_large_to_tell_is_not_called_a_disguise() -> None:
     assert "disguise" in answer(made_results(far_off=(0.04, 0.0)), "needs_far").sentence
 
 
-def test_a_far_part_worth_next_to_nothing_is_not_needed() -> None:
+def test_a_far_part_with_a_tiny_effect_is_not_needed() -> None:
     results = made_results()
     mine = results.rows["transfer_lora"]
     sums = [total + 0.002 * n for total, n in zip(mine.far.sums, mine.far.counts, strict=True)]
@@ -89,7 +89,7 @@ def test_a_loss_that_is_not_a_number_beats_nothing() -> None:
     assert "not a number" in verdict.sentence
 
 
-def test_what_was_not_measured_is_said_and_is_no_success() -> None:
+def test_missing_measurements_are_reported_and_count_as_no_success() -> None:
     results = made_results({"teacher": GOOD["teacher"], "transfer_lora": GOOD["transfer_lora"]})
     results.decode = {}
     found = verdicts(results)
@@ -112,7 +112,7 @@ def test_rows_too_short_for_the_window_have_no_probe() -> None:
     assert answer(results, "recalls").outcome == "not measured"
 
 
-def test_a_state_that_grows_and_slow_decoding_are_said() -> None:
+def test_a_growing_state_and_slow_decoding_are_reported() -> None:
     results = made_results()
     results.decode["student"] = [DecodePoint(n, 9.0, (8.9, 9.1), 1.0, 1000 * n) for n in (128, 2048)]
     assert answer(results, "constant_state").outcome == "no"
@@ -126,5 +126,5 @@ def test_a_state_that_grows_and_slow_decoding_are_said() -> None:
 @pytest.mark.parametrize(
     ("count", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (8 << 20, "8.0 MiB"), (3 << 40, "3072 GiB")]
 )
-def test_bytes_for_people(count: int, text: str) -> None:
+def test_byte_sizes_are_readable(count: int, text: str) -> None:
     assert bytes_text(count) == text

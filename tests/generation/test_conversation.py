@@ -1,4 +1,4 @@
-"""Chat and `trenchcoat generate` from prompt to terminal: turns, states, files, mistakes."""
+"""Chat and `trenchcoat generate` end to end: turns, states, files, mistakes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of the tiny model, with a LoRA that changes it."""
+    """An adapter of the tiny model with a nonzero LoRA."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
     attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8)))
     lora = LoraConfig(rank=2)
@@ -74,7 +74,7 @@ def spoken(conversation: Conversation) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["student", "teacher"])
-def test_turns_read_only_what_is_new_and_answer_as_from_the_whole_text(model: Any, mode: str) -> None:
+def test_turns_read_only_new_tokens_and_answer_as_from_the_whole_text(model: Any, mode: str) -> None:
     tokenizer, chosen = templated(), model if mode == "student" else softmax_twin(model)
     chat = talk(chosen, tokenizer)
     heard, pieces = spoken(chat), []
@@ -96,7 +96,7 @@ def test_turns_read_only_what_is_new_and_answer_as_from_the_whole_text(model: An
 
 def test_an_answer_with_an_end_token_is_not_ended_twice(model: Any) -> None:
     chat = talk(model, templated(), max_new_tokens=5)
-    chat.config.eos_token_id = [int(token) for token in range(3, 259)]  # whatever comes is an end
+    chat.config.eos_token_id = [int(token) for token in range(3, 259)]  # any token is an end token
     chat.ask("Hello", lambda text: None)
     assert len(chat.session.pending) == 1
     heard = spoken(chat)
@@ -104,7 +104,7 @@ def test_an_answer_with_an_end_token_is_not_ended_twice(model: Any) -> None:
     assert templated().decode(heard[0]) == "<eos>\n<user>And?<eos>\n<assistant>"
 
 
-def test_a_plain_transcript_where_there_is_no_template(model: Any, tokenizer: Any) -> None:
+def test_a_plain_transcript_without_a_template(model: Any, tokenizer: Any) -> None:
     chat = talk(model, tokenizer)
     heard = spoken(chat)
     chat.ask("Hello", lambda text: None)
@@ -195,7 +195,7 @@ def test_a_file_of_prompts_becomes_json_lines(
     assert run(capsys, "generate", folder, "--prompt", "-", *few).strip() == ("The coat" + rows[0]["text"]).strip()
 
 
-def test_a_long_beginning_is_read_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_shared_prefix_is_read_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state, start = tmp_path / "state", "Numbers are kept as they are: 0, 1, 2, 3, 5, 8, 13, 21. "
     few = ("--max-new-tokens", 5, "--jsonl")
     run(capsys, "generate", folder, "--prompt", start, "--max-new-tokens", 0, "--save-state", state)
@@ -212,7 +212,7 @@ def test_a_long_beginning_is_read_once(folder: Path, tmp_path: Path, capsys: pyt
     assert len({json.loads(line)["text"] for line in several.splitlines()}) == 3
 
 
-def test_options_of_generation_reach_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_options_reach_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--prompt", "The coat", "--max-new-tokens", 12)
     plain = run(capsys, "generate", folder, *few)
     assert run(capsys, "generate", folder, *few, "--option", "repetition_penalty=5.0") != plain
@@ -238,7 +238,7 @@ def test_options_of_generation_reach_the_model(folder: Path, capsys: pytest.Capt
         (["--prompt", "x", "--compare", "--load-state", "{tmp}/latin.txt"], "leave out one"),
     ],
 )
-def test_mistakes_are_named(
+def test_mistakes_are_explained(
     arguments: list[str], expected: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
@@ -251,7 +251,7 @@ def test_mistakes_are_named(
     assert not (tmp_path / "s").exists()
 
 
-def test_a_malformed_option_is_wrong_usage(folder: Path) -> None:
+def test_a_malformed_option_is_a_usage_error(folder: Path) -> None:
     for wrong in ("words", "=3", "x=[1"):
         with pytest.raises(SystemExit) as ended:
             cli.main(["generate", str(folder), "--prompt", "x", "--option", wrong])

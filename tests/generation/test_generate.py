@@ -1,4 +1,4 @@
-"""Generation: batches equal single prompts, seeds repeat, options reach the model, mistakes are named."""
+"""Generation: batches equal single prompts, seeds reproduce, options reach the model, mistakes are explained."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_no_prompts_give_no_text(model: Any, tokenizer: Any) -> None:
     assert write(model, tokenizer, []) == []
 
 
-def test_a_prompt_without_tokens_is_named(model: Any, tokenizer: Any) -> None:
+def test_a_prompt_without_tokens_is_an_error(model: Any, tokenizer: Any) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="no token"):
         write(model, bare, [""])
@@ -127,12 +127,12 @@ def test_a_prompt_without_tokens_is_named(model: Any, tokenizer: Any) -> None:
 @pytest.mark.parametrize(("option", "value"), [
     ("max_new_tokens", 0), ("num_beams", 0), ("batch_size", 0), ("temperature", 0.0), ("top_k", -1), ("top_p", 1.5),
 ])  # fmt: skip
-def test_values_out_of_range_are_named(model: Any, tokenizer: Any, option: str, value: float) -> None:
+def test_values_out_of_range_are_errors(model: Any, tokenizer: Any, option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{option} is {value}"):
         write(model, tokenizer, ["w3"], do_sample=True, **{option: value})
 
 
-def test_a_long_prompt_is_read_in_pieces_of_bounded_memory(
+def test_a_long_prompt_is_read_in_chunks_with_bounded_memory(
     student: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [" ".join(f"w{3 + i % 50}" for i in range(length)) for length in (100, 90)]
@@ -164,7 +164,7 @@ def test_generation_starts_from_a_session(student: Any, model: Any, tokenizer: A
             write(chosen, tokenizer, [""], start=Session(chosen, session.cache))
 
 
-def test_unknown_and_conflicting_options_are_named(model: Any, tokenizer: Any) -> None:
+def test_unknown_and_conflicting_options_are_errors(model: Any, tokenizer: Any) -> None:
     with pytest.raises(UserError, match="did you mean typical_p"):
         write(model, tokenizer, ["w3"], typicalp=0.5)
     with pytest.raises(UserError, match="do not go together"):

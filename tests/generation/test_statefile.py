@@ -142,7 +142,7 @@ def _damaged(path: Path, damage: str) -> None:
         "format",
     ],
 )
-def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
+def test_damaged_files_are_errors(damage: str, tmp_path: Path) -> None:
     model, path = make(), tmp_path / "state"
     saved(path, model)
     _damaged(path, damage)
@@ -158,7 +158,7 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
         load_state(tmp_path / "absent", make())
 
 
-def test_a_session_reads_in_pieces(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_reads_in_chunks(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     ids, more = tokens(1, 45)[0].tolist(), tokens(1, 6, seed=2)[0].tolist()
     whole = model.generate(torch.tensor([ids + more]), max_new_tokens=10, **GREEDY)[0, 51:].tolist()
@@ -190,13 +190,13 @@ def test_bfloat16_states_are_half_as_large_and_close() -> None:
     assert found["float32"].pop() == 2 * found["bfloat16"].pop()
     exact, short = (torch.cat(found[dtype], 1) for dtype in ("float32", "bfloat16"))
     error = float((exact - short).norm() / exact.norm())
-    assert 0 < error < 8 * torch.finfo(torch.bfloat16).eps  # a few roundings a layer, and not none
+    assert 0 < error < 8 * torch.finfo(torch.bfloat16).eps  # a few rounding errors per layer, but not zero
     with pytest.raises(UserError, match="float16"):
         set_state_dtype(model, "float16")
 
 
 def test_a_bfloat16_sum_keeps_growing() -> None:
-    """Rounded to nearest, it would stop growing at 256 times what is added."""
+    """Rounded to nearest, it would stop growing at 256 times the increment."""
     sums: dict[str, Any] = {}
     one = torch.ones(1, 1, 1, 4)
     for dtype in (torch.float32, torch.bfloat16):

@@ -37,12 +37,12 @@ CONTEXT = 400
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 PROMPT = "The coat is long and"
 LONG = 100_000
-"""Tokens: minutes of generation, which only a cancellation ends."""
+"""Tokens that take minutes to generate, so that only cancellation ends the request."""
 
 
 @dataclass
 class Running:
-    """A server process and how to talk to it."""
+    """A server process and its client."""
 
     process: subprocess.Popen[str]
     port: int
@@ -65,7 +65,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter over it. Read only."""
+    """An adapter for it; do not modify."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     attach_students(model, STUDENT)
@@ -120,7 +120,7 @@ def endless(adapter: Path) -> Iterator[Running]:
 
 
 def expected(adapter: Path, prompt: str, tokens: int) -> str:
-    """What greedy generation in this process writes."""
+    """Greedy generation in this process."""
     model, tokenizer = hub.load(adapter, device="cpu")
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     with torch.no_grad():
@@ -150,12 +150,12 @@ def test_a_completion_is_what_generate_writes(server: Running, adapter: Path) ->
     assert (done.model, done.usage.prompt_tokens, done.usage.completion_tokens) == ("coat", len(PROMPT), 12)
 
 
-def test_streamed_pieces_make_up_the_whole(server: Running) -> None:
+def test_streamed_chunks_add_up_to_the_whole(server: Running) -> None:
     whole = complete(server, tokens=20).choices[0].text
     chunks = list(complete(server, tokens=20, stream=True))
     pieces = [chunk.choices[0].text for chunk in chunks]
     assert "".join(pieces) == whole
-    assert len([piece for piece in pieces if piece]) > 3, "it came in one piece"
+    assert len([piece for piece in pieces if piece]) > 3, "it came in one chunk"
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
@@ -218,7 +218,7 @@ def test_a_prompt_over_the_limit(server: Running) -> None:
     ],
     ids=str,
 )
-def test_unsupported_and_impossible_fields_are_refused(server: Running, body: dict[str, Any], said: str) -> None:
+def test_unsupported_and_invalid_fields_are_refused(server: Running, body: dict[str, Any], said: str) -> None:
     assert said in refused(server, **body)
 
 
@@ -320,7 +320,7 @@ def test_a_port_in_use_is_reported(adapter: Path, capfd: pytest.CaptureFixture[s
     assert "trenchcoat: cannot listen on 127.0.0.1" in capfd.readouterr().err
 
 
-def test_impossible_settings_are_refused(adapter: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(adapter: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     for settings, said in [
         (ServeSettings(name="a:b"), "--name is 'a:b'"),
         (ServeSettings(context=1), "--context is 1"),

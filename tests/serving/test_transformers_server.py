@@ -1,6 +1,6 @@
-"""What `serving/transformers_server.py` expects of the inside of Transformers' server, name by name.
+"""What `serving/transformers_server.py` expects of the internals of Transformers' server.
 
-When a release of Transformers changes one of these, this test fails and names it, before any server does.
+If a release of Transformers changes one of these, this test fails and names it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_functions_take_what_we_pass(function: Callable[..., Any], parameters: l
     ids=lambda value: value.__name__,
 )
 def test_what_we_override_exists(own: type, theirs: type) -> None:
-    """Every method that is overridden is one of the library's, and a coroutine where that is one."""
+    """Every overridden method exists in the library, and is a coroutine if the library's is."""
     assert issubclass(own, theirs)
     added = {"wait", "check", "_cancellable", "_measured"}
     for name, method in inspect.getmembers(own, inspect.isfunction):

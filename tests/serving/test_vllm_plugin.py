@@ -1,7 +1,7 @@
-"""The vLLM plugin without vLLM: pages against whole sequences, shares of the heads, names of weights, the classes.
+"""The vLLM plugin without vLLM: pages against whole sequences, heads per process, weight names, the classes.
 
-`vllm_plugin/models.py` runs here against stand-ins for the few names that it imports from vLLM, modelled on the sources
-of 0.33.0; that shows that it is valid Python with the right arithmetic, not that vLLM accepts it.
+`vllm_plugin/models.py` runs here against fakes of the few names that it imports from vLLM, modelled on the sources
+of 0.33.0; this shows that it is valid Python with the right arithmetic, not that vLLM accepts it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def bound(layout: PageLayout, count: int, padding: int = 0) -> tuple[Tensor, ...
 
 
 class Engine:
-    """Requests of several lengths that arrive, prefill in pieces, decode together and leave, as a server runs them."""
+    """Requests of several lengths that arrive, prefill in chunks, decode together and finish, as in a server."""
 
     def __init__(self, lengths: list[int], pieces: list[list[int]], dtype: torch.dtype = torch.float32) -> None:
         self.q, self.k, self.v = (
@@ -97,7 +97,7 @@ class Engine:
 
 
 def plan() -> Engine:
-    """Three requests: in one piece then token by token; in pieces; one that begins with a single token."""
+    """Three requests: one chunk, then token by token; several chunks; one that starts with a single token."""
     pieces = [[9, 0, 0], [1, 6, 0], [1, 7, 0], [1, 1, 1], [1, 1, 1], [1, 1, 4], [0, 1, 1], [0, 1, 1], [0, 0, 7]]
     return Engine([14, 18, 15], pieces)
 
@@ -145,7 +145,7 @@ def test_pages_are_aligned_and_as_large_as_the_state(name: str, dtype: torch.dty
 
 
 def test_the_state_of_llama_3_1_8b() -> None:
-    """The sizes that the document states."""
+    """The sizes given in docs/SERVE.md."""
     cfg = StudentConfig()
     with torch.device("meta"):
         student = build_student(cfg, num_heads=32, num_kv_heads=8, head_dim=128)
@@ -161,7 +161,7 @@ def test_the_state_of_llama_3_1_8b() -> None:
 @pytest.mark.parametrize("name", ["terrace", "per_kv_head", "linear"])
 @torch.no_grad()
 def test_each_process_computes_its_share_of_the_heads(name: str, ranks: int) -> None:
-    """With as many processes as key/value heads, and with more, where neighbours hold the same one."""
+    """With as many processes as key/value heads, and with more, where neighbours share one."""
     full = random_student(STUDENTS[name])
     q, k, v = torch.randn(1, HEADS, 13, DIM), torch.randn(1, GROUPS, 13, DIM), torch.randn(1, GROUPS, 13, DIM)
     expected, _ = full(q, k, v, scale=0.3)
@@ -175,10 +175,10 @@ def test_each_process_computes_its_share_of_the_heads(name: str, ranks: int) -> 
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-6)
 
 
-# The classes for vLLM, against stand-ins
+# The classes for vLLM, with fakes
 
 
-class StandInAttention(nn.Module):
+class FakeAttention(nn.Module):
     """The attributes of `LlamaAttention` that are used."""
 
     def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
@@ -189,14 +189,14 @@ class StandInAttention(nn.Module):
         vllm_config.compilation_config.static_forward_context[f"{prefix}.attn"] = self.attn
 
 
-class StandInLayer(nn.Module):
+class FakeLayer(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         super().__init__()
-        self.self_attn = StandInAttention(vllm_config.model_config.hf_config, vllm_config, f"{prefix}.self_attn")
+        self.self_attn = FakeAttention(vllm_config.model_config.hf_config, vllm_config, f"{prefix}.self_attn")
 
 
-class StandInModel(nn.Module):
-    def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = StandInLayer) -> None:
+class FakeModel(nn.Module):
+    def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = FakeLayer) -> None:
         super().__init__()
         self.model = nn.Module()
         layers = vllm_config.model_config.hf_config.num_hidden_layers
@@ -204,8 +204,8 @@ class StandInModel(nn.Module):
         self.model.layers = nn.ModuleList(made)
 
 
-class StandInMambaBase:
-    """Only the part that is used: it gets views of raw pages."""
+class FakeMambaBase:
+    """Only the part that is used: binding views of raw pages."""
 
     kv_cache: tuple[Tensor, ...]
 
@@ -219,7 +219,7 @@ REGISTERED: dict[str, Any] = {}
 
 @pytest.fixture
 def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`trenchcoat.serving.vllm_plugin.models`, imported over stand-ins for vLLM."""
+    """`trenchcoat.serving.vllm_plugin.models`, imported with fakes for vLLM."""
     names: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.distributed": {"get_tensor_model_parallel_rank": lambda: 0,
@@ -228,16 +228,16 @@ def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
         "vllm.model_executor.layers.mamba": {},
-        "vllm.model_executor.layers.mamba.abstract": {"MambaBase": StandInMambaBase},
+        "vllm.model_executor.layers.mamba.abstract": {"MambaBase": FakeMambaBase},
         "vllm.model_executor.models": {
             "ModelRegistry": SimpleNamespace(register_model=lambda name, place: REGISTERED.update({name: place}))
         },
         "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": {}, "MambaModelConfig": object()},
         "vllm.model_executor.models.interfaces": {"HasInnerState": type("A", (), {"has_inner_state": True}),
                                                   "IsAttentionFree": type("B", (), {"is_attention_free": True})},
-        "vllm.model_executor.models.llama": {"LlamaDecoderLayer": StandInLayer, "LlamaForCausalLM": StandInModel},
-        "vllm.model_executor.models.mistral": {"MistralDecoderLayer": StandInLayer,
-                                               "MistralForCausalLM": StandInModel},
+        "vllm.model_executor.models.llama": {"LlamaDecoderLayer": FakeLayer, "LlamaForCausalLM": FakeModel},
+        "vllm.model_executor.models.mistral": {"MistralDecoderLayer": FakeLayer,
+                                               "MistralForCausalLM": FakeModel},
         "vllm.v1": {}, "vllm.v1.attention": {}, "vllm.v1.attention.backends": {},
         "vllm.v1.attention.backends.registry": {"MambaAttentionBackendEnum": SimpleNamespace(LINEAR="linear")},
     }  # fmt: skip
@@ -275,7 +275,7 @@ def vllm_config(config: Any, **changes: Any) -> Any:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
 def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: Path) -> None:
-    """Weights load by their names in the folder, and each layer computes what it computes in our own model."""
+    """Weights load by their names in the folder, and each layer computes the same as in our own model."""
     ours, folder = merged(family, tmp_path / "merged")
     config = ours.config
     linear = auto.linearized_config(config, STUDENTS["terrace"])
