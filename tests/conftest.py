@@ -104,7 +104,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files of the benchmarks with made-up questions. Read only."""
+    """Files of the benchmarks with synthetic questions. Read only."""
     from tasks_kit import write_task_files
 
     return write_task_files(tmp_path_factory.mktemp("data"))
@@ -112,7 +112,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """Overrides that turn any recipe into one of seconds on the tiny model."""
+    """Overrides that turn any recipe into a run of seconds on the tiny model."""
     return [
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path / 'cache'}",
@@ -128,7 +128,7 @@ def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> lis
 
 @contextmanager
 def small_file_system(folder: Path, size: str) -> Iterator[Path]:
-    """A real file system of ``size`` (as mount takes it) at ``folder``, which is made; skips where it cannot be had."""
+    """A real file system of ``size`` (as mount takes it) at ``folder``, which is created; skips where not possible."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
@@ -143,7 +143,7 @@ def small_file_system(folder: Path, size: str) -> Iterator[Path]:
 
 @pytest.fixture
 def trenchcoat_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run ``trenchcoat ARGUMENTS`` in a process of its own, as a user does."""
+    """Run ``trenchcoat ARGUMENTS`` in a separate process, as a user does."""
 
     def run(*arguments: object, timeout: float = 120, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}

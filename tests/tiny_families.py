@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2, "attn_implementation": "sdpa"}),
     "gpt_oss": ("GptOss", {**EXPERTS, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}),
 }
-"""Family -> (class prefix in transformers, settings beside BASE)."""
+"""Family -> (class prefix in transformers, settings in addition to BASE)."""
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
@@ -82,7 +82,7 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 def make(family: str = "llama", student: str = "terrace", keep: tuple[int, ...] = (), **changes: Any) -> Any:
-    """A tiny model with students in place."""
+    """A tiny model with students attached."""
     model = tiny_model(family, **changes)
     config = StudentConfig(
         name=student, window=WINDOW, keep_softmax=keep, feature_map=FeatureMapConfig(name="exp", feature_dim=6)

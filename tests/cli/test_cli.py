@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one-line errors, help that teaches."""
+"""The command line: exit codes, one-line errors, help."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_help_lists_the_commands_and_every_setting(capsys: pytest.CaptureFixture
     "arguments", [[], ["linearise"], ["linearize"], ["linearize", "demo", "--nope"], ["demo", "--nope", "words"],
                   ["generate", "somewhere"], ["bench", "everything"]], ids=" ".join
 )  # fmt: skip
-def test_wrong_grammar_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
     assert ended.value.code == 2
@@ -103,7 +103,7 @@ def test_mistakes_that_show_later_exit_1(
     assert absent in _fails(["export", absent, "--out", str(tmp_path / "out")], 1, capsys)
 
 
-def test_a_family_that_cannot_work_exits_1_with_its_name(
+def test_an_unsupported_family_exits_1_with_its_name(
     tiny_overrides: list[str], tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -125,7 +125,7 @@ def test_overrides_may_come_after_options() -> None:
     assert args.debug
 
 
-def test_a_keyboard_interrupt_exits_130_and_says_how_to_go_on(
+def test_a_keyboard_interrupt_exits_130_and_says_how_to_continue(
     monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from trenchcoat.linearize import stages
@@ -157,7 +157,7 @@ def test_ctrl_c_saves_stops_cleanly_and_says_so(tiny_overrides: list[str], tmp_p
     assert list((tmp_path / "run" / "checkpoints" / "transfer").glob("step-*"))
 
 
-def test_linearize_and_generate_in_processes_of_their_own(
+def test_linearize_and_generate_in_separate_processes(
     trenchcoat_cli: Callable[..., Any], tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The original's flags and configuration files as recipes: what each becomes, what is refused, what is only named."""
+"""The original's flags and configuration files as recipes: what each becomes, what is refused, what only warns."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_every_named_experiment_is_a_checked_recipe(
     assert second.data.path == "yahma/alpaca-cleaned"
 
 
-def test_base_models_say_what_they_are_for(plan: Callable[..., ScriptPlan]) -> None:
+def test_softmax_base_models_are_refused(plan: Callable[..., ScriptPlan]) -> None:
     for name in ("base_llama3_1_8b", "base_llama3_1_70b"):
         rope = read_config("model", name, [CONFIGS]).at("model.rope_scaling")
         assert rope == {
@@ -118,7 +118,7 @@ def test_base_models_say_what_they_are_for(plan: Callable[..., ScriptPlan]) -> N
             plan(model=name)
 
 
-def test_the_default_run_is_the_recipe_that_ships(plan: Callable[..., ScriptPlan]) -> None:
+def test_the_default_run_is_the_built_in_recipe(plan: Callable[..., ScriptPlan]) -> None:
     """With --lk_zero_init, as every documented command has it, both entry points lead to the same numbers."""
     old = plan("finetune", "--lk_zero_init").recipe
     new = load_recipe("llama3_1_8b")

@@ -61,8 +61,8 @@ def _alpaca(path: Path, rows: int) -> Path:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a user's own configurations and a small Alpaca file; the current one."""
+def user_dir(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a user's own configurations and a small Alpaca file; the current folder."""
     for kind, name, text in (
         ("model", "tiny", MODEL.replace("MODEL", str(tiny_model_dir))),
         ("experiment", "distill", DISTILL),
@@ -89,21 +89,21 @@ def _main(stage: str, *arguments: str) -> int:
     return scripts.run_script(stage, CONFIGS, [*ARGUMENTS, *arguments])  # type: ignore[arg-type]
 
 
-def test_the_two_scripts_find_each_others_run(workplace: Path) -> None:
-    early = _script("finetune", *ARGUMENTS, cwd=workplace)
+def test_the_two_scripts_find_each_others_run(user_dir: Path) -> None:
+    early = _script("finetune", *ARGUMENTS, cwd=user_dir)
     assert early.returncode == 1
     (line,) = [line for line in early.stderr.splitlines() if "distill_llama.py" in line]
     assert line.startswith("trenchcoat: the attention transfer of these arguments has not been run")
 
-    first = _script("transfer", *ARGUMENTS, "--verbose", "--low_cpu_fsdp", cwd=workplace)
+    first = _script("transfer", *ARGUMENTS, "--verbose", "--low_cpu_fsdp", cwd=user_dir)
     assert first.returncode == 0, first.stderr
     warnings = [line for line in first.stderr.splitlines() if line.startswith("trenchcoat: ")]
     assert warnings == ["trenchcoat: accepted, but without effect here: --low_cpu_fsdp, --verbose"]
-    (run,) = (workplace / "checkpoints" / "tiny").iterdir()
+    (run,) = (user_dir / "checkpoints" / "tiny").iterdir()
     assert run.name == "d=distill-f=finetune-lzi=1-s=0-r=0"
     learned = load_tensors(run / "stages" / "transfer" / "weights.safetensors")
 
-    second = _script("finetune", *ARGUMENTS, cwd=workplace)
+    second = _script("finetune", *ARGUMENTS, cwd=user_dir)
     assert second.returncode == 0, second.stderr
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     adapter, meta = (
@@ -119,7 +119,7 @@ def test_the_two_scripts_find_each_others_run(workplace: Path) -> None:
     assert load_recipe(run).lora is not None
 
 
-def test_several_rates_share_one_transfer(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_rates_share_one_transfer(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("transfer") == 0
     (run,) = Path("checkpoints/tiny").iterdir()
     assert _main("finetune", "--finetune_lr", "0.01") == 0
@@ -135,7 +135,7 @@ def test_several_rates_share_one_transfer(workplace: Path, capsys: pytest.Captur
     assert "already finished" in "".join(capsys.readouterr())
 
 
-def test_a_transfer_of_another_folder_is_taken_up(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_transfer_of_another_folder_is_reused(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("transfer") == 0
     (run,) = Path("checkpoints/tiny").iterdir()
     learned = load_tensors(run / "stages" / "transfer" / "weights.safetensors")
@@ -157,8 +157,8 @@ def test_a_transfer_of_another_folder_is_taken_up(workplace: Path, capsys: pytes
     assert "empty holds no finished attention transfer" in capsys.readouterr().err
 
 
-def test_the_baseline_without_transfer(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (workplace / "configs" / "experiment" / "none.yaml").write_text("base: distill\ntrainer: {name: null}\n")
+def test_the_baseline_without_transfer(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (user_dir / "configs" / "experiment" / "none.yaml").write_text("base: distill\ntrainer: {name: null}\n")
     assert _main("transfer", "--distill_config", "none") == 0
     assert "nothing to do before stage 2" in capsys.readouterr().err
     assert _main("finetune", "--distill_config", "none") == 0
@@ -167,7 +167,7 @@ def test_the_baseline_without_transfer(workplace: Path, capsys: pytest.CaptureFi
     assert (run / "adapter" / "adapter.safetensors").is_file()
 
 
-def test_wrong_usage_is_one_line_and_code_2(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_one_line_and_code_2(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("transfer", "--learning_rate", "3") == 2
     assert capsys.readouterr().err.splitlines() == [
         "trenchcoat: unknown argument '--learning_rate': --help lists the flags"
@@ -211,7 +211,7 @@ def test_the_sample_commands_are_the_promised_ones() -> None:
 
 @pytest.fixture
 def torchrun() -> Callable[[list[str]], subprocess.CompletedProcess[str]]:
-    """Run a sample command on two CPU processes, with arguments after its own."""
+    """Run a sample command on two CPU processes, with extra arguments."""
 
     def run(words: list[str]) -> subprocess.CompletedProcess[str]:
         with socket.socket() as free:

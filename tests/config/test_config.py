@@ -33,7 +33,7 @@ def test_a_file_and_overrides_become_one_recipe(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["transfer.epochs=1", "student.keep_softmax=[0,3]", "lora.rank=4"])
     assert recipe.student.window == 32
     assert recipe.transfer is not None
-    assert recipe.transfer.lr == 2e-3  # YAML 1.1 would read 2e-3 as text
+    assert recipe.transfer.lr == 2e-3  # YAML 1.1 would read 2e-3 as a string
     assert recipe.transfer.epochs == 1.0
     assert recipe.student.keep_softmax == (0, 3)
     assert recipe.lora == LoraConfig(rank=4)
@@ -57,7 +57,7 @@ def test_a_dumped_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["demo", "llama3_1_8b", "llama3_8b", "mistral_7b"])
-def test_the_recipes_that_ship_load(name: str) -> None:
+def test_the_built_in_recipes_load(name: str) -> None:
     assert name in builtin_recipes()
     assert load_recipe(name).run.dir == f"runs/{name}"
     assert load_recipe(f"{name}.yaml") == load_recipe(name)
@@ -150,7 +150,7 @@ def test_a_mistake_is_one_line_that_names_the_field(recipe_file: Path, override:
         (["data.streaming=true", "data.validation_fraction=0.1"], "(data.validation_rows works)"),
     ],
 )
-def test_data_settings_that_do_not_fit_together(recipe_file: Path, overrides: list[str], message: str) -> None:
+def test_incompatible_data_settings(recipe_file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UserError) as raised:
         load_recipe(recipe_file, overrides)
     assert message in str(raised.value)
@@ -165,7 +165,7 @@ def test_data_settings_for_long_text(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, stream).data.streaming
 
 
-def test_words_that_yaml_takes_for_truth_values(recipe_file: Path) -> None:
+def test_words_that_yaml_reads_as_booleans(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["run.progress=off"]).run.progress == "off"
 
 
@@ -223,7 +223,7 @@ WITHOUT_A_RANGE: set[str] = set()
 """Numeric fields that may have any value."""
 
 
-def test_every_number_has_a_range_or_is_free_on_purpose() -> None:
+def test_every_number_has_a_range_or_is_deliberately_free() -> None:
     def is_number(hint: Any) -> bool:
         return hint in (int, float) or any(map(is_number, typing.get_args(hint)))
 
@@ -235,7 +235,7 @@ def test_every_number_has_a_range_or_is_free_on_purpose() -> None:
     assert {path for path, hint in numbers.items() if not is_ranged(hint)} == WITHOUT_A_RANGE
 
 
-def test_settings_help_shows_defaults_ranges_choices_and_only_the_asked_sections() -> None:
+def test_settings_help_shows_defaults_ranges_choices_and_only_the_requested_sections() -> None:
     text = settings_help(["transfer"])
     assert "transfer.lr=0.01  (above 0 and finite)" in text
     assert "plateau | cosine | linear | constant" in text

@@ -34,7 +34,7 @@ Load = Callable[..., Batches]
 
 @pytest.fixture
 def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
-    """``load(rows_or_path, batch_size=..., seed=..., **DataConfig fields)`` with a cache of its own."""
+    """``load(rows_or_path, batch_size=..., seed=..., **DataConfig fields)`` with a separate cache."""
 
     def run(source: Any, *, batch_size: int = 2, seed: int = 0, name: str = "rows.jsonl", **fields: Any) -> Batches:
         if not isinstance(source, str | Path):
@@ -198,7 +198,7 @@ def test_too_few_rows_to_hold_out_says_what_to_do(load: Load) -> None:
         load(texts(*[14] * 6), validation_rows=500)
 
 
-def test_a_validation_file_of_its_own(load: Load, tmp_path: Path) -> None:
+def test_a_separate_validation_file(load: Load, tmp_path: Path) -> None:
     held = tmp_path / "held.json"
     held.write_text(json.dumps(texts(14, 14)))
     batches = load(texts(*[14] * 4), validation_path=str(held))
@@ -236,7 +236,7 @@ def test_bos_and_eos_frame_every_sample(load: Load) -> None:
 
 
 @pytest.mark.parametrize("seq_len", [-4, 0, 1])
-def test_a_seq_len_that_is_no_length(load: Load, seq_len: int) -> None:
+def test_a_seq_len_that_is_too_small(load: Load, seq_len: int) -> None:
     with pytest.raises(UserError, match=rf"data.seq_len={seq_len} is too small; it must be at least 2"):
         load(texts(5, 5), seq_len=seq_len)
 
@@ -261,7 +261,7 @@ def test_settings_out_of_range_are_named(load: Load, fields: dict[str, Any], nam
         load(texts(5, 5), **fields)
 
 
-def test_a_subsample_by_the_path(load: Load, tmp_path: Path) -> None:
+def test_a_subsample_given_in_the_path(load: Load, tmp_path: Path) -> None:
     data = texts(*range(6, 32))
     whole = {tuple(row) for row in all_rows(load(data, packing="contiguous", seq_len=64))}
     path = tmp_path / "rows.jsonl"
@@ -294,15 +294,15 @@ def test_a_subsample_that_makes_no_sense(load: Load, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no data file .*gone.jsonl;"):
         load(f"{tmp_path / 'gone.jsonl'}[5]")
     with pytest.raises(UserError, match=r"files of kind '.jsonl\[2\]' are not read"):
-        load(tmp_path / "odd.jsonl[2]")  # a file that is really called so
+        load(tmp_path / "odd.jsonl[2]")  # a file that really has this name
 
 
-def test_samples_of_unwanted_length_are_left_out_and_counted(
+def test_samples_of_unwanted_length_are_dropped_and_counted(
     load: Load, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    data = texts(20, 5, 40, 8, 9, 30, 6, 12)  # two marks more each
+    data = texts(20, 5, 40, 8, 9, 30, 6, 12)  # plus BOS and EOS each
     load(data)
-    monkeypatch.setattr(trenchcoat.data.tokens, "encode", forbid_tokenizing)  # lengths are no matter of tokenizing
+    monkeypatch.setattr(trenchcoat.data.tokens, "encode", forbid_tokenizing)  # lengths need no tokenizing
     for packing in ("contiguous", "across"):
         batches = load(data, min_tokens=10, max_tokens=35, packing=packing, seq_len=14)
         assert batches.counts["skipped/too short"] == 2
@@ -349,7 +349,7 @@ def forbid_tokenizing(*_: object, **__: object) -> None:
     raise AssertionError("tokenized again")
 
 
-def test_the_cache_spares_tokenizing_whatever_the_packing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_avoids_tokenizing_whatever_the_packing(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     data = texts(*[14] * 6)
     first = load(data)
     monkeypatch.setattr(trenchcoat.data.tokens, "encode", forbid_tokenizing)
@@ -367,7 +367,7 @@ def test_the_cache_spares_tokenizing_whatever_the_packing(load: Load, monkeypatc
 def test_the_cache_knows_the_tokenizer(load: Load, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     data = texts(*[14] * 4)
     fingerprint = load(data).fingerprint
-    tokenizer(["ab", "c"], padding=True)  # leaves traces in the tokenizer that change no token
+    tokenizer(["ab", "c"], padding=True)  # changes the tokenizer's state but no token
     assert load(data).fingerprint == fingerprint
     tokenizer.save_pretrained(tmp_path / "other")
     other = AutoTokenizer.from_pretrained(tmp_path / "other", eos_token="<pad>")
@@ -376,7 +376,7 @@ def test_the_cache_knows_the_tokenizer(load: Load, tokenizer: PreTrainedTokenize
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "empty", "other"])
-def test_a_damaged_cache_file_is_made_again(load: Load, tmp_path: Path, harm: str) -> None:
+def test_a_damaged_cache_file_is_rebuilt(load: Load, tmp_path: Path, harm: str) -> None:
     data = texts(*[14] * 6)
     rows = all_rows(load(data))
     [file] = (tmp_path / "cache" / "tokens").iterdir()
@@ -390,7 +390,7 @@ def test_a_damaged_cache_file_is_made_again(load: Load, tmp_path: Path, harm: st
 
 def test_a_cache_folder_that_cannot_be_written_is_a_warning(load: Load, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="tokenized data is not kept, set data.cache_dir"):
+    with pytest.warns(UserWarning, match="tokenized data is not cached, set data.cache_dir"):
         batches = load(texts(*[14] * 6), cache_dir=str(tmp_path / "taken"))
     assert batches.rows("train") == 5
 

@@ -1,4 +1,4 @@
-"""Templates and labels: what of a row counts, read back as text from the tokens that count."""
+"""Templates and labels: which part of a row counts, read back as text from the tokens that count."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 class SlowTokenizer:
-    """The byte tokenizer as one without offsets and without marks of its own."""
+    """The byte tokenizer without offsets, BOS and EOS."""
 
     is_fast = False
     bos_token_id = eos_token_id = None
@@ -190,7 +190,7 @@ class SlowTokenizer:
         return str(self.fast.decode(ids))
 
 
-def test_a_tokenizer_without_offsets_and_marks(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_without_offsets_bos_and_eos(tokenizer: PreTrainedTokenizerFast) -> None:
     row = {"instruction": "Hi.", "output": "Yo é"}
     slow, fast = Tokens(SlowTokenizer(tokenizer), row), Tokens(tokenizer, row)
     assert slow.ids.tolist() == fast.ids[1:-1].tolist()

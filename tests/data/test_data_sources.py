@@ -1,4 +1,4 @@
-"""Every kind of source, and every way in which a file can be wrong: the message names the place and the fix."""
+"""Every kind of source, and every error in a file: the message names the place and the fix."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_folder_that_holds_no_data(load: Loader, tmp_path: Path) -> None:
         load("bare")
 
 
-def test_a_hub_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def unreachable(*_: object, **__: object) -> None:

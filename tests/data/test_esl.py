@@ -1,4 +1,4 @@
-"""Effective sequence length against the naive formula on whole attention maps, and rankings that are kept."""
+"""Effective sequence length against the naive formula on full attention maps, and cached rankings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trenchcoat.runtime.runlog import RunLog
 
 
 def naive(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Equation 9 on the maps that the model's eager attention gives out, [B]."""
+    """Equation 9 on the maps that the model's eager attention returns, [B]."""
     with torch.no_grad():
         maps = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, output_attentions=True).attentions
     place = torch.arange(ids_BT.shape[1])
@@ -33,7 +33,7 @@ def naive(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_formula_on_whole_maps(family: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_the_formula_on_full_maps(family: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family, attn_implementation="eager")
     ids = tokens(2, 40)
     mask = torch.ones_like(ids)
@@ -47,7 +47,7 @@ def test_it_is_the_formula_on_whole_maps(family: str, padding: str, monkeypatch:
     assert (found > 1).all()
 
 
-def test_padding_and_the_own_implementation_do_not_matter_and_the_model_stays_itself() -> None:
+def test_padding_and_the_own_implementation_do_not_matter_and_the_model_is_unchanged() -> None:
     model = tiny_model("llama")
     ids = tokens(2, 33)
     before, implementation = logits(model, ids), model.config._attn_implementation
@@ -72,7 +72,7 @@ def test_known_lengths() -> None:
     assert itself.tolist() == [0.0]
 
 
-def test_no_map_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_full_map_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), tokens(1, 256)
     monkeypatch.setattr(esl, "WEIGHTS_AT_ONCE", 4 * 256 * 8)
     largest = 0
@@ -116,10 +116,10 @@ def ranking(folder: Path, model: Any, *, seq_len: int = 40, base: str = "base") 
 
 
 def refuse() -> Any:
-    raise AssertionError("the model was asked for")
+    raise AssertionError("the model was requested")
 
 
-def test_a_ranking_is_each_samples_own_number_and_is_kept(
+def test_a_ranking_is_each_samples_own_number_and_is_cached(
     tmp_path: Path, table: TokenTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model("llama")
@@ -148,7 +148,7 @@ def test_a_ranking_is_each_samples_own_number_and_is_kept(
             fresh("key", table, rows)
 
 
-def test_a_stopped_ranking_goes_on(tmp_path: Path, table: TokenTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_ranking_resumes(tmp_path: Path, table: TokenTable, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     monkeypatch.setattr(esl, "BATCH_TOKENS", 50)
     monkeypatch.setattr(esl, "SAVE_EVERY", 2)
@@ -181,13 +181,13 @@ def test_a_stopped_ranking_goes_on(tmp_path: Path, table: TokenTable, monkeypatc
         assert damaged("key", table, rows).tolist() == expected.tolist()
 
 
-def test_a_folder_that_takes_no_ranking_is_a_warning(tmp_path: Path, table: TokenTable) -> None:
+def test_a_ranking_that_cannot_be_written_is_a_warning(tmp_path: Path, table: TokenTable) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     rank, log = ranking(tmp_path, tiny_model("llama"))
     with log:
         assert np.isfinite(rank("key", table, np.array([0, 1]))).all()
     lines = [json.loads(line) for line in log.metrics_path.read_text().splitlines()]
-    assert any("the ranking is not kept, set data.cache_dir" in line.get("text", "") for line in lines)
+    assert any("the ranking is not cached, set data.cache_dir" in line.get("text", "") for line in lines)
 
 
 SHARED = Path(__file__).parents[3] / "shared"

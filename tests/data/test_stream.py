@@ -1,4 +1,4 @@
-"""Streams: every sample once a pass, the same batches for every number of processes and after every restart."""
+"""Streams: every sample once per pass, the same batches for every number of processes and after every restart."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Iterator[Load]:
-    """``load(path or rows, batch_size=..., seed=..., **DataConfig fields)``, streamed, with a cache of its own."""
+    """``load(path or rows, batch_size=..., seed=..., **DataConfig fields)``, streamed, with a separate cache."""
     made: list[StreamedBatches] = []
 
     def run(source: Any, *, batch_size: int = 1, seed: int = 0, **fields: Any) -> StreamedBatches:
@@ -76,7 +76,7 @@ def all_names(batches: StreamedBatches, tokenizer: PreTrainedTokenizerFast) -> l
 
 
 def first_pass(batches: StreamedBatches, tokenizer: PreTrainedTokenizerFast) -> list[list[str]]:
-    """Shard by shard, the rows before one comes again."""
+    """Shard by shard, the rows before the first repeated one."""
     found = []
     for shard in range(batches.shards):
         seen: list[str] = []
@@ -89,7 +89,7 @@ def first_pass(batches: StreamedBatches, tokenizer: PreTrainedTokenizerFast) -> 
     return found
 
 
-def test_every_sample_comes_once_a_pass_in_shards_of_the_file(load: Load, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_sample_comes_once_per_pass_in_shards_of_the_file(load: Load, tokenizer: PreTrainedTokenizerFast) -> None:
     batches = load(numbered(102))
     assert batches.shards == 8
     passes = first_pass(batches, tokenizer)
@@ -167,7 +167,7 @@ def test_a_restart_gives_the_same_batches_and_reads_little_again(
     uninterrupted.close()
     place = shards * 33 + 1
     for wanted in (place, place + 1, shards * 58):
-        resumed = load(rows, packing=packing, batch_size=2)  # in a new process: only the notes are left
+        resumed = load(rows, packing=packing, batch_size=2)  # in a new process: only the saved states are left
         assert torch.equal(resumed.train_batch(wanted)["input_ids"], expected[wanted])
         assert resumed.counts["rows_read"] - 2 <= 30
         resumed.close()
@@ -181,7 +181,7 @@ def test_a_restart_gives_the_same_batches_and_reads_little_again(
     assert without.counts["rows_read"] - 2 > 60
 
 
-def test_damaged_notes_are_passed_over(load: Load, tmp_path: Path) -> None:
+def test_damaged_saved_states_are_skipped(load: Load, tmp_path: Path) -> None:
     rows = numbered(40)
     first = load(rows)
     expected = [first.train_batch(i)["input_ids"] for i in range(60)]
@@ -194,15 +194,15 @@ def test_damaged_notes_are_passed_over(load: Load, tmp_path: Path) -> None:
     assert all(torch.equal(again.train_batch(i)["input_ids"], expected[i]) for i in range(59, 50, -1))
 
 
-def test_notes_that_cannot_be_written_are_a_warning(load: Load, tmp_path: Path) -> None:
+def test_states_that_cannot_be_written_are_a_warning(load: Load, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "streams").write_text("a file where the folder should be")
     batches = load(numbered(40), cache_dir=str(tmp_path / "taken"))
-    with pytest.warns(UserWarning, match="the place in the stream is not kept, set data.cache_dir"):
+    with pytest.warns(UserWarning, match="the position in the stream is not saved, set data.cache_dir"):
         assert len([batches.train_batch(i) for i in range(60)]) == 60
 
 
-def test_batches_are_made_ahead_once_the_step_is_known(load: Load) -> None:
+def test_batches_are_prefetched_once_the_step_is_known(load: Load) -> None:
     batches = load(numbered(120))
     batches.train_batch(0)
     assert not batches._ahead
@@ -211,7 +211,7 @@ def test_batches_are_made_ahead_once_the_step_is_known(load: Load) -> None:
     made = [job.result() for job in batches._ahead.values()]
     ahead = {i: made[n] for n, i in enumerate(batches._ahead)}
     assert batches.train_batch(6) is ahead[6]
-    batches.train_batch(50)  # another place: what was made ahead is dropped
+    batches.train_batch(50)  # another position: what was prefetched is dropped
     assert min(batches._ahead) > 50
 
 
@@ -397,7 +397,7 @@ def test_the_number_of_shards_suits_common_numbers_of_processes() -> None:
     assert all(192 % world == 0 for world in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96))
 
 
-def test_a_place_far_inside_a_row_group(tmp_path: Path) -> None:
+def test_a_position_far_inside_a_row_group(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(numbered(700)), path)
     space = stream_sources._Groups([path], 300)

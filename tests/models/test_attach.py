@@ -1,4 +1,4 @@
-"""Students and LoRA into a model and out again; modes; what is trainable; layer-local learning; clear refusals."""
+"""Attaching and removing students and LoRA; modes; what is trainable; layer-local learning; clear refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_far_part_can_be_switched_off() -> None:
     assert torch.equal(logits(model, ids), both)
 
 
-def test_a_deep_copy_lives_on_its_own() -> None:
+def test_a_deep_copy_is_independent() -> None:
     model, ids = make(), tokens(1, 20)
     set_mode(model, "student")
     before = logits(model, ids)
@@ -158,7 +158,7 @@ def test_modes_need_students_and_a_known_name() -> None:
         set_mode(model, "linear")  # type: ignore[arg-type]
 
 
-def test_another_attention_chosen_behind_our_back_is_an_error() -> None:
+def test_changing_the_attention_implementation_is_an_error() -> None:
     model = make()
     set_mode(model, "student")
     model.set_attn_implementation("eager")
@@ -167,7 +167,7 @@ def test_another_attention_chosen_behind_our_back_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("mode", ["transfer", "student"])
-def test_masks_that_students_cannot_follow_are_errors(mode: Any) -> None:
+def test_masks_that_students_do_not_support_are_errors(mode: Any) -> None:
     model, ids = make(), tokens(1, 8)
     set_mode(model, mode)
     restarting = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
@@ -252,7 +252,7 @@ def test_transfer_with_a_filled_cache_is_an_error() -> None:
 # LoRA
 
 
-def test_lora_goes_in_merges_and_comes_out() -> None:
+def test_lora_is_added_merged_and_removed() -> None:
     model, ids = make(), tokens(2, 24)
     set_mode(model, "student")
     plain, keys = logits(model, ids), list(model.state_dict())

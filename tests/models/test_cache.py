@@ -1,4 +1,4 @@
-"""The constant-size cache under `generate()`: every way of generating gives what the full forward gives."""
+"""The constant-size cache under `generate()`: every generation mode matches the full forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trenchcoat.students import STUDENTS
 
 
 def greedy_by_hand(model: Any, ids: Tensor, new: int) -> Tensor:
-    """Continue one row, computing everything anew for every token."""
+    """Continue one row, recomputing everything for every token."""
     for _ in range(new):
         ids = torch.cat([ids, logits(model, ids)[:, -1:].argmax(-1)], 1)
     return ids
@@ -145,7 +145,7 @@ def filled(length: int = 12) -> tuple[Any, DynamicCache]:
     return model, past
 
 
-def test_rows_are_picked_repeated_and_forgotten() -> None:
+def test_rows_are_selected_repeated_and_dropped() -> None:
     _, past = filled()
     layer = past.layers[0]
     assert isinstance(layer, StateLayer)
@@ -189,7 +189,7 @@ def test_crop_is_possible_only_where_it_removes_nothing() -> None:
         past.crop(5)
 
 
-def test_assisted_decoding_says_why_it_cannot() -> None:
+def test_assisted_decoding_is_refused_with_the_reason() -> None:
     model, ids = make(), tokens(1, 9)
     assistant = tiny_model("llama", seed=5, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"rolled back|crop|croppable|assisted"):

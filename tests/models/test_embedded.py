@@ -25,7 +25,7 @@ def test_splits_share_no_document_and_come_in_order() -> None:
     assert len(train) > 10 * len(held) > 0
 
 
-def test_what_is_passed_over(tmp_path: Path) -> None:
+def test_what_is_skipped(tmp_path: Path) -> None:
     body = "x = 1\n" * 50
     for name in ("kept.py", "test/test_kept.py", "site-packages/other.py", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

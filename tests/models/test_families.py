@@ -223,7 +223,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_families_that_cannot_work_are_refused_unchanged(family: str) -> None:
+def test_unsupported_families_are_refused_unchanged(family: str) -> None:
     name, settings, reason = REFUSED[family]
     kind = getattr(transformers, name)
     with torch.device("meta"):
@@ -237,7 +237,7 @@ def test_families_that_cannot_work_are_refused_unchanged(family: str) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_module_that_is_no_transformers_model_is_refused() -> None:
+def test_a_module_that_is_not_a_transformers_model_is_refused() -> None:
     with pytest.raises(UnsupportedFamilyError, match="not a Transformers model"):
         attention_sites(torch.nn.Linear(2, 2))
 

@@ -91,7 +91,7 @@ def test_an_adapter_without_lora(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(hub.load(tmp_path, device="cpu")[0], ids), logits(model, ids))
 
 
-def test_a_run_folder_is_loaded_by_its_adapter(adapter: tuple[Path, Any]) -> None:
+def test_a_run_folder_loads_its_adapter(adapter: tuple[Path, Any]) -> None:
     folder, model = adapter
     loaded, _ = hub.load(folder.parent, device="cpu")
     assert torch.equal(logits(loaded, tokens(1, 9)), logits(model, tokens(1, 9)))
@@ -115,7 +115,7 @@ def test_another_base_model_is_refused(adapter: tuple[Path, Any], other_model_di
         hub.load(folder, device="cpu", base=str(wider))
 
 
-def test_a_base_that_moved_is_given_by_hand(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_base_that_moved_is_given_explicitly(tiny_model_dir: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model_dir, tmp_path / "base")
     model, cfg = learned(tmp_path / "base")
@@ -170,7 +170,7 @@ def test_saving_an_adapter_of_unknown_origin_asks_for_it(tiny_model_dir: Path, t
 # Merged folders
 
 
-def test_a_merged_folder_through_both_doors(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_merged_folder_loads_both_ways(adapter: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = adapter
     model, tokenizer = hub.load(folder, device="cpu")
     ids, out = tokens(2, 30), tmp_path / "merged"
@@ -207,7 +207,7 @@ def test_students_stay_float32_beside_bfloat16_weights(family: str, tmp_path: Pa
 
 
 def test_a_merged_model_in_a_fresh_process(tmp_path: Path) -> None:
-    """Here trenchcoat is imported before Transformers; in this test's own process it comes after."""
+    """Here trenchcoat is imported before Transformers; in this test's own process it is imported after."""
     model, ids = tiny_model("mixtral"), tokens(1, 20)
     attach_students(model, SMALL)
     set_mode(model, "student")
@@ -227,7 +227,7 @@ def test_a_merged_model_in_a_fresh_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_base_checkpoint_loads_with_our_config(family: str, tmp_path: Path) -> None:
-    """Students that are in no checkpoint get their initial values, not what memory held; experts are found."""
+    """Students that are in no checkpoint are initialized, not left uninitialized; experts are found."""
     base, ids = tiny_model(family), tokens(1, 20)
     base.save_pretrained(tmp_path)
     config = auto.linearized_config(AutoConfig.from_pretrained(tmp_path), SMALL)
@@ -253,7 +253,7 @@ def test_a_merged_folder_that_lacks_tensors_is_refused(tiny_model_dir: Path, tmp
         hub.load(tmp_path / "merged", device="cpu")
 
 
-def test_what_is_no_linearized_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_folders_without_a_linearized_model(tiny_model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ordinary 'llama' model"):
         hub.load(tiny_model_dir, device="cpu")
     with pytest.raises(UserError, match="holds no linearized model"):

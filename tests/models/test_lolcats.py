@@ -1,4 +1,4 @@
-"""Checkpoints of the original LoLCATs code: imported, equal to its formula, written back, and refused when unsound.
+"""Checkpoints of the original LoLCATs code: imported, equal to its formula, written back, and refused when invalid.
 
 The files are made here by hand in the original's format. Its attention is written out below in float64, with its masks.
 """
@@ -171,7 +171,7 @@ def token_ids(length: int, rows: int = 2) -> Tensor:
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    # name: (state, what the user says, what the original's configuration said)
+    # name: (state, the user's settings, the original's configuration)
     "terrace": ({}, {}, {}),
     "terrace, its own word": ({}, {"attention": "lolcats_llama_window_tk"}, {}),
     "sliding": ({}, {"attention": "sliding"}, {"attention": "sliding"}),
@@ -185,7 +185,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_the_originals_formula(name: str, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """In float64 on both sides, where round-off is 1e-13 or so: 1e-9 shows that it is one formula."""
+    """In float64 on both sides, where round-off is about 1e-13: agreement to 1e-9 shows that it is the same formula."""
     state, said, theirs = CASES[name]
     maps, lora = maps_state(**state), lora_state(rank=2, targets="qkvo")
     adapter = imported(tmp_path, tiny_model_dir, maps, lora, **said)
@@ -335,7 +335,7 @@ def test_what_the_original_does_not_have_is_not_exported(tiny_model_dir: Path, t
     assert not (tmp_path / "out").exists()
 
 
-# Unsound files
+# Invalid files
 
 
 class Touch:

@@ -1,5 +1,5 @@
 """QLoRA: a base in 4 bits goes through both stages, its gradients are those of the dequantized weights, and what it
-learned opens over the ordinary base."""
+learned loads on the ordinary base."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_dequantized_weights(base: ModelConfig) -> No
         assert (found[name] - gradient).norm() < 3 * noise, name
 
 
-def test_without_the_library_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'trenchcoat\[quant\]'"):
         load_base(ModelConfig(quantize="nf4"), ParallelConfig())

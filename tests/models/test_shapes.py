@@ -1,4 +1,4 @@
-"""Sizes read off configs: the shipped ones give the published parameter counts, other families count right."""
+"""Sizes read from configs: the shipped ones give the published parameter counts, other families count right."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_families_count_like_the_real_model(family: str) -> None:
     assert shapes.lora_parameters(cfg) == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
-def test_a_token_meets_only_the_chosen_experts() -> None:
+def test_a_token_uses_only_the_active_experts() -> None:
     shapes = shapes_of(tiny_model("mixtral").config)
     assert shapes.used_parameters < 0.9 * shapes.layer_parameters
 
 
-def test_what_cannot_be_found_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_found_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         find_config(str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):

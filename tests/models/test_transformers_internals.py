@@ -21,7 +21,7 @@ from trenchcoat.models import transformers_internals as internals
 
 @pytest.fixture
 def watched() -> Any:
-    """(model, what its attention and mask functions were called with), under a name of its own."""
+    """(model, what its attention and mask functions were called with), under a separate name."""
     seen: dict[str, list[dict[str, Any]]] = {"attention": [], "mask": []}
     model = tiny_model("gpt_oss", attn_implementation="eager")
 

@@ -1,4 +1,4 @@
-"""Several processes on this machine (gloo): the same numbers as one, resumed at another size, ended when one dies."""
+"""Several processes on this machine (gloo): the numbers of one process, resuming on more or fewer, a dying process."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def test_two_processes_do_what_one_does(single: Path, two: tuple[Path, list[list
 
 
 @pytest.mark.parametrize("way", ["none", "node"])
-def test_every_way_to_hold_the_base_gives_the_same(way: str, single: Path, two: tuple[Path, list[list[Any]]]) -> None:
+def test_every_sharding_of_the_base_gives_the_same(way: str, single: Path, two: tuple[Path, list[list[Any]]]) -> None:
     assert_same_run(single, two[0] / way)
 
 
-def test_one_record_of_all_processes(two: tuple[Path, list[list[Any]]]) -> None:
+def test_all_processes_write_one_log(two: tuple[Path, list[list[Any]]]) -> None:
     root, _ = two
     train = [line for line in lines(root / "whole") if line["kind"] == "train"]
     assert [line["step"] for line in train] == [1, 2, 3, 4] * 2
@@ -171,7 +171,7 @@ def test_a_nan_on_one_process_stops_all(two: tuple[Path, list[list[Any]]]) -> No
         assert "layer 1" in report[6]
 
 
-def test_settings_that_cannot_be_are_refused_by_all(two: tuple[Path, list[list[Any]]]) -> None:
+def test_impossible_settings_are_refused_by_all(two: tuple[Path, list[list[Any]]]) -> None:
     _, reports = two
     for report in reports:
         assert "parallel.node_size=3 does not divide the 2 processes" in report[7]

@@ -21,7 +21,7 @@ with locked(sys.argv[1]):
 """
 
 
-def test_the_second_command_is_refused_at_once_with_the_holder_named(tmp_path: Path) -> None:
+def test_the_second_command_is_refused_at_once_and_names_the_holder(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     assert holder(folder) is None
     assert not folder.exists()
@@ -50,7 +50,7 @@ def test_a_killed_holders_lock_is_free(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match=r"cannot save .*file.*\.lock"), locked(tmp_path / "file" / "run"):
         pass

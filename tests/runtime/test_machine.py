@@ -1,4 +1,4 @@
-"""The look at the machine before a demo, and the time estimate."""
+"""The check of the machine before a demo, and the time estimate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trenchcoat.linearize.variants import open_variants
 from trenchcoat.runtime import machine
 
 
-def test_a_fit_machine_is_described(tmp_path: Path) -> None:
+def test_a_suitable_machine_is_described(tmp_path: Path) -> None:
     sentences = " ".join(machine.check_machine(tmp_path / "not" / "there", memory_gib=0.01, disk_gib=0.001))
     for word in ("Python", "torch", "cores", "memory", "disk", "GPUs"):
         assert word in sentences
@@ -45,7 +45,7 @@ def test_too_little_memory_and_disk_are_named_together(tmp_path: Path, monkeypat
         machine.check_machine(tmp_path)
 
 
-def test_the_estimate_grows_with_the_work_and_ends_at_nothing(tiny_overrides: list[str]) -> None:
+def test_the_estimate_grows_with_the_work_and_ends_at_zero(tiny_overrides: list[str]) -> None:
     recipe = load_recipe("demo", tiny_overrides)
     longer = load_recipe("demo", [*tiny_overrides, "transfer.max_steps=400", "lora.max_steps=400"])
     with open_variants(recipe, []) as variants:
@@ -59,5 +59,5 @@ def test_the_estimate_grows_with_the_work_and_ends_at_nothing(tiny_overrides: li
         assert stage_tokens(cfg, batches, 48) == (10 * 2 * 2 * 48, 3 * 2 * 48)
 
 
-def test_durations_in_words() -> None:
+def test_durations_as_text() -> None:
     assert [in_words(s) for s in (1, 42, 240, 9000)] == ["5 s", "40 s", "4 min", "2.5 h"]

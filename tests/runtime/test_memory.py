@@ -1,4 +1,4 @@
-"""The memory meter counts what is created and still alive, once, and nothing that was there before."""
+"""The memory meter counts each live new storage once, and nothing that existed before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's record: lines survive kills and rewinds, numbers stay JSON, the display fits where it is shown."""
+"""The run's record: lines survive kills and rewinds, numbers stay JSON, the display suits the terminal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rewinding_drops_what_comes_after_the_checkpoint(tmp_path: Path) -> None
     assert not any(line.get("stage") == "b" for line in read_metrics(tmp_path))
 
 
-def test_a_line_cut_by_a_kill_costs_only_itself(tmp_path: Path) -> None:
+def test_only_the_line_truncated_by_a_kill_is_lost(tmp_path: Path) -> None:
     with quiet(tmp_path) as run:
         run.log("train", stage="a", step=1)
     with open(tmp_path / METRICS_FILE, "a") as file:

@@ -1,4 +1,4 @@
-"""Metrics sent on: TensorBoard's own reader finds them, wandb is called as documented, nothing is contacted unasked."""
+"""Metrics trackers: TensorBoard's own reader finds them, wandb is called as documented, nothing runs by default."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
 
 
 def test_wandb_is_called_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the package, which is not among the pinned ones: it notes how it is called."""
+    """A fake wandb, which is not a pinned dependency: it records its calls."""
     calls: list[tuple[str, Any]] = []
     run = types.SimpleNamespace(
         log=lambda numbers: calls.append(("log", numbers)), finish=lambda: calls.append(("finish", None))
@@ -67,7 +67,7 @@ def test_a_tracker_that_is_not_installed_is_named(name: str, tmp_path: Path, mon
         trackers.open_trackers((name,), tmp_path, "coats")
 
 
-def test_nothing_is_opened_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_opened_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in trackers.TRACKERS:
         monkeypatch.setitem(trackers.TRACKERS, name, lambda *_: pytest.fail("a tracker was opened"))
     with RunLog(tmp_path, progress="off") as log:

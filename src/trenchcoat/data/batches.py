@@ -1,4 +1,4 @@
-"""Batches by index: what the training loop asks of the data.
+"""Batches by index: the interface between the training loop and the data.
 
 Shapes: b rows of a batch, T tokens of a row (``data.seq_len``). A batch is ``input_ids``, ``attention_mask`` (0 at
 padding) and ``labels`` (-100 where no loss is taken, else equal to ``input_ids``; not shifted), each int64 [b, T].
@@ -17,11 +17,11 @@ from trenchcoat.data.packing import PackedRows
 from trenchcoat.models.embedded import Split
 
 Batch = dict[str, Tensor]
-"""Tensors of one micro-batch by name; for some layers alone, ``inputs_embeds`` [b, T, d] in place of ``input_ids``."""
+"""Tensors of one micro-batch by name; for a few layers alone, ``inputs_embeds`` [b, T, d] in place of ``input_ids``."""
 
 
 class Batches:
-    """Batches by index, in an order that only the seed decides.
+    """Batches by index, in an order that depends only on the seed.
 
     Training rows come from an endless stream: one permutation of all rows after another, each seeded by
     (seed, epoch). Batch ``index`` is rows ``index * b`` to ``(index + 1) * b`` of that stream, so every batch is full
@@ -71,7 +71,7 @@ class Batches:
         return self._parts["train"].batch(np.array(self.train_rows(index)), self._pad)
 
     def train_rows(self, index: int) -> list[int]:
-        """Names of the rows of training batch ``index`` [b]: the same row has the same name in every epoch."""
+        """IDs of the rows of training batch ``index`` [b]: the same row has the same ID in every epoch."""
         rows = self.rows("train")
         places = range(index * self.batch_size, (index + 1) * self.batch_size)
         return [int(self._order(place // rows)[place % rows]) for place in places]

@@ -1,10 +1,10 @@
 """Effective sequence length: how far back a model's attention looks in a text (LoLCATs, arXiv 2410.10254, equation 9).
 
-    ESL(q_i) = sum_j (i - j) a_ij        averaged over heads, layers and positions: one number a text, in tokens
+    ESL(q_i) = sum_j (i - j) a_ij        averaged over heads, layers and positions: one number per text, in tokens
 
-A pass of the untouched model over the text, layer by layer. Each layer's attention rows are made again in blocks of
-queries, in float32, and summed up at once: no attention map is ever held as a whole, and the pass itself runs the
-model's own attention. ``EslRanking`` does it for the samples of a data set and keeps the numbers on disk.
+One forward pass of the unchanged model over the text. Each layer's attention rows are recomputed in blocks of queries,
+in float32, and reduced at once: no full attention map is ever in memory, and the pass itself runs the model's own
+attention. ``EslRanking`` does it for the samples of a data set and caches the numbers on disk.
 
 Shapes: B rows, H query heads, G key/value heads, n queries of a block, T tokens, D head dim.
 """
@@ -53,7 +53,7 @@ def layer_esl(
     """Mean ESL over heads and real positions of one layer, float64 [B].
 
     ``seen(start, stop)`` tells which keys those queries see (bool, broadcastable to [B, H, n, T]); ``real_BT`` is False
-    at padding. A sink logit [H] takes its share of each row's weight and lies at no distance.
+    at padding. A sink logit [H] takes its share of each row's weight and adds no distance.
     """
     batch, heads, tokens, _ = q_BHTD.shape
     key = k_BGTD.float().repeat_interleave(heads // k_BGTD.shape[1], dim=1).transpose(2, 3)
@@ -62,7 +62,7 @@ def layer_esl(
     step = max(1, WEIGHTS_AT_ONCE // (batch * heads * tokens))
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
-        score = torch.matmul(q_BHTD[:, :, start:stop].float() * scale, key[..., :stop])  # none sees a later key
+        score = torch.matmul(q_BHTD[:, :, start:stop].float() * scale, key[..., :stop])  # no query sees a later key
         if softcap is not None:
             score = score.div_(softcap).tanh_().mul_(softcap)
         score = score.masked_fill_(~seen(start, stop)[..., :stop], torch.finfo(torch.float32).min)
@@ -106,7 +106,7 @@ def _observe(
     attention_mask: Any,
     **kwargs: Any,
 ) -> Output:
-    """The registered attention function: the model's own, with the observer looking on."""
+    """The registered attention function: the model's own, reported to the observer."""
     observer: Any = module.esl_observer
     observer.see(query.detach(), key.detach(), attention_mask, kwargs)
     return own_attention(module, query, key, value, attention_mask, **kwargs)
@@ -115,8 +115,8 @@ def _observe(
 def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """ESL of each row, averaged over all layers, heads and real positions: float64 [B], in tokens.
 
-    ``ids_BT`` int64; ``mask_BT`` is 0 at padding (either side), null for none. The model must have no students; it is
-    put into evaluation mode. Raises ``UnsupportedFamilyError`` for a model without softmax attention to observe.
+    ``ids_BT`` int64; ``mask_BT`` is 0 at padding (either side), None for no padding. The model must have no students;
+    it is put into evaluation mode. Raises ``UnsupportedFamilyError`` for a model without softmax attention to observe.
     """
     device = compute_device(model)
     ids_BT = ids_BT.to(device)
@@ -137,10 +137,10 @@ def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None)
 
 
 class EslRanking:
-    """Scores of samples for ``data.select``: ESL over each one's first ``seq_len`` tokens, kept in ``folder``.
+    """Scores of samples for ``data.select``: ESL over each one's first ``seq_len`` tokens, cached in ``folder``.
 
-    ``model`` gives the untouched model and is called only when a score is missing; ``base`` is its fingerprint. Scores
-    are saved every ``SAVE_EVERY`` samples, so a stopped pass goes on where it was.
+    ``model`` returns the unchanged model and is called only when a score is missing; ``base`` is its fingerprint.
+    Scores are saved every ``SAVE_EVERY`` samples, so an interrupted pass resumes where it stopped.
     """
 
     def __init__(self, model: Callable[[], Any], base: str, *, seq_len: int, folder: Path, log: RunLog) -> None:
@@ -150,7 +150,7 @@ class EslRanking:
     def __call__(self, key: str, table: TokenTable, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Scores of ``rows`` [r] of the table with content hash ``key``."""
         path = self._folder / "esl" / f"{key}-{self._base}-{self._seq_len}-{_VERSION}.safetensors"
-        if key not in self._scores:  # all processes go by what one of them has read
+        if key not in self._scores:  # all processes use what one of them has read
             self._scores[key] = distributed.from_main(lambda: _read(path, table.rows))
         scores = self._scores[key]
         missing = rows[np.isnan(scores[rows])]
@@ -179,11 +179,11 @@ class EslRanking:
         try:
             save_tensors(path, {"esl": torch.from_numpy(scores)})
         except SaveError as error:
-            self._log.warning(f"the ranking is not kept, set data.cache_dir: {error}")
+            self._log.warning(f"the ranking is not cached, set data.cache_dir: {error}")
 
 
 def _read(path: Path, rows: int) -> NDArray[np.float64]:
-    """Scores kept before; NaN where there is none."""
+    """Cached scores; NaN where missing."""
     try:
         kept: NDArray[np.float64] = load_tensors(path)["esl"].numpy().copy()
         if kept.shape == (rows,):

@@ -1,4 +1,4 @@
-"""The formats of rows: which columns each has, its template, and which of the text counts in the labels.
+"""The formats of rows: which columns each has, its template, and which part of the text counts in the labels.
 
 A format is one class and its line in ``FORMATS``. Alpaca prompts are the Alpaca project's two templates
 (https://github.com/tatsu-lab/stanford_alpaca), with a line break after "### Response:" as LoLCATs (arXiv 2410.10254)
@@ -29,7 +29,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class RowFormat(Protocol):
-    """What a format says about a row, a mapping of columns."""
+    """How a format reads a row, a mapping of columns."""
 
     def columns(self, cfg: DataConfig) -> str:
         """The columns that a row of this format has, for messages."""
@@ -38,18 +38,19 @@ class RowFormat(Protocol):
         """Whether a row with values in the columns ``found`` is of this format, under ``data.format=auto``."""
 
     def segments(self, row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
-        """The text of a row in pieces, each with whether it counts; ``BadSample`` for a row that cannot be used."""
+        """The text of a row in segments, each with whether it counts in the labels; ``BadSample`` for a row that cannot
+        be used."""
 
 
 class AlpacaFormat:
     """{instruction, input, output}; the input may be absent."""
 
     def columns(self, cfg: DataConfig) -> str:
-        """Both that it needs, and the one that may be absent."""
+        """The required columns, and the optional one."""
         return "instruction and output (and input)"
 
     def matches(self, found: set[str], cfg: DataConfig) -> bool:
-        """It has an instruction and an output."""
+        """Whether it has an instruction and an output."""
         return {"instruction", "output"} <= found
 
     def segments(self, row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
@@ -67,7 +68,7 @@ class TextFormat:
         return cfg.text_column
 
     def matches(self, found: set[str], cfg: DataConfig) -> bool:
-        """It has that column."""
+        """Whether it has that column."""
         return cfg.text_column in found
 
     def segments(self, row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
@@ -83,7 +84,7 @@ class ChatFormat:
         return "messages, or conversations"
 
     def matches(self, found: set[str], cfg: DataConfig) -> bool:
-        """It has one of them."""
+        """Whether it has one of them."""
         return bool(found & {"messages", "conversations"})
 
     def segments(self, row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
@@ -126,7 +127,7 @@ def _listed(row: Mapping[str, Any]) -> str:
 
 
 def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
-    """A column's text; an ``optional`` one may be blank, and is when it is absent or null."""
+    """A column's text; an ``optional`` one may be blank, absent or null."""
     value = row.get(column)
     if value is None:
         if optional:
@@ -140,9 +141,9 @@ def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) 
 
 
 def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The conversation as ``{role, content}`` turns; also reads ``{from, value}``, and drops what an assistant says
-    before the first user's turn. Of ``conversations`` in ``{role, content}`` (Long-LLM), the first turn is skipped
-    when it is not the user's, a system prompt too."""
+    """The conversation as ``{role, content}`` turns; also reads ``{from, value}``, and drops assistant turns before the
+    first user turn. In ``conversations`` with ``{role, content}`` (Long-LLM), the first turn is skipped if it is not
+    the user's, even a system prompt."""
     found = row["messages"] if row.get("messages") is not None else row.get("conversations")
     if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
         raise BadSample(
@@ -164,10 +165,10 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> list[Segment]:
-    """Segments of a rendered conversation: an assistant's text and the marks that close its turn count.
+    """Segments of a rendered conversation: an assistant's text and the tokens that end its turn count.
 
     Needs no ``{% generation %}`` in the template: the conversation is also rendered up to each assistant's turn and
-    with it, and the turn's own text is looked for where the renderings part.
+    with it, and the turn's own text is searched for where the renderings diverge.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -204,7 +205,7 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> lis
 
 
 def _shared(a: str, b: str) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     if b.startswith(a):
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

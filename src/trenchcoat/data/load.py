@@ -1,8 +1,8 @@
 """Training text: rows from a source, tokens by template, rows of fixed length, batches by index.
 
-Call ``load_batches``. Tokens are kept on disk under a hash of everything they depend on; leaving samples out,
-selecting, packing, holding out and the order of rows are arithmetic on top, so another ``seq_len``, ``min_tokens`` or
-seed tokenizes nothing again. With ``data.streaming`` there is no table of tokens: ``trenchcoat.data.stream``.
+Call ``load_batches``. Tokens are kept on disk under a hash of everything they depend on; filtering, selection, packing,
+the validation split and the order of rows are index arithmetic on top, so another ``seq_len``, ``min_tokens`` or seed
+does not tokenize again. With ``data.streaming`` there is no token table: see ``trenchcoat.data.stream``.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
 def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int, rank: Rank | None = None) -> Batches:
     """Batches of ``batch_size`` rows of ``cfg.seq_len`` tokens, tokenized now, read from the cache, or streamed.
 
-    Validation rows are, in this order of preference: ``validation_path``; the ``validation`` split of a data set;
-    the first ``validation_rows`` rows, or the first ``validation_fraction`` of them; of a ``.txt`` file its end.
-    ``rank`` is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one).
-    Raises ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
+    Validation rows are, in this order of preference: ``validation_path``; the ``validation`` split of a data set; the
+    first ``validation_rows`` rows, or the first ``validation_fraction`` of them; for a ``.txt`` file, its end. ``rank``
+    is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one). Raises ``UserError`` for data that is missing,
+    empty, broken, of another schema, or too small.
     """
     cfg.check()
     _check(cfg, batch_size, seed)
@@ -117,7 +117,7 @@ class _Span:
             self.left_out[reason] = int(unwanted.sum())
 
     def select(self, rank: Rank | None, key: str, cfg: DataConfig) -> dict[str, int]:
-        """Keep the ``cfg.select_rows`` best samples, in the order of the source; what to count."""
+        """Keep the ``cfg.select_rows`` best samples, in the order of the source; returns the counts."""
         if cfg.select == "none" or cfg.select_rows is None:
             return {}
         if rank is None:
@@ -130,7 +130,7 @@ class _Span:
         return {"train/samples_selected": len(best)}
 
     def mark(self) -> list[str]:
-        """Which samples are left out, as part of a hash; nothing when none is."""
+        """Which samples are dropped, as part of a hash; empty if none."""
         return [] if self.keep.all() else [np.packbits(self.keep).tobytes().hex()]
 
 
@@ -146,11 +146,11 @@ def _check(cfg: DataConfig, batch_size: int, seed: int) -> None:
         if value < least:
             raise UserError(f"{name}={value} is too small; it must be at least {least}")
     if share is not None and not 0 < share < 1:
-        raise UserError(f"data.validation_fraction={share} must lie between 0 and 1, both excluded")
+        raise UserError(f"data.validation_fraction={share} must be above 0 and below 1")
 
 
 def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:
-    """Training source, validation source, and without the latter the rows (int) or the share (float) to hold out."""
+    """Training source, validation source, and without the latter the rows (int) or the fraction (float) to hold out."""
     validation = None
     if cfg.validation_path is not None:
         validation = _validation_source(cfg.validation_path, cfg)

@@ -1,7 +1,7 @@
 """Rows of a fixed length out of a flat stream of tokens: index arithmetic, no token is copied before its batch.
 
-Samples that are left out make gaps in the flat arrays. Rows are therefore pieces of the *kept* stream, whose positions
-run on over the gaps; without gaps they are positions of the arrays themselves.
+Dropped samples leave gaps in the flat arrays. Rows are therefore slices of the *kept* stream, whose positions skip the
+gaps; without gaps they are positions of the arrays themselves.
 
 Shapes: n tokens of the arrays, S samples, K gapless runs of kept samples, R rows, b rows of a batch, T tokens of a row.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 IGNORED = -100
 """Label of a token that does not count, as everywhere in Transformers."""
 _ROWS_AT_ONCE = 4096
-"""Rows whose labels are looked at together, so that a memory-mapped table is never in memory as a whole."""
+"""Rows whose labels are checked together, so that a memory-mapped table is never loaded as a whole."""
 
 Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """Token ids [n] and whether each counts in the labels [n]."""
@@ -61,7 +61,7 @@ class _Runs:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows as pieces of a stream."""
+    """Rows as slices of a stream."""
 
     tokens: NDArray[np.int32]
     """The arrays' tokens [n]."""
@@ -105,9 +105,9 @@ def pack(
     """Rows of at most ``seq_len`` tokens out of the samples ``offsets[i] : offsets[i + 1]`` where ``keep[i]`` (null:
     all).
 
-    Across samples, they are one stream, cut every ``seq_len`` tokens, and the remainder is left over.
-    ``contiguous``: each sample is cut by itself, and its last piece may be short. A row without a counted token
-    after its first is dropped: labels are shifted by one, so its loss would be a mean of nothing.
+    Across samples, they are one stream, cut every ``seq_len`` tokens, and the remainder is left over. ``contiguous``:
+    each sample is cut by itself, and its last piece may be short. A row without a counted token after its first is
+    dropped: labels are shifted by one, so its loss would be a mean over no tokens.
     """
     sizes = np.diff(offsets) if keep is None else np.where(keep, np.diff(offsets), 0)
     at = int(offsets[0]) + np.concatenate([[0], np.cumsum(sizes)])  # of each sample in the kept stream [S + 1]

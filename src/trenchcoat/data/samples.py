@@ -19,7 +19,7 @@ Segment = tuple[str, bool]
 
 
 class BadSample(UserError):
-    """A row that cannot be trained on; ``reason`` is what it is counted under."""
+    """A row that cannot be trained on; ``reason`` is its category in the counts."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -29,8 +29,8 @@ class BadSample(UserError):
 def encode(tokenizer: Any, samples: Sequence[list[Segment]], *, eos: bool) -> list[Encoded]:
     """Tokens of each sample, in one call of the tokenizer: BOS first and EOS last, where the tokenizer has them.
 
-    A mark that the text already brings (chat templates do) is not added twice; an added one counts as the token
-    beside it does. An empty sample stays empty.
+    A BOS or EOS that the text already has (from a chat template) is not added twice; an added one counts if the token
+    next to it does. An empty sample stays empty.
     """
     if not samples:
         return []

@@ -23,15 +23,15 @@ from trenchcoat.models.embedded import Split, stdlib_documents
 
 FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
 SAMPLE_SEED = 42
-"""Decides which rows ``path[N]`` takes: the same in every run, whatever ``run.seed`` is, so that runs can be compared
-and tokens are read from the cache."""
+"""Seed of the rows that ``path[N]`` takes: the same in every run, whatever ``run.seed`` is, so that runs are comparable
+and share the token cache."""
 
 Row = Mapping[str, Any] | UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read again and again, under a hash of their content."""
+    """Rows that can be read repeatedly, with a hash of their content."""
 
     name: str
     """For messages."""
@@ -40,11 +40,11 @@ class Source:
     rows: Callable[[], Iterator[tuple[str, Row]]]
     """A fresh pass over all rows."""
     count: Callable[[], int] | None = None
-    """Number of rows, where there is a quicker way than a pass."""
+    """Number of rows, where it is known without a pass."""
 
 
 def split_sample(path: str) -> tuple[str, int | None]:
-    """``file.json[5000]`` as ``("file.json", 5000)``; a path without such an end, or that exists as it is, unchanged.
+    """``file.json[5000]`` as ``("file.json", 5000)``; a path without such a suffix, or that exists as it is, unchanged.
 
     Raises ``UserError`` for a number below 1, and for a ``.txt`` file, which is one document.
     """
@@ -60,7 +60,7 @@ def split_sample(path: str) -> tuple[str, int | None]:
 
 
 def subsampled(source: Source, rows: int | None) -> Source:
-    """``rows`` of a source, drawn without replacement by ``SAMPLE_SEED``, in the source's order; null or more than it
+    """``rows`` of a source, drawn without replacement by ``SAMPLE_SEED``, in the source's order; None or more than it
     has: all of them."""
     if rows is None:
         return source
@@ -101,7 +101,7 @@ def embedded_source(split: Split) -> Source:
 
 
 def is_file_path(path: str) -> bool:
-    """Whether ``path`` is meant as one local file: it exists as one, or ends like one that is read here."""
+    """Whether ``path`` is meant as one local file: it exists, or has a supported suffix."""
     return Path(path).is_file() or Path(path).suffix.lower() in FILE_KINDS
 
 
@@ -281,7 +281,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 @contextmanager
 def parquet_errors(file: Path) -> Iterator[None]:
-    """Turn what goes wrong inside the block into a ``UserError`` that names the file."""
+    """Turn errors inside the block into a ``UserError`` that names the file."""
     import pyarrow
 
     try:

@@ -1,13 +1,14 @@
-"""Training batches out of a stream: nothing is read before it is needed, and no table of tokens is made.
+"""Training batches from a stream: nothing is read before it is needed, and there is no token table.
 
-Micro-batch ``i`` comes from shard ``i % V`` of the source's V shards and is that shard's batch number ``i // V``. What
-it holds depends on the data, the settings and the seed, not on who asks: process r of W, which asks for i = r, r + W,
-..., reads the shards r, r + W, ... alone where W divides V, and V / gcd(V, W) shards, shared with others, otherwise.
+Micro-batch ``i`` comes from shard ``i % V`` of the source's V shards and is that shard's batch number ``i // V``. Its
+content depends on the data, the settings and the seed, not on the process: process r of W, which requests i = r, r + W,
+..., reads only the shards r, r + W, ... where W divides V, and otherwise V / gcd(V, W) shards, shared with others.
 
-A shard is read block by block. A block is as many whole samples as give some text; it is tokenized at once, packed
-behind the tokens left over from the block before, and its rows are shuffled by (seed, shard, pass, block). When a shard
-ends it begins anew, with another shuffle. So the state between two blocks is small (a place in the source and less than
-a row of tokens); it is noted on disk every few blocks, and any batch is found again from the last note before it.
+A shard is read block by block. A block is as many whole samples as give a minimum of text; it is tokenized at once,
+packed after the tokens left over from the previous block, and its rows are shuffled by (seed, shard, pass, block). When
+a shard ends, it starts over with another shuffle. So the state between two blocks is small (a position in the source
+and less than a row of tokens); it is saved to disk every few blocks, and any batch can be rebuilt from the last saved
+state before it.
 
 Shapes: b rows of a batch, T tokens of a row.
 """
@@ -47,11 +48,11 @@ from trenchcoat.runtime.files import CorruptFileError, SaveError, read_json, wri
 ENDLESS = sys.maxsize
 """Length of a stream, in micro-batches and in rows."""
 BATCHES_AHEAD = 8
-"""Micro-batches made in the background before they are asked for."""
+"""Micro-batches prefetched in the background."""
 BLOCK_CHARACTERS, BLOCK_ROWS = 1 << 16, 16
 """Least text of a block, in characters and in rows of T tokens (at four characters a token), with the most shards."""
 NOTE_EVERY, NOTES_KEPT = 4, 16
-"""Blocks between two notes of a shard's state; how many notes are kept."""
+"""Blocks between two saved states of a shard; how many of them are kept."""
 _VERSION = 1
 
 
@@ -61,24 +62,24 @@ class EmptyShard(UserError):
 
 @dataclass(frozen=True)
 class _Place:
-    """The state of a shard between two blocks; what a note on disk holds."""
+    """The state of a shard between two blocks; what is saved to disk."""
 
     rows: int = 0
-    """Packed rows given before."""
+    """Packed rows yielded so far."""
     turn: int = 0
     """Passes over the shard that are finished."""
     block: int = 0
     """Blocks of this pass that are finished."""
     position: Any = None
-    """Of the reader; None: the beginning."""
+    """Position of the reader; None: the start."""
     ids: tuple[int, ...] = ()
     """Tokens left over, fewer than T."""
     counted: tuple[bool, ...] = ()
-    """Whether they count."""
+    """Whether they count in the labels."""
 
 
 class _Notes:
-    """Places of one shard on disk; the oldest are forgotten."""
+    """Saved states of one shard on disk; the oldest are dropped."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
@@ -97,21 +98,21 @@ class _Notes:
             return []
 
     def best(self, row: int) -> _Place:
-        """The last place at or before ``row``."""
+        """The last state at or before ``row``."""
         return max((place for place in self.places if place.rows <= row), key=lambda p: p.rows, default=_Place())
 
     def add(self, place: _Place) -> None:
-        """Note a place; a disk that takes none is a warning, since all can be read again."""
+        """Save a state; a failed write is only a warning, since everything can be read again."""
         others = [old for old in self.places if old.rows != place.rows]
         self.places = [*others[-NOTES_KEPT + 1 :], place]
         try:
             write_json(self.path, {"key": self.key, "places": [asdict(place) for place in self.places]})
         except SaveError as error:
-            warnings.warn(f"the place in the stream is not kept, set data.cache_dir: {error}", stacklevel=2)
+            warnings.warn(f"the position in the stream is not saved, set data.cache_dir: {error}", stacklevel=2)
 
 
 class _ShardRows:
-    """The endless packed rows of one shard, by number."""
+    """The endless packed rows of one shard, by index."""
 
     def __init__(
         self, source: StreamSource, shard: int, cfg: DataConfig, tokenizer: Any, *, seed: tuple[int, int], notes: _Notes
@@ -134,7 +135,7 @@ class _ShardRows:
         self._whole_turn = False
 
     def rows(self, first: int, count: int) -> list[Encoded]:
-        """Rows ``first`` to ``first + count``; raises ``EmptyShard`` when the shard gives none."""
+        """Rows ``first`` to ``first + count``; raises ``EmptyShard`` when the shard has none."""
         note = self.notes.best(first)
         if first < self.first or note.rows > self.place.rows:
             self._go_to(note)
@@ -174,7 +175,7 @@ class _ShardRows:
         self._move_on(len(rows), rest, ended)
 
     def _move_on(self, rows: int, rest: Encoded, ended: bool) -> None:
-        """Set the place behind the block just made."""
+        """Set the state to the end of the block just made."""
         before, reader = self.place, self._reader
         if ended:
             fruitless = self._tokens_of_turn == 0 or self._fruitless > 2 * self.cfg.seq_len
@@ -213,7 +214,7 @@ class _ShardRows:
         return samples, True
 
     def _pack(self, samples: list[Encoded]) -> tuple[list[Encoded], Encoded]:
-        """(rows, tokens left over) of what was left over before and ``samples``."""
+        """(rows, tokens left over) of the previous left-over tokens and ``samples``."""
         contiguous = self.cfg.packing == "contiguous"
         carried = (np.array(self.place.ids, dtype=np.int32), np.array(self.place.counted, dtype=np.bool_))
         parts = [carried, *samples]
@@ -226,7 +227,7 @@ class _ShardRows:
 
 
 class StreamedBatches(Batches):
-    """Batches by index out of a stream, made ahead in a background thread once they are asked for in steady steps.
+    """Batches by index from a stream, prefetched in a background thread once they are requested at a steady stride.
 
     ``len`` and ``rows("train")`` are ``ENDLESS``: training must be given a number of steps. ``counts`` are those of
     what this process has read so far.
@@ -262,7 +263,7 @@ class StreamedBatches(Batches):
         """V: micro-batch i comes from shard i % V."""
         self.name = source.name
         self._source, self._cfg = source, cfg
-        self._tokenizer = copy.deepcopy(tokenizer)  # the background thread must not meet another user of it
+        self._tokenizer = copy.deepcopy(tokenizer)  # the background thread needs its own
         self._notes = cache_folder(cfg) / "streams" / content_hash(rows_key, seed)
         self._notes_key = rows_key
         self._rows: dict[int, _ShardRows] = {}
@@ -293,7 +294,7 @@ class StreamedBatches(Batches):
         return dict(found)
 
     def train_rows(self, index: int) -> list[int]:
-        """Names of the rows of training batch ``index`` [b]; in a stream none comes again."""
+        """IDs of the rows of training batch ``index`` [b]; in a stream no ID repeats."""
         return list(range(index * self.batch_size, (index + 1) * self.batch_size))
 
     def train_batch(self, index: int) -> Batch:
@@ -337,7 +338,7 @@ class StreamedBatches(Batches):
         raise UserError(f"none of the {self.shards} shards of the stream can be trained on; {self._problem}")
 
     def _shard(self, slot: int, shard: int) -> _ShardRows:
-        """The rows that stand in ``slot``: those of its own shard, or of the next one that is not empty."""
+        """The rows of ``slot``: those of its own shard, or of the next one that is not empty."""
         if slot not in self._rows:
             notes = _Notes(self._notes / f"{slot}-{shard}.json", f"{self._notes_key} {self.seed}")
             self._rows[slot] = _ShardRows(

@@ -1,4 +1,4 @@
-"""Where a stream's rows come from: the source cut into shards that are read one by one, each from any of its rows on.
+"""The sources of a stream, split into shards, each of which can be read from any of its rows on.
 
 Shards depend on the source alone, never on the number of processes, so that every process agrees on them:
 
@@ -8,7 +8,7 @@ Shards depend on the source alone, never on the number of processes, so that eve
 * a hub data set, or a folder of another kind: its own files, through ``datasets`` (``streaming=True``).
 
 A process opens only the shards it needs. Their number is the largest of ``SHARD_COUNTS`` that the source is big enough
-for, and most numbers of processes divide one of those.
+for; most numbers of processes divide one of those.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARD_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192)
 SHARD_BYTES, SHARD_ROWS = 1 << 20, 1024
 """Least size of a shard of JSON lines, and of a saved data set."""
 _PROBE = 1 << 16
-"""Bytes of the beginning, middle and end of a file that its fingerprint looks at."""
+"""Bytes of the start, middle and end of a file that its fingerprint covers."""
 
 
 class RowReader(Protocol):
@@ -40,7 +40,7 @@ class RowReader(Protocol):
 
     @property
     def position(self) -> Any:
-        """Where to go on after the row given last; plain JSON."""
+        """The position after the last row, as plain JSON."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def open_stream(cfg: DataConfig) -> tuple[StreamSource, Source]:
     if sample is not None or path == "embedded" or Path(path).suffix.lower() == ".txt":
         raise UserError(
             f"data.path={cfg.path} cannot be streamed: data.streaming reads JSON lines, Parquet, folders and hub data "
-            "sets as a whole; leave data.streaming out, it is for data larger than memory"
+            "sets as a whole; drop data.streaming, it is for data larger than memory"
         )
     hold = cfg.validation_rows if cfg.validation_path is None else 0
     if is_file_path(path):
@@ -101,7 +101,7 @@ def _file_stream(files: Sequence[Path], name: str, hold: int) -> tuple[StreamSou
 
 
 def _files_fingerprint(files: Iterable[Path]) -> str:
-    """Hash of the files' sizes and of three samples of each: a terabyte is not read before it is used."""
+    """Hash of the files' sizes and of three samples of each: a terabyte need not be read first."""
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -124,10 +124,10 @@ class _Space:
     held: int
     """Rows before the first shard."""
     empty: bool
-    """Nothing is left for the shards."""
+    """Whether no rows are left for the shards."""
 
     def read(self, part: int, position: int, stop: int) -> Iterator[tuple[int, str, Row]]:
-        """(position behind the row, where, row) of the rows of a part that begin from ``position`` to ``stop``."""
+        """(position after the row, where, row) of the rows of a part that begin from ``position`` to ``stop``."""
         raise NotImplementedError
 
     def open(self, shard: int, position: Any) -> RowReader:
@@ -148,8 +148,8 @@ class _SpaceReader:
         while self.position < self.stop:
             part = bisect.bisect_right(starts, self.position) - 1
             stop = min(self.stop, starts[part + 1])
-            for behind, where, row in self.space.read(part, self.position, stop):
-                self.position = behind
+            for after, where, row in self.space.read(part, self.position, stop):
+                self.position = after
                 yield where, row
             self.position = max(self.position, stop)
 
@@ -185,7 +185,7 @@ class _Lines(_Space):
             )
 
     def line_start(self, place: int) -> int:
-        """The first beginning of a line at or after ``place``."""
+        """The first start of a line at or after ``place``."""
         number = bisect.bisect_right(self.starts, place) - 1
         if number == len(self.files) or place == self.starts[number]:
             return place
@@ -287,7 +287,7 @@ def _saved_stream(path: str, split: str, hold: int) -> tuple[StreamSource, Sourc
 
 
 def _dataset_stream(path: str, cfg: DataConfig, hold: int) -> tuple[StreamSource, Source]:
-    """A folder or a hub data set through ``datasets``; its JSON lines and Parquet files on this disk without it."""
+    """A folder or a hub data set through ``datasets``; local JSON lines and Parquet files are read without it."""
     import datasets
 
     try:

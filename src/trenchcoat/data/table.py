@@ -38,7 +38,7 @@ class TokenTable:
 
 
 class TableBuilder:
-    """Grows a ``TokenTable`` row by row, in 5 bytes a token."""
+    """Grows a ``TokenTable`` row by row, in 5 bytes per token."""
 
     def __init__(self) -> None:
         self.tokens = array("i")

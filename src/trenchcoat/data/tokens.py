@@ -1,6 +1,7 @@
-"""From a source to its tokens: every row read, bad ones refused or counted, tokenized in pieces, kept on disk.
+"""From a source to its tokens: every row is read, bad ones are refused or counted, the rest tokenized in chunks and
+cached.
 
-Tokens are kept under a hash of everything they depend on: the source's content, the tokenizer and the settings that
+Tokens are cached under a hash of everything they depend on: the source's content, the tokenizer and the settings that
 make a sample out of a row.
 """
 
@@ -25,7 +26,7 @@ from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_tab
 from trenchcoat.runtime.files import SaveError
 
 _VERSION = 2
-"""Part of the cache key: raise it when the same source and settings come to give other tokens."""
+"""Part of the cache key: increase it when the same source and settings start to give other tokens."""
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 1_000_000
 
 
@@ -51,7 +52,7 @@ def sample_settings(cfg: DataConfig) -> tuple[Any, ...]:
 
 
 def cache_folder(cfg: DataConfig) -> Path:
-    """Where everything that can be made again from the data is kept."""
+    """The cache folder, for everything that can be recomputed from the data."""
     return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else Path.home() / ".cache" / "trenchcoat"
 
 
@@ -64,8 +65,8 @@ def token_table(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | No
         table = _tokenize(source, cfg, tokenizer, limit)
         try:
             save_table(path, table)
-        except SaveError as error:  # tokens can be made again; say why they will be
-            warnings.warn(f"tokenized data is not kept, set data.cache_dir: {error}", stacklevel=3)
+        except SaveError as error:  # tokens can be recomputed; warn that they will be
+            warnings.warn(f"tokenized data is not cached, set data.cache_dir: {error}", stacklevel=3)
     return key, table
 
 
@@ -107,7 +108,7 @@ def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None
 
 
 def unwanted_lengths(lengths: NDArray[np.int64], cfg: DataConfig) -> dict[str, NDArray[np.bool_]]:
-    """Which samples of ``lengths`` tokens [n] are left out [n], by what they are counted under (0: no sample)."""
+    """Which samples of ``lengths`` tokens [n] are dropped [n], by their category in the counts (0: no sample)."""
     found = {}
     if cfg.min_tokens is not None:
         found["too short"] = (lengths > 0) & (lengths < cfg.min_tokens)

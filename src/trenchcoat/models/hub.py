@@ -328,7 +328,7 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read an adapter folder: ``(tensors, meta)``.
 
     Raises ``UserError`` when the folder is not an adapter and ``CorruptFileError`` when the tensors are damaged or do
-    not belong to the JSON beside them.
+    not match the JSON file.
     """
     directory = Path(directory)
     for name in (ADAPTER_META, ADAPTER_FILE):

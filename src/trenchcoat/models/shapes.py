@@ -33,7 +33,7 @@ SHIPPED: dict[str, str] = {
     "meta-llama/meta-llama-3-8b": "llama3_8b",
     "mistralai/mistral-7b-v0.1": "mistral_7b",
 }
-"""Hub id in lower case, without `-instruct`, -> name of the config beside this file."""
+"""Hub id in lower case, without `-instruct`, -> name of the shipped config."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ int    layers_per_model           accepted when it means all layers, else refuse
 int    layers_limit_min           accepted when it means all layers, else refused with what to use instead
 int    layers_limit_max           accepted when it means all layers, else refused with what to use instead
 float  lr                         `transfer.lr`
-float  finetune_lr                `lora.lr` (and a folder of its own for stage 2)
+float  finetune_lr                `lora.lr` (and a separate folder for stage 2)
 float  weight_decay               `transfer.weight_decay`, `lora.weight_decay`
 str    optim                      AdamW only: `adamw_torch`, `adamw_torch_fused`, `adamw`; others are refused
 str    scheduler                  `transfer.schedule`, `lora.schedule`
@@ -46,17 +46,17 @@ int    eval_steps                 `transfer.eval_every`, `lora.eval_every`
 switch no_init_eval               no effect here: the loss before training is always measured
 switch no_peft_grad_ckpt          `lora.gradient_checkpointing=false` (without it: true)
 switch fsdp_activation_checkpointing `lora.gradient_checkpointing=true`
-switch finetune_attn_mlps         `lora.train_feature_maps=true` (and a folder of its own for stage 2)
+switch finetune_attn_mlps         `lora.train_feature_maps=true` (and a separate folder for stage 2)
 int    dataset_chunk_size         `data.seq_len`
 int    batch_size                 `transfer.batch_size`, `lora.batch_size`
 int    num_workers                no effect here: rows are packed once and read by index
 str    data_dir                   `data.path`: a file, a folder, or where the configuration's relative path begins
 switch enable_fsdp                `parallel.shard=full` (without it: `none`)
 switch low_cpu_fsdp               no effect here: no process ever holds more than its share while loading
-switch pure_bf16                  `model.dtype=bfloat16`; what is trained stays float32
+switch pure_bf16                  `model.dtype=bfloat16`; trained parameters stay float32
 switch fsdp_cpu_offload           `parallel.cpu_offload=true`
 str    huggingface_token          the token for this process's downloads; it is written nowhere
-str    checkpoint_dir             the folder that `run.dir` lies in (`./checkpoints`)
+str    checkpoint_dir             the parent folder of `run.dir` (`./checkpoints`)
 int    replicate                  part of the name of `run.dir`
 int    seed                       `run.seed`
 switch verbose                    no effect here: the log says what is done

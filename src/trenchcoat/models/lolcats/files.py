@@ -39,7 +39,7 @@ _DAMAGED = (
 
 @dataclass
 class StateFile:
-    """The tensors of one file (or of several, the later ones winning), and the settings written beside them."""
+    """The tensors of one file (or of several, the later ones winning), and the settings stored with them."""
 
     path: Path
     maps: dict[Key, Tensor] = field(default_factory=dict)
