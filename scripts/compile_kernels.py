@@ -1,15 +1,15 @@
-"""Compile the Triton kernels for a GPU that need not be there, and print what the compiled programs say of themselves.
+"""Compile the Triton kernels for a GPU, which need not be present, and print statistics of the compiled programs.
 
     python scripts/compile_kernels.py [--capability 90] [--dtype bfloat16] [--out benchmarks/kernels_sm90.json]
 
-The kernels are those that the passes of a layer launch (outputs, gradients, attention transfer, a decode step),
+The kernels are those launched by the passes of a layer (outputs, gradients, attention transfer, a decode step),
 recorded while these run on empty tensors: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64, 2048
 tokens.
 
-Columns: registers of a thread; bytes of them spilled to local memory (stores); shared memory; warps; and of the longest
-loop, a step: cycles that a multiprocessor needs for its matrix instructions, for issuing all instructions (four a
-cycle), and for its traffic with shared and local memory and the first-level cache (128 bytes a cycle). They are lower
-bounds, counted from the machine code, with rates of Hopper: 4096 bfloat16 operations a cycle.
+Columns: registers per thread; bytes spilled to local memory (stores); shared memory; warps; and per iteration of the
+longest loop, the cycles a multiprocessor needs for its matrix instructions, for issuing all instructions (four per
+cycle), and for its traffic with shared memory, local memory and L1 cache (128 bytes per cycle). These are lower bounds,
+counted from the machine code, at Hopper's rates: 4096 bfloat16 operations per cycle.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ from trenchcoat.ops.triton import attention, crossent_launch, decode, launch
 
 HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
 OPERATIONS, BYTES, ISSUED = 4096, 128, 4
-"""Of a multiprocessor, a cycle."""
+"""Per multiprocessor and cycle."""
 SHARED = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes of shared memory a program can have, by compute capability."""
+"""Maximum bytes of shared memory per program, by compute capability."""
 
 
-class Pretended:
-    """A driver for a GPU that is not there: enough for compiling."""
+class FakeDriver:
+    """A fake driver for a GPU that is not present: enough for compiling."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        """The GPU compiled for."""
+        """The target GPU."""
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        """The first."""
+        """The first device."""
         return 0
 
     def get_current_stream(self, device: int | None = None) -> int:
-        """The default."""
+        """The default stream."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors' addresses come from."""
+        """The device of the tensors."""
         return torch.device("cpu")
 
 
 def recorded(work: Callable[[], object]) -> dict[str, Any]:
-    """Name -> compiled kernel, of all that `work` launches; none is run."""
+    """Name -> compiled kernel, for all launches of `work`; none is run."""
     found: dict[str, Any] = {}
     run = JITFunction.run
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        """Compile as for a launch, and keep what came of it."""
+        """Compile as for a launch, and store the kernel."""
         kernel = run(self, *args, grid=(1,), warmup=True, **keywords)
         name = self.fn.__name__
         kept = [k for k in found if k.split(" ")[0] == name]
@@ -88,7 +88,7 @@ class Layer:
 
     def __init__(self, kind: str, dtype: torch.dtype, *, dim: int, columns: int, window: int) -> None:
         def empty(heads: int) -> torch.Tensor:
-            """Vectors of some heads."""
+            """Vectors of `heads` heads."""
             return torch.empty(1, heads, TOKENS, dim, dtype=dtype).requires_grad_()
 
         self.tokens = Tokens(empty(HEADS), empty(KV_HEADS), empty(KV_HEADS))
@@ -126,7 +126,7 @@ class Layer:
 
 
 def longest_loop(cubin: bytes) -> list[str]:
-    """Instructions of the longest loop, without their predicates."""
+    """Instructions of the longest loop, without predicates."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -151,14 +151,14 @@ def longest_loop(cubin: bytes) -> list[str]:
 
 
 def cycles(kernel: Any) -> dict[str, int]:
-    """Lower bounds of a step of the longest loop; see the top of this file."""
+    """Lower bounds per iteration of the longest loop; see the module docstring."""
     warps = kernel.metadata.num_warps
     lines = longest_loop(kernel.asm["cubin"])
     operations = moved = 0
     for line in lines:
         matrix = re.match(r"HGMMA\.64x(\d+)x16", line)
         if matrix:
-            # B comes from shared memory, once a group of four warps
+            # B is read from shared memory once per group of four warps
             operations += 2 * 64 * int(matrix[1]) * 16 * warps // 4
             moved += 2 * int(matrix[1]) * 16 * warps // 4
         elif line.startswith("HMMA"):
@@ -173,7 +173,7 @@ def cycles(kernel: Any) -> dict[str, int]:
 
 
 def report(kernel: Any, capability: int) -> dict[str, int]:
-    """What the assembler says, and `cycles`."""
+    """The assembler's statistics, and `cycles`."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=["training", "reading", "transfer", "crossing", "decoding"])
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
-    driver.set_active(Pretended(args.capability))
+    driver.set_active(FakeDriver(args.capability))
     launch.wanted_programs = lambda device, each: 132 * each  # type: ignore[assignment]
     for module in (launch, crossent_launch):
         module.shared_limit = lambda device: SHARED[args.capability]  # type: ignore[assignment]

@@ -1,9 +1,9 @@
-"""Launch every Triton kernel once on small shapes, for tools that watch memory and races.
+"""Launch every Triton kernel once on small shapes, for memory and race checkers.
 
     compute-sanitizer --tool racecheck python scripts/launch_kernels.py [--device cuda]
 
-Every kind, forward, backward, transfer, cross-entropy and decoding, in one group of chunks and in two; results are
-checked to be finite.
+Runs forward, backward, transfer, cross-entropy and decoding of every kind, in one group of chunks and in two, and
+checks that results are finite.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ LARGER = [
     {"tokens": 600, "dim": 128, "columns": 64, "window": 64},
     {"tokens": 300, "dim": 128, "columns": 256, "window": 64},
 ]
-"""Tensor cores take tiles of 16 tokens and of 64 by different instructions; the last is wide."""
+"""Tensor cores use different instructions for tiles of 16 and of 64 tokens; the last size is wide."""
 
 
 def run_all(size: dict[str, int], kinds: Sequence[str], dtypes: Sequence[torch.dtype], device: str) -> None:

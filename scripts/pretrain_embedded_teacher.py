@@ -3,9 +3,9 @@
     python scripts/pretrain_embedded_teacher.py --out build/teacher --steps 1500
 
 Writes a Hugging Face folder (bfloat16 safetensors and tokenizer), ``log.jsonl`` (loss, tokens/s) and ``losses.json``
-(held-out loss by position). A killed run resumes from ``state.pt``; a resumed run may be given another ``--steps``,
-because the schedule is constant until its final decay.
-Muon is "Muon: an optimizer for hidden layers in neural networks" (K. Jordan and others, 2024).
+(held-out loss by position). A killed run resumes from ``state.pt``; a resumed run may use a different ``--steps``,
+because the schedule is constant until its final decay. Muon is "Muon: an optimizer for hidden layers in neural
+networks" (K. Jordan and others, 2024).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def build_model() -> LlamaForCausalLM:
 
 
 def orthogonalize(update: torch.Tensor) -> torch.Tensor:
-    """Nearest (semi-)orthogonal matrix by five Newton-Schulz steps of the quintic of Muon's authors."""
+    """Nearest (semi-)orthogonal matrix by five Newton-Schulz steps with the quintic of Muon's authors."""
     x = update.T if update.shape[0] > update.shape[1] else update
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
@@ -98,7 +98,7 @@ def orthogonalize(update: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized; in float32, because bfloat16 products are slow on most CPUs."""
+    """Orthogonalized momentum, in float32, because bfloat16 products are slow on most CPUs."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -118,8 +118,8 @@ class Muon(torch.optim.Optimizer):
 def with_repeats(row: torch.Tensor, seed: int) -> torch.Tensor:
     """The row with its second half replaced by spans (32 to 128 tokens) copied from its first half.
 
-    Copying text seen long ago is what a model of this size learns last from natural text alone; a share of such
-    rows in the middle of training brings it forward. Nothing else is synthetic, and no held-out text is changed.
+    From natural text alone, a model of this size learns long-range copying last; a share of such rows in the middle of
+    training makes it learn this earlier. Nothing else is synthetic, and no held-out text is changed.
     """
     generator = torch.Generator().manual_seed(seed)
     half, position = len(row) // 2, len(row) // 2
@@ -155,17 +155,17 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor, rows: int) -> t
 
 
 def by_position(losses: torch.Tensor) -> dict[str, float]:
-    """Mean losses of ranges of positions."""
+    """Mean loss over ranges of positions."""
     edges = [0, 16, 32, 64, 128, 256, 512, 768, 1024]
     return {f"{a}-{b}": round(losses[a:b].mean().item(), 4) for a, b in zip(edges, edges[1:], strict=False)}
 
 
 def options() -> argparse.Namespace:
-    """The command line's."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens a step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 1024 tokens per step")
     parser.add_argument("--lr-matrix", type=float, default=0.02)
     parser.add_argument("--lr-embedding", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.4)
@@ -176,13 +176,13 @@ def options() -> argparse.Namespace:
 
 
 def training_rows(train: torch.Tensor, step: int, args: argparse.Namespace) -> list[torch.Tensor]:
-    """The rows of one step: every window once an epoch, in an order of its own."""
+    """The rows of one step: every window once per epoch, in a different order each epoch."""
     windows = (len(train) - 1) // CONTEXT
     rows = []
     for i in range(step * args.batch, (step + 1) * args.batch):
         epoch, index = divmod(i, windows)
         order = torch.randperm(windows, generator=torch.Generator().manual_seed(epoch))
-        shift = epoch * 331 % CONTEXT  # other window borders in every epoch
+        shift = epoch * 331 % CONTEXT  # different window borders in every epoch
         start = min(order[index].item() * CONTEXT + shift, len(train) - CONTEXT - 1)
         row = train[start : start + CONTEXT + 1]
         repeats = i % 4 == 0 and args.repeats_from <= step < args.steps * (1 - args.decay)

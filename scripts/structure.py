@@ -1,11 +1,10 @@
 """The structure of the code in one table: packages, imports between them, sizes, docstrings, start-up time.
 
     python scripts/structure.py            # this checkout
-    python scripts/structure.py DIR        # another one, for comparing
+    python scripts/structure.py DIR        # another one, for comparison
 
-A package is what lies directly under ``src/trenchcoat`` (single modules count too); an import is a pair of packages of
-which the first imports the second anywhere. Code lines are lines that hold a token of code: no blanks, comments or
-docstrings.
+A package is any package or module directly under ``src/trenchcoat``; an import is a pair of packages where the first
+imports the second anywhere. Code lines are lines with code: no blanks, comments or docstrings.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class File:
 
     @cached_property
     def code_lines(self) -> int:
-        """Lines with code on them; strings that stand alone are documentation."""
+        """Number of lines with code; standalone strings count as documentation."""
         lines: set[int] = set()
         for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
             if token.type not in NO_CODE:
@@ -74,7 +73,7 @@ class File:
 
     @cached_property
     def public(self) -> list[ast.ClassDef | Function]:
-        """Public functions and classes at the top, and public methods of public classes."""
+        """Public top-level functions and classes, and public methods of public classes."""
         found: list[ast.ClassDef | Function] = []
         for node in self.tree.body:
             if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
@@ -85,7 +84,7 @@ class File:
 
     @cached_property
     def names(self) -> set[str]:
-        """Public names that the file defines at its top."""
+        """Public names the file defines at the top level."""
         found = {node.name for node in self.tree.body if isinstance(node, ast.ClassDef | Function)}
         for node in self.tree.body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -94,13 +93,13 @@ class File:
 
 
 def read(root: Path) -> list[File]:
-    """Every file of the package but the embedded teacher's."""
+    """Every file of the package except the embedded teacher's."""
     source = root / "src" / "trenchcoat"
     return [File(path, source) for path in sorted(source.rglob("*.py"))]
 
 
 def closure(files: list[File], start: str) -> int:
-    """Code lines that importing ``start`` reads at the top level, Triton kernels left out."""
+    """Code lines read by importing ``start`` at the top level, without Triton kernels."""
     known = {file.module: file for file in files}
     seen, todo = set(), [start]
     while todo:
@@ -115,18 +114,18 @@ def closure(files: list[File], start: str) -> int:
 
 
 def is_kernel(node: Function) -> bool:
-    """Whether Triton compiles the function."""
+    """Whether the function is a Triton kernel."""
     return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def parameters(node: Function) -> int:
-    """How many arguments a function takes, ``self`` left out."""
+    """Number of parameters of a function, without ``self``."""
     names = [arg.arg for arg in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]]
     return len([name for name in names if name not in ("self", "cls")])
 
 
 def cpu_seconds(root: Path, code: str) -> float:
-    """Processor time of a fresh interpreter that runs ``code``; the least of three."""
+    """CPU time of a fresh interpreter that runs ``code``; the minimum of three."""
     environment = {**os.environ, "PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
     times = []
     for _ in range(3):
@@ -175,7 +174,7 @@ def table(root: Path) -> list[tuple[str, str]]:
     trenchcoat_help = "import sys; sys.argv = ['trenchcoat', '--help']; import runpy; runpy.run_module('trenchcoat')"
     return [
         ("packages under trenchcoat/", f"{len(packages)}"),
-        ("imports between packages, of them upward", f"{len(edges)}, {len(upward)}"),
+        ("imports between packages, upward ones among them", f"{len(edges)}, {len(upward)}"),
         ("longest file, lines", f"{len(file.text.splitlines())} ({file.path.name})"),
         ("longest function, lines", f"{lengths[longest]} ({longest})"),
         ("code lines", f"{sum(one.code_lines for one in files):,}"),

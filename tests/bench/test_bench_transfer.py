@@ -40,4 +40,4 @@ def test_a_quick_run_writes_json_and_a_table(tmp_path: Path) -> None:
     assert row["step"]["processor"] > 0
     assert result["environment"]["implementation"] == "chunkwise"
     assert f"{growth['measured']:.4g}" in text
-    assert "the naive way" in text
+    assert "the naive implementation" in text

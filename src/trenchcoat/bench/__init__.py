@@ -1,1 +1,1 @@
-"""Measurements on this machine: one class in one file each, and one line in :mod:`trenchcoat.bench.registry`."""
+"""Benchmarks of this machine: each is one class in one file, and one line in :mod:`trenchcoat.bench.registry`."""

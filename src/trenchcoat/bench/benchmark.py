@@ -1,4 +1,4 @@
-"""What all benchmarks share: settings, sizes, targets, the record that is written as JSON, and its text."""
+"""Code shared by all benchmarks: settings, sizes, targets, the record written as JSON, and its text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OPTIONS = ("only", "layers")
 
 
 def _ignore(result: object) -> None:
-    """The default for `keep` and `say`: nothing is done."""
+    """The default for `keep` and `say`: do nothing."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a benchmark is run: the options of the command line, and where intermediate results go."""
+    """How a benchmark is run: the command line's options, and the callbacks for intermediate results."""
 
     device: str = "cpu"
     threads: int | None = None
@@ -38,9 +38,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to reach: at most `wanted`, or at least.
+    """A target for a figure: at least `wanted`, or at most.
 
-    `figure` computes it from the measurements named in `of`, or from all that a benchmark found where `of` is empty.
+    `figure` computes it from the measurements named in `of`, or from all of a benchmark's figures if `of` is empty.
     """
 
     what: str
@@ -50,7 +50,7 @@ class Target:
     at_most: bool = False
 
     def judged(self, found: dict[str, Any], quick: bool = False) -> dict[str, Any]:
-        """A row of the record: what was measured and whether it is good enough, or why that is not known."""
+        """A row of the record: the measured figure and whether it meets the target, or why that is unknown."""
         rows = [found.get(name) for name in self.of] if self.of else [found]
         measured, met, why = None, None, "not measured"
         if any(row is not None and "out_of_memory" in row for row in rows):
@@ -65,17 +65,17 @@ class Target:
 
 
 def at_least(wanted: float, what: str, figure: Callable[..., float | None], *of: str) -> Target:
-    """`what` is to be `wanted` or more."""
+    """The target that `what` is `wanted` or more."""
     return Target(what, wanted, figure, of)
 
 
 def at_most(wanted: float, what: str, figure: Callable[..., float | None], *of: str) -> Target:
-    """`what` is to be `wanted` or less."""
+    """The target that `what` is `wanted` or less."""
     return Target(what, wanted, figure, of, at_most=True)
 
 
 def shown(value: object) -> str:
-    """A number to four digits, anything else as it is."""
+    """A number to four digits, anything else unchanged."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -99,32 +99,32 @@ SizesT = TypeVar("SizesT")
 
 
 class Benchmark(ABC, Generic[SizesT]):
-    """One benchmark: what it measures at its `full` and `quick` sizes, and how the figures read."""
+    """One benchmark: what it measures at its `full` and `quick` sizes, and how its figures are printed."""
 
     full: SizesT
     quick: SizesT
-    """Small sizes, to check that it runs."""
+    """Small sizes, for checking that it runs."""
     targets: tuple[Target, ...] = ()
     options: tuple[str, ...] = ()
-    """Those of :data:`OPTIONS` that it has."""
+    """The members of :data:`OPTIONS` that it supports."""
     implementation: str | None = "chunkwise"
-    """Of the operator; None: the students choose it by the device."""
+    """Implementation of the operator; None: the students choose it by the device."""
     only_on: str | None = None
-    """"cpu" or "cuda", where it measures nothing on other devices."""
+    """"cpu" or "cuda", if it runs on no other device."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @abstractmethod
     def run(self, sizes: SizesT, settings: Settings) -> dict[str, Any]:
-        """The figures, ready for JSON. One that takes many minutes calls `settings.keep` with what it has so far."""
+        """The figures, JSON-ready. A long benchmark calls `settings.keep` with the figures so far."""
 
     @abstractmethod
     def table(self, record: dict[str, Any]) -> list[str]:
-        """The figures as lines of text; measured against targets is added by :meth:`text`."""
+        """The figures as lines of text; :meth:`text` adds the targets."""
 
     def sizes(self, settings: Settings) -> SizesT:
-        """The sizes to measure; `repeats` is a field of those that repeat."""
+        """The sizes to measure; benchmarks that repeat have a field `repeats`."""
         sizes: Any = self.quick if settings.quick else self.full
         return sizes if settings.repeats is None else replace(sizes, repeats=settings.repeats)
 
@@ -133,14 +133,14 @@ class Benchmark(ABC, Generic[SizesT]):
         return [target.judged(figures, quick) for target in self.targets]
 
     def needs(self, sizes: SizesT) -> str:
-        """What it needs of a GPU, for the message that there is none."""
+        """What it needs of a GPU, for the error message without one."""
         return ""
 
     def measure(self, settings: Settings) -> dict[str, Any]:
         """The record of a run.
 
         Raises:
-            UserError: it does not run on the device.
+            UserError: it cannot run on the device.
         """
         sizes = self.sizes(settings)
         self._refuse(settings.device, sizes)
@@ -152,7 +152,7 @@ class Benchmark(ABC, Generic[SizesT]):
         machine = environment(implementation=implementation, device=settings.device)
 
         def record(figures: dict[str, Any]) -> dict[str, Any]:
-            """The figures with all that goes into the file beside them."""
+            """The figures with everything else that goes into the file."""
             made = {"benchmark": self.name, "version": RECORD_VERSION, **figures}
             return {**made, "targets": self.judged(figures, settings.quick), "environment": machine}
 

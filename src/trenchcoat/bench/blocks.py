@@ -1,8 +1,8 @@
 """Blockwise transfer against the joint run: memory of the process and throughput, on a random model of 2 GB.
 
-Each run is a process of its own, because what a process has held at most cannot be taken back. The bound on memory is
-that of the design: weights of two blocks (one in use, one being read), the pass's hidden states (inputs and outputs),
-students with gradient and optimizer, and a fixed allowance for the interpreter, the libraries and activations.
+Each run is a separate process, because a process's peak memory cannot be reset. The bound on memory is that of the
+design: weights of two blocks (one in use, one being read), the pass's hidden states (inputs and outputs), students with
+gradients and optimizer state, and a fixed allowance for the interpreter, the libraries and activations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.runtime.runfolder import TRANSFER
 
 ALLOWANCE = 400e6
-"""Bytes beside weights, hidden states and students."""
+"""Bytes besides weights, hidden states and students."""
 
 
 LLAMA_2GB = LlamaShape(heads=22, kv_heads=2, dim=64, hidden=1408, inner=3840)
@@ -47,11 +47,11 @@ class BlocksSizes:
     accumulation: int = 4
     blocks: tuple[int, ...] = (1, 4)
     repeats: int = 1
-    """The quickest run counts."""
+    """The fastest run counts."""
 
 
 def _write_model(folder: Path, sizes: BlocksSizes) -> float:
-    """A random Llama in float32 with the embedded model's tokenizer; bytes of its layers."""
+    """Write a random Llama in float32 with the embedded model's tokenizer; returns the bytes of its layers."""
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir())
     shape = replace(sizes.shape, vocab=len(tokenizer))
     model = LlamaForCausalLM(shape.config(sizes.layers, max_position_embeddings=4096, tie_word_embeddings=True))
@@ -72,7 +72,7 @@ def _overrides(folder: Path, run: str, sizes: BlocksSizes, *more: str) -> list[s
 
 
 def _held() -> int:
-    """Bytes of memory that this process has held at most."""
+    """Peak memory of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -80,7 +80,7 @@ def _held() -> int:
 
 
 def child(kind: str, overrides: list[str], threads: int) -> dict[str, float]:
-    """One run, in the process that calls it."""
+    """One run, in the calling process."""
     torch.set_num_threads(threads)
     recipe: Recipe = load_recipe("demo", overrides)
     before, began, processor = _held(), time.perf_counter(), time.process_time()
@@ -117,7 +117,7 @@ class BlocksBenchmark(Benchmark[BlocksSizes]):
     )
 
     def run(self, sizes: BlocksSizes, settings: Settings) -> dict[str, Any]:
-        """Joint and block-wise in turn, each `repeats` times."""
+        """Joint and block-wise runs in turn, each `repeats` times."""
         ways = {"joint": ("joint", ())} | {
             f"blocks of {k}": ("blocks", (f"blocks.size={k}", "blocks.pass_tokens=all", "blocks.hidden=memory"))
             for k in sizes.blocks
@@ -141,9 +141,9 @@ class BlocksBenchmark(Benchmark[BlocksSizes]):
         return {"model": model, "tokens": tokens, "states_bytes": states, "runs": best}
 
     def table(self, record: dict[str, Any]) -> list[str]:
-        """A row for each way."""
+        """A row for each run."""
         return [
             f"attention transfer, {record['tokens']} tokens: {listed(record['model'])}",
-            "held: peak bytes of the process, before the run those of the interpreter and libraries",
+            "held: peak bytes of the process; held_before: those of the interpreter and libraries before the run",
             *grid("", record["runs"]),
         ]

@@ -4,10 +4,10 @@ The teacher is the embedded model with the values of its layers multiplied by 10
 projections divided by the same: powers of two, so it computes the same function to the last bit, while the attention
 outputs that students learn, and so their losses and gradients, differ. (Losses of Llama 3.1 405B span 0.02 to 48.)
 
-AdamW divides the scale of a gradient out again, as long as it is large against its epsilon of 1e-8. So what one clip
-for all takes from the small layers shows only where it leaves them next to nothing, which depends on how many
-parameters share the norm: clipping the 264 million students' parameters of a 405B to a norm of 1 is, a parameter,
-clipping the embedded model's to ``CLIP``.
+AdamW cancels the scale of a gradient as long as it is large compared with its epsilon of 1e-8. So a global clip hurts
+the small layers only if it leaves them almost no gradient, which depends on how many parameters share the norm:
+clipping the 264 million student parameters of a 405B model to a norm of 1 is equivalent, per parameter, to clipping the
+embedded model's to ``CLIP``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from trenchcoat.runtime.runlog import read_metrics
 SCALES = (1024.0, 128.0, 8.0, 1.0)
 SCOPES = ("layer", "global")
 CLIP = (4 * 4 * 2 * 64 * 64 / (126 * 128 * 2 * 128 * 64)) ** 0.5
-"""A norm of 1, for as many parameters as there are here: layers, heads, two maps, head and feature dimension."""
+"""A norm of 1, scaled to the number of parameters here: layers, heads, two maps, head and feature dimension."""
 
 
 def _write_scaled(folder: Path) -> None:
@@ -83,7 +83,7 @@ class ClipSizes:
 
     steps: int = 120
     repeats: int = 1
-    """Of no effect: the same seeds give the same numbers."""
+    """No effect: the same seeds give the same numbers."""
 
 
 class ClipBenchmark(Benchmark[ClipSizes]):
@@ -94,7 +94,7 @@ class ClipBenchmark(Benchmark[ClipSizes]):
     only_on = "cpu"
 
     def run(self, sizes: ClipSizes, settings: Settings) -> dict[str, Any]:
-        """Train with both."""
+        """Train with each."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             _write_scaled(folder / "model")

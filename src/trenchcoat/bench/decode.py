@@ -1,8 +1,8 @@
-"""What a token costs: a linearized Llama against its softmax teacher with a KV cache, by context, batch and dtype.
+"""Cost per token: a linearized Llama against its softmax teacher with a KV cache, by context, batch and dtype.
 
-The teacher is measured with both caches that Transformers offers it: the one `generate()` takes, which is copied at
-every token (`dynamic`), and one allocated beforehand (`static`), which is faster at long contexts. All are timed in
-turns, so that a busy machine slows all of them equally.
+The teacher is measured with both caches of Transformers: the default of `generate()`, which is copied at every token
+(`dynamic`), and a preallocated one (`static`), which is faster at long contexts. Timings alternate, so that a busy
+machine slows all of them equally.
 
 Shape legend: B rows, T tokens.
 """
@@ -41,7 +41,7 @@ class DecodeSizes:
     batch: int = 64
     batch_length: int = 4096
     steps: int = 128
-    """Timed tokens of one turn, a multiple of the window, so that folds are counted in full."""
+    """Timed tokens per turn, a multiple of the window, so that folds are fully counted."""
     batch_steps: int = 64
     repeats: int = 5
     drift: tuple[int, ...] = (1024, 4096, 16384, 32768)
@@ -57,7 +57,7 @@ class Decoder:
         self.model: Any = random_llama(shape, sizes.layers, device, key_maps, torch.float32)
 
     def started(self, kind: str, context: int, rows: int = 1, room: int = 0) -> Any:
-        """A cache that has read `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
+        """A cache filled with `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
         set_mode(self.model, "student" if kind == "student" else "teacher")
         cache: Any = DynamicCache(config=self.model.config)
         ids = torch.randint(SMALL_LLAMA.vocab, (1, context), generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ class Decoder:
         return static
 
     def steps(self, kind: str, cache: Any, rows: int, steps: int) -> list[float]:
-        """Seconds of each of `steps` more tokens."""
+        """Seconds for each of `steps` more tokens."""
         set_mode(self.model, "student" if kind == "student" else "teacher")
         ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         taken = []
@@ -89,11 +89,12 @@ class Decoder:
 
 
 _TimedTurn = tuple[str, int, int, Any]
-"""Kind, rows, tokens to time, and a cache to start from (copied for every turn where it has one row)."""
+"""Kind, rows, tokens to time, and a cache to start from (copied for every turn if it has one row)."""
 
 
 def _turns(decoder: Decoder, plans: dict[Any, _TimedTurn], repeats: int, warm: int) -> dict[Any, dict[str, float]]:
-    """Milliseconds a token, of the turn with the smallest median (the least disturbed), after `warm` untimed tokens."""
+    """Milliseconds per token of the turn with the smallest median (the least disturbed), after `warm` untimed
+    tokens."""
     taken: dict[Any, list[Tensor]] = {name: [] for name in plans}
     for turn in range(repeats + 1):
         for name, (kind, rows, steps, cache) in plans.items():
@@ -112,7 +113,7 @@ def _turns(decoder: Decoder, plans: dict[Any, _TimedTurn], repeats: int, warm: i
 
 
 def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Context -> kind -> milliseconds a token and bytes of the cache, one row."""
+    """Context -> kind -> milliseconds per token and bytes of the cache, one row."""
     sizes = decoder.sizes
     plans: dict[Any, _TimedTurn] = {
         (length, kind): (kind, 1, sizes.steps, decoder.started(kind, length, room=sizes.steps))
@@ -127,7 +128,8 @@ def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, d
 
 
 def _batch(decoder: Decoder) -> dict[str, Any]:
-    """Rows at a longer context: the student at the full batch, the teacher at it and at what fits that memory."""
+    """Batches at a longer context: the student at the full batch, the teacher at the same batch and at the same
+    memory."""
     sizes = decoder.sizes
     context, steps = sizes.batch_length, sizes.batch_steps
     student = decoder.started("student", context, sizes.batch)
@@ -156,10 +158,10 @@ def _embedded(device: str) -> Any:
 
 
 def _drift(sizes: DecodeSizes, device: str) -> dict[str, dict[str, dict[str, float]]]:
-    """State dtype -> tokens generated -> how far a model in float32 with such a state is from one in float64 that reads
-    the same tokens, which the latter samples: mean Kullback-Leibler divergence of the next token over the last 256
-    tokens (nats), the share of these with the same likeliest token, and the error of the far sums S (relative, in norm,
-    largest of the layers)."""
+    """State dtype -> tokens generated -> deviation of a float32 model with such a state from a float64 model that reads
+    the same tokens, sampled by the latter: mean KL divergence of the next token over the last 256 tokens (nats), the
+    share of these with the same most likely token, and the error of the far sums S (relative, in norm, largest over the
+    layers)."""
     models = {"float64": _embedded(device).double(), "float32": _embedded(device)}
     models["bfloat16"] = models["float32"]
     caches: dict[str, Any] = {name: DynamicCache(config=model.config) for name, model in models.items()}
@@ -192,7 +194,7 @@ def _state_error(exact: Any, other: Any) -> float:
 
 
 def _prompts(sizes: DecodeSizes, device: str) -> dict[str, Any]:
-    """Peak live bytes and seconds of reading prompts with a model of the embedded teacher's size."""
+    """Peak live bytes and seconds of prefill with a model of the embedded teacher's size."""
     model = _embedded(device)
     found = {}
     for length in sizes.prompts:
@@ -207,10 +209,10 @@ def _prompts(sizes: DecodeSizes, device: str) -> dict[str, Any]:
 
 
 def _over(kind: str, figure: str, other: str, *, at: tuple[int, int] = (-1, -1)) -> Callable[[dict[str, Any]], float]:
-    """A figure of `kind` over that of `other`; `at` says at which of the contexts."""
+    """The ratio of a figure of `kind` to that of `other`; `at` are the indices of their contexts."""
 
     def ratio(found: dict[str, Any]) -> float:
-        """Of the median times or bytes."""
+        """Ratio of the median times or bytes."""
         rows = list(found["milliseconds_by_context"].values())
         return float(rows[at[0]][kind][figure] / rows[at[1]][other][figure])
 
@@ -236,7 +238,7 @@ class DecodeBenchmark(Benchmark[DecodeSizes]):
     )
 
     def run(self, sizes: DecodeSizes, settings: Settings) -> dict[str, Any]:
-        """By context, in batches, drift of the state, prompts."""
+        """By context, by batch, drift of the state, prompts."""
         device = settings.device
         decoder = Decoder(sizes, device=device)
         curves = _by_context(decoder, ("student", "dynamic", "static"))
@@ -261,9 +263,9 @@ class DecodeBenchmark(Benchmark[DecodeSizes]):
             f"{tokens}, {dtype}": row for dtype, points in record["drift"].items() for tokens, row in points.items()
         }
         return [
-            f"decoding, milliseconds a token and bytes of cache: {listed(record['model'])}",
+            f"decoding, milliseconds per token and bytes of cache: {listed(record['model'])}",
             *grid("context", contexts),
             *grid(f"context {record['batch']['context']}, batches", batch),
             *grid("drift after tokens, state", drift),
-            *grid(f"prompt, in pieces of {record['prompts']['piece']}", record["prompts"]["by_tokens"]),
+            *grid(f"prompt, in chunks of {record['prompts']['piece']}", record["prompts"]["by_tokens"]),
         ]

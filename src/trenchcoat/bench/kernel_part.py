@@ -1,4 +1,4 @@
-"""A part of ``bench kernels``: named measurements on a GPU, each of which may run out of memory without the others."""
+"""A part of ``bench kernels``: named measurements on a GPU; one that runs out of memory does not affect the others."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from trenchcoat.bench.benchmark import SizesT, Target
 from trenchcoat.bench.timing import Ceilings, Timer
 
 Measurement = tuple[str, Callable[[], dict[str, Any]]]
-"""Name of a measurement, and what makes it."""
+"""Name of a measurement, and the function that makes it."""
 
 
 class KernelPart(ABC, Generic[SizesT]):
-    """One class a part, and one line in :data:`trenchcoat.bench.kernels.KERNEL_PARTS`."""
+    """Each part is one class, and one line in :data:`trenchcoat.bench.kernels.KERNEL_PARTS`."""
 
     full: SizesT
     quick: SizesT
@@ -24,7 +24,7 @@ class KernelPart(ABC, Generic[SizesT]):
 
     @abstractmethod
     def memory(self, sizes: SizesT) -> float:
-        """Bytes of device memory that the largest measurement takes, roughly."""
+        """Approximate bytes of device memory for the largest measurement."""
 
     @abstractmethod
     def measurements(self, sizes: SizesT, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:

@@ -1,12 +1,12 @@
-"""What the Triton kernels cost on this GPU, in three parts: the operator, whole-model steps and prefill, decoding.
+"""Speed of the Triton kernels on this GPU, in three parts: the operator, whole-model steps and prefill, decoding.
 
     operator   one layer's attention: share of the device's roofline, ratios to other attentions
     model      stage 1 and stage 2 steps and prefill of an 8B-shaped Llama, against the softmax model
     decode     tokens/s of that model with a captured CUDA graph, against the memory roofline and the softmax model
 
 The device's ceilings are measured in the same run: a copy of 1 GiB and a matrix product of 8192 x 8192 x 8192. Every
-target of these kernels is a row of the table, measured or with the reason why not. What runs out of memory is recorded
-as such and the other measurements continue; results are written as they come in.
+target is a row of the table, with its measurement or the reason why there is none. A measurement that runs out of
+memory is recorded as such and the others continue; results are written as they arrive.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class KernelsSizes:
     """What is measured."""
 
     parts: dict[str, Any] = field(default_factory=lambda: {name: part.full for name, part in KERNEL_PARTS.items()})
-    """Name of each part to measure -> its sizes."""
+    """Name of each part to measure -> sizes."""
     repeats: int = 20
     copied: int = 1 << 29
-    """bfloat16 numbers of the copy whose speed is the ceiling of bytes."""
+    """bfloat16 elements of the copy that measures peak bandwidth."""
     side: int = 8192
-    """Rows of the matrices whose product is the ceiling of operations."""
+    """Rows of the matrices whose product measures peak FLOP/s."""
 
 
 class KernelsBenchmark(Benchmark[KernelsSizes]):
@@ -55,10 +55,10 @@ class KernelsBenchmark(Benchmark[KernelsSizes]):
     only_on = "cuda"
 
     def sizes(self, settings: Settings) -> KernelsSizes:
-        """Of the parts `only` names (all, without it), with models of `layers` layers.
+        """Sizes of the parts named in `only` (default: all), with models of `layers` layers.
 
         Raises:
-            UsageError: there is no such part, or no layer.
+            UsageError: an unknown part, or fewer than 1 layer.
         """
         unknown = [name for name in settings.only if name not in KERNEL_PARTS]
         if unknown:
@@ -83,7 +83,7 @@ class KernelsBenchmark(Benchmark[KernelsSizes]):
         return [target.judged(found[name], quick) for name in found for target in KERNEL_PARTS[name].targets]
 
     def run(self, sizes: KernelsSizes, settings: Settings) -> dict[str, Any]:
-        """Ceilings, then every measurement of the parts; a line of progress and what is there so far after each."""
+        """Ceilings, then every measurement of the parts; after each, a progress line and the record so far."""
         device = settings.device
         gpu = "none" if device == "cpu" else torch.cuda.get_device_name(device)
         settings.say(gpu + self.needs(sizes))

@@ -1,9 +1,9 @@
-"""Decoding on a GPU: an 8B-shaped Llama, a token at a time in a captured CUDA graph, students against softmax.
+"""Decoding on a GPU: an 8B-shaped Llama, one token at a time in a captured CUDA graph, students against softmax.
 
-Both sides run the same loop: the whole model, the likeliest token, which is the next input. The softmax model gets the
-best form of its cache for a given context: keys and values in buffers of exactly that length, the new pair written in
-place, no mask, no copy, so that PyTorch's attention reads each pair once for all query heads that share it. Times are
-means of W tokens, so that folds count in full. Caches hold random numbers.
+Both models run the same greedy loop. The softmax model gets the best cache layout for a given context: keys and values
+in buffers of exactly that length, the new pair written in place, no mask, no copy, so that PyTorch's attention reads
+each pair once for all query heads that share it. Times are means over W tokens, so that folds are fully counted. Caches
+hold random numbers.
 
 Shape legend: B rows, G key/value heads, T tokens of context, D head dim.
 """
@@ -38,17 +38,17 @@ class DecodePartSizes:
     layers: int = 32
     context: int = 32768
     batches: tuple[int, ...] = (1, 64)
-    """Rows whose time is set against the memory roofline."""
+    """Batch sizes compared with the memory roofline."""
     same_batch: int = 16
-    """Rows of the comparison with the softmax model."""
+    """Batch size of the comparison with the softmax model."""
     filled: float = 0.92
-    """Share of the free memory that the caches of the largest batch take."""
+    """Share of the free memory used by the caches of the largest batch."""
     memory: int | None = None
-    """Bytes to fill, in place of what is found free (on a CPU it must be given)."""
+    """Bytes to fill instead of the free memory (required on a CPU)."""
 
 
 class FullLayer(DynamicLayer):
-    """A softmax layer's cache at a fixed length: the newest pair always takes the last place."""
+    """A softmax layer's cache at a fixed length: the newest pair always goes to the last position."""
 
     def __init__(self, keys_BGTD: Tensor, values_BGTD: Tensor) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class FullLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The pair of one new token, in place; all keys and values."""
+        """Write the pair of one new token in place; returns all keys and values."""
         self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states
         return self.keys, self.values
 
@@ -75,7 +75,7 @@ def softmax_cache(model: Any, rows: int, context: int) -> Cache:
 
 
 def student_cache(model: Any, rows: int, context: int) -> Cache:
-    """The students' states after `context` tokens, random."""
+    """Random students' states after `context` tokens."""
     cache = DynamicCache(config=model.config)
     for index, student in students_of(model).items():
         state = student.empty_state(rows, dtype=model.dtype, device=model.device)
@@ -90,7 +90,7 @@ def student_cache(model: Any, rows: int, context: int) -> Cache:
 
 
 class Loop:
-    """Greedy decoding of `rows` rows from a cache, one token at a call of :meth:`step`, at fixed addresses."""
+    """Greedy decoding of `rows` rows from a cache, one token per call of :meth:`step`, at fixed addresses."""
 
     def __init__(self, model: Any, cache: Cache, rows: int, context: int, *, advance: bool) -> None:
         self.model, self.cache, self.move = model, cache, int(advance)
@@ -99,7 +99,7 @@ class Loop:
 
     @torch.no_grad()
     def step(self) -> None:
-        """The next token of every row takes the place of the last in `ids` [B, 1]."""
+        """Replace the last token of every row in `ids` [B, 1] by the next one."""
         inputs = {"input_ids": self.ids, "position_ids": self.place, "past_key_values": self.cache}
         logits = self.model(**inputs, use_cache=True).logits
         self.ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
@@ -107,7 +107,7 @@ class Loop:
 
 
 def seconds_a_token(sizes: DecodePartSizes, timer: Timer, model: Any, kind: str, rows: int) -> float:
-    """Of all rows together; `kind`: student or softmax."""
+    """Seconds per token of all rows together; `kind`: student or softmax."""
     set_mode(model, "student" if kind == "student" else "teacher")
     if kind == "student":
         loop = Loop(model, student_cache(model, rows, sizes.context), rows, sizes.context, advance=True)
@@ -133,7 +133,7 @@ def weight_bytes(model: Any) -> int:
 
 
 def _roofline(sizes: DecodePartSizes, timer: Timer, limits: Ceilings, rows: int) -> dict[str, Any]:
-    """A token over the time of reading weights and state once."""
+    """Time of a token over the time to read weights and state once."""
     model = random_llama(sizes.shape, sizes.layers, timer.device)
     taken = seconds_a_token(sizes, timer, model, "student", rows)
     needed = weight_bytes(model) + rows * row_bytes(model, "student", sizes.context)
@@ -142,7 +142,7 @@ def _roofline(sizes: DecodePartSizes, timer: Timer, limits: Ceilings, rows: int)
 
 
 def _same_batch(sizes: DecodePartSizes, timer: Timer) -> dict[str, Any]:
-    """Tokens/s against the softmax model at one batch and context."""
+    """Tokens/s against the softmax model at one batch size and context."""
     model = random_llama(sizes.shape, sizes.layers, timer.device)
     rows = sizes.same_batch
     ours, softmax = (seconds_a_token(sizes, timer, model, kind, rows) for kind in ("student", "softmax"))
@@ -151,9 +151,9 @@ def _same_batch(sizes: DecodePartSizes, timer: Timer) -> dict[str, Any]:
 
 
 def _largest(sizes: DecodePartSizes, timer: Timer, kind: str, key_maps: str) -> dict[str, Any]:
-    """Tokens/s at the largest batch: by arithmetic from the free memory, a tenth less at a time where it does not fit.
+    """Tokens/s at the largest batch: computed from the free memory, reduced by a tenth at a time until it fits.
 
-    Beside its cache a row has logits (bfloat16, and float32 in passing) and the widest activations.
+    Besides its cache a row has logits (bfloat16, and temporarily float32) and the widest activations.
     """
     shape = sizes.shape
     model = random_llama(shape, sizes.layers, timer.device, key_maps)
@@ -198,12 +198,12 @@ class DecodePart(KernelPart[DecodePartSizes]):
     )  # fmt: skip
 
     def memory(self, sizes: DecodePartSizes) -> float:
-        """Of the comparison at one batch; the largest batch takes all there is."""
+        """For the comparison at one batch size; the largest batch uses all memory."""
         cache = 4.0 * sizes.layers * sizes.shape.kv_heads * sizes.shape.dim * sizes.context
         return sizes.shape.bytes(sizes.layers) + sizes.same_batch * cache
 
     def measurements(self, sizes: DecodePartSizes, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:
-        """Against the roofline, at one batch, at the largest batch."""
+        """Against the roofline, at one batch size, at the largest batch."""
         for rows in sizes.batches:
             yield f"batch {rows}", partial(_roofline, sizes, timer, limits, rows)
         yield "same batch", partial(_same_batch, sizes, timer)

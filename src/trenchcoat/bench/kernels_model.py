@@ -1,9 +1,8 @@
 """Whole-model figures on a GPU: an 8B-shaped Llama with students on the kernels, against itself with softmax attention.
 
-Llama 3.1 8B's widths, random bfloat16 weights made on the device. Prefill is measured on a few layers (time is
-proportional to them; of the vocabulary head only the last token's logits are computed), training steps on all 32 with
-gradient checkpointing in stage 2, as the shipped recipe has it. Softmax attention is PyTorch's, by its own choice of
-backend.
+Llama 3.1 8B's widths, random bfloat16 weights created on the device. Prefill is measured on a few layers (time is
+proportional to their number; the vocabulary head runs on the last token only), training steps on all 32 with gradient
+checkpointing in stage 2, as in the shipped recipe. Softmax attention is PyTorch's, with its default backend.
 
 Shape legend: B rows, T tokens.
 """
@@ -46,7 +45,7 @@ class ModelSizes:
 
 
 def _compared(name: str, other: float, ours: float, **sizes: int) -> dict[str, Any]:
-    """A measurement against `name`; `ratio` is ours over the other's time."""
+    """A measurement against `name`; `ratio` is our time over the other's."""
     return {**sizes, name: other, "ours": ours, "ratio": ours / other}
 
 
@@ -64,7 +63,8 @@ def _layer(sizes: ModelSizes, timer: Timer) -> dict[str, Any]:
 
 
 def _transfer(sizes: ModelSizes, timer: Timer) -> dict[str, Any]:
-    """A stage 1 step (losses, gradients, clipping, AdamW) over the bare teacher's forward, both without the head."""
+    """A stage 1 step (losses, gradients, clipping, AdamW) against the plain teacher's forward, both without the
+    head."""
     rows, tokens = sizes.transfer
     work = TransferStep(random_llama(sizes.shape, sizes.step_layers, timer.device), tokens, rows=rows)
     return _compared(
@@ -81,7 +81,7 @@ class LoraStep(TimedTrainingStep):
         super().__init__(model, cfg, next_token_objective(), rows, tokens)
 
     def step(self, mode: Mode) -> float:
-        """One step; the loss before it."""
+        """One step; returns the loss before it."""
         set_mode(self.model, mode)
         loss = self.objective(self.model, self.batch)["loss"]
         self.update()
@@ -96,7 +96,7 @@ def _lora(sizes: ModelSizes, timer: Timer, rows: int, tokens: int) -> dict[str, 
 
 @torch.no_grad()
 def prefill(model: Any, ids: torch.Tensor, mode: Mode) -> torch.Tensor:
-    """Read tokens [B, T] into a new cache: logits [B, 1, vocabulary] of the last."""
+    """Prefill a new cache with tokens [B, T]; returns logits [B, 1, vocabulary] of the last."""
     set_mode(model, mode)
     cache = DynamicCache(config=model.config)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -104,7 +104,7 @@ def prefill(model: Any, ids: torch.Tensor, mode: Mode) -> torch.Tensor:
 
 
 def _prefill(sizes: ModelSizes, timer: Timer, tokens: int) -> dict[str, Any]:
-    """The ratio is how many times as fast it is."""
+    """The ratio is the speedup."""
     model = random_llama(sizes.shape, sizes.prefill_layers, timer.device)
     ids = torch.randint(0, sizes.shape.vocab, (1, tokens), device=timer.device)
     softmax, ours = (timer(partial(prefill, model, ids, mode)) for mode in ("teacher", "student"))
@@ -140,7 +140,7 @@ class ModelPart(KernelPart[ModelSizes]):
     )  # fmt: skip
 
     def memory(self, sizes: ModelSizes) -> float:
-        """Of a stage 2 step or the longest prefill."""
+        """For a stage 2 step or the longest prefill."""
         shape = sizes.shape
         tokens = max(rows * length for rows, length in sizes.steps)
         kept = sizes.step_layers * 2.0 * shape.hidden + 14.0 * shape.vocab

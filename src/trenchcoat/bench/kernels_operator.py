@@ -1,9 +1,9 @@
 """The operator on a GPU: one layer's attention by the kernels, against the roofline and other attentions.
 
-B 1, H 32, G 8, D 128, feature dim 64, W 64, bfloat16, feature maps included. A pass's least time is the larger of its
-operations over the device's and its bytes over the device's; operations are those of the formula, without what a kernel
-computes twice. Softmax attention is PyTorch's: its own choice of backend, FlashAttention and cuDNN each by name; ratios
-to it are to the fastest of these.
+B 1, H 32, G 8, D 128, feature dim 64, W 64, bfloat16, including feature maps. A pass's roofline time is the larger of
+its operations over peak FLOP/s and its bytes over peak bandwidth; operations are those of the formula, not counting
+recomputation. Softmax attention is PyTorch's, with the default backend, FlashAttention and cuDNN; ratios are to the
+fastest of these.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, F features, P columns of a map, W window.
 """
@@ -39,7 +39,7 @@ class OperatorPartSizes(LayerSizes):
 
     lengths: tuple[int, ...] = (2048, 8192, 32768, 131072)
     chunkwise_to: int = 8192
-    """Longest row the chunkwise implementation is measured with."""
+    """Longest row for which the chunkwise implementation is measured."""
     backward_to: int = 32768
     transfer: tuple[int, int] = (8, 1024)
     """(rows, tokens) of the transfer step."""
@@ -48,9 +48,10 @@ class OperatorPartSizes(LayerSizes):
 
 
 def work_of(sizes: LayerSizes, tokens: int, rows: int = 1) -> dict[str, tuple[float, float]]:
-    """(operations, bytes) of each pass: two operations a multiply-add, every input read once, every output written.
+    """(operations, bytes) of each pass: two operations per multiply-add, every input read once, every output written
+    once.
 
-    Multiply-adds of a token and head, with F = 2 P: forward 3 F D + 4 W D, full backward 9 F D + 10 W D, transfer
+    Multiply-adds per token and head, with F = 2 P: forward 3 F D + 4 W D, full backward 9 F D + 10 W D, transfer
     backward 4 F D.
     """
     d, f, w = sizes.dim, 2 * sizes.columns, sizes.window
@@ -89,7 +90,7 @@ def _softmax(timer: Timer, work: Callable[[], object]) -> tuple[dict[str, float]
 
 
 def _linear_attention(layer: Layer, columns: int) -> Callable[[], object] | None:
-    """flash-linear-attention's chunked linear attention on features of the same size, where it is installed."""
+    """flash-linear-attention's chunked linear attention on features of the same size, if installed."""
     if find_spec("fla") is None:
         return None
     attend = importlib.import_module("fla.ops.linear_attn").chunk_linear_attn
@@ -114,7 +115,7 @@ def _forward(sizes: OperatorPartSizes, timer: Timer, limits: Ceilings, tokens: i
 
 
 def _training(sizes: OperatorPartSizes, timer: Timer, limits: Ceilings, tokens: int) -> dict[str, Any]:
-    """Forward and backward together; backward alone is what remains when the forward's time is taken off."""
+    """Forward and backward together; backward alone is the difference to the forward's time."""
     ours, work = Layer(sizes, "triton", tokens, timer.device), work_of(sizes, tokens)
     both, ahead = timer(ours.training), timer(ours.forward)
     row: dict[str, Any] = dict(limits.entry(both, work["training"]))
@@ -130,7 +131,7 @@ def _transfer(sizes: OperatorPartSizes, timer: Timer, limits: Ceilings) -> dict[
 
 
 def _decode(sizes: OperatorPartSizes, timer: Timer, limits: Ceilings, rows: int) -> dict[str, Any]:
-    """A captured decode step (mean of W, so that folds count), over the time of reading its state and weights once."""
+    """A captured decode step (mean over W, so that folds count) over the time to read its state and weights once."""
     step = captured(Layer(sizes, "triton", 1, timer.device, rows).decoding(), timer.device)
     taken = timer(repeated(step, sizes.window)) / sizes.window
     return {"rows": rows, **limits.entry(taken, (0.0, decode_bytes(sizes, rows)))}
@@ -170,7 +171,7 @@ class OperatorPart(KernelPart[OperatorPartSizes]):
     )  # fmt: skip
 
     def memory(self, sizes: OperatorPartSizes) -> float:
-        """Of a forward pass at the longest row, or a backward pass at its longest."""
+        """For a forward pass or a backward pass, each at its longest row."""
         row = 2.0 * sizes.dim * (3 * sizes.heads + 2 * sizes.kv_heads)
         other = 2.0 * sizes.heads * (4 * sizes.columns + 2 * sizes.dim)
         gradients = row + 16.0 * sizes.heads * sizes.dim

@@ -1,4 +1,4 @@
-"""One layer's attention on random tensors: its passes as pieces of work to time, and softmax attention's beside them.
+"""One layer's attention on random tensors: its passes as functions to time, and those of softmax attention.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim.
 """
@@ -72,13 +72,13 @@ class Layer:
 
     @torch.no_grad()
     def cross_entropy(self) -> None:
-        """The same with the cross-entropy of attention rows, all of whose weight is in the loss."""
+        """The same with the cross-entropy of attention rows as the whole loss."""
         before, self.student.request = self.student.request, TransferRequest(mse_weight=0.0, xent_weight=1.0)
         self.transfer()
         self.student.request = before
 
     def decoding(self) -> Callable[[], object]:
-        """A step of the first token of every row, on a state ten windows on."""
+        """A decode step with the first token of every row, from a state after ten windows."""
         state = self.student.empty_state(len(self.q), dtype=self.q.dtype, device=self.q.device)
         state.seen_B += 10 * self.student.cfg.window + 1
         x = [t.detach()[:, :, :1] for t in (self.q, self.k, self.v)]

@@ -1,4 +1,4 @@
-"""Random Llamas with students for the benchmarks of whole models, and a training step of one.
+"""Random Llamas with students for whole-model benchmarks, and a training step.
 
 Shape legend: B rows, T tokens.
 """
@@ -28,7 +28,7 @@ class LlamaShape(LayerSizes):
     impl: str = "triton"
 
     def config(self, layers: int, **more: Any) -> LlamaConfig:
-        """The model's; `more` sets other fields of it."""
+        """The model's config; `more` sets other fields of it."""
         return LlamaConfig(
             hidden_size=self.hidden, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             head_dim=self.dim, intermediate_size=self.inner, vocab_size=self.vocab, num_hidden_layers=layers,
@@ -45,14 +45,14 @@ class LlamaShape(LayerSizes):
         )
 
     def bytes(self, layers: int) -> float:
-        """Weights in bfloat16, embedding and head included."""
+        """Bytes of the weights in bfloat16, including embedding and head."""
         attention = self.hidden * self.dim * (2 * self.heads + 2 * self.kv_heads)
         return 2.0 * layers * (attention + 3 * self.hidden * self.inner) + 4.0 * self.vocab * self.hidden
 
 
 LLAMA_8B = LlamaShape()
 TINY_LLAMA = LlamaShape(hidden=256, heads=4, kv_heads=2, dim=64, inner=512, vocab=1024)
-"""For quick runs of what measures :data:`LLAMA_8B`."""
+"""For quick runs of benchmarks of :data:`LLAMA_8B`."""
 SMALL_LLAMA = LlamaShape(hidden=512, heads=8, kv_heads=4, dim=64, inner=1408, vocab=4096, impl="auto")
 """For CPUs."""
 
@@ -60,7 +60,7 @@ SMALL_LLAMA = LlamaShape(hidden=512, heads=8, kv_heads=4, dim=64, inner=1408, vo
 def random_llama(
     shape: LlamaShape, layers: int, device: str, key_maps: str = "per_query_head", dtype: torch.dtype = torch.bfloat16
 ) -> Any:
-    """A random Llama with students (in float32), in mode `teacher`; frozen, made on `device`."""
+    """A random Llama with float32 students, in mode `teacher`; frozen, created on `device`."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlamaForCausalLM._from_config(shape.config(layers), dtype=dtype, attn_implementation="sdpa")
@@ -69,7 +69,7 @@ def random_llama(
 
 
 class TimedTrainingStep:
-    """Rows of random tokens through a model, and what follows its gradients in training: clipping and AdamW."""
+    """A batch of random tokens for a model, and the update of a training step: clipping and AdamW."""
 
     def __init__(
         self, model: Any, cfg: TransferConfig | LoraConfig, objective: Objective, rows: int, tokens: int

@@ -1,6 +1,6 @@
-"""What the operator costs: against the quadratic reference, against PyTorch's own attention, and per token.
+"""Cost of the operator: against the quadratic reference, against PyTorch's attention, and per token.
 
-All of it for one layer's attention: one row, 8 heads of 64, feature dim 64, window 64, float32. The student's times
+All for one layer's attention: one row, 8 heads of 64, feature dim 64, window 64, float32. The student's times
 include its feature maps.
 
 Shape legend: B rows (1), H heads, T tokens, D head dim.
@@ -74,12 +74,12 @@ def _training(sizes: OpsSizes, device: str) -> dict[str, Any]:
 
 
 def speedup(row: dict[str, dict[str, float]], name: str = "student", other: str = "softmax") -> float:
-    """How many times as fast `name` is as `other`."""
+    """Speedup of `name` over `other`."""
     return row[other]["wall"] / row[name]["wall"]
 
 
 def break_even(rows: dict[str, dict[str, dict[str, float]]]) -> int | None:
-    """The shortest measured length from which on the student is never slower; None when there is none."""
+    """The shortest measured length from which on the student is never slower, or None."""
     found = None
     for tokens in sorted(map(int, rows), reverse=True):
         if speedup(rows[str(tokens)]) < 1.0:
@@ -89,7 +89,7 @@ def break_even(rows: dict[str, dict[str, dict[str, float]]]) -> int | None:
 
 
 def flatness(found: dict[str, Any]) -> float:
-    """Time per token, largest over smallest, from a length on."""
+    """Time per token, largest over smallest, from a minimum length on."""
     flat = [row["student"]["wall"] / int(n) for n, row in found["forward"].items() if int(n) >= found["flat_from"]]
     return max(flat) / min(flat)
 

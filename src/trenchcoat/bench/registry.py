@@ -1,4 +1,4 @@
-"""The benchmarks there are, and what runs one by name. Importing this file imports none of them."""
+"""The registry of benchmarks, and running one by name. Importing this file imports none of them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "transfer": ("trenchcoat.bench.transfer:TransferBenchmark", "time and memory of an attention-transfer step"),
     "blocks": ("trenchcoat.bench.blocks:BlocksBenchmark", "block-wise transfer against the joint run"),
     "clip": ("trenchcoat.bench.clip:ClipBenchmark", "one gradient clip for all layers against one for each"),
-    "decode": ("trenchcoat.bench.decode:DecodeBenchmark", "time a token and state against the softmax teacher"),
+    "decode": ("trenchcoat.bench.decode:DecodeBenchmark", "time per token and state size against the softmax teacher"),
     "kernels": ("trenchcoat.bench.kernels:KernelsBenchmark", "the Triton kernels on a GPU (--device cuda)"),
-    "tiles": ("trenchcoat.bench.tiles:TilesBenchmark", "tune the kernels' launch settings on this GPU, and keep them"),
+    "tiles": ("trenchcoat.bench.tiles:TilesBenchmark", "tune the kernels' launch settings on this GPU and store them"),
 }
 """Name -> (class, what it measures)."""
 
@@ -31,13 +31,13 @@ def load_benchmark(name: str) -> Benchmark[Any]:
 
 
 def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], None] = print, **settings: Any) -> str:
-    """``trenchcoat bench NAME``: measure, write the record to ``out`` when given, return it as text.
+    """``trenchcoat bench NAME``: measure, write the record to ``out`` if given, return it as text.
 
-    ``settings`` are the fields of :class:`trenchcoat.bench.benchmark.Settings`. ``say`` receives lines of progress from
-    the benchmarks that take long.
+    ``settings`` are the fields of :class:`trenchcoat.bench.benchmark.Settings`. ``say`` receives progress lines from
+    long benchmarks.
 
     Raises:
-        UsageError: the benchmark does not have an option that is set.
+        UsageError: an option is set that the benchmark does not have.
     """
     from trenchcoat.bench.benchmark import OPTIONS, Settings
     from trenchcoat.runtime.files import write_json
@@ -48,7 +48,7 @@ def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], Non
         raise UsageError(f"bench {name} does not have {' and '.join(refused)}")
 
     def keep(record: dict[str, Any]) -> None:
-        """Write what there is so far."""
+        """Write the record so far."""
         if out is not None:
             write_json(Path(out), record)
 

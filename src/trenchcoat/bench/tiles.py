@@ -1,8 +1,8 @@
 """Find the fastest launch settings of the Triton kernels on this GPU and store them under its name.
 
-For every kernel that a layer's passes launch, warps and pipeline depths are tried on the very launch that was recorded;
-then how many programs a multiprocessor rows are cut for. Stored settings (:mod:`trenchcoat.ops.triton.tiles`) are
-used by every process that then runs this shape on such a device.
+For every kernel that a layer's passes launch, warps and pipeline depths are tried on the recorded launch, then the
+number of programs per multiprocessor that rows are split for. Every later process that runs this shape on such a device
+uses the stored settings (:mod:`trenchcoat.ops.triton.tiles`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 CANDIDATES = tuple(Tile(warps, stages) for warps in (4, 8, 16) for stages in (1, 2, 3))
 PROGRAMS = (1, 2, 4)
-"""Programs a multiprocessor."""
+"""Programs per multiprocessor."""
 FASTER = 0.98
-"""A choice replaces the default if it takes at most this share of the default's time."""
+"""A choice replaces the default if its time is at most this share of the default's."""
 
 Clock = Callable[[Callable[[], object]], float]
 
 
 def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, float]]:
-    """Kernel -> (tile, its time over that of the tile it was launched with)."""
+    """Kernel -> (tile, its time over that of the recorded launch's tile)."""
     from trenchcoat.ops.triton.launch import OutOfResources
 
     variants: dict[str, dict[str, Launch]] = {}
@@ -44,7 +44,7 @@ def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, fl
         usual = next(iter(kinds.values())).tile
 
         def taken(tile: Tile, kinds: dict[str, Launch] = kinds) -> float:
-            """Seconds of all launches of this kernel with a tile."""
+            """Seconds of all launches of this kernel with `tile`."""
             return sum(clock(lambda one=one: one.again(tile)) for one in kinds.values())  # type: ignore[misc]
 
         times = {usual: taken(usual)}
@@ -60,7 +60,7 @@ def best_tiles(launches: list[Launch], clock: Clock) -> dict[str, tuple[Tile, fl
 
 
 def keep(device: str, shape: str, found: Choices, version: str) -> None:
-    """Put an entry into the file, whose other entries stay."""
+    """Add or replace an entry of the file."""
     path = tiles_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = read_json(path) if path.exists() else {}
@@ -70,7 +70,7 @@ def keep(device: str, shape: str, found: Choices, version: str) -> None:
 
 
 def tune(passes: Sequence[Callable[[], object]], clock: Clock, *, device: torch.device) -> dict[str, Any]:
-    """Tune one shape's passes, keep the outcome and return it JSON-ready."""
+    """Tune one shape's passes, store the result and return it JSON-ready."""
     from trenchcoat.ops.triton.launch import VERSION, device_name, recorded, signature
 
     with recorded() as launches:
@@ -123,9 +123,9 @@ class TilesBenchmark(Benchmark[TilesSizes]):
 
     def table(self, record: dict[str, Any]) -> list[str]:
         """Every kernel's choice."""
-        lines = [f"kept in {record['file']}"]
+        lines = [f"stored in {record['file']}"]
         for entry in record["found"]:
-            lines.append(f"{entry['device']}, {entry['shape']}: {entry['programs']} programs a multiprocessor")
+            lines.append(f"{entry['device']}, {entry['shape']}: {entry['programs']} programs per multiprocessor")
             for kernel, (warps, stages, share) in entry["tiles"].items():
                 lines.append(f"  {kernel:<24} {warps:>2} warps, {stages} stages: {share:.2f} of the default's time")
         return lines

@@ -1,6 +1,6 @@
-"""Timing fairly: on a machine that may be busy with other things, and on a GPU, whose ceilings are measured here too.
+"""Fair timing on a machine that may be busy, and on a GPU; also measures the device's ceilings.
 
-Everything also runs on a CPU (with the wall clock, and without capture), so that every line can be tested on one.
+Everything also runs on a CPU (with the wall clock, without capture), so that every line can be tested there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from trenchcoat.runtime.memory import live_tensor_memory
 
 LONG_ENOUGH = 0.3
-"""Seconds: shorter work is called several times in a row, and its mean counts."""
+"""Seconds: shorter work is called several times in a row and averaged."""
 
 
 def seconds(work: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """Median seconds of each piece of work by the wall clock (``wall``), and by the processor's own (``processor``),
-    which other programs disturb less.
+    """Median seconds of each function by wall clock (``wall``) and by CPU time (``processor``), which other programs
+    disturb less.
 
-    They take turns, so that a busy machine slows all of them equally; the first turn does not count.
+    The functions alternate, so that a busy machine slows all of them equally; the first turn is discarded.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     calls = dict.fromkeys(work, 1)
@@ -54,7 +54,7 @@ def _time(call: Callable[[], object], calls: int, device: str) -> tuple[float, f
 
 
 def wait(device: str) -> None:
-    """Let the device finish what it was given."""
+    """Wait for the device to finish."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -70,11 +70,11 @@ def peak_bytes(work: Callable[[], object], learned: Iterable[Tensor]) -> int:
 
 
 LONG_MEASUREMENT = 4.0
-"""Seconds that the repeats of one piece of work may take together, beyond three of them."""
+"""Total seconds for the repeats of one function, beyond the first three."""
 
 
 class Timer:
-    """Median seconds of a piece of work on `device`, of up to `repeats` runs after one that does not count."""
+    """Median seconds of a function on `device` over up to `repeats` runs, after one that is discarded."""
 
     def __init__(self, repeats: int, device: str) -> None:
         self.repeats, self.device = repeats, device
@@ -99,9 +99,9 @@ class Timer:
 
 
 def captured(work: Callable[[], object], device: str) -> Callable[[], object]:
-    """`work` as one CUDA graph, after two ordinary runs of it; on a CPU, which has no graphs, `work` itself.
+    """`work` as one CUDA graph, after two ordinary runs of it; on a CPU, `work` itself.
 
-    It must do the same at every run, with tensors at fixed addresses.
+    It must do the same in every run, with tensors at fixed addresses.
     """
     if device == "cpu":
         return work
@@ -130,14 +130,15 @@ def repeated(work: Callable[[], object], times: int) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device can do."""
+    """The device's peak bandwidth and FLOP/s, as measured."""
 
     bytes_per_second: float
     operations_per_second: float
 
     @classmethod
     def measured(cls, timer: Timer, elements: int, side: int) -> Ceilings:
-        """By a copy of `elements` bfloat16 numbers (read and write count) and a product of `side` x `side` matrices."""
+        """Measured by a copy of `elements` bfloat16 elements (counting read and write) and a product of `side` x `side`
+        matrices."""
         a = torch.empty(elements, dtype=torch.bfloat16, device=timer.device).normal_()
         b = torch.empty_like(a)
         bytes_s = 2.0 * a.nbytes / timer(partial(b.copy_, a))
@@ -146,13 +147,13 @@ class Ceilings:
         return cls(bytes_s, 2.0 * side**3 / timer(partial(torch.matmul, x, y)))
 
     def entry(self, taken: float, work: tuple[float, float]) -> dict[str, float]:
-        """Seconds beside the least that (operations, bytes) could take here, and the share of the roofline reached."""
+        """Seconds, the minimum time for (operations, bytes) on this device, and the share of the roofline reached."""
         least = max(work[0] / self.operations_per_second, work[1] / self.bytes_per_second)
         return {"seconds": taken, "operations": work[0], "bytes": work[1], "least": least, "share": least / taken}
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a measurement, or that it ran out of memory; what it held is given back either way."""
+    """The result of a measurement, or that it ran out of memory; its memory is released either way."""
     try:
         return work()
     except torch.cuda.OutOfMemoryError as error:

@@ -1,7 +1,7 @@
-"""What an attention-transfer step costs: against the bare teacher forward, against depth, and against the naive way.
+"""Cost of an attention-transfer step: against the plain teacher forward, by depth, and against a naive implementation.
 
-The naive way keeps what the layer-local way avoids: every layer's T x T maps of teacher and student and their autograd
-graphs, until one backward pass at the end. It exists only here.
+The naive implementation keeps what layer-local learning avoids: every layer's T x T maps of teacher and student and
+their autograd graphs, until one backward pass at the end. It exists only here.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, W window.
 """
@@ -28,7 +28,7 @@ from trenchcoat.training.objectives import transfer_objective
 
 
 class TransferStep(TimedTrainingStep):
-    """A step of attention transfer, its forward pass alone, and the naive way."""
+    """A step of attention transfer, its forward pass alone, and the naive implementation."""
 
     def __init__(self, model: Any, tokens: int, *, rows: int = 1) -> None:
         freeze_for_transfer(model)
@@ -37,7 +37,8 @@ class TransferStep(TimedTrainingStep):
         self.batch["attention_mask"] = torch.ones_like(self.batch["input_ids"])
 
     def teacher(self, *, head: bool = False) -> None:
-        """The untouched model's forward pass, without the vocabulary head (which transfer skips) unless asked for."""
+        """The original model's forward pass, without the vocabulary head (which transfer skips) unless `head` is
+        set."""
         set_mode(self.model, "teacher")
         with torch.no_grad():
             (self.model if head else self.model.model)(input_ids=self.batch["input_ids"], use_cache=False)
@@ -53,7 +54,8 @@ class TransferStep(TimedTrainingStep):
         self.update()
 
     def naive_gradients(self) -> None:
-        """The same losses and gradients the naive way: all maps and graphs kept until one backward pass."""
+        """The same losses and gradients by the naive implementation: all maps and graphs are kept until one backward
+        pass."""
         set_mode(self.model, "transfer")
         students, kept = students_of(self.model).values(), []  # type: ignore[var-annotated]
         for student in students:
@@ -87,7 +89,7 @@ def _naive_transfer(
     kept: list[tuple[Tensor, ...]], student: StudentAttention, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor,
     y_BHTD: Tensor, *, scale: float, **options: Any,
 ) -> None:  # fmt: skip
-    """Keep (1000 x mean squared error, student's map [B, H, T, T], teacher's map), with their graphs."""
+    """Append (1000 x mean squared error, student's map [B, H, T, T], teacher's map), with their graphs, to `kept`."""
     assert isinstance(student, SumAttention) and student.mix_H is not None  # noqa: PT018
     assert student.query_map is not None and student.key_map is not None  # noqa: PT018
     tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTD), Rule(kind="terrace", window=SMALL_LLAMA.window, scale=scale)
@@ -110,7 +112,7 @@ class TransferSizes:
 
 
 def _memory(sizes: TransferSizes, device: str) -> dict[str, dict[str, int]]:
-    """Layers -> peak bytes of a step, and at the smallest depth of a naive one."""
+    """Layers -> peak bytes of a step, and of a naive step at the smallest depth."""
     found: dict[str, dict[str, int]] = {}
     for depth in sizes.depths:
         step = small_step(depth, sizes.naive_length, device=device)
@@ -138,7 +140,7 @@ def _ratio(row: dict[str, Any], clock: str = "wall") -> float:
 
 def _time_target(tokens: int, limit: float) -> Target:
     def figure(found: dict[str, Any]) -> float | None:
-        """The ratio, where this length was measured."""
+        """The ratio, if this length was measured."""
         row = found["seconds_by_tokens"].get(str(tokens))
         return None if row is None else _ratio(row)
 
@@ -146,7 +148,7 @@ def _time_target(tokens: int, limit: float) -> Target:
 
 
 def memory_growth(found: dict[str, Any]) -> float:
-    """Memory of a step of the deepest model over the shallowest."""
+    """Memory of a step of the deepest model over that of the shallowest."""
     shallow, deep = found["memory_bytes_by_layers"].values()
     return float(deep["step"] / shallow["step"])
 
@@ -173,7 +175,7 @@ class TransferBenchmark(Benchmark[TransferSizes]):
         }
 
     def table(self, record: dict[str, Any]) -> list[str]:
-        """A row for each length, then memory and the naive way."""
+        """A row for each length, then memory and the naive implementation."""
         times = {
             tokens: {f"{name} s": clock["wall"] for name, clock in row.items()}
             | {"step/teacher": _ratio(row), "(CPU time)": _ratio(row, "processor")}
@@ -186,6 +188,7 @@ class TransferBenchmark(Benchmark[TransferSizes]):
             f"attention-transfer step: {listed(record['model'])}",
             *grid("tokens", times),
             *grid(f"layers, T = {tokens}: peak bytes", memory),
-            f"the naive way keeps all graphs and T x T maps: {naive['naive']['wall'] / naive['step']['wall']:.1f}x the "
-            f"time, {shallow['naive'] / shallow['step']:.0f}x the memory (at {depth} layers; it grows with depth)",
+            "the naive implementation (all graphs and T x T maps kept): "
+            f"{naive['naive']['wall'] / naive['step']['wall']:.1f}x the time, "
+            f"{shallow['naive'] / shallow['step']:.0f}x the memory (at {depth} layers; it grows with depth)",
         ]
