@@ -1,4 +1,4 @@
-"""Command lines that documents and scripts show, taken apart and parsed as the command line would."""
+"""Parses the command lines shown in documents and scripts with the CLI's own parser."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class Seen:
     """One command."""
 
     launcher: str
-    """What comes before `trenchcoat`."""
+    """The words before `trenchcoat`."""
     words: list[str]
-    """What follows it."""
+    """The words after it."""
     recipe: Recipe
-    """Of the recipe and the overrides that it names."""
+    """Settings from the recipe and overrides it names."""
 
 
 def parse_trenchcoat(words: list[str]) -> Seen:
-    """``[launcher ...] trenchcoat command recipe ...``; fails where the command line would refuse it."""
+    """``[launcher ...] trenchcoat command recipe ...``; fails if the CLI would reject it."""
     place = next(i for i, word in enumerate(words) if word == "trenchcoat")
     own = words[place + 1 :]
     args = cli._parse(own)

@@ -1,9 +1,9 @@
-"""Runs a block-wise transfer in children that are killed (SIGKILL) at random moments, until one gets to the end.
+"""Runs a blockwise transfer in child processes that are killed (SIGKILL) at random moments, until one finishes.
 
     python blocks_killer.py SEED DELAY KILLS OVERRIDE...
 
-Prints how many were killed. Children are forks, so that each is at work at once; DELAY seconds are added to every
-micro-batch, so that there are moments enough.
+Prints how many were killed. Children are forked, so they start immediately; DELAY seconds are added to every
+micro-batch, to leave time for the kills.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trenchcoat.linearize.blocks import stages as blockstages
 
 
 def slow(delay: float) -> None:
-    """Make every micro-batch take longer."""
+    """Slow down every micro-batch."""
     make = blockdata.HiddenBatches._make
 
     def slower(self: Any, wanted: Any) -> Any:
@@ -37,7 +37,7 @@ def slow(delay: float) -> None:
 
 
 def main(seed: str, delay: str, kills: str, *overrides: str) -> None:
-    """See above."""
+    """Run as described above."""
     torch.set_num_threads(1)
     slow(float(delay))
     moments = random.Random(int(seed))

@@ -1,4 +1,4 @@
-"""A small block-wise transfer, and how to compare what two of them learned; shared by the tests of blocks."""
+"""A small blockwise transfer and comparisons of two of them, shared by the tests of blocks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LAYERS = 5
 
 
 def block_overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
-    """Two epochs over a few rows, a schedule and clipping by layer, weights drawn at random.
+    """Two epochs over a few rows, per-layer schedule and clipping, random weights.
 
-    The rate is so high that losses go up and down: layers then differ in their schedules and in their best weights.
+    The learning rate is so high that losses fluctuate: layers then differ in their schedules and best weights.
     """
     return [
         *tiny_overrides, f"model.path={model_dir}", "data.max_rows=14", "transfer.max_steps=null", "transfer.epochs=2",
@@ -35,19 +35,19 @@ def recipe(overrides: list[str], folder: Path, *more: str) -> Recipe:
 
 
 def learned(folder: Path) -> dict[str, Tensor]:
-    """What the transfer in a run's folder learned."""
+    """The weights trained by the transfer in a run's folder."""
     return RunFolder(folder).weights(TRANSFER)
 
 
 def require_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """The same tensors, to the last bit."""
+    """Assert that the tensors are bit-identical."""
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    """What the log says of the training, without clocks and what sums in another order."""
+    """The log's training numbers, without times and those summed in another order."""
     leave = ("time", "seconds", "loss", "grad_norm", "mse", "relative", "lr")
     return [
         {k: v for k, v in line.items() if k not in leave and not k.startswith("speed/")}

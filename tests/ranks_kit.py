@@ -1,4 +1,4 @@
-"""Several processes on this machine: torchrun with ``ranks_worker.py`` on a list of jobs."""
+"""Runs ``ranks_worker.py`` under torchrun on this machine with a list of jobs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(
 
 
 def run(processes: int, jobs: list[Job], out: Path) -> list[list[Any]]:
-    """What every process reports of each job."""
+    """Every process's report for each job."""
     job = start(processes, jobs, out)
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said
@@ -41,7 +41,7 @@ def run(processes: int, jobs: list[Job], out: Path) -> list[list[Any]]:
 
 
 def run_with_a_kill(job: Job, out: Path, folder: Path, lines: int) -> None:
-    """Two processes, of which the second is killed once ``folder``'s log holds ``lines`` numbers, and started again."""
+    """Two processes; the second is killed once ``folder``'s log has ``lines`` numbers, then both are restarted."""
     process = start(2, [job], out, delay=0.15, restarts=1)
     deadline = time.monotonic() + 120
     while sum(line["kind"] in ("train", "eval") for line in read_metrics(folder)) < lines:

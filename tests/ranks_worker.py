@@ -1,10 +1,10 @@
-"""One of several processes under torchrun: does the jobs of a JSON file in order, and writes what came of them.
+"""One process of several under torchrun: runs the jobs of a JSON file in order and writes their results.
 
     torchrun --nproc_per_node 2 ranks_worker.py JOBS OUT [DELAY]
 
 A job is ``{"do": name, "overrides": [...]}`` with the name of a command in ``stages`` or of a function below. ``OUT``
-gets ``rank-<r>.json``: for each job its result, or the error that every process must have raised. DELAY slows every
-training micro-batch, so that a test can kill a process in the middle.
+gets ``rank-<r>.json`` with the result of each job, or the error that every process must have raised. DELAY slows down
+every training micro-batch, so that a test can kill a process midway.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def collectives(recipe: Recipe) -> dict[str, Any]:
 
 
 def poisoned(recipe: Recipe) -> None:
-    """Stage 1 with a NaN in the second layer's student of the last process alone."""
+    """Stage 1 with a NaN in the second layer's student, only on the last process."""
     whole = ModelVariants._prepare
 
     def prepare(variants: ModelVariants, stage: str) -> Any:
@@ -88,7 +88,7 @@ def poisoned(recipe: Recipe) -> None:
 
 
 def stopped(recipe: Recipe) -> str:
-    """Both stages, with the last process asked to stop (as by Ctrl-C) during the second step of the second."""
+    """Both stages; the last process gets a stop request (as by Ctrl-C) during the second step of stage 2."""
     whole = train._Loop.train_step
 
     def step(loop: train._Loop, stop: StopSignal, display: Any) -> None:
@@ -109,7 +109,7 @@ def stopped(recipe: Recipe) -> str:
 
 
 def blocks(recipe: Recipe) -> str:
-    """The transfer block by block."""
+    """Transfer block by block."""
     blockstages.run_blocks(recipe)
     return "done"
 
@@ -132,7 +132,7 @@ def blocks_poisoned(recipe: Recipe) -> None:
 
 
 def blocks_stopped(recipe: Recipe) -> list[list[str]] | str:
-    """The same with a SIGTERM for the last process alone before micro-batch 13; the checkpoints of every block."""
+    """The same with a SIGTERM to the last process before micro-batch 13; returns the checkpoints of every block."""
     whole = pipeline.Feed._take
 
     def take(feed: pipeline.Feed, item: BatchKey) -> dict[str, torch.Tensor]:
@@ -164,7 +164,7 @@ def _block_checkpoints(recipe: Recipe) -> list[list[Path]]:
 
 
 def loading(recipe: Recipe) -> dict[str, Any]:
-    """Bytes of resident memory that loading added at its peak, of this process's shards, and of one layer."""
+    """Bytes: peak resident memory added by loading, this process's shards, and one layer."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     model, _ = load_base(recipe.model, recipe.parallel)
@@ -184,7 +184,7 @@ def _status(name: str) -> int:
 
 
 def blocks_apart(recipe: Recipe) -> str:
-    """Inputs collected together, every block trained together."""
+    """Collect the inputs and train every block, with all processes."""
     blockstages.collect_inputs(recipe)
     for number in (1, 0):
         blockstages.train_block(recipe, number)
@@ -200,7 +200,7 @@ OWN = {
 
 
 def do(job: dict[str, Any]) -> Any:
-    """One job; what it gives must be plain data."""
+    """Run one job; its result must be JSON-serializable."""
     recipe = load_recipe("demo", job["overrides"])
     if job["do"] in OWN:
         return OWN[job["do"]](recipe)
@@ -209,7 +209,7 @@ def do(job: dict[str, Any]) -> Any:
 
 
 def main(jobs: Path, out: Path, delay: float) -> None:
-    """All jobs, within one group of processes."""
+    """Run all jobs in one process group."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"pid-{os.environ['RANK']}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}").write_text(str(os.getpid()))

@@ -1,6 +1,6 @@
-"""Trains both stages of a tiny model in the folder given, slowly enough to be killed: ``resume_worker.py RUN DELAY``.
+"""Trains both stages of a tiny model in a folder, slowly enough to be killed: ``resume_worker.py RUN DELAY``.
 
-Writes ``weights.json`` into the folder when it gets to the end.
+Writes ``weights.json`` into the folder when it finishes.
 """
 
 from __future__ import annotations

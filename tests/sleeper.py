@@ -1,4 +1,4 @@
-"""A job that sleeps, for tests of launchers: light to start, and it may ignore SIGTERM."""
+"""A sleeping job for launcher tests: starts quickly and can ignore SIGTERM."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sleeper:
-    """In place of a ``jobs.Task``; ``stubborn``: it ignores SIGTERM, and watches its parent as one does."""
+    """Replaces a ``jobs.Task``; ``stubborn``: ignores SIGTERM, and watches its parent like a real task."""
 
     stubborn: bool = False
     device: str | None = None
 
     def __call__(self) -> None:
-        """Say its process number in a file, then sleep."""
+        """Write the process id to a file, then sleep."""
         if self.stubborn:
             from trenchcoat.linearize.blocks.jobs import _end_with
 
@@ -30,7 +30,7 @@ class Sleeper:
 
 @dataclass(frozen=True)
 class Failing:
-    """In place of a task: it fails at once."""
+    """Replaces a task and fails immediately."""
 
     device: str | None = None
 

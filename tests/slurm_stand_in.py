@@ -1,11 +1,11 @@
-"""A stand-in for Slurm: `sbatch`, `srun`, `squeue`, `sacct`, `scancel` and `scontrol` on one machine.
+"""A fake Slurm: `sbatch`, `srun`, `squeue`, `sacct`, `scancel` and `scontrol` on one machine.
 
     python slurm_stand_in.py TOOL ARGUMENT...        state in the folder $SLURM_STAND_IN
 
-It runs the tasks of a job array as processes, at most as many at a time as the array says, puts one back into the
-queue on `scontrol requeue` (and, as Slurm does, sends it SIGTERM then), and preempts one once: `preempt` in the state's
-folder holds a task's id and a pattern; as soon as a file matches, the task gets SIGTERM and SIGUSR2 like Slurm's
-`send_user_signal`. What it does not have: queues, limits, nodes, accounts.
+It runs the tasks of a job array as processes, at most as many at a time as the array allows, requeues a task on
+`scontrol requeue` (sending it SIGTERM, as Slurm does), and can preempt one task once: the file `preempt` in the state
+folder holds a task id and a glob pattern; as soon as a file matches, the task gets SIGTERM and SIGUSR2, like Slurm's
+`send_user_signal`. Not implemented: queues, limits, nodes, accounts.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def install(folder: Path) -> Path:
 
 
 def place() -> Path:
-    """The state's folder."""
+    """The state folder."""
     return Path(os.environ["SLURM_STAND_IN"])
 
 
 def states() -> dict[str, str]:
-    """{task id: state} of every task there was."""
+    """{task id: state} of all tasks so far."""
     return {path.name.removesuffix(".state"): path.read_text() for path in sorted(place().glob("*.state"))}
 
 
@@ -58,7 +58,7 @@ def put(task: str, state: str) -> None:
 
 
 def sbatch(arguments: list[str]) -> int:
-    """Queue a script; a process of its own runs it."""
+    """Queue a script; a separate process runs it."""
     (script,) = arguments
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", Path(script).read_text(), flags=re.MULTILINE))
     if options.get("partition") == "nowhere":
@@ -131,7 +131,7 @@ def launch(number: str, task: str) -> subprocess.Popen[bytes]:
 
 
 def preempt(task: str, process: subprocess.Popen[bytes]) -> None:
-    """Send the signals of a preemption when its moment has come."""
+    """Send the preemption signals when the pattern matches."""
     order = place() / "preempt"
     if not order.exists():
         return
@@ -143,7 +143,7 @@ def preempt(task: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def srun(arguments: list[str]) -> int:
-    """Become the command, its output in the file named."""
+    """Replace this process with the command, writing its output to the given file."""
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     task = f"{array}_{index}" if array else os.environ["SLURM_JOB_ID"]
     position = arguments.index("--output")
@@ -165,7 +165,7 @@ def _chosen(arguments: list[str], option: str) -> set[str]:
 
 
 def squeue(arguments: list[str]) -> int:
-    """Tasks that wait or run."""
+    """Print queued and running tasks."""
     wanted = _chosen(arguments, "--jobs")
     known = {task.partition("_")[0] for task in states()}
     if not wanted & known:
@@ -178,7 +178,7 @@ def squeue(arguments: list[str]) -> int:
 
 
 def sacct(arguments: list[str]) -> int:
-    """States of tasks."""
+    """Print the states of tasks."""
     sys.stdout.write("JobID|State|NodeList\n")
     for task, state in states().items():
         if task.partition("_")[0] in _chosen(arguments, "--jobs"):

@@ -1,4 +1,4 @@
-"""A tiny model, tiny random data and a small training run: shared by the loop's tests and ``resume_worker.py``."""
+"""A tiny model, tiny random data and a small training run, shared by the training tests and ``resume_worker.py``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tiny_llama(*, layers: int = 2, seed: int = 0, **changes: Any) -> LlamaForCau
 
 
 class RandomBatches:
-    """Random tokens by index, the same for the same index; the second row of every batch ends in padding."""
+    """Random tokens, deterministic by index; the second row of every batch ends in padding."""
 
     fingerprint = "random tokens"
 
@@ -78,7 +78,7 @@ def transfer_model(*, layers: int = 2, **changes: Any) -> LlamaForCausalLM:
 
 
 def transfer_settings(**changes: Any) -> TransferConfig:
-    """Twelve steps of two micro-batches, evaluated and saved every four."""
+    """Twelve steps of two micro-batches, evaluated and saved every four steps."""
     settings: dict[str, Any] = {
         "max_steps": 12, "batch_size": 2, "accumulation": 2, "eval_every": 4, "save_every": 4, "plateau_patience": 0,
     }  # fmt: skip
@@ -110,7 +110,7 @@ def fit_transfer(
 
 
 def start_lora(model: nn.Module, cfg: LoraConfig) -> None:
-    """Students in place of the teacher, LoRA added."""
+    """The model in student mode with LoRA."""
     set_mode(model, "student")
     add_lora(model, cfg)
 
@@ -123,7 +123,7 @@ def fit_lora(model: nn.Module, run_dir: Path, cfg: StageConfig, batches: RandomB
 
 
 def two_stages(run_dir: Path, *, delay: float = 0.0) -> dict[str, Any]:
-    """Both stages from nothing, or from what ``run_dir`` holds; ``{"stopped": bool, "weights": {name: values}}``."""
+    """Run or resume both stages in ``run_dir``; returns ``{"stopped": bool, "weights": {name: values}}``."""
     batches = RandomBatches(delay=delay)
     model = transfer_model()
     first = fit_transfer(model, run_dir, transfer_settings(), batches)
@@ -137,7 +137,7 @@ def two_stages(run_dir: Path, *, delay: float = 0.0) -> dict[str, Any]:
 
 
 def numbers_of(run_dir: Path) -> list[dict[str, Any]]:
-    """The log's train and eval lines without clock readings."""
+    """The log's train and eval lines without times."""
     clocks = ("time", "seconds")
     return [
         {key: value for key, value in line.items() if key not in clocks and not key.startswith("speed/")}

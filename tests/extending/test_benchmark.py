@@ -19,14 +19,14 @@ from trenchcoat.cli.app import main
 
 @dataclass(frozen=True)
 class SortSizes:
-    """What is measured."""
+    """The measurements."""
 
     numbers: tuple[int, ...] = (1000, 100_000)
     repeats: int = 3
 
 
 class SortBenchmark(Benchmark[SortSizes]):
-    """``bench sort``: sorting against finding the largest."""
+    """``bench sort``: sorting against finding the maximum."""
 
     full = SortSizes()
     quick = SortSizes(numbers=(100,), repeats=1)
@@ -35,7 +35,7 @@ class SortBenchmark(Benchmark[SortSizes]):
     )
 
     def run(self, sizes: SortSizes, settings: Settings) -> dict[str, Any]:
-        """Both for each length."""
+        """Measure both for each length."""
         found = {}
         for count in sizes.numbers:
             x = torch.rand(count, device=settings.device)
@@ -43,7 +43,7 @@ class SortBenchmark(Benchmark[SortSizes]):
         return {"seconds": found}
 
     def table(self, record: dict[str, Any]) -> list[str]:
-        """A row for each length."""
+        """One row per length."""
         rows = record["seconds"].items()
         return grid("numbers", {count: {name: c["wall"] for name, c in row.items()} for count, row in rows})
 

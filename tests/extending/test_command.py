@@ -1,4 +1,4 @@
-"""A command of one's own: one file (here, this one) and one line in the table of commands."""
+"""A new command: one file (here, this one) and one line in the table of commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trenchcoat.cli import app
 from trenchcoat.cli.command import Command, recipe_command
 from trenchcoat.config import UserError
 
-# The file: what the command takes, and what it does.
+# The file: the command's arguments and its function.
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ COMMAND: Command = recipe_command(_run, _options, sections=("student",))
 
 @pytest.fixture(autouse=True)
 def _listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line."""
+    """Register the command."""
     monkeypatch.setitem(app.COMMANDS, "reach", __name__)
 
 
@@ -52,7 +52,7 @@ def test_it_is_listed_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "transfer.lr=0.01" not in text
 
 
-def test_it_answers_and_its_exit_codes_are_those_of_every_command(
+def test_it_runs_and_has_the_usual_exit_codes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert app.main(["reach", "demo", "--times", "3", "student.window=10"]) == 0

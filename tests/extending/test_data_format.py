@@ -1,4 +1,4 @@
-"""A data format of one's own: one class and its line in ``FORMATS``."""
+"""A new data format: one class and one line in ``FORMATS``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trenchcoat.data.samples import Segment
 
 
 class QuestionAnswer:
-    """{question, answer}: the answer counts."""
+    """{question, answer}; the loss is on the answer."""
 
     def columns(self, cfg: DataConfig) -> str:
         """Both."""
@@ -65,7 +65,7 @@ def test_rows_of_a_new_format_become_batches(name: str, tmp_path: Path, tokenize
 
 
 @pytest.mark.usefixtures("registered")
-def test_its_columns_are_named_where_none_matches(tmp_path: Path, tokenizer: Any) -> None:
+def test_its_columns_are_named_when_no_format_matches(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "Why?"}) + "\n")
     with pytest.raises(UserError, match=r"found the columns question; expected .*, or question and answer: set"):

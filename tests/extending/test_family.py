@@ -1,4 +1,4 @@
-"""A model family: one line, in ``KNOWN_FAMILIES`` for one that works, in ``REASONS`` for one that cannot."""
+"""A new model family: one line, in ``KNOWN_FAMILIES`` if it is supported, in ``REASONS`` if it cannot be."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trenchcoat.models.families import REASONS, UnsupportedFamilyError
 
 
 class TailorConfig(LlamaConfig):
-    """A family of one's own in Transformers."""
+    """Config of a new family in Transformers."""
 
     model_type = "tailor"
 
@@ -31,7 +31,7 @@ class TailorForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A tiny model of a family that Transformers knows, and we do not."""
+    """A tiny model of a family that Transformers knows and this package does not."""
     AutoConfig.register("tailor", TailorConfig)
     AutoModelForCausalLM.register(TailorConfig, TailorForCausalLM)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""I want to add a far part that is not a sum of phi(k) v^T: one class in `students/`, one line in STUDENTS.
+"""A new far part that is not a sum of phi(k) v^T: one class in `students/`, one line in STUDENTS.
 
-The example is linear attention with a decay, one learned number a head. Nothing else is told of it: caches, adapters,
-merged models, both stages, the report and the plan take it as it is.
+The example is linear attention with a decay, one learned number per head. Nothing else needs changing: caches,
+adapters, merged models, both stages, the report and the plan work with it as it is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _to_heads(x: Tensor, heads: int, dim: int) -> Tensor:
 class DecayAttention(StudentAttention):
     """y_t = phi(q_t) S_t / (phi(q_t) z_t + eps); S_t = gamma S_{t-1} + phi(k_t) v_t^T, z_t = gamma z_{t-1} + phi(k_t).
 
-    gamma = sigmoid(decay), one number a key map. Shape legend: as in :mod:`trenchcoat.students.base`; J keys.
+    gamma = sigmoid(decay), one number per key map. Shape legend: as in :mod:`trenchcoat.students.base`; J keys.
     """
 
     def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
@@ -72,7 +72,7 @@ class DecayAttention(StudentAttention):
     def forward(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, mask_BT: Any = None, state: Any = None, **_: Any
     ) -> tuple[Tensor, DecayState | None]:
-        """As a T x T product, with what came before added."""
+        """As a T x T product, plus the contribution of the state."""
         assert self.query_map is not None
         assert self.keys_phi is not None
         heads, log_K = self.num_heads, nn.functional.logsigmoid(self.decay_K)
@@ -102,7 +102,7 @@ class DecayAttention(StudentAttention):
         return DecayState(s_BKFE, state.z_BKF * kept_BK1 + fk_BKTF.sum(2), seen_B=state.seen_B + count_BT[:, -1])
 
 
-# --8<-- and the line: "decay": DecayAttention,
+# --8<-- and the line in STUDENTS: "decay": DecayAttention,
 
 HEADS, KV, DIM, SCALE = 4, 2, 6, 0.4
 CFG = StudentConfig(name="decay", window=4, feature_map=FeatureMapConfig(feature_dim=5))
@@ -129,14 +129,14 @@ def _inputs(length: int, batch: int = 3) -> list[Tensor]:
 
 
 def _mask(length: int) -> Tensor:
-    """A row padded left, one padded right, one with holes."""
+    """One row padded left, one padded right, one with gaps."""
     mask = torch.ones(3, length, dtype=torch.bool)
     mask[0, : length // 3] = mask[1, length - length // 3 :] = mask[2, 1::3] = False
     return mask
 
 
 def _loop(student: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The definition, token after token."""
+    """The definition, token by token."""
     fq, fk = student.query_map(q), student.keys_phi(k)
     fk, v = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in (fk, v))
     gamma = student.decay_K.sigmoid().repeat_interleave(HEADS // len(student.decay_K))
@@ -158,7 +158,7 @@ def _loop(student: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("key_maps", ["per_query_head", "per_kv_head"])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 9, 23])
-def test_outputs_and_gradients_are_those_of_the_loop(length: int, key_maps: str, padded: bool) -> None:
+def test_outputs_and_gradients_match_the_loop(length: int, key_maps: str, padded: bool) -> None:
     student, mask = _student(key_maps), _mask(length) if padded else None
     x = [t.requires_grad_() for t in _inputs(length)]
     leaves = [*x, *student.parameters()]
@@ -172,7 +172,7 @@ def test_outputs_and_gradients_are_those_of_the_loop(length: int, key_maps: str,
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_any_split_into_prefill_and_decode_is_the_row(padded: bool) -> None:
+def test_any_split_into_prefill_and_decode_gives_the_same_row(padded: bool) -> None:
     student, (q, k, v) = _student(), _inputs(23)
     mask = _mask(23) if padded else torch.ones(3, 23, dtype=torch.bool)
     whole, _ = student(q, k, v, scale=SCALE, mask_BT=mask)
@@ -191,7 +191,7 @@ def test_any_split_into_prefill_and_decode_is_the_row(padded: bool) -> None:
         assert state.nbytes() == student.empty_state(3, dtype=torch.float64).nbytes()
 
 
-def test_padding_and_later_tokens_are_invisible() -> None:
+def test_padding_and_later_tokens_have_no_effect() -> None:
     student, (q, k, v), mask = _student(), _inputs(23), _mask(23)
     y, _ = student(q, k, v, scale=SCALE, mask_BT=mask)
     for b in range(3):
@@ -224,13 +224,13 @@ def test_transfer_learns_by_autograd(normalize: Any) -> None:
         student.transfer(*x, y, scale=SCALE)
 
 
-def test_an_implementation_asked_for_by_name_is_refused() -> None:
+def test_a_named_implementation_is_refused() -> None:
     student = build_student(StudentConfig(name="decay", impl="triton"), num_heads=HEADS, num_kv_heads=KV, head_dim=DIM)
     with pytest.raises(ValueError, match=r"student\.impl is triton.*use auto"):
         student.implementation(torch.float32, torch.device("cpu"))
 
 
-def test_generation_uses_its_state_and_beams_move_it() -> None:
+def test_generation_uses_its_state_and_beam_search_reorders_it() -> None:
     model = tiny_model()
     attach_students(model, CFG)
     set_mode(model, "student")
@@ -269,7 +269,7 @@ def test_adapters_merged_models_and_saved_states_keep_it(
     assert torch.equal(*found)
 
 
-def test_linearize_takes_it_through_both_stages(tiny_overrides: list[str]) -> None:
+def test_linearize_trains_it_in_both_stages(tiny_overrides: list[str]) -> None:
     folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
     more = ["student.name=decay", "transfer.max_steps=2", "lora.max_steps=2", "eval.baselines=false"]
     more += ["student.feature_map.init=kaiming", "data.seq_len=24"]

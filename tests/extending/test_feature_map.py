@@ -1,7 +1,7 @@
-"""I want to add a feature map: one `Activation` in `students/feature_maps.py`, one name in `config.KNOWN_FEATURE_MAPS`.
+"""A new feature map: one `Activation` in `students/feature_maps.py`, one name in `config.KNOWN_FEATURE_MAPS`.
 
-The kernels are asked through it: with `kernel=None`, as here, `auto` falls back to chunkwise and says why. Outside the
-repository `register_feature_map` does both.
+It also selects the kernels: with `kernel=None`, as here, `auto` falls back to chunkwise and logs the reason. Outside
+the repository, `register_feature_map` does both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _registered() -> Iterator[None]:
     KNOWN_FEATURE_MAPS.remove("example_softplus")
 
 
-def test_features_and_gradients_are_those_of_the_formula() -> None:
+def test_features_and_gradients_match_the_formula() -> None:
     phi = FeatureMap(
         FeatureMapConfig(name="example_softplus", feature_dim=5, init="kaiming"), num_heads=2, head_dim=4
     ).double()
@@ -69,7 +69,7 @@ def test_recipes_know_it_and_the_help_lists_it(capsys: pytest.CaptureFixture[str
     assert "elu | example_softplus" in capsys.readouterr().out
 
 
-def test_linearize_learns_and_keeps_it(tiny_overrides: list[str]) -> None:
+def test_linearize_trains_and_saves_it(tiny_overrides: list[str]) -> None:
     folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
     more = [
         "student.feature_map.name=example_softplus",
@@ -91,7 +91,7 @@ class Pretended:
         return "cuda:0"
 
 
-def test_the_kernels_are_asked_through_it(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_selects_the_kernels(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(fused, "_reported", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -107,6 +107,6 @@ def test_the_kernels_are_asked_through_it(caplog: pytest.LogCaptureFixture, monk
         student.implementation(torch.bfloat16, Pretended())  # type: ignore[arg-type]
 
 
-def test_a_name_that_is_taken_is_refused() -> None:
+def test_a_name_already_in_use_is_refused() -> None:
     with pytest.raises(ValueError, match="'elu' exists already"):
         register_feature_map("elu", SOFTPLUS)

@@ -1,4 +1,4 @@
-"""An objective of stage 2 of one's own: one function, and one line in OBJECTIVES."""
+"""A new objective for stage 2: one function and one line in OBJECTIVES."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trenchcoat.training.objectives import IDLE, OBJECTIVES, Metrics, Objective,
 
 
 def smoothed() -> Objective:
-    """Next-token loss plus a tenth of the logits' squared mean, which the log shows beside it."""
+    """Next-token loss plus a tenth of the logits' squared mean, which is also logged separately."""
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
         learning = torch.is_grad_enabled()
@@ -35,7 +35,7 @@ def smoothed() -> Objective:
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one line, taken out again after the test."""
+    """Add the line; removed after the test."""
     monkeypatch.setitem(OBJECTIVES, "smoothed", smoothed)
 
 

@@ -1,4 +1,4 @@
-"""A probe: one class and one line. The example: the beginning of a row, asked for at its end."""
+"""A new probe: one class and one line. The example: recall the start of a row at its end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from trenchcoat.evaluation.task_results import TaskResults
 
 
 class Echo(Probe):
-    """The row's first tokens are shown again at its end, and those that followed them are asked for."""
+    """The row's first tokens are repeated at its end, and the model must predict those that followed."""
 
     name = "echo"
-    description = "the beginning of the row again, its next tokens asked for"
+    description = "the start of the row again, then its next tokens"
 
     def question(self, hay: Haystack, rng: random.Random, length: int, depth: float) -> Question:
-        """Eight tokens again, four asked for."""
+        """Eight tokens repeated, four to predict."""
         text, _ = hay.filler(rng, length - len(hay.opening) - 12)
         return Question([([*hay.opening, *text, *text[:8]], text[8:12])], share_of_hits)
 
@@ -42,8 +42,8 @@ def test_a_probe_is_offered_scored_and_reported(
     assert cli.main(["linearize", "demo", *tiny_overrides, *SHORTEST_RUN]) == 0
     options = ["--probe-lengths", "2", "--probe-rows", "2", "--device", "cpu"]
     assert cli.main(["eval", str(run), "--tasks", "echo", *options]) == 0
-    assert "echo: the beginning" in capsys.readouterr().out
+    assert "echo: the start" in capsys.readouterr().out
     record = TaskResults.load(run / "tasks.json").probes["echo"]
     assert record.lengths == [96]
     assert set(record.shares) == {"student", "far_off"}
-    assert "**echo**: the beginning of the row again" in (run / "report.md").read_text()
+    assert "**echo**: the start of the row again" in (run / "report.md").read_text()

@@ -1,4 +1,4 @@
-"""A column of the report: one class and one line. The example: bits a token."""
+"""A new column of the report: one class and one line. The example: bits per token."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from trenchcoat.evaluation.statistics import Estimate
 class BitsColumn(ReportColumn):
     """The mean loss in bits."""
 
-    key, heading, short_heading = "bits", "bits a token", "\nbits a\ntoken"
+    key, heading, short_heading = "bits", "bits per token", "\nbits per\ntoken"
 
     def value(self, results: Results, row: str) -> Estimate:
-        """Nats in bits."""
+        """Convert nats to bits."""
         loss = results.rows[row].all.estimate
         return Estimate(loss.value / math.log(2), loss.error / math.log(2))
 
     def text(self, value: Estimate) -> str:
-        """Two digits."""
+        """Two decimals."""
         return number(value, 2)
 
 
@@ -38,15 +38,15 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_registered")
-def test_a_column_is_in_the_report_on_the_terminal_and_in_the_results(tmp_path: Path) -> None:
+def test_a_column_is_in_the_report_the_terminal_table_and_the_results(tmp_path: Path) -> None:
     results = made_results()
     loss = results.rows["teacher"].all.mean / math.log(2)
-    assert "| bits a token |" in report_text(results, {})
+    assert "| bits per token |" in report_text(results, {})
     teacher = next(line for line in report_text(results, {}).splitlines() if line.startswith("| teacher | "))
     assert f"| {loss:.2f} ± " in teacher
     stream = io.StringIO()
     Console(file=stream, width=80).print(terminal_table(results))
-    assert "bits a" in stream.getvalue()
+    assert "bits per" in stream.getvalue()
     assert "…" not in stream.getvalue()
     results.save(tmp_path / "results.json")
     summary = json.loads((tmp_path / "results.json").read_text())["rows"]["teacher"]["summary"]

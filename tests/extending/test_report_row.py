@@ -1,4 +1,4 @@
-"""A row of the report: one class and one line. The example: the window alone, half as wide, untrained."""
+"""A new row of the report: one class and one line. The example: the window alone, half as wide, untrained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trenchcoat.linearize import stages
 
 
 class HalfWindowRow(ReportRow):
-    """Half of the window, without sinks."""
+    """Half the window, without sinks."""
 
     name, label = "half_window", "half the window"
     description = "each token sees half of the window, and nothing else."
@@ -24,7 +24,7 @@ class HalfWindowRow(ReportRow):
     colour = "#56B4E9"
 
     def student(self, recipe: Recipe) -> StudentConfig:
-        """Another student, which has nothing to train."""
+        """A different student, with nothing to train."""
         return dataclasses.replace(recipe.student, name="window_sinks", window=recipe.student.window // 2, sinks=0)
 
 

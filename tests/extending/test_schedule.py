@@ -1,4 +1,4 @@
-"""A learning-rate schedule of one's own: one class, and one line in SCHEDULES."""
+"""A new learning-rate schedule: one class and one line in SCHEDULES."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trenchcoat.training.schedules import SCHEDULES, Schedule
 
 
 class InverseRoot(Schedule):
-    """Falls with the inverse square root of the share of the steps done, in quarters."""
+    """Decays with the inverse square root of the completed fraction of steps."""
 
     def rate_at(self, share: float) -> float:
         """lr / sqrt(1 + 4 share), never below ``min_lr``."""
@@ -23,7 +23,7 @@ class InverseRoot(Schedule):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one line, taken out again after the test."""
+    """Add the line; removed after the test."""
     monkeypatch.setitem(SCHEDULES, "inverse_root", InverseRoot)
 
 

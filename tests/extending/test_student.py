@@ -1,7 +1,7 @@
-"""I want to add a student attention: one class in `students/`, one line in STUDENTS.
+"""A new student attention: one class in `students/`, one line in STUDENTS.
 
-The example is CONTRIBUTING's; `tests/test_docs.py` runs the page's own text. Outside the repository `register_student`
-takes the place of the line.
+The example is the one in CONTRIBUTING; `tests/test_docs.py` runs the text of that page. Outside the repository, use
+`register_student` instead of the line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _registered() -> Iterator[None]:
     del STUDENTS["terrace_sinks"]
 
 
-def test_it_computes_what_the_reference_computes_with_four_sinks() -> None:
+def test_it_matches_the_reference_with_four_sinks() -> None:
     cfg = StudentConfig(name="terrace_sinks", window=4, feature_map=FeatureMapConfig(feature_dim=5))
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
     student = build_student(cfg, **sizes).double()
@@ -51,7 +51,7 @@ def test_it_computes_what_the_reference_computes_with_four_sinks() -> None:
     torch.testing.assert_close(torch.cat(steps, 2), y)
 
 
-def test_linearize_takes_it_by_its_name(tiny_overrides: list[str]) -> None:
+def test_linearize_finds_it_by_name(tiny_overrides: list[str]) -> None:
     folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
     more = ["name=terrace_sinks", "feature_map.init=kaiming"]
     more = [*(f"student.{item}" for item in more), "transfer.max_steps=2", "lora=null"]
@@ -61,6 +61,6 @@ def test_linearize_takes_it_by_its_name(tiny_overrides: list[str]) -> None:
     assert all(type(student) is TerraceSinksAttention for student in students_of(model).values())
 
 
-def test_a_mistyped_name_is_answered_with_it(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_suggested_for_a_mistyped_name(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["linearize", "demo", *tiny_overrides, "student.name=terrace_sink"]) == 1
     assert "Did you mean 'terrace_sinks'" in capsys.readouterr().err

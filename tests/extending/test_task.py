@@ -1,4 +1,4 @@
-"""A task that needs no harness: one class and one line. The example: which of two verbs is likelier."""
+"""A new task that needs no harness: one class and one line. The example: which of two verbs is more likely."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trenchcoat.evaluation.task_results import ModelScore, TaskRecord, TaskResul
 
 
 class Grammar(EvalTask):
-    """Is "the coat is" likelier than "the coat are"?"""
+    """Is "the coat is" more likely than "the coat are"?"""
 
     name = "grammar"
     description = "one verb against another"

@@ -1,4 +1,4 @@
-"""Blocks of layers alone: exact for every family, read by parts, with the identity of the whole."""
+"""Models of single blocks: exact for every family, partially read, with the fingerprint of the whole model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def watched(model: Any, ids: Tensor, mask: Tensor) -> tuple[list[Tensor], Tensor
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_embedding_and_head_are_exact(family: str, tmp_path: Path) -> None:
-    """Error 0, with padding; the identity is that of the whole model; students have the layers' own indices."""
+    """Exact, with padding; the fingerprint is that of the whole model; students have the original layer indices."""
     model = saved(family, tmp_path)
     attention = model.config._attn_implementation
     ids = tokens(2, 23)
@@ -68,7 +68,7 @@ def test_blocks_embedding_and_head_are_exact(family: str, tmp_path: Path) -> Non
         assert torch.equal(source.head()(inputs_embeds=states[-1], use_cache=False).logits, logits)
 
 
-def test_a_block_reads_its_own_tensors_and_no_other(tmp_path: Path) -> None:
+def test_a_block_reads_only_its_own_tensors(tmp_path: Path) -> None:
     saved("llama", tmp_path)
     source = BlockSource(ModelConfig(path=str(tmp_path)))
     names = source.read(2, 3)
@@ -107,7 +107,7 @@ def test_a_copied_block_replaces_the_model(tmp_path: Path) -> None:
         part.read(3, 4)
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     model = saved("llama", tmp_path)
     lost = {name: t for name, t in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
     for file in tmp_path.glob("*.safetensors*"):

@@ -1,4 +1,4 @@
-"""Transfer block by block gives the students of the joint run, however it is cut, kept, and interrupted."""
+"""Blockwise transfer gives the students of the joint run for any block size, storage and interruption."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def joint(overrides: list[str], tmp_path: Path) -> dict[str, Tensor]:
 def test_streaming_gives_the_students_of_the_joint_run(
     size: int, passes: str, hidden: str, overrides: list[str], joint: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """Bit for bit: weights, and every per-layer number of the log."""
+    """Bit for bit: weights and all per-layer numbers in the log."""
     blocks = [f"blocks.size={size}", f"blocks.pass_tokens={passes}", f"blocks.hidden={hidden}"]
     found = blockstages.run_blocks(recipe(overrides, tmp_path / "blocks", *blocks))
     require_same(learned(tmp_path / "blocks"), joint)
@@ -69,7 +69,7 @@ def test_a_block_killed_between_its_last_checkpoint_and_its_record_is_finished_b
 
 
 def test_landmarks_kept_layers_and_padding(overrides: list[str], tmp_path: Path) -> None:
-    """Initial values from text, a layer that stays softmax (a block of its own in one cut), rows of unequal length."""
+    """Initial values from text, a layer that keeps softmax (alone in a block in one case), rows of unequal length."""
     more = [
         "student.feature_map.init=landmarks", "student.keep_softmax=[2]", "data.packing=contiguous",
         "transfer.accumulation=2", "transfer.max_steps=3",
@@ -110,7 +110,7 @@ def test_blocks_trained_separately_and_stitched(
         assert scores.far.counts == whole.results.rows[row].far.counts
 
 
-def test_damaged_inputs_are_named_and_computed_again(overrides: list[str], joint: Any, tmp_path: Path) -> None:
+def test_damaged_inputs_are_reported_and_recomputed(overrides: list[str], joint: Any, tmp_path: Path) -> None:
     made = recipe(overrides, tmp_path / "apart", "blocks.size=2")
     blockstages.collect_inputs(made)
     hidden = tmp_path / "apart" / "blocks" / "hidden" / "collected"
@@ -122,12 +122,12 @@ def test_damaged_inputs_are_named_and_computed_again(overrides: list[str], joint
     blockstages.stitch_blocks(made)
     require_same(learned(tmp_path / "apart"), joint)
     folder = BlockFolder(made, cut(LAYERS, 2)[2]).directory
-    told = [line["text"] for line in read_metrics(folder) if line["kind"] == "warning"]
-    assert any("boundary-002" in text and "is damaged" in text for text in told)
+    warnings = [line["text"] for line in read_metrics(folder) if line["kind"] == "warning"]
+    assert any("boundary-002" in text and "is damaged" in text for text in warnings)
 
 
 def test_each_block_has_its_epochs_and_stops_early_by_itself(overrides: list[str], tmp_path: Path) -> None:
-    """What the joint run cannot: block 0 trains half as long, and the others' students are unchanged."""
+    """Unlike in the joint run, block 0 can train half as long, and the students of the others are unchanged."""
     plain = ["transfer.schedule=constant", "blocks.size=2", "blocks.hidden=memory"]
     blockstages.run_blocks(recipe(overrides, tmp_path / "plain", *plain))
     blockstages.run_blocks(recipe(overrides, tmp_path / "epochs", *plain, "blocks.epochs=[1,2,2]"))
@@ -160,7 +160,7 @@ def test_each_block_has_its_epochs_and_stops_early_by_itself(overrides: list[str
         (["student.name=terace"], "Did you mean 'terrace'"),
     ],
 )
-def test_what_cannot_work_is_refused(more: list[str], message: str, overrides: list[str], tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused(more: list[str], message: str, overrides: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         blockstages.run_blocks(recipe(overrides, tmp_path / "run", *more))
 

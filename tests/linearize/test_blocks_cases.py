@@ -1,4 +1,4 @@
-"""Blockwise transfer in half precision, of families whose tensors are renamed, on failing disks; then QLoRA."""
+"""Blockwise transfer in half precision, for families with renamed tensors, and on failing disks; then QLoRA."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_half_precision_states_are_kept_as_they_are(hidden: str, overrides: list
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gemma2", "granite"])
-def test_families_that_scale_embeddings_or_join_experts(family: str, overrides: list[str], tmp_path: Path) -> None:
+def test_families_that_scale_embeddings_or_merge_experts(family: str, overrides: list[str], tmp_path: Path) -> None:
     tiny_model(family, num_hidden_layers=3, vocab_size=259).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     more = [f"model.path={tmp_path / 'model'}"]
@@ -66,7 +66,7 @@ def test_lora_continues_on_a_four_bit_base(overrides: list[str], tmp_path: Path)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 384 KiB, which reports more free space than it has."""
+    """A real file system of 384 KiB that reports more free space than it has."""
     with small_file_system(tmp_path / "disk", "384k") as folder:
         yield folder
 
@@ -112,7 +112,7 @@ def test_a_disk_that_vanishes_is_reported_and_the_next_run_continues(
     require_same(learned(tmp_path / "run"), learned(tmp_path / "joint"))
 
 
-def test_a_folder_that_cannot_be_written_is_named(overrides: list[str], tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     made = recipe(overrides, tmp_path / "run", "blocks.hidden=disk", f"blocks.hidden_dir={tmp_path / 'file'}/below")
     with pytest.raises(UserError, match=r"cannot save .*file/below"):
@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_written_is_named(overrides: list[str], tmp_path
         blockstages.run_blocks(recipe(overrides, tmp_path / "file" / "run"))
 
 
-def test_weights_that_are_not_there_are_named(overrides: list[str], model_dir: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_reported(overrides: list[str], model_dir: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(model_dir, tmp_path / "model")
     next(iter(copied.glob("*.safetensors"))).unlink()
     with pytest.raises(UserError, match="has no safetensors files"):

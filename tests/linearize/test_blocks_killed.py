@@ -1,4 +1,4 @@
-"""A block-wise transfer killed at random moments ends like an uninterrupted one."""
+"""A blockwise transfer killed at random moments ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KILLER = Path(__file__).parents[1] / "blocks_killer.py"
 def test_killed_at_random_moments(
     hidden: str, tokens: str, kills: int, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    """The same students, to the last bit, as the uninterrupted joint run."""
+    """The students are bit-identical to those of the uninterrupted joint run."""
     save_tiny_model(tmp_path / "model", seed=0, num_hidden_layers=4)
     overrides: list[Any] = [
         *tiny_overrides, f"model.path={tmp_path / 'model'}", "transfer.max_steps=24", "transfer.eval_every=4",

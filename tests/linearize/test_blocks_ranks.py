@@ -1,4 +1,4 @@
-"""Blockwise transfer under torchrun: the processes share the micro-batches, and the numbers are those of one."""
+"""Blockwise transfer under torchrun: processes share the micro-batches and give the results of one process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 
 
 def test_two_processes_agree_with_one(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """Streamed in passes, on disk and in memory, and from inputs collected together.
+    """Streamed in passes, on disk and in memory, and from jointly collected inputs.
 
-    Three micro-batches a step do not divide by two. Gradients are summed in another order, so they agree to 1e-5 of
-    their size, and what AdamW makes of them (its first steps are signs) to a hundredth of a learning rate.
+    Three micro-batches per step do not divide by two. Gradients are summed in another order, so they agree to 1e-5
+    relative, and the AdamW steps (the first ones depend only on the sign) to a hundredth of a learning rate.
     """
     save_tiny_model(tmp_path / "model", seed=0, num_hidden_layers=3)
     overrides = [

@@ -1,4 +1,4 @@
-"""Hidden states in memory and on disk: kept exactly, resumed, checked, and refused for another model or text."""
+"""Hidden states in memory and on disk: stored exactly, resumed, verified, and refused for another model or text."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def files(folder: Path, **changes: Any) -> HiddenFiles:
 
 
 @pytest.mark.parametrize("kind", ["memory", "files"])
-def test_rows_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
-    """Written in any order and grouping, read in any other; what is there already is not written again."""
+def test_rows_round_trip(kind: str, tmp_path: Path) -> None:
+    """Written in any order and grouping, read in any other; rows already present are not rewritten."""
     kept: HiddenStates = HiddenMemory(SHAPE) if kind == "memory" else files(tmp_path / "new" / "folder")
     wanted = states()
     with pytest.raises(KeyError, match="row 3"):
@@ -56,7 +56,7 @@ def test_files_are_safetensors_of_bounded_size_and_are_continued(tmp_path: Path)
     ]  # fmt: skip
     assert torch.equal(load_file(tmp_path / "states-00001.safetensors")["hidden"], wanted[4:8])
     again = files(tmp_path)
-    assert again.missing() == [8, 9, 10]  # the third shard was not complete, and is given up
+    assert again.missing() == [8, 9, 10]  # the third shard was incomplete and is dropped
     again.write([8, 9, 10], wanted[8:])
     again.finish()
     assert torch.equal(files(tmp_path).read(range(11)), wanted)
@@ -65,7 +65,7 @@ def test_files_are_safetensors_of_bounded_size_and_are_continued(tmp_path: Path)
 
 
 def test_several_writers_fill_one_folder(tmp_path: Path) -> None:
-    """Each gets all rows and writes only its own shards; then each sees what the others wrote."""
+    """Each gets all rows but writes only its own shards; after a refresh each sees the others' rows."""
     wanted = states()
     parts = [files(tmp_path, writer=writer, writers=2) for writer in (0, 1)]
     assert parts[1].missing() == [4, 5, 6, 7]
@@ -81,7 +81,7 @@ def test_several_writers_fill_one_folder(tmp_path: Path) -> None:
     assert torch.equal(files(tmp_path).read(range(11)), wanted)
 
 
-def test_damaged_and_missing_shards_are_named_and_their_rows_missing(tmp_path: Path) -> None:
+def test_damaged_and_missing_shards_are_reported_and_their_rows_missing(tmp_path: Path) -> None:
     kept = files(tmp_path)
     kept.write(range(11), states())
     kept.close()
@@ -112,7 +112,7 @@ def test_damaged_and_missing_shards_are_named_and_their_rows_missing(tmp_path: P
         ({"shape": HiddenShape(rows=12, tokens=5, hidden=3, dtype=torch.bfloat16)}, "rows was 11"),
     ],
 )
-def test_states_of_something_else_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_states_with_another_identity_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
     kept = files(tmp_path)
     kept.write(range(11), states())
     kept.finish()
@@ -120,7 +120,7 @@ def test_states_of_something_else_are_refused(changes: dict[str, Any], named: st
         files(tmp_path, **changes)
 
 
-def test_a_full_disk_is_reported_and_what_was_finished_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_finished_shards_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept, wanted = files(tmp_path), states()
     kept.write(range(4), wanted[:4])
     kept.finish()

@@ -1,4 +1,4 @@
-"""Blocks as jobs: the same students as in one process; failed, killed, preempted and left jobs; options of Slurm."""
+"""Blocks as jobs: same students as in one process; failed, killed, preempted and abandoned jobs; Slurm options."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def overrides(model_dir: Path, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Two blocks, of three layers and of two."""
+    """Two blocks, of three and two layers."""
     monkeypatch.setenv("PYTHONPATH", PATHS)
     return [*block_overrides(model_dir, tiny_overrides), "blocks.size=3", "eval.rows=2"]
 
 
 @pytest.fixture
 def streamed(overrides: list[str], tmp_path: Path) -> dict[str, Tensor]:
-    """What `blocks run` in one process learns."""
+    """Weights trained by `blocks run` in one process."""
     blockstages.run_blocks(recipe(overrides, tmp_path / "streamed", "blocks.hidden=memory"))
     return learned(tmp_path / "streamed")
 
 
-def told(folder: Path) -> list[str]:
-    """What the launcher of a run logged."""
+def log_texts(folder: Path) -> list[str]:
+    """The log of a run's launcher."""
     return [line["text"] for line in read_metrics(folder / "blocks" / "jobs") if "text" in line]
 
 
 def until(check: Callable[[], Any], what: str, seconds: float = 100) -> Any:
-    """What ``check`` returns as soon as it is true."""
+    """Wait until ``check`` returns something true; returns it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = check()
@@ -89,7 +89,7 @@ def trainer(folder: Path, block: str) -> int:
 
 @contextmanager
 def meanwhile(act: Callable[[], None]) -> Iterator[None]:
-    """Run ``act`` beside the block; what it raises is raised at the end."""
+    """Run ``act`` in a thread during the block; re-raises its exception at the end."""
     wrong: list[AssertionError] = []
 
     def run() -> None:
@@ -109,7 +109,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 
 def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str, Tensor], tmp_path: Path) -> None:
-    """Ctrl-C ends a launcher and its jobs, which save; then one job is killed, and tried again. Bit for bit."""
+    """Ctrl-C ends a launcher and its jobs, which save; then one job is killed and retried. Bit-identical result."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "trenchcoat", "blocks", "run", "llama3_1_8b", "--parallel"]
     words = [*overrides, f"run.dir={run}", "blocks.jobs=1", "run.progress=plain"]
@@ -120,7 +120,7 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
         with pytest.raises(UserError, match=r"jobs is in use by process \d+ on .*: cli.py blocks run llama3_1_8b"):
             launch.launch_blocks(recipe(overrides, run))
     finally:
-        os.killpg(first.pid, signal.SIGINT)  # what a terminal does: all processes of the launcher's group get it
+        os.killpg(first.pid, signal.SIGINT)  # like a terminal: every process in the launcher's group gets it
     errors = first.communicate()[1]
     assert first.returncode == 1, errors
     assert "ending 1 jobs, which save a checkpoint first" in errors
@@ -138,7 +138,7 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
         found = launch.launch_blocks(recipe(overrides, run, "blocks.jobs=2"))
     require_same(learned(run), streamed)
     assert found.results is not None
-    failed = [text for text in told(run) if "failed" in text]
+    failed = [text for text in log_texts(run) if "failed" in text]
     assert len(failed) == 1
     assert re.match(
         r"block 0 \(layers 0 to 2\) failed: it ended without a result: killed, or out of memory \(log .*_log.out\); "
@@ -148,7 +148,7 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
 
 
 def test_local_jobs_are_found_again_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later launcher finds jobs that still run, with their devices, and also ends one that ignores SIGTERM."""
+    """A later launcher finds running jobs with their devices, and can also end one that ignores SIGTERM."""
     monkeypatch.setattr(jobs, "STOP_SECONDS", 3.0)
     monkeypatch.setenv("PYTHONPATH", PATHS)
     with RunLog(tmp_path, progress="off") as log:
@@ -173,10 +173,10 @@ def test_local_jobs_are_found_again_and_ended(tmp_path: Path, monkeypatch: pytes
         assert after.running == {}
 
 
-def test_a_block_that_another_process_holds_is_waited_for(
+def test_a_block_held_by_another_process_is_waited_for(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the launcher, which does not start a job for it, and by a job that finds its block held."""
+    """Both by the launcher, which starts no job for it, and by a job that finds its block locked."""
     monkeypatch.setattr(jobs, "LOCK_SECONDS", 0.05)
     made = recipe([*overrides, "transfer.max_steps=1", "transfer.epochs=2"], tmp_path / "run", "blocks.size=5")
     blockstages.collect_inputs(made)
@@ -198,7 +198,7 @@ def test_a_block_that_another_process_holds_is_waited_for(
     def finish() -> None:
         with locked(block):
             taken.set()
-            until(lambda: any("is in use by process" in text for text in told(tmp_path / "run")), "its word")
+            until(lambda: any("is in use by process" in text for text in log_texts(tmp_path / "run")), "the message")
             (tmp_path / "result.json").rename(block / "stages" / "transfer" / "result.json")
 
     with meanwhile(finish):
@@ -211,7 +211,7 @@ def test_a_block_that_another_process_holds_is_waited_for(
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A stand-in for Slurm on PATH; the folder of its state."""
+    """Put the fake Slurm on PATH; returns the folder of its state."""
     binaries = slurm_stand_in.install(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{binaries}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", PATHS)
@@ -226,7 +226,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_slurm_jobs_left_preempted_and_found_again(
     overrides: list[str], streamed: dict[str, Tensor], slurm: Path, tmp_path: Path
 ) -> None:
-    """Collected, trained and stitched by jobs; the launcher stops and another finds them; one runs out of time."""
+    """Collected, trained and stitched by jobs; the launcher stops, another finds them; one hits its time limit."""
     run = tmp_path / "run"
     made = recipe(
         overrides, run, "blocks.launcher=slurm", "blocks.jobs=2",
@@ -243,11 +243,11 @@ def test_slurm_jobs_left_preempted_and_found_again(
 
     with meanwhile(interrupt), pytest.raises(Stopped):
         launch.launch_blocks(made)
-    assert "Slurm jobs 101 go on: the same command waits for them again, `scancel 101` ends them" in told(run)
+    assert "Slurm jobs 101 continue: the same command waits for them again, `scancel 101` ends them" in log_texts(run)
     found = launch.launch_blocks(made)
     require_same(learned(run), streamed)
     assert found.results is not None
-    assert any("jobs of an earlier launcher are still running" in text for text in told(run))
+    assert any("jobs of an earlier launcher are still running" in text for text in log_texts(run))
     options = {path.stem: json.loads(path.read_text()) for path in slurm.glob("*.options")}
     assert sorted(options) == ["100", "101", "102"]
     assert options["101"]["array"] == "0-1%2"
@@ -258,15 +258,15 @@ def test_slurm_jobs_left_preempted_and_found_again(
     assert " --cpus-per-task=4 " in (slurm / "101.sh").read_text()
     log = (run / "blocks" / "jobs" / "slurm" / "101_0_0_log.out").read_text()
     assert log.count("Starting with JobEnvironment") == 2
-    assert "this job is timed-out" in log  # so near its end, as five minutes count for submitit
+    assert "this job is timed-out" in log  # submitit counts the last five minutes as timed out
     assert log.count("Requeued job 101_0 (49 remaining timeouts)") == 1
-    assert not any("failed" in text for text in told(run))
+    assert not any("failed" in text for text in log_texts(run))
 
 
 def test_slurm_jobs_that_fail(
     overrides: list[str], slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last line of the error is reported, a second try made, and the rest kept; so is what Slurm refuses."""
+    """The last line of the error is reported, the job retried and the rest kept; sbatch errors are reported too."""
     made = recipe(overrides, tmp_path / "run", "blocks.launcher=slurm")
     monkeypatch.setattr(launch, "Task", lambda *given: Failing())
     with pytest.raises(UserError) as caught:
@@ -275,7 +275,7 @@ def test_slurm_jobs_that_fail(
         r"1 of 1 jobs failed 2 times: collect: the disk is full \(log .*/101_0_log.out\)\. Finished blocks are kept",
         str(caught.value),
     )
-    first = next(text for text in told(tmp_path / "run") if "failed" in text)
+    first = next(text for text in log_texts(tmp_path / "run") if "failed" in text)
     assert re.match(r"collect failed: the disk is full \(log .*/100_0_log.out\); retrying", first)
     with pytest.raises(UserError, match="sbatch refused the job: sbatch: error: invalid partition specified: nowhere"):
         launch.launch_blocks(
@@ -287,7 +287,7 @@ def test_slurm_jobs_that_fail(
 
 
 def test_a_cancelled_slurm_job_is_reported(slurm: Path, tmp_path: Path) -> None:
-    """A job that the record names but Slurm does not know is not waited for."""
+    """A recorded job that Slurm does not know is not waited for."""
     with RunLog(tmp_path, progress="off") as log:
         before = jobs.SlurmJobs(tmp_path / "jobs", log, parse_slurm([]), name="x", at_once=None)
         before.start({"a": Sleeper(), "b": Sleeper()})  # type: ignore[dict-item]
@@ -340,7 +340,7 @@ def test_bad_options_of_slurm(given: list[str], message: str) -> None:
         parse_slurm(given)
 
 
-def test_what_a_launcher_refuses(
+def test_launcher_errors(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = [item for item in overrides if not item.startswith("blocks.size")]
@@ -372,7 +372,7 @@ def test_devices_of_local_jobs(
     device: str, more: list[str], visible: str | None, wanted: list[str],
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """One job a GPU, under the names that the launcher's own CUDA_VISIBLE_DEVICES has for them."""
+    """One job per GPU, with the device names of the launcher's CUDA_VISIBLE_DEVICES."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     if visible is None:

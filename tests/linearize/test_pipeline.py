@@ -1,4 +1,4 @@
-"""A pipeline of processes, each with layers of its own, gives the students of the joint run: torchrun with gloo."""
+"""A pipeline with a range of layers per process gives the students of the joint run (torchrun with gloo)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PIPELINE = "blocks.ranks=pipeline"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> list[str]:
-    """Overrides of every run here: an epoch, a schedule and clipping by layer, random weights."""
+    """Overrides of every run here: one epoch, per-layer schedule and clipping, random weights."""
     model = save_tiny_model(tmp_path_factory.mktemp("five-layers"), seed=0, num_hidden_layers=LAYERS)
     return [
         f"model.path={model}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
@@ -52,7 +52,7 @@ def recipe(base: list[str], folder: Path, *more: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def single(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes: the joint run, with initial values from text too, and streams that end block by block."""
+    """Reference runs in one process: joint, joint with initial values from text, and streams that end per block."""
     root = tmp_path_factory.mktemp("single")
     stages.transfer(recipe(base, root / "whole"))
     stages.transfer(recipe(base, root / "text", *FROM_TEXT))
@@ -63,7 +63,7 @@ def single(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def three(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
-    """Three processes, jobs in order; the folder and what every process reports."""
+    """Three processes run the jobs in order; returns the folder and every process's report."""
     root = tmp_path_factory.mktemp("three")
     jobs: list[tuple[str, str, list[str]]] = [
         ("blocks", "whole", []),
@@ -84,7 +84,7 @@ def three(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def require_same(found: Path, wanted: Path) -> None:
-    """Bit for bit: weights, and every per-layer number of the log."""
+    """Bit for bit: weights and all per-layer numbers in the log."""
     weights, joint = RunFolder(found).weights(TRANSFER), RunFolder(wanted).weights(TRANSFER)
     assert weights.keys() == joint.keys()
     for name, tensor in joint.items():
@@ -97,7 +97,7 @@ def said(folder: Path) -> str:
     return "\n".join(line["text"] for line in read_metrics(folder) if line["kind"] == "info")
 
 
-def test_three_processes_give_the_joint_runs_students(single: Path, three: tuple[Path, list[list[Any]]]) -> None:
+def test_three_processes_give_the_students_of_the_joint_run(single: Path, three: tuple[Path, list[list[Any]]]) -> None:
     root, reports = three
     assert [report[0] for report in reports] == ["done"] * 3
     require_same(root / "whole", single / "whole")
@@ -127,7 +127,7 @@ def test_it_is_scored_and_stitched_again_like_any_other(
 
 
 def test_a_stop_of_one_process_stops_all_at_one_step(single: Path, three: tuple[Path, list[list[Any]]]) -> None:
-    """Then one has lost that step and repeats it, while the others pass states on."""
+    """Then one process loses that step and repeats it, while the others pass states on."""
     root, reports = three
     for report in reports:
         steps = report[1]
@@ -174,14 +174,14 @@ def test_a_nan_in_one_process_stops_all_naming_the_layer(three: tuple[Path, list
         assert "first in layer 2" in reports[rank][7]
 
 
-def test_what_cannot_be_divided_is_refused(three: tuple[Path, list[list[Any]]]) -> None:
+def test_invalid_divisions_are_refused(three: tuple[Path, list[list[Any]]]) -> None:
     for report in three[1]:
         assert "3 processes for 2 blocks: start at most 2" in report[8]
         assert "blocks.epochs gives blocks 1 to 2 [1.0, 2.0] epochs" in report[9]
 
 
 def test_a_killed_process_is_named_and_the_run_continues(base: list[str], single: Path, tmp_path: Path) -> None:
-    """Two processes, of which the second dies in the middle; then another number of processes is refused."""
+    """The second of two processes dies midway; afterwards a different number of processes is refused."""
     folder = tmp_path / "run"
     job = {"do": "blocks", "overrides": [*base, PIPELINE, f"run.dir={folder}"]}
     run_with_a_kill(job, tmp_path / "out", folder / "blocks" / "layers-002-004", 6)
@@ -211,7 +211,7 @@ def test_blocks_are_divided_by_layers() -> None:
 
 
 def test_the_order_continues_from_the_process_that_is_furthest_behind() -> None:
-    """Evaluations come where any process needs one; one that all have done is left out."""
+    """Evaluations are scheduled where any process needs one; those that all have done are skipped."""
     from trenchcoat.config import TransferConfig
 
     class Text:

@@ -148,13 +148,13 @@ def test_selection_ranks_with_the_bare_model_once_and_trains_on_the_best(
     [line] = [line["text"] for line in read_metrics(tmp_path / "one") if "ranking" in line.get("text", "")]
     assert "effective sequence length" in line
     assert any("of 12 selected samples" in line.get("text", "") for line in read_metrics(tmp_path / "one"))
-    monkeypatch.setattr(variants.EslRanking, "_score", _no_training)  # kept: not ranked again
+    monkeypatch.setattr(variants.EslRanking, "_score", _no_training)  # cached: not ranked again
     assert first is not None
     second = stages.linearize(recipe("two")).results
     assert second is not None
     assert _losses(second) == _losses(first)
     monkeypatch.undo()
-    stages.transfer(recipe("three", f"data.cache_dir={tmp_path / 'fresh'}"))  # ranked while nothing else is on
+    stages.transfer(recipe("three", f"data.cache_dir={tmp_path / 'fresh'}"))  # ranked with nothing attached
     stages.finetune(recipe("three", f"data.cache_dir={tmp_path / 'again'}"))  # ranked after stage 1
     third = stages.evaluate_run(recipe("three")).results
     assert third is not None
@@ -235,20 +235,20 @@ def test_both_stages_null_is_refused(make: Make) -> None:
         stages.linearize(make("transfer=null", "lora=null"))
 
 
-def test_finetune_wants_a_finished_transfer(make: Make) -> None:
+def test_finetune_requires_a_finished_transfer(make: Make) -> None:
     with pytest.raises(UserError, match="has not been run"):
         stages.finetune(make())
     with pytest.raises(UserError, match=r"is not finished \(transfer is missing\)"):
         stages.evaluate_run(make())
 
 
-def test_another_recipe_in_the_same_folder_is_refused_by_the_setting(make: Make) -> None:
+def test_another_recipe_in_the_same_folder_is_refused_naming_the_setting(make: Make) -> None:
     stages.transfer(make())
     with pytest.raises(UserError, match=r"transfer\.lr was 0\.01, now 0\.02.*run\.dir"):
         stages.transfer(make("transfer.lr=0.02"))
     with pytest.raises(UserError, match=r"student\.window was 8, now 16"):
         stages.finetune(make("student.window=16"))
-    stages.transfer(make("lora.lr=0.01", "transfer.save_every=1", "run.progress=off"))  # nothing of stage 1 changed
+    stages.transfer(make("lora.lr=0.01", "transfer.save_every=1", "run.progress=off"))  # stage 1 did not change
 
 
 def test_a_checkpoint_of_another_base_model_is_refused(make: Make, other_model_dir: Path, tiny_model_dir: Path) -> None:
@@ -262,14 +262,14 @@ def test_a_checkpoint_of_another_base_model_is_refused(make: Make, other_model_d
         stages.transfer(make(f"model.path={other_model_dir}"))
 
 
-def test_an_unknown_student_is_refused_before_anything_is_made(make: Make) -> None:
+def test_an_unknown_student_is_refused_before_anything_is_written(make: Make) -> None:
     recipe = make("student.name=terace")
     with pytest.raises(UserError, match="terrace"):
         stages.transfer(recipe)
     assert not Path(recipe.run.dir).exists()
 
 
-def test_settings_behind_a_stage() -> None:
+def test_settings_of_a_stage() -> None:
     recipe = Recipe()
     assert "transfer.lr" in stage_settings(recipe, "lora")
     assert "lora.lr" not in stage_settings(recipe, "transfer")
@@ -299,7 +299,7 @@ def test_generate_and_export(make: Make, tmp_path: Path) -> None:
         stages.export(folder, tmp_path / "merged", merge=True)
 
 
-def test_the_demo_looks_at_the_machine_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_checks_the_machine_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_disk", lambda directory: 1000)
     with pytest.raises(UserError, match=r"this machine is not ready: .* of disk are free"):
         stages.demo(make())

@@ -1,4 +1,4 @@
-"""Block-wise transfer on paper: lengths of passes, sizes of blocks, ways to run it, the command, the table shown."""
+"""Planning blockwise transfer: pass lengths, block sizes, ways to run it, the command and its table."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ SMALL = Streamed(
 
 
 def _walked(run: Streamed, choice: PassChoice) -> tuple[float, float, float, float]:
-    """(seconds, bytes of weights, states read, states written) of going through the passes and blocks one by one."""
+    """(seconds, weight bytes, states read, states written) from simulating the passes and blocks one by one."""
     seconds = weights = read = written = 0.0
     left = run.tokens
     while left > 0:
@@ -121,7 +121,7 @@ def _walked(run: Streamed, choice: PassChoice) -> tuple[float, float, float, flo
 @pytest.mark.parametrize("hidden", ["memory", "disk"])
 @pytest.mark.parametrize("pass_tokens", ["auto", "all", "700", "1000", "6000"])
 @pytest.mark.parametrize("changes", [{}, {"copy": 2e4}, {"nodes": 3}, {"compute": 0.2}, {"blocks": 1, "validation": 0}])
-def test_the_sums_equal_a_walk_through_the_passes(hidden: Place, pass_tokens: str, changes: dict[str, Any]) -> None:
+def test_the_sums_equal_a_simulation_of_the_passes(hidden: Place, pass_tokens: str, changes: dict[str, Any]) -> None:
     run = replace(SMALL, memory=1e9 if pass_tokens != "auto" else 40_000.0, **changes)
     choice = choose_pass(run, pass_tokens=pass_tokens, hidden=hidden)
     seconds, weights, read, written = _walked(run, choice)
@@ -149,7 +149,7 @@ def test_auto_is_the_fastest_that_fits(
     ]
     assert chosen.held <= room[chosen.hidden]
     quickest = min(choice.seconds for choice in everything)
-    # passes are made of equal length, which costs no pass; the last one may be shorter than with the longest
+    # passes have equal length, which needs no extra pass; the last one may be shorter
     assert chosen.seconds <= quickest * (1 + MARGIN) * 1.001
     in_memory = [choice.seconds for choice in everything if choice.hidden == "memory"]
     if chosen.hidden == "disk" and in_memory:
@@ -216,7 +216,7 @@ def test_a_block_is_its_weights_one_layers_activations_and_its_students(step: St
     assert sizes[0] == pytest.approx(single.total + 4 * student)
 
 
-def test_the_largest_blocks_that_fit_are_taken(step: StepSizes) -> None:
+def test_the_largest_blocks_that_fit_are_chosen(step: StepSizes) -> None:
     def chosen(gpu: float | None, host: float, size: int | None = None) -> tuple[int, int]:
         found = _chosen_size(step, gpu, host, size)
         assert found.blocks == math.ceil(126 / found.layers)
@@ -228,9 +228,9 @@ def test_the_largest_blocks_that_fit_are_taken(step: StepSizes) -> None:
     assert chosen(80, 1000) == (12, 11)
     assert chosen(80, 1000, size=9) == (9, 14)
     assert chosen(80, 115.2) == (9, 14)  # half of the host's memory holds the next nine layers
-    assert chosen(80, 10) == (1, 126)  # the least, although it takes more than half
+    assert chosen(80, 10) == (1, 126)  # the minimum, although it needs more than half
     assert chosen(1000, 2000) == (126, 1)
-    assert chosen(None, 2000) == (126, 1)  # nothing is read ahead of the only block
+    assert chosen(None, 2000) == (126, 1)  # with a single block nothing is prefetched
     layers = [chosen(gpu, 2000)[0] for gpu in (10, 16, 24, 40, 48, 80, 141, 192)]
     assert layers == sorted(layers)
     host = chosen(None, 64)[0]
@@ -245,13 +245,13 @@ def test_the_largest_blocks_that_fit_are_taken(step: StepSizes) -> None:
     [
         (5.0, 100.0, None, "a block of one layer needs 6.5 GiB on the GPU, .* 5.0 GiB is available: lower transfer"),
         (80.0, 100.0, 14, r"blocks.size=14 needs 84.\d GiB on the GPU, .* take blocks of fewer layers"),
-        (80.0, 40.0, 9, "blocks.size=9 needs 53.4 GiB of host memory a process, .* 40.0 GiB is available"),
-        (80.0, 4.0, None, "a block of one layer needs 5.9 GiB of host memory a process, .*: free memory"),
+        (80.0, 40.0, 9, "blocks.size=9 needs 53.4 GiB of host memory per process, .* 40.0 GiB is available"),
+        (80.0, 4.0, None, "a block of one layer needs 5.9 GiB of host memory per process, .*: free memory"),
         (
             None,
             8.0,
             None,
-            "a block of one layer needs 12.5 GiB of host memory a process, .*: lower transfer.batch_size",
+            "a block of one layer needs 12.5 GiB of host memory per process, .*: lower transfer.batch_size",
         ),
     ],
 )
@@ -266,7 +266,7 @@ def test_blocks_that_do_not_fit_are_refused(
 
 
 def test_the_known_figures_of_405b() -> None:
-    """20 million tokens, all distinct: 655 GB a boundary, 9.2 TB in 14 blocks, over 80 TB layer by layer."""
+    """20 million tokens, all distinct: 655 GB per boundary, 9.2 TB in 14 blocks, over 80 TB layer by layer."""
     plan = _plan("llama3_1_405b_blocks", "transfer.epochs=1", "transfer.eval_batches=1", tokens=20e6)
     assert plan.boundary_bytes == 20e6 * 16384 * 2
     assert plan.boundary_bytes == pytest.approx(655e9, rel=0.001)
@@ -278,7 +278,7 @@ def test_the_known_figures_of_405b() -> None:
     assert disk.disk_bytes == pytest.approx(2 * 655e9, rel=0.001)
     layers = _plan("llama3_1_405b_blocks", "transfer.epochs=1", "blocks.size=1", tokens=20e6)
     assert _way(layers, PARALLEL).disk_bytes > 80e12
-    # two epochs of ten million share their rows: half of it
+    # two epochs of ten million share their rows: half as much
     twice = _plan("llama3_1_405b_blocks", "transfer.eval_batches=1", tokens=10e6)
     assert twice.tokens == plan.tokens
     assert _way(twice, PARALLEL).disk_bytes == pytest.approx(4.6e12, rel=0.005)
@@ -287,7 +287,7 @@ def test_the_known_figures_of_405b() -> None:
 def test_passes_of_a_million_tokens_read_405b_twenty_times_in_an_hour_and_a_half() -> None:
     settings = ["blocks.pass_tokens=1000000", "blocks.hidden=memory", "transfer.eval_batches=1"]
     way = _plan("llama3_1_405b_blocks", *settings, bandwidth=3e9, host_memory=256 * GIB, tokens=10e6).chosen
-    assert way.passes == 20 + 1  # of whole optimizer steps of 8192 tokens, below a million
+    assert way.passes == 20 + 1  # whole optimizer steps of 8192 tokens, below a million
     assert way.read_bytes / way.passes == pytest.approx(0.81e12, rel=0.01)
     assert way.disk_hours / way.passes * 20 == pytest.approx(1.5, rel=0.01)
     held = way.host_bytes - 9 * 2 * 3_187_703_808
@@ -333,7 +333,7 @@ def test_ways_follow_the_number_of_gpus() -> None:
     assert [way.asked for way in plan.of(16)].count(True) == 1
     assert plan.best(16, PARALLEL) is _way(plan, PARALLEL, 16)
     assert _plan("llama3_1_405b_blocks", gpus=6).of(6)
-    # eight micro-batches a step keep eight of sixteen processes busy
+    # eight micro-batches per step keep eight of sixteen processes busy
     assert _way(plan, "streaming, disk", 16).compute_hours == _way(plan, "streaming, disk", 8).compute_hours
 
 
@@ -350,7 +350,7 @@ def test_the_way_that_the_recipe_sets_is_marked() -> None:
     assert chosen(host_memory=2048 * GIB) == "streaming, memory"
 
 
-def test_what_is_short_is_named() -> None:
+def test_the_limiting_resource_is_named() -> None:
     small = _plan("llama3_1_405b_blocks", gpu_memory=48 * GIB)
     assert {way.limit for way in small.ways} == {"GPU memory"}
     assert not any(way.fits for way in small.ways)
@@ -359,7 +359,7 @@ def test_what_is_short_is_named() -> None:
     tight = _plan("llama3_1_405b_blocks", host_memory=32 * GIB)
     assert _way(tight, "streaming, disk").limit == "host memory"
     disk = _plan("llama3_1_405b_blocks", disk=1.2e12)
-    assert _way(disk, "streaming, disk").passes > 1  # shorter passes, so that it fits
+    assert _way(disk, "streaming, disk").passes > 1  # shorter passes, to fit
     assert (_way(disk, PARALLEL).fits, _way(disk, PARALLEL).limit) == (False, "disk space")
     full = _plan("llama3_1_405b_blocks", disk=0.83e12)
     assert (_way(full, "streaming, disk").limit, _way(full, "streaming, disk").passes) == ("disk space", 0)
@@ -376,7 +376,7 @@ def test_the_notes_name_what_is_faster_and_what_does_not_divide() -> None:
 
     said = notes(gpus=16)
     assert "faster: pipeline" in said
-    assert "transfer.accumulation=8 micro-batches a step do not divide among 16 processes" in said
+    assert "transfer.accumulation=8 micro-batches per step do not divide evenly among 16 processes" in said
     assert "the teacher's pass on the GPUs of one node" in said
     assert "give the free disk space as --disk" in said
     assert "--disk" not in notes(disk=20e12)
@@ -417,13 +417,13 @@ def test_the_planned_pass_fills_the_memory() -> None:
     rows = way.pass_tokens or 0
     step = 8 * 2048
     assert 2 * 2 * 8192 * (rows + plan.validation) <= free
-    assert 2 * 2 * 8192 * (rows * (way.passes / (way.passes - 1)) + step + plan.validation) > free  # not a pass fewer
+    assert 2 * 2 * 8192 * (rows * (way.passes / (way.passes - 1)) + step + plan.validation) > free  # not one fewer
 
 
 # The recipes and the command
 
 
-def test_the_block_recipes_differ_from_the_joint_ones_in_the_blocks_alone() -> None:
+def test_the_block_recipes_differ_from_the_joint_ones_only_in_the_blocks() -> None:
     joint = load_recipe("llama3_1_405b")
     assert LARGEST.transfer is not None
     assert joint.transfer is not None

@@ -1,4 +1,4 @@
-"""`trenchcoat plan`: what fits, how fast, what to do when nothing does, and the command."""
+"""`trenchcoat plan`: what fits, its speed, advice when nothing fits, and the command."""
 
 from __future__ import annotations
 
@@ -110,11 +110,11 @@ def test_when_nothing_fits_the_notes_name_what_would() -> None:
     layer = one_layer_bytes(planned[0])
     assert 5.9 * GIB < layer < 9 * GIB
     assert f"{layer / GIB:.1f} GiB or more on one GPU; `trenchcoat blocks plan` shows how" in said
-    # the number given is the smallest: it fits, and one node less does not
+    # the given number is the smallest: it fits, and one node fewer does not
     assert _plan("llama3_1_405b", gpus=16)[1].chosen is not None
     eight = _plan("llama3_1_405b", gpus=8)[1]
     assert {way.name for way in eight.ways if way.fits} == {"FSDP, shards in host memory"}
-    assert "of host memory a node" in _notes(_plan("llama3_1_405b", gpus=8))
+    assert "of host memory per node" in _notes(_plan("llama3_1_405b", gpus=8))
 
 
 def test_settings_that_would_make_it_fit_are_found() -> None:
@@ -131,13 +131,13 @@ def test_settings_that_would_make_it_fit_are_found() -> None:
 
 def test_the_notes_name_uneven_accumulation_and_missing_disk_space() -> None:
     said = _notes(_plan("llama3_1_70b", gpus=16, disk=100e9, bandwidth=2e9))
-    assert "transfer.accumulation=8 micro-batches a step do not divide among 16 processes" in said
+    assert "transfer.accumulation=8 micro-batches per step do not divide evenly among 16 processes" in said
     assert "transfer.accumulation=16 does" in said
     assert "147 GB of disk are needed, 100 GB is available" in said
     assert "reading the weights once takes 1.2 min at 2 GB/s" in said
 
 
-def test_a_stage_left_out_is_not_planned() -> None:
+def test_a_null_stage_is_not_planned() -> None:
     _, plan = _plan("llama3_1_8b", "transfer=null")
     assert list(plan.ways[0].stages) == ["lora"]
     with pytest.raises(UserError, match="nothing to plan"):

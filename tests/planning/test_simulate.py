@@ -1,4 +1,4 @@
-"""The arithmetic against the simulated step, the simulated step against a real one, and both against known points."""
+"""The arithmetic against a simulated step, the simulated step against a real one, and both against known values."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_simulated_step_needs_the_memory_of_a_real_one(stage: Any) -> None:
     ],
 )
 def test_known_points_of_a_lora_step(path: str, ranks: int, known: float) -> None:
-    """Simulated earlier, for softmax attention with LoRA inside FSDP, in GiB a rank."""
+    """Earlier simulations of softmax attention with LoRA inside FSDP, in GiB per rank."""
     shapes, layout = shapes_of(find_config(path)), Layout(ranks=ranks, shared_by=ranks)
     counted = footprint(StepSizes(shapes, StudentConfig(), LORA, 1024), layout)
     assert counted.total / GIB == pytest.approx(known, rel=0.10)
@@ -152,7 +152,7 @@ def test_how_layouts_change_the_parts() -> None:
     assert counted["full"].parts["optimizer"] == 16 * trained / 4
 
 
-def test_cross_entropy_and_tied_embeddings_take_more() -> None:
+def test_cross_entropy_and_tied_embeddings_need_more() -> None:
     config = _small(intermediate_size=64)
     plain = footprint(_step(config, TRANSFER), Layout())
     cross = footprint(_step(config, replace(TRANSFER, xent_weight=1.0)), Layout())
@@ -184,7 +184,7 @@ def test_simulation_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_units_of_the_simulation_are_those_of_a_run(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_simulation_has_the_fsdp_units_of_a_run(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         monkeypatch.setattr(distributed, "_world", distributed.World(0, 4, 0, 4, "cpu"))

@@ -1,4 +1,4 @@
-"""Files are complete or absent; damaged ones are named; adapters, fingerprints, errors of model loading."""
+"""Atomic files, training checkpoints, adapters, fingerprints and model-loading errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
-def test_a_full_disk_is_named_and_the_old_file_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_the_old_file_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "weights.safetensors"
     files.save_tensors(target, TENSORS)
     monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
@@ -67,13 +67,13 @@ def test_a_really_full_disk(small_disk: Path) -> None:
     assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match="cannot save"):
         files.write_text(tmp_path / "file" / "below.txt", "text")
 
 
-def test_tensors_come_back_with_dtype_shape_and_shared_storage(tmp_path: Path) -> None:
+def test_tensors_round_trip_with_dtype_shape_and_shared_storage(tmp_path: Path) -> None:
     base = torch.randn(4, 3)
     tensors = {"base": base, "view": base.t(), "half": base.bfloat16(), "count": torch.tensor(7), "none": base[:0]}
     files.save_tensors(tmp_path / "t.safetensors", tensors)
@@ -84,7 +84,7 @@ def test_tensors_come_back_with_dtype_shape_and_shared_storage(tmp_path: Path) -
         assert torch.equal(loaded[name], tensor)
 
 
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
     with pytest.raises(CorruptFileError, match=r"bad\.safetensors"):
         files.load_tensors(tmp_path / "bad.safetensors")
@@ -98,7 +98,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 # Training checkpoints
 
 
-def test_the_newest_sound_checkpoint_is_used_and_the_damaged_one_named(tmp_path: Path) -> None:
+def test_the_newest_intact_checkpoint_is_used_and_the_damaged_one_reported(tmp_path: Path) -> None:
     for step in (5, 10, 20):
         checkpoints.CheckpointWriter(tmp_path, step, TENSORS, {"step": step}).finish()
     damage(tmp_path / "step-00000020" / "tensors.safetensors")
@@ -141,7 +141,7 @@ def test_writing_a_step_again_replaces_it(tmp_path: Path) -> None:
 # Adapters
 
 
-def test_an_adapter_comes_back(tmp_path: Path) -> None:
+def test_an_adapter_round_trips(tmp_path: Path) -> None:
     hub.write_adapter(tmp_path, TENSORS, {"version": 1, "base": {"path": "x"}})
     tensors, meta = hub.read_adapter(tmp_path)
     assert torch.equal(tensors["a"], TENSORS["a"])
@@ -162,7 +162,7 @@ def test_damaged_and_foreign_adapters_are_refused(tmp_path: Path) -> None:
 # The identity of a base model
 
 
-def test_the_fingerprint_is_that_of_the_base_alone() -> None:
+def test_the_fingerprint_covers_only_the_base() -> None:
     plain = identity.fingerprint(tiny_llama())
     assert plain == identity.fingerprint(tiny_llama())
     assert plain == identity.fingerprint(tiny_llama().bfloat16())
@@ -174,7 +174,7 @@ def test_the_fingerprint_is_that_of_the_base_alone() -> None:
     assert plain != identity.fingerprint(tiny_llama(layers=3))
 
 
-def test_the_fingerprint_sees_every_region_of_the_model() -> None:
+def test_the_fingerprint_covers_every_part_of_the_model() -> None:
     model = tiny_llama()
     plain = identity.fingerprint(model)
     with torch.no_grad():
@@ -213,7 +213,7 @@ def test_a_model_folder_loads_frozen(tiny_model_dir: Path) -> None:
         ("someone/no-such-model", r"cannot load model\.path='someone/no-such-model'"),
     ],
 )
-def test_unknown_models_are_named(path: str, message: str) -> None:
+def test_unknown_models_are_reported(path: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         loading.load_model(ModelConfig(path=path, device="cpu"))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Objectives: transfer learns layer by layer at one layer's memory; the next-token loss is the library's."""
+"""Objectives: transfer trains layer by layer with the memory of one layer; the next-token loss matches Transformers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_normalized_loss_is_relative() -> None:
     assert measured["loss/layer_00"] == pytest.approx(1000 * measured["relative/layer_00"], rel=1e-4)
 
 
-def test_the_cross_entropy_joins_when_it_has_a_weight() -> None:
+def test_cross_entropy_is_added_when_its_weight_is_not_zero() -> None:
     model = transfer_model()
     with torch.no_grad():
         measured = transfer_objective(TransferConfig(xent_weight=2.0))(model, BATCHES.train_batch(0))
@@ -79,7 +79,7 @@ def test_the_cross_entropy_joins_when_it_has_a_weight() -> None:
 
 
 def test_transfer_does_not_depend_on_padding() -> None:
-    """The loss of a padded row is the loss of that row alone; weights are real tokens."""
+    """The loss of a padded row equals that of the row without padding; weights are real tokens."""
     model = transfer_model()
     batch = {name: tensor[1:] for name, tensor in BATCHES.train_batch(0).items()}
     alone = {name: tensor[:, :-3] for name, tensor in batch.items()}
@@ -110,7 +110,7 @@ def test_the_head_is_not_run_in_transfer() -> None:
     transfer_objective(TransferConfig())(model, BATCHES.train_batch(0))
 
 
-def test_landmarks_come_from_the_text_and_other_maps_stay() -> None:
+def test_landmarks_come_from_the_text_and_other_maps_are_unchanged() -> None:
     for init, moves in (("landmarks", True), ("kaiming", False)):
         model = tiny_llama()
         attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=8, init=init)))
@@ -125,7 +125,7 @@ def test_landmarks_come_from_the_text_and_other_maps_stay() -> None:
 
 @pytest.mark.parametrize("xent", [0.0, 1.0])
 def test_step_memory_does_not_grow_with_depth(xent: float) -> None:
-    """Live bytes above parameters and the students' gradients: those of one layer, whatever the depth."""
+    """Live bytes beyond parameters and the students' gradients are those of one layer at any depth."""
 
     def peak(layers: int) -> int:
         model = tiny_llama(layers=layers, hidden_size=64, head_dim=16)
@@ -145,7 +145,7 @@ def test_step_memory_does_not_grow_with_depth(xent: float) -> None:
     assert deep <= 1.1 * shallow
 
 
-def test_next_token_loss_is_the_librarys() -> None:
+def test_next_token_loss_matches_transformers() -> None:
     model, batch = tiny_llama(), BATCHES.train_batch(0)
     batch["labels"][:, :5] = -100
     expected = model(**batch).loss
@@ -155,7 +155,7 @@ def test_next_token_loss_is_the_librarys() -> None:
     assert measured["tokens"] == float((batch["labels"][:, 1:] != -100).sum())
 
 
-def test_labels_that_are_all_masked_count_nothing() -> None:
+def test_all_masked_labels_give_zero_loss() -> None:
     loss, count = next_token_loss(torch.randn(1, 4, 7), torch.full((1, 4), -100))
     assert (loss.item(), count) == (0.0, 0)
 
@@ -171,7 +171,7 @@ def test_next_token_trains_what_requires_gradients() -> None:
     assert not model.training
 
 
-def test_the_first_module_that_is_not_finite_is_named() -> None:
+def test_the_first_nonfinite_module_is_named() -> None:
     model, batch = tiny_llama(layers=3), BATCHES.train_batch(0)
     objective = next_token_objective()
     with torch.no_grad():

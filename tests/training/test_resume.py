@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL in either stage and started again ends with the numbers of an uninterrupted run."""
+"""A run killed with SIGKILL in either stage and restarted ends with the same numbers as an uninterrupted run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: stepping, schedules, clipping, best weights, early stopping, saving, and every failure."""
+"""The training loop: stepping, schedules, clipping, best weights, early stopping, saving and failures."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Point(nn.Module):
 
 
 def distance(model: nn.Module, batch: Batch) -> Metrics:
-    """Objective of ``Point``; the batch does not matter."""
+    """Objective of ``Point``; ignores the batch."""
     loss = 0.5 * (model.x - model.target).square().sum()
     if torch.is_grad_enabled():
         loss.backward()
@@ -57,7 +57,7 @@ def distance(model: nn.Module, batch: Batch) -> Metrics:
 
 
 class Scripted:
-    """An objective whose evaluation losses are given, and which moves x by one learning rate a step."""
+    """An objective with prescribed evaluation losses that moves x by one learning rate per step."""
 
     def __init__(self, losses: list[float]) -> None:
         self.losses = iter(losses)
@@ -99,7 +99,7 @@ def evals(run_dir: Path) -> list[tuple[int, float]]:
 # Schedules
 
 
-def test_plateau_is_torchs() -> None:
+def test_plateau_matches_torch() -> None:
     cfg = settings(schedule="plateau", plateau_factor=0.3, plateau_patience=2, min_lr=1e-3)
     ours = build_schedule(cfg, 100)
     parameter = nn.Parameter(torch.zeros(1))
@@ -136,7 +136,7 @@ def test_a_minimum_above_the_rate_does_not_raise_it_and_unknown_names_are_refuse
 # Stepping
 
 
-def test_steps_are_adamws_and_gradients_are_averaged(tmp_path: Path) -> None:
+def test_steps_match_adamw_and_gradients_are_averaged(tmp_path: Path) -> None:
     model, twin = Point(), Point()
     cfg = settings(accumulation=3, max_steps=5, weight_decay=0.1, beta1=0.8, beta2=0.95)
     result = run_fit(tmp_path, model, distance, cfg)
@@ -207,7 +207,7 @@ def test_the_best_weights_are_restored(tmp_path: Path) -> None:
     assert last.x.item() == pytest.approx(0.6, rel=1e-4)
 
 
-def test_training_that_only_hurts_ends_where_it_began(tmp_path: Path) -> None:
+def test_training_that_never_improves_ends_at_the_initial_weights(tmp_path: Path) -> None:
     model = Point()
     result = run_fit(tmp_path, model, Scripted([1.0, 2.0, 3.0, 4.0]), settings())
     assert (result.best_step, model.x.item()) == (0, 0.0)
@@ -256,7 +256,7 @@ def test_more_steps_continue_a_finished_stage(tmp_path: Path) -> None:
         run_fit(tmp_path, Point(), distance, settings(max_steps=6))
 
 
-def test_a_reduced_rate_outlives_a_restart(tmp_path: Path) -> None:
+def test_a_reduced_rate_survives_a_restart(tmp_path: Path) -> None:
     cfg = settings(schedule="plateau", plateau_patience=0, plateau_factor=0.5, max_steps=4)
     losses = [1.0, 2.0, 3.0, 4.0, 5.0]
     for folder, lengths in (("straight", [8]), ("resumed", [4, 8])):
@@ -303,7 +303,7 @@ def test_stage_two_refuses_a_checkpoint_over_other_students(tmp_path: Path) -> N
         fit_lora(other, tmp_path, cfg, RandomBatches())
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_gives_the_same_result(tmp_path: Path) -> None:
     cfg = transfer_settings()
     whole, continued = transfer_model(), transfer_model()
     fit_transfer(whole, tmp_path / "whole", cfg, RandomBatches())
@@ -319,7 +319,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_gives_the_same_end(tmp
 
 
 def test_the_best_weights_are_in_every_checkpoint(tmp_path: Path) -> None:
-    """Stopped after the best evaluation, with one checkpoint kept, the run still ends with the best weights."""
+    """A run stopped after the best evaluation with a single checkpoint kept still ends with the best weights."""
     cfg = settings(max_steps=8, save_every=2, keep_checkpoints=1)
     run_fit(tmp_path, Point(), Scripted([5.0, 1.0, 4.0, 3.0]), dataclasses.replace(cfg, max_steps=6))
     assert kept(tmp_path) == ["step-00000006"]
@@ -329,8 +329,8 @@ def test_the_best_weights_are_in_every_checkpoint(tmp_path: Path) -> None:
     assert model.x.item() == pytest.approx(0.2, rel=1e-4)
 
 
-def test_a_stage_run_in_pieces_is_the_stage(tmp_path: Path) -> None:
-    """``until`` ends a call in the middle; the next one continues, with the same evaluations."""
+def test_a_stage_run_in_parts_equals_one_run(tmp_path: Path) -> None:
+    """``until`` ends a call midway; the next call continues with the same evaluations."""
     cfg = transfer_settings(schedule="plateau", plateau_patience=0, lr=0.3)
     whole, pieces = transfer_model(), transfer_model()
     fit_transfer(whole, tmp_path / "whole", cfg, RandomBatches())
@@ -344,8 +344,8 @@ def test_a_stage_run_in_pieces_is_the_stage(tmp_path: Path) -> None:
         assert torch.equal(tensor, adapter_state(pieces)[name]), name
 
 
-def test_layers_are_scheduled_kept_and_stopped_each_by_its_own_loss(tmp_path: Path) -> None:
-    """Layer 1's loss never improves: it stops, at the weights it had, while layer 0 continues."""
+def test_each_layer_has_its_own_schedule_best_weights_and_early_stopping(tmp_path: Path) -> None:
+    """Layer 1's loss never improves: it stops with its initial weights while layer 0 continues."""
 
     class Lopsided:
         def __init__(self) -> None:

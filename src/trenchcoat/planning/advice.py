@@ -49,7 +49,7 @@ def one_layer_bytes(planner: Planner) -> float:
 def _what_would_fit(planner: Planner, plan: Plan) -> list[str]:
     least = min(plan.ways, key=lambda way: way.peak)
     found = [
-        f"nothing fits {plan.machine.gpus} x {gib(plan.machine.gpu_memory)}: the least is {gib(least.peak)} a GPU "
+        f"nothing fits {plan.machine.gpus} x {gib(plan.machine.gpu_memory)}: the least is {gib(least.peak)} per GPU "
         f"({least.name}), plus a reserve of {gib(RESERVE_BYTES)} and {RESERVE_SHARE:.0%}"
     ]
     smaller = _with_other_settings(planner)
@@ -103,7 +103,7 @@ def _about(planner: Planner, way: Way) -> list[str]:
             )
     if way.layout.offload:
         held = next(iter(way.stages.values())).memory.host
-        found.append(f"{way.name}: {gib(held * planner.machine.node_gpus)} of host memory a node")
+        found.append(f"{way.name}: {gib(held * planner.machine.node_gpus)} of host memory per node")
     for name, stage in planner.stages.items():
         if stage.accumulation % way.layout.ranks:
             found.append(uneven(name, stage.accumulation, way.layout.ranks))
@@ -115,6 +115,6 @@ def _about(planner: Planner, way: Way) -> list[str]:
 def uneven(stage: str, accumulation: int, processes: int) -> str:
     """Note that the micro-batches of a step do not divide evenly among ``processes``."""
     return (
-        f"{stage}.accumulation={accumulation} micro-batches a step do not divide among {processes} processes; "
-        f"{stage}.accumulation={processes * math.ceil(accumulation / processes)} does"
+        f"{stage}.accumulation={accumulation} micro-batches per step do not divide evenly among {processes} "
+        f"processes; {stage}.accumulation={processes * math.ceil(accumulation / processes)} does"
     )

@@ -123,7 +123,7 @@ def _bullets(notes: Iterable[str]) -> list[str]:
 
 def _hardware(machine: Machine) -> str:
     return (
-        f"{machine.gpus} x {machine.gpu} with {gib(machine.gpu_memory)}, {machine.node_gpus} a node; "
+        f"{machine.gpus} x {machine.gpu} with {gib(machine.gpu_memory)}, {machine.node_gpus} per node; "
         f"{machine.mfu:.0%} of the peak; "
     )
 
@@ -131,7 +131,7 @@ def _hardware(machine: Machine) -> str:
 def _headline(recipe: Recipe, plan: Plan) -> str:
     shapes = plan.shapes
     rows = ", ".join(
-        f"{name} {stage.batch_size} x {recipe.data.seq_len} tokens a process"
+        f"{name} {stage.batch_size} x {recipe.data.seq_len} tokens per process"
         for name, stage in (("transfer", recipe.transfer), ("lora", recipe.lora))
         if stage is not None
     )
@@ -143,7 +143,7 @@ def _headline(recipe: Recipe, plan: Plan) -> str:
 
 def _blocks_headline(recipe: Recipe, plan: BlocksPlan) -> str:
     machine = plan.machine
-    host = gib(machine.host_memory) if machine.host_memory else f"{gib(HOST_MEMORY)} a GPU"
+    host = gib(machine.host_memory) if machine.host_memory else f"{gib(HOST_MEMORY)} per GPU"
     return (
         f"{plan.model}: attention transfer of {plan.shapes.layers} layers on {plan.tokens:,} tokens "
         f"({plan.distinct:,} in distinct rows of {recipe.data.seq_len}; {plan.validation:,} for validation); "

@@ -101,6 +101,6 @@ def _too_large(block: BlockSize, gpu_memory: float | None, host_memory: float, w
             f"{RESERVE_SHARE:.0%}; {gib(gpu_memory or 0.0)} is available: {fix}"
         )
     return (
-        f"{what} needs {gib(block.host_bytes)} of host memory a process, including what is read ahead; "
+        f"{what} needs {gib(block.host_bytes)} of host memory per process, including prefetched weights; "
         f"{gib(host_memory)} is available: {fix}"
     )
