@@ -1,4 +1,4 @@
-"""Random calls of the Triton kernels and of the quadratic reference, feature maps and their gradients included."""
+"""Random calls of the Triton kernels and the quadratic reference, including feature maps and their gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Compiled on a GPU, in Triton's interpreter elsewhere."""
 
 LEARNED, WEIGHT = ["query_matrix", "query_bias", "key_matrix", "key_bias", "mix"], 0.3
-"""What transfer learns, and the weight of the squared error."""
+"""The tensors transfer trains, and the weight of the squared error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class KernelCase:
     options: dict[str, Any] = field(default_factory=dict)
 
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Tensors that get gradients, by name: the same numbers for every dtype (q, k and v are bfloat16 numbers)."""
+        """Tensors that get gradients, by name: the same values for every dtype (q, k and v have bfloat16 values)."""
         make = torch.Generator().manual_seed(self.tokens + 100 * self.window + 10_000 * self.seed)
 
         def random(*shape: int) -> Tensor:
@@ -78,7 +78,7 @@ class KernelCase:
         return Rule(kind=self.kind, window=self.window, scale=0.7, **self.options)  # type: ignore[arg-type]
 
     def real(self) -> Tensor | None:
-        """The mask [B, T]; rows are padded differently."""
+        """The mask [B, T]; each row is padded differently."""
         if self.mask is None:
             return None
         real = torch.ones(self.batch, self.tokens, dtype=torch.bool)
@@ -105,7 +105,7 @@ class KernelCase:
         return phi
 
     def reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Output and gradients of a random projection of it."""
+        """The output, and the gradients of a random projection of it."""
         leaves = self.leaves(dtype)
         return self.differentiated(self.run_reference(leaves), leaves)
 
@@ -117,7 +117,7 @@ class KernelCase:
         return linear_window_attention(self.qkv(leaves), features, self.weights(leaves), self.rule, impl="reference")[0]
 
     def low_precision(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The same by the independent run in 16 bits; for rows without padding."""
+        """The same from the independent 16-bit run; for rows without padding."""
         leaves = self.leaves(torch.float64)
         return self.differentiated(self.run_low_precision(leaves, dtype), leaves)
 
@@ -135,7 +135,7 @@ class KernelCase:
         return HeadWeights(leaves["mix"], leaves["sink_logit"] if self.sink_logit else None)
 
     def maps(self, leaves: dict[str, Tensor]) -> launch.FusedMaps | None:
-        """Query and key map as the kernels take them."""
+        """Query and key map in the kernels' format."""
         if not self.rule.far:
             return None
         act = ACTIVATIONS[self.map]
@@ -149,7 +149,7 @@ class KernelCase:
         return query, key
 
     def kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The same by the kernels; parameters stay float32."""
+        """The same from the kernels; parameters stay float32."""
         leaves = self.leaves(torch.float32)
         y, _ = attention.attend(self.qkv(leaves, dtype), self.maps(leaves), self.weights(leaves), self.rule)
         assert y.dtype == dtype
@@ -167,13 +167,13 @@ class KernelCase:
         return found
 
     def teacher(self) -> Tensor:
-        """Outputs to learn from [B, H, T, E], bfloat16 numbers in float32."""
+        """Teacher outputs [B, H, T, E], bfloat16 values in float32."""
         shape = (self.batch, self.heads, self.tokens, self.values)
         return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)).bfloat16().float().to(DEVICE)
 
     def transferred(self, dtype: torch.dtype, *, rounding: torch.dtype | None = None) -> dict[str, Tensor]:
         """Summed squared error and its gradients, by autograd through the reference; with `rounding` through the
-        independent run in 16 bits."""
+        independent 16-bit run."""
         leaves = self.leaves(dtype)
         mask = self.real()
         with torch.enable_grad():
@@ -190,7 +190,7 @@ class KernelCase:
         return {"loss": loss.detach().double(), **{n: g.double() for n, g in pairs if g is not None}}
 
     def transfer_kernels(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The same by the kernels; parameters stay float32."""
+        """The same from the kernels; parameters stay float32."""
         leaves = self.leaves(torch.float32)
         mask = self.real()
         with torch.no_grad():
@@ -205,18 +205,18 @@ class KernelCase:
 
     @property
     def terms(self) -> int:
-        """Products summed for one number, roughly."""
+        """Approximate number of products summed per result."""
         return self.batch * self.tokens * self.columns * 2 + 2 * self.window * self.dim * self.heads
 
 
 def group(monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
-    """Cut rows into up to `groups` groups of two chunks or more."""
+    """Split rows into up to `groups` groups of at least two chunks."""
     monkeypatch.setattr(launch, "SHORTEST_GROUP", 2)
     monkeypatch.setattr(launch, "group_size", lambda chunks, programs, wanted: max(2, -(-chunks // groups)))
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill tensors that are made without values with NaN (integers with their largest number)."""
+    """Fill uninitialised tensors with NaN (integers with their largest value)."""
 
     def filled(x: Tensor) -> Tensor:
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(torch.iinfo(x.dtype).max)
@@ -227,19 +227,19 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def output_tolerances(case: KernelCase, dtype: torch.dtype, draws: int = DRAWS) -> dict[str, float]:
-    """Deviations allowed to the kernels' output and gradients."""
+    """Tolerances of the kernels' output and gradients."""
     cases = [replace(case, seed=1000 + i) for i in range(draws)]
     return tolerances([(c.low_precision(dtype), c.reference(torch.float64)) for c in cases])
 
 
 def transfer_tolerances(case: KernelCase, dtype: torch.dtype) -> dict[str, float]:
-    """Deviations allowed to the kernels' loss and gradients in attention transfer."""
+    """Tolerances of the kernels' loss and gradients in attention transfer."""
     draws = [replace(case, seed=1000 + i) for i in range(DRAWS)]
     return tolerances([(c.transferred(torch.float64, rounding=dtype), c.transferred(torch.float64)) for c in draws])
 
 
 def sum_errors(case: KernelCase, dtype: torch.dtype, seed: int, *, kernels: bool) -> Tensor:
-    """Deviations of S after all tokens, by the kernels or by the independent run: one product."""
+    """Deviations of S after all tokens, for the kernels or the independent run: one product."""
     leaves = {name: t.detach() for name, t in replace(case, seed=seed).leaves(torch.float64).items()}
     v = leaves["v"]
     exact = case.phi(leaves, "key")(leaves["k"]).mT @ v

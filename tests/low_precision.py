@@ -1,8 +1,8 @@
-"""The operator as any implementation in 16 bits has to compute it: a plain run in float64 whose matrix products round.
+"""The operator as any 16-bit implementation has to compute it: a simple float64 run with rounded matrix products.
 
-Written from the formula, one query after the other, with the far keys in a sum S; it shares nothing with the kernels.
-What is rounded is what a tensor core needs rounded, the operands of every product, forward and backward (x W, q k^T,
-p v, phi(k)^T v, phi(q) S; there du, ds, dnum, dS), and what has to be stored: y, also for the dden made of it, and the
+Written from the formula, one query at a time, with the far keys in a sum S; it shares no code with the kernels. It
+rounds what tensor cores need rounded, the operands of every product, forward and backward (x W, q k^T, p v, phi(k)^T v,
+phi(q) S; in the backward du, ds, dnum, dS), and what has to be stored: y, also for the dden computed from it, and the
 gradients of q, k and v. Sums are exact, and so is everything between the products.
 
 Shape legend: B rows, H query heads, T tokens, D key dim, E value dim, P columns of a map, F features.
@@ -21,22 +21,22 @@ from torch.autograd.function import once_differentiable
 from trenchcoat.ops import Rule
 
 WIDE = torch.bfloat16
-"""What sums, features and gradients are rounded to: float16 ends at 65504."""
+"""The dtype sums, features and gradients are rounded to: float16 overflows at 65504."""
 
 DRAWS = 24
-"""Random calls that the independent run is tried on."""
+"""Random calls of the independent run."""
 FACTOR = 2
-"""Error allowed, over the largest of the independent run's. An implementation may round two numbers where the run
-rounds one (S of a group and scores of a chunk, where it has S alone) or round at another place, which makes sqrt(2) of
-an error of the same size; and the largest of a draw's numbers may lie sqrt(2) above the largest of :data:`DRAWS` draws.
-Measured: of 1,392 errors of the kernels (24 draws of each kind, type and tensor) half lie below 0.6 of the largest of
-the independent run's, one in a hundred above 1.5, and the largest is 2.0 of it."""
+"""Tolerance over the independent run's largest error. An implementation may round two numbers where the run rounds one
+(S of a group and scores of a chunk instead of S alone) or round elsewhere, which gives sqrt(2) times an error of the
+same size; and the largest error of a draw may be sqrt(2) above the largest of :data:`DRAWS` draws. Measured: of 1,392
+errors of the kernels (24 draws of each kind, dtype and tensor), half are below 0.6 times the independent run's largest
+error, one in a hundred is above 1.5 times, and the largest is 2.0 times."""
 
 
 def tolerances(runs: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
-    """Deviation allowed to each tensor, from pairs (independent run, exact) of random calls of the same sizes.
+    """Tolerance of each tensor, from pairs (independent run, exact) of random calls of the same sizes.
 
-    Absolute: numbers that are sums of cancelling terms (gradients of the mix) are now and then small, their errors not.
+    Absolute: sums of cancelling terms (gradients of the mix) are sometimes small while their errors are not.
     """
     names = runs[0][1]
     return {n: FACTOR * max(float((found[n] - exact[n]).abs().max()) for found, exact in runs) for n in names}
@@ -72,9 +72,10 @@ class Product(torch.autograd.Function):
 class Quotient(torch.autograd.Function):
     """(num + far_num) / (den + far_den) of numerators [..., E] and denominators [..., 1] of the two parts.
 
-    `shift` [..., 1] is c - log r, which the near part depends on by exp(-shift) alone: its gradient is taken from the
-    far part, as y does not change when numerator and denominator grow alike. (A run in one pass has to do so, or it
-    would need all of a query's scores at once.) The backward has y as it was stored, in `dtype` (None: exactly).
+    `shift` [..., 1] is c - log r, on which the near part depends only through exp(-shift): its gradient is taken from
+    the far part, as y does not change when numerator and denominator are scaled alike. (A single-pass run has to do so;
+    otherwise it would need all of a query's scores at once.) The backward uses y as it was stored, in `dtype` (None:
+    exactly).
     """
 
     @staticmethod
@@ -96,7 +97,7 @@ class Quotient(torch.autograd.Function):
 
 
 class Stored(torch.autograd.Function):
-    """x as a tensor of `dtype`, and its gradient too."""
+    """x rounded to `dtype`, and its gradient too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,7 +125,7 @@ def features(x: Tensor, matrix: Tensor, bias: Tensor | None, name: str, dtype: t
 
 
 def straight(x: Tensor) -> Tensor:
-    """x as the products see it; its gradient is that of x."""
+    """x as rounded in products, with a straight-through gradient."""
     return x + (near(x, WIDE) - x).detach()
 
 
@@ -153,8 +154,8 @@ class LowPrecision:
         return Stored.apply(y, self.dtype) if self.store else y
 
     def cross_entropy(self, leaves: dict[str, Tensor], log_ratio_H: Tensor) -> Tensor:
-        """Sum of the cross-entropies of attention rows, as in :mod:`trenchcoat.ops.crossent`; the gradients for phi
-        that come from far weights' logarithms are products, those that come from denominators running sums."""
+        """Sum of the cross-entropies of attention rows, as in :mod:`trenchcoat.ops.crossent`; gradients for phi from
+        the logarithms of far weights are products, those from denominators are running sums."""
         q, k = (leaves[name].detach() for name in "qk")
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         position = torch.arange(q.shape[2], device=q.device)
@@ -183,7 +184,7 @@ class LowPrecision:
     def _near(
         self, q: Tensor, k: Tensor, v: Tensor, mix: Tensor, logit: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(c - log r, numerator, denominator), the latter two taken as functions of the scores alone."""
+        """(c - log r, numerator, denominator), the latter two as functions of the scores alone."""
         s = Product.apply(q, k.mT, self.dtype) * self.rule.scale
         if self.rule.softcap is not None:
             s = self.rule.softcap * torch.tanh(s / self.rule.softcap)
@@ -199,7 +200,7 @@ class LowPrecision:
         return top - log_ratio, ratio * Product.apply(p, v, self.dtype), ratio * (p.sum(-1, keepdim=True) + extra)
 
     def _far(self, fq: Tensor, fk: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Query after query (with terraces those of a chunk together) against S and z."""
+        """One query at a time (with terraces, one chunk at a time) against S and z."""
         position = torch.arange(fq.shape[2], device=fq.device)
         far = self.rule.is_far(position[:, None], position[None])
         s, z = fk[..., :1, :].mT * v[..., :1, :] * 0.0, fk[..., :1, :].mT * 0.0

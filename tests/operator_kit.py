@@ -1,4 +1,4 @@
-"""Random calls of the operator, and errors with a budget derived from an independent float32 run of the reference."""
+"""Random calls of the operator, and error budgets derived from an independent float32 run of the reference."""
 
 from __future__ import annotations
 
@@ -54,11 +54,12 @@ class Case:
 
     @property
     def terms(self) -> int:
-        """Products summed for one number, roughly: the far sums, and the window over the heads that share its keys."""
+        """Approximate number of products summed per result: the far sums, and the window over the heads that share its
+        keys."""
         return self.tokens * self.features + 2 * self.window * self.dim * self.heads
 
     def real(self) -> Tensor | None:
-        """The mask, [B, T], rows padded differently."""
+        """The mask, [B, T]; each row is padded differently."""
         if self.mask is None:
             return None
         mask = torch.ones(self.batch, self.tokens, dtype=torch.bool)
@@ -78,7 +79,7 @@ class Case:
         return Rule(kind=self.kind, window=self.window, scale=0.7, **self.options)  # type: ignore[arg-type]
 
     def inputs(self, tensors: Sequence[Tensor], span: slice = slice(None)) -> tuple[Tokens, Features, HeadWeights]:
-        """What the operator and a decode step take, of the tokens `span`."""
+        """Inputs of the operator and of a decode step, for the tokens `span`."""
         q, k, v, fq, fk, mix, sink = tensors
         heads = HeadWeights(mix, sink if self.sink_logit else None)
         return Tokens(q, k, v, self.real())[span], Features(fq, fk, self.phi)[span], heads
@@ -100,13 +101,13 @@ class Case:
         state: StudentState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, StudentState | None]:
-        """The operator on tokens `span`."""
+        """Run the operator on tokens `span`."""
         if return_state and state is None:
             state = self.empty(tensors[1].dtype)
         return linear_window_attention(*self.inputs(tensors, span), self.rule, state=state, impl=impl)
 
     def results(self, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Output and the gradients of a random projection of it, in float64."""
+        """The output, and the gradients of a random projection of it, in float64."""
         tensors = [t.to(dtype).requires_grad_() for t in self.tensors()]
         y, _ = self.call(tensors, impl=impl)
         projection = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -155,7 +156,7 @@ def label(case: Case) -> str:
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """Largest deviation over the largest value (or 0.25, as inputs are of unit size); infinite when not a number."""
+    """Largest deviation over the largest value (or 0.25, as inputs are of unit size); infinite for NaN."""
     if exact.numel() == 0:
         return 0.0
     if not bool(torch.isfinite(found).all()):
@@ -165,7 +166,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def budget(independent: float, terms: int) -> float:
-    """Error allowed to a float32 run: 8 times that of an independent float32 run of the reference on the same numbers,
-    or that of `terms` roundings adding up at random, whichever is larger."""
+    """Error allowed for a float32 run: 8 times that of an independent float32 run of the reference on the same inputs,
+    or that of `terms` random roundings, whichever is larger."""
     rounding = float(torch.finfo(torch.float32).eps)
     return max(8 * independent, 4 * rounding * terms**0.5)

@@ -1,4 +1,4 @@
-"""The benchmarks of block-wise transfer run, and report what they say they report."""
+"""The benchmarks of block-wise transfer and clipping run and report their figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trenchcoat.bench.clip import draw_errors
 from trenchcoat.bench.registry import run_benchmark
 
 
-def test_a_quick_run_of_the_blocks(tmp_path: Path) -> None:
+def test_quick_run_of_blocks(tmp_path: Path) -> None:
     text = run_benchmark("blocks", quick=True, threads=1, out=str(tmp_path / "blocks.json"))
     result = json.loads((tmp_path / "blocks.json").read_text())
     assert set(result["runs"]) == {"joint", "blocks of 1", "blocks of 2"}
@@ -21,7 +21,7 @@ def test_a_quick_run_of_the_blocks(tmp_path: Path) -> None:
         assert f"{run['throughput_ratio']:.4g}" in text
 
 
-def test_a_quick_run_of_the_clips(tmp_path: Path) -> None:
+def test_quick_run_of_clip(tmp_path: Path) -> None:
     text = run_benchmark("clip", quick=True, out=str(tmp_path / "clip.json"))
     result = json.loads((tmp_path / "clip.json").read_text())
     layer, together = (result["relative_error"][scope] for scope in ("layer", "global"))

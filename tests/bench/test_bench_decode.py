@@ -1,4 +1,4 @@
-"""The decoding benchmark runs, and its table says what was measured."""
+"""The decoding benchmark runs, and its table shows what was measured."""
 
 from __future__ import annotations
 

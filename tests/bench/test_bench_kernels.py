@@ -1,4 +1,4 @@
-"""The kernels' benchmark: its arithmetic, its refusals, every measurement at a tiny size (on CPUs in Triton's
+"""The kernels' benchmark: its arithmetic, its error messages, every measurement at a tiny size (on CPUs in Triton's
 interpreter), and (with a GPU) a quick run."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TINY = {"operator": OPERATOR, "model": MODEL, "decode": DECODE}
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> kernels.KernelsBenchmark:
-    """The benchmark at these sizes, which also runs without a GPU."""
+    """The benchmark at tiny sizes, which also runs without a GPU."""
     benchmark = kernels.KernelsBenchmark("kernels")
     monkeypatch.setattr(benchmark, "full", kernels.KernelsSizes(TINY, repeats=1, copied=1 << 10, side=16))
     monkeypatch.setattr(benchmark, "only_on", None)
@@ -73,7 +73,7 @@ def test_bytes_are_those_of_the_model() -> None:
 
 
 def test_every_target_of_the_kernels_is_in_the_table() -> None:
-    """At the full sizes each target names a measurement that is made."""
+    """At the full sizes, each target refers to an existing measurement."""
     timer, limits = timing.Timer(1, "cpu"), timing.Ceilings(1.0, 1.0)
     rows = []
     for part in kernels.KERNEL_PARTS.values():
@@ -84,7 +84,7 @@ def test_every_target_of_the_kernels_is_in_the_table() -> None:
 
 
 @pytest.mark.usefixtures("_checked")
-def test_every_measurement_runs_and_is_kept_at_once(tmp_path: Path, tiny: kernels.KernelsBenchmark) -> None:
+def test_every_measurement_runs_and_is_saved_immediately(tmp_path: Path, tiny: kernels.KernelsBenchmark) -> None:
     kept: list[int] = []
     said: list[str] = []
 
@@ -111,7 +111,7 @@ def test_every_measurement_runs_and_is_kept_at_once(tmp_path: Path, tiny: kernel
     assert "not measured" in text
 
 
-def test_what_runs_out_of_memory_is_recorded_and_the_rest_goes_on(
+def test_out_of_memory_is_recorded_and_the_rest_continues(
     monkeypatch: pytest.MonkeyPatch, tiny: kernels.KernelsBenchmark
 ) -> None:
     def measurements(sizes: object, timer: object, limits: object) -> list[Measurement]:
@@ -143,8 +143,8 @@ def test_the_largest_batch_shrinks_until_it_fits(monkeypatch: pytest.MonkeyPatch
     assert found["tokens_per_second"] == 2 * found["rows"]
 
 
-def test_the_softmax_rival_computes_what_the_ordinary_cache_does() -> None:
-    """A token on buffers of exactly the context gets the logits of Transformers' own cache."""
+def test_softmax_baseline_matches_the_ordinary_cache() -> None:
+    """With buffers of exactly the context length, the logits equal those with Transformers' cache."""
     torch.manual_seed(0)
     model = random_llama(SHAPE, 2, "cpu").float()
     ids = torch.randint(0, 31, (2, 6))
@@ -158,7 +158,7 @@ def test_the_softmax_rival_computes_what_the_ordinary_cache_does() -> None:
         wanted = model(input_ids=ids[:, 5:], past_key_values=cache).logits
     loop = kernels_decode.Loop(model, kernels_decode.Cache(layers=layers), 2, 5, advance=False)
     loop.ids.copy_(ids[:, 5:])
-    for _ in range(2):  # the second run finds its own pair in the last place and writes it again
+    for _ in range(2):  # the second run finds its own pair in the last position and overwrites it
         loop.ids.copy_(ids[:, 5:])
         loop.step()
         assert torch.equal(loop.ids, wanted[:, -1].argmax(-1, keepdim=True))
@@ -167,7 +167,7 @@ def test_the_softmax_rival_computes_what_the_ordinary_cache_does() -> None:
     torch.testing.assert_close(again, wanted)
 
 
-def test_the_loop_decodes_what_generate_does() -> None:
+def test_the_loop_decodes_like_generate() -> None:
     torch.manual_seed(0)
     model = random_llama(replace(SHAPE, impl="chunkwise"), 2, "cpu").float()
     set_mode(model, "student")
@@ -186,7 +186,7 @@ def test_the_loop_decodes_what_generate_does() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_without_a_gpu_it_says_so(device: str) -> None:
+def test_without_a_gpu_it_is_an_error(device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=r"on a GPU.*estimated device memory: operator \d"):

@@ -1,4 +1,4 @@
-"""The operator's benchmark runs, compares the same function, and reports what it says it reports."""
+"""The operator's benchmark runs, compares implementations of the same function, and reports its figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trenchcoat.bench import ops
 from trenchcoat.bench.registry import load_benchmark, run_benchmark
 
 
-def test_both_ways_of_transfer_give_the_same_gradients() -> None:
+def test_both_transfer_implementations_give_the_same_gradients() -> None:
     chunkwise, reference = ops.layer_of(300, "cpu"), ops.layer_of(300, "cpu", "reference")
     y = chunkwise.softmax().detach()
     chunkwise.transfer(y)

@@ -1,4 +1,4 @@
-"""The transfer benchmark runs, compares like with like, and reports what it says it reports."""
+"""The transfer benchmark runs, compares the same losses, and reports its figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trenchcoat.bench import transfer
 from trenchcoat.bench.registry import run_benchmark
 
 
-def test_the_naive_way_computes_the_same_gradients() -> None:
+def test_naive_implementation_computes_the_same_gradients() -> None:
     bench = transfer.small_step(2, 300)
     bench.gradients()
     ours = [parameter.grad.clone() for parameter in bench.parameters]
@@ -21,7 +21,7 @@ def test_the_naive_way_computes_the_same_gradients() -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6 * float(mine.abs().max()) + 1e-7)
 
 
-def test_the_naive_way_keeps_its_maps_and_leaves_no_trace() -> None:
+def test_naive_implementation_keeps_its_maps_and_restores_the_model() -> None:
     shallow, deep = transfer.small_step(1, 256), transfer.small_step(3, 256)
     map_bytes = 8 * 256 * 256 * 4
     assert deep.peak(deep.naive_gradients) - shallow.peak(shallow.naive_gradients) > 2 * 2 * map_bytes

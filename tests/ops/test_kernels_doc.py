@@ -1,4 +1,4 @@
-"""docs/KERNELS.md shows the compiler's report that is kept beside it."""
+"""docs/KERNELS.md shows the stored compiler report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One meaning: the chunkwise operator equals the quadratic reference, outputs and every gradient."""
+"""The chunkwise operator equals the quadratic reference: outputs and every gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTHS = (1, 3, 4, 5, 9, 40)
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of a few chunks, so that short rows are cut and their sums carried."""
+    """Tiles of a few chunks, so that short rows are split and their sums carried over."""
     monkeypatch.setattr(chunkwise, "TILE_TOKENS", 16)
 
 
@@ -50,7 +50,7 @@ def test_odd_lengths(kind: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("case", ALL, ids=label)
 @pytest.mark.usefixtures("small_tiles")
-def test_rows_cut_into_tiles(case: Case) -> None:
+def test_rows_split_into_tiles(case: Case) -> None:
     _compare(replace(case, tokens=40), single=False)
 
 
@@ -72,7 +72,7 @@ def test_low_precision_inputs_are_accumulated_in_float32(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_uninitialised_is_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer starts as NaN: whatever is read before it is written shows."""
+    """Every buffer starts as NaN, which exposes reads before writes."""
     case = Case(kind=kind, tokens=37, mask="odd", options={} if kind == "linear" else {"sinks": 2})
     exact = case.results("reference", torch.float64)
     empty = torch.empty
@@ -140,7 +140,7 @@ def test_extreme_scores_stay_finite() -> None:
         assert bool(torch.isfinite(t).all())
 
 
-def test_only_what_is_asked_for_gets_a_gradient() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     case = Case(tokens=23)
     tensors = [
         t.requires_grad_(name in ("fq", "fk", "mix"))
@@ -182,7 +182,7 @@ def test_parts_cover_everything_once() -> None:
         ({"v_BGTE": torch.zeros(2, 2, 9, 5)}, "v \\[B, G, T, E\\]"),
     ],
 )
-def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
+def test_invalid_arguments_are_rejected(change: dict[str, object], message: str) -> None:
     q, k, v, fq, fk, mix, _ = Case().tensors()
     call: dict[str, Any] = {
         "q_BHTD": q, "k_BGTD": k, "v_BGTE": v, "mask_BT": None, "fq_BHTF": fq, "fk_BKTF": fk, "mix_H": mix,

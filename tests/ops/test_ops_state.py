@@ -1,4 +1,4 @@
-"""Prefill equals decode: any split of a row, any rows in a batch, a state that never grows."""
+"""Prefill equals decode: any split of a row, any rows in a batch, a state of constant size."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _decode(case: Case, tensors: list[Tensor], state: StudentState, span: slice)
 
 
 def _visible(state: StudentState, case: Case) -> dict[str, Tensor]:
-    """The state with zeros in buffer slots no later query can read."""
+    """The state with zeros in buffer slots that no later query can read."""
     rule = Rule(kind=case.kind, window=case.window, scale=1.0)  # type: ignore[arg-type]
     tensors = state.tensors()
     held = state.slot_positions()
@@ -106,7 +106,7 @@ def test_gradients_flow_through_the_new_tokens_only(kind: str) -> None:
         assert error(a, b) < TOLERANCE
 
 
-def test_the_incoming_state_is_left_alone() -> None:
+def test_the_incoming_state_is_not_modified() -> None:
     case = Case(tokens=30)
     tensors = case.tensors()
     _, state = case.call(tensors, impl="chunkwise", span=slice(11), return_state=True)
@@ -117,7 +117,7 @@ def test_the_incoming_state_is_left_alone() -> None:
         assert torch.equal(tensor, before.tensors()[name])
 
 
-def test_rows_of_a_state_can_be_picked_repeated_and_cleared() -> None:
+def test_rows_of_a_state_can_be_selected_repeated_and_cleared() -> None:
     case = Case(tokens=30, batch=2)
     _, state = case.call(case.tensors(), impl="chunkwise", return_state=True)
     assert state is not None
@@ -163,7 +163,7 @@ def test_low_precision_buffers_keep_float32_sums() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_step_is_one_graph_at_every_position(kind: str, masked: bool) -> None:
-    """No value is asked for (a whole graph), and no position makes another one (compiled once)."""
+    """No graph break (no value is read on the host), and no recompilation at any position."""
     options = {} if kind == "linear" else {"sinks": 2, "softcap": 2.0}
     case = Case(kind=kind, tokens=31, batch=3, options=options, mask="odd" if masked else None)
     tensors, eager, compiled = case.tensors(), case.empty(), case.empty()
@@ -175,7 +175,7 @@ def test_the_step_is_one_graph_at_every_position(kind: str, masked: bool) -> Non
         places = None if kind == "linear" else Places.of(compiled, case.rule, torch.float64)
         found = one(*inputs, compiled, places, case.rule)
         compiled.count(real)
-        # by itself the step does not fold, so the one below must not either
+        # the step alone does not fold, so the one below must not either
         wanted = step(*inputs, eager, places, case.rule)
         eager.count(real)
         assert error(found, wanted) < TOLERANCE
@@ -183,7 +183,7 @@ def test_the_step_is_one_graph_at_every_position(kind: str, masked: bool) -> Non
 
 
 def test_rows_out_of_step_fold_when_their_own_chunk_is_full() -> None:
-    """Rows 0 and 1 of a batch stand half a chunk apart; each gives what it gives alone."""
+    """Rows 0 and 1 of a batch are half a chunk apart; each row's result is the same as alone."""
     case = Case(tokens=37, batch=2)
     tensors = case.tensors()
     late = torch.ones(2, 37, dtype=torch.bool)
@@ -209,10 +209,10 @@ def test_rows_out_of_step_fold_when_their_own_chunk_is_full() -> None:
     key_maps=st.sampled_from([2, 4]),
     pieces=st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=8),
 )
-def test_generation_in_any_pieces_equals_recomputation(
+def test_generation_in_any_chunks_equals_recomputation(
     kind: str, window: int, sinks: int, batch: int, mask: str | None, key_maps: int, pieces: list[tuple[int, bool]]
 ) -> None:
-    """Pieces of any lengths, read by the chunkwise operator or token by token, in rows padded anyhow."""
+    """Chunks of any lengths, processed by the chunkwise operator or token by token, with any padding."""
     options = {"sinks": sinks} if kind != "linear" else {}
     tokens = sum(length for length, _ in pieces)
     case = Case(kind=kind, window=window, batch=batch, mask=mask, key_maps=key_maps, tokens=tokens, options=options)

@@ -1,5 +1,5 @@
-"""The Triton kernels mean what the quadratic reference means: outputs, every gradient, transfer; in the interpreter on
-CPUs (small odd shapes), compiled where there is a GPU."""
+"""The Triton kernels equal the quadratic reference: outputs, every gradient, transfer; in the interpreter on CPUs
+(small odd shapes), compiled on GPUs."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ WIDE_CASES = [
     replace(WIDE, kind="sliding", key_maps=1, map="exp", bias=True, sink_logit=False),
     replace(WIDE, kind="linear", map="t2r", values=200, sink_logit=False, options={}),
 ]
-"""Maps are read in pieces, values cut into two parts, gradients of maps made in two blocks of rows."""
+"""Maps are read in slices, values are split in two, gradients of maps are computed in two blocks of rows."""
 
 
-def test_wide_heads_and_maps_are_cut() -> None:
+def test_wide_heads_and_maps_are_split() -> None:
     for case in WIDE_CASES:
         leaves = case.leaves(torch.float32)
         qkv, ratio = [leaves[name] for name in "qkv"], leaves["mix"]
@@ -99,7 +99,7 @@ def test_low_precision(case: KernelCase, dtype: torch.dtype, monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_tiles_copied_by_hardware(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor descriptors, as on Hopper: chunks before the first token and past the last are filled with zeros."""
+    """Tensor descriptors, as on Hopper: chunks before the first token and after the last are filled with zeros."""
     monkeypatch.setattr(launch, "has_copy_engine", lambda device: True)
     monkeypatch.setattr(launch, "TensorDescriptor", mock.Mock(wraps=launch.TensorDescriptor))
     case = KernelCase(kind=kind, tokens=40, window=16, dim=16, values=16, batch=1, key_maps=1)
@@ -112,7 +112,7 @@ def test_tiles_copied_by_hardware(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_far_sums_keep_their_precision_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors of one product of all tokens are allowed; sums in 16 bits would lose something at every chunk."""
+    """The tolerance is that of one product over all tokens; sums in 16 bits would lose precision at every chunk."""
     case = replace(SHORT, tokens=400, heads=1, key_maps=1)
     group(monkeypatch, 1)
     allowed = FACTOR * max(float(sum_errors(case, torch.bfloat16, 1 + i, kernels=False).max()) for i in range(DRAWS))
@@ -120,7 +120,7 @@ def test_far_sums_keep_their_precision_over_many_chunks(monkeypatch: pytest.Monk
 
 
 def test_the_independent_run_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without its roundings it is the reference: what it deviates by is rounding."""
+    """Without rounding it equals the reference, so its deviations are due to rounding alone."""
     monkeypatch.setattr(low_precision, "near", lambda x, dtype: x)
     for case in (SHORT, *SHORT_CASES[1:]):
         for rounded, exact in (
@@ -178,7 +178,7 @@ SPLIT = KernelCase(tokens=14, window=3, heads=1, key_maps=1, mask="left", groups
     ids=name_of,
 )
 def test_any_split_gives_the_same(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row in pieces, through the state, equals the row in one piece; padding in front moves nothing."""
+    """A row processed in parts, through the state, equals the whole row; left padding changes nothing."""
     group(monkeypatch, case.groups)
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
     mask = case.real()
@@ -207,7 +207,7 @@ def test_packed_sequences_do_not_see_one_another(kind: str) -> None:
 
 
 def test_nothing_uninitialised_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer starts as NaN: whatever is read before it is written, or not written at all, shows."""
+    """Every buffer starts as NaN, which exposes reads before writes and missing writes."""
     case = KernelCase(tokens=10, window=3, batch=1, heads=1, key_maps=1, groups=2, mask="left")
     group(monkeypatch, case.groups)
     wanted = case.kernels(torch.float32)
@@ -228,7 +228,7 @@ def test_nothing_uninitialised_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"columns": 64, "dim": 256, "values": 128, "window": 128}, "bytes of shared memory"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused(change: dict[str, object], message: str) -> None:
+def test_unsupported_calls_are_rejected(change: dict[str, object], message: str) -> None:
     dtype = change.pop("dtype", torch.float32)
     case = replace(KernelCase(tokens=3, batch=1), **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The self-check finds what is wrong with the kernels of a device, and its tolerances are those of an honest run."""
+"""The self-check finds errors of the kernels on a device, and its tolerances are those of the independent run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def derived(kind: Kind, draws: int) -> list[float]:
-    """The tolerances of `kind` from `draws` random calls; with `DRAWS` of them, what ALLOWED says."""
+    """The tolerances of `kind` from `draws` random calls; with `DRAWS` of them, the values in ALLOWED."""
     rule = check.rule_of(kind)
     runs = {
         store: LowPrecision(rule=rule, map=check.MAPS[kind], dtype=torch.bfloat16, store=store)
@@ -43,7 +43,7 @@ def derived(kind: Kind, draws: int) -> list[float]:
         output = check.passes(leaves, lambda x: rounded(x, True))
         transfer = check.passes(leaves, lambda x: rounded(x, False))
         found = [*output[:7], *transfer[7:]]
-        # in float32: a sum of 400 terms is kept to six digits by the kernels' type as by any
+        # in float32: a sum of 400 terms is accurate to six digits in any float32 implementation
         leaves, log_ratio = [t.float() for t in leaves], rule.log_ratio(leaves[5]).float()
         rows = [t.clone().requires_grad_() for t in (*leaves[3:5], log_ratio)]
         named = {"q": leaves[0], "k": leaves[1], "query_matrix": rows[0], "key_matrix": rows[1]}
@@ -63,8 +63,8 @@ def test_the_self_check_passes() -> None:
     check.check(torch.device(DEVICE))
 
 
-def test_a_wrong_result_of_any_pass_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs 10 % too large, everywhere."""
+def test_a_wrong_result_of_any_pass_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All outputs are 10 % too large."""
     kernels, transfer = check._kernels, check._transfer
     decode, rows = check._decode, check._rows
     monkeypatch.setattr(check, "_kernels", lambda x, rule: 1.1 * kernels(x, rule))
@@ -86,7 +86,7 @@ def test_the_error_says_which_pass_deviates(name: str, monkeypatch: pytest.Monke
     check.check.cache_clear()
 
 
-def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_what_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(kind: Kind, device: torch.device) -> list[float]:
         raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
 
@@ -98,7 +98,8 @@ def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_tolerances_are_derived() -> None:
-    """All draws of the quick kind; of the others some, which must lie below what is written, and not far below."""
+    """All draws for the fast kind; some draws for the others, which must be below the stored values, but not far
+    below."""
     assert derived("terrace", DRAWS) == pytest.approx(check.ALLOWED["terrace"], rel=0.1)
     for kind in ("sliding", "linear"):
         for name, some, written in zip(check.NAMES, derived(kind, 3), check.ALLOWED[kind], strict=True):
@@ -106,8 +107,8 @@ def test_the_tolerances_are_derived() -> None:
             assert some >= 0.05 * written, (kind, name)
 
 
-def test_what_the_caller_has_set_does_not_matter() -> None:
-    """Nor does the check matter to a checkpointed layer, which would count the tensors it saves."""
+def test_the_callers_settings_do_not_matter() -> None:
+    """The check also does not affect a checkpointed layer, which would count the tensors saved by it."""
     check.check.cache_clear()
     with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
         check.check(torch.device(DEVICE))

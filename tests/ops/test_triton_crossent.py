@@ -1,5 +1,5 @@
-"""The cross-entropy kernels mean what the blockwise code means in float64: sums and every gradient; in the interpreter
-on CPUs (odd shapes, small tiles), compiled where there is a GPU."""
+"""The cross-entropy kernels equal the blockwise code in float64: sums and every gradient; in the interpreter on CPUs
+(odd shapes, small tiles), compiled on GPUs."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ PARAMETERS = ("query_matrix", "query_bias", "key_matrix", "key_bias", "log_ratio
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """One call; `eps` is the features' floor, `lengths` the rows' tokens, `tiles` resident and passing tokens, `gain`
-    what the maps' matrices are multiplied with."""
+    """One call; `eps` is the lower clamp of the features, `lengths` the rows' tokens, `tiles` resident and streamed
+    tokens, `gain` a factor on the maps' matrices."""
 
     case: KernelCase
     tiles: tuple[int, int] = (32, 16)
@@ -51,18 +51,18 @@ class Rows:
 
     @property
     def keywords(self) -> dict[str, Any]:
-        """What both implementations take."""
+        """Arguments of both implementations."""
         length = None if self.lengths is None else torch.tensor(self.lengths, device=DEVICE)
         return {"length_B": length, "teacher_window": self.teacher_window}
 
     def phi(self, leaves: dict[str, Tensor], side: str) -> FeatureMap:
-        """The case's map with this floor."""
+        """The case's map with this clamp."""
         phi = self.case.phi(leaves, side)
         phi.cfg = replace(phi.cfg, eps=self.eps)
         return phi
 
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The case's, with this gain."""
+        """The case's leaves, with this gain."""
         made = self.case.leaves(dtype)
         with torch.no_grad():
             for side in ("query", "key"):
@@ -70,7 +70,7 @@ class Rows:
         return made
 
     def expected(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """By the blockwise code, and autograd through the maps."""
+        """Results of the blockwise code, and autograd through the maps."""
         leaves = self.leaves(dtype)
         fq, fk = self.phi(leaves, "query")(leaves["q"]), self.phi(leaves, "key")(leaves["k"])
         total, found = attention_cross_entropy(
@@ -82,7 +82,7 @@ class Rows:
         return _named(total, [*torch.autograd.grad((fq, fk), named, found[:2], allow_unused=True), found[2]])
 
     def low_precision(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """By the independent run."""
+        """Results of the independent run."""
         leaves = self.leaves(torch.float64)
         log_ratio = self.case.rule.log_ratio(leaves["mix"]).detach().requires_grad_()
         total = LowPrecision(rule=self.case.rule, map=self.case.map, dtype=dtype).cross_entropy(leaves, log_ratio)
@@ -104,7 +104,7 @@ def _named(total: Tensor, grads: list[Tensor | None]) -> dict[str, Tensor]:
 
 
 def _tile(monkeypatch: pytest.MonkeyPatch, rows: Rows) -> None:
-    """Small tiles, so that short rows have all sorts of them; compiled kernels keep their own."""
+    """Small tiles, so that short rows have tiles of every sort; compiled kernels use their own sizes."""
     if INTERPRETED:
         monkeypatch.setattr(crossent_launch, "tiles_of", lambda c, itemsize, available: Tiles(*rows.tiles, 4, 1))
 
@@ -146,8 +146,8 @@ def test_sums_and_gradients(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None
         assert error(found[name], value) <= budget(error(independent[name], value), rows.case.terms), name
 
 
-def test_similarities_below_the_floor_get_no_gradient() -> None:
-    """The case for it above has many, and of a size whose gradient would show."""
+def test_similarities_below_the_clamp_get_no_gradient() -> None:
+    """The case above has many of them, large enough that their gradient would be visible."""
     rows = next(r for r in CASES if r.gain > 1)
     leaves = rows.leaves(torch.float64)
     x = rows.phi(leaves, "query")(leaves["q"]) @ rows.phi(leaves, "key")(leaves["k"]).mT
@@ -164,7 +164,7 @@ def _ranges(
     OUT, i, length, teacher_window, C: tl.constexpr, WINDOWED: tl.constexpr, RESIDENT: tl.constexpr,
     STREAMED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of a query tile's keys and of a key tile's queries, as the kernels take them."""
+    """Tiles of a query tile's keys and of a key tile's queries, as the kernels visit them."""
     t0 = i * RESIDENT
     last = tl.minimum(t0 + RESIDENT, length) - 1
     stop, part, whole, edge, end = key_range(t0, last, teacher_window, C, WINDOWED, STREAMED)
@@ -215,7 +215,7 @@ def test_only_tiles_that_matter_are_visited(kind: str, teacher_window: int | Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_low_precision(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """q and k are bfloat16 numbers in every run; tests/low_precision.py says what is allowed."""
+    """q and k have bfloat16 values in every run; tests/low_precision.py defines the tolerances."""
     rows = Rows(case=KernelCase(kind=kind, tokens=40, batch=1, key_maps=1))
     _tile(monkeypatch, rows)
     draws = [replace(rows, case=replace(rows.case, seed=1000 + i)) for i in range(DRAWS)]
@@ -251,8 +251,8 @@ def test_nothing_uninitialised_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(found[name], value), name
 
 
-def test_padding_beyond_a_row_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies behind a row's tokens is not read, be it NaN."""
+def test_padding_after_a_row_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory after a row's tokens is not read, even if it is NaN."""
     rows = Rows(case=KernelCase(tokens=40, batch=1), lengths=(21,))
     _tile(monkeypatch, rows)
     wanted = rows.kernels(torch.float32)
@@ -306,9 +306,7 @@ def test_students_learn_as_with_the_blockwise_code(name: str, monkeypatch: pytes
         ({"shared": 2_000}, "no tile of head dim 6 and 8 features fits into the 2000.*smaller feature_dim"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused(
-    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_calls_are_rejected(change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype = change.pop("dtype", torch.float32)
     shared = change.pop("shared", 1 << 18)
     monkeypatch.setattr(crossent_launch, "shared_limit", lambda device: shared)
@@ -331,7 +329,7 @@ def test_what_the_kernels_cannot_do_is_refused(
 def test_tiles_fit_on_chip(
     dtype: torch.dtype, dim: int, columns: int, wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiles the compiler's figures are for; where there is less shared memory, smaller ones or none."""
+    """The tiles of the compiler report; with less shared memory, smaller ones or none."""
     monkeypatch.setattr(crossent_launch, "INTERPRETED", False)
     c = _constants(Rule(kind="terrace", window=64, scale=1.0), dim, columns, dtype)
     assert tiles_of(c, dtype.itemsize, 227 * 1024) == Tiles(*wanted)
@@ -340,7 +338,7 @@ def test_tiles_fit_on_chip(
     assert tiles_of(c, dtype.itemsize, 1024) is None
 
 
-def test_tiles_fit_every_shape_the_other_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_fit_every_shape_the_other_kernels_support(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crossent_launch, "INTERPRETED", False)
     rule, taken = Rule(kind="terrace", window=16, scale=1.0), 0
     for dtype, dim, columns, name in itertools.product(
@@ -362,7 +360,7 @@ def test_tiles_fit_every_shape_the_other_kernels_take(monkeypatch: pytest.Monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_twenty_runs_are_equal_and_right(kind: str) -> None:
-    """No race, at the tiles of real sizes; bounds as in `test_low_precision`."""
+    """No race, at tiles of real sizes; tolerances as in `test_low_precision`."""
     case = KernelCase(kind=kind, window=64, tokens=1500, heads=8, kv_heads=2, key_maps=8, dim=128, columns=64)
     rows = Rows(case=replace(case, options={"softcap": 20.0}), lengths=(1500, 777))
     exact, independent = rows.expected(torch.float64), rows.expected(torch.float64, short=True)

@@ -1,4 +1,4 @@
-"""The Triton decode step continues a state as the reference does, one and several tokens at a time, in place."""
+"""The Triton decode step continues a state like the reference, one or several tokens at a time, in place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _state(case: KernelCase, dtype: torch.dtype = torch.float32, far: torch.dtyp
 def _decode(
     case: KernelCase, state: StudentState, step: int, dtype: torch.dtype = torch.float32, impl: str = "triton"
 ) -> torch.Tensor:
-    """y of all tokens, `step` of them a call."""
+    """y of all tokens, `step` tokens per call."""
     leaves = {name: t.detach() for name, t in case.leaves(torch.float32).items()}
     whole, heads, found = case.qkv(leaves, dtype), case.weights(leaves), []
     phi_q, phi_k = (case.phi(leaves, side) for side in ("query", "key"))
@@ -57,7 +57,7 @@ def _decode(
     ("case", "step"), [*((case, 3) for case in CASES), (BASE, 1), (CASES[2], 5), (replace(BASE, window=5), 5)]
 )
 def test_decoding_from_nothing_equals_the_row(case: KernelCase, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place, row by row and in tiles, also more tokens than a window; with NaN wherever nothing was written."""
+    """In place, row by row and in tiles, also more tokens than a window; unwritten memory is NaN."""
     whole, independent = (case.reference(dtype)["y"] for dtype in (torch.float64, torch.float32))
     state = _state(case)
     assert state.positions() == [0] * case.batch
@@ -72,7 +72,7 @@ def test_decoding_from_nothing_equals_the_row(case: KernelCase, step: int, monke
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_low_precision(kind: str, step: int) -> None:
-    """Inputs and buffers in bfloat16, the sum in float32: what the independent run in 16 bits may deviate by."""
+    """Inputs and buffers in bfloat16, the sum in float32; tolerances from the independent 16-bit run."""
     case = KernelCase(kind=kind, tokens=20, window=4, batch=1, heads=4, key_maps=1, dim=16, values=16, columns=16)
     y = _decode(case, _state(case, torch.bfloat16), step, torch.bfloat16)
     assert float((y - case.reference(torch.float64)["y"]).abs().max()) <= output_tolerances(case, torch.bfloat16)["y"]
@@ -80,7 +80,8 @@ def test_low_precision(kind: str, step: int) -> None:
 
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_a_bfloat16_sum_is_rounded_as_elsewhere(kind: str) -> None:
-    """Token for token the numbers of the PyTorch step, but where float32 round-off crosses a rounding threshold."""
+    """The same values as the PyTorch step at every token, except where float32 round-off crosses a rounding
+    threshold."""
     case = KernelCase(kind=kind, tokens=13, window=3, batch=1, heads=1, key_maps=1)
     states = [_state(case, torch.bfloat16, torch.bfloat16) for _ in range(2)]
     for state, impl in zip(states, ("triton", "torch"), strict=True):
@@ -91,6 +92,6 @@ def test_a_bfloat16_sum_is_rounded_as_elsewhere(kind: str) -> None:
     assert float((found - expected).abs().max()) <= 2.0**-7 * float(expected.abs().max())
 
 
-def test_triton_is_imported_only_when_asked_for() -> None:
+def test_triton_is_imported_only_on_request() -> None:
     code = "import sys, trenchcoat, trenchcoat.students; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

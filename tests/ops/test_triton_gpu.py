@@ -1,7 +1,7 @@
-"""The Triton kernels at the sizes they are for: against the float64 reference on the GPU, twenty times with equal bits,
-on poisoned memory, captured in a CUDA graph, and decoding many rows of differing lengths.
+"""The Triton kernels at realistic sizes: against the float64 reference on the GPU, bitwise equal in twenty runs, on
+poisoned memory, captured in a CUDA graph, and decoding many rows of different lengths.
 
-Without a GPU the same tests run at small sizes in Triton's interpreter, once, and a captured step is an ordinary one.
+Without a GPU the same tests run once at small sizes in Triton's interpreter, with ordinary instead of captured steps.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from trenchcoat.students import StudentAttention, build_student
 
 GPU = DEVICE != "cpu"
 pytestmark = [pytest.mark.gpu] if GPU else []
-"""`-m gpu` picks this file where there is a GPU; elsewhere its small sizes belong to the ordinary tests."""
+"""`-m gpu` selects this file if there is a GPU; otherwise its small sizes are part of the ordinary tests."""
 RUNS = 20 if GPU else 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sized(KernelCase):
-    """A call with scores and features of unit size whatever the head dimension, as in a model."""
+    """A call with scores and features of unit size for any head dimension, as in a model."""
 
     @property
     def rule(self) -> Any:
-        """Scores divided by the root of D."""
+        """Scores divided by sqrt(D)."""
         return replace(super().rule, scale=self.dim**-0.5)
 
     def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The maps divided by the root of D."""
+        """The maps divided by sqrt(D)."""
         made = super().leaves(dtype)
         for name in ("query_matrix", "key_matrix"):
             made[name] = (made[name].detach() * self.dim**-0.5).to(torch.bfloat16).to(dtype).requires_grad_()
@@ -87,15 +87,15 @@ CASES = [
 
 
 def _grouped(case: KernelCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are cut into groups by the device's size on a GPU, and here as the case says."""
+    """On a GPU the device's size determines the groups; elsewhere the case does."""
     if not GPU:
         group(monkeypatch, case.groups)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_outputs_and_gradients_in_bfloat16(case: Sized, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the tolerance of :func:`low_precision.tolerances`, of rows without padding; the large sizes draw twice only:
-    the largest of so many numbers hardly varies."""
+    """To the tolerance of :func:`low_precision.tolerances`, for rows without padding; the large sizes use only two
+    draws, as the largest of so many numbers hardly varies."""
     _grouped(case, monkeypatch)
     exact, found = case.reference(torch.float64), case.kernels(torch.bfloat16)
     allowed = output_tolerances(replace(case, mask=None), torch.bfloat16, draws=2 if GPU else DRAWS)
@@ -132,7 +132,7 @@ def test_transfer_gives_the_same_bits(case: Sized, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[5]], ids=name_of)
 def test_nothing_uninitialised_is_read(case: Sized, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer starts as NaN: whatever is read before it is written, or not written at all, shows."""
+    """Every buffer starts as NaN, which exposes reads before writes and missing writes."""
     _grouped(case, monkeypatch)
     wanted, learned = case.kernels(torch.bfloat16), None if case.mask else _transfer(case)
     with monkeypatch.context() as patch:
@@ -164,7 +164,7 @@ HEADS = {"num_heads": 8 if GPU else 2, "num_kv_heads": 2 if GPU else 1, "head_di
 
 @pytest.fixture
 def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not GPU:  # the interpreter takes seconds for the self-check, which has a test of its own
+    if not GPU:  # the self-check takes seconds in the interpreter and has its own test
         monkeypatch.setattr(check, "check", lambda device: None)
 
 
@@ -183,7 +183,7 @@ def _tokens(rows: int, count: int) -> list[Tensor]:
 @pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
 def test_a_captured_step_is_the_ordinary_one(kind: str) -> None:
-    """Bit for bit over many tokens, folds included, from a state that has seen nothing."""
+    """Bitwise equal over many tokens, folds included, starting from an empty state."""
     student, x = _student(kind), _tokens(2, STEPS)
     ordinary, graphed = (student.empty_state(2, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     given = [t[:, :, :1].clone() for t in x]
@@ -205,7 +205,7 @@ def test_a_captured_step_is_the_ordinary_one(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("_checked")
-def test_a_captured_model_writes_what_the_ordinary_one_does() -> None:
+def test_a_captured_model_generates_the_same_tokens() -> None:
     """The whole model's greedy loop, as the benchmark times it."""
     shape = (
         LlamaShape()
@@ -237,8 +237,8 @@ def test_a_captured_model_writes_what_the_ordinary_one_does() -> None:
 
 @pytest.mark.usefixtures("_checked")
 @pytest.mark.parametrize("kind", ["terrace", "sliding", "linear"])
-def test_many_rows_of_differing_lengths(kind: str) -> None:
-    """Each row's next tokens are those of the float64 reference, whatever the other rows have seen."""
+def test_many_rows_of_different_lengths(kind: str) -> None:
+    """Each row's next outputs are those of the float64 reference, independent of the other rows."""
     new, lengths = 3, [1 + b * (3 * WINDOW + 5) // ROWS for b in range(ROWS)]
     case = Sized(
         kind=kind, window=WINDOW, dim=DIM, values=DIM, columns=COLUMNS, batch=ROWS, tokens=max(lengths) + new,

@@ -1,11 +1,11 @@
-"""Whole models on the Triton kernels: logits, a transfer run and greedy decoding as on the chunkwise implementation.
+"""Whole models on the Triton kernels: logits, a transfer run and greedy decoding match the chunkwise implementation.
 
-A tiny Llama in the interpreter (compiled, where there is a GPU); with a GPU also four layers of 8B widths.
+A tiny Llama in the interpreter (compiled on a GPU); with a GPU also four layers of 8B widths.
 
 Budgets come from the other implementation: the exact result is the same model in float64 (float32 for training runs and
-for the large model, where rounding to bfloat16 is far coarser), and the chunkwise run in bfloat16 shows what that type
-costs. Every product, norm and sum of the model rounds in both runs alike; the kernels round features, weights and dnum
-besides, a few roundings among the dozen of a layer, so twice that error (root mean square) is allowed.
+for the large model, where rounding to bfloat16 is far coarser), and the chunkwise run in bfloat16 shows the error of
+that dtype. Every product, norm and sum of the model rounds the same way in both runs; the kernels also round features,
+weights and dnum, a few roundings among the dozen of a layer, so twice that error (root mean square) is allowed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALLOWED = 2.0
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how much of it is run."""
+    """Sizes of a model and of its run."""
 
     shape: LlamaShape
     layers: int
@@ -43,7 +43,7 @@ class Size:
     exact: torch.dtype
 
     def model(self, impl: str, dtype: torch.dtype) -> Any:
-        """The random Llama of this size; the same weights, those of bfloat16, whatever the type they are kept in."""
+        """The random Llama of this size; the same bfloat16 weights in any dtype."""
         shape = LlamaShape(**{**self.shape.__dict__, "impl": impl})
         model = random_llama(shape, self.layers, DEVICE)
         with torch.no_grad():
@@ -54,7 +54,7 @@ class Size:
 
     @property
     def spread(self) -> float:
-        """Factor on the weights: queries, keys and values of about unit size at any width."""
+        """Factor on the weights that gives queries, keys and values of about unit size at any width."""
         return max(1.0, 50.0 * self.shape.hidden**-0.5)
 
     def ids(self, seed: int, times: int = 1) -> Tensor:
@@ -73,7 +73,7 @@ SIZES = [pytest.param(TINY, id="tiny"), pytest.param(LARGE, id="8B widths", mark
 
 @pytest.fixture(autouse=True)
 def _checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":  # the interpreter takes seconds for the self-check, which has a test of its own
+    if DEVICE == "cpu":  # the self-check takes seconds in the interpreter and has its own test
         monkeypatch.setattr(check, "check", lambda device: None)
 
 
@@ -97,7 +97,7 @@ def test_logits(size: Size) -> None:
 
 
 class _Batches:
-    """Random tokens by index, the second row of two ending in padding."""
+    """Random tokens by index; the second of two rows ends in padding."""
 
     fingerprint = "random tokens"
 
@@ -121,7 +121,7 @@ class _Batches:
 
 
 def _curve(size: Size, impl: str, dtype: torch.dtype, folder: Path) -> Tensor:
-    """Losses of a stage 1 run, a row a step, a column a layer."""
+    """Losses of a stage 1 run, one row per step, one column per layer."""
     model = size.model(impl, dtype)
     for student in students_of(model).values():
         student.float()
@@ -148,7 +148,7 @@ def test_a_transfer_run_has_the_same_losses(size: Size, tmp_path: Path) -> None:
 
 
 def test_greedy_tokens() -> None:
-    """In float32, beyond two windows, so that keys become far while tokens are generated."""
+    """In float32, for more than two windows, so that keys become far during generation."""
     found = {}
     ids = torch.cat([TINY.ids(0), TINY.ids(1)])[:, :5].to(DEVICE)
     mask = torch.ones_like(ids)

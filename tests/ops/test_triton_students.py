@@ -1,4 +1,4 @@
-"""Students on the Triton kernels compute, learn and generate as on the chunkwise implementation."""
+"""Students on the Triton kernels compute, learn and generate the same as on the chunkwise implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trenchcoat.ops.triton.launch import INTERPRETED
 from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused, operator_of
 
 TOLERANCE = 1e-5
-"""float32 inputs: both are within their own budgets of the exact result; scores here are of unit size."""
+"""float32 inputs: both are within their error budgets of the exact result; scores are of unit size here."""
 NEEDS_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 
@@ -75,7 +75,9 @@ def test_prefill_and_decode() -> None:
     assert error(found[1], found[0]) <= TOLERANCE
 
 
-def test_the_choice_is_said_and_refusals_too(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_logged_and_unsupported_options_are_errors(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(check, "check", lambda device: None)
     monkeypatch.setattr(fused, "_reported", set())
     student = build_student(
@@ -107,16 +109,16 @@ def test_the_choice_is_said_and_refusals_too(caplog: pytest.LogCaptureFixture, m
         ({"name": "window_sinks", "sinks": 65}, torch.bfloat16, "sinks is 65"),
     ],
 )
-def test_auto_takes_what_can_run_and_says_why(
+def test_auto_uses_what_can_run_and_logs_why(
     change: dict[str, Any],
     dtype: torch.dtype,
     reason: str | None,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a GPU: `meta` plays the part of one, whose capability and shared memory are Hopper's."""
+    """`meta` acts as a GPU with the capability and shared memory of Hopper."""
 
-    class Pretended:
+    class FakeDevice:
         type, index = "cuda", 0
 
         def __str__(self) -> str:
@@ -129,7 +131,7 @@ def test_auto_takes_what_can_run_and_says_why(
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="trenchcoat"):
         patch.setattr(torch, "empty", lambda *size, device=None, **k: empty(*size, device="meta", **k))
         student = build_student(StudentConfig(**change), num_heads=2, num_kv_heads=1, head_dim=128)
-        found = student.implementation(dtype, Pretended())  # type: ignore[arg-type]
+        found = student.implementation(dtype, FakeDevice())  # type: ignore[arg-type]
     assert found == ("triton" if reason is None else "chunkwise")
     assert f"cuda:0: {found}" in caplog.text
     assert reason is None or reason in caplog.text
@@ -146,7 +148,7 @@ def test_auto_is_chunkwise_on_cpus_even_where_kernels_are_interpreted() -> None:
 @NEEDS_GPU
 @pytest.mark.gpu
 def test_twenty_runs_are_equal() -> None:
-    """No race: twenty runs of a larger case give the same bits."""
+    """No race: twenty runs of a larger case are bitwise equal."""
     assert not INTERPRETED
     torch.manual_seed(0)
     phi = FeatureMapConfig(feature_dim=64)

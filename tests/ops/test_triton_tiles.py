@@ -1,5 +1,5 @@
-"""Launch settings tuned on a device: found on recorded launches, kept by its name, used by the next call, refused when
-the file is not one."""
+"""Launch settings tuned on a device: found on recorded launches, stored by device name, used by the next call; an
+invalid file is an error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _run() -> torch.Tensor:
     return attention.attend(CASE.qkv(leaves), CASE.maps(leaves), CASE.weights(leaves), CASE.rule)[0]
 
 
-def test_the_fastest_is_kept_and_used(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_is_stored_and_used(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock for which 8 warps at depth 2 are fastest, and a device on which 16 warps do not fit."""
     real = launch.Launch.again
     tried: list[Tile] = []
@@ -85,7 +85,7 @@ def test_other_shapes_devices_and_versions_do_not_use_it(own_file: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"cpu": {"s": {"triton": "1", "programs": 2, "tiles": {"x": [3, 1]}}}}'])
-def test_a_file_that_is_not_one_is_named(text: str, own_file: Path) -> None:
+def test_the_error_names_an_invalid_file(text: str, own_file: Path) -> None:
     own_file.parent.mkdir()
     own_file.write_text(text)
     with pytest.raises(ValueError, match=r"tiles\.json is not a file of tuned settings.*bench tiles"):
@@ -93,7 +93,7 @@ def test_a_file_that_is_not_one_is_named(text: str, own_file: Path) -> None:
 
 
 def test_every_kernel_is_launched_by_launch_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that each kernel is tuned: nothing is launched past it but running totals. All find the same entry."""
+    """So that each kernel is tuned: only running totals are launched without it. All use the same entry."""
     monkeypatch.setattr(check, "check", lambda device: None)
     group(monkeypatch, 2)
     with launch.recorded() as launches:
@@ -108,7 +108,7 @@ def test_every_kernel_is_launched_by_launch_kernel(monkeypatch: pytest.MonkeyPat
     assert {repr(one.arguments[-1]) for one in launches} == {repr(launches[0].arguments[-1])}
 
 
-def test_without_a_gpu_tuning_says_so() -> None:
+def test_without_a_gpu_tuning_is_an_error() -> None:
     with pytest.raises(UserError, match="--device cuda"):
         run_benchmark("tiles", device="cpu")
 

@@ -1,4 +1,4 @@
-"""Feature maps: every name, option and initialisation against plain autograd of the formula."""
+"""Feature maps: every name, option and initialisation against autograd of the formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS, DIM, TOKENS = 4, 6, 7
 
 
 def _formula(phi: FeatureMap, x: Tensor) -> Tensor:
-    """phi(x) = act(x W + b) as the settings describe it."""
+    """phi(x) = act(x W + b) according to the settings."""
     cfg = phi.cfg
     x = x.repeat_interleave(phi.num_heads // x.shape[1], 1)
     if phi.down is not None and phi.up is not None:
@@ -96,7 +96,7 @@ def test_identity_is_a_rectangular_eye_and_zero_with_skip() -> None:
 
 
 @pytest.mark.parametrize("init", ["identity", "kaiming", "normal"])
-def test_parameters_can_be_made_on_meta_and_initialised_later(init: str) -> None:
+def test_parameters_can_be_created_on_meta_and_initialised_later(init: str) -> None:
     cfg = FeatureMapConfig(name="t2r", init=init, feature_dim=6, adapter_dim=2, skip=True)  # type: ignore[arg-type]
     with torch.device("meta"):
         phi = FeatureMap(cfg, num_heads=2, head_dim=6)
@@ -125,7 +125,7 @@ def test_only_t2r_learns_a_bias_by_default() -> None:
         ({"adapter_dim": 0}, "adapter_dim is 0"),
     ],
 )
-def test_mistakes_are_named(options: dict[str, object], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureMap(FeatureMapConfig(**options), num_heads=2, head_dim=6)  # type: ignore[arg-type]
 
@@ -142,6 +142,6 @@ def test_landmarks_are_centred_keys_of_the_right_group() -> None:
         own = keys_GND[head // 2]
         landmarks = feature_map.weight[head].detach().T / 0.5 + own.mean(0)
         distance = (landmarks[:, None] - own[None]).abs().amax(-1).amin(-1)
-        assert distance.max() < 1e-5, f"head {head}: its landmarks are not among its own group's keys"
+        assert distance.max() < 1e-5, f"head {head}: its landmarks are not among the keys of its group"
     with pytest.raises(ValueError, match="at least feature_dim = 6 keys; the first rows have 5"):
         feature_map.set_landmarks(keys_GND[:, :5], 0.5)

@@ -1,4 +1,4 @@
-"""Student attentions: registry, the three ways to run, layer-local learning in closed form against autograd."""
+"""Student attentions: registry, the three modes, layer-local learning in closed form against autograd."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_cross_entropy_keeps_no_full_map() -> None:
     assert memory.peak < 16 * tokens * tokens * 4
 
 
-def test_transfer_memory_does_not_follow_the_square_of_the_length() -> None:
+def test_transfer_memory_is_not_quadratic_in_the_length() -> None:
     student = build_student(StudentConfig(window=16), num_heads=4, num_kv_heads=2, head_dim=64)
     student.request = TransferRequest()
     peaks = []
@@ -236,7 +236,7 @@ def test_one_key_map_per_kv_head_shrinks_the_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["terrace", "sliding"])
-def test_the_far_part_can_be_switched_off(name: str) -> None:
+def test_the_far_part_can_be_disabled(name: str) -> None:
     student = _student(name)
     q, k, v, _ = _inputs(31, torch.float32)
     on, _ = student(q, k, v, scale=SCALE)
@@ -262,7 +262,7 @@ def test_the_untrained_baseline_has_no_parameters() -> None:
     assert float(student.metrics["mse"]) > 0
 
 
-def test_parameters_can_be_made_on_meta_and_initialised_later() -> None:
+def test_parameters_can_be_created_on_meta_and_initialised_later() -> None:
     cfg = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=DIM), mix_init=0.25)
     with torch.device("meta"):
         student = build_student(cfg, **SIZES)
@@ -278,12 +278,12 @@ def test_parameters_can_be_made_on_meta_and_initialised_later() -> None:
     torch.testing.assert_close(student.mix_H.sigmoid(), torch.full((HEADS,), 0.25))
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="Did you mean 'terrace'"):
         student_class("terace")
 
 
-def test_a_student_of_ones_own_is_one_registry_line() -> None:
+def test_a_custom_student_is_one_registry_line() -> None:
     class Own(SumAttention):
         kind = "sliding"
 
@@ -306,12 +306,12 @@ def test_a_student_of_ones_own_is_one_registry_line() -> None:
         ({"window": 0}, "window is 0"),
     ],
 )
-def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_student(StudentConfig(**options), **SIZES)
 
 
-def test_inputs_that_do_not_fit_are_refused_with_and_without_gradients() -> None:
+def test_mismatched_inputs_are_rejected_with_and_without_gradients() -> None:
     student = _student("terrace")
     q, k, v, _ = _inputs(9)
     with pytest.raises(ValueError, match="mask has shape"):
