@@ -322,7 +322,7 @@ def test_options_of_slurm(given: list[str], wanted: SlurmOptions) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["partition"], "blocks.slurm holds 'partition': expected name=value"),
+        (["partition"], "blocks.slurm has 'partition': expected name=value"),
         (["partition="], "expected name=value"),
         (["partitoin=gpu"], "unknown option 'partitoin': did you mean partition?"),
         (["zzz=1"], "unknown option 'zzz': expected one of account, begin"),
