@@ -137,14 +137,14 @@ def test_a_ranking_is_each_samples_own_number_and_is_cached(
     kept._model = refuse
     with log:
         assert kept("key", table, rows).tolist() == found.tolist()
-        with pytest.raises(AssertionError, match="asked for"):
+        with pytest.raises(AssertionError, match="was requested"):
             kept("key", table, np.array([4]))
-        with pytest.raises(AssertionError, match="asked for"):
+        with pytest.raises(AssertionError, match="was requested"):
             kept("other key", table, rows)
     for changed in ({"base": "another"}, {"seq_len": 20}):
         fresh, log = ranking(tmp_path, None, **changed)  # type: ignore[arg-type]
         fresh._model = refuse
-        with log, pytest.raises(AssertionError, match="asked for"):
+        with log, pytest.raises(AssertionError, match="was requested"):
             fresh("key", table, rows)
 
 

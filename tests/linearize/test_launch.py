@@ -117,12 +117,12 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
     try:
         until(lambda: checkpoints(run, FIRST) and held(run, FIRST), "a checkpoint")
         pid = trainer(run, FIRST)
-        with pytest.raises(UserError, match=r"jobs is in use by process \d+ on .*: cli.py blocks run llama3_1_8b"):
+        with pytest.raises(UserError, match=r"jobs is in use by process \d+ on .*: trenchcoat blocks run llama3_1_8b"):
             launch.launch_blocks(recipe(overrides, run))
     finally:
         os.killpg(first.pid, signal.SIGINT)  # like a terminal: every process in the launcher's group gets it
     errors = first.communicate()[1]
-    assert first.returncode == 1, errors
+    assert first.returncode == 130, errors
     assert "ending 1 jobs, which save a checkpoint first" in errors
     assert errors.splitlines()[-1].startswith("trenchcoat: stopped; run the same command again")
     assert not Path(f"/proc/{pid}").exists()

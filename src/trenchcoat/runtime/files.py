@@ -211,7 +211,9 @@ def locked(directory: Path | str) -> Iterator[None]:
                 "this run another folder (run.dir=...)"
             ) from error
     try:
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:300]
+        program = Path(sys.argv[0])
+        called = program.parent.name if program.name == "__main__.py" else program.name
+        command = " ".join([called, *sys.argv[1:]])[:300]
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with saving(name):
             name.write_text(f"process {os.getpid()} on {platform.node()} since {since}: {command}", encoding="utf-8")
