@@ -271,7 +271,7 @@ def test_a_chat_from_the_keyboard(
         "tokens/s",
         "MiB",
         "saved to",
-        "forgotten",
+        "history cleared",
         "loaded",
         "not understood",
         "no such",

@@ -378,7 +378,7 @@ def test_the_notes_name_what_is_faster_and_what_does_not_divide() -> None:
     assert "faster: pipeline" in said
     assert "transfer.accumulation=8 micro-batches per step do not divide evenly among 16 processes" in said
     assert "the teacher's pass on the GPUs of one node" in said
-    assert "give the free disk space as --disk" in said
+    assert "pass the free disk space as --disk" in said
     assert "--disk" not in notes(disk=20e12)
     assert "not with model.quantize=nf4" in notes("model.quantize=nf4")
     assert "parallel: 4.63 TB of hidden states, 1.17 TB free" in notes(disk=2e12)
