@@ -252,7 +252,7 @@ def test_more_steps_continue_a_finished_stage(tmp_path: Path) -> None:
     assert run_fit(tmp_path, longer, distance, settings(max_steps=8)).resumed_from == 4
     run_fit(tmp_path / "straight", straight, distance, settings(max_steps=8))
     torch.testing.assert_close(longer.x, straight.x, rtol=0, atol=0)
-    with pytest.raises(UserError, match="already past the 6 steps"):
+    with pytest.raises(UserError, match="already past the requested 6 steps"):
         run_fit(tmp_path, Point(), distance, settings(max_steps=6))
 
 
