@@ -63,4 +63,4 @@ def test_linearize_finds_it_by_name(tiny_overrides: list[str]) -> None:
 
 def test_it_is_suggested_for_a_mistyped_name(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["linearize", "demo", *tiny_overrides, "student.name=terrace_sink"]) == 1
-    assert "Did you mean 'terrace_sinks'" in capsys.readouterr().err
+    assert "did you mean 'terrace_sinks'" in capsys.readouterr().err

@@ -279,7 +279,7 @@ def test_parameters_can_be_created_on_meta_and_initialised_later() -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match="Did you mean 'terrace'"):
+    with pytest.raises(ValueError, match="did you mean 'terrace'"):
         student_class("terace")
 
 

@@ -33,8 +33,8 @@ def student_class(name: str) -> type[StudentAttention]:
     if name in STUDENTS:
         return STUDENTS[name]
     near = difflib.get_close_matches(name, STUDENTS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"student.name is {name!r}; known students: {', '.join(sorted(STUDENTS))}.{hint}")
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"student.name is {name!r}; known students: {', '.join(sorted(STUDENTS))}{hint}")
 
 
 def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
