@@ -194,7 +194,7 @@ def test_a_killed_process_is_named_and_the_run_continues(base: list[str], single
 def test_commands_that_refuse_a_pipeline(base: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs several processes: start them with torchrun"):
         blockstages.run_blocks(recipe(base, tmp_path / "run", PIPELINE))
-    with pytest.raises(UserError, match=r"blocks\.ranks=pipeline is a way of `blocks run`"):
+    with pytest.raises(UserError, match=r"blocks\.ranks=pipeline only works with `blocks run`"):
         blockstages.collect_inputs(recipe(base, tmp_path / "run", PIPELINE))
 
 
