@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config.errors import UserError
-from trenchcoat.config.settings import Constraint, NameIn, Recipe
+from trenchcoat.config.settings import Constraint, NameIn, ReadBy, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that ship with the package."""
@@ -82,7 +82,8 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        base = OmegaConf.create(path.read_text(encoding="utf-8").strip() or "{}")
+        text = path.read_text(encoding="utf-8").strip() or "{}"
+        base = OmegaConf.create(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML file in UTF-8") from error
     except yaml.YAMLError as error:
@@ -91,18 +92,34 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
         )
+    kept = _kept_as_written(yaml.compose(text), ["student", "keep"])
+    if kept is not None:
+        OmegaConf.update(base, "student.keep", kept)
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {item!r} is not of the form key=value, for example transfer.lr=5e-3")
         try:
-            base = typing.cast(DictConfig, OmegaConf.merge(base, OmegaConf.from_dotlist([f"{key.strip()}={value}"])))
+            kept = _kept_as_written(yaml.compose(value), []) if key.strip() == "student.keep" else None
+            parsed = OmegaConf.from_dotlist([f"{key.strip()}={value}"])
+            merged = OmegaConf.merge(base, parsed if kept is None else {"student": {"keep": kept}})
+            base = typing.cast(DictConfig, merged)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"override {item!r}: {' '.join(str(error).split())}") from error
     try:
         return typing.cast("dict[str, Any]", OmegaConf.to_container(base, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _kept_as_written(node: Any, path: list[str]) -> list[str] | None:
+    """The scalars of the list at ``path`` of a YAML node, as written (18.10 is not the number 18.1); None for no list."""
+    for name in path:
+        pairs = getattr(node, "value", None) if getattr(node, "id", "") == "mapping" else None
+        node = next((value for key, value in pairs or () if key.value == name), None)
+    if getattr(node, "id", "") != "sequence" or any(item.id != "scalar" for item in node.value):
+        return None
+    return [str(item.value) for item in node.value]
 
 
 # From plain values to checked dataclasses
@@ -176,6 +193,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             return None
         return _value(next(part for part in arguments if part is not type(None)), value, path)
     if origin is typing.Annotated:
+        reader = next((part for part in arguments if isinstance(part, ReadBy)), None)
+        if reader is not None:
+            return reader.function(value, path)
         found = _value(arguments[0], value, path)
         for constraint in arguments[1:]:
             if isinstance(constraint, NameIn):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from trenchcoat.config.errors import UserError
+from trenchcoat.config.keep import read_keep
 from trenchcoat.config.units import parse_tokens
 
 Kind = Literal["terrace", "sliding", "linear"]
@@ -49,6 +50,13 @@ class NameIn:
     def names(self) -> tuple[str, ...]:
         """The names that are registered now."""
         return tuple(getattr(importlib.import_module(self.module), self.registry))
+
+
+@dataclass(frozen=True)
+class ReadBy:
+    """The value of a field is read by a function of (value, path), as in ``Annotated[tuple[str, ...], ReadBy(f)]``."""
+
+    function: Callable[[Any, str], Any]
 
 
 PositiveInt = Annotated[int, Constraint("at least 1", lambda value: value >= 1)]
@@ -128,8 +136,12 @@ class StudentConfig(_Section):
     """Initial g = sigmoid(mix), the weight of the near (softmax) part."""
     sinks: NonNegativeInt = 0
     """The first `sinks` tokens of a row stay in the near set of every query."""
+    keep: Annotated[tuple[str, ...], ReadBy(read_keep)] = ()
+    """Key/value groups that keep their softmax attention (a group is one key/value head with its query heads): a list
+    of layers and groups, [23, 18.2, 7.2]; or a share of the cache (`13%`) or a number of groups (`12`), which are
+    chosen by measurement (`trenchcoat select`)."""
     keep_softmax: tuple[NonNegativeInt, ...] = ()
-    """Indices of layers that keep their softmax attention."""
+    """Indices of whole layers that keep their softmax attention."""
     impl: Literal["chunkwise", "reference", "triton", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
     devices, checked at their first use), or auto (triton on CUDA devices where the kernels support the student, else
