@@ -1,12 +1,13 @@
 """Everything that depends on the internals of Transformers' server (`transformers.cli.serving`), in one file.
 
 They are not a public interface: `tests/serving/test_transformers_server.py` states what we expect of each, so that a
-new release of Transformers breaks that test and this file, and nothing else. Written against
-transformers 5.23. Imported only when serving: it needs the extra `serve`.
+new release of Transformers breaks that test and this file, and nothing else. Imported only when serving: it needs the
+extra `serve`.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import threading
@@ -202,18 +203,16 @@ class Chat(_CheckedHandler, ChatCompletionHandler):
         return await super().handle_request(body, request_id)
 
 
+def handler_names() -> list[str]:
+    """The kinds of requests that the library's server has handlers for; new releases add some."""
+    return [name for name in inspect.signature(build_server).parameters if name.endswith("_handler")]
+
+
 def build_app(model: Any, tokenizer: Any, name: str, generator: Generator) -> FastAPI:
     """The library's application for one model, without the routes that are not in ``ROUTES``."""
     state, manager = SharedGenerator(generator), SingleModelManager(model, tokenizer, name)
-    absent: Any = None
-    app = build_server(
-        manager,
-        Chat(manager, state),
-        completion_handler=Completions(manager, state),
-        response_handler=absent,
-        transcription_handler=absent,
-        systemone_handler=absent,
-        generation_state=state,
-    )
+    handlers: dict[str, Any] = dict.fromkeys(handler_names())
+    handlers.update(chat_handler=Chat(manager, state), completion_handler=Completions(manager, state))
+    app = build_server(manager, generation_state=state, **handlers)
     app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
     return app
