@@ -81,11 +81,15 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
     return result
 
 
-def make(family: str = "llama", student: str = "terrace", keep: tuple[int, ...] = (), **changes: Any) -> Any:
-    """A tiny model with students attached."""
+def make(family: str = "llama", student: str = "terrace", keep: tuple[int | str, ...] = (), **changes: Any) -> Any:
+    """A tiny model with students attached; in `keep`, 1 is a layer and "0.1" a group."""
     model = tiny_model(family, **changes)
     config = StudentConfig(
-        name=student, window=WINDOW, keep_softmax=keep, feature_map=FeatureMapConfig(name="exp", feature_dim=6)
+        name=student,
+        window=WINDOW,
+        keep_softmax=tuple(each for each in keep if isinstance(each, int)),
+        keep=tuple(each for each in keep if isinstance(each, str)),
+        feature_map=FeatureMapConfig(name="exp", feature_dim=6),
     )
     attach_students(model, config)
     set_mode(model, "student")

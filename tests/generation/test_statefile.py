@@ -31,11 +31,21 @@ def saved(path: Path, model: Any, length: int = 19, pending: tuple[int, ...] = (
     return cache
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_restored_state_continues_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    model, path = make(student=kind), tmp_path / "state.safetensors"
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("terrace", {"keep": ("0.1", "1.0")}),
+        ("terrace", {"keep": (1,)}),
+        ("terrace", {"keep": ("0.1", 1), "family": "gemma2"}),
+        ("sliding", {"keep": ("0.0", 1), "family": "mistral"}),
+    ],
+)
+def test_a_restored_state_continues_bit_for_bit(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """With kept groups and layers too, those with a sliding window of their own (9 tokens) among them."""
+    model, path = make(student=kind, **settings), tmp_path / "state.safetensors"
     cache = saved(path, model, pending=(7, 8))
-    restored, pending = load_state(path, make(student=kind))
+    restored, pending = load_state(path, make(student=kind, **settings))
     assert pending == [7, 8]
     more = tokens(1, 9, seed=3)
     mask = torch.ones(1, 19 + 9, dtype=torch.int64)
@@ -56,6 +66,22 @@ def test_the_file_is_as_large_after_400_tokens_as_after_9(tmp_path: Path) -> Non
     assert abs(sizes[0] - sizes[1]) <= 8  # digits of the token count
 
 
+def test_padding_of_kept_groups_is_remembered(tmp_path: Path) -> None:
+    """The mask of a continued batch need not repeat the padding of what was read before."""
+    model, ids, more = make(keep=("0.1", "1.0")), tokens(2, 11), tokens(2, 4, seed=3)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache = DynamicCache(config=model.config)
+    positions = torch.tensor([[7, 8, 9, 10], [11, 12, 13, 14]])
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        save_state(tmp_path / "state", model, cache)
+        restored, _ = load_state(tmp_path / "state", model)
+        continued = model(more, position_ids=positions, past_key_values=restored, use_cache=True).logits[0]
+        alone = model(torch.cat([ids[:1, 4:], more[:1]], 1), use_cache=False).logits[0, 7:]
+    torch.testing.assert_close(continued, alone, atol=5e-5, rtol=0)
+
+
 def test_rows_of_a_padded_batch_are_kept(tmp_path: Path) -> None:
     model, ids = make(), tokens(2, 11)
     mask = torch.ones_like(ids)
@@ -73,12 +99,6 @@ def test_states_that_cannot_be_saved_are_refused_with_the_reason(tmp_path: Path)
     model = make()
     with pytest.raises(UserError, match="holds no state"):
         save_state(tmp_path / "state", model, DynamicCache(config=model.config))
-    mixed = make(keep=(1,))
-    cache = DynamicCache(config=mixed.config)
-    with torch.no_grad():
-        mixed(tokens(1, 5), past_key_values=cache, use_cache=True)
-    with pytest.raises(UserError, match="layer 1 keeps softmax"):
-        save_state(tmp_path / "state", mixed, cache)
     set_mode(model, "teacher")
     with pytest.raises(UserError, match="holds no state"):
         saved(tmp_path / "state", model)
@@ -118,6 +138,12 @@ def _damaged(path: Path, damage: str) -> None:
         tensors[name] = tensors[name].to(torch.int32)
     elif damage == "not-finite":
         tensors[name][0, 0, 0, 0] = float("nan")
+    elif damage == "kept-keys-missing":
+        tensors.pop("layers.0.kept.keys")
+    elif damage == "kept-values-short":
+        tensors["layers.0.kept.values"] = tensors["layers.0.kept.values"][:, :, 1:]
+    elif damage == "kept-heads":
+        tensors |= {n: t.repeat(1, 2, 1, 1) for n, t in tensors.items() if n.startswith("layers.0.kept.")}
     elif damage == "count":
         tensors["layers.0.seen_B"] += 100
     elif damage == "record":
@@ -137,13 +163,16 @@ def _damaged(path: Path, damage: str) -> None:
         "layer-too-many",
         "dtype",
         "not-finite",
+        "kept-keys-missing",
+        "kept-values-short",
+        "kept-heads",
         "count",
         "record",
         "format",
     ],
 )
 def test_damaged_files_are_errors(damage: str, tmp_path: Path) -> None:
-    model, path = make(), tmp_path / "state"
+    model, path = make(keep=("0.1",)), tmp_path / "state"
     saved(path, model)
     _damaged(path, damage)
     with pytest.raises((CorruptFileError, UserError), match=str(path)):

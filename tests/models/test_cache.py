@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,11 @@ from tiny_families import GREEDY, WINDOW, logits, make, tiny_model, tokens
 from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import StateLayer, cache_nbytes
 from trenchcoat.students import STUDENTS
+
+GROUPS = ("0.1", "1.0")
+"""Kept groups: one of two in each layer."""
+
+kept_or_not = pytest.mark.parametrize("keep", [(), GROUPS])
 
 
 def greedy_by_hand(model: Any, ids: Tensor, new: int) -> Tensor:
@@ -29,14 +35,15 @@ def test_greedy(student: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss", "smollm3"])
-@pytest.mark.parametrize("keep", [(), (0,), (1,)])
-def test_greedy_with_kept_layers_of_every_kind(family: str, keep: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("keep", [(), (0,), (1,), GROUPS, ("0.0",), ("0.1", 1)])
+def test_greedy_with_kept_layers_of_every_kind(family: str, keep: tuple[int | str, ...]) -> None:
     model, ids = make(family, keep=keep), tokens(1, 12)
     assert torch.equal(model.generate(ids, max_new_tokens=20, **GREEDY), greedy_by_hand(model, ids, 20))
 
 
-def test_sampling_and_beams_agree_with_no_cache() -> None:
-    model, ids = make(), tokens(2, 9)
+@kept_or_not
+def test_sampling_and_beams_agree_with_no_cache(keep: tuple[int | str, ...]) -> None:
+    model, ids = make(keep=keep), tokens(2, 9)
     for options in (
         {"do_sample": True, "temperature": 0.7},
         {"num_beams": 4, "do_sample": False, "early_stopping": True},
@@ -48,8 +55,9 @@ def test_sampling_and_beams_agree_with_no_cache() -> None:
         assert torch.equal(found[0], found[1]), options
 
 
-def test_several_samples_of_a_prompt() -> None:
-    model, ids = make(), tokens(2, 9)
+@kept_or_not
+def test_several_samples_of_a_prompt(keep: tuple[int | str, ...]) -> None:
+    model, ids = make(keep=keep), tokens(2, 9)
     found = []
     for use_cache in (True, False):
         torch.manual_seed(1)
@@ -58,8 +66,8 @@ def test_several_samples_of_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("keep", [(), (0,)])
-def test_a_left_padded_batch_is_its_rows_alone(student: str, keep: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("keep", [(), (0,), GROUPS])
+def test_a_left_padded_batch_is_its_rows_alone(student: str, keep: tuple[int | str, ...]) -> None:
     model, ids = make(student=student, keep=keep), tokens(3, 13)
     pads = (0, 5, 11)
     mask = torch.ones_like(ids)
@@ -72,17 +80,25 @@ def test_a_left_padded_batch_is_its_rows_alone(student: str, keep: tuple[int, ..
         assert torch.equal(batch[row, pad:], alone[0])
 
 
-def test_continuation_from_a_cache() -> None:
-    model, ids = make(), tokens(2, 9)
+@kept_or_not
+def test_continuation_from_a_cache(keep: tuple[int | str, ...]) -> None:
+    model, ids = make(keep=keep), tokens(2, 9)
     whole = model.generate(ids, max_new_tokens=24, **GREEDY)
     first = model.generate(ids, max_new_tokens=10, return_dict_in_generate=True, **GREEDY)
     more = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=14, **GREEDY)
     assert torch.equal(more, whole)
 
 
-@pytest.mark.parametrize("options", [{"prefill_chunk_size": 4}, {"cache_implementation": "static"}])
-@pytest.mark.parametrize("keep", [(), (1,)])
-def test_other_ways_to_prefill_and_cache(options: dict[str, Any], keep: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [
+        *itertools.product(
+            ({"prefill_chunk_size": 4}, {"cache_implementation": "static"}), ((), (1,), GROUPS, ("0.1", 1))
+        ),
+        *itertools.product(({"cache_implementation": "offloaded"},), ((), GROUPS)),  # its softmax layers need a GPU
+    ],
+)
+def test_other_ways_to_prefill_and_cache(options: dict[str, Any], keep: tuple[int | str, ...]) -> None:
     model, ids = make(keep=keep), tokens(2, 13)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -91,8 +107,9 @@ def test_other_ways_to_prefill_and_cache(options: dict[str, Any], keep: tuple[in
     assert torch.equal(plain, other)
 
 
-def test_a_cache_made_without_a_config() -> None:
-    model, ids = make(keep=(0,)), tokens(1, 9)
+@pytest.mark.parametrize("keep", [(0,), GROUPS])
+def test_a_cache_made_without_a_config(keep: tuple[int | str, ...]) -> None:
+    model, ids = make(keep=keep), tokens(1, 9)
     past = DynamicCache()
     with torch.no_grad():
         first = model(ids[:, :5], past_key_values=past, use_cache=True).logits
@@ -137,8 +154,8 @@ class DynamicCacheView:
         self.layers = [layer]
 
 
-def filled(length: int = 12) -> tuple[Any, DynamicCache]:
-    model = make()
+def filled(length: int = 12, keep: tuple[int | str, ...] = ()) -> tuple[Any, DynamicCache]:
+    model = make(keep=keep)
     past = DynamicCache(config=model.config)
     with torch.no_grad():
         model(tokens(2, length), past_key_values=past, use_cache=True)
@@ -161,8 +178,9 @@ def test_rows_are_selected_repeated_and_dropped() -> None:
     assert cache_nbytes(past) == 0
 
 
-def test_a_reset_cache_starts_over() -> None:
-    model, past = filled()
+@kept_or_not
+def test_a_reset_cache_starts_over(keep: tuple[int | str, ...]) -> None:
+    model, past = filled(keep=keep)
     past.reset()
     ids = tokens(2, 9, seed=4)
     with torch.no_grad():
@@ -170,8 +188,9 @@ def test_a_reset_cache_starts_over() -> None:
     torch.testing.assert_close(again, logits(model, ids), atol=5e-5, rtol=0)
 
 
-def test_offloading_moves_the_state_and_back() -> None:
-    _, past = filled()
+@kept_or_not
+def test_offloading_moves_the_state_and_back(keep: tuple[int | str, ...]) -> None:
+    _, past = filled(keep=keep)
     for layer in past.layers:
         layer.offload()
         layer.prefetch()

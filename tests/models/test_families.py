@@ -3,6 +3,7 @@ padding invisible, saved = loaded = merged). Families that cannot work are refus
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,15 @@ WINDOW, LENGTH, PAD = 4, 37, 5
 CLOSE = {"rtol": 0.0, "atol": 5e-5}
 """Against logits of order 1; what the tests would show when broken is of order 0.1 or more."""
 
-pairs = pytest.mark.parametrize(("family", "student"), [(f, s) for f in FAMILIES for s in STUDENTS])
+KEPT = "terrace and kept groups"
+"""Some key/value groups of both layers keep softmax attention, the other heads are terrace students."""
+
+pairs = pytest.mark.parametrize(("family", "student"), [(f, s) for f in FAMILIES for s in (*STUDENTS, KEPT)])
 
 
 def student_config(name: str) -> StudentConfig:
+    if name == KEPT:
+        return dataclasses.replace(student_config("terrace"), keep=("0.1", "1.0"))
     sinks = 0 if student_class(name).kind == "linear" else 2
     return StudentConfig(name=name, window=WINDOW, sinks=sinks, feature_map=FeatureMapConfig(feature_dim=6))
 

@@ -325,9 +325,11 @@ def test_unsupported_settings_are_refused(glue: Any) -> None:
                             ({"enable_prefix_caching": True}, "--no-enable-prefix-caching")):  # fmt: skip
         with pytest.raises(ValueError, match=option):
             glue.LinearizedLlamaForCausalLM(vllm_config=vllm_config(config, **changes))
-    kept = auto.linearized_config(tiny_model().config, StudentConfig(window=4, keep_softmax=(0,), feature_map=SMALL))
-    with pytest.raises(ValueError, match="keep_softmax"):
-        glue.LinearizedLlamaForCausalLM(vllm_config=vllm_config(kept))
+    settings: tuple[dict[str, Any], ...] = ({"keep_softmax": (0,)}, {"keep": ("0.1",)})
+    for setting in settings:
+        kept = auto.linearized_config(tiny_model().config, StudentConfig(window=4, feature_map=SMALL, **setting))
+        with pytest.raises(ValueError, match="keep_softmax"):
+            glue.LinearizedLlamaForCausalLM(vllm_config=vllm_config(kept))
 
 
 def test_the_entry_point_registers_every_model(glue: Any) -> None:

@@ -113,7 +113,7 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _kept_as_written(node: Any, path: list[str]) -> list[str] | None:
-    """The scalars of the list at ``path`` of a YAML node, as written (18.10 is not the number 18.1); None for no list."""
+    """The scalars of the list at ``path`` of a YAML node as they are written (18.10 is not 18.1); None for no list."""
     for name in path:
         pairs = getattr(node, "value", None) if getattr(node, "id", "") == "mapping" else None
         node = next((value for key, value in pairs or () if key.value == name), None)

@@ -1,4 +1,4 @@
-"""Saved states: files of constant size, however long the text.
+"""Saved states: files of constant size, however long the text, and the keys and values of what keeps softmax attention.
 
 A file fits one model: it records a hash of the first values of all weights, adapters included, and of the students'
 settings. It holds no text except tokens that the model has not read yet.
@@ -21,12 +21,17 @@ from transformers import Cache, DynamicCache
 from trenchcoat.config import UserError
 from trenchcoat.models.attach import student_config, students_of
 from trenchcoat.models.cache import StateLayer, state_layer
+from trenchcoat.models.families import attention_sites
+from trenchcoat.models.transformers_internals import cache_layer, keys_and_values, restore_keys_and_values
 from trenchcoat.ops import RowState
 from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
 from trenchcoat.runtime.sharding import first_elements
 
-_FORMAT = "trenchcoat state 1"
+_FORMAT = "trenchcoat state 2"
 """Written into every file."""
+
+_KEPT = "kept."
+"""Begins the names of a linearized layer's keys and values of kept groups."""
 
 ELEMENTS = 256
 """Number of leading values of each parameter that are hashed."""
@@ -50,9 +55,9 @@ def function_identity(model: nn.Module) -> str:
 def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequence[int] = ()) -> None:
     """Write `cache` (of a linearized model in mode `student`) to a safetensors file, atomically.
 
-    `pending` are tokens that the cache has not seen yet, such as the last one generated. Raises
-    UserError if the cache is empty or has layers that keep softmax attention (whose caches grow), and SaveError if
-    the disk is full.
+    `pending` are tokens that the cache has not seen yet, such as the last one generated. Keys and values of kept groups
+    and layers are written too, so with those the file grows with the text. Raises UserError if the cache is empty, and
+    SaveError if the disk is full.
     """
     layers = students_of(model)
     tensors: dict[str, Tensor] = {}
@@ -60,13 +65,14 @@ def save_state(path: Path | str, model: nn.Module, cache: Cache, pending: Sequen
     for index in range(max(len(cache.layers), len(layers))):
         layer = cache.layers[index] if index < len(cache.layers) else None
         if index not in layers:
-            raise UserError(
-                f"layer {index} keeps softmax attention, whose cache grows with the text; such a state cannot be saved"
-            )
-        if not isinstance(layer, StateLayer) or layer.state is None:
+            found = dict(zip(("keys", "values"), keys_and_values(layer), strict=False))
+        elif isinstance(layer, StateLayer) and layer.state is not None:
+            found, tokens = dict(layer.state.tensors()), layer.tokens
+            if layer.kept is not None:
+                found |= {f"{_KEPT}{name}": tensor for name, tensor in layer.kept.tensors().items()}
+        else:
             raise UserError("this cache holds no state: read some text with the model in mode 'student' first")
-        tensors |= {f"layers.{index}.{name}": tensor for name, tensor in layer.state.tensors().items()}
-        tokens = layer.tokens
+        tensors |= {f"layers.{index}.{name}": tensor.contiguous() for name, tensor in found.items()}
     record = {
         "format": _FORMAT,
         "identity": function_identity(model),
@@ -98,12 +104,23 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
         raise CorruptFileError(f"{where} is damaged: its record of tokens cannot be read ({error})") from error
     cache = DynamicCache(config=model.config)
     students, used = students_of(model), 0
-    for index, student in students.items():
-        prefix = f"layers.{index}."
+    for site in attention_sites(model):
+        index, prefix = site.index, f"layers.{site.index}."
         found = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         used += len(found)
+        device = next(site.module.parameters()).device
+        if index not in students:
+            held = _checked_keys(where, index, found, (site.num_kv_heads, tokens), device)
+            restore_keys_and_values(cache_layer(cache, index), held["keys"], held["values"], tokens)
+            continue
+        student = students[index]
+        kept = {name.removeprefix(_KEPT): found.pop(name) for name in list(found) if name.startswith(_KEPT)}
         state = _checked(where, index, found, student, tokens)
-        state_layer(cache, index).advance(state, tokens)
+        layer = state_layer(cache, index)
+        layer.advance(state, tokens)
+        if student.kept is not None:
+            held = _checked_keys(where, index, kept, (len(student.kept.groups), tokens), device)
+            layer.kept_keys(None).restore(held, tokens)
     if used != len(tensors):
         raise CorruptFileError(f"{where} is damaged: it holds tensors of layers that the model does not have")
     return cache, pending
@@ -138,3 +155,22 @@ def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens
     weight = next(iter(student.parameters()), None)
     device = torch.device("cpu") if weight is None else weight.device
     return state.replaced({name: tensor.to(device, copy=True) for name, tensor in found.items()})
+
+
+def _checked_keys(
+    path: Path, index: int, found: dict[str, Tensor], sizes: tuple[int, int], device: torch.device
+) -> dict[str, Tensor]:
+    """Keys and values of one layer, of `sizes` = (heads, tokens at most); raises CorruptFileError for others."""
+    heads, tokens = sizes
+    keys, values, real = found.get("keys"), found.get("values"), found.get("real")
+    fits = keys is not None and values is not None and keys.ndim == values.ndim == 4
+    if fits and keys is not None and values is not None:
+        fits = keys.shape[1] == heads and keys.shape[2] <= tokens and keys.shape[:3] == values.shape[:3]
+        fits = fits and bool(keys.isfinite().all()) and bool(values.isfinite().all())
+        fits = fits and (real is None or (real.dtype == torch.bool and real.shape == (keys.shape[0], tokens)))
+    if not fits or set(found) - {"keys", "values", "real"}:
+        raise CorruptFileError(
+            f"{path} is damaged: the keys and values of layer {index} are missing, not finite, or not of {heads} heads "
+            f"and at most {tokens} tokens"
+        )
+    return {name: tensor.to(device, copy=True) for name, tensor in found.items()}

@@ -18,15 +18,20 @@ import torch
 from torch import nn
 
 from trenchcoat.config import StudentConfig, UserError
+from trenchcoat.config.keep import kept_groups, named_layers
 from trenchcoat.models.families import AttentionSite, attention_sites, decoder_of
 from trenchcoat.models.interface import ATTENTION_NAME, count_real_tokens, hand_over_cache, student_of
 from trenchcoat.models.transformers_internals import attention_name, choose_attention
 from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
+from trenchcoat.students.heads import KeptHeads
 
 
 def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
-    """Attach a student to the attention of every layer not in `cfg.keep_softmax`; returns them by layer index.
+    """Attach a student to the attention of every layer; returns them by layer index.
+
+    Layers that keep softmax attention as a whole get none; in a layer with kept groups, the student has the other heads
+    (`cfg.keep`, `cfg.keep_softmax`).
 
     The model is in mode `teacher` afterwards: it computes what it did before. Parameters of students are float32, on
     the device of their layer. Raises `UnsupportedFamilyError` for unsupported families, and UserError for settings that
@@ -35,8 +40,9 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
     sites = attention_sites(model)
     if students_of(model):
         raise UserError("this model has students already; use replace_students, or detach_students first")
-    linear = _linear_sites(sites, cfg.keep_softmax)
-    students = {site.index: _build(site, cfg).to(_device_of(model, site)) for site in linear}
+    kept = _kept_sites(sites, cfg)
+    linear = [site for site in sites if len(kept[site.index]) < site.num_kv_heads]
+    students = {site.index: _build(site, cfg, kept[site.index]).to(_device_of(model, site)) for site in linear}
     for site in sites:
         site.module.teacher_attention = _implementation(site)
         if site.index in students:
@@ -159,20 +165,25 @@ def teacher_implementation(model: nn.Module) -> str:
     return ", ".join(sorted({_implementation(site) for site in attention_sites(model)}))
 
 
-def _linear_sites(sites: list[AttentionSite], keep: Iterable[int]) -> list[AttentionSite]:
+def _kept_sites(sites: list[AttentionSite], cfg: StudentConfig) -> dict[int, tuple[int, ...]]:
+    """The kept groups of every layer."""
     indices = {site.index for site in sites}
-    unknown = sorted(set(keep) - indices)
+    kept = {site.index: kept_groups(cfg, site.index, site.num_kv_heads) for site in sites}
+    unknown = sorted(named_layers(cfg) - indices)
     if unknown:
-        raise UserError(f"student.keep_softmax names layer {unknown[0]}, but the model's layers are 0..{max(indices)}")
-    chosen = [site for site in sites if site.index not in set(keep)]
-    if not chosen:
-        raise UserError(f"student.keep_softmax names all {len(sites)} layers; leave out the ones to linearize")
-    return chosen
+        name = "keep_softmax" if unknown[0] in cfg.keep_softmax else "keep"
+        raise UserError(f"student.{name} names layer {unknown[0]}, but the model's layers are 0..{max(indices)}")
+    if all(len(kept[site.index]) == site.num_kv_heads for site in sites):
+        name = "keep" if cfg.keep else "keep_softmax"
+        raise UserError(f"student.{name} names all {len(sites)} layers; leave out the ones to linearize")
+    return kept
 
 
-def _build(site: AttentionSite, cfg: StudentConfig) -> StudentAttention:
+def _build(site: AttentionSite, cfg: StudentConfig, kept: tuple[int, ...]) -> StudentAttention:
     """A student whose random initial values depend on torch's seed and its layer, not on which others are built."""
-    sizes = {"num_heads": site.num_heads, "num_kv_heads": site.num_kv_heads, "head_dim": site.head_dim}
+    heads = {"num_heads": site.num_heads, "num_kv_heads": site.num_kv_heads}
+    free = site.num_kv_heads - len(kept)
+    sizes = {"num_heads": site.num_heads // site.num_kv_heads * free, "num_kv_heads": free, "head_dim": site.head_dim}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash((torch.initial_seed(), site.index)) % (1 << 62))
         try:
@@ -180,6 +191,7 @@ def _build(site: AttentionSite, cfg: StudentConfig) -> StudentAttention:
         except ValueError as error:
             raise UserError(f"the student does not fit layer {site.index}: {error}") from error
     student.layer_idx = site.index
+    student.kept = KeptHeads(kept, **heads) if kept else None
     student.train(site.module.training)
     return student
 

@@ -158,7 +158,7 @@ def linearized_config(config: Any, student: Any) -> Any:
     family = str(config.model_type).removeprefix(PREFIX)
     settings = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "trenchcoat")}
     plain = asdict(student)
-    plain["keep_softmax"] = list(student.keep_softmax)
+    plain |= {"keep": list(student.keep), "keep_softmax": list(student.keep_softmax)}
     made = config_class(family)(**settings, trenchcoat={"version": FORMAT_VERSION, "student": plain})
     choose_attention(made, attention_name(config))
     return made
@@ -171,8 +171,8 @@ def student_settings(settings: Mapping[str, Any]) -> Any:
     given = dict(settings)
     try:
         feature_map = FeatureMapConfig(**dict(given.pop("feature_map", {})))
-        keep = tuple(given.pop("keep_softmax", ()))
-        return StudentConfig(**given, feature_map=feature_map, keep_softmax=keep)
+        kept: dict[str, Any] = {name: tuple(given.pop(name, ())) for name in ("keep", "keep_softmax")}
+        return StudentConfig(**given, feature_map=feature_map, **kept)
     except TypeError as error:
         raise UserError(f"these student settings were written by another version of trenchcoat: {error}") from error
 

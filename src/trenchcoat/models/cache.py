@@ -1,4 +1,4 @@
-"""The generation cache: one layer of constant size, however many tokens were generated.
+"""The generation cache of a linearized layer: a state of constant size, and keys and values of kept groups.
 
 A :class:`StateLayer` replaces a layer in any `Cache` that Transformers creates, so `generate()` needs no override: beam
 search, batches, continuation and chunked prefill go through the methods below.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from trenchcoat.models.kept import KeptKeys
 from trenchcoat.models.transformers_internals import (
     FixedSizeLayer,
     allocated_length,
@@ -27,12 +28,14 @@ from trenchcoat.students import RowState
 class StateLayer(FixedSizeLayer):
     """The cache of one linearized layer: a student's state and the number of columns seen (padding included).
 
-    `state` is None before the first token. Attention reads and replaces it; nothing here grows.
+    `state` is None before the first token. Attention reads and replaces it. Only `kept` grows: keys and values of the
+    groups that keep softmax attention, in layers that have any.
     """
 
     def __init__(self, mask_length: int | None = None) -> None:
         super().__init__()
         self.state: RowState | None = None
+        self.kept: KeptKeys | None = None
         self.tokens = 0
         self.mask_length = mask_length
         """Length of the mask when the cache's other layers are preallocated; None when they grow."""
@@ -44,9 +47,17 @@ class StateLayer(FixedSizeLayer):
         self.tokens += tokens
         self.is_initialized = True
 
+    def kept_keys(self, window: int | None) -> KeptKeys:
+        """The keys and values of kept groups, created on first use; `window` is the layer's own sliding window."""
+        if self.kept is None:
+            self.kept = KeptKeys(self.mask_length)
+        self.kept.window = window
+        return self.kept
+
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self.state is None else self.state.nbytes()
+        constant = 0 if self.state is None else self.state.nbytes()
+        return constant + (0 if self.kept is None else self.kept.nbytes())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """No-op: the attention creates the state, whose shape only the student knows."""
@@ -72,7 +83,7 @@ class StateLayer(FixedSizeLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state = None
+        self.state = self.kept = None
         self.tokens = 0
         self.is_initialized = False
 
@@ -95,27 +106,33 @@ class StateLayer(FixedSizeLayer):
         """Repeat every row `repeats` times."""
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats)
+        if self.kept is not None:
+            self.kept.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Pick rows by integer indices [n] or a bool mask [B]."""
+        index = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         if self.state is not None:
-            index = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
             self.state = self.state.index_select(index)
+        if self.kept is not None:
+            self.kept.index_select(index)
 
     def offload(self) -> None:
-        """Move the state to the CPU."""
+        """Move everything to the CPU."""
         if self.state is not None:
             self._home = self.state.seen_B.device
             self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move the state back to where it was."""
+        """Move everything back to where it was."""
         if self._home is not None:
             self._move(self._home)
 
     def _move(self, device: torch.device) -> None:
         if self.state is not None:
             self.state = self.state.to(device)
+        if self.kept is not None:
+            self.kept.to(device)
 
 
 def state_layer(cache: Cache, index: int) -> StateLayer:

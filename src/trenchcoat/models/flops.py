@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from trenchcoat.config import LoraConfig, StudentConfig
+from trenchcoat.config.keep import kept_total
 from trenchcoat.models.shapes import Shapes
 from trenchcoat.students import StudentAttention, build_student
 
@@ -40,7 +41,7 @@ def transfer_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, seq_len
     ``xent``: the cross-entropy of the attention maps has a nonzero weight; it is quadratic in ``seq_len``.
     """
     student = layer_student(shapes, student_cfg)
-    linear = shapes.layers - len(set(student_cfg.keep_softmax))
+    linear = shapes.layers - kept_layers(shapes, student_cfg)
     teacher = shapes.layers * (2.0 * shapes.used_parameters + _softmax_forward(shapes, seq_len))
     own = student.flops(seq_len)
     # q, k and v are constants: gradients of the query features, the later queries' sums, those of the key features
@@ -58,7 +59,7 @@ def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: L
     With ``lora_cfg.train_feature_maps`` the maps' parameters get theirs too.
     """
     student = layer_student(shapes, student_cfg)
-    kept = len(set(student_cfg.keep_softmax))
+    kept = kept_layers(shapes, student_cfg)
     linear = shapes.layers - kept
     base = 2.0 * (shapes.layers * shapes.used_parameters + shapes.vocab * shapes.hidden)
     lora = 2.0 * shapes.lora_parameters(lora_cfg)
@@ -86,7 +87,13 @@ def layer_student(shapes: Shapes, cfg: StudentConfig) -> StudentAttention:
 def student_parameters(shapes: Shapes, cfg: StudentConfig) -> int:
     """Trainable parameters of the students of all linear layers."""
     one = sum(p.numel() for p in layer_student(shapes, cfg).parameters())
-    return one * (shapes.layers - len(set(cfg.keep_softmax)))
+    return round(one * (shapes.layers - kept_layers(shapes, cfg)))
+
+
+def kept_layers(shapes: Shapes, cfg: StudentConfig) -> float:
+    """Softmax attention that is kept, in layers: every kept group counts 1 / G. What a layer costs is proportional to
+    its groups."""
+    return kept_total(cfg, shapes.layers, shapes.kv_heads) / shapes.kv_heads
 
 
 def _softmax_forward(shapes: Shapes, seq_len: int) -> float:

@@ -5,7 +5,8 @@ norms. What happens depends on the `student` submodule of that layer:
 
 * none, or mode `teacher`: the model's own implementation, on its own mask;
 * `transfer`: the same, and the student learns alongside it, layer by layer;
-* `student`: the student's output.
+* `student`: the student's output. Where some groups keep softmax attention, the student has the other heads only:
+  the kept ones run the model's own implementation over the whole past, and both outputs are joined in head order.
 
 The mask function returns a :class:`LazyMask`, which holds the 2-D padding (for students) and can still build exactly
 the mask that the model's own implementation would have received.
@@ -22,19 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.models.cache import StateLayer, state_layer
+from trenchcoat.models.kept import Columns
 from trenchcoat.models.transformers_internals import (
     attention_function,
     attention_name,
+    cached_request,
     has_position_bias,
     kept_request,
     make_mask,
     mask_rows,
     more_than_causal,
+    of_heads,
     padding_mask,
     register_attention,
     score_options,
 )
 from trenchcoat.students import StudentAttention
+from trenchcoat.students.heads import KeptHeads
 
 ATTENTION_NAME = "trenchcoat"
 """Name under which the attention and mask functions are registered."""
@@ -56,7 +61,7 @@ class LazyMask:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self._request = kept_request(request)
-        self._teacher: dict[str, Any] = {}
+        self._teacher: dict[tuple[Any, ...], Any] = {}
         self._padding: dict[int, Tensor | None] = {}
 
     @property
@@ -72,11 +77,17 @@ class LazyMask:
             self._padding[tokens] = None if part is None or bool(part.all()) else part
         return self._padding[tokens]
 
-    def teacher(self, implementation: str) -> Any:
-        """What `implementation` would have received."""
-        if implementation not in self._teacher:
-            self._teacher[implementation] = make_mask(implementation, self._request)
-        return self._teacher[implementation]
+    def teacher(self, implementation: str, columns: Columns | None = None) -> Any:
+        """What `implementation` would have received; for a cache of kept groups, over its `columns`."""
+        place = None if columns is None else (columns.length, columns.offset, columns.real_BN is None)
+        key = (implementation, place)
+        if key not in self._teacher:
+            request = self._request
+            if columns is not None:
+                sizes = (columns.length, columns.offset, columns.query_offset)
+                request = cached_request(request, *sizes, columns.real_BN)
+            self._teacher[key] = make_mask(implementation, request)
+        return self._teacher[key]
 
     def block(self, start: int, stop: int) -> Tensor:
         """Which keys the queries `start` to `stop` see, in every row: bool [B, 1, stop - start, keys]."""
@@ -119,16 +130,25 @@ def linearized_attention(
         **score_options(kwargs),
         "mask_BT": _padding(attention_mask, query),
     }
+    own = {"scaling": scaling, "dropout": dropout, **kwargs}
+    kept = student.kept
+    if kept is not None and options["sink_logit"] is not None:
+        options["sink_logit"] = kept.free(options["sink_logit"], 0)
     if student.mode == "student":
-        return _student(student, query, key, value, layer, options).transpose(1, 2), None
+        if kept is None:
+            return _student(student, query, key, value, layer, options).transpose(1, 2), None
+        y_free = _student(student, kept.free(query), kept.free(key), kept.free(value), layer, options)
+        y_kept = _kept(module, kept, (query, key, value), attention_mask, layer, own)
+        return kept.join(y_kept, y_free.transpose(1, 2)), None
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"attention transfer got {query.shape[2]} queries for {key.shape[2]} keys; it trains on whole rows, so "
             "call the model without a cache (use_cache=False)"
         )
     with torch.no_grad():
-        output = own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-        student.transfer(query.detach(), key.detach(), value.detach(), output[0].detach().transpose(1, 2), **options)
+        output = own_attention(module, query, key, value, attention_mask, **own)
+        tensors = [t.detach() for t in (query, key, value, output[0].transpose(1, 2))]
+        student.transfer(*(tensors if kept is None else map(kept.free, tensors)), **options)
     return output
 
 
@@ -138,14 +158,46 @@ def student_of(module: nn.Module) -> StudentAttention | None:
     return student if isinstance(student, StudentAttention) else None
 
 
+def _kept(
+    module: nn.Module,
+    kept: KeptHeads,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    attention_mask: Any,
+    layer: StateLayer | None,
+    own: dict[str, Any],
+) -> Tensor:
+    """The model's own attention in the kept heads, over what `layer` holds of them; y [B, T, kept H, E]."""
+    query, key, value = map(kept.kept, qkv)
+    columns = None
+    if layer is not None:
+        if not isinstance(attention_mask, LazyMask):
+            raise ValueError("this model gives its layers no mask, so kept groups cannot run with a cache")
+        held = layer.kept_keys(own.get("sliding_window"))
+        padding = attention_mask.padding(query.shape[2])
+        columns = held.append(key, value, None if padding is None else padding.to(key.device))
+        key, value = held.keys, held.values
+    module, own = of_heads(module, own, kept.kept)
+    return own_attention(module, query, key, value, attention_mask, columns=columns, **own)[0]
+
+
 def own_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    columns: Columns | None = None,
+    **kwargs: Any,
 ) -> Output:
-    """The model's own implementation, named by the attribute `teacher_attention` of `module`."""
+    """The model's own implementation, named by the attribute `teacher_attention` of `module`.
+
+    `columns` says which columns the keys are, where they come from a cache of kept groups.
+    """
     implementation = str(module.teacher_attention)
     run: Callable[..., Output] = attention_function(module, implementation)
     if isinstance(attention_mask, LazyMask):
-        attention_mask = attention_mask.teacher(implementation)
+        attention_mask = attention_mask.teacher(implementation, columns)
     if isinstance(attention_mask, Tensor):
         attention_mask = attention_mask.to(query.device)
     return run(module, query, key, value, attention_mask, **kwargs)

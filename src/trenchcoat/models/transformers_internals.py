@@ -44,7 +44,7 @@ def register_attention(name: str, attention: Callable[..., Any], mask: Callable[
 
 def attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
     """The function that `self_attn` calls for the implementation `name`; `eager` is the modelling file's own."""
-    home = sys.modules[type(module).__module__]
+    home = sys.modules[module.__class__.__module__]
     functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     found: Callable[..., Any] = functions.get_interface(name, getattr(home, "eager_attention_forward", None))
     return found
@@ -59,6 +59,33 @@ def calls_attention_interface(forward: Callable[..., Any]) -> bool:
 def score_options(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The soft cap of the scores and the sink logits, from the keywords of a call of the attention function."""
     return {"softcap": keywords.get("softcap"), "sink_logit": keywords.get("s_aux")}
+
+
+class _SomeHeads:
+    """A layer's attention module as seen by an attention function that runs only some of its heads."""
+
+    def __init__(self, module: nn.Module, sinks: Tensor) -> None:
+        self._module, self.sinks = module, sinks
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The module's own class, by which its attention function is found."""
+        return type(self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def of_heads(
+    module: nn.Module, keywords: Mapping[str, Any], chosen: Callable[[Tensor, int], Tensor]
+) -> tuple[Any, dict[str, Any]]:
+    """(module, keywords) of a call for some of the heads, picked by ``chosen(tensor, dim)``: sink logits, one a head,
+    are found among both."""
+    given = dict(keywords)
+    if isinstance(given.get("s_aux"), Tensor):
+        given["s_aux"] = chosen(given["s_aux"], 0)
+    sinks = getattr(module, "sinks", None)
+    return (_SomeHeads(module, chosen(sinks, 0)) if isinstance(sinks, Tensor) else module), given
 
 
 def has_position_bias(keywords: Mapping[str, Any]) -> bool:
@@ -88,6 +115,14 @@ def padding_mask(request: Mapping[str, Any]) -> Any:
 def make_mask(implementation: str, request: Mapping[str, Any]) -> Any:
     """The mask that `implementation` expects."""
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**request)
+
+
+def cached_request(
+    request: Mapping[str, Any], length: int, offset: int, query_offset: int, real_BK: Tensor | None
+) -> dict[str, Any]:
+    """The request of a mask for ``length`` keys after the first ``offset`` columns, with the padding of all columns."""
+    sizes = {"kv_length": length, "kv_offset": offset, "q_offset": query_offset}
+    return {**request, **sizes, "attention_mask": real_BK}
 
 
 def mask_rows(request: Mapping[str, Any], start: int, stop: int) -> Tensor:
@@ -131,6 +166,13 @@ def allocated_length(layer: Any) -> int | None:
 def keys_and_values(layer: Any) -> list[Tensor]:
     """The tensors of a softmax layer."""
     return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+
+
+def restore_keys_and_values(layer: Any, keys: Tensor, values: Tensor, tokens: int) -> None:
+    """Fill an empty softmax layer with what :func:`keys_and_values` gave after ``tokens`` columns."""
+    layer.update(keys, values)
+    if getattr(layer, "is_sliding", False) and hasattr(layer, "cumulative_length"):
+        layer.cumulative_length = tokens
 
 
 # Model classes

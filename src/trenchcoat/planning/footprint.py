@@ -23,7 +23,8 @@ from functools import cached_property
 import torch
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
-from trenchcoat.models.flops import layer_student, student_parameters
+from trenchcoat.config.keep import kept_total
+from trenchcoat.models.flops import kept_layers, layer_student, student_parameters
 from trenchcoat.models.shapes import Shapes
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.ops.chunked.layout import TILE_TOKENS
@@ -121,15 +122,20 @@ def base_bytes(shapes: Shapes, dtype_bytes: int = 2, *, nf4: bool = False) -> fl
 def state_bytes(shapes: Shapes, student: StudentConfig, dtype_bytes: int = 2) -> tuple[float, float]:
     """Bytes of (far sums in float32, window of keys and values) per sequence during generation, at any length.
 
-    Layers that keep softmax attention are not counted: their cache grows with the sequence.
+    Kept groups and layers are not counted: their cache grows with the sequence (:func:`kept_bytes_per_token`).
     """
     with torch.device("meta"):
         state = layer_student(shapes, student).empty_state(1, dtype=torch.bfloat16)
-    layers = shapes.layers - len(set(student.keep_softmax))
+    layers = shapes.layers - kept_layers(shapes, student)
     numbers = {name: t for name, t in state.tensors().items() if t.is_floating_point()}
     far = sum(t.nbytes for name, t in numbers.items() if name not in state.near_fields)
     near = sum(t.numel() for name, t in numbers.items() if name in state.near_fields)
     return float(layers * far), float(layers * dtype_bytes * near)
+
+
+def kept_bytes_per_token(shapes: Shapes, student: StudentConfig, dtype_bytes: int = 2) -> float:
+    """Bytes that the keys and values of kept groups and layers add per token of a sequence."""
+    return 2.0 * kept_total(student, shapes.layers, shapes.kv_heads) * shapes.head_dim * dtype_bytes
 
 
 def _parts(gathered: float, activations: float, logits: float = 0.0) -> dict[str, float]:

@@ -20,7 +20,15 @@ from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.config.units import GIB
 from trenchcoat.models.flops import lora_flops_per_token, student_parameters, transfer_flops_per_token
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
-from trenchcoat.planning.footprint import Footprint, Layout, StepSizes, base_bytes, footprint, state_bytes
+from trenchcoat.planning.footprint import (
+    Footprint,
+    Layout,
+    StepSizes,
+    base_bytes,
+    footprint,
+    kept_bytes_per_token,
+    state_bytes,
+)
 from trenchcoat.runtime.devices import device_peak
 
 RESERVE_BYTES, RESERVE_SHARE = 1.5 * GIB, 0.05
@@ -148,6 +156,10 @@ class Plan:
     disk: dict[str, float]
     state: tuple[float, float]
     """(far sums, window) of one sequence during generation."""
+    kept_bytes: float
+    """Keys and values of kept groups, per token of a sequence."""
+    dtype_bytes: int = 2
+    """Of a weight, a key or a value."""
 
     @property
     def chosen(self) -> Way | None:
@@ -177,7 +189,8 @@ def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) 
     best = min(fitting, key=lambda way: way.seconds_a_token).name if fitting else None
     disk = planner.disk()
     state = state_bytes(shapes, recipe.student, planner.dtype_bytes)
-    return planner, Plan(recipe.model.path, shapes, machine, ways, best, disk, state)
+    kept = kept_bytes_per_token(shapes, recipe.student, planner.dtype_bytes)
+    return planner, Plan(recipe.model.path, shapes, machine, ways, best, disk, state, kept, planner.dtype_bytes)
 
 
 def with_reserve(size: float) -> float:

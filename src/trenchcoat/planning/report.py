@@ -268,10 +268,13 @@ def _disk_line(plan: Plan) -> str:
 
 
 def _state_line(plan: Plan) -> str:
-    far, window = plan.state
+    (far, window), shapes = plan.state, plan.shapes
+    teacher = plan.dtype_bytes * 2 * shapes.layers * shapes.kv_heads * shapes.head_dim
+    kept = f", and {plan.kept_bytes / 1024:.3g} KiB a token of kept groups" if plan.kept_bytes else ""
     return (
         f"during generation, one sequence holds {far / GIB:.3g} GiB of far sums (float32) and "
-        f"{window / GIB:.3g} GiB of window, whatever its length"
+        f"{window / GIB:.3g} GiB of window, whatever its length{kept} (the original model: {teacher / 1024:.3g} KiB a "
+        "token)"
     )
 
 

@@ -32,6 +32,7 @@ from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig, UserErr
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.interface import LazyMask
+from trenchcoat.models.kept import Columns
 from trenchcoat.models.lora import add_lora
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
@@ -62,7 +63,7 @@ class _CausalMask(LazyMask):
         super().__init__({"q_length": tokens})
         self.shape = (batch, tokens)
 
-    def teacher(self, implementation: str) -> Any:
+    def teacher(self, implementation: str, columns: Columns | None = None) -> Any:
         """None: the fused attention is causal without a mask."""
         return None
 

@@ -26,7 +26,16 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     TRANSFER: ("model", "student", "data", "transfer", "blocks.epochs", "run"),
     LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
     LORA_ONLY: ("model", "student", "data", "lora", "run"),
-    WINDOW_SINKS_LORA: ("model", "student.window", "student.keep_softmax", "data", "lora", "run", "eval.sinks"),
+    WINDOW_SINKS_LORA: (
+        "model",
+        "student.window",
+        "student.keep",
+        "student.keep_softmax",
+        "data",
+        "lora",
+        "run",
+        "eval.sinks",
+    ),
 }
 """Sections and fields of the recipe that decide a stage's outcome."""
 

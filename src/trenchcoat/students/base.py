@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import Kind, RowState, Tokens
 from trenchcoat.students.feature_maps import FeatureMap
+from trenchcoat.students.heads import KeptHeads
 
 Mode = Literal["teacher", "transfer", "student"]
 
@@ -93,6 +94,8 @@ class StudentAttention(nn.Module):
         self.head_dim, self.value_dim = head_dim, head_dim if value_dim is None else value_dim
         self.mode: Mode = "teacher"
         self.layer_idx = -1
+        self.kept: KeptHeads | None = None
+        """Heads of the layer that keep softmax attention, which are not among this student's; None for none."""
         self.far_enabled = True
         self.state_dtype = torch.float32
         self.request: TransferRequest | None = None

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from trenchcoat.config import Recipe, UsageError, UserError
+from trenchcoat.config.keep import whole_layers
 from trenchcoat.config.units import in_words
 from trenchcoat.evaluation.results import Outcome
 from trenchcoat.linearize.blocks import stages as blockstages
@@ -156,7 +157,7 @@ class _Launch:
         )
 
     def _learns(self, block: LayerBlock) -> bool:
-        return not set(range(block.first, block.stop)) <= set(self.recipe.student.keep_softmax)
+        return not set(range(block.first, block.stop)) <= whole_layers(self.recipe.student)
 
     def _piece(self, block: LayerBlock) -> _Piece:
         record = BlockFolder(self.recipe, block)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import TransferConfig, UserError
+from trenchcoat.config.keep import whole_layers
 from trenchcoat.config.units import gib, tera
 from trenchcoat.data.batches import Batch, Batches
 from trenchcoat.linearize.blocks.chain import (
@@ -188,7 +189,7 @@ class Pipeline:
         return [Position(round(everyone[2 * i]), everyone[2 * i + 1] > 0) for i in range(size)]
 
     def _position(self) -> Position:
-        kept = set(self.run.recipe.student.keep_softmax)
+        kept = whole_layers(self.run.recipe.student)
         if self.folder.finished or kept.issuperset(range(self.block.first, self.block.stop)):
             return FINISHED
         # fit reads the same checkpoint, and warns about damaged ones

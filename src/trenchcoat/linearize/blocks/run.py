@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import Recipe, TransferConfig
+from trenchcoat.config.keep import restricted, whole_layers
 from trenchcoat.data.batches import Batch, Batches
 from trenchcoat.linearize.blocks.data import ROWS, HiddenBatches, PassRows, Span
 from trenchcoat.linearize.blocks.folder import BlockFolder, BlockIdentity, LayerBlock
@@ -195,16 +196,14 @@ class BlockRun:
 
     def attach(self, model: Any, block: LayerBlock) -> None:
         """Attach fresh students to a block's model, identical to those of the whole model."""
-        student = self.recipe.student
-        kept = tuple(index for index in student.keep_softmax if block.first <= index < block.stop)
         torch.manual_seed(self.recipe.run.seed)
-        attach_students(model, dataclasses.replace(student, keep_softmax=kept))
+        attach_students(model, restricted(self.recipe.student, range(block.first, block.stop)))
 
     def _flops_per_token(self, model: Any) -> float | None:
         """FLOPs per token of a training step; computed once per number of layers."""
         layers = int(model.config.num_hidden_layers)
         if layers not in self._flops:
-            student = dataclasses.replace(self.recipe.student, keep_softmax=())
+            student = dataclasses.replace(self.recipe.student, keep=(), keep_softmax=())
             self._flops[layers] = step_flops(model.config, dataclasses.replace(self.recipe, student=student), self.cfg)
         return self._flops[layers]
 
@@ -243,7 +242,7 @@ class BlockRun:
 
     def learns(self, number: int) -> bool:
         """Whether a block has a layer that is linearized."""
-        block, kept = self.blocks[number], set(self.recipe.student.keep_softmax)
+        block, kept = self.blocks[number], whole_layers(self.recipe.student)
         return any(index not in kept for index in range(block.first, block.stop))
 
     def to_train(self, span: Span) -> list[int]:

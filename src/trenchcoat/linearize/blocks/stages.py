@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trenchcoat.config import Recipe, TransferConfig, UserError, dump_recipe
+from trenchcoat.config.keep import kept_groups, named_layers, whole_layers
 from trenchcoat.config.units import in_words, tera
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.results import Outcome, Results, StageFacts
@@ -101,7 +102,7 @@ def train_block(recipe: Recipe, number: int, weights: Path | None = None) -> Out
     with open_blocks(recipe, block=number, weights=weights) as work:
         block = work.blocks[number]
         if not work.learns(number):
-            return Outcome((f"nothing to train in {block}: student.keep_softmax keeps all its layers",))
+            return Outcome((f"nothing to train in {block}: all its layers keep softmax attention",))
         distributed.from_main(work.folders[number].begin)
         Collection(work, hidden_folder(recipe)).train(number)
         facts = work.folders[number].result()
@@ -253,15 +254,21 @@ def check_recipe(recipe: Recipe) -> TransferConfig:
 
 def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) -> None:
     """Raise ``UserError`` when the recipe names blocks or layers that do not exist."""
-    epochs, kept = recipe.blocks.epochs, recipe.student.keep_softmax
+    epochs, student = recipe.blocks.epochs, recipe.student
     if epochs and len(epochs) != len(blocks):
         raise UserError(
             f"blocks.epochs has {len(epochs)} entries, but there are {len(blocks)} blocks: give one for each"
         )
-    if kept and max(kept) >= source.layers:
-        raise UserError(f"student.keep_softmax names layer {max(kept)}, but the layers are 0..{source.layers - 1}")
-    if len(set(kept)) == source.layers:
-        raise UserError(f"student.keep_softmax names all {source.layers} layers; leave out the ones to linearize")
+    named, whole = named_layers(student), whole_layers(student)
+    setting = "keep" if student.keep else "keep_softmax"
+    if named and max(named) >= source.layers:
+        raise UserError(f"student.{setting} names layer {max(named)}, but the layers are 0..{source.layers - 1}")
+    if len(whole) == source.layers:
+        raise UserError(f"student.{setting} names all {source.layers} layers; leave out the ones to linearize")
+    groups = int(source.config.num_key_value_heads)
+    spelled = [layer for layer in sorted(named - whole) if len(kept_groups(student, layer, groups)) == groups]
+    if spelled:
+        raise UserError(f"student.keep names every group of layer {spelled[0]}; write {spelled[0]}, the whole layer")
 
 
 def check_found(recipe: Recipe, blocks: list[LayerBlock], cut_for: str) -> None:
@@ -403,7 +410,7 @@ def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
     """The checked weights of all blocks; writes them to the run's folder as the joint run would."""
     recipe = work.recipe
     blocks = found_blocks(recipe)
-    wanted = set(range(work.source.layers)) - set(recipe.student.keep_softmax)
+    wanted = set(range(work.source.layers)) - whole_layers(recipe.student)
     require_cover(blocks, wanted)
     weights: dict[str, Tensor] = {}
     records = [BlockFolder(recipe, block, work.identity) for block in blocks]

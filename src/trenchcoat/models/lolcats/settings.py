@@ -140,7 +140,7 @@ def _checked(sections: dict[str, Any]) -> Any:
 
 def plain(student: StudentConfig) -> dict[str, Any]:
     """The student's settings as plain values."""
-    return {**asdict(student), "keep_softmax": list(student.keep_softmax)}
+    return {**asdict(student), "keep": list(student.keep), "keep_softmax": list(student.keep_softmax)}
 
 
 def check_exportable(student: StudentConfig, family: str) -> None:
@@ -151,6 +151,8 @@ def check_exportable(student: StudentConfig, family: str) -> None:
         reason = f"it has classes for {' and '.join(FAMILIES)} models only, not for {family}"
     elif student.name not in ATTENTIONS.values():
         reason = f"it has no attention like student.name={student.name}"
+    elif student.keep:
+        reason = f"it keeps softmax attention in whole layers only (student.keep_softmax), not in {student.keep[0]}"
     elif student.sinks != defaults.sinks:
         reason = f"its windows have no sinks (student.sinks={student.sinks})"
     elif student.feature_map.adapter_dim is not None:

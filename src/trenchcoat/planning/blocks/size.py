@@ -43,11 +43,11 @@ def layer_bytes(shapes: Shapes, dtype_bytes: int = 2) -> float:
 def block_bytes(step: StepSizes, layers: int) -> float:
     """Bytes on the device while ``layers`` layers of the step's model are trained.
 
-    Layers in `student.keep_softmax` count like the others. Raises ``ValueError`` for a student that does not fit the
+    Kept layers and groups count like the others. Raises ``ValueError`` for a student that does not fit the
     model.
     """
     alone = replace(step.shapes, layers=layers, embedding_parameters=0, head_parameters=0, other_parameters=0)
-    linear = replace(step.student, keep_softmax=())
+    linear = replace(step.student, keep=(), keep_softmax=())
     best = 4.0 * student_parameters(alone, linear)
     return best + footprint(replace(step, shapes=alone, student=linear), Layout()).total
 

@@ -225,7 +225,7 @@ class _Ways:
     def teacher_flops(self) -> float:
         """FLOPs per token of a teacher forward pass."""
         shapes, recipe = self.planner.shapes, self.planner.recipe
-        alone = dataclasses.replace(recipe.student, keep_softmax=tuple(range(shapes.layers)))
+        alone = dataclasses.replace(recipe.student, keep=(), keep_softmax=tuple(range(shapes.layers)))
         return transfer_flops_per_token(shapes, alone, recipe.data.seq_len).total
 
     @cached_property

@@ -30,8 +30,12 @@ def check_settings(vllm_config: Any) -> None:
         raise ValueError("linearized models do not support CUDA graphs or torch.compile in vLLM: give --enforce-eager")
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError("linearized models do not support prefix caching in vLLM: give --no-enable-prefix-caching")
-    if vllm_config.model_config.hf_config.trenchcoat["student"].get("keep_softmax"):
-        raise ValueError("models that keep softmax layers (student.keep_softmax) cannot be served through vLLM")
+    settings = vllm_config.model_config.hf_config.trenchcoat["student"]
+    if settings.get("keep_softmax") or settings.get("keep"):
+        raise ValueError(
+            "models that keep softmax attention (student.keep, student.keep_softmax) cannot be served through vLLM; "
+            "use `trenchcoat serve`"
+        )
 
 
 def student_for(vllm_config: Any, *, num_heads: int, num_kv_heads: int, head_dim: int) -> StudentAttention:
