@@ -68,10 +68,11 @@ def test_a_block_killed_between_its_last_checkpoint_and_its_record_is_finished_b
     require_same(learned(tmp_path / "blocks"), joint)
 
 
-def test_landmarks_kept_layers_and_padding(overrides: list[str], tmp_path: Path) -> None:
-    """Initial values from text, a layer that keeps softmax (alone in a block in one case), rows of unequal length."""
+def test_landmarks_kept_groups_and_padding(overrides: list[str], tmp_path: Path) -> None:
+    """Initial values from text, a layer and groups that keep softmax (the layer alone in a block in one case), padding."""
     more = [
-        "student.feature_map.init=landmarks", "student.keep_softmax=[2]", "data.packing=contiguous",
+        "student.feature_map.init=landmarks", "student.keep_softmax=[2]", "student.keep=[1.1,3.0]",
+        "data.packing=contiguous",
         "transfer.accumulation=2", "transfer.max_steps=3",
     ]  # fmt: skip
     stages.transfer(recipe(overrides, tmp_path / "joint", *more))

@@ -26,7 +26,9 @@ FLAT = [
     "blocks.size=1", "transfer.schedule=constant", "transfer.early_stopping=1",
     "transfer.early_stopping_threshold=0.3", "transfer.eval_every=1",
 ]  # fmt: skip
-FROM_TEXT = ["student.feature_map.init=landmarks", "student.keep_softmax=[0]", "data.packing=contiguous"]
+FROM_TEXT = [
+    "student.feature_map.init=landmarks", "student.keep_softmax=[0]", "student.keep=[3.1]", "data.packing=contiguous",
+]  # fmt: skip
 PIPELINE = "blocks.ranks=pipeline"
 
 
