@@ -18,6 +18,7 @@ from trenchcoat.data.esl import EslRanking, effective_lengths
 from trenchcoat.data.table import TableBuilder, TokenTable
 from trenchcoat.models.attach import attach_students
 from trenchcoat.models.families import UnsupportedFamilyError
+from trenchcoat.ops import softmax_rows
 from trenchcoat.runtime.runlog import RunLog
 
 
@@ -40,7 +41,7 @@ def test_it_is_the_formula_on_full_maps(family: str, padding: str, monkeypatch: 
     if padding != "none":
         mask[1, :7] = 0
         mask = mask.flip(1) if padding == "right" else mask
-    monkeypatch.setattr(esl, "WEIGHTS_AT_ONCE", 2 * 4 * 40 * 7)  # blocks of 7 queries
+    monkeypatch.setattr(softmax_rows, "WEIGHTS_AT_ONCE", 2 * 4 * 40 * 7)  # blocks of 7 queries
     found = effective_lengths(model, ids, mask)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, naive(model, ids, mask), rtol=1e-5, atol=1e-5)
@@ -59,7 +60,7 @@ def test_padding_and_the_own_implementation_do_not_matter_and_the_model_is_uncha
     torch.testing.assert_close(eager, alone, rtol=1e-5, atol=1e-6)
     assert implementation == model.config._attn_implementation == "sdpa"
     assert torch.equal(logits(model, ids), before)
-    assert not any(hasattr(m, "esl_observer") or hasattr(m, "teacher_attention") for m in model.modules())
+    assert not any(hasattr(m, "attention_call") or hasattr(m, "teacher_attention") for m in model.modules())
 
 
 def test_known_lengths() -> None:
@@ -74,7 +75,7 @@ def test_known_lengths() -> None:
 
 def test_no_full_map_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), tokens(1, 256)
-    monkeypatch.setattr(esl, "WEIGHTS_AT_ONCE", 4 * 256 * 8)
+    monkeypatch.setattr(softmax_rows, "WEIGHTS_AT_ONCE", 4 * 256 * 8)
     largest = 0
     matmul = torch.matmul
 
@@ -84,7 +85,7 @@ def test_no_full_map_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         largest = max(largest, made.numel())
         return made
 
-    monkeypatch.setattr(esl.torch, "matmul", watched)
+    monkeypatch.setattr(softmax_rows.torch, "matmul", watched)
     effective_lengths(model, ids)
     assert largest == 4 * 256 * 8  # of 4 * 256 * 256
 

@@ -17,6 +17,7 @@ from trenchcoat.config.recipe_io import settings_help
 COMMANDS = {
     "demo": "trenchcoat.cli.commands.demo",
     "linearize": "trenchcoat.cli.commands.linearize",
+    "select": "trenchcoat.cli.commands.select",
     "transfer": "trenchcoat.cli.commands.transfer",
     "finetune": "trenchcoat.cli.commands.finetune",
     "plan": "trenchcoat.cli.commands.plan",

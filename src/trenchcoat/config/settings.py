@@ -377,6 +377,25 @@ class BlocksConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelectConfig(_Section):
+    """How the key/value groups to keep are chosen where `student.keep` is a share or a number (`trenchcoat select`)."""
+
+    method: Annotated[str, NameIn("trenchcoat.linearize.selection.registry", "METHODS")] = "gates"
+    """How groups are scored. `gates`: what far text is worth to the loss, by backward passes; `retrieval`: attention to
+    what followed the same token earlier, forward only; `uniform` and `random`: without measuring, for comparison."""
+    rows: PositiveInt = 4
+    """Rows of training text, and as many of text that follows itself, that groups are scored on."""
+    seq_len: RowLength | None = None
+    """Tokens of these rows (the repeated text is half as long), at least 4 windows; null is data.seq_len."""
+    gates: Annotated[tuple[InnerShare, ...], Constraint("a list of one share or more", bool)] = (0.05, 0.5, 0.95)
+    """gates: shares of full attention, the rest is window + sinks, at which the loss is differentiated."""
+    frontier: tuple[InnerShare, ...] = (0.03, 0.07, 0.13, 0.2, 0.33)
+    """Shares of the cache for which the loss is measured without training, besides 0 and 1; empty for no frontier."""
+    frontier_rows: PositiveInt = 8
+    """Held-out rows of text for the frontier, and half as many of text that follows itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig(_Section):
     """The report's evaluation."""
 
@@ -430,6 +449,8 @@ class Recipe(_Section):
     """Distribution over several processes."""
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     """Transfer block by block."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """Selection of the key/value groups to keep."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation and report."""
     run: RunConfig = field(default_factory=RunConfig)

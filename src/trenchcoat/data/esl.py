@@ -22,17 +22,14 @@ from torch import Tensor, nn
 
 from trenchcoat.data.table import TokenTable
 from trenchcoat.models.attach import attention_through
-from trenchcoat.models.interface import LazyMask, Output, mask, own_attention
-from trenchcoat.models.transformers_internals import register_attention, score_options
+from trenchcoat.models.interface import LazyMask, Output, own_attention
+from trenchcoat.models.transformers_internals import score_options
+from trenchcoat.ops.softmax_rows import softmax_rows
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.runtime.runlog import RunLog
 from trenchcoat.runtime.sharding import compute_device, run_decoder
 
-ESL_ATTENTION = "trenchcoat_esl"
-"""Name under which the observing attention function is registered."""
-WEIGHTS_AT_ONCE = 1 << 22
-"""Attention weights held at once (16 MiB in float32)."""
 BATCH_TOKENS = 4096
 """Tokens of a forward pass over short samples."""
 SAVE_EVERY = 1024
@@ -56,60 +53,38 @@ def layer_esl(
     at padding. A sink logit [H] takes its share of each row's weight and adds no distance.
     """
     batch, heads, tokens, _ = q_BHTD.shape
-    key = k_BGTD.float().repeat_interleave(heads // k_BGTD.shape[1], dim=1).transpose(2, 3)
     place = torch.arange(tokens, device=q_BHTD.device)
     total_B = torch.zeros(batch, dtype=torch.float64, device=q_BHTD.device)
-    step = max(1, WEIGHTS_AT_ONCE // (batch * heads * tokens))
-    for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        score = torch.matmul(q_BHTD[:, :, start:stop].float() * scale, key[..., :stop])  # no query sees a later key
-        if softcap is not None:
-            score = score.div_(softcap).tanh_().mul_(softcap)
-        score = score.masked_fill_(~seen(start, stop)[..., :stop], torch.finfo(torch.float32).min)
-        if sink_logit is None:
-            weight = score.softmax(-1)
-        else:
-            sink = sink_logit.float()[:, None, None].expand(batch, heads, stop - start, 1)
-            weight = torch.cat([score, sink], dim=-1).softmax(-1)[..., :-1]
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logit": sink_logit}
+    for start, stop, weight_BHnt in softmax_rows(q_BHTD, k_BGTD, seen, **options):
         distance = (place[start:stop, None] - place[:stop]).float()
-        esl_Bn = torch.einsum("bhnt,nt->bn", weight, distance)
+        esl_Bn = torch.einsum("bhnt,nt->bn", weight_BHnt, distance)
         total_B += esl_Bn.double().masked_fill(~real_BT[:, start:stop], 0.0).sum(1)
     return total_B / (heads * real_BT.sum(1).clamp_min(1))
 
 
 class _Observer:
-    """Collects the layers' numbers of one forward pass."""
+    """The attention function of one forward pass: the model's own, and the layers' numbers are collected."""
 
     def __init__(self, real_BT: Tensor) -> None:
         self.real_BT = real_BT
         self.layers: list[Tensor] = []
 
-    def see(self, query: Tensor, key: Tensor, seen: LazyMask, kwargs: dict[str, Any]) -> None:
-        """Add the numbers of one layer."""
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, seen: LazyMask, **kwargs: Any
+    ) -> Output:
+        """The model's own output; adds the numbers of one layer."""
         device, scaling = query.device, kwargs.get("scaling")
         found = layer_esl(
-            query,
-            key,
+            query.detach(),
+            key.detach(),
             lambda start, stop: seen.block(start, stop).to(device),
             self.real_BT.to(device),
             scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
             **score_options(kwargs),
         )
         self.layers.append(found.cpu())
-
-
-def _observe(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
-) -> Output:
-    """The registered attention function: the model's own, reported to the observer."""
-    observer: Any = module.esl_observer
-    observer.see(query.detach(), key.detach(), attention_mask, kwargs)
-    return own_attention(module, query, key, value, attention_mask, **kwargs)
+        return own_attention(module, query, key, value, seen, **kwargs)
 
 
 def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -123,14 +98,8 @@ def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None)
     mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT.to(device)
     observer = _Observer(mask_BT.bool())
     model.eval()
-    with attention_through(model, ESL_ATTENTION) as sites, torch.no_grad():
-        for site in sites:
-            site.module.esl_observer = observer
-        try:
-            run_decoder(model, input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
-        finally:
-            for site in sites:
-                del site.module.esl_observer
+    with attention_through(model, observer) as sites, torch.no_grad():
+        run_decoder(model, input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
     if len(observer.layers) != len(sites):
         raise RuntimeError(f"the forward pass ran {len(observer.layers)} attentions of {len(sites)}")
     return torch.stack(observer.layers).mean(0)
@@ -213,6 +182,3 @@ def _padded(table: TokenTable, rows: NDArray[np.int64], seq_len: int) -> tuple[T
     for i, (first, length) in enumerate(zip(firsts, lengths, strict=True)):
         ids[i, :length] = table.tokens[first : first + length]
     return torch.from_numpy(ids), torch.from_numpy(real.astype(np.int64))
-
-
-register_attention(ESL_ATTENTION, _observe, mask)

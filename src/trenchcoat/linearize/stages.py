@@ -16,10 +16,14 @@ from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.data.load import load_batches
 from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.report.selection import frontier_table
 from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
+from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.linearize.comparison import Comparison, estimate_seconds, evaluation_rows, stages_of
+from trenchcoat.linearize.run import open_run
+from trenchcoat.linearize.selection.run import select_groups
 from trenchcoat.linearize.variants import ModelVariants, open_variants
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
@@ -52,6 +56,20 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
         facts = {stage: _train(variants, stage) for stage in own}
         variants.export(own[-1])
         return _report(variants, facts, began)
+
+
+def select(recipe: Recipe, reach: float | None = None) -> Outcome:
+    """Score the key/value groups and choose those to keep; ``reach`` as in :func:`select_groups`."""
+    with open_run(recipe, []) as run:
+        found = select_groups(ModelVariants(run), reach)
+    chosen = (
+        f"kept: student.keep=[{','.join(found.kept)}]"
+        if found.kept
+        else (f"best groups: {', '.join(found.keep(12))} ...; nothing chosen: --keep 13% or --reach 95% chooses")
+    )
+    title = "Gap between window + sinks and the teacher, closed without training (%)"
+    table = [frontier_table(found).as_rich(title, wrap=True)] if found.frontier else []
+    return Outcome((*table, chosen, f"the selection: {Path(recipe.run.dir) / SELECTION_FILE}"), found)
 
 
 def transfer(recipe: Recipe) -> Outcome:

@@ -17,13 +17,16 @@ import torch
 from torch import nn
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
+from trenchcoat.config.keep import needs_selection
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.esl import EslRanking
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.tokens import cache_folder
 from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.evaluation.rows import window_sinks_student
+from trenchcoat.evaluation.selection import SELECTION_FILE, Selection
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
+from trenchcoat.linearize.selection.run import select_groups, with_groups
 from trenchcoat.models import hub, identity
 from trenchcoat.models.attach import (
     detach_students,
@@ -55,6 +58,7 @@ class ModelVariants:
     def __init__(self, run: OpenRun) -> None:
         self.run, self.recipe, self.folder, self.log = run, run.recipe, run.folder, run.log
         self._trained: set[str] = set()
+        self._selected_on: str | None = None
         self._batches: dict[tuple[int, int], Batches] = {}
 
     @cached_property
@@ -82,8 +86,14 @@ class ModelVariants:
 
     @cached_property
     def base_fingerprint(self) -> str:
-        """Fingerprint of the base weights."""
-        return identity.fingerprint(self.model)
+        """Fingerprint of the base weights; UserError when the groups to keep were selected on others."""
+        found = identity.fingerprint(self.model)
+        if self._selected_on not in (None, found):
+            raise UserError(
+                f"the groups to keep were selected on other base weights ({self._selected_on}) than these ({found}): "
+                f"delete {self.folder.directory / SELECTION_FILE} to select again, or give the model it was made with"
+            )
+        return found
 
     def batches(self, batch_size: int, seq_len: int | None = None) -> Batches:
         """The recipe's data in micro-batches of ``batch_size`` rows; the source is read once per size."""
@@ -104,6 +114,12 @@ class ModelVariants:
         quantize = self.recipe.model.quantize  # a 4-bit base has the fingerprint of its files but different scores
         base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
         return EslRanking(self.assemble_teacher, base, seq_len=data.seq_len, folder=folder, log=self.log)
+
+    def keep_selected(self, selection: Selection) -> None:
+        """Name the groups of ``selection`` in the recipe."""
+        self.recipe = with_groups(self.recipe, selection.kept)
+        self.run = dataclasses.replace(self.run, recipe=self.recipe)
+        self._selected_on = selection.base
 
     # Variants of the model
 
@@ -250,9 +266,20 @@ class ModelVariants:
 
 @contextmanager
 def open_variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
-    """Open a run and return its model variants; see :func:`open_run`."""
-    with open_run(recipe, stages) as run:
-        yield ModelVariants(run)
+    """Open a run and return its model variants; see :func:`open_run`.
+
+    Where ``student.keep`` says how much to keep, the groups are selected first (or read from the run's folder), and the
+    recipe of the variants names them.
+    """
+    if not needs_selection(recipe.student):
+        with open_run(recipe, stages) as run:
+            yield ModelVariants(run)
+        return
+    with open_run(recipe, []) as run:
+        variants = ModelVariants(run)
+        variants.keep_selected(select_groups(variants))
+        run.folder.refuse_other_recipe(variants.recipe, stages)
+        yield variants
 
 
 def step_flops(config: Any, recipe: Recipe, cfg: StageConfig) -> float | None:

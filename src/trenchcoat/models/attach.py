@@ -10,7 +10,7 @@ No modelling file is touched: a student is a submodule `self_attn.student` of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,14 @@ from torch import nn
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.config.keep import kept_groups, named_layers
 from trenchcoat.models.families import AttentionSite, attention_sites, decoder_of
-from trenchcoat.models.interface import ATTENTION_NAME, count_real_tokens, hand_over_cache, student_of
+from trenchcoat.models.interface import (
+    ATTENTION_NAME,
+    CALL_NAME,
+    Output,
+    count_real_tokens,
+    hand_over_cache,
+    student_of,
+)
 from trenchcoat.models.transformers_internals import attention_name, choose_attention
 from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
@@ -109,26 +116,28 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 @contextmanager
-def attention_through(model: nn.Module, name: str) -> Iterator[list[AttentionSite]]:
-    """Inside the block every layer calls the attention function registered as `name`; yields the layers.
+def attention_through(model: nn.Module, function: Callable[..., Output]) -> Iterator[list[AttentionSite]]:
+    """Inside the block every layer calls `function` as its attention; yields the layers.
 
-    For functions that observe and return `interface.own_attention`. The model must have no students (so its outputs are
-    those of the original model); raises `UnsupportedFamilyError` for unsupported families.
+    `function` gets what a registered attention function gets (the mask is a `LazyMask`) and may call
+    `interface.own_attention`. The model must have no students (so its outputs are those of the original model); raises
+    `UnsupportedFamilyError` for unsupported families.
     """
     if students_of(model):
         raise ValueError("remove the students first: detach_students(model)")
     configs, sites = _configs(model), attention_sites(model)
     for site in sites:
         site.module.teacher_attention = _implementation(site)
+        site.module.attention_call = function
     for config, _ in configs:
-        choose_attention(config, name)
+        choose_attention(config, CALL_NAME)
     try:
         yield sites
     finally:
         for config, own in configs:
             choose_attention(config, own)
         for site in sites:
-            del site.module.teacher_attention
+            del site.module.teacher_attention, site.module.attention_call
 
 
 def mode_of(model: nn.Module) -> Mode:

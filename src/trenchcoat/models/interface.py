@@ -44,6 +44,9 @@ from trenchcoat.students.heads import KeptHeads
 ATTENTION_NAME = "trenchcoat"
 """Name under which the attention and mask functions are registered."""
 
+CALL_NAME = "trenchcoat_call"
+"""Name of the attention that calls the attribute `attention_call` of its layer; see `attach.attention_through`."""
+
 _CACHE = "trenchcoat_state"
 """Keyword that carries a layer's state from the hook, through `self_attn`, to the attention function."""
 
@@ -279,4 +282,10 @@ def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[st
     return args, {**kwargs, "position_ids": positions}
 
 
+def _call(module: nn.Module, *arguments: Any, **keywords: Any) -> Output:
+    found: Output = module.attention_call(module, *arguments, **keywords)  # type: ignore[operator]
+    return found
+
+
 register_attention(ATTENTION_NAME, linearized_attention, mask)
+register_attention(CALL_NAME, _call, mask)

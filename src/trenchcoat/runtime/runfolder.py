@@ -21,8 +21,10 @@ from trenchcoat.config import Recipe, UserError
 from trenchcoat.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
+SELECT = "select"
 
 _DEPENDS: dict[str, tuple[str, ...]] = {
+    SELECT: ("model", "student.window", "student.keep_softmax", "data", "select", "eval.sinks", "run"),
     TRANSFER: ("model", "student", "data", "transfer", "blocks.epochs", "run"),
     LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
     LORA_ONLY: ("model", "student", "data", "lora", "run"),

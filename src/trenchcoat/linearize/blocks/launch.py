@@ -29,6 +29,7 @@ from trenchcoat.evaluation.results import Outcome
 from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.folder import BlockFolder, LayerBlock, blocks_folder, found_blocks
 from trenchcoat.linearize.blocks.jobs import STEPS, Job, Jobs, LocalJobs, SlurmJobs, Step, Task
+from trenchcoat.linearize.blocks.select import with_selection
 from trenchcoat.linearize.blocks.slurmoptions import parse_slurm
 from trenchcoat.linearize.run import Stopped, open_run
 from trenchcoat.runtime.files import holder, locked
@@ -51,6 +52,7 @@ def launch_blocks(recipe: Recipe) -> Outcome:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("blocks run --parallel starts its own processes: run it without torchrun")
+    recipe = with_selection(recipe)
     folder = blocks_folder(recipe) / FOLDER
     local = recipe.blocks.launcher == "local"
     options = None if local else parse_slurm(recipe.blocks.slurm)

@@ -36,6 +36,7 @@ from trenchcoat.linearize.blocks.model import BlockSource
 from trenchcoat.linearize.blocks.pipeline import Pipeline
 from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
 from trenchcoat.linearize.blocks.score import score_blocks
+from trenchcoat.linearize.blocks.select import with_selection
 from trenchcoat.linearize.comparison import evaluation_rows
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, check_names, open_run
 from trenchcoat.linearize.variants import BASE_WEIGHTS
@@ -181,6 +182,7 @@ def open_blocks(
         if block is not None and not 0 <= block < len(blocks):
             raise UserError(f"--block {block}: the blocks of {recipe.run.dir} are 0 to {len(blocks) - 1}")
         alone = None if block is None else BlockFolder(recipe, blocks[block]).directory
+        recipe = with_selection(recipe, source)
         with open_run(recipe, [TRANSFER], alone) as run:
             check_blocks(recipe, source, blocks)
             distributed.from_main(lambda: check_found(recipe, blocks, cut_for))

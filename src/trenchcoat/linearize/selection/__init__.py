@@ -1,0 +1,1 @@
+"""Choosing the key/value groups that keep softmax attention, by measurement."""
