@@ -304,10 +304,15 @@ class TransferConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(StageConfig):
-    """Stage 2, LoRA with next-token loss (LoLCATs, section 3.1 and appendix A)."""
+    """Stage 2: LoRA, and the feature maps and mixes, trained through the whole model."""
 
-    objective: Text = "next_token"
-    """The objective: `next_token`, or a name that you added to OBJECTIVES in `trenchcoat.training.objectives`."""
+    loss: Text = "kl"
+    """What is minimized: `kl`, the divergence KL(teacher || student) of the next token's distribution at every token,
+    the teacher being the same model with its own attention and without LoRA; `ce`, the next-token cross-entropy of the
+    text (LoLCATs, section 3.1); `mix`, both; or a name that you added to OBJECTIVES in
+    `trenchcoat.training.objectives`."""
+    kl_weight: InnerShare = 0.9
+    """mix: weight of kl; ce has 1 - kl_weight."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     rank: PositiveInt = 8
@@ -318,7 +323,7 @@ class LoraConfig(StageConfig):
     """Dropout before the LoRA matrices."""
     targets: LayerNames = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of the linear layers that LoRA is applied to."""
-    train_feature_maps: bool = False
+    train_feature_maps: bool = True
     """Train feature maps and mixes too."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""

@@ -39,12 +39,13 @@ from trenchcoat.models.attach import (
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.models.hub import adapter_state, load_adapter_state, save_adapter
 from trenchcoat.models.loading import load_base
-from trenchcoat.models.lora import add_lora, freeze_for_lora, remove_lora
+from trenchcoat.models.lora import add_lora, as_teacher, freeze_for_lora, remove_lora
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
 from trenchcoat.runtime.sharding import compute_device
+from trenchcoat.training.logits import own_teacher
 from trenchcoat.training.loop import FitOptions, FitResult, fit
 from trenchcoat.training.objectives import Objective, initialise_from_text, stage_2_objective, transfer_objective
 
@@ -223,7 +224,7 @@ class ModelVariants:
             torch.manual_seed(self.recipe.run.seed)
             add_lora(self.model, self._lora)
         freeze_for_lora(self.model, self._lora)
-        return stage_2_objective(self._lora.objective), self._lora
+        return stage_2_objective(self._lora, own_teacher(as_teacher)), self._lora
 
     def require_transfer(self) -> None:
         """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""

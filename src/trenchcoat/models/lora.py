@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, UserError
-from trenchcoat.models.attach import require_grad, students_of
+from trenchcoat.models.attach import own_outputs, require_grad, students_of
 from trenchcoat.models.families import attention_sites, choose_lora_targets
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 
@@ -57,6 +58,27 @@ def freeze_for_lora(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:
 def has_lora(model: nn.Module) -> bool:
     """True when a LoRA is in the model and not merged."""
     return bool(lora_parameters(model))
+
+
+@contextmanager
+def as_teacher(model: nn.Module) -> Iterator[None]:
+    """Inside the block `model` is its own teacher: its own attention, no LoRA, evaluation mode.
+
+    Modes and `requires_grad` are as before afterwards, but the model stays in evaluation mode.
+    """
+    layers = [layer for _, layer in _lora_layers(model)] if has_lora(model) else []
+    learned = {id(p) for p in lora_parameters(model).values() if p.requires_grad}
+    model.eval()
+    for layer in layers:
+        layer.enable_adapters(False)  # this changes requires_grad, and so does the way back
+    try:
+        with own_outputs(model):
+            yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in lora_parameters(model).values():
+            parameter.requires_grad_(id(parameter) in learned)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
