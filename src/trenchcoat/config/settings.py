@@ -328,6 +328,11 @@ class LoraConfig(StageConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
 
+    @property
+    def teacher_pass(self) -> bool:
+        """Whether a step runs the teacher too: one more forward pass."""
+        return self.loss in ("kl", "mix")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(_Section):

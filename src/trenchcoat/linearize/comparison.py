@@ -34,7 +34,8 @@ SAMPLE_TOKENS = 48
 LONGEST_PROMPT = 160
 """Maximum tokens of a sample's prompt (or three windows, if that is less)."""
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
-"""Time per token of a training step (and of scoring) in teacher forward passes; measured on the demo, on two cores."""
+"""Time per token of a training step (without the teacher's pass of a divergence) and of scoring, in teacher forward
+passes; measured on the demo, on two cores."""
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -222,5 +223,6 @@ def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> f
         batches = variants.batches(cfg.batch_size)
         unit = unit or seconds_per_token(variants, batches)
         trained, evaluated = stage_tokens(cfg, batches, seq_len)
-        total += unit * (trained * (LORA_COST if isinstance(cfg, LoraConfig) else TRANSFER_COST) + evaluated * 1.5)
+        cost = LORA_COST + cfg.teacher_pass if isinstance(cfg, LoraConfig) else TRANSFER_COST
+        total += unit * (trained * cost + evaluated * 1.5)
     return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or seq_len)

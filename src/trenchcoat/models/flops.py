@@ -54,9 +54,10 @@ def transfer_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, seq_len
 
 
 def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: LoraConfig, seq_len: int) -> Cost:
-    """LoRA with next-token loss: activations' gradients through the base, parameters' gradients of LoRA alone.
+    """Stage 2: activations' gradients through the base, parameters' gradients of LoRA alone.
 
-    With ``lora_cfg.train_feature_maps`` the maps' parameters get theirs too.
+    With ``lora_cfg.train_feature_maps`` the maps' parameters get theirs too; with a loss that needs the teacher, its
+    forward pass is added.
     """
     student = layer_student(shapes, student_cfg)
     kept = kept_layers(shapes, student_cfg)
@@ -70,7 +71,8 @@ def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: L
     learned_maps = maps if lora_cfg.train_feature_maps else 0.0
     # two products for each of the forward: gradients of features and values, of weights, values, queries and keys
     backward = base + 2.0 * lora + linear * (maps + learned_maps + 2.0 * (far + near)) + kept * 2.0 * softmax
-    return Cost(forward, backward)
+    teacher = base + shapes.layers * softmax if lora_cfg.teacher_pass else 0.0
+    return Cost(forward + teacher, backward)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:

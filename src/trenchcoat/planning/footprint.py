@@ -28,6 +28,7 @@ from trenchcoat.models.flops import kept_layers, layer_student, student_paramete
 from trenchcoat.models.shapes import Shapes
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.ops.chunked.layout import TILE_TOKENS
+from trenchcoat.runtime.head import PIECE_ELEMENTS
 from trenchcoat.students import StudentAttention
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -181,22 +182,28 @@ class _Moments:
         kept = float(s.layers * (size * s.hidden * n if checkpointed else saved))
         inner = saved if checkpointed else 0.0
         mlp = 3.0 * size * s.mlp_width
-        logits = float(n * s.vocab)
-        final = 3.0 * size * s.hidden * n
+        hidden = float(size * s.hidden * n)
+        kept += hidden * stage.teacher_pass  # the teacher's hidden states
+        final = 3.0 * hidden
         backward_mlp = kept + inner + n * (mlp + size * s.hidden)
         backward_student = kept + inner - n * mlp + self._student_backward()
         return {
             "embedding": _parts(self._gathered(embeddings=2), final),
             "a layer gathered": _parts(self._gathered(layers=3), kept),
             "head gathered": _parts(self._gathered(layers=1, heads=2), kept + final),
-            # the logits, their float32 copy, the log-softmax and its gradient
-            "loss over the vocabulary": _parts(
-                self._gathered(), kept + final, logits * (size + (12.0 if size < 4 else 8.0))
-            ),
-            "backward of the head": _parts(self._gathered(heads=2), kept + final, logits * 2.0 * size),
+            "loss over the vocabulary": _parts(self._gathered(heads=1), kept + final + hidden, self._piece(stage)),
+            "backward of the head": _parts(self._gathered(heads=2), kept + final),
             "backward of an MLP": _parts(self._gathered(layers=2), backward_mlp),
             "backward of a student": _parts(self._gathered(layers=2), backward_student),
         }
+
+    def _piece(self, stage: LoraConfig) -> float:
+        """Bytes of a piece of the logits (`runtime.head`): logits and log-softmax; with a teacher also its log-softmax
+        and probabilities; while a log-softmax of lower precision is made, its float32 copy."""
+        logits = min(self.step.tokens, max(1, PIECE_ELEMENTS // self.step.shapes.vocab)) * self.step.shapes.vocab
+        size = self.step.dtype_bytes
+        arrays = size + (4.0 + size + 8.0 if stage.teacher_pass else 8.0)
+        return float(logits * arrays)
 
     def _gathered(self, *, layers: float = 0, embeddings: float = 0, heads: float = 0) -> float:
         """Bytes of the given numbers of gathered units; without sharding, only the buffer for unpacked 4-bit weights.

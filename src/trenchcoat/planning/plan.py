@@ -289,7 +289,7 @@ class Planner:
 
     def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
         """Seconds per micro-batch, by resource; they overlap, so the longest counts."""
-        passes = 2 if isinstance(stage, LoraConfig) else 1
+        passes = 2 + stage.teacher_pass if isinstance(stage, LoraConfig) else 1
         rows = stage.batch_size * self.recipe.data.seq_len
         found = {"arithmetic": rows * self.flops(stage) / self.flop_rate}
         if layout.shared_by > 1:

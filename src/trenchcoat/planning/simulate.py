@@ -33,9 +33,10 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.interface import LazyMask
 from trenchcoat.models.kept import Columns
-from trenchcoat.models.lora import add_lora
+from trenchcoat.models.lora import add_lora, as_teacher
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
+from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.sharding import run_decoder, shard_units
 from trenchcoat.students import TransferRequest
@@ -179,18 +180,42 @@ def _step(
 
 def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
     if isinstance(stage, LoraConfig):
-        _lora_step(model, ids)
+        _lora_step(model, stage, ids)
     else:
         _transfer_step(model, stage, ids)
 
 
-def _lora_step(model: Any, ids: Tensor) -> None:
-    """Like `objectives.next_token_objective`, without reading values."""
+def _lora_step(model: Any, stage: LoraConfig, ids: Tensor) -> None:
+    """Like `objectives.logit_objective`, without reading values."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": _CausalMask(*ids.shape), "use_cache": False}
+    taught_nd: Tensor | None = None
+    if stage.teacher_pass:
+        with torch.no_grad(), as_teacher(model):
+            taught_nd = run_to_head(model, **inputs)[0].flatten(0, 1)
     model.train()
-    logits = model(input_ids=ids, attention_mask=_CausalMask(*ids.shape), use_cache=False).logits
-    targets = F.pad(ids[:, 1:], (0, 1), value=-100).reshape(-1)
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=-100, reduction="sum")
-    (total / ids.numel()).backward()
+    hidden_bTd, further = run_to_head(model, **inputs)
+    gradient_bTd = _logit_gradient(VocabularyHead(model), hidden_bTd, taught_nd)
+    torch.autograd.backward([hidden_bTd, *further], [gradient_bTd, *(torch.zeros_like(t) for t in further)])
+
+
+def _logit_gradient(head: VocabularyHead, hidden_bTd: Tensor, taught_nd: Tensor | None) -> Tensor:
+    """Like `logits.LogitLoss.over`."""
+    flat_nd = hidden_bTd.detach().flatten(0, 1)
+
+    def piece(where: slice, logits_nV: Tensor) -> Tensor:
+        """The gradient for the logits of a piece."""
+        found_nV = F.log_softmax(logits_nV, -1, dtype=torch.float32)
+        if taught_nd is not None:
+            log_p_nV = F.log_softmax(head(taught_nd[where]), -1, dtype=torch.float32)
+            p_nV = log_p_nV.exp()
+            torch.linalg.vecdot(p_nV, log_p_nV.sub_(found_nV))
+            del log_p_nV
+            found_nV = p_nV.add_(found_nV.exp_())
+        return found_nV.to(logits_nV.dtype)
+
+    found_nd = torch.zeros_like(flat_nd)
+    found_nd.copy_(head.backward(flat_nd.clone(), piece))
+    return found_nd.view_as(hidden_bTd)
 
 
 def _transfer_step(model: Any, stage: TransferConfig, ids: Tensor) -> None:
