@@ -29,7 +29,7 @@ from trenchcoat.models.lora import add_lora, freeze_for_lora, has_lora, merge_lo
 from trenchcoat.students import TransferRequest
 
 SMALL = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6))
-LORA = LoraConfig(rank=2, alpha=4.0)
+LORA = LoraConfig(rank=2, alpha=4.0, train_feature_maps=False)
 
 
 def make(family: str = "llama", cfg: StudentConfig = SMALL, **changes: Any) -> Any:

@@ -13,7 +13,7 @@ form, without a backward pass); with cross-entropy, only the teacher's forward p
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -173,25 +173,29 @@ def _step(
     tracker = _PeakTracker(model)
     tracker.track_inputs((ids, *optimizer, *outside))
     with tracker:
-        _run(model, stage, ids)
+        _run(model, stage, ids, tracker.reset_mod_stats)
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return dict(snapshot)
 
 
-def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
+def _run(
+    model: Any, stage: TransferConfig | LoraConfig, ids: Tensor, next_pass: Callable[[], None] = lambda: None
+) -> None:
+    """One step; ``next_pass`` is called between two forward passes."""
     if isinstance(stage, LoraConfig):
-        _lora_step(model, stage, ids)
+        _lora_step(model, stage, ids, next_pass)
     else:
         _transfer_step(model, stage, ids)
 
 
-def _lora_step(model: Any, stage: LoraConfig, ids: Tensor) -> None:
+def _lora_step(model: Any, stage: LoraConfig, ids: Tensor, next_pass: Callable[[], None]) -> None:
     """Like `objectives.logit_objective`, without reading values."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": _CausalMask(*ids.shape), "use_cache": False}
     taught_nd: Tensor | None = None
     if stage.teacher_pass:
         with torch.no_grad(), as_teacher(model):
             taught_nd = run_to_head(model, **inputs)[0].flatten(0, 1)
+        next_pass()
     model.train()
     hidden_bTd, further = run_to_head(model, **inputs)
     gradient_bTd = _logit_gradient(VocabularyHead(model), hidden_bTd, taught_nd)
