@@ -191,7 +191,10 @@ class _Moments:
             "embedding": _parts(self._gathered(embeddings=2), final),
             "a layer gathered": _parts(self._gathered(layers=3), kept),
             "head gathered": _parts(self._gathered(layers=1, heads=2), kept + final),
-            "loss over the vocabulary": _parts(self._gathered(heads=1), kept + final + hidden, self._piece(stage)),
+            # the loss has a copy of a sharded head; a tied one is in the root's unit too
+            "loss over the vocabulary": _parts(
+                self._gathered(embeddings=2.0 * s.tied, heads=1), kept + final + hidden, self._piece(stage)
+            ),
             "backward of the head": _parts(self._gathered(heads=2), kept + final),
             "backward of an MLP": _parts(self._gathered(layers=2), backward_mlp),
             "backward of a student": _parts(self._gathered(layers=2), backward_student),
