@@ -19,8 +19,9 @@ from trenchcoat.models.flops import (
     student_parameters,
     transfer_flops_per_token,
 )
-from trenchcoat.models.lora import add_lora, as_teacher
+from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import Shapes, shapes_of
+from trenchcoat.models.stage2 import as_teacher
 from trenchcoat.runtime.devices import device_peak
 from trenchcoat.training import objectives
 from trenchcoat.training.logits import own_teacher

@@ -16,8 +16,9 @@ from trenchcoat.config import FeatureMapConfig, LoraConfig, ParallelConfig, Stud
 from trenchcoat.config.units import GIB
 from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_mode
 from trenchcoat.models.families import decoder_of
-from trenchcoat.models.lora import add_lora, as_teacher
+from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import find_config, shapes_of
+from trenchcoat.models.stage2 import as_teacher
 from trenchcoat.planning.footprint import NF4_BYTES, Layout, StepSizes, base_bytes, footprint, state_bytes
 from trenchcoat.planning.simulate import simulate
 from trenchcoat.runtime import distributed, sharding

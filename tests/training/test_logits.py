@@ -13,7 +13,8 @@ from tiny_families import FAMILIES, tiny_model, tokens
 from training_kit import STUDENT, RandomBatches, lora_settings, start_lora, tiny_llama
 from trenchcoat.config import LoraConfig
 from trenchcoat.models.attach import attach_students, mode_of, set_mode
-from trenchcoat.models.lora import add_lora, as_teacher, lora_parameters
+from trenchcoat.models.lora import add_lora, lora_parameters
+from trenchcoat.models.stage2 import as_teacher
 from trenchcoat.runtime import head
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.training.logits import own_teacher

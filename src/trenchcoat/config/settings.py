@@ -304,7 +304,11 @@ class TransferConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(StageConfig):
-    """Stage 2: LoRA, and the feature maps and mixes, trained through the whole model."""
+    """Stage 2: LoRA (or every weight), and the feature maps and mixes, trained through the whole model."""
+
+    train: Literal["lora", "mixer", "all"] = "lora"
+    """What is trained: `lora`, with the feature maps and mixes; `mixer`, the feature maps and mixes alone; `all`, every
+    weight, in float32 (the adapter then holds them all; the teacher's are kept beside them)."""
 
     loss: Text = "kl"
     """What is minimized: `kl`, the divergence KL(teacher || student) of the next token's distribution at every token,
@@ -315,6 +319,8 @@ class LoraConfig(StageConfig):
     """mix: weight of kl; ce has 1 - kl_weight."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
+    mixer_lr: PositiveFloat | None = None
+    """Peak learning rate of the feature maps and mixes; null: lr. The schedule scales both alike."""
     rank: PositiveInt = 8
     """LoRA rank r."""
     alpha: PositiveFloat = 16.0
@@ -322,11 +328,20 @@ class LoraConfig(StageConfig):
     dropout: Share = 0.0
     """Dropout before the LoRA matrices."""
     targets: LayerNames = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the linear layers that LoRA is applied to."""
+    """Names of the linear layers that LoRA is applied to, in the attention or the MLP (gate_proj, up_proj, down_proj;
+    not in a mixture of experts)."""
     train_feature_maps: bool = True
-    """Train feature maps and mixes too."""
+    """Train feature maps and mixes too; false needs `train: lora` or `all`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+
+    def check(self, path: str) -> None:
+        """Raise ``UserError`` for a bad schedule, or when there is nothing to train."""
+        super().check(path)
+        if self.train == "mixer" and not self.train_feature_maps:
+            raise UserError(
+                f"{path}.train=mixer with {path}.train_feature_maps=false leaves nothing to train: remove one of them"
+            )
 
     @property
     def teacher_pass(self) -> bool:
@@ -476,6 +491,11 @@ class Recipe(_Section):
             )
         if student.sinks >= data.seq_len:
             raise UserError(f"student.sinks must be below data.seq_len ({data.seq_len}), got {student.sinks}")
+        if self.lora is not None and self.lora.train == "all" and self.model.quantize != "none":
+            raise UserError(
+                f"lora.train=all cannot train the 4-bit weights of model.quantize={self.model.quantize}: set it to "
+                "none, or lora.train=lora"
+            )
         for name, stage in (("transfer", self.transfer), ("lora", self.lora)):
             if data.streaming and stage is not None and stage.max_steps is None:
                 raise UserError(

@@ -39,8 +39,8 @@ from trenchcoat.models.attach import (
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.models.hub import adapter_state, load_adapter_state, save_adapter
 from trenchcoat.models.loading import load_base
-from trenchcoat.models.lora import add_lora, as_teacher, freeze_for_lora, remove_lora
 from trenchcoat.models.shapes import shapes_of
+from trenchcoat.models.stage2 import as_teacher, begin_stage_2, end_stage_2, freeze_for_stage_2
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
 from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
@@ -130,7 +130,7 @@ class ModelVariants:
         """The model in ``student`` mode with fresh students, optional LoRA, and a finished stage's weights."""
         if self.recipe.data.select != "none":
             self.batches(LANDMARK_ROWS)  # ranking the samples removes students and LoRA from the model
-        remove_lora(self.model)
+        end_stage_2(self.model)
         torch.manual_seed(self.recipe.run.seed)
         students = replace_students(self.model, student if student is not None else self.recipe.student)
         if weights is None and any(one.starts_from_text for one in students.values()):
@@ -140,7 +140,7 @@ class ModelVariants:
             initialise_from_text(self.model, {name: t.to(device) for name, t in batch.items()})
         if lora:
             torch.manual_seed(self.recipe.run.seed)
-            add_lora(self.model, self._lora)
+            begin_stage_2(self.model, self._lora)
         if weights is not None:
             load_adapter_state(self.model, self.folder.weights(weights))
         set_far(self.model, True)
@@ -148,8 +148,8 @@ class ModelVariants:
         return self.model
 
     def assemble_teacher(self) -> nn.Module:
-        """The model with its own attention, without LoRA."""
-        remove_lora(self.model)
+        """The model with its own attention and weights, without LoRA."""
+        end_stage_2(self.model)
         detach_students(self.model)
         return self.model
 
@@ -222,8 +222,8 @@ class ModelVariants:
         else:
             self.assemble(weights=TRANSFER)
             torch.manual_seed(self.recipe.run.seed)
-            add_lora(self.model, self._lora)
-        freeze_for_lora(self.model, self._lora)
+            begin_stage_2(self.model, self._lora)
+        freeze_for_stage_2(self.model, self._lora)
         return stage_2_objective(self._lora, own_teacher(as_teacher)), self._lora
 
     def require_transfer(self) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, UserError
-from trenchcoat.models.attach import own_outputs, require_grad, students_of
-from trenchcoat.models.families import attention_sites, choose_lora_targets
+from trenchcoat.models.attach import require_grad, students_of
+from trenchcoat.models.families import attention_sites, choose_lora_targets, linear_layers
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 
 _ADAPTER = "default"
@@ -19,11 +19,11 @@ _ADAPTER = "default"
 
 
 def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
-    """Add LoRA to the linear layers `cfg.targets` of every layer's attention; returns their paths.
+    """Add LoRA to the linear layers `cfg.targets` of every layer's attention and MLP; returns their paths.
 
-    In families with a fused `qkv_proj`, LoRA goes there. LoRA's parameters are float32. Only LoRA is trainable
-    afterwards (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not
-    have.
+    In families with a fused `qkv_proj` or `gate_up_proj`, LoRA goes there. LoRA's parameters are float32. Only LoRA is
+    trainable afterwards (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model
+    does not have.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
@@ -61,19 +61,14 @@ def has_lora(model: nn.Module) -> bool:
 
 
 @contextmanager
-def as_teacher(model: nn.Module) -> Iterator[None]:
-    """Inside the block `model` is its own teacher: its own attention, no LoRA, evaluation mode.
-
-    Modes and `requires_grad` are as before afterwards, but the model stays in evaluation mode.
-    """
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside the block LoRA's updates are not added; `requires_grad` is as before afterwards."""
     layers = [layer for _, layer in _lora_layers(model)] if has_lora(model) else []
     learned = {id(p) for p in lora_parameters(model).values() if p.requires_grad}
-    model.eval()
     for layer in layers:
         layer.enable_adapters(False)  # this changes requires_grad, and so does the way back
     try:
-        with own_outputs(model):
-            yield
+        yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)
@@ -124,9 +119,8 @@ def _whole_weight(path: str, layer: Any) -> Tensor:
 def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
     paths = []
     for site in attention_sites(model):
-        linear = [name for name, m in site.module.named_children() if isinstance(m, nn.Linear)]
-        chosen = choose_lora_targets(targets, linear, f"the attention of layer {site.index}")
-        paths += [f"{site.name}.{name}" for name in chosen]
+        known = linear_layers(model, site)
+        paths += [known[name][0] for name in choose_lora_targets(targets, known, f"layer {site.index}")]
     return paths
 
 

@@ -17,14 +17,14 @@ maps, I columns of the MLP, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.config.keep import kept_total
-from trenchcoat.models.flops import kept_layers, layer_student, student_parameters
+from trenchcoat.models.flops import kept_layers, layer_student, student_parameters, trained_parameters
 from trenchcoat.models.shapes import Shapes
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.ops.chunked.layout import TILE_TOKENS
@@ -94,12 +94,12 @@ def footprint(step: StepSizes, layout: Layout) -> Footprint:
     """
     shapes, stage = step.shapes, step.stage
     maps = student_parameters(shapes, step.student)
-    if isinstance(stage, LoraConfig):
-        adapters = shapes.lora_parameters(stage)
-        trained = adapters + (maps if stage.train_feature_maps else 0)
-    else:
-        adapters, trained = 0, maps
     base = base_bytes(shapes, step.dtype_bytes, nf4=layout.nf4) / layout.shared_by
+    adapters, trained = 0, maps
+    if isinstance(stage, LoraConfig):
+        adapters, trained = shapes.lora_parameters(stage), trained_parameters(shapes, step.student, stage)
+        if stage.train == "all":  # what is trained and computed with is in float32; the base is kept
+            base, step = base + 4.0 * shapes.parameters, replace(step, dtype_bytes=4)
     held = {
         "weights": 0.0 if layout.offload else base,
         "students": 4.0 * maps,
@@ -232,6 +232,8 @@ class _Moments:
         s, size = self.step.shapes, self.step.dtype_bytes
         dropout = 1.0 if stage.dropout > 0 else 0.0  # the mask
         adapted = (4.0 + dropout) * sum(inputs for inputs, _ in s.lora_layers(stage))
+        if stage.train == "all":  # the inputs of q, k and v, of the output projection and of the MLP
+            adapted += size * (2.0 * s.hidden + s.heads * s.head_dim)
         norms = 2 * 4.0 * s.hidden
         heads = size * (s.heads + 2 * s.kv_heads) * s.head_dim
         output = 4.0 * s.heads * (s.head_dim + 1)

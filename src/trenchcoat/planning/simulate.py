@@ -33,7 +33,7 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.interface import LazyMask
 from trenchcoat.models.kept import Columns
-from trenchcoat.models.lora import add_lora, as_teacher
+from trenchcoat.models.stage2 import as_teacher, begin_stage_2, freeze_for_stage_2
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
 from trenchcoat.runtime.head import VocabularyHead, run_to_head
@@ -95,6 +95,8 @@ def simulate(
     and for a family without fused attention.
     """
     began = time.monotonic()
+    if isinstance(stage, LoraConfig) and stage.train == "all":
+        raise UserError("--simulate knows lora.train=lora and mixer, not all; leave it out: `plan` counts all three")
     if dist.is_initialized():
         raise UserError("--simulate creates its own process group: run `trenchcoat plan` without torchrun")
     model = _build(config, student, stage, dtype)
@@ -122,7 +124,8 @@ def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConf
             raise UserError(f"--simulate needs a family with fused attention (sdpa): {error}") from error
         attach_students(model, student)
         if isinstance(stage, LoraConfig):
-            add_lora(model, stage)
+            begin_stage_2(model, stage)
+            freeze_for_stage_2(model, stage)
         else:
             freeze_for_transfer(model)
     set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
