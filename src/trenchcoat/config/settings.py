@@ -317,6 +317,9 @@ class LoraConfig(StageConfig):
     `trenchcoat.training.objectives`."""
     kl_weight: InnerShare = 0.9
     """mix: weight of kl; ce has 1 - kl_weight."""
+    teacher_logits: str | None = None
+    """kl and mix: folder of the teacher's logits on disk, the 256 most likely tokens of each position and the rest as
+    one; what is missing there is computed first, in one pass of the teacher. Null: the teacher runs in every step."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     mixer_lr: PositiveFloat | None = None
@@ -346,7 +349,7 @@ class LoraConfig(StageConfig):
     @property
     def teacher_pass(self) -> bool:
         """Whether a step runs the teacher too: one more forward pass."""
-        return self.loss in ("kl", "mix")
+        return self.loss in ("kl", "mix") and self.teacher_logits is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -491,6 +494,11 @@ class Recipe(_Section):
             )
         if student.sinks >= data.seq_len:
             raise UserError(f"student.sinks must be below data.seq_len ({data.seq_len}), got {student.sinks}")
+        if self.lora is not None and self.lora.teacher_logits is not None and data.streaming:
+            raise UserError(
+                "lora.teacher_logits stores the logits of known rows, which data.streaming=true does not have: remove "
+                "one of the two"
+            )
         if self.lora is not None and self.lora.train == "all" and self.model.quantize != "none":
             raise UserError(
                 f"lora.train=all cannot train the 4-bit weights of model.quantize={self.model.quantize}: set it to "

@@ -27,6 +27,7 @@ from trenchcoat.evaluation.rows import window_sinks_student
 from trenchcoat.evaluation.selection import SELECTION_FILE, Selection
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
 from trenchcoat.linearize.selection.run import select_groups, with_groups
+from trenchcoat.linearize.teacher_logits import TaughtBatches
 from trenchcoat.models import hub, identity
 from trenchcoat.models.attach import (
     detach_students,
@@ -48,6 +49,7 @@ from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.training.logits import own_teacher
 from trenchcoat.training.loop import FitOptions, FitResult, fit
 from trenchcoat.training.objectives import Objective, initialise_from_text, stage_2_objective, transfer_objective
+from trenchcoat.training.stored import stored_teacher
 
 BASE_WEIGHTS = "base weights"
 """The key of the base model's fingerprint in a stage's record."""
@@ -180,7 +182,8 @@ class ModelVariants:
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
         flops = step_flops(self.model.config, self.recipe, cfg)
         options = FitOptions(self.recipe.parallel.async_save, flops, self.base_fingerprint)
-        result = fit(self.model, batches, objective, cfg, self.log, stage=stage, options=options)
+        source = self._taught(batches, cfg)
+        result = fit(self.model, source, objective, cfg, self.log, stage=stage, options=options)
         if result.stopped:
             raise Stopped
         facts = stage_facts(stage, result)
@@ -188,6 +191,17 @@ class ModelVariants:
         learned = adapter_state(self.model)
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
         return facts
+
+    def _taught(self, batches: Batches, cfg: StageConfig) -> Batches | TaughtBatches:
+        """The batches of a stage; with ``lora.teacher_logits``, the teacher's logits are with them, and on disk."""
+        if not isinstance(cfg, LoraConfig) or cfg.teacher_logits is None:
+            return batches
+        quantize = self.recipe.model.quantize
+        base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
+        found = TaughtBatches(batches, Path(cfg.teacher_logits), self.model, base, self.log)
+        self.run.resources.callback(found.close)
+        found.fill(self.model, cfg)
+        return found
 
     def _log_text(self, batches: Batches) -> None:
         """Log the amount of text and what was skipped."""
@@ -224,7 +238,8 @@ class ModelVariants:
             torch.manual_seed(self.recipe.run.seed)
             begin_stage_2(self.model, self._lora)
         freeze_for_stage_2(self.model, self._lora)
-        return stage_2_objective(self._lora, own_teacher(as_teacher)), self._lora
+        teacher = own_teacher(as_teacher) if self._lora.teacher_logits is None else stored_teacher
+        return stage_2_objective(self._lora, teacher), self._lora
 
     def require_transfer(self) -> None:
         """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""

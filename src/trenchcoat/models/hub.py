@@ -1,6 +1,6 @@
 """Linearized models on disk: adapter folders, merged folders, and `load` for both.
 
-* adapter folder: adapter.safetensors (students and LoRA, or every weight), trenchcoat.json (settings, base model and its
+* adapter folder: adapter.safetensors (students and LoRA, or every weight), trenchcoat.json (settings, base model, its
   identity);
 * merged folder: a complete Transformers checkpoint of class Linearized<Family>ForCausalLM;
 * run folder: a run's folder; its `adapter` folder is used.

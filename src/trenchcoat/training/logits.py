@@ -30,18 +30,25 @@ class Taught(Protocol):
         """
 
 
-Teacher = Callable[[nn.Module, Mapping[str, Any]], Taught]
-"""What the student is compared with: called with the model and the inputs of its forward pass."""
+Teacher = Callable[[nn.Module, Mapping[str, Tensor]], Taught]
+"""What the student is compared with: called with the model and a micro-batch."""
+
+
+def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The model's inputs for a micro-batch: no mask where there is no padding, no cache."""
+    mask = batch.get("attention_mask")
+    padded = mask is not None and not bool(mask.all())
+    return {"input_ids": batch["input_ids"], "attention_mask": mask if padded else None, "use_cache": False}
 
 
 def own_teacher(as_teacher: Callable[[nn.Module], AbstractContextManager[None]]) -> Teacher:
     """The model itself: one more forward pass, without gradients, inside ``as_teacher(model)``."""
 
-    def teacher(model: nn.Module, inputs: Mapping[str, Any]) -> Taught:
+    def teacher(model: nn.Module, batch: Mapping[str, Tensor]) -> Taught:
         """Run the pass; only its hidden states are kept."""
         hub: Any = model
         with torch.no_grad(), as_teacher(model):
-            hidden_bTd, _ = run_to_head(model, **inputs)
+            hidden_bTd, _ = run_to_head(model, **forward_inputs(batch))
             learned = any(p.requires_grad for p in hub.get_output_embeddings().parameters())
             return _Hidden(hidden_bTd.flatten(0, 1), VocabularyHead(model, frozen=True) if learned else None)
 

@@ -23,7 +23,7 @@ from trenchcoat.config import LoraConfig, TransferConfig, UserError
 from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest, layer_key
-from trenchcoat.training.logits import LogitLoss, Teacher, next_tokens
+from trenchcoat.training.logits import LogitLoss, Teacher, forward_inputs, next_tokens
 
 if TYPE_CHECKING:
     from trenchcoat.data.batches import Batch
@@ -157,11 +157,10 @@ def logit_objective(*, kl_weight: float, teacher: Teacher | None = None) -> Obje
     def objective(model: nn.Module, batch: Batch) -> Metrics:
         """One micro-batch."""
         learning = torch.is_grad_enabled()
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": _mask_if_padded(batch), "use_cache": False}
-        taught = teacher(model, inputs) if teacher is not None and kl_weight > 0 else None
+        taught = teacher(model, batch) if teacher is not None and kl_weight > 0 else None
         if model.training != learning:
             model.train(learning)
-        hidden_bTd, further = run_to_head(model, **inputs)
+        hidden_bTd, further = run_to_head(model, **forward_inputs(batch))
         loss = LogitLoss.of(batch, kl_weight, taught)
         gradient_bTd = loss.over(VocabularyHead(model), hidden_bTd)
         if learning:
