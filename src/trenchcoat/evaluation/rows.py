@@ -173,6 +173,11 @@ class WindowSinksLoraRow(WindowSinksRow):
     baseline = True
     colour, line = "#009E73", (0, (5, 1, 1, 1, 1, 1))
 
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """None where only mixers are trained: it has none."""
+        nothing = recipe.lora is not None and recipe.lora.train == "mixer"
+        return None if nothing else super().variant(recipe)
+
 
 REPORT_ROWS: dict[str, ReportRow] = {
     row.name: row
