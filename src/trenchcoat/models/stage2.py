@@ -65,6 +65,12 @@ def trains_all(model: nn.Module) -> bool:
     return bool(getattr(model, "trenchcoat_whole", False)) or _kept(model) is not None
 
 
+def holds_teacher(model: nn.Module) -> bool:
+    """Whether a loaded model still has its teacher's weights: an adapter has, a merged model and one whose every weight
+    was trained have not."""
+    return hasattr(model, "trenchcoat_adapter") and not trains_all(model)
+
+
 @contextmanager
 def as_teacher(model: nn.Module) -> Iterator[None]:
     """Inside the block `model` is its own teacher: its own attention and weights, no LoRA, evaluation mode.
