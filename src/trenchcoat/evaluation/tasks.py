@@ -111,8 +111,8 @@ def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
     model, tokenizer = hub.load(target, device=device)
     if plan.teacher == "" and not holds_teacher(model):
         raise UserError(
-            f"{target} is a merged folder (or one of lora.train=all), which no longer holds its teacher's weights: name "
-            "the teacher's own folder (--teacher DIR), or score the run or adapter folder"
+            f"{target} is a merged folder (or one of lora.train=all), which no longer holds its teacher's weights: "
+            "name the teacher's own folder (--teacher DIR), or score the run or adapter folder"
         )
     yield STUDENT, model, tokenizer
     if _long_context(plan):
