@@ -41,7 +41,7 @@ def main(seed: str, delay: str, kills: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     slow(float(delay))
     moments = random.Random(int(seed))
-    recipe = load_recipe("llama3_1_8b", list(overrides))
+    recipe = load_recipe("lolcats_llama3_1_8b", list(overrides))
     killed = 0
     while True:
         child = os.fork()

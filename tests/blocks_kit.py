@@ -31,7 +31,7 @@ def block_overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
 
 def recipe(overrides: list[str], folder: Path, *more: str) -> Recipe:
     """The recipe of a run in ``folder``."""
-    return load_recipe("llama3_1_8b", [*overrides, f"run.dir={folder}", *more])
+    return load_recipe("lolcats_llama3_1_8b", [*overrides, f"run.dir={folder}", *more])
 
 
 def learned(folder: Path) -> dict[str, Tensor]:

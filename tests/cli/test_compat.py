@@ -121,7 +121,7 @@ def test_softmax_base_models_are_refused(plan: Callable[..., ScriptPlan]) -> Non
 def test_the_default_run_is_the_built_in_recipe(plan: Callable[..., ScriptPlan]) -> None:
     """With --lk_zero_init, as every documented command has it, both entry points lead to the same numbers."""
     old = plan("finetune", "--lk_zero_init").recipe
-    new = load_recipe("llama3_1_8b")
+    new = load_recipe("lolcats_llama3_1_8b")
     assert old.student == new.student
     assert old.data == new.data
     assert old.transfer == new.transfer

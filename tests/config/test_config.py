@@ -56,14 +56,14 @@ def test_a_dumped_recipe_loads_back_equal(recipe_file: Path, tmp_path: Path) -> 
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
-@pytest.mark.parametrize("name", ["demo", "llama3_1_8b", "llama3_8b", "mistral_7b"])
+@pytest.mark.parametrize("name", ["demo", "lolcats_llama3_1_8b", "lolcats_llama3_8b", "lolcats_mistral_7b"])
 def test_the_built_in_recipes_load(name: str) -> None:
     assert name in builtin_recipes()
     assert load_recipe(name).run.dir == f"runs/{name}"
     assert load_recipe(f"{name}.yaml") == load_recipe(name)
 
 
-@pytest.mark.parametrize("name", ["llama3_1_8b", "llama3_8b", "mistral_7b"])
+@pytest.mark.parametrize("name", ["lolcats_llama3_1_8b", "lolcats_llama3_8b", "lolcats_mistral_7b"])
 def test_the_large_recipes_hold_the_papers_hyperparameters(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.student.name == "terrace"

@@ -30,7 +30,7 @@ def test_killed_at_random_moments(
         "transfer.save_every=3", "transfer.schedule=plateau", "transfer.plateau_patience=0", "run.progress=off",
         "eval.rows=2",
     ]  # fmt: skip
-    stages.transfer(load_recipe("llama3_1_8b", [*overrides, f"run.dir={tmp_path / 'joint'}"]))
+    stages.transfer(load_recipe("lolcats_llama3_1_8b", [*overrides, f"run.dir={tmp_path / 'joint'}"]))
     blocks = [f"run.dir={tmp_path / 'blocks'}", "blocks.size=1", f"blocks.pass_tokens={tokens}"]
     command = [sys.executable, str(KILLER), "7", "0.05", str(kills), *overrides, *blocks, f"blocks.hidden={hidden}"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}

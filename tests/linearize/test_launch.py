@@ -111,7 +111,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str, Tensor], tmp_path: Path) -> None:
     """Ctrl-C ends a launcher and its jobs, which save; then one job is killed and retried. Bit-identical result."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "trenchcoat", "blocks", "run", "llama3_1_8b", "--parallel"]
+    command = [sys.executable, "-m", "trenchcoat", "blocks", "run", "lolcats_llama3_1_8b", "--parallel"]
     words = [*overrides, f"run.dir={run}", "blocks.jobs=1", "run.progress=plain"]
     first = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -348,9 +348,9 @@ def test_launcher_errors(
         launch.launch_blocks(recipe(plain, tmp_path / "run", "blocks.launcher=slurm"))
     with pytest.raises(UserError, match=r"blocks.epochs has 1 entries, but there are 2 blocks"):
         launch.launch_blocks(recipe(overrides, tmp_path / "run", "blocks.epochs=[1]"))
-    assert cli.main(["blocks", "run", "llama3_1_8b", "--launcher", "slurm", *overrides]) == 2
+    assert cli.main(["blocks", "run", "lolcats_llama3_1_8b", "--launcher", "slurm", *overrides]) == 2
     assert "--launcher slurm is for `blocks run --parallel`" in capsys.readouterr().err
-    assert cli.main(["blocks", "run", "llama3_1_8b", "--parallel", "blocks.slurm=[a]", "blocks.launcher=slurm"]) == 2
+    assert cli.main(["blocks", "run", "lolcats_llama3_1_8b", "--parallel", "blocks.slurm=[a]", "blocks.launcher=slurm"]) == 2
     assert "blocks.slurm has 'a'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="run it without torchrun"):

@@ -38,7 +38,7 @@ from trenchcoat.planning.footprint import Layout, StepSizes, footprint
 from trenchcoat.planning.plan import HOST_LINK, Machine, with_reserve
 from trenchcoat.planning.report import notes_on_blocks
 
-LARGEST = load_recipe("llama3_1_405b_blocks")
+LARGEST = load_recipe("lolcats_llama3_1_405b_blocks")
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +267,7 @@ def test_blocks_that_do_not_fit_are_refused(
 
 def test_the_known_figures_of_405b() -> None:
     """20 million tokens, all distinct: 655 GB per boundary, 9.2 TB in 14 blocks, over 80 TB layer by layer."""
-    plan = _plan("llama3_1_405b_blocks", "transfer.epochs=1", "transfer.eval_batches=1", tokens=20e6)
+    plan = _plan("lolcats_llama3_1_405b_blocks", "transfer.epochs=1", "transfer.eval_batches=1", tokens=20e6)
     assert plan.boundary_bytes == 20e6 * 16384 * 2
     assert plan.boundary_bytes == pytest.approx(655e9, rel=0.001)
     parallel = _way(plan, PARALLEL)
@@ -276,17 +276,17 @@ def test_the_known_figures_of_405b() -> None:
     disk = _way(plan, "streaming, disk")
     assert disk.passes == 1
     assert disk.disk_bytes == pytest.approx(2 * 655e9, rel=0.001)
-    layers = _plan("llama3_1_405b_blocks", "transfer.epochs=1", "blocks.size=1", tokens=20e6)
+    layers = _plan("lolcats_llama3_1_405b_blocks", "transfer.epochs=1", "blocks.size=1", tokens=20e6)
     assert _way(layers, PARALLEL).disk_bytes > 80e12
     # two epochs of ten million share their rows: half as much
-    twice = _plan("llama3_1_405b_blocks", "transfer.eval_batches=1", tokens=10e6)
+    twice = _plan("lolcats_llama3_1_405b_blocks", "transfer.eval_batches=1", tokens=10e6)
     assert twice.tokens == plan.tokens
     assert _way(twice, PARALLEL).disk_bytes == pytest.approx(4.6e12, rel=0.005)
 
 
 def test_passes_of_a_million_tokens_read_405b_twenty_times_in_an_hour_and_a_half() -> None:
     settings = ["blocks.pass_tokens=1000000", "blocks.hidden=memory", "transfer.eval_batches=1"]
-    way = _plan("llama3_1_405b_blocks", *settings, bandwidth=3e9, host_memory=256 * GIB, tokens=10e6).chosen
+    way = _plan("lolcats_llama3_1_405b_blocks", *settings, bandwidth=3e9, host_memory=256 * GIB, tokens=10e6).chosen
     assert way.passes == 20 + 1  # whole optimizer steps of 8192 tokens, below a million
     assert way.read_bytes / way.passes == pytest.approx(0.81e12, rel=0.01)
     assert way.disk_hours / way.passes * 20 == pytest.approx(1.5, rel=0.01)
@@ -295,15 +295,15 @@ def test_passes_of_a_million_tokens_read_405b_twenty_times_in_an_hour_and_a_half
     assert way.limit == "compute"
     # "about 14 hours" are those of one H100 at a third of its peak; at 40 % they are 11.5
     assert way.compute_hours == pytest.approx(11.5, rel=0.01)
-    slower = _plan("llama3_1_405b_blocks", *settings, tokens=10e6, mfu=0.33, host_memory=256 * GIB).chosen
+    slower = _plan("lolcats_llama3_1_405b_blocks", *settings, tokens=10e6, mfu=0.33, host_memory=256 * GIB).chosen
     assert slower.compute_hours == pytest.approx(14, rel=0.01)
     waited = way.passes * 808e9 * (1 / HOST_LINK + 1 / 14 / 3e9)  # copies to the GPU, and the first block of each pass
     assert way.hours == pytest.approx(way.compute_hours + waited / 3600, rel=0.01)
 
 
 def test_a_slow_disk_becomes_the_limit_and_changes_the_choice() -> None:
-    quick = _plan("llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB)
-    slow = _plan("llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB, bandwidth=0.2e9)
+    quick = _plan("lolcats_llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB)
+    slow = _plan("lolcats_llama3_1_405b_blocks", gpus=8, host_memory=768 * GIB, bandwidth=0.2e9)
     assert (quick.chosen.name, quick.chosen.limit) == ("streaming, disk", "compute")
     assert (slow.chosen.name, slow.chosen.limit) == ("streaming, memory", "disk")
     assert slow.chosen.hours > slow.chosen.compute_hours
@@ -314,7 +314,7 @@ def test_a_slow_disk_becomes_the_limit_and_changes_the_choice() -> None:
 
 
 def test_ways_follow_the_number_of_gpus() -> None:
-    plan = _plan("llama3_1_405b_blocks", gpus=16)
+    plan = _plan("lolcats_llama3_1_405b_blocks", gpus=16)
     assert sorted({way.gpus for way in plan.ways}) == [1, 2, 4, 8, 16]
     assert [way.kind for way in plan.of(16)] == [JOINT, STREAMING, STREAMING, PIPELINE, PARALLEL]
     assert [way.kind for way in plan.of(1)] == [JOINT, STREAMING, STREAMING, PARALLEL]
@@ -332,14 +332,14 @@ def test_ways_follow_the_number_of_gpus() -> None:
     assert not _way(plan, JOINT, 1).fits
     assert [way.asked for way in plan.of(16)].count(True) == 1
     assert plan.best(16, PARALLEL) is _way(plan, PARALLEL, 16)
-    assert _plan("llama3_1_405b_blocks", gpus=6).of(6)
+    assert _plan("lolcats_llama3_1_405b_blocks", gpus=6).of(6)
     # eight micro-batches per step keep eight of sixteen processes busy
     assert _way(plan, "streaming, disk", 16).compute_hours == _way(plan, "streaming, disk", 8).compute_hours
 
 
 def test_the_way_that_the_recipe_sets_is_marked() -> None:
     def chosen(*overrides: str, gpus: int = 1, **machine: Any) -> str:
-        return _plan("llama3_1_405b_blocks", *overrides, gpus=gpus, **machine).chosen.name
+        return _plan("lolcats_llama3_1_405b_blocks", *overrides, gpus=gpus, **machine).chosen.name
 
     assert chosen() == "streaming, disk"
     assert chosen("blocks.hidden=memory") == "streaming, memory"
@@ -351,19 +351,19 @@ def test_the_way_that_the_recipe_sets_is_marked() -> None:
 
 
 def test_the_limiting_resource_is_named() -> None:
-    small = _plan("llama3_1_405b_blocks", gpu_memory=48 * GIB)
+    small = _plan("lolcats_llama3_1_405b_blocks", gpu_memory=48 * GIB)
     assert {way.limit for way in small.ways} == {"GPU memory"}
     assert not any(way.fits for way in small.ways)
     assert "blocks.size=9 needs 54.3 GiB on the GPU" in small.chosen.why
     assert small.best(1) is None
-    tight = _plan("llama3_1_405b_blocks", host_memory=32 * GIB)
+    tight = _plan("lolcats_llama3_1_405b_blocks", host_memory=32 * GIB)
     assert _way(tight, "streaming, disk").limit == "host memory"
-    disk = _plan("llama3_1_405b_blocks", disk=1.2e12)
+    disk = _plan("lolcats_llama3_1_405b_blocks", disk=1.2e12)
     assert _way(disk, "streaming, disk").passes > 1  # shorter passes, to fit
     assert (_way(disk, PARALLEL).fits, _way(disk, PARALLEL).limit) == (False, "disk space")
-    full = _plan("llama3_1_405b_blocks", disk=0.83e12)
+    full = _plan("lolcats_llama3_1_405b_blocks", disk=0.83e12)
     assert (_way(full, "streaming, disk").limit, _way(full, "streaming, disk").passes) == ("disk space", 0)
-    as_set = _plan("llama3_1_405b_blocks", "blocks.hidden=memory", "blocks.pass_tokens=all")
+    as_set = _plan("lolcats_llama3_1_405b_blocks", "blocks.hidden=memory", "blocks.pass_tokens=all")
     assert (as_set.chosen.name, as_set.chosen.limit) == ("streaming, as set", "host memory")
     assert "lower blocks.pass_tokens" in as_set.chosen.why
     assert any("lower blocks.pass_tokens" in note for note in notes_on_blocks(LARGEST, as_set))
@@ -371,7 +371,7 @@ def test_the_limiting_resource_is_named() -> None:
 
 def test_the_notes_name_what_is_faster_and_what_does_not_divide() -> None:
     def notes(*overrides: str, **machine: Any) -> str:
-        recipe = load_recipe("llama3_1_405b_blocks", overrides)
+        recipe = load_recipe("lolcats_llama3_1_405b_blocks", overrides)
         return "\n".join(notes_on_blocks(recipe, plan_blocks(recipe, Machine(**machine))))
 
     said = notes(gpus=16)
@@ -387,29 +387,29 @@ def test_the_notes_name_what_is_faster_and_what_does_not_divide() -> None:
 def test_tokens_of_training_and_of_validation(tmp_path: Path) -> None:
     text = tmp_path / "some.txt"
     text.write_text("x" * 4_000_000)
-    local = _plan("llama3_1_405b_blocks", f"data.path={text}")
+    local = _plan("lolcats_llama3_1_405b_blocks", f"data.path={text}")
     assert (local.tokens, local.distinct) == (2e6, 1e6)
     assert local.validation == math.ceil(0.05 / 0.95 * 1e6 / 1024) * 1024
     assert validation_tokens(LARGEST, 10e6) == math.ceil(500 * 10e6 / 51760 / 1024) * 1024
-    assert validation_tokens(load_recipe("llama3_1_405b_blocks", ["transfer.eval_batches=3"]), 10e6) == 3 * 1024
-    other = load_recipe("llama3_1_405b_blocks", ["data.path=a/b", "data.validation_rows=7"])
+    assert validation_tokens(load_recipe("lolcats_llama3_1_405b_blocks", ["transfer.eval_batches=3"]), 10e6) == 3 * 1024
+    other = load_recipe("lolcats_llama3_1_405b_blocks", ["data.path=a/b", "data.validation_rows=7"])
     assert validation_tokens(other, 10e6) == 7 * 1024
-    steps = _plan("llama3_1_405b_blocks", "data.path=a/b", "transfer.max_steps=10")
+    steps = _plan("lolcats_llama3_1_405b_blocks", "data.path=a/b", "transfer.max_steps=10")
     assert (steps.tokens, steps.distinct) == (10 * 8 * 1024, 10 * 8 * 1024)
     with pytest.raises(UserError, match="the size of a/b is unknown: give the tokens of one pass as --tokens"):
-        _plan("llama3_1_405b_blocks", "data.path=a/b")
-    own = _plan("llama3_1_405b_blocks", f"blocks.epochs=[{','.join(['1'] * 7 + ['3'] * 7)}]")
+        _plan("lolcats_llama3_1_405b_blocks", "data.path=a/b")
+    own = _plan("lolcats_llama3_1_405b_blocks", f"blocks.epochs=[{','.join(['1'] * 7 + ['3'] * 7)}]")
     assert own.tokens == 20e6
     with pytest.raises(UserError, match=r"blocks\.epochs has 2 numbers for 14 blocks of 9 layers"):
-        _plan("llama3_1_405b_blocks", "blocks.epochs=[1,2]")
+        _plan("lolcats_llama3_1_405b_blocks", "blocks.epochs=[1,2]")
     with pytest.raises(UserError, match="transfer=null"):
-        _plan("llama3_1_405b_blocks", "transfer=null")
+        _plan("lolcats_llama3_1_405b_blocks", "transfer=null")
     with pytest.raises(UserError, match="a block of one layer needs"):
-        _plan("llama3_1_405b", gpu_memory=4 * GIB)
+        _plan("lolcats_llama3_1_405b", gpu_memory=4 * GIB)
 
 
 def test_the_planned_pass_fills_the_memory() -> None:
-    plan = _plan("llama3_1_70b_blocks", host_memory=64 * GIB)
+    plan = _plan("lolcats_llama3_1_70b_blocks", host_memory=64 * GIB)
     assert plan.shapes.layers == 80
     way = _way(plan, "streaming, memory")
     free = 0.8 * 64 * GIB - 5 * layer_bytes(plan.shapes)
@@ -424,14 +424,14 @@ def test_the_planned_pass_fills_the_memory() -> None:
 
 
 def test_the_block_recipes_differ_from_the_joint_ones_only_in_the_blocks() -> None:
-    joint = load_recipe("llama3_1_405b")
+    joint = load_recipe("lolcats_llama3_1_405b")
     assert LARGEST.transfer is not None
     assert joint.transfer is not None
     assert LARGEST.transfer == replace(joint.transfer, accumulation=8)
     assert (LARGEST.blocks.size, LARGEST.data.seq_len) == (9, 1024)
     same = {"transfer": joint.transfer, "blocks": joint.blocks, "run": joint.run}
     assert replace(LARGEST, **same) == joint
-    large, other = load_recipe("llama3_1_70b_blocks"), load_recipe("llama3_1_70b")
+    large, other = load_recipe("lolcats_llama3_1_70b_blocks"), load_recipe("lolcats_llama3_1_70b")
     assert (large.blocks.size, large.data.seq_len) == (5, 2048)
     assert replace(large, data=other.data, blocks=other.blocks, run=other.run) == other
     assert large.data == replace(other.data, seq_len=2048)
@@ -440,7 +440,7 @@ def test_the_block_recipes_differ_from_the_joint_ones_only_in_the_blocks() -> No
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
-    words = ["blocks", "plan", "llama3_1_70b_blocks", "--gpus", "2", "--host-memory", "64GB", "--disk", "1TB"]
+    words = ["blocks", "plan", "lolcats_llama3_1_70b_blocks", "--gpus", "2", "--host-memory", "64GB", "--disk", "1TB"]
     rates = ["--bandwidth", "3GB/s", "--write-bandwidth", "1GB/s", "--tokens", "5M", "blocks.pass_tokens=1M"]
     assert cli.main([*words, *rates, "--json", str(out)]) == 0
     shown = capsys.readouterr().out
@@ -459,19 +459,19 @@ def test_plan_shows_joint_and_blocks_side_by_side(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
-    assert cli.main(["plan", "llama3_1_405b", "--gpus", "8", "--json", str(out)]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_405b", "--gpus", "8", "--json", str(out)]) == 0
     shown = capsys.readouterr().out.split("all layers at once, or block by block")[1]
     for word in ("joint: FSDP, shards in host memory", "streaming, memory *", "pipeline", "parallel"):
         assert word in shown, word
     assert "streaming, disk" not in shown
     assert len(json.loads(out.read_text())["blocks"]["ways"]) == 5
-    assert cli.main(["plan", "llama3_1_405b", "--gpus", "16", "blocks.ranks=pipeline"]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_405b", "--gpus", "16", "blocks.ranks=pipeline"]) == 0
     shown = capsys.readouterr().out
     assert "pipeline *" in shown
     assert "streaming, " in shown
-    assert cli.main(["plan", "llama3_1_8b", "transfer=null"]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_8b", "transfer=null"]) == 0
     assert "block by block" not in capsys.readouterr().out
-    assert cli.main(["plan", "llama3_1_8b", "data.path=a/b"]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_8b", "data.path=a/b"]) == 0
     assert "block by block: the size of a/b is unknown" in capsys.readouterr().out
 
 
@@ -484,7 +484,7 @@ def test_plan_shows_joint_and_blocks_side_by_side(
         (["blocks", "plan", "demo", "--write-bandwidth", "0"], 2, "--write-bandwidth must be a size"),
         (["blocks", "plan", "demo", "blocks.sise=3"], 2, "did you mean blocks.size"),
         (["blocks", "plan", "demo", "blocks.pass_tokens=few"], 2, "blocks.pass_tokens must be"),
-        (["blocks", "plan", "llama3_1_8b", "transfer=null"], 1, "there are no blocks to plan"),
+        (["blocks", "plan", "lolcats_llama3_1_8b", "transfer=null"], 1, "there are no blocks to plan"),
     ],
 )
 def test_wrong_usage(words: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -498,12 +498,12 @@ def test_wrong_usage(words: list[str], code: int, said: str, capsys: pytest.Capt
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "PLAN.md"
 SHOWN = [
-    ("llama3_1_8b", 1),
-    ("llama3_1_70b_blocks", 1),
-    ("llama3_1_70b_blocks", 8),
-    ("llama3_1_405b_blocks", 1),
-    ("llama3_1_405b_blocks", 8),
-    ("llama3_1_405b_blocks", 16),
+    ("lolcats_llama3_1_8b", 1),
+    ("lolcats_llama3_1_70b_blocks", 1),
+    ("lolcats_llama3_1_70b_blocks", 8),
+    ("lolcats_llama3_1_405b_blocks", 1),
+    ("lolcats_llama3_1_405b_blocks", 8),
+    ("lolcats_llama3_1_405b_blocks", 16),
 ]
 
 

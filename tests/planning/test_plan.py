@@ -49,20 +49,20 @@ def test_invalid_sizes_are_refused(text: str) -> None:
 
 
 def test_each_ways_fit_follows_the_memory() -> None:
-    _, plan = _plan("llama3_1_8b", gpus=8)
+    _, plan = _plan("lolcats_llama3_1_8b", gpus=8)
     assert {way.name: way.fits for way in plan.ways} == dict.fromkeys((way.name for way in plan.ways), True)
     assert plan.best == "a copy on each GPU"  # nothing to gather
-    _, small = _plan("llama3_1_8b", gpus=8, gpu_memory=12 * GIB)
+    _, small = _plan("lolcats_llama3_1_8b", gpus=8, gpu_memory=12 * GIB)
     fitting = {way.name for way in small.ways if way.fits}
     assert fitting == {"one GPU, 4-bit base", "sharded over all (FSDP)", "FSDP, shards in host memory"}
     assert small.best == "sharded over all (FSDP)"
 
 
 def test_70b_on_a_node_and_405b_on_three() -> None:
-    _, plan = _plan("llama3_1_70b", gpus=8)
+    _, plan = _plan("lolcats_llama3_1_70b", gpus=8)
     assert plan.best == "sharded over all (FSDP)"
     assert "host" not in _notes((_, plan))
-    planned = _plan("llama3_1_405b", gpus=24)
+    planned = _plan("lolcats_llama3_1_405b", gpus=24)
     assert planned[1].best == "sharded over all (FSDP)"
     assert [way.name for way in planned[1].ways if "HSDP" in way.name] == ["sharded in each node (HSDP)"]
     assert "lora is bound by the links" in _notes(planned)
@@ -70,13 +70,13 @@ def test_70b_on_a_node_and_405b_on_three() -> None:
 
 
 def test_the_speed_is_that_of_the_arithmetic_or_of_the_links() -> None:
-    planner, plan = _plan("llama3_1_70b", gpus=8, mfu=0.5, link=1e15)
+    planner, plan = _plan("lolcats_llama3_1_70b", gpus=8, mfu=0.5, link=1e15)
     way = plan.chosen
     assert way is not None
     flops = transfer_flops_per_token(plan.shapes, planner.recipe.student, 1024).total
     assert way.stages["transfer"].tokens_per_second == pytest.approx(8 * 989.4e12 * 0.5 / flops)
     assert way.stages["transfer"].bound_by == "arithmetic"
-    _, slow = _plan("llama3_1_70b", gpus=8, link=1e9)
+    _, slow = _plan("lolcats_llama3_1_70b", gpus=8, link=1e9)
     sharded = next(way for way in slow.ways if way.name == "sharded over all (FSDP)")
     base = 2 * slow.shapes.parameters * 7 / 8
     assert sharded.stages["lora"].tokens_per_second == pytest.approx(8 * 1024 / (2 * base / 1e9))
@@ -84,23 +84,23 @@ def test_the_speed_is_that_of_the_arithmetic_or_of_the_links() -> None:
 
 
 def test_hours_follow_the_tokens(tmp_path: Path) -> None:
-    recipe = load_recipe("llama3_1_8b")
+    recipe = load_recipe("lolcats_llama3_1_8b")
     stages = make_plan(recipe, Machine(), tokens=3.6e6)[1].ways[0].stages
     assert stages["transfer"].tokens == 2 * 3.6e6
     assert stages["transfer"].hours == pytest.approx(7.2e6 / stages["transfer"].tokens_per_second / 3600)
-    steps = make_plan(load_recipe("llama3_1_8b", ["lora.max_steps=10"]), Machine())[1].ways[0].stages["lora"]
+    steps = make_plan(load_recipe("lolcats_llama3_1_8b", ["lora.max_steps=10"]), Machine())[1].ways[0].stages["lora"]
     assert steps.tokens == 10 * 8 * 1024
     text = tmp_path / "some.txt"
     text.write_text("x" * 4000)
-    local = make_plan(load_recipe("llama3_1_8b", [f"data.path={text}"]), Machine())[1]
+    local = make_plan(load_recipe("lolcats_llama3_1_8b", [f"data.path={text}"]), Machine())[1]
     assert local.ways[0].stages["lora"].tokens == 2000
-    unknown = _plan("llama3_1_8b", "data.path=somebody/something")
+    unknown = _plan("lolcats_llama3_1_8b", "data.path=somebody/something")
     assert unknown[1].ways[0].stages["lora"].hours is None
     assert "with --tokens the hours are shown too" in _notes(unknown)
 
 
 def test_when_nothing_fits_the_notes_name_what_would() -> None:
-    planned = _plan("llama3_1_405b", gpus=1)
+    planned = _plan("lolcats_llama3_1_405b", gpus=1)
     assert planned[1].chosen is None
     said = _notes(planned)
     assert "nothing fits 1 x 80.0 GiB: the least is" in said
@@ -111,26 +111,26 @@ def test_when_nothing_fits_the_notes_name_what_would() -> None:
     assert 5.9 * GIB < layer < 9 * GIB
     assert f"{layer / GIB:.1f} GiB or more on one GPU; `trenchcoat blocks plan` shows how" in said
     # the given number is the smallest: it fits, and one node fewer does not
-    assert _plan("llama3_1_405b", gpus=16)[1].chosen is not None
-    eight = _plan("llama3_1_405b", gpus=8)[1]
+    assert _plan("lolcats_llama3_1_405b", gpus=16)[1].chosen is not None
+    eight = _plan("lolcats_llama3_1_405b", gpus=8)[1]
     assert {way.name for way in eight.ways if way.fits} == {"FSDP, shards in host memory"}
-    assert "of host memory per node" in _notes(_plan("llama3_1_405b", gpus=8))
+    assert "of host memory per node" in _notes(_plan("lolcats_llama3_1_405b", gpus=8))
 
 
 def test_settings_that_would_make_it_fit_are_found() -> None:
     long = ["data.seq_len=16384", "lora.gradient_checkpointing=false"]
-    assert "with lora.gradient_checkpointing=true it would fit: " in _notes(_plan("llama3_1_8b", *long))
+    assert "with lora.gradient_checkpointing=true it would fit: " in _notes(_plan("lolcats_llama3_1_8b", *long))
     many = ["transfer.batch_size=64", "lora.batch_size=64", "lora.gradient_checkpointing=false"]
     settings = "lora.gradient_checkpointing=true transfer.batch_size=1 lora.batch_size=1"
-    assert f"with {settings} it would fit: one GPU, 4-bit" in _notes(_plan("llama3_1_8b", *many, gpu_memory=12 * GIB))
-    rows = _notes(_plan("llama3_1_8b", "lora.batch_size=256"))
+    assert f"with {settings} it would fit: one GPU, 4-bit" in _notes(_plan("lolcats_llama3_1_8b", *many, gpu_memory=12 * GIB))
+    rows = _notes(_plan("lolcats_llama3_1_8b", "lora.batch_size=256"))
     assert "with lora.batch_size=1 it would fit: one GPU" in rows
-    hopeless = _notes(_plan("llama3_1_8b", "data.seq_len=4000000", gpu_memory=8 * GIB))
+    hopeless = _notes(_plan("lolcats_llama3_1_8b", "data.seq_len=4000000", gpu_memory=8 * GIB))
     assert "more GPUs alone would not be enough" in hopeless
 
 
 def test_the_notes_name_uneven_accumulation_and_missing_disk_space() -> None:
-    said = _notes(_plan("llama3_1_70b", gpus=16, disk=100e9, bandwidth=2e9))
+    said = _notes(_plan("lolcats_llama3_1_70b", gpus=16, disk=100e9, bandwidth=2e9))
     assert "transfer.accumulation=8 micro-batches per step do not divide evenly among 16 processes" in said
     assert "transfer.accumulation=16 does" in said
     assert "147 GB of disk are needed, 100 GB is available" in said
@@ -138,10 +138,10 @@ def test_the_notes_name_uneven_accumulation_and_missing_disk_space() -> None:
 
 
 def test_a_null_stage_is_not_planned() -> None:
-    _, plan = _plan("llama3_1_8b", "transfer=null")
+    _, plan = _plan("lolcats_llama3_1_8b", "transfer=null")
     assert list(plan.ways[0].stages) == ["lora"]
     with pytest.raises(UserError, match="nothing to plan"):
-        _plan("llama3_1_8b", "transfer=null", "lora=null")
+        _plan("lolcats_llama3_1_8b", "transfer=null", "lora=null")
 
 
 @pytest.mark.parametrize(
@@ -154,16 +154,16 @@ def test_a_null_stage_is_not_planned() -> None:
 )
 def test_impossible_machines_are_refused(machine: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        _plan("llama3_1_8b", **machine)
+        _plan("lolcats_llama3_1_8b", **machine)
 
 
 def test_a_student_that_does_not_fit_the_model_is_refused() -> None:
     with pytest.raises(UserError, match="skip needs feature_dim equal to the head dimension 128"):
-        _plan("llama3_1_8b", "student.feature_map.skip=true")
+        _plan("lolcats_llama3_1_8b", "student.feature_map.skip=true")
 
 
 def test_per_kv_head_maps_need_less() -> None:
-    full, shared = _plan("llama3_1_405b")[1], _plan("llama3_1_405b", "student.key_maps=per_kv_head")[1]
+    full, shared = _plan("lolcats_llama3_1_405b")[1], _plan("lolcats_llama3_1_405b", "student.key_maps=per_kv_head")[1]
     assert shared.state[0] == full.state[0] / 16
     assert (
         shared.ways[0].stages["transfer"].memory.parts["students"]
@@ -174,7 +174,7 @@ def test_per_kv_head_maps_need_less() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
-    words = ["plan", "llama3_1_70b", "--gpus", "8", "--gpu-memory", "80GB", "--disk", "2TB", "--bandwidth", "3GB/s"]
+    words = ["plan", "lolcats_llama3_1_70b", "--gpus", "8", "--gpu-memory", "80GB", "--disk", "2TB", "--bandwidth", "3GB/s"]
     assert cli.main([*words, "student.key_maps=per_kv_head", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     for word in ("70.55 billion parameters", "sharded over all (FSDP) *", "gathered layers", "disk: ", "far sums"):
@@ -193,7 +193,7 @@ def test_the_command_simulates_and_compares(
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
     sizes = ["data.seq_len=128", "student.window=16", "student.feature_map.feature_dim=8"]
-    words = ["plan", "llama3_1_8b", f"model.path={tiny_model_dir}", *sizes, "--gpus", "2", "--simulate"]
+    words = ["plan", "lolcats_llama3_1_8b", f"model.path={tiny_model_dir}", *sizes, "--gpus", "2", "--simulate"]
     assert cli.main([*words, "--json", str(out)]) == 0
     assert "Arithmetic and simulation" in capsys.readouterr().out
     simulated = json.loads(out.read_text())["simulated"]
@@ -213,14 +213,14 @@ def test_the_command_simulates_and_compares(
     ],
 )
 def test_wrong_usage(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "llama3_1_8b", *words]) == 2
+    assert cli.main(["plan", "lolcats_llama3_1_8b", *words]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_the_large_recipes_hold_the_papers_values() -> None:
-    small, large = load_recipe("llama3_1_8b"), load_recipe("llama3_1_70b")
+    small, large = load_recipe("lolcats_llama3_1_8b"), load_recipe("lolcats_llama3_1_70b")
     assert replace(large, model=small.model, run=small.run, parallel=small.parallel) == small
-    largest = load_recipe("llama3_1_405b")
+    largest = load_recipe("lolcats_llama3_1_405b")
     assert largest.lora is not None
     assert largest.transfer is not None
     assert (largest.lora.rank, largest.lora.alpha, largest.lora.dropout) == (4, 8.0, 0.5)
@@ -234,17 +234,17 @@ def test_the_large_recipes_hold_the_papers_values() -> None:
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "PLAN.md"
 MACHINES = [
-    ("llama3_1_8b", 1, 24, "RTX 4090"),
-    ("llama3_1_8b", 1, 80, "H100"),
-    ("llama3_1_8b", 8, 80, "H100"),
-    ("llama3_1_70b", 1, 80, "H100"),
-    ("llama3_1_70b", 4, 80, "H100"),
-    ("llama3_1_70b", 8, 80, "H100"),
-    ("llama3_1_405b", 8, 80, "H100"),
-    ("llama3_1_405b", 8, 141, "H200"),
-    ("llama3_1_405b", 16, 80, "H100"),
-    ("llama3_1_405b", 24, 80, "H100"),
-    ("llama3_1_405b", 64, 80, "H100"),
+    ("lolcats_llama3_1_8b", 1, 24, "RTX 4090"),
+    ("lolcats_llama3_1_8b", 1, 80, "H100"),
+    ("lolcats_llama3_1_8b", 8, 80, "H100"),
+    ("lolcats_llama3_1_70b", 1, 80, "H100"),
+    ("lolcats_llama3_1_70b", 4, 80, "H100"),
+    ("lolcats_llama3_1_70b", 8, 80, "H100"),
+    ("lolcats_llama3_1_405b", 8, 80, "H100"),
+    ("lolcats_llama3_1_405b", 8, 141, "H200"),
+    ("lolcats_llama3_1_405b", 16, 80, "H100"),
+    ("lolcats_llama3_1_405b", 24, 80, "H100"),
+    ("lolcats_llama3_1_405b", 64, 80, "H100"),
 ]
 
 
@@ -281,7 +281,7 @@ def test_the_documented_simulations_agree_with_the_arithmetic() -> None:
     assert len(rows) == 8
     for model, ranks, stage, arithmetic, simulated, difference, known in rows:
         count = int(ranks)
-        recipe = load_recipe(f"llama3_1_{model.lower()}", ["lora.dropout=0", "transfer.xent_weight=0"])
+        recipe = load_recipe(f"lolcats_llama3_1_{model.lower()}", ["lora.dropout=0", "transfer.xent_weight=0"])
         plan = make_plan(recipe, Machine(gpus=count))[1]
         way = next(way for way in plan.ways if way.name == "sharded over all (FSDP)")
         counted = way.stages["lora" if stage == "LoRA" else "transfer"].memory.total / GIB

@@ -31,6 +31,7 @@ SHIPPED: dict[str, str] = {
     "meta-llama/meta-llama-3.1-405b": "llama3_1_405b",
     "meta-llama/meta-llama-3-8b": "llama3_8b",
     "mistralai/mistral-7b-v0.1": "mistral_7b",
+    "huggingfacetb/smollm2-135m": "smollm2_135m",
 }
 """Hub id in lower case, without `-instruct`, -> name of the shipped config."""
 
