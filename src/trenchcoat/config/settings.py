@@ -320,6 +320,9 @@ class LoraConfig(StageConfig):
     teacher_logits: str | None = None
     """kl and mix: folder of the teacher's logits on disk, the 256 most likely tokens of each position and the rest as
     one; what is missing there is computed first, in one pass of the teacher. Null: the teacher runs in every step."""
+    seq_len: RowLength | None = None
+    """Tokens of one training row of this stage; null is data.seq_len. Feature maps need rows as long as the use, a
+    correction of the projections does not."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     mixer_lr: PositiveFloat | None = None
@@ -484,9 +487,19 @@ class Recipe(_Section):
     run: RunConfig = field(default_factory=RunConfig)
     """Folder, seed, display."""
 
+    def row_tokens(self, stage: StageConfig | None = None) -> int:
+        """Tokens of a training row of a stage."""
+        own = stage.seq_len if isinstance(stage, LoraConfig) else None
+        return own or self.data.seq_len
+
     def check(self, path: str = "") -> None:
         """Raise ``UserError`` for incompatible sections."""
         student, data = self.student, self.data
+        if self.lora is not None and self.lora.seq_len is not None and student.window > self.lora.seq_len:
+            raise UserError(
+                f"lora.seq_len must be at least student.window ({student.window}), got {self.lora.seq_len}: no token "
+                "would be outside the window"
+            )
         if student.name != "linear" and student.window > data.seq_len:
             raise UserError(
                 f"student.window must be at most data.seq_len ({data.seq_len}), got {student.window}: "

@@ -214,15 +214,15 @@ def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> f
     forward pass of the teacher."""
     recipe = variants.recipe
     left = [stage for stage in stages if variants.folder.result(stage) is None]
-    seq_len = recipe.data.seq_len
     total, unit = 0.0, 0.0
     for stage in left:
         cfg = recipe.transfer if stage == TRANSFER else recipe.lora
         if cfg is None:
             continue
-        batches = variants.batches(cfg.batch_size)
+        seq_len = recipe.row_tokens(cfg)
+        batches = variants.batches(cfg.batch_size, seq_len)
         unit = unit or seconds_per_token(variants, batches)
         trained, evaluated = stage_tokens(cfg, batches, seq_len)
         cost = LORA_COST + cfg.teacher_pass if isinstance(cfg, LoraConfig) else TRANSFER_COST
         total += unit * (trained * cost + evaluated * 1.5)
-    return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or seq_len)
+    return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or recipe.data.seq_len)

@@ -176,7 +176,7 @@ class ModelVariants:
         if stage == LORA:
             distributed.from_main(partial(self.folder.require_identity, TRANSFER, BASE_WEIGHTS, self.base_fingerprint))
         objective, cfg = self._prepare(stage)
-        batches = self.batches(cfg.batch_size)
+        batches = self.batches(cfg.batch_size, self.recipe.row_tokens(cfg))
         self._log_text(batches)
         identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
@@ -305,7 +305,7 @@ def step_flops(config: Any, recipe: Recipe, cfg: StageConfig) -> float | None:
     except UserError:
         return None
     if isinstance(cfg, LoraConfig):
-        return lora_flops_per_token(shapes, recipe.student, cfg, recipe.data.seq_len).total
+        return lora_flops_per_token(shapes, recipe.student, cfg, recipe.row_tokens(cfg)).total
     xent = isinstance(cfg, TransferConfig) and cfg.xent_weight > 0
     return transfer_flops_per_token(shapes, recipe.student, recipe.data.seq_len, xent=xent).total
 

@@ -259,14 +259,14 @@ class Planner:
 
     def flops(self, stage: Stage) -> float:
         """FLOPs per token of a training step."""
-        seq_len, student = self.recipe.data.seq_len, self.recipe.student
+        seq_len, student = self.recipe.row_tokens(stage), self.recipe.student
         if isinstance(stage, LoraConfig):
             return lora_flops_per_token(self.shapes, student, stage, seq_len).total
         return transfer_flops_per_token(self.shapes, student, seq_len, xent=stage.xent_weight > 0).total
 
     def step(self, stage: Stage) -> StepSizes:
         """Sizes of a micro-batch of ``stage``."""
-        return StepSizes(self.shapes, self.recipe.student, stage, self.recipe.data.seq_len, self.dtype_bytes)
+        return StepSizes(self.shapes, self.recipe.student, stage, self.recipe.row_tokens(stage), self.dtype_bytes)
 
     def way(self, name: str, settings: str, layout: Layout) -> Way:
         """Memory, speed and fit of one layout."""
@@ -282,7 +282,7 @@ class Planner:
         memory = self.memory(stage, layout)
         waits = self.seconds(stage, layout)
         bound = max(waits, key=lambda name: waits[name])
-        rows = layout.ranks * stage.batch_size * self.recipe.data.seq_len
+        rows = layout.ranks * stage.batch_size * self.recipe.row_tokens(stage)
         return StagePlan(memory, rows / waits[bound], bound, self.stage_tokens(stage))
 
     def memory(self, stage: Stage, layout: Layout) -> Footprint:
@@ -297,7 +297,7 @@ class Planner:
     def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
         """Seconds per micro-batch, by resource; they overlap, so the longest counts."""
         passes = 2 + stage.teacher_pass if isinstance(stage, LoraConfig) else 1
-        rows = stage.batch_size * self.recipe.data.seq_len
+        rows = stage.batch_size * self.recipe.row_tokens(stage)
         found = {"arithmetic": rows * self.flops(stage) / self.flop_rate}
         if layout.shared_by > 1:
             base = base_bytes(self.shapes, self.dtype_bytes, nf4=layout.nf4)
@@ -311,7 +311,7 @@ class Planner:
     def stage_tokens(self, stage: Stage) -> float | None:
         """Tokens that ``stage`` trains on; None if that depends on data of unknown size."""
         if stage.max_steps is not None:
-            return float(stage.max_steps * stage.accumulation * stage.batch_size * self.recipe.data.seq_len)
+            return float(stage.max_steps * stage.accumulation * stage.batch_size * self.recipe.row_tokens(stage))
         once = self.tokens_a_pass()
         return None if once is None else stage.epochs * once
 

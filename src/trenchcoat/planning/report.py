@@ -131,7 +131,7 @@ def _hardware(machine: Machine) -> str:
 def _headline(recipe: Recipe, plan: Plan) -> str:
     shapes = plan.shapes
     rows = ", ".join(
-        f"{name} {stage.batch_size} x {recipe.data.seq_len} tokens per process"
+        f"{name} {stage.batch_size} x {recipe.row_tokens(stage)} tokens per process"
         for name, stage in (("transfer", recipe.transfer), ("lora", recipe.lora))
         if stage is not None
     )
@@ -293,7 +293,7 @@ def _simulated(planner: Planner, way: Way, name: str) -> dict[str, Any]:
         find_config(planner.recipe.model.path, planner.recipe.model.revision),
         planner.recipe.student,
         planner.stages[name],
-        seq_len=planner.recipe.data.seq_len,
+        seq_len=planner.recipe.row_tokens(planner.stages[name]),
         ranks=layout.ranks,
         shard="none" if layout.shared_by == 1 else shard,
         node_size=planner.machine.gpus_per_node,
