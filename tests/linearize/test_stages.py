@@ -29,9 +29,11 @@ from trenchcoat.evaluation.rows import (
     asked_rows,
     final_row,
 )
+from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.generate import Sampling, generate_rows
-from trenchcoat.linearize import comparison, stages, variants
+from trenchcoat.linearize import stages, variants
 from trenchcoat.linearize.comparison import stages_of
+from trenchcoat.linearize.held_out import evaluation_rows
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
 from trenchcoat.runtime import machine
@@ -74,8 +76,8 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
 
     model, _ = load(folder)
     with variants.open_variants(recipe, []) as one:
-        mine = comparison.evaluation_rows(one.batches(2), recipe.eval.rows)
-    again = comparison.score(model, mine, window=recipe.student.window)
+        mine = evaluation_rows(one.batches(2), recipe.eval.rows)
+    again = score(model, mine, window=recipe.student.window)
     assert again.all.mean == pytest.approx(outcome.results.rows[TransferLoraRow.name].all.mean, abs=1e-6)
 
     monkeypatch.setattr(variants, "fit", _no_training)

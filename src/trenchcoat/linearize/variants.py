@@ -43,7 +43,14 @@ from trenchcoat.models.lora import add_lora, freeze_for_lora, remove_lora
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.runtime.runfolder import (
+    LORA,
+    LORA_ONLY,
+    TEACHER_LORA,
+    TRANSFER,
+    WINDOW_SINKS_LORA,
+    stage_recipe,
+)
 from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.training.loop import FitOptions, FitResult, fit
 from trenchcoat.training.objectives import Objective, initialise_from_text, stage_2_objective, transfer_objective
@@ -146,10 +153,17 @@ class ModelVariants:
         set_mode(self.model, "student")
         return self.model
 
-    def assemble_teacher(self) -> nn.Module:
-        """The model with its own attention, without LoRA."""
+    def assemble_teacher(self, *, lora: bool = False, weights: str | None = None) -> nn.Module:
+        """The model with its own attention, optional LoRA, and a finished stage's weights."""
+        if lora and self.recipe.data.select != "none":
+            self.batches(LANDMARK_ROWS)  # as in `assemble`
         remove_lora(self.model)
         detach_students(self.model)
+        if lora:
+            torch.manual_seed(self.recipe.run.seed)
+            add_lora(self.model, self._lora)
+        if weights is not None:
+            load_adapter_state(self.model, self.folder.weights(weights))
         return self.model
 
     @property
@@ -216,14 +230,17 @@ class ModelVariants:
             return transfer_objective(self.recipe.transfer), self.recipe.transfer
         if stage == WINDOW_SINKS_LORA:
             self.assemble(student=window_sinks_student(self.recipe), lora=True)
+        elif stage == TEACHER_LORA:
+            self.assemble_teacher(lora=True)
         elif stage == LORA_ONLY:
             self.assemble(lora=True)
         else:
             self.assemble(weights=TRANSFER)
             torch.manual_seed(self.recipe.run.seed)
             add_lora(self.model, self._lora)
-        freeze_for_lora(self.model, self._lora)
-        return stage_2_objective(self._lora.objective), self._lora
+        cfg = stage_recipe(self.recipe, stage).lora or self._lora
+        freeze_for_lora(self.model, cfg)
+        return stage_2_objective(cfg.objective), cfg
 
     def require_transfer(self) -> None:
         """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""
