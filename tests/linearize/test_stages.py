@@ -22,6 +22,7 @@ from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import (
     FAR_OFF,
+    KEPT_WINDOW,
     REPORT_ROWS,
     LoraOnlyRow,
     TransferLoraRow,
@@ -63,7 +64,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     recipe = make()
     outcome = stages.linearize(recipe)
     assert outcome.results is not None
-    assert set(outcome.results.rows) == set(REPORT_ROWS)
+    assert set(outcome.results.rows) == {*REPORT_ROWS} - {KEPT_WINDOW}
     folder = Path(recipe.run.dir)
     names = ("recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.md", "rows.png")
     for name in (*names, "adapter/trenchcoat.json", "adapter/adapter.safetensors", "checkpoints/transfer"):
@@ -208,7 +209,7 @@ def test_a_stream_stopped_in_either_stage_ends_with_the_same_numbers(
 
 def test_without_transfer_stage_2_is_the_baseline(make: Make) -> None:
     recipe = make("transfer=null", "eval.decode_lengths=[]")
-    assert stages_of(recipe) == ["lora_only", "window_sinks_lora"]
+    assert stages_of(recipe) == ["lora_only", "teacher_lora", "window_sinks_lora"]
     found = stages.linearize(recipe).results
     assert found is not None
     assert found.converted() == LoraOnlyRow.name

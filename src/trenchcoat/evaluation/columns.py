@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 def percent(share: Estimate) -> str:
     """``93.1 % ± 0.8``; the error is omitted where it is exactly zero, as for the two ends of a gap."""
-    digits = 1 if abs(share.value) < 2 and share.error != 0 else 0
-    noise = f" ± {100 * share.error:.{digits}f}" if math.isfinite(share.error) and share.error != 0 else ""
-    return f"{100 * share.value:.{digits}f} %{noise}"
+    exact = share.error < 5e-7
+    digits = 1 if abs(share.value) < 2 and not exact else 0
+    noise = f" ± {100 * share.error:.{digits}f}" if math.isfinite(share.error) and not exact else ""
+    return f"{100 * share.value:.{digits}f} %{noise}".replace("-0 %", "0 %")
+
+
+def whole_percent(share: Estimate) -> str:
+    """``93 %``."""
+    return f"{100 * share.value:.0f} %".replace("-0 %", "0 %")
 
 
 def number(value: Estimate, digits: int) -> str:
@@ -71,33 +77,35 @@ class ReportColumn:
     def cell(self, results: Results, row: str, *, noise: bool = True) -> str:
         """The cell of ``row``; ``noise`` adds the standard error."""
         value = self.value(results, row)
-        text = self.absent if value is None or math.isnan(value.value) else self.text(value)
-        return text if noise else text.partition(" ±")[0]
+        if value is None or math.isnan(value.value):
+            return self.absent
+        return self.text(value) if noise else self.short(value)
+
+    def short(self, value: Estimate) -> str:
+        """A formatted value without its error, for the terminal."""
+        return self.text(value).partition(" ±")[0]
 
 
 class LengthColumn(ReportColumn):
     """A column for each length of the rows of text."""
 
+    terminal_lengths: ClassVar[tuple[int, ...]] = (0,)
+    """Which of the lengths, in ascending order, the terminal shows."""
+
     def __init__(self, factor: int = 1, tokens: int | None = None, *, on_terminal: bool = True) -> None:
         self.factor = factor
         self.on_terminal = on_terminal
         if tokens is not None:
-            self._name(f"{tokens:,}")
+            self.heading = self.heading.replace("{tokens}", f"{tokens:,}")
+            short = f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+            self.short_heading = self.short_heading.replace("{tokens}", short)
         self.key = self.key if factor == 1 else f"{self.key}_{factor}x"
 
-    def _name(self, tokens: str) -> None:
-        """Write the length into the headings."""
-        self.heading = self.heading.replace("{tokens}", tokens)
-        self.short_heading = self.short_heading.replace("{tokens}", tokens)
-
     def at_lengths(self, results: Results) -> Sequence[ReportColumn]:
-        """One for each length that a row was scored at; the terminal shows the shortest and the longest."""
+        """One for each length that a row was scored at."""
         factors = results.factors()
-        ends = (factors[0], factors[-1])
-        return [
-            type(self)(factor, factor * results.seq_len, on_terminal=self.on_terminal and factor in ends)
-            for factor in factors
-        ]
+        shown = {factors[place] for place in self.terminal_lengths}
+        return [type(self)(factor, factor * results.seq_len, on_terminal=factor in shown) for factor in factors]
 
 
 class PerplexityColumn(ReportColumn):
@@ -127,15 +135,8 @@ class PerplexityColumn(ReportColumn):
 class FarPerplexityColumn(LengthColumn, PerplexityColumn):
     """exp(mean loss) over tokens past 2W."""
 
-    key, heading, short_heading = "perplexity_past_2w", "perplexity past 2W, {tokens} tokens", "ppl\npast 2W\n@{tokens}"
+    key, heading, short_heading = "perplexity_past_2w", "perplexity past 2W, {tokens} tokens", "ppl\n>2W\n@{tokens}"
     control = False
-
-    def at_lengths(self, results: Results) -> Sequence[ReportColumn]:
-        """One for each length; the terminal shows the shortest."""
-        columns = super().at_lengths(results)
-        for column in columns[1:]:
-            column.on_terminal = False
-        return columns
 
     def losses(self, scores: Scores) -> RowSums:
         """Losses of the tokens that this column covers."""
@@ -163,7 +164,8 @@ class RecallColumn(ReportColumn):
 class FarGapColumn(LengthColumn):
     """Share of the gap between the untrained window and the teacher that is closed past 2W."""
 
-    key, heading, short_heading = "closed_past_2w", "closed past 2W, {tokens} tokens", "closed\npast 2W\n@{tokens}"
+    key, heading, short_heading = "closed_past_2w", "closed past 2W, {tokens} tokens", "closed\n>2W\n@{tokens}"
+    terminal_lengths: ClassVar[tuple[int, ...]] = (0, -1)
     description = (
         "how much of the loss past 2W between window + sinks, untrained and without kept groups (0 %), and the teacher "
         "(100 %) a row closes, on rows of so many tokens. It is negative where a row is worse than the window alone; – "
@@ -174,16 +176,25 @@ class FarGapColumn(LengthColumn):
         """The share."""
         return results.far_closed(row, self.factor)
 
+    def short(self, value: Estimate) -> str:
+        """Without decimals."""
+        return whole_percent(value)
+
 
 class CorrectedGapColumn(FarGapColumn):
     """The same, corrected for the domain shift."""
 
-    key, heading, short_heading = "closed_corrected", "the same, corrected, {tokens} tokens", "closed\ncorr.\n@{tokens}"
+    key, heading, short_heading = (
+        "closed_corrected",
+        "closed past 2W, corrected, {tokens} tokens",
+        "closed\ncorr.\n@{tokens}",
+    )
     description = (
-        "the same after the row's shift (*below 2W minus the teacher*) was taken off its loss: what remains came from "
-        "text past 2W, and not from having learned the kind of text."
+        "the same share after the row's shift (*below 2W minus the teacher*) was taken off its loss: what remains came "
+        "from text past 2W, and not from having learned the kind of text."
     )
     control = True
+    terminal_lengths = ()
 
     def value(self, results: Results, row: str) -> Estimate | None:
         """The share."""
@@ -208,7 +219,15 @@ class ShiftColumn(ReportColumn):
 
     def text(self, value: Estimate) -> str:
         """With its sign."""
-        return f"{'+' if value.value >= 0.0005 else ''}{number(value, 3)}".replace("-0.000", "0.000")
+        return self._signed(value, number(value, 3))
+
+    def short(self, value: Estimate) -> str:
+        """Two decimals."""
+        return self._signed(value, f"{value.value:.2f}")
+
+    def _signed(self, value: Estimate, text: str) -> str:
+        zero = text.partition(" ")[0].strip("-0.") == ""
+        return text.lstrip("-") if zero else f"{'+' if value.value > 0 else ''}{text}"
 
 
 class CopyColumn(LengthColumn):
@@ -223,6 +242,10 @@ class CopyColumn(LengthColumn):
     def value(self, results: Results, row: str) -> Estimate | None:
         """The share."""
         return results.copy_closed(row, self.factor)
+
+    def short(self, value: Estimate) -> str:
+        """Without decimals."""
+        return whole_percent(value)
 
 
 class CopyHitsColumn(ReportColumn):
@@ -246,7 +269,6 @@ class RandomHitsColumn(CopyHitsColumn):
 
     key, heading, short_heading = "random_accuracy", "random copy, right tokens", "random\ncopy\nright"
     description = "the same for random tokens, which nothing but the copy can predict."
-    on_terminal = True
 
     def hits(self, scores: Scores) -> RowSums:
         """Right tokens."""
@@ -284,8 +306,8 @@ class CacheColumn(ReportColumn):
             return self.absent
         if teacher is None or teacher.cache is None:
             return bytes_text(round(value.value))
-        share = f"{100 * value.value / teacher.cache.at(self.tokens):.1f} %"
-        return f"{bytes_text(round(value.value))} ({share})" if noise else share
+        share = value.value / teacher.cache.at(self.tokens)
+        return f"{bytes_text(round(value.value))} ({100 * share:.1f} %)" if noise else f"{100 * share:.0f} %"
 
 
 REPORT_COLUMNS: dict[str, ReportColumn] = {

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trenchcoat.config import UserError
 from trenchcoat.evaluation.columns import report_columns
 from trenchcoat.evaluation.rows import CONVERTED, KEPT_WINDOW, REPORT_ROWS, TEACHER, WINDOW
 from trenchcoat.evaluation.statistics import NOTHING, Estimate, RowSums, gap_closed, paired_difference
@@ -216,7 +217,7 @@ class Results:
     def copy_closed(self, name: str, factor: int = 1) -> Estimate | None:
         """The same share of the loss on copied text."""
         found = self._three(name, factor)
-        if found is None:
+        if found is None or not all(scores.copy.count for scores in found):
             return None
         row, bottom, teacher = found
         return gap_closed(row.copy, bottom.copy, teacher.copy)
@@ -259,15 +260,16 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Read what ``save`` wrote. Raises ``ValueError`` for another format or a damaged file."""
+        """Read what ``save`` wrote. Raises ``UserError`` for another format or a damaged file."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             if raw.get("format") != RESULTS_FORMAT:
-                raise ValueError(f"format {raw.get('format')!r} is not {RESULTS_FORMAT}")
+                raise ValueError(f"its format is {raw.get('format')!r}, and {RESULTS_FORMAT} is read")
             return cls.from_dict(raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a results file of this version of trenchcoat ({error}). Run `trenchcoat eval` again."
+            raise UserError(
+                f"{path} is not a results file of this version of trenchcoat ({error}): score the run again with "
+                f"`trenchcoat eval {Path(path).parent}`"
             ) from error
 
     @classmethod

@@ -183,7 +183,7 @@ class TransferLoraRow(ReportRow):
 class FarOffRow(ReportRow):
     """The converted model with only its window."""
 
-    name, label = "far_off", "the same, far part off"
+    name, label = "far_off", "same, far part off"
     description = (
         "the converted model with only its window and kept groups. It was trained with the far part in place, so the "
         "difference flatters the far part; the window + sinks rows are the fair comparison."
@@ -214,7 +214,7 @@ class LoraOnlyRow(ReportRow):
 class WindowSinksLoraRow(ReportRow):
     """Window and sinks with the conversion's stage 2."""
 
-    name, label, stage = "window_sinks_lora", "window, sinks, stage 2", WINDOW_SINKS_LORA
+    name, label, stage = "window_sinks_lora", "window+sinks, stage 2", WINDOW_SINKS_LORA
     description = "window + sinks beside the kept groups, if any, with the same stage 2: no far part."
     question = "Does it beat window + sinks with the same stage 2?"
     baseline = True

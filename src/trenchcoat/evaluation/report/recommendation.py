@@ -2,7 +2,8 @@
 
 The rule. A conversion is worth using if, past 2W, it is better than the row that keeps the same groups and trains
 nothing (by more than two standard errors, with the shift below 2W taken off where that lowers it) and copies no worse,
-and if its shift below 2W is within 0.03 nats. To look things up in older text it must close 90 % of the gap in copying.
+if its shift below 2W is within 0.03 nats, and if it closes half of the gap past 2W. To look things up in older text it
+must close 90 % of the gap in copying.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from trenchcoat.evaluation.report.verdicts import COPY_LIMIT, LONG_CONTEXT, SHIF
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import KEPT_WINDOW, TEACHER, WINDOW, row_label
 from trenchcoat.evaluation.statistics import Estimate, paired_difference
+
+FAR_LIMIT = 0.5
+"""Share of what lies past 2W from which a model counts as one that reads it."""
 
 
 def recommendation(results: Results) -> str:
@@ -43,6 +47,9 @@ def _advice(results: Results, name: str, rival: str) -> str:
     if shift is not None and abs(shift.value) > SHIFT_LIMIT:
         why = "learned the kind of text it was trained on" if shift.value < 0 else "lost some of what it knew"
         return f"Not to be used as it is, since it {why} (below 2W its loss is the teacher's {_plus(shift)} nats)"
+    share = results.far_closed(name, corrected=True) or results.far_closed(name)
+    if share is not None and share.value < FAR_LIMIT:
+        return f"Better than {instead}, but hardly worth using, since most of what lies past 2W is lost"
     longest = _longest_better(results, name, rival)
     limit = "" if longest is None else f" of up to {longest:,} tokens"
     copies = [share for share in (results.copy_closed(name, f) for f in results.factors()) if share is not None]

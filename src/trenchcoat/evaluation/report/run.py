@@ -31,6 +31,11 @@ from trenchcoat.runtime.runlog import read_metrics
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
+SELECTION_PICTURES = {
+    "frontier.png": "Share of the gap closed against the share of the cache that is kept",
+    "selection.png": "Score of every key/value group, layer by layer",
+}
+"""Written by the selection of groups, and shown first."""
 MARKS = {"yes": "✅ **YES**", "no": "❌ **NO**", "not measured": "➖ not measured"}
 TERMINAL_MARKS = {"yes": ("YES", "bold green"), "no": ("NO", "bold red"), "not measured": ("?", "dim")}
 
@@ -56,7 +61,7 @@ def _rows_under(columns: Sequence[ReportColumn], results: Results, *, short: boo
 def terminal_table(results: Results) -> rich_table.Table:
     """The report's most important columns without standard errors, to print with rich."""
     columns = [column for column in report_columns(results) if column.on_terminal]
-    title = f"Loss, copying and cache (W = {results.window}; the report has all columns and errors)"
+    title = f"Loss, copying and cache (W = {results.window})"
     return _rows_under(columns, results, short=True).as_rich(title, compact=True)
 
 
@@ -93,6 +98,7 @@ def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mappin
     for name in (name for name, done in drawn.items() if not done):
         (folder / name).unlink(missing_ok=True)
     results.save(folder / RESULTS_FILE)
+    drawn |= {name: (folder / name).is_file() for name in SELECTION_PICTURES}
     text = report_text(results, drawn, tasks)
     write_text(folder / REPORT_FILE, text)
     write_page(folder / PAGE_FILE, text, folder)
@@ -113,6 +119,7 @@ def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults 
         recommendation=recommendation(results),
         headline=headline(found),
         answers=_lines(Table(("answer", "question", "numbers"), answers).as_markdown(numbers=False)),
+        selection=_lines(_selection(drawn)),
         table=_lines(_table(results, drawn)),
         window=results.window,
         two_windows=2 * results.window,
@@ -155,6 +162,13 @@ def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
     ]
     picture = ["![Loss of each row above the teacher's, with noise](rows.png)", ""]
     return [*lines, *picture] if drawn.get("rows.png") else lines
+
+
+def _selection(drawn: Mapping[str, bool]) -> list[str]:
+    """The pictures of a selection of groups, if there was one."""
+    shown = [f"![{text}]({name})" for name, text in SELECTION_PICTURES.items() if drawn.get(name)]
+    text = "Without any training, on text and on copied text, against the same number of evenly spread groups."
+    return ["## What keeping key/value groups brings", "", text, "", *shown, ""] if shown else []
 
 
 def _pictures(drawn: Mapping[str, bool]) -> list[str]:
