@@ -112,7 +112,7 @@ def test_the_terminal_shows_the_reports_numbers(written: Path) -> None:
             assert match[2] in row
             closed = re.findall(r"([\d.]+) %", row)
             assert abs(float(closed[0]) - int(match[3])) < 0.56
-    assert len(re.findall(r"^ (teacher|transfer \+ stage 2) ", shown, re.MULTILINE)) == 2
+    assert len(re.findall(r"^ (teacher|transfer \+ stage 2)  ", shown, re.MULTILINE)) == 2
 
 
 def test_text_cannot_break_the_markdown() -> None:
