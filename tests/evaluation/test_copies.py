@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.evaluation.cachesize import cache_size
 from trenchcoat.evaluation.copies import random_copies, text_copies
 from trenchcoat.evaluation.results import CacheSize
-from trenchcoat.evaluation.scoring import decode_curve, gather_rows, score, score_copies
+from trenchcoat.evaluation.scoring import gather_rows, score, score_copies
 from trenchcoat.models.attach import attach_students, set_mode
+from trenchcoat.models.cache import cache_nbytes
 
 VOCAB = 61
 
@@ -96,26 +98,36 @@ def llama() -> LlamaForCausalLM:
 def test_the_size_of_a_cache_at_any_length_is_that_of_a_real_one() -> None:
     teacher = llama()
     student = copy.deepcopy(teacher)
-    attach_students(student, StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=8)))
-    set_mode(student, "student")
-    for model, growing in ((teacher, 2), (student, 1)):
+    kept = copy.deepcopy(teacher)
+    config = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=8))
+    attach_students(student, config)
+    attach_students(kept, dataclasses.replace(config, keep=("0.1",)))
+    for model in (student, kept):
+        set_mode(model, "student")
+    for model, growing in ((teacher, 2), (student, 1), (kept, 1.5)):
         size = cache_size(model)
         assert size is not None
-        assert (size.constant > 0) == (model is student)
+        assert (size.constant > 0) == (model is not teacher)
         config = model.config
         per_layer = 2 * config.num_key_value_heads * config.head_dim * 4
         assert size.per_token == growing * per_layer
-        points = decode_curve(model, (150, 200), steps=1, warmup=0)
-        assert [size.at(p.context) for p in points] == [p.cache_bytes for p in points]
+        ids = torch.arange(200)[None] % VOCAB
+        assert size.at(200) == cache_nbytes(model(input_ids=ids, use_cache=True).past_key_values)
 
 
 def test_layers_with_a_window_of_their_own_stop_growing() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=40, max_position_embeddings=512,
+        num_key_value_heads=2, sliding_window=40, max_position_embeddings=512,
     )  # fmt: skip
-    size = cache_size(MistralForCausalLM(config).eval())
-    per_token = 2 * 16 * 4
-    assert size == CacheSize(0, 0, [(per_token, 39), (per_token, 39)])
-    assert size.at(8192) == 2 * 39 * per_token
+    model = MistralForCausalLM(config).eval()
+    size = cache_size(model)
+    per_token = 2 * 16 * 4  # one key/value head
+    assert size == CacheSize(0, 0, [(2 * per_token, 39), (2 * per_token, 39)])
+    assert size.at(8192) == 2 * 39 * 2 * per_token
+    attach_students(model, StudentConfig(window=4, keep=("0.1",), feature_map=FeatureMapConfig(feature_dim=8)))
+    set_mode(model, "student")
+    size = cache_size(model)
+    assert size is not None
+    assert (size.per_token, size.limited) == (0, [(per_token, 40)])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trenchcoat.evaluation.results import CacheSize
-from trenchcoat.models.cache import cache_nbytes
+from trenchcoat.models.cache import StateLayer, cache_nbytes
 from trenchcoat.models.transformers_internals import window_of
 from trenchcoat.runtime.sharding import compute_device
 
@@ -34,14 +34,28 @@ def cache_size(model: nn.Module) -> CacheSize | None:
         model.train(was_training)
     constant, per_token, limited = 0, 0, []
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        held = [cache_nbytes(cast("Any", SimpleNamespace(layers=[layer]))) for layer in layers]
-        window = window_of(layers[0])
-        if window is not None:
-            limited.append((held[0] // min(LENGTHS[0], window), window))
+        bounded = _bounded(layers[0])
+        if bounded is not None:
+            start, rate, most = bounded
+            constant += start
+            limited.append((rate, most))
             continue
+        held = [cache_nbytes(cast("Any", SimpleNamespace(layers=[layer]))) for layer in layers]
         rate = (held[-1] - held[0]) // (LENGTHS[-1] - LENGTHS[0])
         start = held[0] - rate * LENGTHS[0]
         if [start + rate * length for length in LENGTHS] != held:
             return None
         constant, per_token = constant + start, per_token + rate
     return CacheSize(constant, per_token, limited)
+
+
+def _bounded(layer: Any) -> tuple[int, int, int] | None:
+    """(constant bytes, bytes a token, tokens held at most) of a layer whose keys have a window of their own."""
+    if not isinstance(layer, StateLayer):
+        window = window_of(layer)
+        size = cache_nbytes(cast("Any", SimpleNamespace(layers=[layer])))
+        return None if window is None else (0, size // min(LENGTHS[0], window), window)
+    if layer.kept is None or layer.kept.window is None:
+        return None
+    kept = layer.kept.nbytes()
+    return layer.nbytes() - kept, kept // len(layer.kept), layer.kept.window

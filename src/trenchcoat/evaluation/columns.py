@@ -280,7 +280,8 @@ class CacheColumn(ReportColumn):
 
     description = (
         "bytes of the generation cache of one sequence after so many tokens, computed from its size after a few "
-        "(constant bytes + bytes a token), and as a share of the teacher's."
+        "(constant bytes + bytes a token), and as a share of the teacher's. Kept groups take up to half as much again "
+        "while their memory grows."
     )
     control = True
 

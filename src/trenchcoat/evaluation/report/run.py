@@ -19,6 +19,7 @@ from trenchcoat.evaluation.columns import REPORT_COLUMNS, ReportColumn, report_c
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import plot_decode, plot_positions, plot_rows, plot_training
 from trenchcoat.evaluation.report.recommendation import recommendation
+from trenchcoat.evaluation.report.selection import FRONTIER_PICTURE, GROUPS_PICTURE
 from trenchcoat.evaluation.report.table import Table
 from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, markdown_sections, plot_probes
 from trenchcoat.evaluation.report.texts import bytes_text, duration
@@ -32,8 +33,8 @@ from trenchcoat.runtime.runlog import read_metrics
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
 SELECTION_PICTURES = {
-    "frontier.png": "Share of the gap closed against the share of the cache that is kept",
-    "selection.png": "Score of every key/value group, layer by layer",
+    FRONTIER_PICTURE: "Share of the gap closed against the share of the cache that is kept",
+    GROUPS_PICTURE: "Score of every key/value group, layer by layer",
 }
 """Written by the selection of groups, and shown first."""
 MARKS = {"yes": "✅ **YES**", "no": "❌ **NO**", "not measured": "➖ not measured"}
