@@ -35,7 +35,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_fi
     return [
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
-        "student.window=8", "student.keep=[1.0]", "student.feature_map.feature_dim=8", "student.feature_map.init=identity",
+        "student.window=8", "student.keep=[1.0]", "student.feature_map.feature_dim=8",
+        "student.feature_map.init=identity",
         *(f"{name}.{setting}" for name in ("transfer", "lora") for setting in stage),
         "transfer.schedule=plateau", "lora.schedule=plateau", "lora.rank=2", "lora.dropout=0.2",
         "lora.gradient_checkpointing=true", "eval.rows=5", "eval.batch_size=2", "eval.decode_lengths=[]",
