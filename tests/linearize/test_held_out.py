@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.evaluation.report.recommendation import recommendation
 from trenchcoat.evaluation.results import Results
 from trenchcoat.linearize import held_out, stages
 from trenchcoat.linearize.comparison import Comparison
@@ -42,8 +43,10 @@ def test_what_is_too_long_or_within_the_window_is_left_out_and_said(tiny_overrid
 def test_the_tables_hold_every_length_and_a_kept_row(tiny_overrides: list[str]) -> None:
     more = ["student.keep_softmax=[1]", "eval.length_factors=[1,2]"]
     recipe = load_recipe("demo", [*tiny_overrides, *QUICK, *more])
-    results = stages.linearize(recipe).results
+    outcome = stages.linearize(recipe)
+    results = outcome.results
     rows = results.rows
+    assert f"\n{recommendation(results)}\n" in outcome.shown
     assert {"window_sinks", "kept_window_sinks"} <= set(rows)
     assert rows["kept_window_sinks"].cache.per_token * 2 == rows["teacher"].cache.per_token
     assert rows["window_sinks"].cache.per_token == 0

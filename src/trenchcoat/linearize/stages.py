@@ -16,6 +16,7 @@ from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.data.load import load_batches
 from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.report.recommendation import recommendation
 from trenchcoat.evaluation.report.selection import frontier_table
 from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
@@ -161,6 +162,7 @@ def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float)
     samples = [text for sample in results.samples for text in _side_by_side(sample)]
     shown = (
         *samples,
+        f"\n{recommendation(results)}\n",
         report.terminal_table(results),
         report.terminal_verdicts(results),
         f"the whole report: {written}",
