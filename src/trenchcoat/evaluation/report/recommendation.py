@@ -40,7 +40,8 @@ def _advice(results: Results, name: str, rival: str) -> str:
     instead = f"'{row_label(rival)}', which needs no training and no more memory"
     worth, copies_less = better(compare(results, name, rival)), _copies_less(results, name, rival)
     if not worth:
-        return f"Not worth using, since past 2W it was not shown to be better than {instead}: use that (student.name=window_sinks)"
+        use = "use that (student.name=window_sinks)"
+        return f"Not worth using, since past 2W it was not shown to be better than {instead}: {use}"
     if copies_less:
         return f"Not worth using where older text has to be looked up, since it copies less than {instead}"
     shift = results.shift(name)
