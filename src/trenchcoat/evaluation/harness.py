@@ -256,10 +256,10 @@ def score_tasks(
         "harness": found["lm_eval_version"],
     }
     records = {name: _record(name, found, model_name, more) for name in found["results"]}
+    read: Mapping[tuple[str, str], Request] = getattr(lm, "asked", {})  # a plain model of the harness has none
     for name, record in records.items():
-        asked = [
-            lm.asked[pair] for leaf in record.members or [name] for pair in _texts(found, leaf) if pair in lm.asked
-        ]
+        pairs = [pair for leaf in record.members or [name] for pair in _texts(found, leaf)]
+        asked = [read[pair] for pair in pairs if pair in read]
         record.past_2w = plan.past_2w(asked) if asked else None
     return records
 
