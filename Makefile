@@ -18,9 +18,9 @@ export GOMP_SPINCOUNT := 10000
 demo: $(STAMP)
 	$(BIN)/trenchcoat demo $(ARGS)
 
-# One thread a worker: two workers keep two cores busy.
+# One thread a worker: two workers keep two cores busy. Compiled modules are kept for the many processes that tests start.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

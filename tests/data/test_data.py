@@ -237,7 +237,7 @@ def test_bos_and_eos_frame_every_sample(load: Load) -> None:
 
 @pytest.mark.parametrize("seq_len", [-4, 0, 1])
 def test_a_seq_len_that_is_too_small(load: Load, seq_len: int) -> None:
-    with pytest.raises(UserError, match=rf"data.seq_len={seq_len} is too small; it must be at least 2"):
+    with pytest.raises(UserError, match=rf"data.seq_len must be at least 2, got {seq_len}"):
         load(texts(5, 5), seq_len=seq_len)
 
 
@@ -249,11 +249,11 @@ def test_a_seq_len_beyond_the_whole_text(load: Load) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"validation_rows": 0}, "data.validation_rows=0"),
-        ({"validation_fraction": 1.0}, "data.validation_fraction=1.0"),
-        ({"max_rows": 0}, "data.max_rows=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": -1}, "run.seed=-1"),
+        ({"validation_rows": 0}, "data.validation_rows must be at least 1, got 0"),
+        ({"validation_fraction": 1.0}, "data.validation_fraction must be above 0 and below 1, got 1.0"),
+        ({"max_rows": 0}, "data.max_rows must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "run.seed must be at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range_are_named(load: Load, fields: dict[str, Any], named: str) -> None:

@@ -23,6 +23,7 @@ from trenchcoat.config import UserError
 from trenchcoat.evaluation import harness, loglikelihood
 from trenchcoat.evaluation.harness import TrenchcoatLM, score_tasks
 from trenchcoat.evaluation.mmlu import MmluLetters, letter_tokens, read_choices, read_mmlu, winogrande_rest
+from trenchcoat.evaluation.report.tasks import past_2w_note
 from trenchcoat.evaluation.task import ScoredModel, TaskPlan
 from trenchcoat.evaluation.task_results import STUDENT, TaskResults, paired, pooled_rows
 from trenchcoat.models.attach import set_mode
@@ -103,6 +104,21 @@ def test_rows_are_compared_one_by_one(student: Any, tokenizer: Any, data_dir: Pa
     assert (gap.value, gap.error) == (0, 0)
     others = score_tasks(lm, ["mmlu"], dataclasses.replace(plan, num_fewshot=1), model_name=STUDENT)
     assert paired(results, TaskResults("y", tasks=others), "mmlu", "acc", (STUDENT, STUDENT)) is None
+
+
+def test_the_share_of_scored_tokens_past_2w(student: Any, tokenizer: Any, data_dir: Path) -> None:
+    plan = TaskPlan(tasks=(), limit=2, data_dir=data_dir, window=2)
+    assert plan.past_2w([([0] * 3, [1, 2, 3]), ([0] * 9, [1]), ([0], [1])]) == (2, 5)
+    assert dataclasses.replace(plan, window=None).past_2w([([0], [1])]) is None
+    lm = TrenchcoatLM(model=student, tokenizer=tokenizer)
+    records = score_tasks(lm, ["piqa"], plan, model_name=STUDENT)
+    asked = list(lm.asked.values())
+    assert len(asked) == 4
+    wanted = sum(len(one.context) + i > 4 for one in asked for i in range(len(one.continuation)))
+    assert records["piqa"].past_2w == (wanted, sum(len(one.continuation) for one in asked))
+    assert past_2w_note(TaskResults("x", tasks=records)) == ""
+    records["piqa"].past_2w = (1, 100)
+    assert "scored in piqa, fewer than 5% lie past 2W" in past_2w_note(TaskResults("x", tasks=records))
 
 
 def test_mmlu_letters(student: Any, tokenizer: Any, data_dir: Path) -> None:

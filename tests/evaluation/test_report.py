@@ -74,17 +74,26 @@ def test_a_plot_without_data_is_left_out(tmp_path: Path) -> None:
     assert text.count("Not measured in this run.") == 2
 
 
+def test_the_pictures_of_a_selection_come_first(tmp_path: Path) -> None:
+    assert "What keeping" not in write_report(tmp_path, made_results(), []).read_text()
+    (tmp_path / "frontier.png").write_bytes(b"\x89PNG")
+    text = write_report(tmp_path, made_results(), []).read_text()
+    assert re.findall(r"\]\((\w+\.png)\)", text)[:2] == ["frontier.png", "rows.png"]
+    assert (tmp_path / "frontier.png").exists()
+    assert text.index("**Worth using for long texts") < text.index("frontier.png") < text.index("### Quality")
+
+
 def test_empty_results_still_give_a_report(tmp_path: Path) -> None:
     text = write_report(tmp_path, Results(window=4, seq_len=8), []).read_text()
     assert "Nothing was scored." in text
-    assert "Targets met: 0 of 3 (3 not measured)" in text
+    assert "Whether this model is worth using was not measured" in text
 
 
 def test_failures_are_shown_where_successes_are() -> None:
     good = report_text(made_results(), {})
     bad = report_text(made_results(window_sinks=(0.0, 0.0), far_off=(0.0, 0.0)), {})
     table = [line for line in bad.splitlines() if line.startswith("| ❌ **NO**")]
-    assert any("does NOT beat 'window + sinks, untrained'" in line for line in table)
+    assert any("does NOT beat 'window + sinks'" in line for line in table)
     assert any("does NOT need its linear part" in line for line in table)
     assert "❌" not in good
     assert good.count("| ✅ **YES**") == bad.count("| ✅ **YES**") + len(table) + bad.count("not measured |")
@@ -95,14 +104,15 @@ def test_the_terminal_shows_the_reports_numbers(written: Path) -> None:
     shown, text = on_terminal(terminal_table(made_results())), (written / "report.md").read_text()
     assert "…" not in shown
     for line in shown.splitlines():
-        match = re.match(r" (transfer \+ LoRA|teacher|window \+ sinks \+ LoRA) +(\d+\.\d+) +(\d+\.\d+)", line)
+        match = re.match(r" (transfer \+ stage 2|teacher|window\+sinks, stage 2) +(\d+\.\d+) +(\d+) %", line)
         if match:
             row = next(
                 row for row in text.splitlines() if re.match(rf"\| (\*\*)?{re.escape(match[1])}(\*\*)? \| ", row)
             )
             assert match[2] in row
-            assert match[3] in row
-    assert len(re.findall(r"^ (teacher|transfer \+ LoRA) ", shown, re.MULTILINE)) == 2
+            closed = re.findall(r"([\d.]+) %", row)
+            assert abs(float(closed[0]) - int(match[3])) < 0.56
+    assert len(re.findall(r"^ (teacher|transfer \+ stage 2)  ", shown, re.MULTILINE)) == 2
 
 
 def test_text_cannot_break_the_markdown() -> None:

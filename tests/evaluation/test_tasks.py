@@ -51,7 +51,9 @@ def test_tasks_and_probes_of_a_run_and_its_teacher(
 ) -> None:
     common = ["eval", str(run), "--data-dir", str(data_dir), "--teacher", "--device", "cpu"]
     assert cli.main([*common, "--tasks", "piqa,winogrande,mmlu_letters", "--num-fewshot", "1", "--limit", "3"]) == 0
-    assert "mmlu_letters" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mmlu_letters" in shown
+    assert "past 2W" in shown
     assert cli.main([*common, "--tasks", "needle,recall,copy", *PROBE_OPTIONS]) == 0
     results = TaskResults.load(run / "tasks.json")
     assert {"piqa", "winogrande", "mmlu_letters", "mmlu_letters_anatomy"} <= set(results.tasks)
@@ -70,7 +72,9 @@ def test_tasks_and_probes_of_a_run_and_its_teacher(
     assert [one["model"] for one in raw["made"][:2]] == ["student", "student"]
     report = (run / "report.md").read_text()
     assert "## Long-context probes" in report
-    assert "| mmlu_letters | 1 | 171 | acc |" in report
+    assert "| mmlu_letters | 1 | 171 | 100.0 % | acc |" in report
+    assert results.tasks["piqa"].past_2w == TaskResults.load(run / "tasks.json").tasks["piqa"].past_2w
+    assert 0 < results.tasks["piqa"].past_2w[0] < results.tasks["piqa"].past_2w[1]
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") == report.count(".png)")
     assert not re.search(r'(src|href)="(?!data:)', page)

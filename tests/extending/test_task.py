@@ -49,4 +49,4 @@ def test_a_task_is_offered_scored_and_compared_with_the_teacher(
     found = TaskResults.load(tmp_path / "run" / "tasks.json").tasks["grammar"]
     assert set(found.scores) == {"student", "teacher"}
     assert found.count == 2
-    assert "| grammar | – | 2 | acc |" in (tmp_path / "run" / "report.md").read_text()
+    assert "| grammar | – | 2 | – | acc |" in (tmp_path / "run" / "report.md").read_text()

@@ -350,7 +350,10 @@ def test_launcher_errors(
         launch.launch_blocks(recipe(overrides, tmp_path / "run", "blocks.epochs=[1]"))
     assert cli.main(["blocks", "run", "lolcats_llama3_1_8b", "--launcher", "slurm", *overrides]) == 2
     assert "--launcher slurm is for `blocks run --parallel`" in capsys.readouterr().err
-    assert cli.main(["blocks", "run", "lolcats_llama3_1_8b", "--parallel", "blocks.slurm=[a]", "blocks.launcher=slurm"]) == 2
+    assert (
+        cli.main(["blocks", "run", "lolcats_llama3_1_8b", "--parallel", "blocks.slurm=[a]", "blocks.launcher=slurm"])
+        == 2
+    )
     assert "blocks.slurm has 'a'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="run it without torchrun"):

@@ -19,6 +19,7 @@ from trenchcoat.config import Recipe, SelectConfig, StudentConfig, UserError, du
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.selection import SELECTION_FILE, Selection, combined, ranking
 from trenchcoat.linearize import stages
+from trenchcoat.linearize.blocks import stages as blockstages
 from trenchcoat.linearize.blocks.select import with_selection
 from trenchcoat.linearize.selection import run as selection_run
 from trenchcoat.linearize.selection.controls import spread_order
@@ -28,9 +29,10 @@ from trenchcoat.linearize.selection.probe import Probe, copied, full_rows, metho
 from trenchcoat.linearize.selection.registry import METHODS
 from trenchcoat.linearize.selection.retrieval import retrieval
 from trenchcoat.linearize.variants import open_variants
-from trenchcoat.models.attach import attach_students, attention_through, set_mode
+from trenchcoat.models.attach import attach_students, attention_through, detach_students, set_mode
 from trenchcoat.models.families import attention_sites
 from trenchcoat.ops import softmax_rows
+from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 
 NEAR = StudentConfig(name="window_sinks", window=4, sinks=2)
@@ -60,9 +62,12 @@ def test_gates_go_from_the_model_to_window_and_sinks(family: str) -> None:
     closed = gated_logits(model, {s.index: torch.zeros(s.num_heads) for s in sites}, ids)
     assert not closed.allclose(before, atol=1e-3)
     assert torch.equal(logits(model, ids), before)
-    attach_students(model, NEAR)
-    set_mode(model, "student")
-    torch.testing.assert_close(closed, logits(model, ids), rtol=1e-5, atol=1e-5)
+    half = gated_logits(model, {0: torch.tensor([0.0, 0.0, 1.0, 1.0]), 1: torch.zeros(4)}, ids)
+    for kept, gated in (((), closed), (("0.1",), half)):  # as a student with kept groups computes it
+        attach_students(model, dataclasses.replace(NEAR, keep=kept))
+        set_mode(model, "student")
+        torch.testing.assert_close(gated, logits(model, ids), rtol=1e-5, atol=1e-5)
+        detach_students(model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
@@ -194,6 +199,23 @@ def test_a_share_is_resolved_once_and_the_recipe_names_the_groups(
     with open_variants(recipe("student.keep=[0.1]", "run.dir=" + str(tmp_path / "other")), []) as variants:
         assert variants.recipe.student.keep == ("0.1",)
     assert not (tmp_path / "other" / SELECTION_FILE).exists()
+
+
+def test_a_conversion_selects_first_and_its_adapter_has_the_groups(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """In one piece and block by block, and again, when the selection is read; the students are the same."""
+    quick = ["student.keep=1", "select.method=retrieval", "select.frontier=[]", "transfer.max_steps=1", "lora=null"]
+    for name, convert in (("whole", stages.transfer), ("blocks", blockstages.run_blocks)):
+        for _ in range(2):
+            convert(recipe(*quick, f"run.dir={tmp_path / name}"))
+        kept = Selection.load(tmp_path / name / SELECTION_FILE).kept
+        assert load_recipe(tmp_path / name).student.keep == kept
+        meta = json.loads((tmp_path / name / "adapter" / "trenchcoat.json").read_text())
+        assert meta["student"]["keep"] == list(kept)
+    whole, blocks = (RunFolder(tmp_path / name).weights("transfer") for name in ("whole", "blocks"))
+    assert whole.keys() == blocks.keys()
+    assert all(torch.equal(whole[key], blocks[key]) for key in whole)
 
 
 def test_another_selection_is_made_again_or_refused_once_a_stage_depends_on_it(

@@ -22,6 +22,7 @@ from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import (
     FAR_OFF,
+    KEPT_WINDOW,
     REPORT_ROWS,
     LoraOnlyRow,
     TransferLoraRow,
@@ -29,9 +30,11 @@ from trenchcoat.evaluation.rows import (
     asked_rows,
     final_row,
 )
+from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.generate import Sampling, generate_rows
-from trenchcoat.linearize import comparison, stages, variants
+from trenchcoat.linearize import stages, variants
 from trenchcoat.linearize.comparison import stages_of
+from trenchcoat.linearize.held_out import evaluation_rows
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
 from trenchcoat.runtime import machine
@@ -61,7 +64,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     recipe = make()
     outcome = stages.linearize(recipe)
     assert outcome.results is not None
-    assert set(outcome.results.rows) == set(REPORT_ROWS)
+    assert set(outcome.results.rows) == {*REPORT_ROWS} - {KEPT_WINDOW}
     folder = Path(recipe.run.dir)
     names = ("recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.md", "rows.png")
     for name in (*names, "adapter/trenchcoat.json", "adapter/adapter.safetensors", "checkpoints/transfer"):
@@ -74,8 +77,8 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
 
     model, _ = load(folder)
     with variants.open_variants(recipe, []) as one:
-        mine = comparison.evaluation_rows(one.batches(2), recipe.eval.rows)
-    again = comparison.score(model, mine, window=recipe.student.window)
+        mine = evaluation_rows(one.batches(2), recipe.eval.rows)
+    again = score(model, mine, window=recipe.student.window)
     assert again.all.mean == pytest.approx(outcome.results.rows[TransferLoraRow.name].all.mean, abs=1e-6)
 
     monkeypatch.setattr(variants, "fit", _no_training)
@@ -206,7 +209,7 @@ def test_a_stream_stopped_in_either_stage_ends_with_the_same_numbers(
 
 def test_without_transfer_stage_2_is_the_baseline(make: Make) -> None:
     recipe = make("transfer=null", "eval.decode_lengths=[]")
-    assert stages_of(recipe) == ["lora_only", "window_sinks_lora"]
+    assert stages_of(recipe) == ["lora_only", "teacher_lora", "window_sinks_lora"]
     found = stages.linearize(recipe).results
     assert found is not None
     assert found.converted() == LoraOnlyRow.name

@@ -137,12 +137,21 @@ def _rounds(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(tl.bfloat16))
 
 
+@triton.jit
+def _widens(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, tl.load(x_ptr + i).to(tl.float32))
+
+
 def test_bfloat16_is_rounded_to_nearest() -> None:
     """On the device, and in the interpreter as the tests run it (see `trenchcoat.ops.triton.interpreter`)."""
     x = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    y = torch.empty_like(x, dtype=torch.bfloat16)
+    y, back = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)
     _rounds[(1,)](x, y, N=4096)
     assert torch.equal(y, x.to(torch.bfloat16))
+    y[:4] = torch.tensor([torch.inf, -torch.inf, -0.0, 1e-40])
+    _widens[(1,)](y, back, N=4096)
+    assert torch.equal(back, y.float())
 
 
 @pytest.mark.parametrize(

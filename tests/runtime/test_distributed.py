@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import byte_tokenizer, save_tiny_model, tiny_llama_config
 from ranks_kit import run, run_with_a_kill
+from ranks_worker import stopped
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.results import Results
@@ -34,7 +35,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_fi
     return [
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
-        "student.window=8", "student.keep=[1.0]", "student.feature_map.feature_dim=8", "student.feature_map.init=identity",
+        "student.window=8", "student.keep=[1.0]", "student.feature_map.feature_dim=8",
+        "student.feature_map.init=identity",
         *(f"{name}.{setting}" for name in ("transfer", "lora") for setting in stage),
         "transfer.schedule=plateau", "lora.schedule=plateau", "lora.rank=2", "lora.dropout=0.2",
         "lora.gradient_checkpointing=true", "eval.rows=5", "eval.batch_size=2", "eval.decode_lengths=[]",
@@ -51,32 +53,43 @@ def single(base: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(base: list[str], tmp_path_factory: pytest.TempPathFactory, single: Path) -> tuple[Path, list[list[Any]]]:
-    """Two processes: the uninterrupted run, half runs, variants of sharding, failures; the folder and the reports."""
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of 290 MB in "one" file, and the same "indexed" in three."""
+    torch.manual_seed(0)
+    config = tiny_llama_config(hidden_size=768, intermediate_size=3072, num_hidden_layers=10, num_attention_heads=12)
+    model = LlamaForCausalLM(config)
+    root = tmp_path_factory.mktemp("large")
+    for name, size, files in (("one", "5GB", 1), ("indexed", "100MB", 3)):
+        model.save_pretrained(root / name, max_shard_size=size)
+        byte_tokenizer().save_pretrained(root / name)
+        assert len(list((root / name).glob("*.safetensors"))) == files
+    return {name: root / name for name in ("one", "indexed")}
+
+
+@pytest.fixture(scope="module")
+def two(
+    base: list[str], tmp_path_factory: pytest.TempPathFactory, large_model: dict[str, Path]
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Two processes: loading, the uninterrupted run, half runs, variants of sharding, failures; returns the folder and
+    each process's report by the job's name. Loading comes first, in processes that have freed no memory yet."""
     root = tmp_path_factory.mktemp("two")
-    variants = {
-        "none": ["parallel.shard=none"],
-        "node": ["parallel.shard=node", "parallel.node_size=1", "parallel.async_save=false"],
+    jobs: dict[str, tuple[str, list[str]]] = {
+        "loading": ("loading", [f"model.path={large_model['one']}"]),
+        "whole": ("linearize", STEPS),
+        "half-1": ("stopped", STEPS),
+        "half-3": ("stopped", STEPS),
+        "none": ("linearize", [*STEPS, "parallel.shard=none"]),
+        "node": ("linearize", [*STEPS, "parallel.shard=node", "parallel.node_size=1", "parallel.async_save=false"]),
+        "collectives": ("collectives", []),
+        "poisoned": ("poisoned", []),
+        "uneven": ("transfer", ["parallel.node_size=3", "parallel.shard=node"]),
+        "quantized": ("transfer", ["model.quantize=nf4"]),
+        "offloaded": ("transfer", ["parallel.cpu_offload=true"]),
     }
-    jobs = [
-        {"do": "linearize", "overrides": [*base, *STEPS, f"run.dir={root / 'whole'}"]},
-        *({"do": "stopped", "overrides": [*base, *STEPS, f"run.dir={root / name}"]} for name in ("half-1", "half-3")),
-        *(
-            {"do": "linearize", "overrides": [*base, *STEPS, *more, f"run.dir={root / name}"]}
-            for name, more in variants.items()
-        ),
-        {"do": "collectives", "overrides": [*base, f"run.dir={root / 'collectives'}"]},
-        {"do": "poisoned", "overrides": [*base, f"run.dir={root / 'poisoned'}"]},
-        *(
-            {"do": "transfer", "overrides": [*base, *wrong, f"run.dir={root / 'wrong'}"]}
-            for wrong in (
-                ["parallel.node_size=3", "parallel.shard=node"],
-                ["model.quantize=nf4"],
-                ["parallel.cpu_offload=true"],
-            )
-        ),
+    listed = [
+        {"do": command, "overrides": [*base, *more, f"run.dir={root / name}"]} for name, (command, more) in jobs.items()
     ]
-    return root, run(2, jobs, root / "out")
+    return root, [dict(zip(jobs, report, strict=True)) for report in run(2, listed, root / "out")]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -105,18 +118,22 @@ def assert_same_run(one: Path, other: Path) -> None:
             assert rows[1][name].all.sums == pytest.approx(scores.all.sums, rel=1e-5)
 
 
-def test_two_processes_do_what_one_does(single: Path, two: tuple[Path, list[list[Any]]]) -> None:
+def test_two_processes_do_what_one_does(single: Path, two: tuple[Path, list[dict[str, Any]]]) -> None:
     root, reports = two
-    assert reports[0][:5] == reports[1][:5] == ["done", "stopped", "stopped", "done", "done"]
+    for report in reports:
+        assert [report[name] for name in ("whole", "half-1", "half-3")] == ["done", "stopped", "stopped"]
+        assert [report[name] for name in ("none", "node")] == ["done", "done"]
     assert_same_run(single, root / "whole")
 
 
 @pytest.mark.parametrize("way", ["none", "node"])
-def test_every_sharding_of_the_base_gives_the_same(way: str, single: Path, two: tuple[Path, list[list[Any]]]) -> None:
+def test_every_sharding_of_the_base_gives_the_same(
+    way: str, single: Path, two: tuple[Path, list[dict[str, Any]]]
+) -> None:
     assert_same_run(single, two[0] / way)
 
 
-def test_all_processes_write_one_log(two: tuple[Path, list[list[Any]]]) -> None:
+def test_all_processes_write_one_log(two: tuple[Path, list[dict[str, Any]]]) -> None:
     root, _ = two
     train = [line for line in lines(root / "whole") if line["kind"] == "train"]
     assert [line["step"] for line in train] == [1, 2, 3, 4] * 2
@@ -133,7 +150,7 @@ def test_all_processes_write_one_log(two: tuple[Path, list[list[Any]]]) -> None:
     assert sizes["exp_avg_sq/model.layers.0.self_attn.student.query_map.weight"] == [[2], [2]]
 
 
-def test_resumed_by_one_process(base: list[str], single: Path, two: tuple[Path, list[list[Any]]]) -> None:
+def test_resumed_by_one_process(base: list[str], single: Path, two: tuple[Path, list[dict[str, Any]]]) -> None:
     root, _ = two
     stages.linearize(load_recipe("demo", [*base, *STEPS, f"run.dir={root / 'half-1'}"]))
     assert_same_run(single, root / "half-1")
@@ -141,21 +158,28 @@ def test_resumed_by_one_process(base: list[str], single: Path, two: tuple[Path, 
 
 
 def test_resumed_by_three_processes(
-    base: list[str], single: Path, two: tuple[Path, list[list[Any]]], tmp_path: Path
+    base: list[str],
+    single: Path,
+    two: tuple[Path, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root, _ = two
     continued = {"do": "linearize", "overrides": [*base, *STEPS, f"run.dir={root / 'half-3'}"]}
     from_one = {"do": "linearize", "overrides": [*base, *STEPS, f"run.dir={tmp_path / 'from-one'}"]}
-    assert run(1, [{**from_one, "do": "stopped"}], tmp_path / "out-1") == [["stopped"]]
+    with monkeypatch.context() as torchrun:  # what it sets for a job of one process
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+            torchrun.setenv(name, value)
+        assert stopped(load_recipe("demo", from_one["overrides"])) == "stopped"
     assert run(3, [continued, from_one], tmp_path / "out")[2] == ["done", "done"]
     assert_same_run(single, root / "half-3")
     assert_same_run(single, tmp_path / "from-one")
 
 
-def test_the_frozen_base_is_gathered_and_nothing_of_it_is_reduced(two: tuple[Path, list[list[Any]]]) -> None:
+def test_the_frozen_base_is_gathered_and_nothing_of_it_is_reduced(two: tuple[Path, list[dict[str, Any]]]) -> None:
     _, reports = two
     for report in reports:
-        found = report[5]
+        found = report["collectives"]
         assert found["sharded"]
         assert found["student parameters whole"]
         for stage in ("transfer", "lora"):
@@ -164,19 +188,19 @@ def test_the_frozen_base_is_gathered_and_nothing_of_it_is_reduced(two: tuple[Pat
             assert all("gather" in kind for kind in kinds), kinds
 
 
-def test_a_nan_on_one_process_stops_all(two: tuple[Path, list[list[Any]]]) -> None:
+def test_a_nan_on_one_process_stops_all(two: tuple[Path, list[dict[str, Any]]]) -> None:
     _, reports = two
     for report in reports:
-        assert "NonFiniteLoss" in report[6]
-        assert "layer 1" in report[6]
+        assert "NonFiniteLoss" in report["poisoned"]
+        assert "layer 1" in report["poisoned"]
 
 
-def test_impossible_settings_are_refused_by_all(two: tuple[Path, list[list[Any]]]) -> None:
+def test_impossible_settings_are_refused_by_all(two: tuple[Path, list[dict[str, Any]]]) -> None:
     _, reports = two
     for report in reports:
-        assert "parallel.node_size=3 does not divide the 2 processes" in report[7]
-        assert "parallel.shard=none" in report[8]
-        assert "parallel.cpu_offload=true needs GPUs" in report[9]
+        assert "parallel.node_size=3 does not divide the 2 processes" in report["uneven"]
+        assert "parallel.shard=none" in report["quantized"]
+        assert "parallel.cpu_offload=true needs GPUs" in report["offloaded"]
 
 
 def test_a_killed_process_is_named_and_torchrun_resumes(base: list[str], single: Path, tmp_path: Path) -> None:
@@ -191,37 +215,39 @@ def test_a_killed_process_is_named_and_torchrun_resumes(base: list[str], single:
     )
 
 
-@pytest.mark.parametrize("files", ["one", "indexed"])
-def test_loading_reads_no_more_than_a_share(files: str, base: list[str], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = tiny_llama_config(hidden_size=768, intermediate_size=3072, num_hidden_layers=10, num_attention_heads=12)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "model", max_shard_size="100MB" if files == "indexed" else "5GB")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) == (1 if files == "one" else 3)
-    job = {"do": "loading", "overrides": [*base, f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]}
-    for report in run(2, [job], tmp_path / "out"):
-        found = report[0]
-        assert found["whole"] > 250e6
-        assert found["shards"] < 0.55 * found["whole"]
-        # nothing near the whole model; the budget is a share, one layer, and 200 MB: half of those, so that it can fail
-        assert found["added"] < found["shards"] + found["layer"] + 50e6, found
+def require_a_share(found: dict[str, float]) -> None:
+    """Nothing near the whole model; the budget is a share, one layer, and 200 MB: half of those, so that it can
+    fail."""
+    assert found["whole"] > 250e6
+    assert found["shards"] < 0.55 * found["whole"]
+    assert found["added"] < found["shards"] + found["layer"] + 50e6, found
 
 
-def test_what_does_not_fit_the_file_is_named(base: list[str], tmp_path: Path) -> None:
+def test_loading_reads_no_more_than_a_share(two: tuple[Path, list[dict[str, Any]]]) -> None:
+    for report in two[1]:
+        require_a_share(report["loading"])
+
+
+def test_loading_several_files_and_what_does_not_fit_them(
+    base: list[str], tmp_path: Path, large_model: dict[str, Path]
+) -> None:
+    jobs = [
+        {"do": "loading", "overrides": [*base, f"model.path={large_model['indexed']}", f"run.dir={tmp_path / 'r0'}"]}
+    ]
     save_tiny_model(tmp_path / "model", seed=0)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}))
-    jobs = [{"do": "transfer", "overrides": [*base, f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}"]}]
     (tmp_path / "empty").mkdir()
     shutil.copy(tmp_path / "model" / "config.json", tmp_path / "empty" / "config.json")
-    jobs.append(
-        {"do": "transfer", "overrides": [*base, f"model.path={tmp_path / 'empty'}", f"run.dir={tmp_path / 'r2'}"]}
-    )
-    for report in run(2, jobs, tmp_path / "out"):
-        assert "gate_proj" in report[0]
-        assert "(80, 32)" in report[0]
-        assert "no safetensors files" in report[1]
+    jobs += [
+        {"do": "transfer", "overrides": [*base, f"model.path={tmp_path / name}", f"run.dir={tmp_path / 'run' / name}"]}
+        for name in ("model", "empty")
+    ]
+    for loaded, changed, empty in run(2, jobs, tmp_path / "out"):
+        require_a_share(loaded)
+        assert "gate_proj" in changed
+        assert "(80, 32)" in changed
+        assert "no safetensors files" in empty
 
 
 def test_one_process_needs_no_group() -> None:

@@ -174,6 +174,11 @@ def _build(cls: type, document: Any, path: str) -> Any:
     return made
 
 
+def check_section(section: Any, path: str) -> None:
+    """Raise ``UserError`` for a section made in Python, such as ``DataConfig(...)``, with a value out of range."""
+    _build(type(section), vars(section), path)
+
+
 def key_hint(full: str, known: Sequence[str]) -> str:
     """The nearest of the ``known`` dotted paths to the unknown key ``full``, as the end of an error message."""
     if full in RENAMED:

@@ -436,6 +436,12 @@ class EvalConfig(_Section):
     """Rows per forward pass."""
     seq_len: RowLength | None = None
     """Tokens of an evaluation row; null is data.seq_len."""
+    length_factors: tuple[PositiveInt, ...] = (1, 2, 4)
+    """Also score rows of so many times that length (fewer of them: as many tokens), and copies of half of it; what the
+    held-out text or the model's positions are too short for is left out."""
+    copy_rows: NonNegativeInt = 8
+    """Rows that are a text of half their length followed by itself; also of random tokens, more if they are too few for
+    a standard error below 5 points. 0: none."""
     baselines: bool = True
     """Also train and score the comparison rows (LoRA only; window + sinks with the same LoRA budget)."""
     sinks: NonNegativeInt = 4

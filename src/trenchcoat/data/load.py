@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
+from trenchcoat.config.recipe_io import check_section
 from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.formats import check_format
@@ -49,8 +50,10 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int,
     is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one). Raises ``UserError`` for data that is missing,
     empty, broken, of another schema, or too small.
     """
-    cfg.check()
-    _check(cfg, batch_size, seed)
+    check_section(cfg, "data")
+    for name, value, least in (("batch_size", batch_size, 1), ("run.seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
     check_format(cfg.format)
     pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
     if cfg.streaming:
@@ -132,21 +135,6 @@ class _Span:
     def mark(self) -> list[str]:
         """Which samples are dropped, as part of a hash; empty if none."""
         return [] if self.keep.all() else [np.packbits(self.keep).tobytes().hex()]
-
-
-def _check(cfg: DataConfig, batch_size: int, seed: int) -> None:
-    share = cfg.validation_fraction
-    for name, value, least in (
-        ("data.seq_len", cfg.seq_len, 2),
-        ("data.validation_rows", cfg.validation_rows, 1),
-        ("data.max_rows", 1 if cfg.max_rows is None else cfg.max_rows, 1),
-        ("batch_size", batch_size, 1),
-        ("run.seed", seed, 0),
-    ):
-        if value < least:
-            raise UserError(f"{name}={value} is too small; it must be at least {least}")
-    if share is not None and not 0 < share < 1:
-        raise UserError(f"data.validation_fraction={share} must be above 0 and below 1")
 
 
 def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:

@@ -145,25 +145,40 @@ def dataset_splits(path: str, subset: str | None) -> Mapping[str, Any]:
     """Splits by name of a hub data set or a local folder, through ``datasets``; raises ``UserError``."""
     import datasets
 
-    folder = Path(path)
+    with dataset_errors(path):
+        loaded = datasets.load_from_disk(path) if is_saved(path) else datasets.load_dataset(path, subset)
+    return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+def is_saved(path: str) -> bool:
+    """Whether ``path`` is a folder that ``datasets`` has saved."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+@contextmanager
+def dataset_errors(path: str) -> Iterator[None]:
+    """Turn errors of ``datasets`` inside the block into a ``UserError`` that names the path."""
+    import datasets
+
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(path)
-        else:
-            loaded = datasets.load_dataset(path, subset)
+        yield
     except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise UserError(
             f"cannot read data.path={path!r} (neither a file here nor loadable as a folder or hub data set): {reason}"
         ) from error
-    return loaded if isinstance(loaded, Mapping) else {"train": loaded}
+
+
+def split_of(path: str, splits: Mapping[str, Any], split: str) -> Any:
+    """One split of a data set; raises ``UserError`` when there is no such split."""
+    if split not in splits:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(splits)}: set data.split to one of them")
+    return splits[split]
 
 
 def dataset_source(path: str, splits: Mapping[str, Any], split: str) -> Source:
     """One split of a loaded data set; raises ``UserError`` when there is no such split."""
-    if split not in splits:
-        raise UserError(f"{path} has no split {split!r}; it has {', '.join(splits)}: set data.split to one of them")
-    rows = splits[split]
+    rows = split_of(path, splits, split)
     return Source(
         f"{path} ({split})",
         rows._fingerprint,  # the library has no public name for it

@@ -17,13 +17,25 @@ import bisect
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.sources import Row, Source, check_file, is_file_path, json_line, parquet_errors, split_sample
+from trenchcoat.data.sources import (
+    Row,
+    Source,
+    check_file,
+    dataset_errors,
+    dataset_splits,
+    is_file_path,
+    is_saved,
+    json_line,
+    parquet_errors,
+    split_of,
+    split_sample,
+)
 
 SHARD_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192)
 SHARD_BYTES, SHARD_ROWS = 1 << 20, 1024
@@ -71,7 +83,7 @@ def open_stream(cfg: DataConfig) -> tuple[StreamSource, Source]:
     hold = cfg.validation_rows if cfg.validation_path is None else 0
     if is_file_path(path):
         return _file_stream([Path(path)], path, hold)
-    if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "state.json").is_file():
+    if is_saved(path):
         return _saved_stream(path, cfg.split, hold)
     return _dataset_stream(path, cfg, hold)
 
@@ -89,15 +101,19 @@ def _file_stream(files: Sequence[Path], name: str, hold: int) -> tuple[StreamSou
         raise UserError(f"{name}: files of kind {kind!r} are not streamed; use .jsonl or .parquet")
     space: _Space = _Groups(files, hold) if kind == ".parquet" else _Lines(files, hold)
     if space.held < hold or space.empty:
-        raise UserError(
-            f"{name} has no more than {space.held} rows, too few to hold out {hold} for validation and train on the "
-            "rest: set a smaller data.validation_rows, or data.validation_path"
-        )
+        raise _too_few(name, f"no more than {space.held}", hold)
     mark = _files_fingerprint(files)
     held = Source(
         f"the first {hold} rows of {name}", f"{mark} first {hold}", lambda: itertools.islice(space.all(), hold)
     )
     return StreamSource(name, f"{mark} from {hold}", space.shards, space.open), held
+
+
+def _too_few(name: str, rows: str, hold: int) -> UserError:
+    return UserError(
+        f"{name} has {rows} rows, too few to hold out {hold} for validation and train on the rest: set a smaller "
+        "data.validation_rows, or data.validation_path"
+    )
 
 
 def _files_fingerprint(files: Iterable[Path]) -> str:
@@ -264,18 +280,12 @@ class _IterableReader:
 
 def _saved_stream(path: str, split: str, hold: int) -> tuple[StreamSource, Source]:
     """A data set saved by ``datasets``: memory-mapped, any row at once."""
-    import datasets
-
-    loaded = datasets.load_from_disk(path)
-    splits = loaded if isinstance(loaded, Mapping) else {"train": loaded}
-    rows = _split_of(path, splits, split)
+    splits = dataset_splits(path, None)
+    rows = split_of(path, splits, split)
     own = splits.get("validation") if split != "validation" and hold else None
     hold = hold if own is None else 0
     if len(rows) <= hold:
-        raise UserError(
-            f"{path} has {len(rows)} rows, too few to hold out {hold} for validation and train on the rest: set a "
-            "smaller data.validation_rows, or data.validation_path"
-        )
+        raise _too_few(path, f"{len(rows)}", hold)
     shards = most_shards((len(rows) - hold) // SHARD_ROWS)
     training = rows.select(range(hold, len(rows))).to_iterable_dataset(num_shards=shards)
     held = rows.select(range(hold)) if own is None else own
@@ -290,16 +300,11 @@ def _dataset_stream(path: str, cfg: DataConfig, hold: int) -> tuple[StreamSource
     """A folder or a hub data set through ``datasets``; local JSON lines and Parquet files are read without it."""
     import datasets
 
-    try:
+    with dataset_errors(path):
         builder = datasets.load_dataset_builder(path, cfg.subset)
         found = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
         splits = builder.as_streaming_dataset()
-    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise UserError(
-            f"cannot read data.path={path!r} (neither a file here nor loadable as a folder or hub data set): {reason}"
-        ) from error
-    rows = _split_of(path, splits, cfg.split)
+    rows = split_of(path, splits, cfg.split)
     mark = hashlib.sha256(json.dumps([builder.hash, cfg.subset, cfg.split, found]).encode()).hexdigest()
     own = splits["validation"] if hold and cfg.split != "validation" and "validation" in splits else None
     files = [Path(file) for file in found.get(cfg.split, ())]
@@ -317,12 +322,6 @@ def _dataset_stream(path: str, cfg: DataConfig, hold: int) -> tuple[StreamSource
 
     held_rows = rows.shard(shards, 0).take(hold) if own is None else own
     return StreamSource(path, f"{mark} {skipped}", shards, reader), _held_source(path, f"{mark} {skipped}", held_rows)
-
-
-def _split_of(path: str, splits: Mapping[str, Any], split: str) -> Any:
-    if split not in splits:
-        raise UserError(f"{path} has no split {split!r}; it has {', '.join(splits)}: set data.split to one of them")
-    return splits[split]
 
 
 def _held_source(path: str, fingerprint: str, rows: Iterable[Any]) -> Source:

@@ -108,6 +108,8 @@ class TrenchcoatLM(HFLM):
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         rows = None if str(batch_size).startswith("auto") else int(batch_size)
         self.path, self.scorer = path, LoglikelihoodScorer(model, batch_size=rows, share=share)
+        self.asked: dict[tuple[str, str], Request] = {}
+        """Token ids of the requests scored, by their texts."""
 
     @staticmethod
     def _harness_batch(batch_size: int | str, model: Any) -> int | str:
@@ -130,8 +132,9 @@ class TrenchcoatLM(HFLM):
         """(sum of log p, every token is the first choice) of each (strings, context ids, continuation ids)."""
         asked = [self._cut(context, continuation) for _, context, continuation in requests]
         answers = [(answer.logprob, answer.greedy) for answer in self.scorer.scores(asked)]
-        for (strings, _, _), answer in zip(requests, answers, strict=True):
+        for (strings, _, _), request, answer in zip(requests, asked, answers, strict=True):
             if strings is not None:
+                self.asked[strings] = request
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
 
@@ -253,7 +256,19 @@ def score_tasks(
         "data": "local" if plan.data_dir or plan.task_dir else "hub",
         "harness": found["lm_eval_version"],
     }
-    return {name: _record(name, found, model_name, more) for name in found["results"]}
+    records = {name: _record(name, found, model_name, more) for name in found["results"]}
+    read: Mapping[tuple[str, str], Request] = getattr(lm, "asked", {})  # a plain model of the harness has none
+    for name, record in records.items():
+        pairs = [pair for leaf in record.members or [name] for pair in _texts(found, leaf)]
+        asked = [read[pair] for pair in pairs if pair in read]
+        record.past_2w = plan.past_2w(asked) if asked else None
+    return records
+
+
+def _texts(found: Mapping[str, Any], task: str) -> list[tuple[str, str]]:
+    """(context, continuation) of everything that a task's rows asked for."""
+    asked = [arguments for sample in found["samples"].get(task, []) for arguments in sample["arguments"]]
+    return [(one[0], one[1]) for one in asked if len(one) == 2 and isinstance(one[1], str)]
 
 
 class HarnessTasks(EvalTask):

@@ -172,7 +172,9 @@ class MmluLetters(EvalTask):
         records: dict[str, TaskRecord] = {}
         every: list[float] = []
         for subject, asked in items.items():
-            fit_here = fits[len(every) : len(every) + len(asked)]
+            here = slice(len(every), len(every) + len(asked))
+            fit_here = fits[here]
+            read = [ids for ids, fit in zip(contexts[here], fit_here, strict=True) if fit]
             chosen = [_largest([next(answers).logprob for _ in letters]) if fit else None for fit in fit_here]
             rows = [float(choice == item["label"]) for choice, item in zip(chosen, asked, strict=True)]
             every += rows
@@ -184,10 +186,12 @@ class MmluLetters(EvalTask):
                 rows_id=hashlib.sha256(identity.encode()).hexdigest()[:16],
                 settings=settings,
                 scores={model.name: ModelScore({"acc": mean_estimate(rows)}, {"acc": rows}, fit_here.count(False))},
+                past_2w=plan.past_2w((ids, [0]) for ids in read),
             )
         whole = TaskRecord(
             self.name, self.name, len(every), members=[*records], settings=settings,
             scores={model.name: ModelScore({"acc": mean_estimate(every)}, too_long=fits.count(False))},
+            past_2w=plan.past_2w((ids, [0]) for ids in kept),
         )  # fmt: skip
         return {self.name: whole, **records}
 

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.evaluation.columns import REPORT_COLUMNS
-from trenchcoat.evaluation.rows import CONVERTED, REPORT_ROWS, TEACHER, UNTRAINED
-from trenchcoat.evaluation.statistics import Estimate, RowSums, gap_closed
+from trenchcoat.config import UserError
+from trenchcoat.evaluation.columns import report_columns
+from trenchcoat.evaluation.rows import CONVERTED, KEPT_WINDOW, REPORT_ROWS, TEACHER, WINDOW
+from trenchcoat.evaluation.statistics import NOTHING, Estimate, RowSums, gap_closed, paired_difference
 from trenchcoat.runtime.files import write_text
 
 RESULTS_FILE = "results.json"
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,35 @@ class Outcome:
 
     shown: tuple[Any, ...]
     results: Any = None
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of a generation cache for one sequence: ``constant + per_token * tokens``, and layers that stop growing."""
+
+    constant: int
+    per_token: int
+    limited: list[tuple[int, int]] = field(default_factory=list)
+    """(bytes a token, tokens that it holds at most) of each layer with a window of its own."""
+
+    def at(self, tokens: int) -> int:
+        """Bytes after ``tokens`` tokens."""
+        return self.constant + self.per_token * tokens + sum(rate * min(tokens, most) for rate, most in self.limited)
+
+
+@dataclass(frozen=True)
+class LengthScores:
+    """Scores of one model on rows of one length."""
+
+    far: RowSums
+    """Loss over counted tokens that have more than 2 x window tokens before them."""
+    near: RowSums
+    """Loss over counted tokens whose whole past is in the near part of a student (the first 2 x window of a terrace):
+    there it computes what the teacher computes, unless its weights were trained."""
+    copy: RowSums = NOTHING
+    """Loss over the second half of rows that are a text of half their length followed by itself."""
+    copy_hits: RowSums = NOTHING
+    """Tokens of that half that are the model's first choice."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,16 @@ class Scores:
     """[T - 1] mean loss at each position; NaN where no row counts."""
     position_count: list[int]
     """[T - 1] rows that count at each position."""
+    near: RowSums = NOTHING
+    """As in ``LengthScores``."""
+    copy: RowSums = NOTHING
+    copy_hits: RowSums = NOTHING
+    random_hits: RowSums = NOTHING
+    """As ``copy_hits``, of random tokens followed by themselves."""
+    cache: CacheSize | None = None
+    """Its generation cache; None where it was not measured."""
+    longer: dict[int, LengthScores] = field(default_factory=dict)
+    """Factor -> scores on rows of so many times T tokens."""
     seconds: float = 0.0
     """Wall time of the scoring."""
 
@@ -61,6 +101,11 @@ class Scores:
     def far_perplexity(self) -> float:
         """exp(mean loss) over tokens past 2 x window."""
         return self.far.perplexity
+
+    def at(self, factor: int) -> LengthScores | None:
+        """Scores on rows of ``factor`` x T tokens; None if they were not measured."""
+        own = LengthScores(self.far, self.near, self.copy, self.copy_hits)
+        return own if factor == 1 else self.longer.get(factor)
 
 
 @dataclass(frozen=True)
@@ -113,6 +158,8 @@ class Results:
     """Row name -> scores, all on the same text."""
     decode: dict[str, list[DecodePoint]] = field(default_factory=dict)
     """``teacher`` and ``student`` -> decoding curve."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """``groups`` (key/value heads of all layers) and ``kept groups``."""
     samples: list[Sample] = field(default_factory=list)
     stages: list[StageFacts] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -136,24 +183,50 @@ class Results:
         """Name of the converted model's row, that of the last stage trained; None if no stage was."""
         return next((name for name in CONVERTED if name in self.rows), None)
 
-    def best_window_row(self) -> str | None:
-        """Name of the best row without a far part on tokens past 2W; None if none was scored."""
-        names = [name for name, row in REPORT_ROWS.items() if row.window_only and name in self.rows]
-        return min(names, key=lambda name: self.rows[name].far.mean, default=None)
+    def untrained_rival(self) -> str | None:
+        """Name of the row that keeps as much as the converted model and trains nothing: kept groups with window +
+        sinks, or window + sinks; None if neither was scored."""
+        return next((name for name in (KEPT_WINDOW, WINDOW) if name in self.rows), None)
 
-    def share_closed(self, name: str) -> Estimate | None:
-        """Share of the loss gap between the untrained swap and the teacher that row ``name`` closes, all tokens."""
-        return self._share(name, UNTRAINED, "all")
+    def factors(self) -> list[int]:
+        """Lengths that a row was scored at, as multiples of ``seq_len``, ascending."""
+        return sorted({1, *(factor for scores in self.rows.values() for factor in scores.longer)})
 
-    def far_share_closed(self, name: str) -> Estimate | None:
-        """Share of the gap between the best window-only row and the teacher closed by ``name``, past 2W."""
-        return self._share(name, self.best_window_row(), "far")
-
-    def _share(self, name: str, bottom: str | None, tokens: str) -> Estimate | None:
-        if bottom not in self.rows or TEACHER not in self.rows:
+    def shift(self, name: str) -> Estimate | None:
+        """Loss of row ``name`` minus the teacher's where a student's near part holds the whole past of a token; None
+        for the teacher, and where it was not measured."""
+        if name == TEACHER or TEACHER not in self.rows:
             return None
-        parts: list[RowSums] = [getattr(self.rows[key], tokens) for key in (name, bottom, TEACHER)]
-        return gap_closed(*parts)
+        near = [self.rows[key].near for key in (name, TEACHER)]
+        return paired_difference(*near) if near[0].count else None
+
+    def far_closed(self, name: str, factor: int = 1, *, corrected: bool = False) -> Estimate | None:
+        """Share of the gap between untrained window + sinks and the teacher that row ``name`` closes past 2W.
+
+        ``factor``: on rows of so many times ``seq_len``. ``corrected``: with the row's shift on the same rows taken off
+        its loss.
+        """
+        found = self._three(name, factor)
+        if found is None:
+            return None
+        row, bottom, teacher = found
+        if corrected and not row.near.count:
+            return None
+        return gap_closed(row.far, bottom.far, teacher.far, (row.near, teacher.near) if corrected else None)
+
+    def copy_closed(self, name: str, factor: int = 1) -> Estimate | None:
+        """The same share of the loss on copied text."""
+        found = self._three(name, factor)
+        if found is None or not all(scores.copy.count for scores in found):
+            return None
+        row, bottom, teacher = found
+        return gap_closed(row.copy, bottom.copy, teacher.copy)
+
+    def _three(self, name: str, factor: int) -> list[LengthScores] | None:
+        """Scores of row ``name``, of untrained window + sinks and of the teacher at one length, if all exist."""
+        found = [self.rows[key].at(factor) for key in (name, WINDOW, TEACHER) if key in self.rows]
+        there = [scores for scores in found if scores is not None]
+        return there if len(there) == 3 else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite become None."""
@@ -176,7 +249,7 @@ class Results:
             "recall_loss": scores.recall.mean,
             "recall_probes": scores.recall.count,
         }
-        values = {key: column.value(self, name) for key, column in REPORT_COLUMNS.items() if key not in figures}
+        values = {column.key: column.value(self, name) for column in report_columns(self) if column.key not in figures}
         return figures | {key: asdict(value) if value else None for key, value in values.items()}
 
     def save(self, path: str | Path) -> None:
@@ -187,15 +260,16 @@ class Results:
 
     @classmethod
     def load(cls, path: str | Path) -> Results:
-        """Read what ``save`` wrote. Raises ``ValueError`` for another format or a damaged file."""
+        """Read what ``save`` wrote. Raises ``UserError`` for another format or a damaged file."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             if raw.get("format") != RESULTS_FORMAT:
-                raise ValueError(f"format {raw.get('format')!r} is not {RESULTS_FORMAT}")
+                raise ValueError(f"its format is {raw.get('format')!r}, and {RESULTS_FORMAT} is read")
             return cls.from_dict(raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is not a results file of this version of trenchcoat ({error}). Run `trenchcoat eval` again."
+            raise UserError(
+                f"{path} is not a results file of this version of trenchcoat ({error}): score the run again with "
+                f"`trenchcoat eval {Path(path).parent}`"
             ) from error
 
     @classmethod
@@ -217,11 +291,24 @@ class Results:
 
 
 def _scores(raw: Mapping[str, Any]) -> Scores:
-    fields = {key: value for key, value in raw.items() if key != "summary"}
-    for key in ("all", "far", "recall", "recall_hits"):
-        fields[key] = RowSums([number_or_nan(x) for x in raw[key]["sums"]], raw[key]["counts"])
+    fields = _with_sums(raw)
     fields["position_loss"] = [number_or_nan(x) for x in raw["position_loss"]]
+    if raw["cache"] is not None:
+        limited = [(rate, most) for rate, most in raw["cache"]["limited"]]
+        fields["cache"] = CacheSize(raw["cache"]["constant"], raw["cache"]["per_token"], limited)
+    fields["longer"] = {int(factor): LengthScores(**_with_sums(part)) for factor, part in raw["longer"].items()}
     return Scores(**fields)
+
+
+def _with_sums(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``raw`` without its summary, sums as ``RowSums``."""
+    return {
+        key: RowSums([number_or_nan(x) for x in value["sums"]], value["counts"])
+        if isinstance(value, Mapping) and value.keys() == {"sums", "counts"}
+        else value
+        for key, value in raw.items()
+        if key != "summary"
+    }
 
 
 def number_or_nan(value: float | None) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trenchcoat.config import Recipe, StudentConfig
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TEACHER_LORA, TRANSFER, WINDOW_SINKS_LORA
 from trenchcoat.students import student_class
 
 
@@ -49,8 +49,6 @@ class ReportRow:
     """Its stage is trained only for comparison, if the recipe has ``eval.baselines``."""
     question: ClassVar[str] = ""
     """What the report asks about the converted model against this row; empty: no question."""
-    window_only: ClassVar[bool] = False
-    """A model without a far part, from which gaps past 2W are measured."""
     colour: ClassVar[str] = "#666666"
     line: ClassVar[Any] = "-"
 
@@ -74,8 +72,23 @@ def own_stages(recipe: Recipe) -> list[str]:
 
 
 def window_sinks_student(recipe: Recipe) -> StudentConfig:
-    """The student of the comparison rows: window and sinks, no far part, no trainable parameters."""
+    """Window and sinks beside what the recipe keeps of the softmax attention: no far part, nothing to train."""
     return dataclasses.replace(recipe.student, name="window_sinks", sinks=recipe.eval.sinks)
+
+
+def keeps_groups(recipe: Recipe) -> bool:
+    """Whether the recipe keeps softmax attention somewhere."""
+    return bool(recipe.student.keep or recipe.student.keep_softmax)
+
+
+def _trains_mixers_alone(recipe: Recipe) -> bool:
+    return recipe.lora is not None and recipe.lora.train == "mixer"
+
+
+def exact_tokens(student: StudentConfig) -> int:
+    """Tokens at the start of a row whose queries have their whole past in the near part."""
+    kind = student_class(student.name).kind
+    return {"terrace": 2, "sliding": 1, "linear": 0}[kind] * student.window
 
 
 class TeacherRow(ReportRow):
@@ -87,6 +100,63 @@ class TeacherRow(ReportRow):
     def variant(self, recipe: Recipe) -> Variant:
         """The base model."""
         return Variant(teacher=True)
+
+
+class TeacherLoraRow(ReportRow):
+    """The teacher after the same stage 2: what stage 2 does without any conversion."""
+
+    name, label, stage = "teacher_lora", "teacher + stage 2", TEACHER_LORA
+    description = (
+        "the original model after as many steps of stage 2, by next-token loss (its divergence from itself is 0, so "
+        "with lora.loss=kl there would be nothing to train). What it gains was learned from the kind of text, and not "
+        "recovered from text past 2W."
+    )
+    baseline = True
+    colour, line = "#000000", "--"
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """The base model with LoRA; None where only mixers are trained, which it does not have."""
+        if _trains_mixers_alone(recipe) or super().variant(recipe) is None:
+            return None
+        return Variant(self.stage, teacher=True)
+
+
+class WindowSinksRow(ReportRow):
+    """Window and sinks alone, untrained: 0 % of every gap."""
+
+    name, label = "window_sinks", "window + sinks"
+    description = (
+        "each token sees the window and the first {sinks} tokens (*sinks*, which attract attention), and "
+        "nothing else: no far part, no kept groups, no training. 0 % of every gap."
+    )
+    question = "Does it beat window + sinks without training?"
+    colour = "#D55E00"
+    line: ClassVar[Any] = "-."
+
+    def student(self, recipe: Recipe) -> StudentConfig:
+        """Nothing is kept."""
+        return dataclasses.replace(window_sinks_student(recipe), keep=(), keep_softmax=())
+
+
+class KeptWindowSinksRow(ReportRow):
+    """The recipe's kept groups beside window and sinks, untrained."""
+
+    name, label = "kept_window_sinks", "kept + window + sinks"
+    description = (
+        "the groups that the conversion keeps, with the teacher's attention, and window + sinks for all others: "
+        "untrained. It costs as much memory as the conversion or less; training has to beat it to be worth anything."
+    )
+    question = "Does it beat the same kept groups with window + sinks, without training?"
+    colour = "#A6761D"
+    line: ClassVar[Any] = "-."
+
+    def student(self, recipe: Recipe) -> StudentConfig:
+        """What the recipe keeps, and no far part."""
+        return window_sinks_student(recipe)
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """Only where something is kept."""
+        return super().variant(recipe) if keeps_groups(recipe) else None
 
 
 class UntrainedRow(ReportRow):
@@ -108,33 +178,21 @@ class TransferOnlyRow(ReportRow):
     colour = "#56B4E9"
 
 
-class LoraOnlyRow(ReportRow):
-    """Stage 2 without stage 1."""
-
-    name, label, stage = "lora_only", "LoRA only (no transfer)", LORA_ONLY
-    description = (
-        "no transfer; only *LoRA*, small low-rank corrections to the attention projections, trained on the next token."
-    )
-    question = "Does it beat LoRA alone, without attention transfer?"
-    baseline = True
-    colour = "#E69F00"
-
-
 class TransferLoraRow(ReportRow):
     """Both stages."""
 
-    name, label, stage = "transfer_lora", "transfer + LoRA", LORA
-    description = "attention transfer first, then LoRA; this is the conversion."
+    name, label, stage = "transfer_lora", "transfer + stage 2", LORA
+    description = "attention transfer first, then stage 2, which trains the whole model; this is the conversion."
     colour = "#0072B2"
 
 
 class FarOffRow(ReportRow):
     """The converted model with only its window."""
 
-    name, label = "far_off", "the same, far part off"
+    name, label = "far_off", "same, far part off"
     description = (
-        "the converted model with only its window. It was trained with the far part in place, so the difference "
-        "flatters the far part; the window + sinks rows are the fair comparison."
+        "the converted model with only its window and kept groups. It was trained with the far part in place, so the "
+        "difference flatters the far part; the window + sinks rows are the fair comparison."
     )
     colour, line = "#CC79A7", "--"
 
@@ -146,55 +204,57 @@ class FarOffRow(ReportRow):
         return Variant(next(reversed(own_stages(recipe)), None), far=False)
 
 
-class WindowSinksRow(ReportRow):
-    """Window and sinks, untrained."""
+class LoraOnlyRow(ReportRow):
+    """Stage 2 without stage 1."""
 
-    name, label = "window_sinks", "window + sinks, untrained"
+    name, label, stage = "lora_only", "no transfer, stage 2", LORA_ONLY
     description = (
-        "each token sees the window and the first {sinks} tokens (*sinks*, which attract attention), and "
-        "nothing else: no far part at all, and no training."
+        "no transfer, but the same stage 2, which also trains the feature maps and mixing gates: what attention "
+        "transfer is good for is the difference."
     )
-    question = "Does it beat window + sinks without training?"
-    window_only = True
-    colour = "#D55E00"
-    line: ClassVar[Any] = "-."
+    question = "Does it beat the same stage 2 without attention transfer?"
+    baseline = True
+    colour = "#E69F00"
+
+
+class WindowSinksLoraRow(ReportRow):
+    """Window and sinks with the conversion's stage 2."""
+
+    name, label, stage = "window_sinks_lora", "window+sinks, stage 2", WINDOW_SINKS_LORA
+    description = "window + sinks beside the kept groups, if any, with the same stage 2: no far part."
+    question = "Does it beat window + sinks with the same stage 2?"
+    baseline = True
+    colour = "#009E73"
+    line: ClassVar[Any] = (0, (5, 1, 1, 1, 1, 1))
 
     def student(self, recipe: Recipe) -> StudentConfig:
-        """Window and sinks, no far part."""
+        """What the recipe keeps, and no far part."""
         return window_sinks_student(recipe)
-
-
-class WindowSinksLoraRow(WindowSinksRow):
-    """Window and sinks with the conversion's LoRA."""
-
-    name, label, stage = "window_sinks_lora", "window + sinks + LoRA", WINDOW_SINKS_LORA
-    description = "the same with the LoRA budget of the conversion."
-    question = "Does it beat window + sinks with the same LoRA?"
-    baseline = True
-    colour, line = "#009E73", (0, (5, 1, 1, 1, 1, 1))
 
     def variant(self, recipe: Recipe) -> Variant | None:
         """None where only mixers are trained: it has none."""
-        nothing = recipe.lora is not None and recipe.lora.train == "mixer"
-        return None if nothing else super().variant(recipe)
+        return None if _trains_mixers_alone(recipe) else super().variant(recipe)
 
 
 REPORT_ROWS: dict[str, ReportRow] = {
     row.name: row
     for row in (
         TeacherRow(),
+        TeacherLoraRow(),
+        WindowSinksRow(),
+        KeptWindowSinksRow(),
         UntrainedRow(),
         TransferOnlyRow(),
-        LoraOnlyRow(),
         TransferLoraRow(),
         FarOffRow(),
-        WindowSinksRow(),
+        LoraOnlyRow(),
         WindowSinksLoraRow(),
     )
 }
 """Every row by name, in table order. Add yours here."""
 
 TEACHER, UNTRAINED, FAR_OFF = TeacherRow.name, UntrainedRow.name, FarOffRow.name
+WINDOW, KEPT_WINDOW = WindowSinksRow.name, KeptWindowSinksRow.name
 CONVERTED = (TransferLoraRow.name, TransferOnlyRow.name, LoraOnlyRow.name)
 """Rows that can be the converted model; the first that was scored is."""
 

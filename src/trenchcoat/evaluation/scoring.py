@@ -159,43 +159,63 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def score(
-    model: nn.Module, rows: Tensor | Sequence[Mapping[str, Tensor]] | EvalRows, *, window: int, batch_size: int = 4
+    model: nn.Module,
+    rows: Tensor | Sequence[Mapping[str, Tensor]] | EvalRows,
+    *,
+    window: int,
+    batch_size: int = 4,
+    exact: int | None = None,
 ) -> Scores:
-    """Next-token scores of ``model`` on N rows: over all tokens, past 2W, on recall probes, and by position.
+    """Next-token scores of ``model`` on N rows: over all tokens, past 2W, near, on recall probes, and by position.
 
     ``rows`` as in ``gather_rows``. ``window`` is the student's W, for the teacher too, so that all models are scored
     on the same tokens: token n + 1 is "past 2W" when n >= 2W, that is when more than 2W tokens come before it.
-    Padding and labels of -100 are left out. Losses are in nats, computed in float32, and summed in float64.
-    Raises ``ValueError`` for a window or batch size below 1 and for rows without a token to score.
+    ``exact``: tokens at the start of a row whose queries have their whole past in a student's near part, by default 2W
+    (a terrace's). Padding and labels of -100 are left out. Losses are in nats, computed in float32, and summed in
+    float64. Raises ``ValueError`` for a window or batch size below 1 and for rows without a token to score.
     """
     if window < 1 or batch_size < 1:
         raise ValueError(f"window and batch_size must be at least 1; got window={window}, batch_size={batch_size}")
     text = rows if isinstance(rows, EvalRows) else gather_rows(rows)
     started = time.perf_counter()
-    losses = torch.zeros(len(text.ids), text.ids.shape[1] - 1, dtype=torch.float64)
-    hits = torch.zeros_like(losses)
-    with _evaluating(model):
-        for first in distributed.share(range(0, len(text.ids), batch_size)):
-            part = slice(first or 0, (first or 0) + batch_size)  # None: only takes part in collectives
-            found = _token_losses(model, text.ids[part])
-            if first is not None:
-                losses[part], hits[part] = found
-    losses, hits = distributed.sum_tensor(losses), distributed.sum_tensor(hits).bool()
+    losses, hits = _all_losses(model, text.ids, batch_size)
     counted, probes = text.counted[:, 1:], recall_probes(text, window)[:, 1:]
-    far = counted & (torch.arange(losses.shape[1]) >= 2 * window)
+    query = torch.arange(losses.shape[1])
     rows_counted = counted.sum(0)
     by_position = torch.where(counted, losses, 0.0).sum(0) / rows_counted  # 0 / 0 gives the documented NaN
     return Scores(
         window=window,
         seq_len=text.ids.shape[1],
         all=_row_sums(losses, counted),
-        far=_row_sums(losses, far),
+        far=_row_sums(losses, counted & (query >= 2 * window)),
+        near=_row_sums(losses, counted & (query < (2 * window if exact is None else exact))),
         recall=_row_sums(losses, probes),
         recall_hits=_row_sums(hits.double(), probes),
         position_loss=[round(x, 6) for x in by_position.tolist()],
         position_count=rows_counted.tolist(),
         seconds=time.perf_counter() - started,
     )
+
+
+def score_copies(model: nn.Module, ids: Tensor, *, batch_size: int = 4) -> tuple[RowSums, RowSums]:
+    """(losses, right first choices) of ``model`` on the second halves of rows [N, 2 h] whose halves are equal."""
+    losses, hits = _all_losses(model, ids, batch_size)
+    second = slice(ids.shape[1] // 2 - 1, None)
+    everything = torch.ones_like(hits[:, second])
+    return _row_sums(losses[:, second], everything), _row_sums(hits[:, second].double(), everything)
+
+
+def _all_losses(model: nn.Module, ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """[N, T] ids -> losses [N, T - 1] float64 and hits [N, T - 1] bool; the processes share the rows."""
+    losses = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float64)
+    hits = torch.zeros_like(losses)
+    with _evaluating(model):
+        for first in distributed.share(range(0, len(ids), batch_size)):
+            part = slice(first or 0, (first or 0) + batch_size)  # None: only takes part in collectives
+            found = _token_losses(model, ids[part])
+            if first is not None:
+                losses[part], hits[part] = found
+    return distributed.sum_tensor(losses), distributed.sum_tensor(hits).bool()
 
 
 def _row_sums(values: Tensor, chosen: Tensor) -> RowSums:

@@ -1,21 +1,20 @@
 """The statistics of the reports: means, standard errors, paired differences, shares of a gap, intervals.
 
-Losses are in nats. Their standard errors come from a bootstrap (B. Efron, 1979) over the evaluated rows of text: rows
-are resampled, not tokens, because the tokens of one row are not independent.
+Losses are in nats. Their standard errors come from the jackknife (M. Quenouille, 1949; J. Tukey, 1958) over the
+evaluated rows of text: the figure is computed without each row in turn. Rows are left out, not tokens, because the
+tokens of one row are not independent. For a mean over rows of equal length it is the textbook standard error.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-BOOTSTRAP_DRAWS = 2000
 NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
 """Standard errors in half a 95 % interval."""
 
@@ -31,15 +30,6 @@ class Estimate:
     def clear(self) -> bool:
         """True when the value is more than two standard errors from zero."""
         return math.isfinite(self.value) and math.isfinite(self.error) and abs(self.value) > 2 * self.error
-
-
-@cache
-def _bootstrap_weights(rows: int) -> Tensor:
-    """[BOOTSTRAP_DRAWS, rows] float64: how often each row is drawn; the same draws for every model."""
-    generator = torch.Generator().manual_seed(20)
-    drawn = torch.randint(rows, (BOOTSTRAP_DRAWS, rows), generator=generator)
-    counts = torch.zeros(BOOTSTRAP_DRAWS, rows, dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
 
 @dataclass(frozen=True)
@@ -64,13 +54,6 @@ class RowSums:
         """exp(mean)."""
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
-    def replicates(self) -> Tensor:
-        """[BOOTSTRAP_DRAWS] float64: the mean in each resampling of the rows."""
-        weights = _bootstrap_weights(len(self.counts))
-        sums = torch.tensor(self.sums, dtype=torch.float64)
-        counts = torch.tensor(self.counts, dtype=torch.float64)
-        return (weights @ sums) / (weights @ counts)
-
     @property
     def estimate(self) -> Estimate:
         """The mean with its standard error."""
@@ -79,15 +62,35 @@ class RowSums:
     @property
     def error(self) -> float:
         """Standard error of the mean; NaN with fewer than two rows that count."""
-        if sum(1 for count in self.counts if count) < 2:
-            return math.nan
-        return _spread(self.replicates())
+        return jackknife([self], lambda mean: mean).error
 
 
-def _spread(values: Tensor) -> float:
-    """Standard deviation over the resamplings in which the quantity is defined."""
-    finite = values[torch.isfinite(values)]
-    return float(finite.std()) if len(finite) > 1 else math.nan
+NOTHING = RowSums([], [])
+"""What was not measured."""
+
+
+def jackknife(parts: Sequence[RowSums], compute: Callable[..., Tensor]) -> Estimate:
+    """``compute(mean, mean, ...)`` of the means of ``parts``, with its jackknife error over the rows of text.
+
+    ``parts`` are sums over the same N rows (N may be 0). ``compute`` is called with float64 tensors [1 + n]: first the
+    means over all rows, then those without one of the n rows that count. The value is NaN where a part counts nothing,
+    and the error is NaN with fewer than two rows.
+    """
+    counts_PN = torch.tensor([part.counts for part in parts], dtype=torch.float64)
+    sums_PN = torch.tensor([part.sums for part in parts], dtype=torch.float64)
+    if not counts_PN.numel():
+        return Estimate(math.nan)
+    counting = counts_PN.sum(0) > 0
+    counts_PN, sums_PN = counts_PN[:, counting], sums_PN[:, counting]
+    totals, rows = counts_PN.sum(1, keepdim=True), int(counting.sum())
+    means = torch.cat([sums_PN.sum(1, keepdim=True) / totals,
+                       (sums_PN.sum(1, keepdim=True) - sums_PN) / (totals - counts_PN)], dim=1)  # fmt: skip
+    values = compute(*means)
+    without = values[1:][torch.isfinite(values[1:])]
+    if rows < 2 or len(without) < 2:
+        return Estimate(float(values[0]))
+    error = math.sqrt((rows - 1) / rows * float(((without - without.mean()) ** 2).sum()))
+    return Estimate(float(values[0]), error)
 
 
 def paired_difference(a: RowSums, b: RowSums) -> Estimate:
@@ -95,27 +98,44 @@ def paired_difference(a: RowSums, b: RowSums) -> Estimate:
 
     Raises ``ValueError`` if they do not cover the same tokens.
     """
+    _check_same_tokens(a, b)
+    return RowSums([x - y for x, y in zip(a.sums, b.sums, strict=True)], a.counts).estimate
+
+
+def _check_same_tokens(a: RowSums, b: RowSums) -> None:
     if a.counts != b.counts:
         raise ValueError(
             f"cannot compare scores of different tokens: {a.count} tokens in {len(a.counts)} rows against "
             f"{b.count} in {len(b.counts)}. Score both models on the same rows with the same window."
         )
-    return RowSums([x - y for x, y in zip(a.sums, b.sums, strict=True)], a.counts).estimate
 
 
-def gap_closed(row: RowSums, bottom: RowSums, top: RowSums) -> Estimate | None:
+def gap_closed(
+    row: RowSums, bottom: RowSums, top: RowSums, shift: tuple[RowSums, RowSums] | None = None
+) -> Estimate | None:
     """Share (bottom - row) / (bottom - top) of the loss gap that ``row`` closes: 0 is ``bottom``, 1 is ``top``.
 
-    None if the gap itself is within its noise, where a share has no meaning.
+    ``shift``: losses of ``row`` and of ``top`` on other tokens of the same text, where the row's attention is that of
+    ``top``; their difference is subtracted from the row's loss before the share is computed. None if the gap itself is
+    within its noise, where a share has no meaning.
     """
     gap = paired_difference(bottom, top)
     if not (gap.clear and gap.value > 0):
         return None
-    closed = paired_difference(bottom, row)
+    _check_same_tokens(bottom, row)
+    parts: tuple[RowSums, ...] = (row, bottom, top)
+    if shift is not None:
+        _check_same_tokens(*shift)
+        parts += shift
     if row.sums == top.sums:
         return Estimate(1.0, 0.0)
-    low, high = bottom.replicates(), top.replicates()
-    return Estimate(closed.value / gap.value, _spread((low - row.replicates()) / (low - high)))
+
+    def share(row: Tensor, bottom: Tensor, top: Tensor, *other: Tensor) -> Tensor:
+        """The share, of means [1 + n]."""
+        moved = other[0] - other[1] if other else 0.0
+        return (bottom - (row - moved)) / (bottom - top)
+
+    return jackknife(parts, share)
 
 
 def mean_estimate(rows: Sequence[float]) -> Estimate:

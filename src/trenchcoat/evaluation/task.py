@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,6 +37,17 @@ class TaskPlan:
     probe_rows: int = 16
     trained: int | None = None
     """Tokens of a training row, if there is no recipe."""
+    window: int | None = None
+    """W of the linearized model, in tokens; None: unknown."""
+
+    def past_2w(self, requests: Iterable[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int] | None:
+        """(tokens to score that have more than 2W tokens before them, all tokens to score) of pairs of token ids,
+        context and continuation; None if W is unknown."""
+        if self.window is None:
+            return None
+        sizes = [(len(context), len(continuation)) for context, continuation in requests]
+        past = sum(min(asked, max(0, before + asked - 2 * self.window - 1)) for before, asked in sizes)
+        return past, sum(asked for _, asked in sizes)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class TaskRecord:
     """Few-shot examples, limit, seeds, version of the task, source of its rows."""
     scores: dict[str, ModelScore] = field(default_factory=dict)
     """``student`` and ``teacher``."""
+    past_2w: tuple[int, int] | None = None
+    """(scored tokens with more than 2W tokens before them, all scored tokens); None: unknown."""
 
     @property
     def identity(self) -> Any:
@@ -60,6 +62,7 @@ class TaskRecord:
     def join(self, other: TaskRecord) -> None:
         """Add the scores of other models on the same rows."""
         self.scores |= other.scores
+        self.past_2w = self.past_2w or other.past_2w
 
     def metrics(self) -> list[str]:
         """All metrics of any model."""
@@ -169,6 +172,8 @@ def _task(raw: dict[str, Any]) -> TaskRecord:
         score["metrics"] = {
             name: Estimate(one["value"], number_or_nan(one["error"])) for name, one in score["metrics"].items()
         }
+    past = raw.get("past_2w")
+    raw["past_2w"] = None if past is None else (past[0], past[1])
     return TaskRecord(**{**raw, "scores": {model: ModelScore(**score) for model, score in raw["scores"].items()}})
 
 

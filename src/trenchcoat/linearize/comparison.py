@@ -10,18 +10,22 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig
+from trenchcoat.config.keep import kept_total
 from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import TEACHER, Variant, asked_rows, final_row
-from trenchcoat.evaluation.scoring import EvalRows, decode_curve, gather_rows, score
+from trenchcoat.evaluation.scoring import decode_curve
 from trenchcoat.generation.generate import Sampling, generate_text
+from trenchcoat.linearize.held_out import HeldOut, evaluation_length, read_held_out, score_held_out
 from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models.attach import set_far
+from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import TRANSFER, flatten, stage_settings
 from trenchcoat.runtime.runlog import environment
@@ -33,6 +37,10 @@ SAMPLE_TOKENS = 48
 """Length of those continuations."""
 LONGEST_PROMPT = 160
 """Maximum tokens of a sample's prompt (or three windows, if that is less)."""
+EVALUATION_SETTINGS = (
+    "eval.rows", "eval.seq_len", "eval.length_factors", "eval.copy_rows", "eval.sinks", "run.seed",
+)  # fmt: skip
+"""Settings that scores depend on, beside those of the model and its stage."""
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
 """Time per token of a training step (without the teacher's pass of a divergence) and of scoring, in teacher forward
 passes; measured on the demo, on two cores."""
@@ -44,39 +52,25 @@ def stages_of(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(stage for stage in stages if stage is not None))
 
 
-def evaluation_rows(batches: Batches, rows: int) -> EvalRows:
-    """``rows`` validation rows, evenly spread: neighbouring rows often come from the same document."""
-    found = gather_rows(list(batches.validation()))
-    available = len(found.ids)
-    chosen = torch.arange(min(rows, available)) * available // min(rows, available)
-    return EvalRows(found.ids[chosen], found.real[chosen], found.counted[chosen])
-
-
 class Comparison:
     """Scores, decoding curves and samples of one run, computed or read from the cache."""
 
     def __init__(self, variants: ModelVariants) -> None:
         self.variants, self.recipe = variants, variants.recipe
         self.rows = asked_rows(self.recipe)
-        self._text: EvalRows | None = None
-
-    @property
-    def seq_len(self) -> int:
+        self.seq_len = evaluation_length(self.recipe)
         """Tokens of an evaluation row."""
-        return self.recipe.eval.seq_len or self.recipe.data.seq_len
 
-    def text(self) -> EvalRows:
-        """The evaluation rows, read once."""
-        if self._text is None:
-            batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
-            self._text = evaluation_rows(batches, self.recipe.eval.rows)
-        return self._text
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """What every model reads, read once."""
+        return read_held_out(self.variants)
 
     def assemble(self, row: str) -> Any:
         """The model of a row, ready to be scored."""
         variant = self.rows[row]
         if variant.teacher:
-            return self.variants.assemble_teacher()
+            return self.variants.assemble_teacher(lora=variant.lora, weights=variant.stage)
         model = self.variants.assemble(student=variant.student, lora=variant.lora, weights=variant.stage)
         set_far(model, variant.far)
         return model
@@ -86,7 +80,7 @@ class Comparison:
         everything = flatten(self.recipe)
         base = {k: v for k, v in everything.items() if k.split(".")[0] in ("model", "student", "data")}
         stage = stage_settings(self.recipe, variant.stage) if variant.stage is not None else {}
-        text = {k: everything[k] for k in ("eval.rows", "eval.seq_len", "eval.sinks", "run.seed")}
+        text = {k: everything[k] for k in EVALUATION_SETTINGS}
         other = {} if variant.student is None else flatten(variant.student, "other_student")
         parts = {**base, **stage, **text, **other, **more, "far": variant.far}
         return {k: v for k, v in parts.items() if k not in ("model.device", "data.cache_dir")}
@@ -112,10 +106,8 @@ class Comparison:
 
         def make() -> dict[str, Scores]:
             """Score it."""
-            text = self.text()  # before the model is assembled: reading may remove students and LoRA from it
-            recipe = self.recipe
-            model = self.assemble(row)
-            return {row: score(model, text, window=recipe.student.window, batch_size=recipe.eval.batch_size)}
+            held = self.held_out  # before the model is assembled: reading may remove students and LoRA from it
+            return {row: score_held_out(self.assemble(row), held, self.recipe)}
 
         found: Scores = self._once(row, self._key(self.rows[row]), "rows", make)[row]
         return found
@@ -144,7 +136,7 @@ class Comparison:
         return [Sample(p, {name: texts[i] for name, texts in written.items()}) for i, p in enumerate(prompts)]
 
     def _prompts(self) -> list[str]:
-        text = self.text()
+        text = self.held_out.text
         length = min(LONGEST_PROMPT, 3 * self.recipe.student.window, text.ids.shape[1] // 2)
         rows = text.ids[: 4 * SAMPLES, :length].tolist()
         prompts = [self.variants.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
@@ -156,13 +148,26 @@ class Comparison:
 
     def _facts(self) -> dict[str, Any]:
         batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
-        text = self.text()
+        text = self.held_out.text
         return {
             "source": self.recipe.data.path,
             **batches.counts,
             "rows scored": len(text.ids),
             "tokens scored": int(text.counted.sum()),
         }
+
+    def groups(self) -> dict[str, Any]:
+        """Key/value groups of the model, and how many of them are kept."""
+        return dict(self._once("groups", self._key(Variant()), "model", self._groups))
+
+    def _groups(self) -> dict[str, Any]:
+        shapes = shapes_of(self.variants.model.config)
+        kept = kept_total(self.recipe.student, shapes.layers, shapes.kv_heads)
+        return {"groups": shapes.layers * shapes.kv_heads, "kept groups": kept}
+
+    def notes(self) -> list[str]:
+        """What could not be scored, and why."""
+        return list(self._once("notes", self._key(Variant()), "notes", lambda: list(self.held_out.notes)))
 
     def results(self, scores: dict[str, Scores], stages: list[StageFacts], began: float) -> Results:
         """All results, for the report."""
@@ -180,6 +185,8 @@ class Comparison:
             environment=environment(),
             data=self.facts(),
             implementation=self.variants.implementation,
+            notes=self.notes(),
+            model=self.groups(),
             seconds=max(parts, time.monotonic() - began),
         )
 
@@ -225,4 +232,6 @@ def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> f
         trained, evaluated = stage_tokens(cfg, batches, seq_len)
         cost = LORA_COST + cfg.teacher_pass if isinstance(cfg, LoraConfig) else TRANSFER_COST
         total += unit * (trained * cost + evaluated * 1.5)
-    return total + unit * SCORING_COST * rows * recipe.eval.rows * (recipe.eval.seq_len or recipe.data.seq_len)
+    plan = recipe.eval
+    scored = plan.rows * len(plan.length_factors) + plan.copy_rows * (1 + len(plan.length_factors))
+    return total + unit * SCORING_COST * rows * scored * evaluation_length(recipe)

@@ -16,12 +16,14 @@ from trenchcoat.config import Recipe, UserError, dump_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.data.load import load_batches
 from trenchcoat.evaluation.report import run as report
+from trenchcoat.evaluation.report.recommendation import recommendation
 from trenchcoat.evaluation.report.selection import frontier_table
 from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
-from trenchcoat.linearize.comparison import Comparison, estimate_seconds, evaluation_rows, stages_of
+from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages_of
+from trenchcoat.linearize.held_out import evaluation_rows
 from trenchcoat.linearize.run import open_run
 from trenchcoat.linearize.selection.run import select_groups
 from trenchcoat.linearize.variants import ModelVariants, open_variants
@@ -29,13 +31,14 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TEACHER_LORA, TRANSFER, WINDOW_SINKS_LORA
 
 _TITLES = {
     TRANSFER: "attention transfer: feature maps learn to reproduce the softmax attention, layer by layer",
-    LORA: "LoRA on the transferred model",
-    LORA_ONLY: "LoRA without transfer",
-    WINDOW_SINKS_LORA: "for comparison: LoRA on window + sinks, without a linear part",
+    LORA: "stage 2 on the transferred model",
+    LORA_ONLY: "stage 2 without transfer",
+    WINDOW_SINKS_LORA: "for comparison: stage 2 on window + sinks, without a linear part",
+    TEACHER_LORA: "for comparison: stage 2 on the teacher, by next-token loss",
 }
 
 
@@ -159,6 +162,7 @@ def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float)
     samples = [text for sample in results.samples for text in _side_by_side(sample)]
     shown = (
         *samples,
+        f"\n{recommendation(results)}\n",
         report.terminal_table(results),
         report.terminal_verdicts(results),
         f"the whole report: {written}",

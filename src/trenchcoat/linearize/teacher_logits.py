@@ -48,8 +48,10 @@ class TaughtBatches:
         tokens = self.batches.rows_batch(split, [0])["input_ids"].shape[1]
         width = token_bytes(model.get_output_embeddings().weight.shape[0])
         shape = HiddenShape(len(self.rows[split]), tokens, width, torch.uint8)
-        writers = {"writer": distributed.rank(), "writers": distributed.size()}
-        return HiddenFiles(folder, shape, identity, shard_bytes=SHARD_BYTES, warn=self.log.warning, **writers)
+        return HiddenFiles(
+            folder, shape, identity, shard_bytes=SHARD_BYTES, warn=self.log.warning,
+            writer=distributed.rank(), writers=distributed.size(),
+        )  # fmt: skip
 
     def fill(self, model: Any, cfg: LoraConfig) -> None:
         """Compute what the stage reads and the folder lacks, in one pass of the teacher; a collective."""

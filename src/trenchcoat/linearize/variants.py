@@ -44,7 +44,14 @@ from trenchcoat.models.shapes import shapes_of
 from trenchcoat.models.stage2 import as_teacher, begin_stage_2, end_stage_2, freeze_for_stage_2
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.runtime.runfolder import (
+    LORA,
+    LORA_ONLY,
+    TEACHER_LORA,
+    TRANSFER,
+    WINDOW_SINKS_LORA,
+    stage_recipe,
+)
 from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.training.logits import own_teacher
 from trenchcoat.training.loop import FitOptions, FitResult, fit
@@ -149,10 +156,18 @@ class ModelVariants:
         set_mode(self.model, "student")
         return self.model
 
-    def assemble_teacher(self) -> nn.Module:
-        """The model with its own attention and weights, without LoRA."""
+    def assemble_teacher(self, *, lora: bool = False, weights: str | None = None) -> nn.Module:
+        """The model with its own attention, and its own weights or (``lora``) what stage 2 trains, with a finished
+        stage's weights."""
+        if lora and self.recipe.data.select != "none":
+            self.batches(LANDMARK_ROWS)  # as in `assemble`
         end_stage_2(self.model)
         detach_students(self.model)
+        if lora:
+            torch.manual_seed(self.recipe.run.seed)
+            begin_stage_2(self.model, self._lora)
+        if weights is not None:
+            load_adapter_state(self.model, self.folder.weights(weights))
         return self.model
 
     @property
@@ -231,15 +246,18 @@ class ModelVariants:
             return transfer_objective(self.recipe.transfer), self.recipe.transfer
         if stage == WINDOW_SINKS_LORA:
             self.assemble(student=window_sinks_student(self.recipe), lora=True)
+        elif stage == TEACHER_LORA:
+            self.assemble_teacher(lora=True)
         elif stage == LORA_ONLY:
             self.assemble(lora=True)
         else:
             self.assemble(weights=TRANSFER)
             torch.manual_seed(self.recipe.run.seed)
             begin_stage_2(self.model, self._lora)
-        freeze_for_stage_2(self.model, self._lora)
-        teacher = own_teacher(as_teacher) if self._lora.teacher_logits is None else stored_teacher
-        return stage_2_objective(self._lora, teacher), self._lora
+        cfg = stage_recipe(self.recipe, stage).lora or self._lora
+        freeze_for_stage_2(self.model, cfg)
+        teacher = own_teacher(as_teacher) if cfg.teacher_logits is None else stored_teacher
+        return stage_2_objective(cfg, teacher), cfg
 
     def require_transfer(self) -> None:
         """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""

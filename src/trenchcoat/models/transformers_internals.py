@@ -163,6 +163,12 @@ def allocated_length(layer: Any) -> int | None:
     return length
 
 
+def window_of(layer: Any) -> int | None:
+    """Tokens that a softmax layer with a window of its own holds at most; None for one that holds all."""
+    window = getattr(layer, "sliding_window", None)
+    return int(window) - 1 if getattr(layer, "is_sliding", False) and window else None
+
+
 def keys_and_values(layer: Any) -> list[Tensor]:
     """The tensors of a softmax layer."""
     return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trenchcoat.runtime.files import load_tensors, read_json, save_tensors, writ
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
 SELECT = "select"
+TEACHER_LORA = "teacher_lora"
 
 _DEPENDS: dict[str, tuple[str, ...]] = {
     SELECT: ("model", "student.window", "student.keep_softmax", "data", "select", "eval.sinks", "run"),
@@ -29,16 +30,10 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
     LORA_ONLY: ("model", "student", "data", "lora", "run"),
     WINDOW_SINKS_LORA: (
-        "model",
-        "student.window",
-        "student.keep",
-        "student.keep_softmax",
-        "data",
-        "lora",
-        "run",
-        "eval.sinks",
+        "model", "student.window", "student.keep", "student.keep_softmax", "data", "lora", "run", "eval.sinks",
     ),
-}
+    TEACHER_LORA: ("model", "data", "lora", "run"),
+}  # fmt: skip
 """Sections and fields of the recipe that decide a stage's outcome."""
 
 _FREE = {
@@ -60,9 +55,23 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return {path: list(value) if isinstance(value, tuple) else value}
 
 
+def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
+    """The recipe under which ``stage`` trains: without a transfer before it, a comparison's stage 2 trains the feature
+    maps too; a teacher's has no divergence from itself to minimize, so it minimizes the next-token loss."""
+    lora = recipe.lora
+    if lora is None:
+        return recipe
+    if stage == LORA_ONLY and recipe.transfer is not None:
+        lora = replace(lora, train_feature_maps=True)
+    if stage == TEACHER_LORA:
+        lora = replace(lora, loss="ce", teacher_logits=None)
+    return replace(recipe, lora=lora)
+
+
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """{path: value} of every setting that decides the outcome of ``stage``."""
     chosen = _DEPENDS[stage]
+    recipe = stage_recipe(recipe, stage)
     return {
         path: value
         for path, value in flatten(recipe).items()

@@ -183,7 +183,7 @@ def comparison_text(runs: Sequence[Run], *, drawn: bool) -> str:
         lines += [
             *loss_table(runs).as_markdown(),
             "Losses in nats per token, of each run's converted model; perplexity is exp(loss). Brackets: 95 % "
-            "intervals, bootstrap over the rows of text. Differences are taken row by row, so their intervals are "
+            "intervals, jackknife over the rows of text. Differences are taken row by row, so their intervals are "
             "narrower than the two sides suggest; – means that the rows differ.",
             "",
         ]

@@ -15,9 +15,11 @@ from typing import Any
 from rich import table as rich_table
 from rich.text import Text
 
-from trenchcoat.evaluation.columns import REPORT_COLUMNS
+from trenchcoat.evaluation.columns import REPORT_COLUMNS, ReportColumn, report_columns
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import plot_decode, plot_positions, plot_rows, plot_training
+from trenchcoat.evaluation.report.recommendation import recommendation
+from trenchcoat.evaluation.report.selection import FRONTIER_PICTURE, GROUPS_PICTURE
 from trenchcoat.evaluation.report.table import Table
 from trenchcoat.evaluation.report.tasks import PROBES_PICTURE, markdown_sections, plot_probes
 from trenchcoat.evaluation.report.texts import bytes_text, duration
@@ -30,17 +32,27 @@ from trenchcoat.runtime.runlog import read_metrics
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
+SELECTION_PICTURES = {
+    FRONTIER_PICTURE: "Share of the gap closed against the share of the cache that is kept",
+    GROUPS_PICTURE: "Score of every key/value group, layer by layer",
+}
+"""Written by the selection of groups, and shown first."""
 MARKS = {"yes": "✅ **YES**", "no": "❌ **NO**", "not measured": "➖ not measured"}
 TERMINAL_MARKS = {"yes": ("YES", "bold green"), "no": ("NO", "bold red"), "not measured": ("?", "dim")}
 
 
-def report_table(results: Results, *, short: bool = False) -> Table:
-    """The rows under the headings of ``REPORT_COLUMNS``, the converted model's in bold.
+def report_tables(results: Results) -> tuple[Table, Table]:
+    """(quality, controls and cost): the rows under the headings of their columns, the converted model's in bold."""
+    columns = report_columns(results)
+    quality, controls = (
+        _rows_under([column for column in columns if column.control == control], results) for control in (False, True)
+    )
+    return quality, controls
 
-    ``short``: three-line headings, and no standard errors (over the rows of text).
-    """
+
+def _rows_under(columns: Sequence[ReportColumn], results: Results, *, short: bool = False) -> Table:
+    """``short``: three-line headings, and no standard errors (over the rows of text)."""
     names = [name for name, _ in results.ordered_rows()]
-    columns = REPORT_COLUMNS.values()
     headings = [column.short_heading if short else column.heading for column in columns]
     cells = [[row_label(name), *(c.cell(results, name, noise=not short) for c in columns)] for name in names]
     bold = [number for number, name in enumerate(names) if name == results.converted()]
@@ -48,9 +60,10 @@ def report_table(results: Results, *, short: bool = False) -> Table:
 
 
 def terminal_table(results: Results) -> rich_table.Table:
-    """The report's table without standard errors, to print with rich."""
-    title = f"Perplexity (ppl), recall and gap closed (W = {results.window})"
-    return report_table(results, short=True).as_rich(title, compact=True)
+    """The report's most important columns without standard errors, to print with rich."""
+    columns = [column for column in report_columns(results) if column.on_terminal]
+    title = f"Loss, copying and cache (W = {results.window})"
+    return _rows_under(columns, results, short=True).as_rich(title, compact=True)
 
 
 def terminal_verdicts(results: Results) -> rich_table.Table:
@@ -86,6 +99,7 @@ def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mappin
     for name in (name for name, done in drawn.items() if not done):
         (folder / name).unlink(missing_ok=True)
     results.save(folder / RESULTS_FILE)
+    drawn |= {name: (folder / name).is_file() for name in SELECTION_PICTURES}
     text = report_text(results, drawn, tasks)
     write_text(folder / REPORT_FILE, text)
     write_page(folder / PAGE_FILE, text, folder)
@@ -94,24 +108,24 @@ def write_report(run_dir: Path | str, results: Results, metrics: Sequence[Mappin
 
 def report_text(results: Results, drawn: Mapping[str, bool], tasks: TaskResults | None = None) -> str:
     """The report in Markdown; ``drawn`` says which plots exist."""
-    found, best = verdicts(results), results.best_window_row()
-    stages = (("transfer", "attention transfer"), ("lora", "LoRA"))
-    descriptions = [(column.heading, column.description) for column in REPORT_COLUMNS.values() if column.description]
+    found = verdicts(results)
+    stages = (("transfer", "attention transfer"), ("lora", "stage 2"))
+    descriptions = {column.title: column.description for column in REPORT_COLUMNS.values() if column.description}
     answers = [(MARKS[verdict.outcome], verdict.question, verdict.sentence) for verdict in found]
     linear = _get(results.recipe, "student", "name") == "linear"
     missing = "- The teacher was not scored, so no share of a gap could be computed."
     text = Path(__file__).with_name("report_template.md").read_text(encoding="utf-8").format(
         model=_get(results.recipe, "model", "path") or "the model",
         trained=" and ".join(text for stage, text in stages if results.recipe.get(stage) is not None) or "not at all",
+        recommendation=recommendation(results),
         headline=headline(found),
         answers=_lines(Table(("answer", "question", "numbers"), answers).as_markdown(numbers=False)),
+        selection=_lines(_selection(drawn)),
         table=_lines(_table(results, drawn)),
         window=results.window,
         two_windows=2 * results.window,
         no_near_part=" (the student of this run, `linear`, has none)" if linear else "",
-        columns=_lines(f"- **{heading[0].upper()}{heading[1:]}**: {text}" for heading, text in descriptions).replace(
-            "{window_row}", f" ({row_label(best)})" if best else ""
-        ),
+        columns=_lines(f"- **{heading[0].upper()}{heading[1:]}**: {text}" for heading, text in descriptions.items()),
         rows=_lines(f"- **{row.label}**: {row.description}" for row in REPORT_ROWS.values()).replace(
             "{sinks}", str(_get(results.recipe, "eval", "sinks") or "few")
         ),
@@ -133,16 +147,29 @@ def _table(results: Results, drawn: Mapping[str, bool]) -> list[str]:
     if not results.rows:
         return ["Nothing was scored.", ""]
     first = next(iter(results.rows.values()))
+    quality, controls = report_tables(results)
     lines = [
-        *report_table(results).as_markdown(),
+        "### Quality",
+        "",
+        *quality.as_markdown(),
         f"Scored on the same {len(first.all.counts)} rows of up to {first.seq_len:,} tokens for every model: "
         f"{first.all.count:,} tokens, of which {first.far.count:,} past 2W, and {first.recall.count:,} recall probes. "
-        "± is one standard error (bootstrap over the rows of text). All models read the same text, so the error of a "
+        "± is one standard error (jackknife over the rows of text). All models read the same text, so the error of a "
         "difference is much smaller than these errors; the answers above use that one.",
         "",
+        "### Controls and cost",
+        "",
+        *controls.as_markdown(),
     ]
     picture = ["![Loss of each row above the teacher's, with noise](rows.png)", ""]
     return [*lines, *picture] if drawn.get("rows.png") else lines
+
+
+def _selection(drawn: Mapping[str, bool]) -> list[str]:
+    """The pictures of a selection of groups, if there was one."""
+    shown = [f"![{text}]({name})" for name, text in SELECTION_PICTURES.items() if drawn.get(name)]
+    text = "Without any training, on text and on copied text, against the same number of evenly spread groups."
+    return ["## What keeping key/value groups brings", "", text, "", *shown, ""] if shown else []
 
 
 def _pictures(drawn: Mapping[str, bool]) -> list[str]:

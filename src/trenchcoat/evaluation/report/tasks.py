@@ -26,6 +26,8 @@ from trenchcoat.evaluation.task_results import (
 )
 
 PROBES_PICTURE = "probes.png"
+LEAST_PAST = 0.05
+"""Share of the scored tokens past 2W below which a task says nothing of what lies beyond the window."""
 
 
 def shown_tasks(results: TaskResults) -> list[TaskRecord]:
@@ -41,6 +43,7 @@ def task_table(results: TaskResults) -> Table:
             record.alias,
             str(record.settings.get("fewshot", "–")),
             f"{record.count:,}",
+            _past_2w(record),
             metric,
             points(record.metric(STUDENT, metric)),
             points(record.metric(TEACHER, metric)),
@@ -49,7 +52,26 @@ def task_table(results: TaskResults) -> Table:
         for record in shown_tasks(results)
         for metric in record.metrics()
     ]
-    return Table(("task", "shots", "rows", "metric", "linear %", "teacher %", "difference"), cells)
+    return Table(("task", "shots", "rows", "past 2W", "metric", "linear %", "teacher %", "difference"), cells)
+
+
+def _past_2w(record: TaskRecord) -> str:
+    """Share of the scored tokens that lie past 2W."""
+    past, scored = record.past_2w or (0, 0)
+    return f"{100 * past / scored:.1f} %" if scored else "–"
+
+
+def past_2w_note(results: TaskResults) -> str:
+    """What the scores say of text beyond the window; empty if no share is known."""
+    known = [record for record in shown_tasks(results) if record.past_2w is not None and record.past_2w[1]]
+    silent = [r.alias for r in known if r.past_2w is not None and r.past_2w[0] < LEAST_PAST * r.past_2w[1]]
+    if not silent:
+        return ""
+    return (
+        f"Of the tokens scored in {', '.join(silent)}, fewer than {LEAST_PAST:.0%} lie past 2W: there the window sees "
+        "the whole text, so these scores say nothing of the linear part or of kept groups, only whether training "
+        "changed the model."
+    )
 
 
 def probe_table(record: ProbeRecord, heading: str, unit: str = "") -> Table:
@@ -72,12 +94,14 @@ def _description(record: ProbeRecord) -> str:
     return OWN_TASKS[record.name].description if record.name in OWN_TASKS else "a probe of another version"
 
 
-def terminal_tables(results: TaskResults) -> list[rich_table.Table]:
+def terminal_tables(results: TaskResults) -> list[rich_table.Table | str]:
     """Tasks and probes, to print with rich."""
     found = {"Tasks (± one standard error)": task_table(results)} if results.tasks else {}
     for record in results.probes.values():
         found[f"{record.name}: {_description(record)}"] = probe_table(record, "model")
-    return [table.as_rich(title, compact=True) for title, table in found.items()]
+    shown: list[rich_table.Table | str] = [table.as_rich(title, compact=True) for title, table in found.items()]
+    note = past_2w_note(results)
+    return [*shown[:1], note, *shown[1:]] if note else shown
 
 
 def markdown_sections(results: TaskResults, *, drawn: bool) -> list[str]:
@@ -89,8 +113,9 @@ def markdown_sections(results: TaskResults, *, drawn: bool) -> list[str]:
             "In per cent, ± one standard error over the rows. The last column is linear minus teacher over the same "
             "rows, compared row by row; its error is that of the difference. 95 % intervals: "
             + (_intervals(results) or "none")
-            + ".",
+            + ". *Past 2W*: share of the scored tokens with more than 2W tokens before them.",
             "",
+            *([past_2w_note(results), ""] if past_2w_note(results) else []),
         ]
     if results.probes:
         lines += ["## Long-context probes", ""]

@@ -37,7 +37,7 @@ from trenchcoat.linearize.blocks.pipeline import Pipeline
 from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
 from trenchcoat.linearize.blocks.score import score_blocks
 from trenchcoat.linearize.blocks.select import with_selection
-from trenchcoat.linearize.comparison import evaluation_rows
+from trenchcoat.linearize.held_out import evaluation_rows
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, check_names, open_run
 from trenchcoat.linearize.variants import BASE_WEIGHTS
 from trenchcoat.models import hub

@@ -28,9 +28,9 @@ VERSION = triton.__version__
 INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
 """Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET is set)."""
 if INTERPRETED:
-    from trenchcoat.ops.triton.interpreter import round_to_nearest
+    from trenchcoat.ops.triton.interpreter import improve
 
-    round_to_nearest()
+    improve()
 
 WIDEST, LONGEST_WINDOW, MOST_SINKS = 256, 128, 64
 LARGEST_SUM = 1 << 15

@@ -1,0 +1,133 @@
+"""The first sentence of a report: what was kept, what it costs, what it recovers, and whether to use it.
+
+The rule. A conversion is worth using if, past 2W, it is better than the row that keeps the same groups and trains
+nothing (by more than two standard errors, with the shift below 2W taken off where that lowers it) and copies no worse,
+if its shift below 2W is within 0.03 nats, and if it closes half of the gap past 2W. To look things up in older text it
+must close 90 % of the gap in copying.
+"""
+
+from __future__ import annotations
+
+import math
+
+from trenchcoat.evaluation.columns import percent
+from trenchcoat.evaluation.report.texts import bytes_text, signed
+from trenchcoat.evaluation.report.verdicts import COPY_LIMIT, LONG_CONTEXT, SHIFT_LIMIT, better, cache_text, compare
+from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.rows import KEPT_WINDOW, TEACHER, WINDOW, row_label
+from trenchcoat.evaluation.statistics import Estimate, paired_difference
+
+FAR_LIMIT = 0.5
+"""Share of what lies past 2W from which a model counts as one that reads it."""
+
+
+def recommendation(results: Results) -> str:
+    """One sentence: the advice, then the figures that it follows from."""
+    name, rival = results.converted(), results.untrained_rival()
+    if name is None or rival is None or TEACHER not in results.rows or WINDOW not in results.rows:
+        return (
+            "Whether this model is worth using was not measured: that takes the teacher, a converted model and the "
+            "untrained rows on the same text."
+        )
+    figures = f"{_kept(results)}{_cost(results, name)}, and it recovers {_gains(results, name)}"
+    return f"{_advice(results, name, rival)}: {figures}."
+
+
+def _advice(results: Results, name: str, rival: str) -> str:
+    """What to do with the model."""
+    if results.far_closed(name) is None:
+        return "Nothing can be said for or against it on this text, where the teacher gains nothing clear past 2W"
+    instead = f"'{row_label(rival)}', which needs no training and no more memory"
+    worth, copies_less = better(compare(results, name, rival)), _copies_less(results, name, rival)
+    if not worth:
+        use = "use that (student.name=window_sinks)"
+        return f"Not worth using, since past 2W it was not shown to be better than {instead}: {use}"
+    if copies_less:
+        return f"Not worth using where older text has to be looked up, since it copies less than {instead}"
+    shift = results.shift(name)
+    if shift is not None and abs(shift.value) > SHIFT_LIMIT:
+        why = "learned the kind of text it was trained on" if shift.value < 0 else "lost some of what it knew"
+        return f"Not to be used as it is, since it {why} (below 2W its loss is the teacher's {_plus(shift)} nats)"
+    share = results.far_closed(name, corrected=True) or results.far_closed(name)
+    if share is not None and share.value < FAR_LIMIT:
+        return f"Better than {instead}, but hardly worth using, since most of what lies past 2W is lost"
+    longest = _longest_better(results, name, rival)
+    limit = "" if longest is None else f" of up to {longest:,} tokens"
+    copies = [share for share in (results.copy_closed(name, f) for f in results.factors()) if share is not None]
+    if not copies:
+        return f"Usable for long texts{limit}, though whether it can look things up in them was not measured"
+    if min(share.value for share in copies) < COPY_LIMIT:
+        return f"Usable for long texts{limit} whose gist is enough, but not to quote or look things up past the window"
+    return f"Worth using for long texts{limit}, also to quote and look things up in them"
+
+
+def _plus(shift: Estimate) -> str:
+    return f"{'plus' if shift.value > 0 else 'minus'} {signed(Estimate(abs(shift.value), shift.error))}"
+
+
+def _copies_less(results: Results, name: str, rival: str) -> bool:
+    """Whether it copies clearly less than the untrained row, at some length."""
+    for factor in results.factors():
+        mine, its = (results.rows[row].at(factor) for row in (name, rival))
+        if mine is not None and its is not None and mine.copy.count and its.copy.count:
+            difference = paired_difference(its.copy, mine.copy)
+            if difference.clear and difference.value < 0:
+                return True
+    return False
+
+
+def _longest_better(results: Results, name: str, rival: str) -> int | None:
+    """Tokens up to which it is better than the untrained row; None if that holds at every length scored."""
+    longest = results.seq_len
+    for factor in results.factors()[1:]:
+        if results.rows[name].at(factor) is None or results.rows[rival].at(factor) is None:
+            continue
+        if not better(compare(results, name, rival, factor)):
+            return longest
+        longest = factor * results.seq_len
+    return None
+
+
+def _kept(results: Results) -> str:
+    """What keeps softmax attention."""
+    groups, kept = int(results.model.get("groups", 0)), int(results.model.get("kept groups", 0))
+    if KEPT_WINDOW not in results.rows:
+        return "nothing of the softmax attention is kept"
+    if not groups:
+        return "some groups keep softmax attention"
+    return f"{kept} of {groups} key/value groups keep softmax attention ({100 * kept / groups:.1f} % of the cache)"
+
+
+def _cost(results: Results, name: str) -> str:
+    """What the cache takes."""
+    mine, its = results.rows[name].cache, results.rows[TEACHER].cache
+    if mine is None or its is None:
+        return ""
+    small, large = mine.at(LONG_CONTEXT), its.at(LONG_CONTEXT)
+    return (
+        f", a sequence takes {cache_text(mine)} (the teacher's: {cache_text(its)}; at {LONG_CONTEXT:,} tokens "
+        f"{bytes_text(small)} against {bytes_text(large)})"
+    )
+
+
+def _gains(results: Results, name: str) -> str:
+    """What is recovered, at the shortest and the longest rows."""
+    return " and ".join(
+        (
+            _at_ends(results, [results.far_closed(name, f, corrected=True) or results.far_closed(name, f)
+                               for f in results.factors()]) + " of what lies past 2W",
+            _at_ends(results, [results.copy_closed(name, f) for f in results.factors()]) + " of copying",
+        )
+    )  # fmt: skip
+
+
+def _at_ends(results: Results, shares: list[Estimate | None]) -> str:
+    known = [
+        (factor * results.seq_len, share)
+        for factor, share in zip(results.factors(), shares, strict=True)
+        if share is not None and math.isfinite(share.value)
+    ]
+    if not known:
+        return "an unknown share"
+    (first, share), (last, other) = known[0], known[-1]
+    return percent(share) + (f" ({percent(other)} on rows of {last:,} tokens)" if last != first else "")
