@@ -1,6 +1,7 @@
 # Two commands, each of which sets itself up on a fresh machine:
 #   make demo    linearize the embedded language model, minutes on two CPU cores
 #   make test    the whole test suite
+# `make reference` converts SmolLM2-135M-Instruct (half an hour on two cores) and writes docs/results/smollm2_135m.
 # ARGS="student.window=16" make demo   overrides settings; PYTHON=python3.12 picks another interpreter; VENV=... another
 # folder for the environment.
 PYTHON ?= python3
@@ -13,7 +14,7 @@ WORKERS ?= 2
 # and threads that never sleep starve whatever else the machine is doing.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test reference lint bench wheel clean
 
 demo: $(STAMP)
 	$(BIN)/trenchcoat demo $(ARGS)
@@ -21,6 +22,11 @@ demo: $(STAMP)
 # One thread a worker: two workers keep two cores busy. Compiled modules are kept for the many processes that tests start.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+reference: $(STAMP)
+	$(BIN)/trenchcoat linearize smollm2_135m run.dir=runs/smollm2_135m $(ARGS)
+	mkdir -p docs/results/smollm2_135m
+	cd runs/smollm2_135m && cp report.md results.json selection.json recipe.yaml *.png $(CURDIR)/docs/results/smollm2_135m
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
