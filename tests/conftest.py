@@ -111,8 +111,11 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
-    """Overrides that turn any recipe into a run of seconds on the tiny model."""
+def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides that turn any recipe into a run of seconds on the tiny model; its pictures are coarse."""
+    from trenchcoat.evaluation.report.plots import LOOK
+
+    monkeypatch.setitem(LOOK, "savefig.dpi", 40)
     return [
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path / 'cache'}",

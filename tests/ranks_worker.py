@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor.debug import CommDebugMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -46,6 +45,8 @@ from trenchcoat.training.objectives import next_token_objective, transfer_object
 
 def collectives(recipe: Recipe) -> dict[str, Any]:
     """Names of the collectives of one micro-batch of each stage, before any optimizer step."""
+    from torch.distributed.tensor.debug import CommDebugMode  # seconds, which the other jobs need not spend
+
     assert recipe.transfer is not None
     assert recipe.lora is not None
     found: dict[str, Any] = {}

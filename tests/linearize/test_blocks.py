@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,20 @@ def overrides(model_dir: Path, tiny_overrides: list[str]) -> list[str]:
     return block_overrides(model_dir, tiny_overrides)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs the joint run leaves it for the others."""
+    return tmp_path_factory.mktemp("finished") / "joint"
+
+
 @pytest.fixture
-def joint(overrides: list[str], tmp_path: Path) -> dict[str, Tensor]:
-    stages.transfer(recipe(overrides, tmp_path / "joint"))
+def joint(overrides: list[str], tmp_path: Path, finished: Path) -> dict[str, Tensor]:
+    """Weights trained by the joint run, whose folder is ``tmp_path / "joint"``."""
+    if not finished.exists():
+        stages.transfer(recipe(overrides, tmp_path / "joint"))
+        shutil.copytree(tmp_path / "joint", finished)
+    else:
+        shutil.copytree(finished, tmp_path / "joint")
     return learned(tmp_path / "joint")
 
 

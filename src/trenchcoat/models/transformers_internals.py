@@ -9,6 +9,7 @@ Shape legend: B rows, T tokens, K keys.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ def attention_function(module: nn.Module, name: str) -> Callable[..., Any]:
     return found
 
 
+@functools.cache
 def calls_attention_interface(forward: Callable[..., Any]) -> bool:
     """Whether a `self_attn.forward` looks its attention function up by name; OSError when its source is not there."""
     source = inspect.getsource(inspect.unwrap(forward))
