@@ -394,7 +394,7 @@ def test_lora_files_say_which_weights_learn(plan: Callable[..., ScriptPlan], tmp
         f"base: {FINETUNES[0]}\nfinetune: {{trainable_weights: [feature_map_q.mlp.layer, window_factors]}}\n"
     )
     lora = plan("finetune", finetune=str(tmp_path / "ft.yaml")).recipe.lora
-    assert lora == LoraConfig(train_feature_maps=True, gradient_checkpointing=True)
+    assert lora == LoraConfig(loss="ce", train_feature_maps=True, gradient_checkpointing=True)
     (tmp_path / "ft.yaml").write_text(f"base: {FINETUNES[0]}\nfinetune: {{method: prefix}}\n")
     with pytest.raises(UserError, match="'prefix'; only lora"):
         plan("finetune", finetune=str(tmp_path / "ft.yaml"))

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import LoraConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.data.batches import Batch
 from trenchcoat.linearize import stages
 from trenchcoat.runtime.runlog import read_metrics
+from trenchcoat.training.logits import Teacher
 from trenchcoat.training.objectives import IDLE, OBJECTIVES, Metrics, Objective, next_token_loss
 
 
-def smoothed() -> Objective:
+def smoothed(cfg: LoraConfig, teacher: Teacher) -> Objective:
     """Next-token loss plus a tenth of the logits' squared mean, which is also logged separately."""
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
@@ -46,16 +47,16 @@ def recipe(tiny_overrides: list[str], tmp_path: Path) -> Callable[..., Recipe]:
 
 
 def test_stage_2_minimizes_it_and_the_record_names_it(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    stages.finetune(recipe("lora.objective=smoothed"))
+    stages.finetune(recipe("lora.loss=smoothed"))
     lines = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
     assert lines
     assert all(line["size"] > 0 for line in lines)
-    assert "objective: smoothed" in (tmp_path / "recipe.yaml").read_text()
-    with pytest.raises(UserError, match=r"lora\.objective was 'smoothed', now 'next_token'"):
-        stages.finetune(recipe("lora.objective=next_token"))
+    assert "loss: smoothed" in (tmp_path / "recipe.yaml").read_text()
+    with pytest.raises(UserError, match=r"lora\.loss was 'smoothed', now 'ce'"):
+        stages.finetune(recipe("lora.loss=ce"))
 
 
 def test_an_unknown_name_is_refused_before_anything_is_loaded(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"lora\.objective must be one of next_token, smoothed, got 'none_such'"):
-        stages.finetune(recipe("lora.objective=none_such"))
+    with pytest.raises(UserError, match=r"lora\.loss must be one of kl, ce, mix, smoothed, got 'none_such'"):
+        stages.finetune(recipe("lora.loss=none_such"))
     assert not (tmp_path / "metrics.jsonl").exists()

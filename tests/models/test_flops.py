@@ -21,13 +21,15 @@ from trenchcoat.models.flops import (
 )
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import Shapes, shapes_of
+from trenchcoat.models.stage2 import as_teacher
 from trenchcoat.runtime.devices import device_peak
 from trenchcoat.training import objectives
+from trenchcoat.training.logits import own_teacher
 
 TOKENS = 512
 WIDE = {"hidden_size": 96, "intermediate_size": 256, "head_dim": 16}
 STUDENT = StudentConfig(window=16, feature_map=FeatureMapConfig(feature_dim=12))
-LORA = LoraConfig(rank=4)
+LORA = LoraConfig(rank=4, loss="ce", train_feature_maps=False)
 
 
 def _counted(work: Callable[[], object]) -> float:
@@ -71,16 +73,20 @@ def test_a_transfer_step_costs_what_is_counted(name: str, key_maps: str) -> None
     assert counted == pytest.approx(expected.total + extra, rel=0.06)
 
 
-def test_a_lora_step_costs_what_is_counted() -> None:
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_lora_step_costs_what_is_counted(loss: str) -> None:
     model, shapes = _model(STUDENT)
-    add_lora(model, LORA)
+    cfg = replace(LORA, loss=loss)
+    add_lora(model, cfg)
     set_mode(model, "student")
-    objective = objectives.next_token_objective()
+    objective = objectives.stage_2_objective(cfg, own_teacher(as_teacher))
     counted = _counted(lambda: objective(model, _batch()))
-    expected = lora_flops_per_token(shapes, STUDENT, LORA, TOKENS)
+    expected = lora_flops_per_token(shapes, STUDENT, cfg, TOKENS)
     # the window's scores are computed again in the backward; layer 0's inputs need no gradient
     first = 2.0 * sum(inputs * outputs for name, inputs, outputs in shapes.projections if name != "o_proj")
     extra = 4 * _uncounted_near(shapes, STUDENT) - first
+    if loss == "kl":  # eager attention computes all T
+        extra += shapes.layers * 4.0 * shapes.heads * shapes.head_dim * (TOKENS - 1) / 2
     assert counted == pytest.approx(expected.total + extra, rel=0.06)
     assert expected.total < 2.5 * expected.forward  # no weight gradients of the base
 

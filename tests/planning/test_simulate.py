@@ -18,15 +18,18 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.lora import add_lora
 from trenchcoat.models.shapes import find_config, shapes_of
+from trenchcoat.models.stage2 import as_teacher
 from trenchcoat.planning.footprint import NF4_BYTES, Layout, StepSizes, base_bytes, footprint, state_bytes
 from trenchcoat.planning.simulate import simulate
 from trenchcoat.runtime import distributed, sharding
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.training import objectives
+from trenchcoat.training.logits import own_teacher
 
 STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32))
 TOKENS = 256
-LORA = LoraConfig(rank=4, gradient_checkpointing=True)
+LORA = LoraConfig(rank=4, gradient_checkpointing=True, train_feature_maps=False)
+BY_TEXT = replace(LORA, loss="ce")
 TRANSFER = TransferConfig()
 
 
@@ -47,7 +50,7 @@ def _step(config: LlamaConfig, stage: Any) -> StepSizes:
     return StepSizes(shapes_of(config), STUDENT, stage, TOKENS)
 
 
-@pytest.mark.parametrize("stage", [TRANSFER, LORA], ids=["transfer", "lora"])
+@pytest.mark.parametrize("stage", [TRANSFER, LORA, BY_TEXT], ids=["transfer", "lora", "ce"])
 @pytest.mark.parametrize(
     ("ranks", "shard", "layout"),
     [
@@ -73,6 +76,7 @@ def test_arithmetic_agrees_with_the_simulated_step(stage: Any, ranks: int, shard
         {"batch_size": 3},
         {"dropout": 0.5, "gradient_checkpointing": False},
         {"train_feature_maps": True},
+        {"loss": "ce"},
         {"targets": ("q_proj", "v_proj")},
     ],
     ids=lambda changes: ",".join(changes),
@@ -94,7 +98,7 @@ def test_layers_as_large_as_those_of_8b() -> None:
         assert counted.total == pytest.approx(found.peak, rel=0.05)
 
 
-@pytest.mark.parametrize("stage", [TRANSFER, LORA], ids=["transfer", "lora"])
+@pytest.mark.parametrize("stage", [TRANSFER, LORA, BY_TEXT], ids=["transfer", "lora", "ce"])
 def test_the_simulated_step_needs_the_memory_of_a_real_one(stage: Any) -> None:
     config = _small(num_hidden_layers=2)
     found = simulate(config, STUDENT, stage, seq_len=TOKENS, dtype=torch.float32)
@@ -102,7 +106,7 @@ def test_the_simulated_step_needs_the_memory_of_a_real_one(stage: Any) -> None:
     attach_students(model, STUDENT)
     if isinstance(stage, LoraConfig):
         add_lora(model, stage)
-        objective = objectives.next_token_objective()
+        objective = objectives.stage_2_objective(stage, own_teacher(as_teacher))
     else:
         freeze_for_transfer(model)
         objective = objectives.transfer_objective(stage)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from trenchcoat.models.hub import adapter_state
 from trenchcoat.runtime.files import SaveError
 from trenchcoat.runtime.runlog import RunLog, read_metrics
 from trenchcoat.training import checkpoints
-from trenchcoat.training.gradients import average_and_clip, clip_groups
+from trenchcoat.training.gradients import ParamGroups, average_and_clip, clip_groups, rate_factors
 from trenchcoat.training.loop import FitResult, NonFiniteLoss, fit
 from trenchcoat.training.objectives import Metrics, transfer_objective
 from trenchcoat.training.schedules import build_schedule
@@ -292,7 +293,7 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path: Path) -> Non
 
 
 def test_stage_two_refuses_a_checkpoint_over_other_students(tmp_path: Path) -> None:
-    model, cfg = transfer_model(), lora_settings(max_steps=2)
+    model, cfg = transfer_model(), lora_settings(max_steps=2, train_feature_maps=False)
     start_lora(model, cfg)
     fit_lora(model, tmp_path, cfg, RandomBatches())
     other = transfer_model()
@@ -490,3 +491,23 @@ def test_both_stages_learn(tmp_path: Path) -> None:
     train = [line["loss"] for line in read_metrics(tmp_path) if line["kind"] == "train" and line["stage"] == "lora"]
     assert sum(train[-4:]) < sum(train[:4])
     assert second.steps == 20
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "plateau"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_the_mixers_have_their_own_rate(schedule: str, scope: str) -> None:
+    """AdamW's first step moves every parameter by its rate."""
+    model = transfer_model()
+    cfg = lora_settings(
+        lr=1e-3, mixer_lr=2e-2, schedule=schedule, clip_scope=scope, warmup_steps=0, clip=None, loss="ce", dropout=0.0
+    )
+    start_lora(model, cfg)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = ParamGroups(clip_groups(model, trainable, scope), cfg, 10, rate_factors(model, trainable, cfg))
+    optimizer = torch.optim.AdamW(groups.for_optimizer(), lr=cfg.lr)
+    assert groups.set_rates(optimizer, 0) == pytest.approx(1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(trainable)
+    for name, parameter in trainable.items():
+        assert rates[id(parameter)] == pytest.approx(2e-2 if ".student." in name else 1e-3), name
+    assert rate_factors(model, trainable, replace(cfg, mixer_lr=None)) == {}

@@ -76,7 +76,7 @@ class LoraStep(TimedTrainingStep):
     """A stage 2 step of a model: next-token loss, gradients of LoRA, clipping, AdamW; students or softmax attention."""
 
     def __init__(self, model: Any, rows: int, tokens: int) -> None:
-        cfg = LoraConfig(gradient_checkpointing=True)
+        cfg = LoraConfig(gradient_checkpointing=True, train_feature_maps=False)
         add_lora(model, cfg)
         super().__init__(model, cfg, next_token_objective(), rows, tokens)
 

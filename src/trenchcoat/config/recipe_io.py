@@ -25,6 +25,9 @@ from trenchcoat.config.settings import Constraint, NameIn, ReadBy, Recipe
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that ship with the package."""
 
+RENAMED = {"lora.objective": "lora.loss, and its next_token is ce"}
+"""Settings of earlier versions and what they are now, for the error message."""
+
 
 def builtin_recipes() -> list[str]:
     """Names of the recipes that ship with the package."""
@@ -178,6 +181,8 @@ def check_section(section: Any, path: str) -> None:
 
 def key_hint(full: str, known: Sequence[str]) -> str:
     """The nearest of the ``known`` dotted paths to the unknown key ``full``, as the end of an error message."""
+    if full in RENAMED:
+        return f"it is now {RENAMED[full]}"
     head, _, key = full.rpartition(".")
     prefix = f"{head}." if head else ""
     siblings = list(dict.fromkeys(prefix + p.removeprefix(prefix).split(".")[0] for p in known if p.startswith(prefix)))

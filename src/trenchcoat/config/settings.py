@@ -304,12 +304,26 @@ class TransferConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(StageConfig):
-    """Stage 2, LoRA with next-token loss (LoLCATs, section 3.1 and appendix A)."""
+    """Stage 2: LoRA (or every weight), and the feature maps and mixes, trained through the whole model."""
 
-    objective: Text = "next_token"
-    """The objective: `next_token`, or a name that you added to OBJECTIVES in `trenchcoat.training.objectives`."""
+    train: Literal["lora", "mixer", "all"] = "lora"
+    """What is trained: `lora`, with the feature maps and mixes; `mixer`, the feature maps and mixes alone; `all`, every
+    weight, in float32 (the adapter then holds them all; the teacher's are kept beside them)."""
+
+    loss: Text = "kl"
+    """What is minimized: `kl`, the divergence KL(teacher || student) of the next token's distribution at every token,
+    the teacher being the same model with its own attention and without LoRA; `ce`, the next-token cross-entropy of the
+    text (LoLCATs, section 3.1); `mix`, both; or a name that you added to OBJECTIVES in
+    `trenchcoat.training.objectives`."""
+    kl_weight: InnerShare = 0.9
+    """mix: weight of kl; ce has 1 - kl_weight."""
+    teacher_logits: str | None = None
+    """kl and mix: folder of the teacher's logits on disk, the 256 most likely tokens of each position and the rest as
+    one; what is missing there is computed first, in one pass of the teacher. Null: the teacher runs in every step."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
+    mixer_lr: PositiveFloat | None = None
+    """Peak learning rate of the feature maps and mixes; null: lr. The schedule scales both alike."""
     rank: PositiveInt = 8
     """LoRA rank r."""
     alpha: PositiveFloat = 16.0
@@ -317,11 +331,25 @@ class LoraConfig(StageConfig):
     dropout: Share = 0.0
     """Dropout before the LoRA matrices."""
     targets: LayerNames = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Names of the linear layers that LoRA is applied to."""
-    train_feature_maps: bool = False
-    """Train feature maps and mixes too."""
+    """Names of the linear layers that LoRA is applied to, in the attention or the MLP (gate_proj, up_proj, down_proj;
+    not in a mixture of experts)."""
+    train_feature_maps: bool = True
+    """Train feature maps and mixes too; false needs `train: lora` or `all`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+
+    def check(self, path: str) -> None:
+        """Raise ``UserError`` for a bad schedule, or when there is nothing to train."""
+        super().check(path)
+        if self.train == "mixer" and not self.train_feature_maps:
+            raise UserError(
+                f"{path}.train=mixer with {path}.train_feature_maps=false leaves nothing to train: remove one of them"
+            )
+
+    @property
+    def teacher_pass(self) -> bool:
+        """Whether a step runs the teacher too: one more forward pass."""
+        return self.loss in ("kl", "mix") and self.teacher_logits is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,6 +500,16 @@ class Recipe(_Section):
             )
         if student.sinks >= data.seq_len:
             raise UserError(f"student.sinks must be below data.seq_len ({data.seq_len}), got {student.sinks}")
+        if self.lora is not None and self.lora.teacher_logits is not None and data.streaming:
+            raise UserError(
+                "lora.teacher_logits stores the logits of known rows, which data.streaming=true does not have: remove "
+                "one of the two"
+            )
+        if self.lora is not None and self.lora.train == "all" and self.model.quantize != "none":
+            raise UserError(
+                f"lora.train=all cannot train the 4-bit weights of model.quantize={self.model.quantize}: set it to "
+                "none, or lora.train=lora"
+            )
         for name, stage in (("transfer", self.transfer), ("lora", self.lora)):
             if data.streaming and stage is not None and stage.max_steps is None:
                 raise UserError(

@@ -7,7 +7,7 @@ padding) and ``labels`` (-100 where no loss is taken, else equal to ``input_ids`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,10 @@ class Batches:
     def train_batch(self, index: int) -> Batch:
         """Training batch ``index`` >= 0, over as many epochs as it takes; [b, T]."""
         return self._parts["train"].batch(np.array(self.train_rows(index)), self._pad)
+
+    def rows_batch(self, split: Split, rows: Sequence[int]) -> Batch:
+        """The given rows of ``train`` or ``validation``, by their IDs; [b, T]."""
+        return self._parts[split].batch(np.array(rows), self._pad)
 
     def train_rows(self, index: int) -> list[int]:
         """IDs of the rows of training batch ``index`` [b]: the same row has the same ID in every epoch."""

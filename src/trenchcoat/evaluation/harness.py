@@ -38,6 +38,7 @@ from trenchcoat.evaluation.task_results import ModelScore, TaskRecord
 from trenchcoat.models import hub
 from trenchcoat.models.attach import mode_of, set_far, set_mode
 from trenchcoat.models.lora import remove_lora
+from trenchcoat.models.stage2 import holds_teacher
 
 MODEL_NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -172,10 +173,10 @@ if MODEL_NAME not in model_registry:
 
 def become_teacher(model: Any) -> None:
     """Turn a run or adapter back into its base model: own attention, no LoRA. Raises ``UserError`` for other models."""
-    if not hasattr(model, "trenchcoat_adapter"):
+    if not holds_teacher(model):
         raise UserError(
-            "a merged folder no longer holds its teacher's weights: give the teacher's own folder (--teacher DIR), or "
-            "score the run or adapter folder"
+            "a merged folder (or one of lora.train=all) no longer holds its teacher's weights: give the teacher's own "
+            "folder (--teacher DIR), or score the run or adapter folder"
         )
     remove_lora(model)
     set_mode(model, "teacher")

@@ -81,6 +81,10 @@ def keeps_groups(recipe: Recipe) -> bool:
     return bool(recipe.student.keep or recipe.student.keep_softmax)
 
 
+def _trains_mixers_alone(recipe: Recipe) -> bool:
+    return recipe.lora is not None and recipe.lora.train == "mixer"
+
+
 def exact_tokens(student: StudentConfig) -> int:
     """Tokens at the start of a row whose queries have their whole past in the near part."""
     kind = student_class(student.name).kind
@@ -111,8 +115,10 @@ class TeacherLoraRow(ReportRow):
     colour, line = "#000000", "--"
 
     def variant(self, recipe: Recipe) -> Variant | None:
-        """The base model with LoRA."""
-        return Variant(self.stage, teacher=True) if super().variant(recipe) is not None else None
+        """The base model with LoRA; None where only mixers are trained, which it does not have."""
+        if _trains_mixers_alone(recipe) or super().variant(recipe) is None:
+            return None
+        return Variant(self.stage, teacher=True)
 
 
 class WindowSinksRow(ReportRow):
@@ -224,6 +230,10 @@ class WindowSinksLoraRow(ReportRow):
     def student(self, recipe: Recipe) -> StudentConfig:
         """What the recipe keeps, and no far part."""
         return window_sinks_student(recipe)
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """None where only mixers are trained: it has none."""
+        return None if _trains_mixers_alone(recipe) else super().variant(recipe)
 
 
 REPORT_ROWS: dict[str, ReportRow] = {

@@ -35,6 +35,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import set_far, set_mode, student_config
 from trenchcoat.models.loading import load_model
 from trenchcoat.models.lora import remove_lora
+from trenchcoat.models.stage2 import holds_teacher
 from trenchcoat.runtime.runlog import Tracker, environment, show_progress
 
 
@@ -112,10 +113,10 @@ def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
     """(name, model, tokenizer) of each model to score, one after the other, since they share weights."""
     device = _device(plan)
     model, tokenizer = hub.load(target, device=device)
-    if plan.teacher == "" and not hasattr(model, "trenchcoat_adapter"):
+    if plan.teacher == "" and not holds_teacher(model):
         raise UserError(
-            f"{target} is a merged folder, which no longer holds its teacher's weights: name the teacher's own folder "
-            "(--teacher DIR), or score the run or adapter folder"
+            f"{target} is a merged folder (or one of lora.train=all), which no longer holds its teacher's weights: "
+            "name the teacher's own folder (--teacher DIR), or score the run or adapter folder"
         )
     yield STUDENT, model, tokenizer
     if _long_context(plan):

@@ -42,7 +42,8 @@ EVALUATION_SETTINGS = (
 )  # fmt: skip
 """Settings that scores depend on, beside those of the model and its stage."""
 TRANSFER_COST, LORA_COST, SCORING_COST = 1.6, 3.5, 1.2
-"""Time per token of a training step (and of scoring) in teacher forward passes; measured on the demo, on two cores."""
+"""Time per token of a training step (without the teacher's pass of a divergence) and of scoring, in teacher forward
+passes; measured on the demo, on two cores."""
 
 
 def stages_of(recipe: Recipe) -> list[str]:
@@ -229,7 +230,8 @@ def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> f
         batches = variants.batches(cfg.batch_size)
         unit = unit or seconds_per_token(variants, batches)
         trained, evaluated = stage_tokens(cfg, batches, seq_len)
-        total += unit * (trained * (LORA_COST if isinstance(cfg, LoraConfig) else TRANSFER_COST) + evaluated * 1.5)
+        cost = LORA_COST + cfg.teacher_pass if isinstance(cfg, LoraConfig) else TRANSFER_COST
+        total += unit * (trained * cost + evaluated * 1.5)
     plan = recipe.eval
     scored = plan.rows * len(plan.length_factors) + plan.copy_rows * (1 + len(plan.length_factors))
     return total + unit * SCORING_COST * rows * scored * evaluation_length(recipe)

@@ -23,7 +23,7 @@ from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.trackers import MetricsTracker, open_trackers
 from trenchcoat.students import student_class
-from trenchcoat.training.objectives import stage_2_objective
+from trenchcoat.training.objectives import check_loss
 
 LANDMARK_ROWS = 4
 """Training rows whose keys are the landmarks of ``init: landmarks``."""
@@ -89,7 +89,7 @@ def check_names(recipe: Recipe) -> None:
     student_class(recipe.student.name)
     check_format(recipe.data.format)
     if recipe.lora is not None:
-        stage_2_objective(recipe.lora.objective)
+        check_loss(recipe.lora.loss)
 
 
 def open_log(

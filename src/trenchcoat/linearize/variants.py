@@ -27,6 +27,7 @@ from trenchcoat.evaluation.rows import window_sinks_student
 from trenchcoat.evaluation.selection import SELECTION_FILE, Selection
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
 from trenchcoat.linearize.selection.run import select_groups, with_groups
+from trenchcoat.linearize.teacher_logits import TaughtBatches
 from trenchcoat.models import hub, identity
 from trenchcoat.models.attach import (
     detach_students,
@@ -39,8 +40,8 @@ from trenchcoat.models.attach import (
 from trenchcoat.models.flops import lora_flops_per_token, transfer_flops_per_token
 from trenchcoat.models.hub import adapter_state, load_adapter_state, save_adapter
 from trenchcoat.models.loading import load_base
-from trenchcoat.models.lora import add_lora, freeze_for_lora, remove_lora
 from trenchcoat.models.shapes import shapes_of
+from trenchcoat.models.stage2 import as_teacher, begin_stage_2, end_stage_2, freeze_for_stage_2
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
 from trenchcoat.runtime.runfolder import (
@@ -52,8 +53,10 @@ from trenchcoat.runtime.runfolder import (
     stage_recipe,
 )
 from trenchcoat.runtime.sharding import compute_device
+from trenchcoat.training.logits import own_teacher
 from trenchcoat.training.loop import FitOptions, FitResult, fit
 from trenchcoat.training.objectives import Objective, initialise_from_text, stage_2_objective, transfer_objective
+from trenchcoat.training.stored import stored_teacher
 
 BASE_WEIGHTS = "base weights"
 """The key of the base model's fingerprint in a stage's record."""
@@ -136,7 +139,7 @@ class ModelVariants:
         """The model in ``student`` mode with fresh students, optional LoRA, and a finished stage's weights."""
         if self.recipe.data.select != "none":
             self.batches(LANDMARK_ROWS)  # ranking the samples removes students and LoRA from the model
-        remove_lora(self.model)
+        end_stage_2(self.model)
         torch.manual_seed(self.recipe.run.seed)
         students = replace_students(self.model, student if student is not None else self.recipe.student)
         if weights is None and any(one.starts_from_text for one in students.values()):
@@ -146,7 +149,7 @@ class ModelVariants:
             initialise_from_text(self.model, {name: t.to(device) for name, t in batch.items()})
         if lora:
             torch.manual_seed(self.recipe.run.seed)
-            add_lora(self.model, self._lora)
+            begin_stage_2(self.model, self._lora)
         if weights is not None:
             load_adapter_state(self.model, self.folder.weights(weights))
         set_far(self.model, True)
@@ -154,14 +157,15 @@ class ModelVariants:
         return self.model
 
     def assemble_teacher(self, *, lora: bool = False, weights: str | None = None) -> nn.Module:
-        """The model with its own attention, optional LoRA, and a finished stage's weights."""
+        """The model with its own attention, and its own weights or (``lora``) what stage 2 trains, with a finished
+        stage's weights."""
         if lora and self.recipe.data.select != "none":
             self.batches(LANDMARK_ROWS)  # as in `assemble`
-        remove_lora(self.model)
+        end_stage_2(self.model)
         detach_students(self.model)
         if lora:
             torch.manual_seed(self.recipe.run.seed)
-            add_lora(self.model, self._lora)
+            begin_stage_2(self.model, self._lora)
         if weights is not None:
             load_adapter_state(self.model, self.folder.weights(weights))
         return self.model
@@ -193,7 +197,8 @@ class ModelVariants:
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
         flops = step_flops(self.model.config, self.recipe, cfg)
         options = FitOptions(self.recipe.parallel.async_save, flops, self.base_fingerprint)
-        result = fit(self.model, batches, objective, cfg, self.log, stage=stage, options=options)
+        source = self._taught(batches, cfg)
+        result = fit(self.model, source, objective, cfg, self.log, stage=stage, options=options)
         if result.stopped:
             raise Stopped
         facts = stage_facts(stage, result)
@@ -201,6 +206,17 @@ class ModelVariants:
         learned = adapter_state(self.model)
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
         return facts
+
+    def _taught(self, batches: Batches, cfg: StageConfig) -> Batches | TaughtBatches:
+        """The batches of a stage; with ``lora.teacher_logits``, the teacher's logits are with them, and on disk."""
+        if not isinstance(cfg, LoraConfig) or cfg.teacher_logits is None:
+            return batches
+        quantize = self.recipe.model.quantize
+        base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
+        found = TaughtBatches(batches, Path(cfg.teacher_logits), self.model, base, self.log)
+        self.run.resources.callback(found.close)
+        found.fill(self.model, cfg)
+        return found
 
     def _log_text(self, batches: Batches) -> None:
         """Log the amount of text and what was skipped."""
@@ -237,10 +253,11 @@ class ModelVariants:
         else:
             self.assemble(weights=TRANSFER)
             torch.manual_seed(self.recipe.run.seed)
-            add_lora(self.model, self._lora)
+            begin_stage_2(self.model, self._lora)
         cfg = stage_recipe(self.recipe, stage).lora or self._lora
-        freeze_for_lora(self.model, cfg)
-        return stage_2_objective(cfg.objective), cfg
+        freeze_for_stage_2(self.model, cfg)
+        teacher = own_teacher(as_teacher) if cfg.teacher_logits is None else stored_teacher
+        return stage_2_objective(cfg, teacher), cfg
 
     def require_transfer(self) -> None:
         """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""

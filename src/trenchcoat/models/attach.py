@@ -107,12 +107,33 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     students = students_of(model)
     if not students and mode != "teacher":
         raise UserError(f"mode {mode!r} needs students; call attach_students(model, cfg) first")
-    for student in students.values():
-        student.mode = mode
     for config, own in _configs(model):
         choose_attention(config, own if mode == "teacher" else ATTENTION_NAME)
     if students:
-        decoder_of(model).trenchcoat_mode = mode
+        _choose_outputs(model, mode)
+
+
+@contextmanager
+def own_outputs(model: nn.Module) -> Iterator[None]:
+    """Inside the block the layers return their own attention, as in mode `teacher`.
+
+    The layers still call this package's attention function, so no config changes: cheaper than two `set_mode`.
+    """
+    if not students_of(model):
+        yield
+        return
+    mode = mode_of(model)
+    _choose_outputs(model, "teacher")
+    try:
+        yield
+    finally:
+        _choose_outputs(model, mode)
+
+
+def _choose_outputs(model: nn.Module, mode: Mode) -> None:
+    for student in students_of(model).values():
+        student.mode = mode
+    decoder_of(model).trenchcoat_mode = mode
 
 
 @contextmanager

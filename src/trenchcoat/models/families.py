@@ -61,7 +61,9 @@ class UnsupportedFamilyError(UserError):
     """The model's family cannot be linearized; the message says why."""
 
 
-_FUSED = {"q_proj", "k_proj", "v_proj"}
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
+"""A family's fused linear layer, and what others have in its place."""
 
 
 @dataclass(frozen=True)
@@ -100,19 +102,40 @@ def decoder_of(model: Any) -> Any:
     return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
 
 
-def choose_lora_targets(targets: Iterable[str], linear: Iterable[str], where: str) -> list[str]:
-    """Those of an attention's ``linear`` layers that ``lora.targets`` selects, in their order.
+def linear_layers(model: nn.Module, site: AttentionSite) -> dict[str, tuple[str, nn.Linear]]:
+    """(path, module) of the linear layers of a layer's attention, then of its MLP, by name.
 
-    In families with a fused `qkv_proj`, LoRA goes there. UserError for a target that does not exist; ``where`` names
-    the attention in the message.
+    A mixture of experts has none: its experts' weights are one tensor.
+    """
+    above = site.name.rpartition(".")[0]
+    mlp = getattr(model.get_submodule(above), "mlp", None)
+    blocks = [(site.name, site.module)]
+    if isinstance(mlp, nn.Module) and not hasattr(mlp, "experts"):
+        blocks.append((f"{above}.mlp", mlp))
+    return {
+        name: (f"{path}.{name}", child)
+        for path, block in blocks
+        for name, child in block.named_children()
+        if isinstance(child, nn.Linear)
+    }
+
+
+def choose_lora_targets(targets: Iterable[str], linear: Iterable[str], where: str) -> list[str]:
+    """Those of a layer's ``linear`` layers that ``lora.targets`` selects, in their order.
+
+    In families with a fused `qkv_proj` or `gate_up_proj`, LoRA goes there. UserError for a target that does not exist;
+    ``where`` names the layer in the message.
     """
     known, wanted = list(linear), set(targets)
-    if "qkv_proj" in known and wanted & _FUSED:
-        wanted = (wanted - _FUSED) | {"qkv_proj"}
+    for fused, parts in _FUSED.items():
+        if fused in known and wanted & parts:
+            wanted = (wanted - parts) | {fused}
     missing = sorted(wanted - set(known))
     if missing:
+        experts = "; the experts of a mixture take no LoRA" if missing[0] in _MLP else ""
         raise UserError(
-            f"lora.targets names {missing[0]!r}, which {where} does not have; its linear layers are {', '.join(known)}"
+            f"lora.targets names {missing[0]!r}, which {where} does not have; its linear layers are "
+            f"{', '.join(known)}{experts}"
         )
     return [name for name in known if name in wanted]
 

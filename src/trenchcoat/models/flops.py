@@ -54,9 +54,10 @@ def transfer_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, seq_len
 
 
 def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: LoraConfig, seq_len: int) -> Cost:
-    """LoRA with next-token loss: activations' gradients through the base, parameters' gradients of LoRA alone.
+    """Stage 2: activations' gradients through the base, parameters' gradients of what ``lora_cfg.train`` names.
 
-    With ``lora_cfg.train_feature_maps`` the maps' parameters get theirs too.
+    With ``lora_cfg.train_feature_maps`` the maps' parameters get theirs too; with a loss that needs the teacher, its
+    forward pass is added.
     """
     student = layer_student(shapes, student_cfg)
     kept = kept_layers(shapes, student_cfg)
@@ -69,8 +70,10 @@ def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: L
     forward = base + lora + linear * (maps + far + near) + kept * softmax
     learned_maps = maps if lora_cfg.train_feature_maps else 0.0
     # two products for each of the forward: gradients of features and values, of weights, values, queries and keys
-    backward = base + 2.0 * lora + linear * (maps + learned_maps + 2.0 * (far + near)) + kept * 2.0 * softmax
-    return Cost(forward, backward)
+    weights = base if lora_cfg.train == "all" else 0.0
+    backward = base + weights + 2.0 * lora + linear * (maps + learned_maps + 2.0 * (far + near)) + kept * 2.0 * softmax
+    teacher = base + shapes.layers * softmax if lora_cfg.teacher_pass else 0.0
+    return Cost(forward + teacher, backward)
 
 
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: int = 1) -> float:
@@ -94,6 +97,13 @@ def kept_layers(shapes: Shapes, cfg: StudentConfig) -> float:
     """Softmax attention that is kept, in layers: every kept group counts 1 / G. What a layer costs is proportional to
     its groups."""
     return kept_total(cfg, shapes.layers, shapes.kv_heads) / shapes.kv_heads
+
+
+def trained_parameters(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: LoraConfig) -> int:
+    """Parameters that stage 2 trains."""
+    maps = student_parameters(shapes, student_cfg) if lora_cfg.train_feature_maps else 0
+    base = shapes.parameters if lora_cfg.train == "all" else 0
+    return base + shapes.lora_parameters(lora_cfg) + maps
 
 
 def _softmax_forward(shapes: Shapes, seq_len: int) -> float:

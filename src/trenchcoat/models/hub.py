@@ -1,8 +1,9 @@
 """Linearized models on disk: adapter folders, merged folders, and `load` for both.
 
-adapter folder adapter.safetensors (students and LoRA), trenchcoat.json (settings, base model and its identity) merged
-folder a complete Transformers checkpoint of class Linearized<Family>ForCausalLM run folder a run's folder; its
-`adapter` folder is used
+* adapter folder: adapter.safetensors (students and LoRA, or every weight), trenchcoat.json (settings, base model, its
+  identity);
+* merged folder: a complete Transformers checkpoint of class Linearized<Family>ForCausalLM;
+* run folder: a run's folder; its `adapter` folder is used.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from trenchcoat.models.attach import attach_students, set_mode, student_config, 
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import ADAPTER_META, load_model, resolve_device, resolve_dtype
 from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
+from trenchcoat.models.stage2 import trains_all
 from trenchcoat.runtime.files import (
     CorruptFileError,
     atomic_directory,
@@ -77,6 +79,7 @@ def save_adapter(
         student=student if student is not None else student_config(model),
         lora=shape if has_lora(model) else None,
         base_fingerprint=base_fingerprint or fingerprint(model),
+        whole=trains_all(model),
     )
 
 
@@ -106,13 +109,16 @@ def _write_adapter(
     student: StudentConfig,
     lora: Mapping[str, Any] | None,
     base_fingerprint: str,
+    whole: bool = False,
 ) -> None:
-    meta = {
+    meta: dict[str, Any] = {
         "version": ADAPTER_VERSION,
         "base": {**source, "config": _shape(config), "fingerprint": base_fingerprint},
         "student": asdict(student),
         "lora": lora,
     }
+    if whole:
+        meta["whole"] = True
     write_adapter(directory, tensors, meta)
 
 
@@ -194,9 +200,11 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
     lora = meta.get("lora")
     if lora is not None:
         add_lora(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
+    loaded: Any = model
+    if meta.get("whole"):
+        loaded.trenchcoat_fingerprint, loaded.trenchcoat_whole = fingerprint(model), True
     load_adapter_state(model, tensors)
     set_mode(model, "student")
-    loaded: Any = model
     origin = {"path": cfg.path, "revision": cfg.revision, "attention": cfg.attention}
     loaded.trenchcoat_adapter = {"base": origin, "lora": lora}
     return loaded.eval().requires_grad_(False), tokenizer
@@ -280,7 +288,8 @@ def _shape(config: Any) -> dict[str, Any]:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Students' and LoRA's parameters by name, e.g. `model.layers.0.self_attn.student.mix_H` and
-    `model.layers.0.self_attn.q_proj.lora_A.weight`; detached, not copied."""
+    `model.layers.0.self_attn.q_proj.lora_A.weight`, or all parameters where every weight is trained; detached, not
+    copied."""
     return {name: p.detach() for name, p in _learned(model).items()}
 
 
@@ -307,6 +316,8 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    if trains_all(model):
+        return dict(model.named_parameters())
     lora = {id(p): name for name, p in lora_parameters(model).items()}
     owned = {id(p) for student in students_of(model).values() for p in student.parameters()}
     return {lora.get(id(p), name): p for name, p in model.named_parameters() if id(p) in owned or id(p) in lora}

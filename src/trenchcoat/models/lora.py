@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.models.attach import require_grad, students_of
-from trenchcoat.models.families import attention_sites, choose_lora_targets
+from trenchcoat.models.families import attention_sites, choose_lora_targets, linear_layers
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 
 _ADAPTER = "default"
@@ -18,11 +19,11 @@ _ADAPTER = "default"
 
 
 def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
-    """Add LoRA to the linear layers `cfg.targets` of every layer's attention; returns their paths.
+    """Add LoRA to the linear layers `cfg.targets` of every layer's attention and MLP; returns their paths.
 
-    In families with a fused `qkv_proj`, LoRA goes there. LoRA's parameters are float32. Only LoRA is trainable
-    afterwards (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model does not
-    have.
+    In families with a fused `qkv_proj` or `gate_up_proj`, LoRA goes there. LoRA's parameters are float32. Only LoRA is
+    trainable afterwards (and the students with `cfg.train_feature_maps`). Raises UserError for targets that the model
+    does not have.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
@@ -57,6 +58,22 @@ def freeze_for_lora(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:
 def has_lora(model: nn.Module) -> bool:
     """True when a LoRA is in the model and not merged."""
     return bool(lora_parameters(model))
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside the block LoRA's updates are not added; `requires_grad` is as before afterwards."""
+    layers = [layer for _, layer in _lora_layers(model)] if has_lora(model) else []
+    learned = {id(p) for p in lora_parameters(model).values() if p.requires_grad}
+    for layer in layers:
+        layer.enable_adapters(False)  # this changes requires_grad, and so does the way back
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter in lora_parameters(model).values():
+            parameter.requires_grad_(id(parameter) in learned)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -102,9 +119,8 @@ def _whole_weight(path: str, layer: Any) -> Tensor:
 def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
     paths = []
     for site in attention_sites(model):
-        linear = [name for name, m in site.module.named_children() if isinstance(m, nn.Linear)]
-        chosen = choose_lora_targets(targets, linear, f"the attention of layer {site.index}")
-        paths += [f"{site.name}.{name}" for name in chosen]
+        known = linear_layers(model, site)
+        paths += [known[name][0] for name in choose_lora_targets(targets, known, f"layer {site.index}")]
     return paths
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.models.embedded import TEACHER_DIR
-from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of
+from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of, linear_layers
 from trenchcoat.models.transformers_internals import choose_attention
 
 SHIPPED_FOLDER = Path(__file__).parent / "shipped_configs"
@@ -60,6 +59,8 @@ class Shapes:
     """Final norm and the like."""
     projections: tuple[tuple[str, int, int], ...]
     """(name, inputs, outputs) of the linear layers of `self_attn`."""
+    mlp_layers: tuple[tuple[str, int, int], ...] = ()
+    """The same of the MLP; none in a mixture of experts."""
 
     @property
     def parameters(self) -> int:
@@ -73,13 +74,14 @@ class Shapes:
         return self.head_parameters == 0
 
     def lora_layers(self, cfg: LoraConfig) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of one attention that `cfg.targets` gives a LoRA.
+        """(inputs, outputs) of the linear layers of one layer that `cfg.targets` gives a LoRA.
 
-        In families with a fused `qkv_proj`, LoRA goes there, as in `lora.add_lora`. UserError for a target that the
-        model does not have.
+        In families with fused layers, LoRA goes there, as in `lora.add_lora`; none unless `cfg.train` is `lora`.
+        UserError for a target that the model does not have.
         """
-        known = {name: (inputs, outputs) for name, inputs, outputs in self.projections}
-        return [known[name] for name in choose_lora_targets(cfg.targets, known, "the model's attention")]
+        known = {name: (inputs, outputs) for name, inputs, outputs in (*self.projections, *self.mlp_layers)}
+        chosen = choose_lora_targets(cfg.targets, known, "the model")
+        return [known[name] for name in chosen] if cfg.train == "lora" else []
 
     def lora_parameters(self, cfg: LoraConfig) -> int:
         """Parameters of LoRA in the whole model."""
@@ -97,7 +99,9 @@ def shapes_of(config: Any) -> Shapes:
     in_layers = sum(p.numel() for layer in layers for p in layer.parameters())
     largest = max(layers, key=lambda layer: sum(p.numel() for p in layer.parameters()))
     share = _expert_share(config)
-    linear = [(name, m) for name, m in first.module.named_children() if isinstance(m, nn.Linear)]
+    linear = linear_layers(model, first)
+    sizes = {n: (n, m.in_features, m.out_features) for n, (path, m) in linear.items()}
+    own = [name for name, (path, _) in linear.items() if path.startswith(f"{first.name}.")]
     return Shapes(
         family=str(config.model_type),
         layers=len(layers),
@@ -118,7 +122,8 @@ def shapes_of(config: Any) -> Shapes:
         embedding_parameters=embedding.numel(),
         head_parameters=head_parameters,
         other_parameters=sum(p.numel() for p in model.parameters()) - in_layers - embedding.numel() - head_parameters,
-        projections=tuple((name, m.in_features, m.out_features) for name, m in linear),
+        projections=tuple(sizes[name] for name in own),
+        mlp_layers=tuple(found for name, found in sizes.items() if name not in own),
     )
 
 

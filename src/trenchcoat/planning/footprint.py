@@ -17,17 +17,18 @@ maps, I columns of the MLP, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
 from trenchcoat.config.keep import kept_total
-from trenchcoat.models.flops import kept_layers, layer_student, student_parameters
+from trenchcoat.models.flops import kept_layers, layer_student, student_parameters, trained_parameters
 from trenchcoat.models.shapes import Shapes
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.ops.chunked.layout import TILE_TOKENS
+from trenchcoat.runtime.head import PIECE_ELEMENTS
 from trenchcoat.students import StudentAttention
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -93,12 +94,12 @@ def footprint(step: StepSizes, layout: Layout) -> Footprint:
     """
     shapes, stage = step.shapes, step.stage
     maps = student_parameters(shapes, step.student)
-    if isinstance(stage, LoraConfig):
-        adapters = shapes.lora_parameters(stage)
-        trained = adapters + (maps if stage.train_feature_maps else 0)
-    else:
-        adapters, trained = 0, maps
     base = base_bytes(shapes, step.dtype_bytes, nf4=layout.nf4) / layout.shared_by
+    adapters, trained = 0, maps
+    if isinstance(stage, LoraConfig):
+        adapters, trained = shapes.lora_parameters(stage), trained_parameters(shapes, step.student, stage)
+        if stage.train == "all":  # what is trained and computed with is in float32; the base is kept
+            base, step = base + 4.0 * shapes.parameters, replace(step, dtype_bytes=4)
     held = {
         "weights": 0.0 if layout.offload else base,
         "students": 4.0 * maps,
@@ -181,22 +182,31 @@ class _Moments:
         kept = float(s.layers * (size * s.hidden * n if checkpointed else saved))
         inner = saved if checkpointed else 0.0
         mlp = 3.0 * size * s.mlp_width
-        logits = float(n * s.vocab)
-        final = 3.0 * size * s.hidden * n
+        hidden = float(size * s.hidden * n)
+        kept += hidden * stage.teacher_pass  # the teacher's hidden states
+        final = 3.0 * hidden
         backward_mlp = kept + inner + n * (mlp + size * s.hidden)
         backward_student = kept + inner - n * mlp + self._student_backward()
         return {
             "embedding": _parts(self._gathered(embeddings=2), final),
             "a layer gathered": _parts(self._gathered(layers=3), kept),
             "head gathered": _parts(self._gathered(layers=1, heads=2), kept + final),
-            # the logits, their float32 copy, the log-softmax and its gradient
+            # the loss has a copy of a sharded head; a tied one is in the root's unit too
             "loss over the vocabulary": _parts(
-                self._gathered(), kept + final, logits * (size + (12.0 if size < 4 else 8.0))
+                self._gathered(embeddings=2.0 * s.tied, heads=1), kept + final + hidden, self._piece(stage)
             ),
-            "backward of the head": _parts(self._gathered(heads=2), kept + final, logits * 2.0 * size),
+            "backward of the head": _parts(self._gathered(heads=2), kept + final),
             "backward of an MLP": _parts(self._gathered(layers=2), backward_mlp),
             "backward of a student": _parts(self._gathered(layers=2), backward_student),
         }
+
+    def _piece(self, stage: LoraConfig) -> float:
+        """Bytes of a piece of the logits (`runtime.head`): logits and log-softmax; with a teacher also its log-softmax
+        and probabilities; while a log-softmax of lower precision is made, its float32 copy."""
+        logits = min(self.step.tokens, max(1, PIECE_ELEMENTS // self.step.shapes.vocab)) * self.step.shapes.vocab
+        size = self.step.dtype_bytes
+        arrays = size + (4.0 + size + 8.0 if stage.teacher_pass else 8.0)
+        return float(logits * arrays)
 
     def _gathered(self, *, layers: float = 0, embeddings: float = 0, heads: float = 0) -> float:
         """Bytes of the given numbers of gathered units; without sharding, only the buffer for unpacked 4-bit weights.
@@ -222,6 +232,8 @@ class _Moments:
         s, size = self.step.shapes, self.step.dtype_bytes
         dropout = 1.0 if stage.dropout > 0 else 0.0  # the mask
         adapted = (4.0 + dropout) * sum(inputs for inputs, _ in s.lora_layers(stage))
+        if stage.train == "all":  # the inputs of q, k and v, of the output projection and of the MLP
+            adapted += size * (2.0 * s.hidden + s.heads * s.head_dim)
         norms = 2 * 4.0 * s.hidden
         heads = size * (s.heads + 2 * s.kv_heads) * s.head_dim
         output = 4.0 * s.heads * (s.head_dim + 1)

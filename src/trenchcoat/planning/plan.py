@@ -18,7 +18,12 @@ import torch
 
 from trenchcoat.config import LoraConfig, Recipe, TransferConfig, UserError
 from trenchcoat.config.units import GIB
-from trenchcoat.models.flops import lora_flops_per_token, student_parameters, transfer_flops_per_token
+from trenchcoat.models.flops import (
+    lora_flops_per_token,
+    student_parameters,
+    trained_parameters,
+    transfer_flops_per_token,
+)
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
 from trenchcoat.planning.footprint import (
     Footprint,
@@ -184,7 +189,9 @@ def make_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) 
         raise UserError("transfer=null and lora=null together leave nothing to plan; leave one of them out")
     shapes = shapes_of(find_config(recipe.model.path, recipe.model.revision))
     planner = Planner(recipe, machine, shapes, tokens)
-    ways = [planner.way(name, settings, layout) for name, settings, layout in layouts(machine)]
+    whole = recipe.lora is not None and recipe.lora.train == "all"
+    possible = [one for one in layouts(machine) if not whole or (one[2].shared_by == 1 and not one[2].nf4)]
+    ways = [planner.way(name, settings, layout) for name, settings, layout in possible]
     fitting = [way for way in ways if way.fits]
     best = min(fitting, key=lambda way: way.seconds_a_token).name if fitting else None
     disk = planner.disk()
@@ -289,7 +296,7 @@ class Planner:
 
     def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
         """Seconds per micro-batch, by resource; they overlap, so the longest counts."""
-        passes = 2 if isinstance(stage, LoraConfig) else 1
+        passes = 2 + stage.teacher_pass if isinstance(stage, LoraConfig) else 1
         rows = stage.batch_size * self.recipe.data.seq_len
         found = {"arithmetic": rows * self.flops(stage) / self.flop_rate}
         if layout.shared_by > 1:
@@ -326,11 +333,12 @@ class Planner:
         adapters = 0 if self.recipe.lora is None else self.shapes.lora_parameters(self.recipe.lora)
         found = {"weights of the base": float(self.dtype_bytes * self.shapes.parameters)}
         for name, stage in self.stages.items():
-            trained = maps if isinstance(stage, TransferConfig) else adapters
-            if isinstance(stage, LoraConfig) and stage.train_feature_maps:
-                trained += maps
+            trained = maps
+            if isinstance(stage, LoraConfig):
+                trained = trained_parameters(self.shapes, self.recipe.student, stage)
             # parameters and both moments: the kept checkpoints, the best weights, and a checkpoint being written
             found[f"checkpoints of {name}"] = 12.0 * trained * (stage.keep_checkpoints + 2)
-        found["adapter"] = 4.0 * (maps + adapters)
+        whole = self.recipe.lora is not None and self.recipe.lora.train == "all"
+        found["adapter"] = 4.0 * (maps + (self.shapes.parameters if whole else adapters))
         found["token cache"] = BYTES_A_TOKEN * (self.tokens_a_pass() or 0.0)
         return found

@@ -13,7 +13,7 @@ form, without a backward pass); with cross-entropy, only the teacher's forward p
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,9 +33,10 @@ from trenchcoat.models.attach import attach_students, freeze_for_transfer, set_m
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.interface import LazyMask
 from trenchcoat.models.kept import Columns
-from trenchcoat.models.lora import add_lora
+from trenchcoat.models.stage2 import as_teacher, begin_stage_2, freeze_for_stage_2
 from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.tiles import Scratch
+from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.sharding import run_decoder, shard_units
 from trenchcoat.students import TransferRequest
@@ -94,6 +95,8 @@ def simulate(
     and for a family without fused attention.
     """
     began = time.monotonic()
+    if isinstance(stage, LoraConfig) and stage.train == "all":
+        raise UserError("--simulate knows lora.train=lora and mixer, not all; leave it out: `plan` counts all three")
     if dist.is_initialized():
         raise UserError("--simulate creates its own process group: run `trenchcoat plan` without torchrun")
     model = _build(config, student, stage, dtype)
@@ -121,7 +124,8 @@ def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConf
             raise UserError(f"--simulate needs a family with fused attention (sdpa): {error}") from error
         attach_students(model, student)
         if isinstance(stage, LoraConfig):
-            add_lora(model, stage)
+            begin_stage_2(model, stage)
+            freeze_for_stage_2(model, stage)
         else:
             freeze_for_transfer(model)
     set_mode(model, "student" if isinstance(stage, LoraConfig) else "transfer")
@@ -172,25 +176,53 @@ def _step(
     tracker = _PeakTracker(model)
     tracker.track_inputs((ids, *optimizer, *outside))
     with tracker:
-        _run(model, stage, ids)
+        _run(model, stage, ids, tracker.reset_mod_stats)
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()
     return dict(snapshot)
 
 
-def _run(model: Any, stage: TransferConfig | LoraConfig, ids: Tensor) -> None:
+def _run(
+    model: Any, stage: TransferConfig | LoraConfig, ids: Tensor, next_pass: Callable[[], None] = lambda: None
+) -> None:
+    """One step; ``next_pass`` is called between two forward passes."""
     if isinstance(stage, LoraConfig):
-        _lora_step(model, ids)
+        _lora_step(model, stage, ids, next_pass)
     else:
         _transfer_step(model, stage, ids)
 
 
-def _lora_step(model: Any, ids: Tensor) -> None:
-    """Like `objectives.next_token_objective`, without reading values."""
+def _lora_step(model: Any, stage: LoraConfig, ids: Tensor, next_pass: Callable[[], None]) -> None:
+    """Like `objectives.logit_objective`, without reading values."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": _CausalMask(*ids.shape), "use_cache": False}
+    taught_nd: Tensor | None = None
+    if stage.teacher_pass:
+        with torch.no_grad(), as_teacher(model):
+            taught_nd = run_to_head(model, **inputs)[0].flatten(0, 1)
+        next_pass()
     model.train()
-    logits = model(input_ids=ids, attention_mask=_CausalMask(*ids.shape), use_cache=False).logits
-    targets = F.pad(ids[:, 1:], (0, 1), value=-100).reshape(-1)
-    total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets, ignore_index=-100, reduction="sum")
-    (total / ids.numel()).backward()
+    hidden_bTd, further = run_to_head(model, **inputs)
+    gradient_bTd = _logit_gradient(VocabularyHead(model), hidden_bTd, taught_nd)
+    torch.autograd.backward([hidden_bTd, *further], [gradient_bTd, *(torch.zeros_like(t) for t in further)])
+
+
+def _logit_gradient(head: VocabularyHead, hidden_bTd: Tensor, taught_nd: Tensor | None) -> Tensor:
+    """Like `logits.LogitLoss.over`."""
+    flat_nd = hidden_bTd.detach().flatten(0, 1)
+
+    def piece(where: slice, logits_nV: Tensor) -> Tensor:
+        """The gradient for the logits of a piece."""
+        found_nV = F.log_softmax(logits_nV, -1, dtype=torch.float32)
+        if taught_nd is not None:
+            log_p_nV = F.log_softmax(head(taught_nd[where]), -1, dtype=torch.float32)
+            p_nV = log_p_nV.exp()
+            torch.linalg.vecdot(p_nV, log_p_nV.sub_(found_nV))
+            del log_p_nV
+            found_nV = p_nV.add_(found_nV.exp_())
+        return found_nV.to(logits_nV.dtype)
+
+    found_nd = torch.zeros_like(flat_nd)
+    found_nd.copy_(head.backward(flat_nd.clone(), piece))
+    return found_nd.view_as(hidden_bTd)
 
 
 def _transfer_step(model: Any, stage: TransferConfig, ids: Tensor) -> None:

@@ -63,6 +63,8 @@ def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
         return recipe
     if stage == LORA_ONLY and recipe.transfer is not None:
         lora = replace(lora, train_feature_maps=True)
+    if stage == TEACHER_LORA:
+        lora = replace(lora, loss="ce", teacher_logits=None)
     return replace(recipe, lora=lora)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat.config import StageConfig
+from trenchcoat.config import LoraConfig, StageConfig
 from trenchcoat.runtime.sharding import whole
 from trenchcoat.students import StudentAttention, layer_key
 from trenchcoat.training.schedules import build_schedule
@@ -65,6 +65,14 @@ def clip_groups(
     for name, parameter in trainable.items():
         owner.get(id(parameter), rest).parameters[name] = members[name]
     return [group for group in [*{id(one): one for one in owner.values()}.values(), rest] if group.parameters]
+
+
+def rate_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter], cfg: StageConfig) -> dict[str, float]:
+    """``lora.mixer_lr`` over ``lora.lr`` for the names of the students' parameters; empty where they are the same."""
+    if not isinstance(cfg, LoraConfig) or cfg.mixer_lr is None:
+        return {}
+    own = {id(p) for m in model.modules() if isinstance(m, StudentAttention) for p in m.parameters()}
+    return {name: cfg.mixer_lr / cfg.lr for name, parameter in trainable.items() if id(parameter) in own}
 
 
 def average_and_clip(groups: Sequence[ParamGroup], micro_batches: int, clip: float | None) -> float:
@@ -155,22 +163,35 @@ class GroupProgress:
 class ParamGroups:
     """All parameter groups of a stage and their progress."""
 
-    def __init__(self, groups: Sequence[ParamGroup], cfg: StageConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ParamGroup],
+        cfg: StageConfig,
+        total_steps: int,
+        factors: Mapping[str, float] | None = None,
+    ) -> None:
         self.members = [GroupProgress(group, cfg, total_steps) for group in groups]
+        self._factors = factors or {}
+        self._rated: list[tuple[GroupProgress, float]] = []
+        """Whose schedule each of the optimizer's param groups follows, and its factor."""
 
     def for_optimizer(self) -> list[dict[str, Any]]:
-        """The optimizer's param groups: one per group if their learning rates can differ, else a single one."""
-        lists = [list(member.group.parameters.values()) for member in self.members]
-        if not self.members[0].schedule.follows_evaluations:
-            lists = [[p for members in lists for p in members]]
-        return [{"params": members} for members in lists]
+        """The optimizer's param groups: one per group if their learning rates can differ, else a single one; divided
+        by the ``factors`` (by parameter name) of their rates."""
+        shared = not self.members[0].schedule.follows_evaluations
+        found: dict[tuple[int, float], list[nn.Parameter]] = {}
+        for index, member in enumerate(self.members):
+            for name, parameter in member.group.parameters.items():
+                found.setdefault((0 if shared else index, self._factors.get(name, 1.0)), []).append(parameter)
+        self._rated = [(self.members[index], factor) for index, factor in found]
+        return [{"params": members} for members in found.values()]
 
     def set_rates(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set the optimizer's learning rates for step index ``step``; returns the largest."""
-        rates = [member.schedule.lr(step) for member in self.members]
-        for group, rate in zip(optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate
-        return max(rates)
+        """Set the optimizer's learning rates for step index ``step``; returns the largest, without factors."""
+        rates = {id(member): member.schedule.lr(step) for member in self.members}
+        for group, (member, factor) in zip(optimizer.param_groups, self._rated, strict=True):
+            group["lr"] = rates[id(member)] * factor
+        return max(rates.values())
 
     def active(self) -> list[ParamGroup]:
         """The groups still training; drops the gradients of the others."""

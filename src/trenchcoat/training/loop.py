@@ -34,7 +34,14 @@ from trenchcoat.training.checkpoints import (
     optimizer_tensors,
     require_same_identity,
 )
-from trenchcoat.training.gradients import BEST, NonFiniteGradient, ParamGroups, average_and_clip, clip_groups
+from trenchcoat.training.gradients import (
+    BEST,
+    NonFiniteGradient,
+    ParamGroups,
+    average_and_clip,
+    clip_groups,
+    rate_factors,
+)
 from trenchcoat.training.metrics import MetricSums, speed
 from trenchcoat.training.objectives import IDLE, Objective, first_nonfinite
 from trenchcoat.training.schedules import evaluation_batches, step_batches, training_length
@@ -164,7 +171,7 @@ class _Loop:
         self.masters = MasterCopies(self.trainable)
         self.until = self.total if options.until is None else min(options.until, self.total)
         members = clip_groups(model, self.trainable, cfg.clip_scope, self.masters.parameters)
-        self.groups = ParamGroups(members, cfg, self.total)
+        self.groups = ParamGroups(members, cfg, self.total, rate_factors(model, self.trainable, cfg))
         self.optimizer = torch.optim.AdamW(
             self.groups.for_optimizer(), lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )

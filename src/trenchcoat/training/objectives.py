@@ -1,4 +1,4 @@
-"""What a stage minimizes: attention transfer (stage 1) and next-token prediction (stage 2).
+"""What a stage minimizes: attention transfer (stage 1), and losses of the logits (stage 2).
 
 An objective runs the forward pass on one micro-batch and, when gradients are enabled, adds the gradients of the
 micro-batch's mean loss to ``.grad``; it returns plain numbers. Shapes: b rows, T tokens, V vocabulary.
@@ -7,6 +7,7 @@ micro-batch's mean loss to ``.grad``; it returns plain numbers. Shapes: b rows, 
     "loss/layer_03", ...            transfer: the loss of each layer
     "mse/...", "relative/...",      transfer, without gradients only: mean((y - y_hat)^2), its ratio to mean(y^2),
     "xent/..."                      and the attention cross-entropy if its weight is not 0
+    "kl", "ce"                      stage 2: the parts of a mixed loss
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trenchcoat.config import TransferConfig, UserError
+from trenchcoat.config import LoraConfig, TransferConfig, UserError
+from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest, layer_key
+from trenchcoat.training.logits import LogitLoss, Teacher, forward_inputs, next_tokens
 
 if TYPE_CHECKING:
     from trenchcoat.data.batches import Batch
@@ -128,7 +131,7 @@ def _collect(students: list[StudentAttention], *, detailed: bool, xent: bool) ->
 
 def next_token_loss(logits_bTV: Tensor, labels_bT: Tensor) -> tuple[Tensor, int]:
     """(mean next-token cross-entropy in float32, number of labels) over labels other than -100; loss 0 if none."""
-    targets = F.pad(labels_bT[:, 1:], (0, 1), value=-100).reshape(-1)
+    targets = next_tokens(labels_bT).reshape(-1)
     count = int((targets != -100).sum())
     total = F.cross_entropy(
         logits_bTV.reshape(-1, logits_bTV.shape[-1]).float(), targets, ignore_index=-100, reduction="sum"
@@ -138,32 +141,54 @@ def next_token_loss(logits_bTV: Tensor, labels_bT: Tensor) -> tuple[Tensor, int]
 
 def next_token_objective() -> Objective:
     """Next-token prediction on labels other than -100, through the whole model."""
+    return logit_objective(kl_weight=0.0)
+
+
+def logit_objective(*, kl_weight: float, teacher: Teacher | None = None) -> Objective:
+    """``kl_weight`` KL(teacher || student) + (1 - ``kl_weight``) next-token cross-entropy, through the whole model.
+
+    The divergence is averaged over all real tokens of the micro-batch (of the prompt too, never padding), the
+    cross-entropy over the labels other than -100. Both are computed in float32 and in pieces of tokens: see
+    :mod:`trenchcoat.runtime.head`. ``tokens`` counts real tokens, or labels where ``kl_weight`` is 0.
+    """
+    if teacher is None and kl_weight > 0:
+        raise ValueError("a divergence needs a teacher")
 
     def objective(model: nn.Module, batch: Batch) -> Metrics:
-        """One micro-batch of next-token prediction."""
+        """One micro-batch."""
         learning = torch.is_grad_enabled()
+        taught = teacher(model, batch) if teacher is not None and kl_weight > 0 else None
         if model.training != learning:
             model.train(learning)
-        output = model(input_ids=batch["input_ids"], attention_mask=_mask_if_padded(batch), use_cache=False)
-        loss, count = next_token_loss(output.logits, batch["labels"])
-        if learning and (count or IDLE in batch):
-            (loss * 0.0 if IDLE in batch else loss).backward()
-        return {"loss": loss.item(), "tokens": float(count)}
+        hidden_bTd, further = run_to_head(model, **forward_inputs(batch))
+        loss = LogitLoss.of(batch, kl_weight, taught)
+        gradient_bTd = loss.over(VocabularyHead(model), hidden_bTd)
+        if learning:
+            gradients = [gradient_bTd, *(torch.zeros_like(t) for t in further)]
+            torch.autograd.backward([hidden_bTd, *further], [g * 0.0 if IDLE in batch else g for g in gradients])
+        return loss.metrics()
 
     return objective
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    "next_token": next_token_objective,
+OBJECTIVES: dict[str, Callable[[LoraConfig, Teacher], Objective]] = {
+    "kl": lambda cfg, teacher: logit_objective(kl_weight=1.0, teacher=teacher),
+    "ce": lambda cfg, teacher: logit_objective(kl_weight=0.0),
+    "mix": lambda cfg, teacher: logit_objective(kl_weight=cfg.kl_weight, teacher=teacher),
 }
-"""Valid values of ``lora.objective``. Add an objective here."""
+"""Valid values of ``lora.loss``. Add an objective here."""
 
 
-def stage_2_objective(name: str) -> Objective:
-    """The objective that ``lora.objective`` names; raises ``UserError`` for an unknown name."""
+def check_loss(name: str) -> None:
+    """Raise ``UserError`` when no objective has this name."""
     if name not in OBJECTIVES:
-        raise UserError(f"lora.objective must be one of {', '.join(OBJECTIVES)}, got {name!r}")
-    return OBJECTIVES[name]()
+        raise UserError(f"lora.loss must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+
+
+def stage_2_objective(cfg: LoraConfig, teacher: Teacher) -> Objective:
+    """The objective that ``cfg.loss`` names; raises ``UserError`` for an unknown name."""
+    check_loss(cfg.loss)
+    return OBJECTIVES[cfg.loss](cfg, teacher)
 
 
 def first_nonfinite(model: nn.Module, objective: Objective, batch: Batch) -> str | None:

@@ -11,8 +11,9 @@ from trenchcoat.cli.command import recipe_command
 def _run(args: argparse.Namespace) -> Any:
     """Stage 2 alone: LoRA on the transferred model.
 
-    Stage 2: LoRA on the attention projections with next-token loss. It continues from the transfer in the run's folder
-    (made by `trenchcoat transfer` with the same recipe); with transfer=null it is the baseline without transfer.
+    Stage 2: LoRA and feature maps, by the divergence from the teacher or by the next-token loss. It continues from the
+    transfer in the run's folder (made by `trenchcoat transfer` with the same recipe); with transfer=null it is the
+    baseline without transfer.
     """
     from trenchcoat.linearize import stages
 

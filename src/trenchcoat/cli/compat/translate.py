@@ -258,6 +258,7 @@ def lora_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     checkpointing = flags.get("fsdp_activation_checkpointing", False) or not flags.get("no_peft_grad_ckpt", False)
     trained = config.at("finetune.trainable_weights", [])
     own = {
+        "loss": "ce",
         "lr": flags.get("finetune_lr", config.at("optimizer.lr")),
         "rank": config.at("finetune.kwargs.r"),
         "alpha": config.at("finetune.kwargs.lora_alpha"),

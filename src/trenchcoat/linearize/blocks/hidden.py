@@ -33,7 +33,7 @@ from torch import Tensor
 from trenchcoat.config import UserError
 from trenchcoat.runtime.files import PARTIAL_PREFIX, CorruptFileError, read_json, saving, sync, write_json
 
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _PIECE = 1 << 24
 """Bytes per chunk when computing a checksum."""
 
