@@ -119,13 +119,11 @@ def test_when_nothing_fits_the_notes_name_what_would() -> None:
 
 def test_settings_that_would_make_it_fit_are_found() -> None:
     long = ["data.seq_len=16384", "lora.gradient_checkpointing=false"]
-    assert "with lora.gradient_checkpointing=true it would fit: " in _notes(_plan("lolcats_llama3_1_8b", *long))
+    assert "with lora.gradient_checkpointing=true it would fit: " in _notes(_plan("llama3_1_8b", *long))
     many = ["transfer.batch_size=64", "lora.batch_size=64", "lora.gradient_checkpointing=false"]
     settings = "lora.gradient_checkpointing=true transfer.batch_size=1 lora.batch_size=1"
-    assert f"with {settings} it would fit: one GPU, 4-bit" in _notes(
-        _plan("lolcats_llama3_1_8b", *many, gpu_memory=12 * GIB)
-    )
-    rows = _notes(_plan("lolcats_llama3_1_8b", "lora.batch_size=256"))
+    assert f"with {settings} it would fit: one GPU, 4-bit" in _notes(_plan("llama3_1_8b", *many, gpu_memory=12 * GIB))
+    rows = _notes(_plan("llama3_1_8b", "lora.batch_size=256"))
     assert "with lora.batch_size=1 it would fit: one GPU" in rows
     hopeless = _notes(_plan("lolcats_llama3_1_8b", "data.seq_len=4000000", gpu_memory=8 * GIB))
     assert "more GPUs alone would not be enough" in hopeless

@@ -38,12 +38,19 @@ def shown_tasks(results: TaskResults) -> list[TaskRecord]:
 
 def task_table(results: TaskResults) -> Table:
     """One row per task and metric."""
+    table = _task_table(results)
+    past = [_past_2w(record) for record in shown_tasks(results) for _ in record.metrics()]
+    cells = [[*row[:3], share, *row[3:]] for row, share in zip(table.cells, past, strict=True)]
+    return Table([*table.headings[:3], "past 2W", *table.headings[3:]], cells)
+
+
+def _task_table(results: TaskResults) -> Table:
+    """Without the share past 2W, for which a terminal has no room."""
     cells = [
         [
             record.alias,
             str(record.settings.get("fewshot", "–")),
             f"{record.count:,}",
-            _past_2w(record),
             metric,
             points(record.metric(STUDENT, metric)),
             points(record.metric(TEACHER, metric)),
@@ -52,7 +59,7 @@ def task_table(results: TaskResults) -> Table:
         for record in shown_tasks(results)
         for metric in record.metrics()
     ]
-    return Table(("task", "shots", "rows", "past 2W", "metric", "linear %", "teacher %", "difference"), cells)
+    return Table(("task", "shots", "rows", "metric", "linear %", "teacher %", "difference"), cells)
 
 
 def _past_2w(record: TaskRecord) -> str:
@@ -96,12 +103,13 @@ def _description(record: ProbeRecord) -> str:
 
 def terminal_tables(results: TaskResults) -> list[rich_table.Table | str]:
     """Tasks and probes, to print with rich."""
-    found = {"Tasks (± one standard error)": task_table(results)} if results.tasks else {}
+    found = {"Tasks (± one standard error)": _task_table(results)} if results.tasks else {}
     for record in results.probes.values():
         found[f"{record.name}: {_description(record)}"] = probe_table(record, "model")
     shown: list[rich_table.Table | str] = [table.as_rich(title, compact=True) for title, table in found.items()]
-    note = past_2w_note(results)
-    return [*shown[:1], note, *shown[1:]] if note else shown
+    shares = [f"{record.alias} {_past_2w(record)}" for record in shown_tasks(results) if record.past_2w is not None]
+    note = f"Scored tokens past 2W: {', '.join(shares)}. {past_2w_note(results)}".rstrip()
+    return [*shown[:1], note, *shown[1:]] if shares else shown
 
 
 def markdown_sections(results: TaskResults, *, drawn: bool) -> list[str]:
