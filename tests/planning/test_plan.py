@@ -119,11 +119,13 @@ def test_when_nothing_fits_the_notes_name_what_would() -> None:
 
 def test_settings_that_would_make_it_fit_are_found() -> None:
     long = ["data.seq_len=16384", "lora.gradient_checkpointing=false"]
-    assert "with lora.gradient_checkpointing=true it would fit: " in _notes(_plan("llama3_1_8b", *long))
+    assert "with lora.gradient_checkpointing=true it would fit: " in _notes(_plan("lolcats_llama3_1_8b", *long))
     many = ["transfer.batch_size=64", "lora.batch_size=64", "lora.gradient_checkpointing=false"]
     settings = "lora.gradient_checkpointing=true transfer.batch_size=1 lora.batch_size=1"
-    assert f"with {settings} it would fit: one GPU, 4-bit" in _notes(_plan("llama3_1_8b", *many, gpu_memory=12 * GIB))
-    rows = _notes(_plan("llama3_1_8b", "lora.batch_size=256"))
+    assert f"with {settings} it would fit: one GPU, 4-bit" in _notes(
+        _plan("lolcats_llama3_1_8b", *many, gpu_memory=12 * GIB)
+    )
+    rows = _notes(_plan("lolcats_llama3_1_8b", "lora.batch_size=256"))
     assert "with lora.batch_size=1 it would fit: one GPU" in rows
     hopeless = _notes(_plan("lolcats_llama3_1_8b", "data.seq_len=4000000", gpu_memory=8 * GIB))
     assert "more GPUs alone would not be enough" in hopeless
@@ -174,18 +176,8 @@ def test_per_kv_head_maps_need_less() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
-    words = [
-        "plan",
-        "lolcats_llama3_1_70b",
-        "--gpus",
-        "8",
-        "--gpu-memory",
-        "80GB",
-        "--disk",
-        "2TB",
-        "--bandwidth",
-        "3GB/s",
-    ]
+    sizes = ["--gpus", "8", "--gpu-memory", "80GB", "--disk", "2TB", "--bandwidth", "3GB/s"]
+    words = ["plan", "lolcats_llama3_1_70b", *sizes]
     assert cli.main([*words, "student.key_maps=per_kv_head", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     for word in ("70.55 billion parameters", "sharded over all (FSDP) *", "gathered layers", "disk: ", "far sums"):

@@ -320,6 +320,9 @@ class LoraConfig(StageConfig):
     teacher_logits: str | None = None
     """kl and mix: folder of the teacher's logits on disk, the 256 most likely tokens of each position and the rest as
     one; what is missing there is computed first, in one pass of the teacher. Null: the teacher runs in every step."""
+    seq_len: RowLength | None = None
+    """Tokens of one training row of this stage; null is data.seq_len. Feature maps need rows as long as the use, a
+    correction of the projections does not."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     mixer_lr: PositiveFloat | None = None
