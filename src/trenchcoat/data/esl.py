@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from trenchcoat.data.table import TokenTable
 from trenchcoat.models.attach import attention_through
 from trenchcoat.models.interface import LazyMask, Output, own_attention
+from trenchcoat.models.softmax_rows import softmax_rows
 from trenchcoat.models.transformers_internals import score_options
-from trenchcoat.ops.softmax_rows import softmax_rows
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import CorruptFileError, SaveError, load_tensors, save_tensors
 from trenchcoat.runtime.runlog import RunLog

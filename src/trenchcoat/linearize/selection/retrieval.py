@@ -17,8 +17,8 @@ from torch import Tensor
 from trenchcoat.evaluation.selection import LayerScores
 from trenchcoat.linearize.selection.probe import Probe
 from trenchcoat.models.interface import LazyMask, Output, own_attention
+from trenchcoat.models.softmax_rows import softmax_rows
 from trenchcoat.models.transformers_internals import score_options
-from trenchcoat.ops.softmax_rows import softmax_rows
 from trenchcoat.runtime import distributed
 
 
