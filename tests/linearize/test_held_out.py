@@ -41,7 +41,7 @@ def test_what_is_too_long_or_within_the_window_is_left_out_and_said(tiny_overrid
 
 
 def test_the_tables_hold_every_length_and_a_kept_row(tiny_overrides: list[str]) -> None:
-    more = ["student.keep_softmax=[1]", "eval.length_factors=[1,2]"]
+    more = ["student.keep_softmax=[1]", "eval.length_factors=[1,2]", "lora.loss=ce"]
     recipe = load_recipe("demo", [*tiny_overrides, *QUICK, *more])
     outcome = stages.linearize(recipe)
     results = outcome.results
