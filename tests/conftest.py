@@ -119,12 +119,13 @@ def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkey
     return [
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path / 'cache'}",
-        "student.window=8", "student.feature_map.feature_dim=8",
+        "student.window=8", "student.feature_map.feature_dim=8", "student.keep=none", "student.sinks=0",
         "transfer.max_steps=4", "transfer.batch_size=2", "transfer.accumulation=1", "transfer.eval_every=2",
         "transfer.save_every=2", "transfer.eval_batches=2", "transfer.warmup_steps=0",
         "lora.max_steps=4", "lora.batch_size=2", "lora.accumulation=1", "lora.eval_every=2", "lora.save_every=2",
         "lora.eval_batches=2", "lora.rank=2", "lora.warmup_steps=0",
-        "eval.rows=4", "eval.batch_size=2", "eval.length_factors=[1]", "eval.copy_rows=2", "eval.decode_lengths=[16]",
+        "eval.rows=4", "eval.batch_size=2", "eval.seq_len=null", "eval.length_factors=[1]",
+        "eval.copy_rows=2", "eval.decode_lengths=[16]",
         "run.progress=plain", f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
 

@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> list[str]
     return [
         f"model.path={model}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=48", "data.validation_rows=10", f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
-        "data.max_rows=14", "student.window=8", "student.feature_map.feature_dim=8",
+        "data.max_rows=14", "student.window=8", "student.feature_map.feature_dim=8", "student.keep=none",
         "student.feature_map.init=kaiming", "transfer.batch_size=2", "transfer.accumulation=3",
         "transfer.max_steps=null", "transfer.epochs=1", "transfer.eval_every=4", "transfer.eval_batches=2",
         "transfer.save_every=2", "transfer.warmup_steps=0", "transfer.schedule=plateau",

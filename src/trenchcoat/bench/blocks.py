@@ -63,7 +63,7 @@ def _write_model(folder: Path, sizes: BlocksSizes) -> float:
 def _overrides(folder: Path, run: str, sizes: BlocksSizes, *more: str) -> list[str]:
     return [
         f"model.path={folder / 'model'}", "model.device=cpu", "data.path=embedded", f"data.seq_len={sizes.seq_len}",
-        f"student.window={min(64, sizes.seq_len // 4)}", "student.mix_init=0.1",
+        f"student.window={min(64, sizes.seq_len // 4)}", "student.mix_init=0.1", "student.keep=none", "student.sinks=0",
         "student.feature_map.name=hedgehog", "student.feature_map.feature_dim=64", "student.feature_map.init=identity",
         f"transfer.max_steps={sizes.steps}", f"transfer.accumulation={sizes.accumulation}", "transfer.eval_batches=1",
         "transfer.eval_every=1000", "transfer.save_every=1000", "transfer.schedule=constant",

@@ -59,7 +59,8 @@ def _run(folder: Path, scope: str, steps: int) -> tuple[dict[str, float], dict[s
             f"transfer.clip={CLIP}", f"transfer.max_steps={steps}", "transfer.lr=1e-3", "transfer.warmup_steps=0",
             "transfer.schedule=constant", f"transfer.eval_every={max(1, steps // 4)}", "transfer.eval_batches=4",
             "transfer.save_every=1000", "student.feature_map.name=hedgehog", "student.feature_map.feature_dim=64",
-            "student.feature_map.init=identity", "eval.rows=16", "data.seq_len=512",
+            "student.feature_map.init=identity", "student.keep=none", "student.sinks=0", "eval.rows=16",
+            "data.seq_len=512", "eval.seq_len=null",
         ],
     )  # fmt: skip
     with open_variants(recipe, [TRANSFER]) as variants:
