@@ -161,7 +161,8 @@ def base(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> list[str]:
         f"model.path={tiny_model_dir}", "model.device=cpu", f"data.path={text_file}", "data.format=text",
         "data.seq_len=40", "data.validation_rows=10", f"data.cache_dir={tmp_path / 'cache'}", "student.window=8",
         "student.feature_map.feature_dim=8", "student.feature_map.init=identity", "student.keep=none",
-        "eval.seq_len=null", "select.rows=2", "select.frontier=[0.3]", "select.frontier_rows=4", f"run.dir={tmp_path / 'run'}", "run.progress=off",
+        "eval.seq_len=null", "select.rows=2", "select.frontier=[0.3]", "select.frontier_rows=4",
+        f"run.dir={tmp_path / 'run'}", "run.progress=off",
     ]  # fmt: skip
 
 
