@@ -18,7 +18,7 @@ from trenchcoat.data.esl import EslRanking, effective_lengths
 from trenchcoat.data.table import TableBuilder, TokenTable
 from trenchcoat.models.attach import attach_students
 from trenchcoat.models.families import UnsupportedFamilyError
-from trenchcoat.ops import softmax_rows
+from trenchcoat.models import softmax_rows
 from trenchcoat.runtime.runlog import RunLog
 
 

@@ -31,7 +31,7 @@ from trenchcoat.linearize.selection.retrieval import retrieval
 from trenchcoat.linearize.variants import open_variants
 from trenchcoat.models.attach import attach_students, attention_through, detach_students, set_mode
 from trenchcoat.models.families import attention_sites
-from trenchcoat.ops import softmax_rows
+from trenchcoat.models import softmax_rows
 from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 
