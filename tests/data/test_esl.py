@@ -16,9 +16,9 @@ from trenchcoat.config import StudentConfig
 from trenchcoat.data import esl
 from trenchcoat.data.esl import EslRanking, effective_lengths
 from trenchcoat.data.table import TableBuilder, TokenTable
+from trenchcoat.models import softmax_rows
 from trenchcoat.models.attach import attach_students
 from trenchcoat.models.families import UnsupportedFamilyError
-from trenchcoat.models import softmax_rows
 from trenchcoat.runtime.runlog import RunLog
 
 

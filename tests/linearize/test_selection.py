@@ -29,9 +29,9 @@ from trenchcoat.linearize.selection.probe import Probe, copied, full_rows, metho
 from trenchcoat.linearize.selection.registry import METHODS
 from trenchcoat.linearize.selection.retrieval import retrieval
 from trenchcoat.linearize.variants import open_variants
+from trenchcoat.models import softmax_rows
 from trenchcoat.models.attach import attach_students, attention_through, detach_students, set_mode
 from trenchcoat.models.families import attention_sites
-from trenchcoat.models import softmax_rows
 from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 
