@@ -56,7 +56,7 @@ def test_the_make_targets_shown_exist() -> None:
 
 def test_the_first_screen_says_what_it_is() -> None:
     screen = "\n".join(README.splitlines()[:40])
-    for word in ("softmax", "linear-time", "make demo", "make test", "demo-table", "linearize llama3_1_8b"):
+    for word in ("softmax", "linear-time", "make demo", "make test", "reference-table", "linearize llama3_1_8b"):
         assert word in screen, word
 
 

@@ -117,7 +117,9 @@ def test_local_jobs_stopped_and_killed(overrides: list[str], streamed: dict[str,
     try:
         until(lambda: checkpoints(run, FIRST) and held(run, FIRST), "a checkpoint")
         pid = trainer(run, FIRST)
-        with pytest.raises(UserError, match=r"jobs is in use by process \d+ on .*: trenchcoat blocks run lolcats_llama"):
+        with pytest.raises(
+            UserError, match=r"jobs is in use by process \d+ on .*: trenchcoat blocks run lolcats_llama"
+        ):
             launch.launch_blocks(recipe(overrides, run))
     finally:
         os.killpg(first.pid, signal.SIGINT)  # like a terminal: every process in the launcher's group gets it
