@@ -36,6 +36,15 @@ def test_each_reason_against_it_is_given(changes: dict[str, tuple[float, float]]
     assert recommendation(made_results(**changes)).startswith(start)
 
 
+def test_copying_better_is_enough_where_other_text_is_no_worse() -> None:
+    results = made_results()
+    mine, rival = results.rows["transfer_lora"], results.rows["kept_window_sinks"]
+    for far, start in ((rival.far, "Worth using to quote and look things up in older text; otherwise it is no better"),
+                       (results.rows["window_sinks"].far, "Not worth using, since past 2W")):  # fmt: skip
+        results.rows["transfer_lora"] = replace(mine, far=far, near=rival.near)
+        assert recommendation(results).startswith(start)
+
+
 def test_without_kept_groups_the_window_is_the_rival() -> None:
     results = made_results(transfer_lora=(0.0, 0.35))
     del results.rows["kept_window_sinks"]

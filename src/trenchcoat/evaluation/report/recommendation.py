@@ -3,7 +3,7 @@
 The rule. A conversion is worth using if, past 2W, it is better than the row that keeps the same groups and trains
 nothing (by more than two standard errors, with the shift below 2W taken off where that lowers it) and copies no worse,
 if its shift below 2W is within 0.03 nats, and if it closes half of the gap past 2W. To look things up in older text it
-must close 90 % of the gap in copying.
+must close 90 % of the gap in copying; one that copies better, and is no worse on other text, is worth using for that.
 """
 
 from __future__ import annotations
@@ -38,13 +38,20 @@ def _advice(results: Results, name: str, rival: str) -> str:
     if results.far_closed(name) is None:
         return "Nothing can be said for or against it on this text, where the teacher gains nothing clear past 2W"
     instead = f"'{row_label(rival)}', which needs no training and no more memory"
-    worth, copies_less = better(compare(results, name, rival)), _copies_less(results, name, rival)
+    text, copying = compare(results, name, rival), _copying(results, name, rival)
+    worth, copies_less = better(text), any(one.clear and one.value < 0 for one in copying)
+    shift = results.shift(name)
+    copies = [share for share in (results.copy_closed(name, f) for f in results.factors()) if share is not None]
+    quotes = bool(copies) and min(share.value for share in copies) >= COPY_LIMIT
+    if not worth and quotes and not copies_less and any(map(better, copying)):
+        no_worse = not text.clear and (shift is None or abs(shift.value) <= SHIFT_LIMIT)
+        if no_worse:
+            return f"Worth using to quote and look things up in older text; otherwise it is no better than {instead}"
     if not worth:
         use = "use that (student.name=window_sinks)"
         return f"Not worth using, since past 2W it was not shown to be better than {instead}: {use}"
     if copies_less:
         return f"Not worth using where older text has to be looked up, since it copies less than {instead}"
-    shift = results.shift(name)
     if shift is not None and abs(shift.value) > SHIFT_LIMIT:
         why = "learned the kind of text it was trained on" if shift.value < 0 else "lost some of what it knew"
         return f"Not to be used as it is, since it {why} (below 2W its loss is the teacher's {_plus(shift)} nats)"
@@ -53,10 +60,9 @@ def _advice(results: Results, name: str, rival: str) -> str:
         return f"Better than {instead}, but hardly worth using, since most of what lies past 2W is lost"
     longest = _longest_better(results, name, rival)
     limit = "" if longest is None else f" of up to {longest:,} tokens"
-    copies = [share for share in (results.copy_closed(name, f) for f in results.factors()) if share is not None]
     if not copies:
         return f"Usable for long texts{limit}, though whether it can look things up in them was not measured"
-    if min(share.value for share in copies) < COPY_LIMIT:
+    if not quotes:
         return f"Usable for long texts{limit} whose gist is enough, but not to quote or look things up past the window"
     return f"Worth using for long texts{limit}, also to quote and look things up in them"
 
@@ -65,15 +71,14 @@ def _plus(shift: Estimate) -> str:
     return f"{'plus' if shift.value > 0 else 'minus'} {signed(Estimate(abs(shift.value), shift.error))}"
 
 
-def _copies_less(results: Results, name: str, rival: str) -> bool:
-    """Whether it copies clearly less than the untrained row, at some length."""
-    for factor in results.factors():
-        mine, its = (results.rows[row].at(factor) for row in (name, rival))
-        if mine is not None and its is not None and mine.copy.count and its.copy.count:
-            difference = paired_difference(its.copy, mine.copy)
-            if difference.clear and difference.value < 0:
-                return True
-    return False
+def _copying(results: Results, name: str, rival: str) -> list[Estimate]:
+    """Loss of the untrained row minus that of the model on copied text, at each length scored."""
+    pairs = [tuple(results.rows[row].at(factor) for row in (name, rival)) for factor in results.factors()]
+    return [
+        paired_difference(its.copy, mine.copy)
+        for mine, its in pairs
+        if mine is not None and its is not None and mine.copy.count and its.copy.count
+    ]
 
 
 def _longest_better(results: Results, name: str, rival: str) -> int | None:
