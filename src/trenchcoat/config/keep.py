@@ -101,7 +101,17 @@ def kept_groups(student: StudentConfig, layer: int, groups: int) -> tuple[int, .
             f"student.keep={student.keep[0]} does not say which groups to keep: run `trenchcoat select` (or linearize, "
             "which selects first), or name them, for example student.keep=[18.2,7.0]"
         )
-    named = [group for at, group in map(_parsed, student.keep) if at == layer]
+    return _groups_of(student, layer, groups)
+
+
+def _named(student: StudentConfig) -> list[tuple[int, int]]:
+    """(layer, group) of every entry, as :func:`_parsed` gives them; none while `student.keep` needs a selection."""
+    return [] if needs_selection(student) else [_parsed(entry) for entry in student.keep]
+
+
+def _groups_of(student: StudentConfig, layer: int, groups: int) -> tuple[int, ...]:
+    """:func:`kept_groups` of what is named so far."""
+    named = [group for at, group in _named(student) if at == layer]
     if layer in student.keep_softmax or -1 in named:
         return tuple(range(groups))
     if named and max(named) >= groups:
@@ -114,14 +124,12 @@ def kept_groups(student: StudentConfig, layer: int, groups: int) -> tuple[int, .
 
 def named_layers(student: StudentConfig) -> set[int]:
     """Every layer of which `student.keep` or `student.keep_softmax` names something."""
-    entries = () if needs_selection(student) else student.keep
-    return {*student.keep_softmax, *(_parsed(entry)[0] for entry in entries)}
+    return {*student.keep_softmax, *(layer for layer, _ in _named(student))}
 
 
 def whole_layers(student: StudentConfig) -> set[int]:
     """Layers that are kept as a whole, and so have no student."""
-    entries = () if needs_selection(student) else student.keep
-    return {*student.keep_softmax, *(layer for layer, group in map(_parsed, entries) if group < 0)}
+    return {*student.keep_softmax, *(layer for layer, group in _named(student) if group < 0)}
 
 
 def keep_entries(chosen: Iterable[tuple[int, int]], groups: int) -> tuple[str, ...]:
@@ -140,14 +148,8 @@ def keep_entries(chosen: Iterable[tuple[int, int]], groups: int) -> tuple[str, .
 def kept_total(student: StudentConfig, layers: int, groups: int) -> int:
     """Number of groups kept in a model of ``layers`` layers with ``groups`` groups each; those asked for, while they
     are not selected."""
-    named = sum(len(_kept(student, layer, groups)) for layer in named_layers(student))
+    named = sum(len(_groups_of(student, layer, groups)) for layer in named_layers(student))
     return min(layers * groups, named + requested_groups(student, layers * groups))
-
-
-def _kept(student: StudentConfig, layer: int, groups: int) -> tuple[int, ...]:
-    if needs_selection(student):
-        return tuple(range(groups)) if layer in student.keep_softmax else ()
-    return kept_groups(student, layer, groups)
 
 
 def restricted(student: StudentConfig, layers: Iterable[int]) -> StudentConfig:
