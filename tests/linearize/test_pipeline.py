@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> list[str]
         "transfer.max_steps=null", "transfer.epochs=1", "transfer.eval_every=4", "transfer.eval_batches=2",
         "transfer.save_every=2", "transfer.warmup_steps=0", "transfer.schedule=plateau",
         "transfer.plateau_patience=0", "transfer.lr=0.05", "transfer.early_stopping=null", "eval.rows=4",
-        "eval.batch_size=2", "run.threads=1", "run.progress=off",
+        "eval.batch_size=2", "eval.seq_len=40", "eval.length_factors=[1]", "run.threads=1", "run.progress=off",
     ]  # fmt: skip
 
 

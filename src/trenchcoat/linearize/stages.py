@@ -23,7 +23,7 @@ from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages_of
-from trenchcoat.linearize.held_out import evaluation_rows
+from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
 from trenchcoat.linearize.run import open_run
 from trenchcoat.linearize.selection.run import select_groups
 from trenchcoat.linearize.variants import ModelVariants, open_variants
@@ -185,9 +185,9 @@ def _side_by_side(sample: Sample) -> list[str]:
 def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     """Score an adapter or merged folder, as it is, on the text of ``recipe``."""
     model, tokenizer = hub.load(path, device=recipe.model.device)
-    data = dataclasses.replace(
-        recipe.data, select="none", select_rows=None
-    )  # these apply to training rows, which are not needed
+    data = dataclasses.replace(  # selection applies to training rows, which are not needed
+        recipe.data, seq_len=evaluation_length(recipe), select="none", select_rows=None
+    )
     batches = load_batches(data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
     window = student_config(model).window
     text = evaluation_rows(batches, recipe.eval.rows)

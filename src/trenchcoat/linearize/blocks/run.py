@@ -56,14 +56,16 @@ class BlockRun:
         text: Batches,
         blocks: Sequence[LayerBlock],
         log: RunLog,
+        evaluation_text: Callable[[], Batches],
         *,
         start: Batch | None = None,
     ) -> None:
-        """``start``: the batch for the initial values, for students that need one."""
+        """``evaluation_text`` reads the rows to score; ``start`` is the batch for the initial values, for students
+        that need one."""
         assert recipe.transfer is not None  # checked when the run was opened
         self.recipe, self.cfg = recipe, recipe.transfer
         self.source, self.text, self.blocks, self.log = source, text, list(blocks), log
-        self.start = start
+        self.evaluation_text, self.start = evaluation_text, start
         self._flops: dict[int, float | None] = {}
         self.ahead = ReadAhead(source)
         self.folders = [BlockFolder(recipe, block, self.identity) for block in self.blocks]

@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -17,6 +18,7 @@ from torch import Tensor
 from trenchcoat.config import Recipe, TransferConfig, UserError, dump_recipe
 from trenchcoat.config.keep import kept_groups, named_layers, whole_layers
 from trenchcoat.config.units import in_words, tera
+from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.results import Outcome, Results, StageFacts
 from trenchcoat.evaluation.rows import TEACHER, TransferOnlyRow
@@ -37,7 +39,7 @@ from trenchcoat.linearize.blocks.pipeline import Pipeline
 from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
 from trenchcoat.linearize.blocks.score import score_blocks
 from trenchcoat.linearize.blocks.select import with_selection
-from trenchcoat.linearize.held_out import evaluation_rows
+from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, check_names, open_run
 from trenchcoat.linearize.variants import BASE_WEIGHTS
 from trenchcoat.models import hub
@@ -193,8 +195,18 @@ def open_blocks(
             start = None
             if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
                 start = run.load_batches(tokenizer, batch_size=LANDMARK_ROWS).train_batch(0)
-            with BlockRun(recipe, source, text, blocks, run.log, start=start) as work:
+            scored = partial(_evaluation_text, run, tokenizer, text)
+            with BlockRun(recipe, source, text, blocks, run.log, scored, start=start) as work:
                 yield work
+
+
+def _evaluation_text(run: OpenRun, tokenizer: Any, text: Batches) -> Batches:
+    """``text``, in rows of the length that is evaluated."""
+    length, data = evaluation_length(run.recipe), run.recipe.data
+    if length == data.seq_len:
+        return text
+    data = dataclasses.replace(data, seq_len=length)
+    return run.load_batches(tokenizer, batch_size=run.recipe.eval.batch_size, data=data)
 
 
 def _record(run: OpenRun, source: BlockSource, blocks: Sequence[LayerBlock]) -> None:
@@ -388,7 +400,7 @@ def _stitched(work: BlockRun) -> Outcome:
     assert merged is not None
     facts = StageFacts(**merged)
     work.log.info("scoring the teacher and the transferred students, block by block")
-    text = evaluation_rows(work.text, recipe.eval.rows)
+    text = evaluation_rows(work.evaluation_text(), recipe.eval.rows)
     teacher, student = score_blocks(work, weights, text, batch_size=recipe.eval.batch_size)
     found = Results(
         recipe.student.window,
