@@ -13,11 +13,16 @@ def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
     text = run_benchmark("decode", quick=True, out=str(out))
     result = json.loads(out.read_text(encoding="utf-8"))
     assert all(row["measured"] > 0 and row["why"] == "a quick run" for row in result["targets"])
-    assert len(result["targets"]) == 4
+    assert len(result["targets"]) == 5
     curves = result["milliseconds_by_context"]
     assert curves["32"]["student"]["bytes"] == curves["128"]["student"]["bytes"]
     assert curves["32"]["dynamic"]["bytes"] < curves["128"]["dynamic"]["bytes"]
     assert curves["32"]["per_kv_head"]["bytes"] < curves["32"]["student"]["bytes"]
+    for length in ("32", "128"):
+        kept, constant = curves[length]["kept groups"]["bytes"], curves[length]["student"]["bytes"]
+        assert constant * 6 / 8 < kept < constant + curves[length]["dynamic"]["bytes"]
+    assert curves["32"]["kept groups"]["bytes"] < curves["128"]["kept groups"]["bytes"]
+    assert "128, kept layers" in text
     drift = result["drift"]
     assert drift["float32"]["128"]["state_error"] < drift["bfloat16"]["128"]["state_error"] < 0.1
     short, long = result["prompts"]["by_tokens"].values()

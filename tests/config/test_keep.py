@@ -8,7 +8,6 @@ import pytest
 
 from trenchcoat.config import StudentConfig, UserError, dump_recipe
 from trenchcoat.config.keep import (
-    keep_entries,
     kept_groups,
     kept_total,
     named_layers,
@@ -61,8 +60,8 @@ def test_kept_groups_of_a_layer() -> None:
     student = StudentConfig(keep=("2.1", "2.0", "5"), keep_softmax=(7,))
     assert [kept_groups(student, layer, 3) for layer in (0, 2, 5, 7)] == [(), (0, 1), (0, 1, 2), (0, 1, 2)]
     assert named_layers(student) == {2, 5, 7}
-    assert whole_layers(student) == {5, 7}
-    assert keep_entries([(7, 10), (2, 1), (2, 0), (7, 2), (2, 2)], 3) == ("2", "7.2", "7.10")
+    assert whole_layers(student, 3) == {5, 7}
+    assert whole_layers(student, 2) == {2, 5, 7}
     assert kept_total(student, layers=8, groups=3) == 8
     with pytest.raises(UserError, match=r"names group 2\.1, but layer 2 has the key/value groups 2\.0 to 2\.0"):
         kept_groups(student, 2, 1)

@@ -81,9 +81,9 @@ def test_a_block_killed_between_its_last_checkpoint_and_its_record_is_finished_b
 
 
 def test_landmarks_kept_groups_and_padding(overrides: list[str], tmp_path: Path) -> None:
-    """Initial values from text, a layer and groups that keep softmax (the layer alone in a block, once), padding."""
+    """Initial values from text, groups that keep softmax (all of a layer, alone in a block, once), padding."""
     more = [
-        "student.feature_map.init=landmarks", "student.keep_softmax=[2]", "student.keep=[1.1,3.0]",
+        "student.feature_map.init=landmarks", "student.keep=[1.1,2.0,2.1,3.0]",
         "data.packing=contiguous",
         "transfer.accumulation=2", "transfer.max_steps=3",
     ]  # fmt: skip

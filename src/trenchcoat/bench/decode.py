@@ -51,10 +51,17 @@ class DecodeSizes:
 class Decoder:
     """A random Llama with terrace students, decoded token by token."""
 
-    def __init__(self, sizes: DecodeSizes, *, key_maps: str = "per_query_head", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        sizes: DecodeSizes,
+        *,
+        key_maps: str = "per_query_head",
+        keep: tuple[str, ...] = (),
+        device: str = "cpu",
+    ) -> None:
         self.sizes, self.device = sizes, device
         shape = replace(SMALL_LLAMA, window=sizes.window)
-        self.model: Any = random_llama(shape, sizes.layers, device, key_maps, torch.float32)
+        self.model: Any = random_llama(shape, sizes.layers, device, key_maps, torch.float32, keep=keep)
 
     def started(self, kind: str, context: int, rows: int = 1, room: int = 0) -> Any:
         """A cache filled with `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
@@ -124,6 +131,20 @@ def _by_context(decoder: Decoder, kinds: Sequence[str]) -> dict[str, dict[str, d
     found: dict[str, dict[str, dict[str, float]]] = {str(length): {} for length in sizes.lengths}
     for (length, kind), row in times.items():
         found[str(length)][kind] = {**row, "bytes": held[length, kind]}
+    return found
+
+
+def _kept_by_context(sizes: DecodeSizes, device: str) -> dict[str, dict[str, Any]]:
+    """Context -> what is kept -> as :func:`_by_context`, for an eighth of the groups, each in a layer of its own, and
+    for as many groups in whole layers, which use the library's own cache."""
+    groups = SMALL_LLAMA.kv_heads
+    number = max(1, sizes.layers * groups // 8)
+    apart = tuple(f"{layer * sizes.layers // number}.{layer % groups}" for layer in range(number))
+    whole = tuple(str(layer * groups * sizes.layers // number) for layer in range(max(1, number // groups)))
+    found: dict[str, dict[str, Any]] = {}
+    for name, keep in {"kept groups": apart, "kept layers": whole}.items():
+        for length, kinds in _by_context(Decoder(sizes, keep=keep, device=device), ("student",)).items():
+            found.setdefault(length, {})[name] = kinds["student"]
     return found
 
 
@@ -233,6 +254,7 @@ class DecodeBenchmark(Benchmark[DecodeSizes]):
             1.1, "a token at the longest context over the shortest", _over("student", "p50", "student", at=(-1, 0))
         ),
         at_least(3.0, "times as fast as the teacher at the longest", _over("dynamic", "p50", "student")),
+        at_least(4.0, "the same, an eighth of the groups kept", _over("dynamic", "p50", "kept groups")),
         at_least(20.0, "the teacher's cache over the state at the longest", _over("dynamic", "bytes", "student")),
         at_most(1.3, "a token over the teacher's at the shortest", _over("student", "p50", "dynamic", at=(0, 0))),
     )
@@ -243,9 +265,12 @@ class DecodeBenchmark(Benchmark[DecodeSizes]):
         decoder = Decoder(sizes, device=device)
         curves = _by_context(decoder, ("student", "dynamic", "static"))
         shared = _by_context(Decoder(sizes, key_maps="per_kv_head", device=device), ("student",))
+        kept = _kept_by_context(sizes, device)
         return {
             "model": {**asdict(SMALL_LLAMA), "layers": sizes.layers, "dtype": "float32", "window": sizes.window},
-            "milliseconds_by_context": {n: {**row, "per_kv_head": shared[n]["student"]} for n, row in curves.items()},
+            "milliseconds_by_context": {
+                n: {**row, "per_kv_head": shared[n]["student"], **kept[n]} for n, row in curves.items()
+            },
             "batch": _batch(decoder),
             "drift": _drift(sizes, device),
             "prompts": _prompts(sizes, device),

@@ -35,13 +35,14 @@ class LlamaShape(LayerSizes):
             **{"max_position_embeddings": 1 << 18, "rope_theta": 500000.0, "tie_word_embeddings": False, **more},
         )  # fmt: skip
 
-    def student(self, key_maps: str = "per_query_head") -> StudentConfig:
-        """The students'."""
+    def student(self, key_maps: str = "per_query_head", keep: tuple[str, ...] = ()) -> StudentConfig:
+        """The students', with the groups and layers of `keep` (`student.keep`) left to softmax attention."""
         return StudentConfig(
             window=self.window,
             feature_map=FeatureMapConfig(feature_dim=self.columns),
             key_maps=key_maps,  # type: ignore[arg-type]
             impl=self.impl,  # type: ignore[arg-type]
+            keep=keep,
         )
 
     def bytes(self, layers: int) -> float:
@@ -58,13 +59,19 @@ SMALL_LLAMA = LlamaShape(hidden=512, heads=8, kv_heads=4, dim=64, inner=1408, vo
 
 
 def random_llama(
-    shape: LlamaShape, layers: int, device: str, key_maps: str = "per_query_head", dtype: torch.dtype = torch.bfloat16
+    shape: LlamaShape,
+    layers: int,
+    device: str,
+    key_maps: str = "per_query_head",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    keep: tuple[str, ...] = (),
 ) -> Any:
-    """A random Llama with float32 students, in mode `teacher`; frozen, created on `device`."""
+    """A random Llama with float32 students, in mode `teacher`; frozen, created on `device`. `keep`: `student.keep`."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlamaForCausalLM._from_config(shape.config(layers), dtype=dtype, attn_implementation="sdpa")
-    attach_students(model.eval(), shape.student(key_maps))
+    attach_students(model.eval(), shape.student(key_maps, keep))
     return model.requires_grad_(False)
 
 

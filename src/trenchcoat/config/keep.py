@@ -127,22 +127,9 @@ def named_layers(student: StudentConfig) -> set[int]:
     return {*student.keep_softmax, *(layer for layer, _ in _named(student))}
 
 
-def whole_layers(student: StudentConfig) -> set[int]:
-    """Layers that are kept as a whole, and so have no student."""
-    return {*student.keep_softmax, *(layer for layer, group in _named(student) if group < 0)}
-
-
-def keep_entries(chosen: Iterable[tuple[int, int]], groups: int) -> tuple[str, ...]:
-    """`student.keep` for (layer, group) pairs, in its canonical form; a layer whose ``groups`` groups are all chosen is
-    named as a whole."""
-    by_layer: dict[int, list[int]] = {}
-    for layer, group in sorted(set(chosen)):
-        by_layer.setdefault(layer, []).append(group)
-    return tuple(
-        entry
-        for layer, found in by_layer.items()
-        for entry in ([str(layer)] if len(found) == groups else [f"{layer}.{group}" for group in found])
-    )
+def whole_layers(student: StudentConfig, groups: int) -> set[int]:
+    """Layers of which all ``groups`` groups are kept, named as a whole or one by one, and so have no student."""
+    return {layer for layer in named_layers(student) if len(_groups_of(student, layer, groups)) == groups}
 
 
 def kept_total(student: StudentConfig, layers: int, groups: int) -> int:

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from trenchcoat.config import Recipe, UsageError, UserError
-from trenchcoat.config.keep import whole_layers
 from trenchcoat.config.units import in_words
 from trenchcoat.evaluation.results import Outcome
 from trenchcoat.linearize.blocks import stages as blockstages
@@ -57,7 +56,7 @@ def launch_blocks(recipe: Recipe) -> Outcome:
     local = recipe.blocks.launcher == "local"
     options = None if local else parse_slurm(recipe.blocks.slurm)
     devices = _devices(recipe) if local else []
-    recipe, blocks = _settled(recipe, devices)
+    recipe, learning = _settled(recipe, devices)
     with open_run(recipe, [TRANSFER], folder) as opened:
         log = opened.log
         jobs: Jobs
@@ -69,7 +68,7 @@ def launch_blocks(recipe: Recipe) -> Outcome:
         if local and recipe.blocks.jobs is not None and recipe.blocks.jobs > len(devices):
             log.info(f"blocks.jobs={recipe.blocks.jobs}, but one job per GPU allows only {len(devices)} here")
         jobs.find_earlier()
-        return _Launch(recipe, blocks, jobs, log).run()
+        return _Launch(recipe, learning, jobs, log).run()
 
 
 def _devices(recipe: Recipe) -> list[str]:
@@ -89,7 +88,7 @@ def _devices(recipe: Recipe) -> list[str]:
 
 
 def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[LayerBlock]]:
-    """The recipe for the jobs, made independent of the machine they run on, and its blocks."""
+    """The recipe for the jobs, made independent of the machine they run on, and those of its blocks that learn."""
     if recipe.blocks.launcher == "slurm":
         if recipe.blocks.size is None and not found_blocks(recipe):
             raise UserError(
@@ -97,9 +96,9 @@ def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[Layer
                 "`trenchcoat blocks plan RECIPE --gpu-memory 80GB` computes how many layers fit"
             )
         here = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, device="cpu"))
-        blocks = blockstages.checked_blocks(here)
+        blocks, learning = blockstages.checked_blocks(here)
     else:
-        blocks = blockstages.checked_blocks(recipe, share=len(devices))
+        blocks, learning = blockstages.checked_blocks(recipe, share=len(devices))
         device, threads = recipe.model.device.partition(":")[0], recipe.run.threads
         if devices[0] == "" and threads is None and len(devices) > 1:
             threads = max(1, torch.get_num_threads() // len(devices))
@@ -109,7 +108,7 @@ def _settled(recipe: Recipe, devices: Sequence[str]) -> tuple[Recipe, list[Layer
             run=dataclasses.replace(recipe.run, threads=threads),
         )
     size = blocks[0].stop - blocks[0].first
-    return dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, size=size)), blocks
+    return dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, size=size)), learning
 
 
 @dataclass
@@ -138,7 +137,7 @@ class _Launch:
 
     def run(self) -> Outcome:
         """Collect, train and stitch."""
-        pieces = [self._piece(block) for block in self.blocks if self._learns(block)]
+        pieces = [self._piece(block) for block in self.blocks]
         todo = [piece for piece in pieces if not piece.done]
         self._announce(pieces, todo)
         if todo:
@@ -157,9 +156,6 @@ class _Launch:
             f"{len(pieces)} blocks as {self.jobs.kind} jobs, {len(pieces) - len(todo)} already finished{again}; logs "
             f"in {self.jobs.folder}"
         )
-
-    def _learns(self, block: LayerBlock) -> bool:
-        return not set(range(block.first, block.stop)) <= whole_layers(self.recipe.student)
 
     def _piece(self, block: LayerBlock) -> _Piece:
         record = BlockFolder(self.recipe, block)

@@ -89,6 +89,11 @@ class BlockSource:
         return int(self.config.num_hidden_layers)
 
     @property
+    def groups(self) -> int:
+        """Key/value heads of a layer."""
+        return int(self.config.num_key_value_heads)
+
+    @property
     def hidden(self) -> int:
         """Entries of a hidden state."""
         return int(self.config.hidden_size)

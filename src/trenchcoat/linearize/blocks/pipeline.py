@@ -189,7 +189,7 @@ class Pipeline:
         return [Position(round(everyone[2 * i]), everyone[2 * i + 1] > 0) for i in range(size)]
 
     def _position(self) -> Position:
-        kept = whole_layers(self.run.recipe.student)
+        kept = whole_layers(self.run.recipe.student, self.run.source.groups)
         if self.folder.finished or kept.issuperset(range(self.block.first, self.block.stop)):
             return FINISHED
         # fit reads the same checkpoint, and warns about damaged ones

@@ -244,7 +244,7 @@ class BlockRun:
 
     def learns(self, number: int) -> bool:
         """Whether a block has a layer that is linearized."""
-        block, kept = self.blocks[number], whole_layers(self.recipe.student)
+        block, kept = self.blocks[number], whole_layers(self.recipe.student, self.source.groups)
         return any(index not in kept for index in range(block.first, block.stop))
 
     def to_train(self, span: Span) -> list[int]:

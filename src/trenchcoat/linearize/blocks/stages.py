@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from trenchcoat.config import Recipe, TransferConfig, UserError, dump_recipe
-from trenchcoat.config.keep import kept_groups, named_layers, whole_layers
+from trenchcoat.config.keep import named_layers, whole_layers
 from trenchcoat.config.units import in_words, tera
 from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.report import run as report
@@ -133,8 +133,9 @@ def stitch_blocks(recipe: Recipe) -> Outcome:
         return _stitched(work)
 
 
-def checked_blocks(recipe: Recipe, share: int = 1) -> list[LayerBlock]:
-    """The blocks of a recipe, checked against its settings and the run's folder; nothing is locked or written.
+def checked_blocks(recipe: Recipe, share: int = 1) -> tuple[list[LayerBlock], list[LayerBlock]]:
+    """The blocks of a recipe, checked against its settings and the run's folder, and those of them that have a layer to
+    linearize; nothing is locked or written.
 
     ``share``: number of processes that will share this machine's memory, used when the size is chosen automatically.
     """
@@ -145,7 +146,8 @@ def checked_blocks(recipe: Recipe, share: int = 1) -> list[LayerBlock]:
     blocks = cut(source.layers, _size(recipe, source, share))
     check_blocks(recipe, source, blocks)
     check_found(recipe, blocks, "blocks")
-    return blocks
+    whole = whole_layers(recipe.student, source.groups)
+    return blocks, [block for block in blocks if not whole.issuperset(range(block.first, block.stop))]
 
 
 def show_status(recipe: Recipe) -> Outcome:
@@ -273,16 +275,12 @@ def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) 
         raise UserError(
             f"blocks.epochs has {len(epochs)} entries, but there are {len(blocks)} blocks: give one for each"
         )
-    named, whole = named_layers(student), whole_layers(student)
+    named, whole = named_layers(student), whole_layers(student, source.groups)
     setting = "keep" if student.keep else "keep_softmax"
     if named and max(named) >= source.layers:
         raise UserError(f"student.{setting} names layer {max(named)}, but the layers are 0..{source.layers - 1}")
     if len(whole) == source.layers:
         raise UserError(f"student.{setting} names all {source.layers} layers; leave out the ones to linearize")
-    groups = int(source.config.num_key_value_heads)
-    spelled = [layer for layer in sorted(named - whole) if len(kept_groups(student, layer, groups)) == groups]
-    if spelled:
-        raise UserError(f"student.keep names every group of layer {spelled[0]}; write {spelled[0]}, the whole layer")
 
 
 def check_found(recipe: Recipe, blocks: list[LayerBlock], cut_for: str) -> None:
@@ -424,7 +422,7 @@ def _merged(work: BlockRun, folder: RunFolder) -> dict[str, Tensor]:
     """The checked weights of all blocks; writes them to the run's folder as the joint run would."""
     recipe = work.recipe
     blocks = found_blocks(recipe)
-    wanted = set(range(work.source.layers)) - whole_layers(recipe.student)
+    wanted = set(range(work.source.layers)) - whole_layers(recipe.student, work.source.groups)
     require_cover(blocks, wanted)
     weights: dict[str, Tensor] = {}
     records = [BlockFolder(recipe, block, work.identity) for block in blocks]
