@@ -23,7 +23,7 @@ def test_a_good_conversion_is_recommended_with_what_it_costs_and_recovers() -> N
 
 @pytest.mark.parametrize(("changes", "start"), [
     ({"transfer_lora": (0.0, 0.12)}, "Not worth using, since past 2W it was not shown to be better than 'kept +"),
-    ({"transfer_lora": (-0.2, -0.1)}, "Not worth using, since past 2W it was not shown to be better than 'kept +"),
+    ({"transfer_lora": (-0.2, -0.1)}, "Not to be used as it is, since it learned the kind of text it was trained on"),
     ({"transfer_lora": (-0.05, 0.0)}, "Not to be used as it is, since it learned the kind of text it was trained on "
                                       "(below 2W its loss is the teacher's minus 0.0"),
     ({"transfer_lora": (0.05, 0.02)}, "Not to be used as it is, since it lost some of what it knew"),
@@ -39,10 +39,20 @@ def test_each_reason_against_it_is_given(changes: dict[str, tuple[float, float]]
 def test_copying_better_is_enough_where_other_text_is_no_worse() -> None:
     results = made_results()
     mine, rival = results.rows["transfer_lora"], results.rows["kept_window_sinks"]
-    for far, start in ((rival.far, "Worth using to quote and look things up in older text; otherwise it is no better"),
-                       (results.rows["window_sinks"].far, "Not worth using, since past 2W")):  # fmt: skip
-        results.rows["transfer_lora"] = replace(mine, far=far, near=rival.near)
+    for other, start in ((rival, "Worth using to quote and look things up in older text; otherwise it is no better"),
+                         (results.rows["window_sinks"], "Not worth using, since past 2W")):  # fmt: skip
+        longer = {LONGER: replace(mine.longer[LONGER], far=other.longer[LONGER].far, near=rival.longer[LONGER].near)}
+        results.rows["transfer_lora"] = replace(mine, far=other.far, near=rival.near, longer=longer)
         assert recommendation(results).startswith(start)
+
+
+def test_it_is_recommended_from_the_length_where_it_was_better() -> None:
+    results = made_results()
+    mine, rival = results.rows["transfer_lora"], results.rows["kept_window_sinks"]
+    results.rows["transfer_lora"] = replace(mine, far=rival.far, near=rival.near)
+    assert recommendation(results).startswith("Worth using for long texts of 2,048 tokens and more, also to quote")
+    results.rows["transfer_lora"] = replace(mine, far=results.rows["window_sinks"].far, near=rival.near)
+    assert recommendation(results).startswith("Not worth using, since past 2W")
 
 
 def test_without_kept_groups_the_window_is_the_rival() -> None:

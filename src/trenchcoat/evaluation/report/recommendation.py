@@ -1,9 +1,10 @@
 """The first sentence of a report: what was kept, what it costs, what it recovers, and whether to use it.
 
-The rule. A conversion is worth using if, past 2W, it is better than the row that keeps the same groups and trains
-nothing (by more than two standard errors, with the shift below 2W taken off where that lowers it) and copies no worse,
-if its shift below 2W is within 0.03 nats, and if it closes half of the gap past 2W. To look things up in older text it
-must close 90 % of the gap in copying; one that copies better, and is no worse on other text, is worth using for that.
+The rule. A conversion is worth using for the lengths at which, past 2W, it is better than the row that keeps the same
+groups and trains nothing (by more than two standard errors, with the shift below 2W taken off where that lowers it), if
+it is worse at no shorter one and copies no worse, if its shift below 2W is within 0.03 nats, and if it closes half of
+the gap past 2W. To look things up in older text it must close 90 % of the gap in copying; one that copies better, and
+is no worse on other text, is worth using for that.
 """
 
 from __future__ import annotations
@@ -38,28 +39,30 @@ def _advice(results: Results, name: str, rival: str) -> str:
     if results.far_closed(name) is None:
         return "Nothing can be said for or against it on this text, where the teacher gains nothing clear past 2W"
     instead = f"'{row_label(rival)}', which needs no training and no more memory"
-    text, copying = compare(results, name, rival), _copying(results, name, rival)
-    worth, copies_less = better(text), any(one.clear and one.value < 0 for one in copying)
+    text, copying = _text_gains(results, name, rival), _copying(results, name, rival)
+    worse = next((tokens for tokens, gain in text.items() if gain.clear and gain.value < 0), math.inf)
+    shown = [tokens for tokens, gain in text.items() if better(gain) and tokens < worse]
+    copies_less = any(one.clear and one.value < 0 for one in copying)
     shift = results.shift(name)
     copies = [share for share in (results.copy_closed(name, f) for f in results.factors()) if share is not None]
     quotes = bool(copies) and min(share.value for share in copies) >= COPY_LIMIT
-    if not worth and quotes and not copies_less and any(map(better, copying)):
-        no_worse = not text.clear and (shift is None or abs(shift.value) <= SHIFT_LIMIT)
-        if no_worse:
-            return f"Worth using to quote and look things up in older text; otherwise it is no better than {instead}"
-    if not worth:
+    copies_better = quotes and not copies_less and any(map(better, copying))
+    shifted = shift is not None and abs(shift.value) > SHIFT_LIMIT
+    if not shown and copies_better and worse == math.inf and not shifted:
+        return f"Worth using to quote and look things up in older text; otherwise it is no better than {instead}"
+    if not shown:
         use = "use that (student.name=window_sinks)"
         return f"Not worth using, since past 2W it was not shown to be better than {instead}: {use}"
     if copies_less:
         return f"Not worth using where older text has to be looked up, since it copies less than {instead}"
-    if shift is not None and abs(shift.value) > SHIFT_LIMIT:
+    if shift is not None and shifted:
         why = "learned the kind of text it was trained on" if shift.value < 0 else "lost some of what it knew"
         return f"Not to be used as it is, since it {why} (below 2W its loss is the teacher's {_plus(shift)} nats)"
-    share = results.far_closed(name, corrected=True) or results.far_closed(name)
+    factor = shown[0] // results.seq_len
+    share = results.far_closed(name, factor, corrected=True) or results.far_closed(name, factor)
     if share is not None and share.value < FAR_LIMIT:
         return f"Better than {instead}, but hardly worth using, since most of what lies past 2W is lost"
-    longest = _longest_better(results, name, rival)
-    limit = "" if longest is None else f" of up to {longest:,} tokens"
+    limit = _limits(shown, list(text))
     if not copies:
         return f"Usable for long texts{limit}, though whether it can look things up in them was not measured"
     if not quotes:
@@ -81,16 +84,20 @@ def _copying(results: Results, name: str, rival: str) -> list[Estimate]:
     ]
 
 
-def _longest_better(results: Results, name: str, rival: str) -> int | None:
-    """Tokens up to which it is better than the untrained row; None if that holds at every length scored."""
-    longest = results.seq_len
-    for factor in results.factors()[1:]:
-        if results.rows[name].at(factor) is None or results.rows[rival].at(factor) is None:
-            continue
-        if not better(compare(results, name, rival, factor)):
-            return longest
-        longest = factor * results.seq_len
-    return None
+def _text_gains(results: Results, name: str, rival: str) -> dict[int, Estimate]:
+    """Tokens of a row -> what the model gains past 2W on the untrained row, at each length scored."""
+    return {
+        factor * results.seq_len: compare(results, name, rival, factor)
+        for factor in results.factors()
+        if results.rows[name].at(factor) is not None and results.rows[rival].at(factor) is not None
+    }
+
+
+def _limits(shown: list[int], scored: list[int]) -> str:
+    """The lengths at which it was shown to be better, of those ``scored``."""
+    if shown[-1] != scored[-1]:
+        return f" of up to {shown[-1]:,} tokens"
+    return "" if shown[0] == scored[0] else f" of {shown[0]:,} tokens and more"
 
 
 def _kept(results: Results) -> str:
