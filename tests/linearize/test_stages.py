@@ -24,6 +24,7 @@ from trenchcoat.evaluation.rows import (
     FAR_OFF,
     KEPT_WINDOW,
     REPORT_ROWS,
+    ConstantRow,
     LoraOnlyRow,
     TransferLoraRow,
     TransferOnlyRow,
@@ -64,7 +65,7 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     recipe = make()
     outcome = stages.linearize(recipe)
     assert outcome.results is not None
-    assert set(outcome.results.rows) == {*REPORT_ROWS} - {KEPT_WINDOW}
+    assert set(outcome.results.rows) == {*REPORT_ROWS} - {KEPT_WINDOW, ConstantRow.name}
     folder = Path(recipe.run.dir)
     names = ("recipe.yaml", "environment.json", "metrics.jsonl", "results.json", "report.md", "rows.png")
     for name in (*names, "adapter/trenchcoat.json", "adapter/adapter.safetensors", "checkpoints/transfer"):
@@ -306,3 +307,17 @@ def test_the_demo_checks_the_machine_first(make: Make, monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "free_disk", lambda directory: 1000)
     with pytest.raises(UserError, match=r"this machine is not ready: .* of disk are free"):
         stages.demo(make())
+
+
+def test_the_row_without_kept_groups_is_the_conversion_without_them(tiny_overrides: list[str], tmp_path: Path) -> None:
+    one = [*tiny_overrides, "eval.baselines=false", "eval.decode_lengths=[]", "student.feature_map.init=landmarks"]
+    kept = stages.linearize(load_recipe("demo", [*one, "student.keep=[1.0]", "eval.constant=true"])).results
+    none = stages.linearize(load_recipe("demo", [*one, f"run.dir={tmp_path / 'none'}", "eval.constant=true"])).results
+    assert isinstance(kept, Results)
+    assert isinstance(none, Results)
+    assert "constant" not in none.rows
+    found, wanted = kept.rows["constant"], none.rows["transfer_lora"]
+    assert found.all.sums == wanted.all.sums != kept.rows["transfer_lora"].all.sums
+    assert found.cache is not None
+    assert found.cache.per_token == 0
+    assert [stage.name for stage in kept.stages] == ["transfer", "lora", "constant_transfer", "constant_lora"]

@@ -443,7 +443,9 @@ class EvalConfig(_Section):
     """Rows that are a text of half their length followed by itself; also of random tokens, more if they are too few for
     a standard error below 5 points. 0: none."""
     baselines: bool = True
-    """Also train and score the comparison rows (LoRA only; window + sinks with the same LoRA budget)."""
+    """Also train and score the comparison rows: stage 2 without transfer, on window + sinks, and on the teacher."""
+    constant: bool = False
+    """Also convert the model without kept groups, by the same stages, and score that: a state of constant size."""
     sinks: NonNegativeInt = 4
     """Sink tokens of the window + sinks rows."""
     decode_lengths: tuple[PositiveInt, ...] = (128, 256, 512, 1024, 2048)

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trenchcoat.config import Recipe, StudentConfig
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TEACHER_LORA, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.runtime.runfolder import (
+    CONSTANT_LORA,
+    CONSTANT_TRANSFER,
+    LORA,
+    LORA_ONLY,
+    TEACHER_LORA,
+    TRANSFER,
+    WINDOW_SINKS_LORA,
+    constant_student,
+)
 from trenchcoat.students import student_class
 
 
@@ -31,7 +40,7 @@ class Variant:
     @property
     def lora(self) -> bool:
         """Whether its stage trains LoRA."""
-        return self.stage not in (None, TRANSFER)
+        return self.stage not in (None, TRANSFER, CONSTANT_TRANSFER)
 
 
 class ReportRow:
@@ -186,6 +195,28 @@ class TransferLoraRow(ReportRow):
     colour = "#0072B2"
 
 
+class ConstantRow(ReportRow):
+    """The same conversion without kept groups."""
+
+    name, label, stage = "constant", "nothing kept, both stages", CONSTANT_LORA
+    description = (
+        "a second conversion by the same stages with the same settings, in which no group keeps softmax attention: "
+        "the state has a constant size."
+    )
+    question = "Does it beat the same conversion with nothing kept?"
+    colour, line = "#56B4E9", "--"
+
+    def student(self, recipe: Recipe) -> StudentConfig:
+        """Nothing is kept."""
+        return constant_student(recipe)
+
+    def variant(self, recipe: Recipe) -> Variant | None:
+        """Where the recipe asks for it, goes through both stages and keeps something."""
+        if not recipe.eval.constant or not keeps_groups(recipe) or len(own_stages(recipe)) < 2:
+            return None
+        return Variant(self.stage, student=self.student(recipe))
+
+
 class FarOffRow(ReportRow):
     """The converted model with only its window."""
 
@@ -246,6 +277,7 @@ REPORT_ROWS: dict[str, ReportRow] = {
         UntrainedRow(),
         TransferOnlyRow(),
         TransferLoraRow(),
+        ConstantRow(),
         FarOffRow(),
         LoraOnlyRow(),
         WindowSinksLoraRow(),

@@ -27,7 +27,7 @@ from trenchcoat.linearize.variants import ModelVariants
 from trenchcoat.models.attach import set_far
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed
-from trenchcoat.runtime.runfolder import TRANSFER, flatten, stage_settings
+from trenchcoat.runtime.runfolder import BEFORE, flatten, stage_settings
 from trenchcoat.runtime.runlog import environment
 from trenchcoat.runtime.sharding import compute_device
 
@@ -48,8 +48,15 @@ passes; measured on the demo, on two cores."""
 
 def stages_of(recipe: Recipe) -> list[str]:
     """The training stages behind the recipe's rows, in order."""
-    stages = (variant.stage for variant in asked_rows(recipe).values())
-    return list(dict.fromkeys(stage for stage in stages if stage is not None))
+    return list(dict.fromkeys(stage for row in asked_rows(recipe).values() for stage in stages_behind(row, recipe)))
+
+
+def stages_behind(variant: Variant, recipe: Recipe) -> list[str]:
+    """The stages that train a variant, in order."""
+    if variant.stage is None:
+        return []
+    before = BEFORE.get(variant.stage) if recipe.transfer is not None else None
+    return [variant.stage] if before is None else [before, variant.stage]
 
 
 class Comparison:
@@ -223,7 +230,7 @@ def estimate_seconds(variants: ModelVariants, stages: list[str], rows: int) -> f
     left = [stage for stage in stages if variants.folder.result(stage) is None]
     total, unit = 0.0, 0.0
     for stage in left:
-        cfg = recipe.transfer if stage == TRANSFER else recipe.lora
+        cfg = recipe.transfer if stage in BEFORE.values() else recipe.lora
         if cfg is None:
             continue
         seq_len = recipe.row_tokens(cfg)

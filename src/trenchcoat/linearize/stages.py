@@ -22,7 +22,7 @@ from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, Stag
 from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
-from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages_of
+from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages_behind, stages_of
 from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
 from trenchcoat.linearize.run import open_run
 from trenchcoat.linearize.selection.run import select_groups
@@ -31,7 +31,15 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, TEACHER_LORA, TRANSFER, WINDOW_SINKS_LORA
+from trenchcoat.runtime.runfolder import (
+    CONSTANT_LORA,
+    CONSTANT_TRANSFER,
+    LORA,
+    LORA_ONLY,
+    TEACHER_LORA,
+    TRANSFER,
+    WINDOW_SINKS_LORA,
+)
 
 _TITLES = {
     TRANSFER: "attention transfer: feature maps learn to reproduce the softmax attention, layer by layer",
@@ -39,6 +47,8 @@ _TITLES = {
     LORA_ONLY: "stage 2 without transfer",
     WINDOW_SINKS_LORA: "for comparison: stage 2 on window + sinks, without a linear part",
     TEACHER_LORA: "for comparison: stage 2 on the teacher, by next-token loss",
+    CONSTANT_TRANSFER: "for comparison: attention transfer with nothing kept",
+    CONSTANT_LORA: "for comparison: stage 2 with nothing kept",
 }
 
 
@@ -151,8 +161,9 @@ def _report(variants: ModelVariants, facts: dict[str, StageFacts], began: float)
     comparison = Comparison(variants)
     scores: dict[str, Scores] = {}
     for row, variant in comparison.rows.items():
-        if variant.stage is not None and variant.stage not in facts:
-            facts[variant.stage] = _train(variants, variant.stage)
+        for stage in stages_behind(variant, variants.recipe):
+            if stage not in facts:
+                facts[stage] = _train(variants, stage)
         scores[row] = found = comparison.scores(row)
         variants.log.info(
             f"scored {row_label(row)}: perplexity {found.perplexity:.4g}, past 2W {found.far_perplexity:.4g}"

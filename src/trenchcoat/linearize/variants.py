@@ -45,11 +45,15 @@ from trenchcoat.models.stage2 import as_teacher, begin_stage_2, end_stage_2, fre
 from trenchcoat.runtime import distributed, files
 from trenchcoat.runtime.files import read_json
 from trenchcoat.runtime.runfolder import (
+    BEFORE,
+    CONSTANT_LORA,
+    CONSTANT_TRANSFER,
     LORA,
     LORA_ONLY,
     TEACHER_LORA,
     TRANSFER,
     WINDOW_SINKS_LORA,
+    constant_student,
     stage_recipe,
 )
 from trenchcoat.runtime.sharding import compute_device
@@ -188,14 +192,15 @@ class ModelVariants:
         kept = distributed.from_main(lambda: self.folder.result(stage))
         if kept is not None:
             return StageFacts(**kept)
-        if stage == LORA:
-            distributed.from_main(partial(self.folder.require_identity, TRANSFER, BASE_WEIGHTS, self.base_fingerprint))
+        if stage in BEFORE:
+            earlier = BEFORE[stage], BASE_WEIGHTS, self.base_fingerprint
+            distributed.from_main(partial(self.folder.require_identity, *earlier))
         objective, cfg = self._prepare(stage)
         batches = self.batches(cfg.batch_size, self.recipe.row_tokens(cfg))
         self._log_text(batches)
         identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
         distributed.from_main(lambda: self.folder.begin(stage, self.recipe, identity))
-        flops = step_flops(self.model.config, self.recipe, cfg)
+        flops = step_flops(self.model.config, stage_recipe(self.recipe, stage), cfg)
         options = FitOptions(self.recipe.parallel.async_save, flops, self.base_fingerprint)
         source = self._taught(batches, cfg)
         result = fit(self.model, source, objective, cfg, self.log, stage=stage, options=options)
@@ -237,10 +242,11 @@ class ModelVariants:
 
     def _prepare(self, stage: str) -> tuple[Objective, StageConfig]:
         """Assemble and freeze the model for a stage; returns its objective and settings."""
-        if stage == TRANSFER:
+        student = constant_student(self.recipe) if stage in (CONSTANT_TRANSFER, CONSTANT_LORA) else None
+        if stage in BEFORE.values():
             if self.recipe.transfer is None:
                 raise UserError("this recipe has transfer=null, so there is no stage 1; run `finetune`, or `linearize`")
-            self.assemble()
+            self.assemble(student=student)
             set_mode(self.model, "transfer")
             freeze_for_transfer(self.model)
             return transfer_objective(self.recipe.transfer), self.recipe.transfer
@@ -251,7 +257,7 @@ class ModelVariants:
         elif stage == LORA_ONLY:
             self.assemble(lora=True)
         else:
-            self.assemble(weights=TRANSFER)
+            self.assemble(student=student, weights=BEFORE[stage])
             torch.manual_seed(self.recipe.run.seed)
             begin_stage_2(self.model, self._lora)
         cfg = stage_recipe(self.recipe, stage).lora or self._lora

@@ -17,12 +17,16 @@ from typing import Any
 
 from torch import Tensor
 
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import Recipe, StudentConfig, UserError
 from trenchcoat.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
 SELECT = "select"
 TEACHER_LORA = "teacher_lora"
+CONSTANT_TRANSFER, CONSTANT_LORA = "constant_transfer", "constant_lora"
+"""Both stages of a second conversion of the model, without kept groups."""
+BEFORE = {LORA: TRANSFER, CONSTANT_LORA: CONSTANT_TRANSFER}
+"""Stage 2 -> the transfer that it continues."""
 
 _DEPENDS: dict[str, tuple[str, ...]] = {
     SELECT: ("model", "student.window", "student.keep_softmax", "data", "select", "eval.sinks", "run"),
@@ -33,6 +37,8 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
         "model", "student.window", "student.keep", "student.keep_softmax", "data", "lora", "run", "eval.sinks",
     ),
     TEACHER_LORA: ("model", "data", "lora", "run"),
+    CONSTANT_TRANSFER: ("model", "student", "data", "transfer", "blocks.epochs", "run"),
+    CONSTANT_LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
 }  # fmt: skip
 """Sections and fields of the recipe that decide a stage's outcome."""
 
@@ -55,9 +61,17 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return {path: list(value) if isinstance(value, tuple) else value}
 
 
+def constant_student(recipe: Recipe) -> StudentConfig:
+    """The recipe's student with nothing kept of the softmax attention."""
+    return replace(recipe.student, keep=(), keep_softmax=())
+
+
 def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
     """The recipe under which ``stage`` trains: without a transfer before it, a comparison's stage 2 trains the feature
-    maps too; a teacher's has no divergence from itself to minimize, so it minimizes the next-token loss."""
+    maps too; a teacher's has no divergence from itself to minimize, so it minimizes the next-token loss; a conversion
+    without kept groups keeps none."""
+    if stage in (CONSTANT_TRANSFER, CONSTANT_LORA):
+        recipe = replace(recipe, student=constant_student(recipe))
     lora = recipe.lora
     if lora is None:
         return recipe
