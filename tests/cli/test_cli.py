@@ -17,7 +17,7 @@ import pytest
 from trenchcoat.cli import app as cli
 from trenchcoat.cli.terminal import guarded
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.config.recipe_io import field_paths
+from trenchcoat.config.recipe_io import field_paths, load_recipe
 from trenchcoat.runtime.distributed import FailedElsewhere
 
 
@@ -190,3 +190,17 @@ def test_each_process_names_itself_and_does_not_repeat_the_main_ones_message(
     assert fail(FailedElsewhere("the disk is full")) == 1
     said = capsys.readouterr().err.splitlines()
     assert said == ["trenchcoat: no such file", "trenchcoat, process 3: this node has no such file"]
+
+
+def test_a_model_is_linearized_by_its_name(
+    tiny_model_dir: Path, text_file: Path, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shortcuts = ("model.path=", "data.path=", "run.dir=", "student.keep=")
+    more = [item for item in tiny_overrides if not item.startswith(shortcuts)]
+    named = ["--data", str(text_file), "--keep", "1 groups", "--out", str(tmp_path / "out"), "select.seq_len=40"]
+    assert cli.main(["linearize", str(tiny_model_dir), *named, *more, "eval.decode_lengths=[]"]) == 0
+    recipe = load_recipe(tmp_path / "out")
+    assert len(recipe.student.keep) == 1
+    assert "." in recipe.student.keep[0]
+    assert recipe.model.path == str(tiny_model_dir)
+    assert "key/value groups each" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
 def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'llama3_1_8b'"):
         load_recipe("llama3.1_8b")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no recipe or model folder"):
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match=r"folder without a recipe\.yaml"):
         load_recipe(tmp_path)

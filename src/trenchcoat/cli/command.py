@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trenchcoat.cli.terminal import warn
 from trenchcoat.config import Recipe
-from trenchcoat.config.recipe_io import builtin_recipes, load_recipe
+from trenchcoat.config.recipe_io import builtin_recipes, load_recipe, names_model
 
 TARGET_HELP = "a run's folder, an adapter folder or a merged folder"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 (auto)"
@@ -45,20 +46,55 @@ class Command:
         return " ".join(first.split()).rstrip("."), more or first
 
 
+SHORTCUTS = {
+    "--data": ("FILE_OR_ID", "text to train on (data.path): a file, folder or hub id"),
+    "--keep": ("AMOUNT", "groups that keep softmax attention (student.keep): 13%%, 12, none, or [18.2,7.0]"),
+    "--out": ("DIR", "the run's folder (run.dir)"),
+}
+"""Options that stand for a setting."""
+
+
 def recipe_command(
     run: Callable[[argparse.Namespace], Any],
     options: Callable[[argparse.ArgumentParser], None] = nothing,
     sections: Sequence[str] | None = None,
+    *,
+    here: bool = True,
+    shortcuts: Sequence[str] = tuple(SHORTCUTS),
 ) -> Command:
-    """A command that takes a recipe and overrides before its own ``options``."""
+    """A command that takes a recipe or a model, and overrides, before its own ``options``.
+
+    ``here``: it holds the whole model in this machine's memory.
+    """
 
     def all_options(parser: argparse.ArgumentParser) -> None:
-        known = f"a YAML file, a run's folder, or a built-in recipe: {', '.join(builtin_recipes())}"
-        parser.add_argument("recipe", metavar="RECIPE", help=known)
+        known = (
+            "a model (hub id, folder or .gguf file), for which settings are chosen; a YAML file, a run's folder, or a "
+            f"built-in recipe: {', '.join(builtin_recipes())}"
+        )
+        parser.add_argument("recipe", metavar="MODEL_OR_RECIPE", help=known)
         add_overrides(parser)
+        for name in shortcuts:
+            metavar, text = SHORTCUTS[name]
+            parser.add_argument(name, dest=f"shortcut_{name[2:]}", metavar=metavar, help=text)
         options(parser)
 
-    return Command(run, all_options, lambda args: load_recipe(args.recipe, args.overrides), sections)
+    return Command(run, all_options, lambda args: _recipe_of(args, here), sections)
+
+
+def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
+    """The recipe that is named, or the one chosen for the model that is."""
+    data, keep, out = (getattr(args, f"shortcut_{name}", None) for name in ("data", "keep", "out"))
+    overrides = list(args.overrides)
+    overrides += [f"{path}={value}" for path, value in (("student.keep", keep), ("run.dir", out)) if value is not None]
+    if not names_model(args.recipe):
+        return load_recipe(args.recipe, overrides if data is None else [*overrides, f"data.path={data}"])
+    from trenchcoat.planning.choose import recipe_for
+
+    chosen = recipe_for(args.recipe, overrides, data=data, here=here)
+    for reason in chosen.reasons:
+        warn(reason)
+    return chosen.recipe
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

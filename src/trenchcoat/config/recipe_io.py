@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -24,6 +25,8 @@ from trenchcoat.config.settings import Constraint, NameIn, ReadBy, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that ship with the package."""
+
+_HUB_ID = re.compile(r"[\w\-][\w.\-]*/[\w.\-]+")
 
 RENAMED = {"lora.objective": "lora.loss, and its next_token is ce"}
 """Settings of earlier versions and what they are now, for the error message."""
@@ -56,6 +59,16 @@ def recipe_from_dict(document: Mapping[str, Any]) -> Recipe:
     return typing.cast(Recipe, _build(Recipe, document, ""))
 
 
+def names_model(name: str) -> bool:
+    """Whether ``name`` can only be a model, not a recipe: a folder with a config.json, a `.gguf` file, or a hub id."""
+    place = Path(name).expanduser()
+    if place.is_dir():
+        return (place / "config.json").is_file() and not (place / "recipe.yaml").is_file()
+    if place.suffix in (".yaml", ".yml") or name.startswith("runs/"):
+        return False
+    return place.suffix == ".gguf" or (not place.exists() and _HUB_ID.fullmatch(name) is not None)
+
+
 def _find(path: str) -> Path:
     place = Path(path)
     if place.is_dir():
@@ -70,9 +83,7 @@ def _find(path: str) -> Path:
         return RECIPES / f"{stem}.yaml"
     near = difflib.get_close_matches(Path(stem).name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "give the path of a YAML file or one of these names."
-    raise UserError(
-        f"there is no recipe {path!r}: no such file, and the built-in recipes are {', '.join(known)}; {hint}"
-    )
+    raise UserError(f"there is no recipe or model folder {path!r}; the built-in recipes are {', '.join(known)}; {hint}")
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -140,12 +140,12 @@ def _status(args: argparse.Namespace) -> Any:
 COMMAND = Command(
     _blocks,
     actions={
-        "plan": recipe_command(_plan, add_machine, sections=("blocks",)),
-        "run": recipe_command(_run, _run_options, sections=_SECTIONS),
-        "collect": recipe_command(_collect, sections=_SECTIONS),
-        "train": recipe_command(_train, _train_options, sections=_SECTIONS),
-        "stitch": recipe_command(_stitch, sections=_SECTIONS),
-        "shard": recipe_command(_shard, _shard_options, sections=("model", "blocks")),
-        "status": recipe_command(_status, sections=("blocks",)),
+        "plan": recipe_command(_plan, add_machine, sections=("blocks",), here=False),
+        "run": recipe_command(_run, _run_options, sections=_SECTIONS, here=False),
+        "collect": recipe_command(_collect, sections=_SECTIONS, here=False),
+        "train": recipe_command(_train, _train_options, sections=_SECTIONS, here=False),
+        "stitch": recipe_command(_stitch, sections=_SECTIONS, here=False),
+        "shard": recipe_command(_shard, _shard_options, sections=("model", "blocks"), here=False, shortcuts=()),
+        "status": recipe_command(_status, sections=("blocks",), here=False),
     },
 )

@@ -30,4 +30,4 @@ def _run(args: argparse.Namespace) -> Any:
     return with_json(args, report_plan(args.recipe, machine, tokens=tokens, simulated=args.simulate))
 
 
-COMMAND = recipe_command(_run, _options, sections=())
+COMMAND = recipe_command(_run, _options, sections=(), here=False)

@@ -57,4 +57,6 @@ def _run(args: argparse.Namespace) -> Any:
     return stages.select(recipe, args.reach)
 
 
-COMMAND = recipe_command(_run, _options, sections=("model", "student", "data", "select", "run"))
+COMMAND = recipe_command(
+    _run, _options, sections=("model", "student", "data", "select", "run"), shortcuts=("--data", "--out")
+)
