@@ -26,7 +26,7 @@ from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages
 from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
 from trenchcoat.linearize.run import open_run
 from trenchcoat.linearize.selection.run import select_groups
-from trenchcoat.linearize.variants import ModelVariants, open_variants
+from trenchcoat.linearize.variants import GivenModel, ModelVariants, open_variants
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 from trenchcoat.runtime import distributed
@@ -57,12 +57,15 @@ def demo(recipe: Recipe) -> Outcome:
     return linearize(recipe, opening=check_machine(Path(recipe.run.dir)))
 
 
-def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
-    """Both stages, the adapter, the comparison rows, the report. Raises ``UserError``; ``Stopped`` after Ctrl-C."""
+def linearize(recipe: Recipe, opening: Sequence[str] = (), given: GivenModel | None = None) -> Outcome:
+    """Both stages, the adapter, the comparison rows, the report. Raises ``UserError``; ``Stopped`` after Ctrl-C.
+
+    ``given``: the base model and its tokenizer, where they are in memory already; here and in the other stages.
+    """
     if recipe.transfer is None and recipe.lora is None:
         raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
     began = time.monotonic()
-    with open_variants(recipe, stages_of(recipe)) as variants:
+    with open_variants(recipe, stages_of(recipe), given) as variants:
         _open(variants, opening)
         _announce_time(variants)
         own = own_stages(recipe)
@@ -71,10 +74,10 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
         return _report(variants, facts, began)
 
 
-def select(recipe: Recipe, reach: float | None = None) -> Outcome:
+def select(recipe: Recipe, reach: float | None = None, given: GivenModel | None = None) -> Outcome:
     """Score the key/value groups and choose those to keep; ``reach`` as in :func:`select_groups`."""
     with open_run(recipe, []) as run:
-        found = select_groups(ModelVariants(run), reach)
+        found = select_groups(ModelVariants(run, given), reach)
     chosen = (
         f"kept: student.keep=[{','.join(found.kept)}]"
         if found.kept
@@ -85,9 +88,9 @@ def select(recipe: Recipe, reach: float | None = None) -> Outcome:
     return Outcome((*table, chosen, f"the selection: {Path(recipe.run.dir) / SELECTION_FILE}"), found)
 
 
-def transfer(recipe: Recipe) -> Outcome:
+def transfer(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
     """Stage 1 alone; writes its adapter folder."""
-    with open_variants(recipe, [TRANSFER]) as variants:
+    with open_variants(recipe, [TRANSFER], given) as variants:
         _open(variants)
         facts = _train(variants, TRANSFER)
         if variants.folder.result(variants.main_lora_stage) is None:
@@ -96,9 +99,9 @@ def transfer(recipe: Recipe) -> Outcome:
         return Outcome((_ended(facts), further))
 
 
-def finetune(recipe: Recipe) -> Outcome:
+def finetune(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, if the recipe has transfer=null)."""
-    with open_variants(recipe, own_stages(recipe)) as variants:
+    with open_variants(recipe, own_stages(recipe), given) as variants:
         variants.require_transfer()
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)

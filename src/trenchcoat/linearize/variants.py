@@ -66,18 +66,24 @@ BASE_WEIGHTS = "base weights"
 """The key of the base model's fingerprint in a stage's record."""
 
 
+GivenModel = tuple[Any, Any]
+"""(model, tokenizer) in memory."""
+
+
 class ModelVariants:
     """The base model of a run, to which students and LoRA are added and removed; everything is loaded lazily."""
 
-    def __init__(self, run: OpenRun) -> None:
+    def __init__(self, run: OpenRun, given: GivenModel | None = None) -> None:
+        """``given``: the base model, where it is in memory already; it is changed in place."""
         self.run, self.recipe, self.folder, self.log = run, run.recipe, run.folder, run.log
+        self._given = given
         self._trained: set[str] = set()
         self._selected_on: str | None = None
         self._batches: dict[tuple[int, int], Batches] = {}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        model, tokenizer = load_base(self.recipe.model, self.recipe.parallel)
+        model, tokenizer = self._given or load_base(self.recipe.model, self.recipe.parallel)
         attention, device = teacher_implementation(model), compute_device(model)
         self.run.write_environment(model, attention, dtype=cast("torch.dtype", model.dtype), device=device)
         return model, tokenizer
@@ -305,18 +311,18 @@ class ModelVariants:
 
 
 @contextmanager
-def open_variants(recipe: Recipe, stages: list[str]) -> Iterator[ModelVariants]:
-    """Open a run and return its model variants; see :func:`open_run`.
+def open_variants(recipe: Recipe, stages: list[str], given: GivenModel | None = None) -> Iterator[ModelVariants]:
+    """Open a run and return its model variants; see :func:`open_run`. ``given``: see :class:`ModelVariants`.
 
     Where ``student.keep`` says how much to keep, the groups are selected first (or read from the run's folder), and the
     recipe of the variants names them.
     """
     if not needs_selection(recipe.student):
         with open_run(recipe, stages) as run:
-            yield ModelVariants(run)
+            yield ModelVariants(run, given)
         return
     with open_run(recipe, []) as run:
-        variants = ModelVariants(run)
+        variants = ModelVariants(run, given)
         variants.keep_selected(select_groups(variants))
         run.folder.refuse_other_recipe(variants.recipe, stages)
         yield variants
