@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.samples import BadSample, Segment
+from trenchcoat.data.samples import BadSample, Rendered, Segment
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -183,7 +183,7 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> lis
     try:
         full = render(len(turns))
         if not mask_prompt:
-            return [(full, True)]
+            return Rendered([(full, True)])
         found: list[Segment] = []
         done = 0
         for i, turn in enumerate(turns):
@@ -201,7 +201,7 @@ def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> lis
             done = end
     except TemplateError as error:
         raise BadSample("chat template", f"the chat template refuses the conversation: {error}") from error
-    return [*found, (full[done:], False)]
+    return Rendered([*found, (full[done:], False)])
 
 
 def _shared(a: str, b: str) -> int:
