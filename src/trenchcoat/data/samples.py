@@ -6,7 +6,7 @@ are joined, tokenized together, and a token counts when it ends inside a counted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,25 @@ class BadSample(UserError):
 
 class Rendered(list[Segment]):
     """The segments of a text that a chat template has written, with the special tokens that belong there."""
+
+
+def column_names(row: Mapping[str, Any]) -> str:
+    """The columns of a row, for messages."""
+    return ", ".join(map(str, row)) or "(none)"
+
+
+def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
+    """A column's text; an ``optional`` one may be blank, absent or null."""
+    value = row.get(column)
+    if value is None:
+        if optional:
+            return ""
+        raise BadSample("missing column", f"expected a column {column!r}; found the columns {column_names(row)}")
+    if not isinstance(value, str):
+        raise BadSample("not text", f"column {column!r} holds {type(value).__name__}; expected a string")
+    if not optional and not value.strip():
+        raise BadSample(f"empty {column}", f"column {column!r} is empty")
+    return value
 
 
 def opening_tokens(tokenizer: Any, bos: Bos = "auto") -> list[int]:
