@@ -41,7 +41,8 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Load:
             path = tmp_path / name
             path.write_text("".join(json.dumps(row) + "\n" for row in source), encoding="utf-8")
             source = path
-        fields = {"cache_dir": str(tmp_path / "cache"), "validation_rows": 1, "seq_len": 16, **fields}
+        own = {"cache_dir": str(tmp_path / "cache"), "validation_rows": 1, "seq_len": 16, "bos": "always"}
+        fields = {**own, **fields}
         return load_batches(DataConfig(path=str(source), **fields), tokenizer, batch_size=batch_size, seed=seed)
 
     return run
@@ -233,6 +234,9 @@ def test_bos_and_eos_frame_every_sample(load: Load) -> None:
     assert (row[0], row[6], row[7]) == (0, 1, 2)
     row = load(texts(5, 5), packing="contiguous", eos=False).train_batch(0)["input_ids"][0].tolist()
     assert (row[0], row[6]) == (0, 2)
+    for bos in ("auto", "never"):  # the tokenizer adds none
+        row = load(texts(5, 5), packing="contiguous", bos=bos).train_batch(0)["input_ids"][0].tolist()
+        assert row[4:7] == [row[0], 1, 2]
 
 
 @pytest.mark.parametrize("seq_len", [-4, 0, 1])

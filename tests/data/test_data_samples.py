@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data.formats import segments
-from trenchcoat.data.samples import BadSample, encode
+from trenchcoat.data.samples import BadSample, encode, opening_tokens
 
 SHARED = Path(__file__).parents[3] / "shared"
 CHATML = (
@@ -38,8 +40,8 @@ class Tokens:
     """Encodes one row and reads its tokens back."""
 
     def __init__(self, tokenizer: Any, row: dict[str, Any], **fields: Any) -> None:
-        cfg = DataConfig(**fields)
-        [(self.ids, self.counted)] = encode(tokenizer, [segments(row, cfg, tokenizer)], eos=cfg.eos)
+        cfg = DataConfig(**{"bos": "always", **fields})
+        [(self.ids, self.counted)] = encode(tokenizer, [segments(row, cfg, tokenizer)], bos=cfg.bos, eos=cfg.eos)
         self.all = tokenizer.decode(self.ids.tolist())
         self.labels = tokenizer.decode(self.ids[self.counted].tolist())
 
@@ -73,6 +75,23 @@ def test_the_two_alpaca_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
         )
         assert without.labels == "Yo é<eos>"
     assert Tokens(tokenizer, {"instruction": "Hi.", "output": "Yo"}, mask_prompt=False).counted.all()
+
+
+def test_texts_begin_as_the_tokenizer_itself_begins_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"text": "The cat sat."}
+    assert Tokens(tokenizer, row, bos="auto").ids[:-1].tolist() == tokenizer(row["text"])["input_ids"]
+    for template, opening in (("<bos> $A", [0]), ("<pad> <bos> $A <eos>", [2, 0])):  # as GLM's, which has two
+        framing = copy.deepcopy(tokenizer)
+        marks = [("<bos>", 0), ("<eos>", 1), ("<pad>", 2)]
+        framing.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=marks)
+        found = Tokens(framing, row, bos="auto")
+        assert found.ids[: len(opening)].tolist() == opening
+        assert found.ids.tolist() == [*framing(row["text"])["input_ids"], *([] if "<eos>" in template else [1])]
+        assert Tokens(framing, {"text": "<bos>a"}, bos="auto").all.count("<bos>") == 1 + ("<pad>" in template)
+        assert Tokens(framing, row, bos="never").all == "The cat sat.<eos>"
+        framing.chat_template = CHATML
+        assert Tokens(framing, {"messages": TURNS}, bos="auto").all.startswith("<|im_start|>user")
+        assert opening_tokens(framing) == opening
 
 
 def test_a_format_asked_for_wins_over_the_columns(tokenizer: PreTrainedTokenizerFast) -> None:

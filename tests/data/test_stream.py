@@ -53,7 +53,7 @@ def load(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Iterator[Load]:
     def run(source: Any, *, batch_size: int = 1, seed: int = 0, **fields: Any) -> StreamedBatches:
         path = write(tmp_path / "rows.jsonl", source) if isinstance(source, list) else source
         fields = {"cache_dir": str(tmp_path / "cache"), "validation_rows": 2, "seq_len": 16, **fields}
-        cfg = DataConfig(path=str(path), streaming=True, **{"packing": "contiguous", **fields})
+        cfg = DataConfig(path=str(path), streaming=True, **{"packing": "contiguous", "bos": "always", **fields})
         batches = load_batches(cfg, tokenizer, batch_size=batch_size, seed=seed)
         assert isinstance(batches, StreamedBatches)
         made.append(batches)

@@ -81,6 +81,31 @@ def test_students_of_a_bfloat16_model_are_float32() -> None:
     assert logits(model, tokens(2, 20)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kept", [(), ("0.1",)])
+@pytest.mark.parametrize("mode", ["student", "transfer"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_students_stay_float32_when_the_model_is_cast(dtype: torch.dtype, mode: Any, kept: tuple[str, ...]) -> None:
+    cfg = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6), keep=kept)
+    cast, made = tiny_model("llama"), tiny_model("llama").to(dtype)
+    for model in (cast, made):
+        torch.manual_seed(0)
+        attach_students(model, cfg)
+        set_mode(model, mode)
+    cast.to(dtype)
+    assert {p.dtype for student in students_of(cast).values() for p in student.parameters()} == {torch.float32}
+    ids = tokens(2, 40)
+    for model in (cast, made):
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with torch.no_grad():
+        scored, expected = (model(input_ids=ids, use_cache=False).logits for model in (cast, made))
+    torch.testing.assert_close(scored, expected, rtol=0, atol=0)
+    double = tiny_model("llama")
+    attach_students(double, cfg)
+    assert {p.dtype for p in double.double().parameters()} == {torch.float64}
+
+
 def test_replacing_students_keeps_the_mode() -> None:
     model = make()
     set_mode(model, "student")

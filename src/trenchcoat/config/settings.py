@@ -178,9 +178,11 @@ class DataConfig(_Section):
     """`across`: samples are concatenated and cut; `contiguous`: a row holds one sample (short rows are padded)."""
     mask_prompt: bool = True
     """alpaca and chat: the loss is on the response only."""
+    bos: Literal["auto", "always", "never"] = "auto"
+    """Begin every sample with what the tokenizer itself puts before a text (`auto`; nothing before a text that a chat
+    template has written), as prompts and benchmarks do; or with its BOS token (`always`), or with neither (`never`)."""
     eos: bool = True
-    """End every sample with the tokenizer's EOS token; false for models trained without one (BOS then separates
-    samples)."""
+    """End every sample with the tokenizer's EOS token; false for models trained without one."""
     max_rows: PositiveInt | None = None
     """Use only this many rows of the source (after the held-out ones)."""
     min_tokens: PositiveInt | None = None

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.samples import BadSample, Segment
+from trenchcoat.data.chat import history_pairs, read_turns, rendered
+from trenchcoat.data.samples import BadSample, Segment, column_names, column_text
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -25,7 +24,6 @@ PROMPT_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class RowFormat(Protocol):
@@ -43,7 +41,7 @@ class RowFormat(Protocol):
 
 
 class AlpacaFormat:
-    """{instruction, input, output}; the input may be absent."""
+    """{instruction, input, output}; the input may be absent, and so may a system text and earlier turns (history)."""
 
     def columns(self, cfg: DataConfig) -> str:
         """The required columns, and the optional one."""
@@ -54,10 +52,15 @@ class AlpacaFormat:
         return {"instruction", "output"} <= found
 
     def segments(self, row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
-        """The prompt, and the output."""
+        """The prompt, and the output; before them the system text and earlier turns, whose answers count too."""
         fields = {"instruction": column_text(row, "instruction"), "input": column_text(row, "input", optional=True)}
         prompt = (PROMPT_WITH_INPUT if fields["input"] else PROMPT_WITHOUT_INPUT).format_map(fields)
-        return [(prompt, not cfg.mask_prompt), (column_text(row, "output"), True)]
+        system = column_text(row, "system", optional=True)
+        found = [(f"{system}\n\n", not cfg.mask_prompt)] if system else []
+        for question, answer in history_pairs(row):
+            asked = PROMPT_WITHOUT_INPUT.format(instruction=question)
+            found += [(asked, not cfg.mask_prompt), (answer, True), ("\n\n", not cfg.mask_prompt)]
+        return [*found, (prompt, not cfg.mask_prompt), (column_text(row, "output"), True)]
 
 
 class TextFormat:
@@ -81,7 +84,7 @@ class ChatFormat:
 
     def columns(self, cfg: DataConfig) -> str:
         """Either column."""
-        return "messages, or conversations"
+        return "messages, or conversations (and system, tools, history)"
 
     def matches(self, found: set[str], cfg: DataConfig) -> bool:
         """Whether it has one of them."""
@@ -89,7 +92,7 @@ class ChatFormat:
 
     def segments(self, row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
         """The rendered conversation; ``UserError`` when the tokenizer has no chat template."""
-        return _chat(_turns(row), tokenizer, cfg.mask_prompt)
+        return rendered(read_turns(row), row, tokenizer, cfg.mask_prompt)
 
 
 FORMATS: dict[str, RowFormat] = {"alpaca": AlpacaFormat(), "text": TextFormat(), "chat": ChatFormat()}
@@ -117,95 +120,6 @@ def segments(row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Se
             return each.segments(row, cfg, tokenizer)
     raise BadSample(
         "missing column",
-        f"found the columns {_listed(row)}; expected {', or '.join(each.columns(cfg) for each in FORMATS.values())}: "
-        "set data.text_column, or rename the columns",
+        f"found the columns {column_names(row)}; expected "
+        f"{', or '.join(each.columns(cfg) for each in FORMATS.values())}: set data.text_column, or rename the columns",
     )
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, row)) or "(none)"
-
-
-def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
-    """A column's text; an ``optional`` one may be blank, absent or null."""
-    value = row.get(column)
-    if value is None:
-        if optional:
-            return ""
-        raise BadSample("missing column", f"expected a column {column!r}; found the columns {_listed(row)}")
-    if not isinstance(value, str):
-        raise BadSample("not text", f"column {column!r} holds {type(value).__name__}; expected a string")
-    if not optional and not value.strip():
-        raise BadSample(f"empty {column}", f"column {column!r} is empty")
-    return value
-
-
-def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The conversation as ``{role, content}`` turns; also reads ``{from, value}``, and drops assistant turns before the
-    first user turn. In ``conversations`` with ``{role, content}`` (Long-LLM), the first turn is skipped if it is not
-    the user's, even a system prompt."""
-    found = row["messages"] if row.get("messages") is not None else row.get("conversations")
-    if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
-        raise BadSample(
-            "missing column", f"expected a list of turns in messages or conversations; found the columns {_listed(row)}"
-        )
-    if row.get("messages") is None and found and found[0].get("role") not in (None, "user", "human"):
-        found = found[1:]
-    turns: list[dict[str, str]] = []
-    for turn in found:
-        role = column_text(turn, "role" if turn.get("role") is not None else "from")
-        role = _ROLES.get(role, role)
-        if role == "assistant" and not any(earlier["role"] == "user" for earlier in turns):
-            continue
-        column = "content" if turn.get("content") is not None else "value"
-        turns.append({"role": role, "content": column_text(turn, column, optional=role != "assistant")})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise BadSample("no assistant turn", "the conversation has no assistant turn after a user's")
-    return turns
-
-
-def _chat(turns: list[dict[str, str]], tokenizer: Any, mask_prompt: bool) -> list[Segment]:
-    """Segments of a rendered conversation: an assistant's text and the tokens that end its turn count.
-
-    Needs no ``{% generation %}`` in the template: the conversation is also rendered up to each assistant's turn and
-    with it, and the turn's own text is searched for where the renderings diverge.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the rows are conversations, but the tokenizer has no chat template: take the model's instruct version, "
-            "set tokenizer.chat_template and save it with the model, or use text or alpaca rows"
-        )
-
-    def render(count: int, **options: bool) -> str:
-        """The first ``count`` turns as text."""
-        return str(tokenizer.apply_chat_template(turns[:count], tokenize=False, **options))
-
-    try:
-        full = render(len(turns))
-        if not mask_prompt:
-            return [(full, True)]
-        found: list[Segment] = []
-        done = 0
-        for i, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            text = turn["content"].strip()
-            before, until = render(i, add_generation_prompt=True), render(i + 1)
-            start = full.find(text, max(done, _shared(before, full)))
-            last = until.find(text, _shared(before, until))
-            if start < 0 or last < 0:
-                raise BadSample("chat template", f"the chat template does not reproduce the text of turn {i + 1}")
-            end = start + len(text)
-            end += _shared(until[last + len(text) :], full[end:])
-            found += [(full[done:start], False), (full[start:end], True)]
-            done = end
-    except TemplateError as error:
-        raise BadSample("chat template", f"the chat template refuses the conversation: {error}") from error
-    return [*found, (full[done:], False)]
-
-
-def _shared(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -6,8 +6,8 @@ are joined, tokenized together, and a token counts when it ends inside a counted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from trenchcoat.config import UserError
 from trenchcoat.data.packing import Encoded
 
 Segment = tuple[str, bool]
+Bos = Literal["auto", "always", "never"]
+"""Values of ``data.bos``."""
 
 
 class BadSample(UserError):
@@ -26,11 +28,44 @@ class BadSample(UserError):
         self.reason = reason
 
 
-def encode(tokenizer: Any, samples: Sequence[list[Segment]], *, eos: bool) -> list[Encoded]:
-    """Tokens of each sample, in one call of the tokenizer: BOS first and EOS last, where the tokenizer has them.
+class Rendered(list[Segment]):
+    """The segments of a text that a chat template has written, with the special tokens that belong there."""
 
-    A BOS or EOS that the text already has (from a chat template) is not added twice; an added one counts if the token
-    next to it does. An empty sample stays empty.
+
+def column_names(row: Mapping[str, Any]) -> str:
+    """The columns of a row, for messages."""
+    return ", ".join(map(str, row)) or "(none)"
+
+
+def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
+    """A column's text; an ``optional`` one may be blank, absent or null."""
+    value = row.get(column)
+    if value is None:
+        if optional:
+            return ""
+        raise BadSample("missing column", f"expected a column {column!r}; found the columns {column_names(row)}")
+    if not isinstance(value, str):
+        raise BadSample("not text", f"column {column!r} holds {type(value).__name__}; expected a string")
+    if not optional and not value.strip():
+        raise BadSample(f"empty {column}", f"column {column!r} is empty")
+    return value
+
+
+def opening_tokens(tokenizer: Any, bos: Bos = "auto") -> list[int]:
+    """What every text begins with: what the tokenizer itself puts there, its BOS token if it has one, or nothing."""
+    if bos == "auto":
+        plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+        framed = tokenizer("a", verbose=False)["input_ids"]
+        starts = (i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+        return list(framed[: next(starts, 0)])
+    return [] if bos == "never" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def encode(tokenizer: Any, samples: Sequence[list[Segment]], *, eos: bool, bos: Bos = "auto") -> list[Encoded]:
+    """Tokens of each sample, in one call of the tokenizer: begun as ``data.bos`` says, with EOS last if there is one.
+
+    An opening or EOS that the text already has (from a chat template) is not added twice; an added one counts if the
+    token next to it does. An empty sample stays empty.
     """
     if not samples:
         return []
@@ -40,8 +75,9 @@ def encode(tokenizer: Any, samples: Sequence[list[Segment]], *, eos: bool) -> li
         pieces = [_fast_piece(sample, batch.encodings[i]) for i, sample in enumerate(samples)]
     else:
         pieces = [_slow_piece(tokenizer, sample) for sample in samples]
-    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id if eos else None
-    return [_with_marks(ids, counted, bos, end) for ids, counted in pieces]
+    opening, end = opening_tokens(tokenizer, bos), tokenizer.eos_token_id if eos else None
+    openings = ([] if bos == "auto" and isinstance(sample, Rendered) else opening for sample in samples)
+    return [_with_marks(*piece, first, end) for piece, first in zip(pieces, openings, strict=True)]
 
 
 def _fast_piece(sample: list[Segment], encoding: Any) -> Encoded:
@@ -61,10 +97,10 @@ def _slow_piece(tokenizer: Any, sample: list[Segment]) -> Encoded:
     return ids, np.repeat([counts for _, counts in sample], [len(part) for part in parts]).astype(np.bool_)
 
 
-def _with_marks(ids: NDArray[np.int32], counted: NDArray[np.bool_], bos: int | None, eos: int | None) -> Encoded:
+def _with_marks(ids: NDArray[np.int32], counted: NDArray[np.bool_], opening: list[int], eos: int | None) -> Encoded:
     if len(ids) == 0:
         return ids, counted
-    first = [bos] if bos is not None and bos not in ids[:1] else []
+    first = [] if ids[: len(opening)].tolist() == opening else opening
     last = [eos] if eos is not None and eos not in ids[-2:] else []  # chat templates close with EOS and a line break
     marked = np.concatenate([first, ids, last]).astype(np.int32)
-    return marked, np.concatenate([counted[:1][: len(first)], counted, counted[-1:][: len(last)]])
+    return marked, np.concatenate([np.repeat(counted[:1], len(first)), counted, np.repeat(counted[-1:], len(last))])

@@ -53,7 +53,7 @@ BLOCK_CHARACTERS, BLOCK_ROWS = 1 << 16, 16
 """Least text of a block, in characters and in rows of T tokens (at four characters a token), with the most shards."""
 NOTE_EVERY, NOTES_KEPT = 4, 16
 """Blocks between two saved states of a shard; how many of them are kept."""
-_VERSION = 1
+_VERSION = 2
 
 
 class EmptyShard(UserError):
@@ -158,7 +158,7 @@ class _ShardRows:
             self._tokens_of_turn = self._rows_of_turn = 0
             self._whole_turn = place.position is None
         samples, ended = self._take()
-        encoded = encode(self.tokenizer, samples, eos=self.cfg.eos)
+        encoded = encode(self.tokenizer, samples, bos=self.cfg.bos, eos=self.cfg.eos)
         lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         wanted = lengths > 0
         for reason, unwanted in unwanted_lengths(lengths, self.cfg).items():

@@ -25,7 +25,7 @@ from trenchcoat.data.sources import Row, Source
 from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
 from trenchcoat.runtime.files import SaveError
 
-_VERSION = 2
+_VERSION = 3
 """Part of the cache key: increase it when the same source and settings start to give other tokens."""
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 1024, 1_000_000
 
@@ -48,7 +48,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def sample_settings(cfg: DataConfig) -> tuple[Any, ...]:
     """The settings that make a sample out of a row."""
-    return (cfg.format, cfg.text_column, cfg.mask_prompt, cfg.eos, cfg.on_bad_row)
+    return (cfg.format, cfg.text_column, cfg.mask_prompt, cfg.bos, cfg.eos, cfg.on_bad_row)
 
 
 def cache_folder(cfg: DataConfig) -> Path:
@@ -99,9 +99,9 @@ def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None
         chunk.append(sample)
         characters += sum(len(text) for text, _ in sample)
         if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
-            builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
+            builder.extend(encode(tokenizer, chunk, bos=cfg.bos, eos=cfg.eos))
             chunk, characters = [], 0
-    builder.extend(encode(tokenizer, chunk, eos=cfg.eos))
+    builder.extend(encode(tokenizer, chunk, bos=cfg.bos, eos=cfg.eos))
     if not builder.tokens:
         raise UserError(f"{source.name} has no usable row{first_problem or ': it is empty'}")
     return builder.table()

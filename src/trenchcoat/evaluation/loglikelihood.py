@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trenchcoat.config import UserError
+from trenchcoat.models.rotary import length_dependence
 from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.students import StudentAttention
 
@@ -139,8 +140,9 @@ class LoglikelihoodScorer:
         self.model, self.device = model, compute_device(model)
         self.batch_size, self.progress = batch_size, progress
         self.why_not = "" if share else "it was switched off"
-        if share and _rotary_type(model) in ("dynamic", "longrope"):
-            self.why_not = f"its rotary embedding is {_rotary_type(model)!r}, which depends on the length of the text"
+        rotary = length_dependence(model.config.get_text_config())
+        if share and rotary is not None:
+            self.why_not = f"its rotary embedding is {rotary.kind!r}, which depends on the length of the text"
         self.share = not self.why_not
         self.budget = CALL_TOKENS.get(self.device.type, CALL_TOKENS_GPU)
         self.work = ScoringCost()
@@ -251,12 +253,6 @@ def _answer(logp_KV: Tensor, continuation: Sequence[int], before_end: int) -> An
     hits = logp_nV.argmax(-1) == tokens
     logprob = logp_nV.gather(1, tokens[:, None]).double().sum()
     return Answer(float(logprob), bool(hits.all()), int(hits.sum()), len(tokens))
-
-
-def _rotary_type(model: Any) -> str:
-    config = model.config.get_text_config()
-    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return str(rotary.get("rope_type", "default"))
 
 
 def _least_columns(model: Any) -> int:

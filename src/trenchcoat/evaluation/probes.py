@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trenchcoat.config import UserError
+from trenchcoat.data.samples import opening_tokens
 from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Question:
 class Haystack:
     """Filler, passages and rare tokens from held-out text.
 
-    ``corpus``: token ids of held-out text, special tokens left out. ``opening``: ids that every row starts with (BOS).
+    ``corpus``: token ids of held-out text, special tokens left out. ``opening``: ids that every row starts with.
     Raises ``UserError`` for a text too short for rows of ``longest`` tokens.
     """
 
@@ -102,8 +103,7 @@ class Probe(EvalTask):
         """The record of this probe."""
         assert plan.trained is not None, "set by evaluate_tasks"
         corpus = corpus_tokens(model.held_out(), model.tokenizer)
-        opening = [] if model.tokenizer.bos_token_id is None else [model.tokenizer.bos_token_id]
-        hay = Haystack(corpus, opening, round(plan.trained * max(plan.probe_lengths)))
+        hay = Haystack(corpus, opening_tokens(model.tokenizer), round(plan.trained * max(plan.probe_lengths)))
         return {self.name: self.record(model.name, model.scorer, hay, plan)}
 
     def record(self, model: str, scorer: LoglikelihoodScorer, hay: Haystack, plan: TaskPlan) -> ProbeRecord:

@@ -34,6 +34,7 @@ from trenchcoat.generation.statefile import load_state, save_state
 from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.models.lora import remove_lora
+from trenchcoat.models.rotary import length_dependence
 from trenchcoat.runtime.sharding import run_decoder
 
 PREFILL_TOKENS = 2048
@@ -247,15 +248,22 @@ def _generate(
     model: Any, ids: Tensor, mask: Tensor, config: GenerationConfig, seed: int | None, **options: Any
 ) -> list[list[int]]:
     """The tokens that `model.generate` returns, with long prompts read in chunks, and ``seed`` set if given."""
-    if ids.shape[1] > PREFILL_TOKENS and config.prefill_chunk_size is None:
+    chunk = _chunk_tokens(model, mask.shape[1])
+    if ids.shape[1] > chunk and config.prefill_chunk_size is None:
         config = copy.deepcopy(config)
-        config.prefill_chunk_size = PREFILL_TOKENS
+        config.prefill_chunk_size = chunk
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices, enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         out: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **options)
     return out.tolist()
+
+
+def _chunk_tokens(model: Any, length: int) -> int:
+    """Tokens of a chunk of a text of ``length`` tokens: all of it where the rotary frequencies change on the way."""
+    rotary = length_dependence(model.config)
+    return PREFILL_TOKENS if rotary is None or length <= rotary.limit else max(PREFILL_TOKENS, length)
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
@@ -343,7 +351,7 @@ class Session:
             raise UserError("there is nothing to read: the text has no tokens")
         given = torch.tensor([row], device=self.model.device)
         with torch.no_grad():
-            for piece in given[:, :-1].split(PREFILL_TOKENS, 1):
+            for piece in given[:, :-1].split(_chunk_tokens(self.model, self.seen + len(row)), 1):
                 if piece.shape[1]:
                     run_decoder(self.model, input_ids=piece, past_key_values=self.cache, use_cache=True)
         self.pending = row[-1:]

@@ -17,6 +17,7 @@ from trenchcoat.data.formats import check_format
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.models.attach import student_implementation
+from trenchcoat.models.rotary import length_dependence
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import locked
 from trenchcoat.runtime.runfolder import RunFolder
@@ -59,6 +60,9 @@ class OpenRun:
         """Record versions, devices and attention implementations; returns the students' implementation."""
         operator = student_implementation(model, self.recipe.student, dtype=dtype, device=device)
         self.log.write_environment(implementation=operator, teacher_attention=attention)
+        rotary = length_dependence(model.config)
+        if rotary is not None:
+            self.log.info(f"{rotary}; training rows have {self.recipe.data.seq_len} tokens")
         return operator
 
 

@@ -28,6 +28,7 @@ from trenchcoat.models.interface import (
     hand_over_cache,
     student_of,
 )
+from trenchcoat.models.rotary import length_dependence, warn_of_pieces
 from trenchcoat.models.transformers_internals import attention_name, choose_attention
 from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
@@ -55,7 +56,11 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
         if site.index in students:
             site.module.student = students[site.index]
             site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
-    decoder_of(model).register_forward_pre_hook(count_real_tokens, with_kwargs=True)
+    decoder: Any = decoder_of(model)
+    decoder.register_forward_pre_hook(count_real_tokens, with_kwargs=True)
+    decoder.trenchcoat_rotary = length_dependence(decoder.config)
+    if decoder.trenchcoat_rotary is not None:
+        decoder.register_forward_pre_hook(warn_of_pieces, with_kwargs=True)
     set_mode(model, "teacher")
     return students
 
@@ -69,7 +74,8 @@ def detach_students(model: nn.Module) -> None:
         if hasattr(site.module, "teacher_attention"):
             del site.module.teacher_attention
         _remove_hook(site.module, hand_over_cache)
-    _remove_hook(decoder_of(model), count_real_tokens)
+    for hook in (count_real_tokens, warn_of_pieces):
+        _remove_hook(decoder_of(model), hook)
 
 
 def _remove_hook(module: nn.Module, hook: object) -> None:

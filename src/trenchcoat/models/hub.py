@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
+from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import ADAPTER_META, load_model, resolve_device, resolve_dtype
 from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
@@ -233,7 +234,7 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
     where = resolve_device(device)
     _register(source)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         if not str(config.model_type).startswith(auto.PREFIX):
             raise UserError(
                 f"{source} is an ordinary {config.model_type!r} model, not a linearized one; linearize it first, or "
@@ -244,14 +245,13 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
             dtype=resolve_dtype(dtype, where),
             attn_implementation=attention,
             output_loading_info=True,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot load {source!r} as a linearized model: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot load {source!r} as a linearized model: {reason(error)}") from error
     lost = sorted(info["missing_keys"])
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trenchcoat.runtime.sharding import first_elements, tensor_files
+from trenchcoat.runtime.sharding import first_elements
+from trenchcoat.runtime.weightfiles import tensor_files
 
 SAMPLES, ELEMENTS = 8, 4096
 """Number of matrices sampled, and of leading values of each."""

@@ -13,13 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
+from trenchcoat.models.basefolder import LOAD_ERRORS, base_config, base_folder, reason
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.identity import remember_fingerprint
@@ -29,9 +27,6 @@ from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
 
 ADAPTER_META = "trenchcoat.json"
 """The file that marks a folder as an adapter, not a model."""
-
-_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
-"""Files fetched from a hub model."""
 
 
 def load_base(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
@@ -52,12 +47,14 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     source = model_source(cfg)
     folder = distributed.in_turns_per_node(lambda: base_folder(source, cfg.revision))
     attention = None if cfg.attention == "auto" else cfg.attention
+    config = base_config(cfg, folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"cannot build model.path={cfg.path!r}: {' '.join(str(error).split())[:300]}") from error
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except LOAD_ERRORS as error:
+        raise UserError(f"cannot build model.path={cfg.path!r}: {reason(error)}") from error
     model.tie_weights()  # on the meta device, tied weights were separate parameters
     model.eval().requires_grad_(False)
     shard_base(model, list(decoder_of(model).layers), parallel)
@@ -66,18 +63,6 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, load_tokenizer(cfg, str(folder))
-
-
-def base_folder(source: str, revision: str | None) -> Path:
-    """The local folder of a model (of :func:`model_source`), fetched from the hub if needed."""
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(
-            f"cannot fetch model.path={source!r} (revision {revision}): {' '.join(str(error).split())[:300]}"
-        ) from error
 
 
 def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
@@ -100,7 +85,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
     model, tokenizer = load_model(cfg, quantization_config=settings)
     folder = base_folder(model_source(cfg), cfg.revision)
     try:
-        remember_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+        remember_fingerprint(model, meta_model(base_config(cfg, folder)), folder)
     except KeyError as error:
         raise UserError(
             f"model.quantize=nf4: {folder} has no tensor {error}: the family's tensors are renamed when it is loaded, "
@@ -177,15 +162,18 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
     dtype = resolve_dtype(cfg.dtype, device)
     source = model_source(cfg)
     attention = None if cfg.attention == "auto" else cfg.attention
-    options: dict[str, Any] = {"revision": cfg.revision, "dtype": dtype, "attn_implementation": attention}
+    base_config(cfg, source)
+    options: dict[str, Any] = {
+        "revision": cfg.revision, "dtype": dtype, "attn_implementation": attention, "trust_remote_code": False,
+    }  # fmt: skip
     if quantization_config is not None:
         options |= {"quantization_config": quantization_config, "device_map": {"": device}}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(
             f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
-            f"{_one_line(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
+            f"{reason(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
         ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -202,11 +190,6 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
 def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
     """The tokenizer of a model; raises ``UserError`` when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source, revision=cfg.revision)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return AutoTokenizer.from_pretrained(source, revision=cfg.revision, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {reason(error)}") from error

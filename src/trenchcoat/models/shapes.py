@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of, linear_layers
 from trenchcoat.models.transformers_internals import choose_attention
@@ -163,20 +164,20 @@ def find_config(path: str, revision: str | None = None) -> Any:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model.path={path!r} has no config.json; give a model folder in Hugging Face format")
-        return AutoConfig.from_pretrained(str(local))
+        return read_config(local)
     if path.startswith((".", "/", "~")):
         raise UserError(f"model.path={path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
     try:
-        return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
+        return read_config(path, revision, local_files_only=True)
+    except UserError:
         shipped = SHIPPED.get(path.lower().removesuffix("-instruct"))
     if shipped is not None:
-        return AutoConfig.from_pretrained(str(SHIPPED_FOLDER / f"{shipped}.json"))
+        return read_config(SHIPPED_FOLDER / f"{shipped}.json")
     try:
-        return AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
+        return read_config(path, revision)
+    except UserError as error:
         raise UserError(
             f"model.path={path!r}: its config.json is neither in the local cache nor among the shipped ones "
             f"({', '.join(sorted(set(SHIPPED.values())))}), and it could not be fetched from the hub; a folder with "
-            "only the model's config.json is enough to plan with"
+            f"only the model's config.json is enough to plan with ({error})"
         ) from error

@@ -135,6 +135,14 @@ def mask_rows(request: Mapping[str, Any], start: int, stop: int) -> Tensor:
     return made
 
 
+# Reading a model's folder
+
+
+def wants_own_code(error: BaseException) -> bool:
+    """Whether loading stopped because the folder brings Python code, which only `trust_remote_code=True` would run."""
+    return "trust_remote_code" in str(error)
+
+
 # Caches
 
 

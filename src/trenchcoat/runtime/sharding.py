@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
@@ -23,6 +23,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from trenchcoat.config import ParallelConfig, UserError
 from trenchcoat.runtime import distributed
+from trenchcoat.runtime.weightfiles import tensor_files
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -61,24 +62,6 @@ def to_device(model: nn.Module, device: torch.device) -> None:
     for name, value in buffers.items():
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, value.to(device))
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of a checkpoint in ``folder`` (one safetensors file, or several with an index)."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{folder} has no safetensors files; several processes read their shards from those only: convert the "
-            "model with save_pretrained, or set parallel.shard=none"
-        )
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                where |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is not a readable safetensors file ({error}); download it again") from error
-    return where
 
 
 def fill_from_files(model: nn.Module, folder: Path) -> None:

@@ -10,8 +10,9 @@ F features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class Flops:
 
 
 class StudentAttention(nn.Module):
-    """A trainable sub-quadratic attention with the q, k, v of one layer as input. Parameters are float32.
+    """A trainable sub-quadratic attention with the q, k, v of one layer as input. Parameters are float32, and stay so
+    when the model is cast (`model.half()`).
 
     A subclass writes
 
@@ -118,6 +120,17 @@ class StudentAttention(nn.Module):
         self.query_map = FeatureMap(cfg.feature_map, num_heads=self.num_heads, head_dim=self.head_dim)
         if not cfg.tied:
             self.key_map = FeatureMap(cfg.feature_map, num_heads=key_heads, head_dim=self.head_dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to a device, but stay in float32 when it is cast to half precision."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            """``fn`` without a narrowing cast."""
+            found = fn(tensor)
+            narrower = found.is_floating_point() and found.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(found.device) if narrower and found.dtype != tensor.dtype else found
+
+        return super()._apply(moved, recurse)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

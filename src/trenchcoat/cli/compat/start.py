@@ -13,11 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.evaluation.results import StageFacts
+from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.hub import find_adapter, read_adapter
 from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
@@ -29,8 +28,8 @@ _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position
 def base_config(path: str) -> Any | None:
     """The base model's config; None where it cannot be read now (loading the model will report why)."""
     try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError):
+        return read_config(path)
+    except UserError:
         return None
 
 

@@ -21,19 +21,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.models import loading
+from trenchcoat.models.basefolder import base_config, base_folder
 from trenchcoat.models.families import attention_sites, decoder_of
 from trenchcoat.models.identity import file_fingerprint
-from trenchcoat.models.loading import base_folder
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.models.transformers_internals import attention_name
 from trenchcoat.runtime import files
 from trenchcoat.runtime.files import read_json, write_json
-from trenchcoat.runtime.sharding import first_elements, tensor_files
+from trenchcoat.runtime.sharding import first_elements
+from trenchcoat.runtime.weightfiles import tensor_files
 
 BLOCK_FILE = "trenchcoat_block.json"
 """File next to the tensors of a block copied by ``blocks shard``: which layers of which model they are."""
@@ -57,10 +58,7 @@ class BlockSource:
         self.folder = base_folder(loading.model_source(cfg), cfg.revision) if folder is None else folder
         self.device = loading.resolve_device(cfg.device)
         self.dtype = loading.resolve_dtype(cfg.dtype, self.device)
-        try:
-            self.config = AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model.path={cfg.path!r}: {' '.join(str(error).split())[:300]}") from error
+        self.config = base_config(cfg, self.folder)
         self._class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
         if self._class is None:
             raise UserError(f"model.path={cfg.path!r} ({self.config.model_type}) is not a causal language model")

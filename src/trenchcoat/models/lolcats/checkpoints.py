@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students
+from trenchcoat.models.basefolder import base_config, base_folder
 from trenchcoat.models.families import attention_sites
 from trenchcoat.models.hub import ADAPTER_META, adapter_state, read_adapter
 from trenchcoat.models.identity import fingerprint, remember_fingerprint
-from trenchcoat.models.loading import base_folder, model_source
+from trenchcoat.models.loading import model_source
 from trenchcoat.models.lolcats.files import Key, StateFile, read_state, write_states
 from trenchcoat.models.lolcats.settings import (
     FAMILIES,
@@ -66,21 +66,18 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
         raise UserError(f"{lora} holds no LoRA; leave --lora out, or give the file of stage 2")
     cfg = ModelConfig(path=str(Path(base).expanduser().resolve()) if Path(base).expanduser().is_dir() else base)
     folder = base_folder(model_source(cfg), None)
-    model = _empty_model(folder, found, student, lora_cfg)
+    config = base_config(cfg, folder)
+    model = _empty_model(config, found, student, lora_cfg)
     tensors = {**_maps(model, found, student), **_lora_tensors(model, found, lora_cfg)}
     known = {name.replace(".weight", ".default.weight") if "lora_" in name else name: t for name, t in tensors.items()}
     model.load_state_dict(known, strict=False, assign=True)
-    remember_fingerprint(model, meta_model(AutoConfig.from_pretrained(folder)), folder)
+    remember_fingerprint(model, meta_model(config), folder)
     hub.save_adapter(model, out, base=cfg, student=student, lora=lora_cfg, base_fingerprint=fingerprint(model))
     return _summary(found, student, lora_cfg, asked)
 
 
-def _empty_model(folder: Path, found: StateFile, student: StudentConfig, lora: LoraConfig | None) -> Any:
+def _empty_model(config: Any, found: StateFile, student: StudentConfig, lora: LoraConfig | None) -> Any:
     """The base with students and LoRA, on the meta device: names and shapes of everything the files must contain."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--base {folder} has no readable config.json: {error}") from error
     if config.model_type not in FAMILIES:
         raise UserError(
             f"--base is a {config.model_type!r} model; the original has checkpoints of {' and '.join(FAMILIES)} models"
