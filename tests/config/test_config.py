@@ -191,6 +191,33 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["${oc.env:TRENCHCOAT_SECRET}", "a ${oc.env:TRENCHCOAT_SECRET} b", "${model.path}", "${"]
+)
+def test_nothing_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRENCHCOAT_SECRET", "hunter2")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run:\n  project: '{value}'\n")
+    for arguments in ((path,), ("demo", [f"run.project={value}"]), ("demo", [f"run={{project: '{value}'}}"])):
+        with pytest.raises(UserError, match="filled in") as raised:
+            load_recipe(*arguments)  # type: ignore[arg-type]
+        assert "hunter2" not in str(raised.value)
+    path.write_text("# ${HOME} in a comment\nrun: {project: costs $5}\n")
+    assert load_recipe(path).run.project == "costs $5"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [*a]", "[" * 3000, "run: {seed: !!int x}", "run: {? [1]: 2}", "{? {a: 1} : 2}", "a: !!binary 'é'", "\0"],
+)
+def test_yaml_that_the_parser_refuses(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml") as raised:
+        load_recipe(path)
+    assert "\n" not in str(raised.value)
+
+
 def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'llama3_1_8b'"):
         load_recipe("llama3.1_8b")
