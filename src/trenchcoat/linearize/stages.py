@@ -24,6 +24,7 @@ from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages_behind, stages_of
 from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
+from trenchcoat.linearize.ready import check_ready
 from trenchcoat.linearize.run import open_run
 from trenchcoat.linearize.selection.run import select_groups
 from trenchcoat.linearize.variants import ModelVariants, open_variants
@@ -63,6 +64,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = ()) -> Outcome:
         raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
     began = time.monotonic()
     with open_variants(recipe, stages_of(recipe)) as variants:
+        check_ready(variants, stages_of(recipe), scored=True)
         _open(variants, opening)
         _announce_time(variants)
         own = own_stages(recipe)
@@ -88,6 +90,7 @@ def select(recipe: Recipe, reach: float | None = None) -> Outcome:
 def transfer(recipe: Recipe) -> Outcome:
     """Stage 1 alone; writes its adapter folder."""
     with open_variants(recipe, [TRANSFER]) as variants:
+        check_ready(variants, [TRANSFER])
         _open(variants)
         facts = _train(variants, TRANSFER)
         if variants.folder.result(variants.main_lora_stage) is None:
@@ -100,6 +103,7 @@ def finetune(recipe: Recipe) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, if the recipe has transfer=null)."""
     with open_variants(recipe, own_stages(recipe)) as variants:
         variants.require_transfer()
+        check_ready(variants, [variants.main_lora_stage])
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)
         variants.export(variants.main_lora_stage)
@@ -115,6 +119,7 @@ def evaluate_run(recipe: Recipe) -> Outcome:
         if missing:
             unfinished = f"{recipe.run.dir} is not finished ({missing[0]} is missing)"
             raise UserError(f"{unfinished}: run `trenchcoat linearize` on it")
+        check_ready(variants, stages_of(recipe), scored=True)
         return _report(variants, {stage: variants.train(stage) for stage in own_stages(recipe)}, began)
 
 

@@ -128,6 +128,16 @@ def shapes_of(config: Any) -> Shapes:
     )
 
 
+def positions_of(config: Any) -> int | None:
+    """The longest text, in tokens, that the model of a Transformers config has positions for; None if it has no limit
+    that is known."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    grows = float(rope.get("factor") or 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    return None if limit is None else int(limit * grows)
+
+
 def meta_model(config: Any) -> Any:
     """The causal language model of a config on the meta device: real modules, no memory."""
     config = copy.deepcopy(config)
