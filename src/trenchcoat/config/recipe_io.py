@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config.errors import UserError
+from trenchcoat.config.paths import expanded
 from trenchcoat.config.settings import Constraint, NameIn, ReadBy, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -44,13 +45,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ``overrides`` are ``key=value`` with the key's path (``transfer.lr=5e-3``, ``transfer=null``); values are YAML.
     Without ``run.dir``, the run's folder is ``runs/<recipe name>``. Raises ``UserError``.
     """
-    file = _find(str(path))
+    path = expanded(str(path))
+    file = _find(path)
     document = read_yaml(file, overrides)
     if not isinstance(document.get("run", {}), Mapping):
         raise UserError(f"{file}: run must be a mapping of fields, got {document['run']!r}")
     run = dict(document.get("run") or {})
     if Path(path).is_dir() and not any(item.partition("=")[0].strip() == "run.dir" for item in overrides):
-        run["dir"] = str(path)
+        run["dir"] = path
     run.setdefault("dir", f"runs/{file.stem}")
     return recipe_from_dict({**document, "run": run})
 

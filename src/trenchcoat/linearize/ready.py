@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, UserError
 from trenchcoat.config.keep import needs_selection
+from trenchcoat.config.paths import require_writable
 from trenchcoat.data.batches import Batches
 from trenchcoat.linearize.held_out import evaluation_length
 from trenchcoat.linearize.selection.run import selection_length, with_groups
@@ -19,7 +20,6 @@ from trenchcoat.models.lora import lora_targets
 from trenchcoat.models.shapes import positions_of
 from trenchcoat.planning.footprint import checkpoint_bytes
 from trenchcoat.runtime import distributed
-from trenchcoat.runtime.files import require_writable
 from trenchcoat.runtime.machine import require_disk
 from trenchcoat.training.schedules import evaluation_batches, training_length
 from trenchcoat.training.stored import token_bytes

@@ -214,8 +214,8 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
 
 def export(path: Path, out: Path, *, merge: bool) -> Outcome:
     """Write the adapter (or, with ``merge``, the complete model) of a run or adapter folder to ``out``."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not empty; choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; choose another one")
     model, tokenizer = hub.load(path)
     if merge:
         hub.save_merged(model, out, tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -76,7 +76,7 @@ def base_folder(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=_FILES))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"cannot fetch model.path={source!r} (revision {revision}): {' '.join(str(error).split())[:300]}"
+            f"cannot fetch model.path={source!r} (revision {revision}): {reason_of(error, source)}"
         ) from error
 
 
@@ -154,17 +154,32 @@ def model_source(cfg: ModelConfig) -> str:
             return str(teacher_dir())
         except FileNotFoundError as error:
             raise UserError(str(error)) from error
-    local = Path(cfg.path).expanduser()
+    local = Path(cfg.path)
     if local.is_dir():
         if not (local / "config.json").is_file():
             hint = f"; it is an adapter: use trenchcoat.load({cfg.path!r})" if (local / ADAPTER_META).is_file() else ""
             raise UserError(f"model.path={cfg.path!r} is not a Hugging Face model folder (no config.json){hint}")
         return str(local)
-    if local.exists():
-        raise UserError(f"model.path={cfg.path!r} is a file; give the folder that holds config.json")
-    if cfg.path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", cfg.path):
-        raise UserError(f"model.path={cfg.path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
+    require_hub_id(cfg.path, f"model.path={cfg.path!r}")
     return cfg.path
+
+
+def require_hub_id(path: str, name: str) -> None:
+    """Raise ``UserError`` for the ``path`` of a folder that is not there and cannot be a hub id; ``name`` begins it."""
+    if Path(path).exists():
+        raise UserError(f"{name} is a file; give the folder that holds config.json")
+    if path.startswith((".", "/")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path):
+        raise UserError(f"{name}: no such folder. Give a local folder, a hub id, or `embedded`")
+
+
+def reason_of(error: BaseException, source: str) -> str:
+    """Why the model ``source``, a folder or perhaps a hub id, could not be loaded, in one line."""
+    text = _one_line(error)
+    if Path(source).is_dir():
+        return text
+    if "connect" in text or isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        text = "as a hub id it is not in the local cache, and the hub cannot be reached"
+    return f"there is no such folder in {Path.cwd()}; {text}"
 
 
 def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
@@ -185,7 +200,7 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
-            f"{_one_line(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
+            f"{reason_of(error, source)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
         ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.config.paths import expanded
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of, linear_layers
 from trenchcoat.models.transformers_internals import choose_attention
@@ -169,12 +170,12 @@ def find_config(path: str, revision: str | None = None) -> Any:
     A hub id is looked for in the local cache, then among the shipped configs, and only then on the hub. Raises
     ``UserError`` when it is found nowhere.
     """
-    local = TEACHER_DIR if path == "embedded" else Path(path).expanduser()
+    local = TEACHER_DIR if path == "embedded" else Path(expanded(path))
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model.path={path!r} has no config.json; give a model folder in Hugging Face format")
         return AutoConfig.from_pretrained(str(local))
-    if path.startswith((".", "/", "~")):
+    if path.startswith((".", "/")):
         raise UserError(f"model.path={path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
     try:
         return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)

@@ -323,7 +323,7 @@ class Planner:
             return self.tokens
         if data.max_rows is not None:
             return None
-        local = Path(data.path).expanduser()
+        local = Path(data.path)
         if local.is_file() and local.suffix in (".txt", ".json", ".jsonl"):
             return local.stat().st_size / 4
         return KNOWN_TOKENS.get(data.path)

@@ -78,23 +78,6 @@ def saving(target: Path) -> Iterator[None]:
         raise SaveError(f"cannot save {target}: {error}; what was saved before is intact") from error
 
 
-def require_writable(target: Path, name: str) -> None:
-    """Raise ``UserError`` when no file can be written at ``target``; nothing is left there.
-
-    ``name`` is the setting or option that names it. Call it before the work whose result goes there.
-    """
-    target = Path(target)
-    folder = target.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if target.is_dir():
-        raise UserError(f"{name}: {target} is a folder; give the path of a file")
-    if not folder.is_dir():
-        raise UserError(f"{name}: {folder} is a file, so {target} cannot be written; choose another path")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{name}: {target} cannot be written, since nothing may be written in {folder}")
-
-
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _FREE_TO_CHANGE = {
     "epochs", "max_steps", "save_every", "keep_checkpoints", "early_stopping", "early_stopping_threshold",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "teacher_logits",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
