@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,17 @@ def test_a_typo_imports_nothing_heavy(line: str, answer: str) -> None:
     code, output = _answer(line)
     assert code == 2
     assert answer in output
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["generate x --prompt a --out {file}/x", "generate x --prompt a --save-state {file}/x", "eval x --out {file}/x",
+     "export x --out {file}", "chat x --save-state {file}/x", "plan demo --json {file}/x", "eval x --out {folder}",
+     "blocks shard demo --out {file}", "import-lolcats --maps x --base x --out {file}", "report x --out {file}"],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_wrong_usage(tmp_path: Path, line: str) -> None:
+    (tmp_path / "file").write_text("")
+    code, output = _answer(line.format(file=tmp_path / "file", folder=tmp_path))
+    assert code == 2
+    assert "to write: " in output
+    assert str(tmp_path) in output

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from trenchcoat.config import LoraConfig, Recipe, StageConfig, TransferConfig, UserError, dump_recipe
+from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig, TransferConfig, UserError, dump_recipe
+from trenchcoat.config.paths import require_writable, same_place
 from trenchcoat.config.recipe_io import (
     RECIPES,
     builtin_recipes,
@@ -19,7 +21,7 @@ from trenchcoat.config.recipe_io import (
     recipe_from_dict,
     settings_help,
 )
-from trenchcoat.config.settings import Constraint
+from trenchcoat.config.settings import PATHS, Constraint
 
 
 @pytest.fixture
@@ -191,6 +193,33 @@ def test_broken_files_are_named(tmp_path: Path, text: str, message: str) -> None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "value", ["${oc.env:TRENCHCOAT_SECRET}", "a ${oc.env:TRENCHCOAT_SECRET} b", "${model.path}", "${"]
+)
+def test_nothing_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TRENCHCOAT_SECRET", "hunter2")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"run:\n  project: '{value}'\n")
+    for arguments in ((path,), ("demo", [f"run.project={value}"]), ("demo", [f"run={{project: '{value}'}}"])):
+        with pytest.raises(UserError, match="filled in") as raised:
+            load_recipe(*arguments)  # type: ignore[arg-type]
+        assert "hunter2" not in str(raised.value)
+    path.write_text("# ${HOME} in a comment\nrun: {project: costs $5}\n")
+    assert load_recipe(path).run.project == "costs $5"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [*a]", "[" * 3000, "run: {seed: !!int x}", "run: {? [1]: 2}", "{? {a: 1} : 2}", "a: !!binary 'é'", "\0"],
+)
+def test_yaml_that_the_parser_refuses(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml") as raised:
+        load_recipe(path)
+    assert "\n" not in str(raised.value)
+
+
 def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'llama3_1_8b'"):
         load_recipe("llama3.1_8b")
@@ -240,3 +269,54 @@ def test_settings_help_shows_defaults_ranges_choices_and_only_the_requested_sect
     assert "transfer.lr=0.01  (above 0 and finite)" in text
     assert "plateau | cosine | linear | constant" in text
     assert "lora.rank" not in text
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = {"path", "dir", "directory", "file", "folder"}
+    looks = {path for path, _ in field_paths(Recipe) if named & set(path.rpartition(".")[2].split("_"))}
+    assert looks <= set(PATHS), "a setting that is named like a path is not marked as one"
+    for path in PATHS:
+        section, name = path.split(".")
+        recipe = load_recipe("demo", [f"{path}=~/some where/x"])
+        assert getattr(getattr(recipe, section), name) == f"{tmp_path}/some where/x"
+        assert "~" not in dump_recipe(recipe)
+        with pytest.raises(UserError, match="no home folder ~no-such-user"):
+            load_recipe("demo", [f"{path}=~no-such-user/x"])
+    assert DataConfig(path="~/x.jsonl[5]").path == f"{tmp_path}/x.jsonl[5]"
+    (tmp_path / "own.yaml").write_text("run: {seed: 7}")
+    assert load_recipe("~/own.yaml").run.seed == 7
+
+
+def test_a_recipe_that_in_a_file_means_the_same_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "rows.jsonl").write_text("")
+    given = ["model.path=models/llama", "data.path=rows.jsonl[5]", "data.validation_path=org/on-the-hub",
+             "lora.teacher_logits=logits"]  # fmt: skip
+    kept = recipe_from_dict(yaml.safe_load(dump_recipe(load_recipe("demo", given))))
+    assert kept.model.path == str(tmp_path / "models" / "llama")
+    assert kept.data.path == str(tmp_path / "rows.jsonl[5]")
+    assert kept.data.validation_path == "org/on-the-hub"
+    assert kept.lora is not None
+    assert kept.lora.teacher_logits == str(tmp_path / "logits")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("m/llama", "/a/m/llama", True), ("./llama", "/a/m/llama", True), ("../m/llama", "/a/m/llama", True),
+     ("m/llama", "m/llama", True), ("m/llama", "/a/n/llama", False), ("/b/m/llama", "/a/m/llama", False),
+     ("llama", "m/llama", False), (None, "/a", False), ("", "/a", False), (5, 5, True)],
+)  # fmt: skip
+def test_a_path_recorded_as_relative_is_the_same_place(one: object, other: object, same: bool) -> None:
+    assert same_place(one, other) == same_place(other, one) == same
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable(tmp_path / "new" / "deep" / "x.json", "--out")
+    require_writable(tmp_path / "file", "--out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    for target, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "is a file"), ("/proc/x", "can be")):
+        with pytest.raises(UserError, match=f"--out: .*{message}"):
+            require_writable(target, "--out")

@@ -142,6 +142,21 @@ def test_text_cannot_break_the_page(tmp_path: Path) -> None:
     assert page.count("<details>") == page.count("</details>") == 1
 
 
+def test_pictures_come_from_the_report_s_own_folder(tmp_path: Path) -> None:
+    own = tmp_path / "run"
+    own.mkdir()
+    for place in (own / "a b.png", tmp_path / "other.png"):
+        place.write_bytes(b"\x89PNG")
+    (own / "link.png").symlink_to(tmp_path / "other.png")
+    elsewhere = ["../other.png", str(tmp_path / "other.png"), "%2e%2e/other.png", "link.png", "http://a.example/b.png",
+                 "//a.example/b.png", "file:///etc/x.png", "absent.png", "http://a.example/b.svg"]  # fmt: skip
+    lines = [f"![shown instead {i}](<{source}> 'title')" for i, source in enumerate(elsewhere)]
+    write_page(own / "x.html", "![own](<a b.png>)\n\n" + "\n\n".join(lines), own)
+    page = (own / "x.html").read_text()
+    assert page.count("<img") == page.count("data:image/png;base64,") == 1
+    assert all(f"shown instead {i}" in page for i in range(len(elsewhere)))
+
+
 def test_saved_is_loaded(tmp_path: Path) -> None:
     tasks = made_tasks(0.6)
     tasks.tasks["piqa"].scores["student"].metrics["ppl"] = Estimate(float("nan"))

@@ -300,3 +300,30 @@ def test_configs_without_or_with_newer_settings_are_refused() -> None:
 def test_importing_the_package_is_cheap() -> None:
     code = "import trenchcoat, sys; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     assert in_a_process_of_its_own(code).strip() == "set()"
+
+
+def test_an_adapter_of_a_relative_base_opens_from_anywhere(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "models" / "llama")
+    monkeypatch.chdir(tmp_path)
+    model, _ = learned(Path("models/llama"))
+    hub.save_adapter(model, "adapter", base=ModelConfig(path="models/llama"), lora=LORA)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again, _ = hub.load("../adapter", device="cpu")
+    hub.save_adapter(again, "copy")
+    shutil.move(tmp_path / "models", tmp_path / "moved")
+    with pytest.raises(UserError, match=f"{tmp_path}/models/llama.*no such folder.*base="):
+        hub.load("copy", device="cpu")
+    hub.load("copy", device="cpu", base="../moved/llama")
+
+
+@pytest.mark.parametrize("path", ["runs/nope", "nope", "a/b/c", "~/nope", "/nope"])
+def test_a_path_that_is_not_there_is_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for call in (lambda: hub.load(path, device="cpu"), lambda: load_model(ModelConfig(path=path, device="cpu"))):
+        with pytest.raises(UserError, match="no such folder") as raised:
+            call()
+        assert "huggingface.co" not in str(raised.value)

@@ -6,14 +6,44 @@ import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from trenchcoat.cli.terminal import warn
-from trenchcoat.config import Recipe
+from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.paths import expanded, require_writable
 from trenchcoat.config.recipe_io import builtin_recipes, load_recipe, names_model
 
 TARGET_HELP = "a run's folder, an adapter folder or a merged folder"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 (auto)"
+
+
+def path(text: str) -> Path:
+    """A type for ``add_argument``: a path, where `~` is the home folder."""
+    try:
+        return Path(expanded(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def output_file(text: str) -> Path:
+    """A type for ``add_argument``: the path of a file that will be written; whether it can be is checked here."""
+    found = path(text)
+    try:
+        require_writable(found, "the file to write")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
+
+
+def output_folder(text: str) -> Path:
+    """A type for ``add_argument``: the path of a folder that will be written to; whether it can be is checked here."""
+    found = path(text)
+    try:
+        require_writable(found / "file", "the folder to write")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
 
 
 def nothing(parser: argparse.ArgumentParser) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import values
+from trenchcoat.cli.command import output_file, values
 from trenchcoat.config import UsageError, UserError
 from trenchcoat.config.units import parse_size
 
@@ -26,7 +25,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--bandwidth", metavar="RATE", help="read bandwidth from that disk to a node (3GB/s)")
     add("--write-bandwidth", metavar="RATE", help="write bandwidth (the same as --bandwidth)")
     add("--tokens", metavar="N", help="tokens of one pass over the training data (10M)")
-    add("--json", metavar="FILE", help="also write everything as JSON")
+    add("--json", type=output_file, metavar="FILE", help="also write everything as JSON")
 
 
 def machine_of(args: argparse.Namespace) -> tuple[Any, float | None]:
@@ -52,5 +51,5 @@ def with_json(args: argparse.Namespace, report: Any) -> Any:
 
     if args.json is None:
         return report
-    write_json(Path(args.json), report.document)
+    write_json(args.json, report.document)
     return dataclasses.replace(report, shown=(*report.shown, f"all of it: {args.json}"))

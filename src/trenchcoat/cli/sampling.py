@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trenchcoat.cli.command import DEVICE_HELP, values
+from trenchcoat.cli.command import DEVICE_HELP, path, values
 
 if TYPE_CHECKING:
     from trenchcoat.generation.generate import Sampling
@@ -24,7 +23,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help=DEVICE_HELP)
     kinds = ["float32", "bfloat16"]
     add("--state-dtype", choices=kinds, default="float32", help="dtype of the state (float32)")
-    add("--load-state", type=Path, metavar="FILE", help="continue from a saved state")
+    add("--load-state", type=path, metavar="FILE", help="continue from a saved state")
 
 
 def _option(text: str) -> tuple[str, Any]:

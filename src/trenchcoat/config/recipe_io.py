@@ -17,10 +17,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trenchcoat.config.errors import UserError
+from trenchcoat.config.paths import expanded
 from trenchcoat.config.settings import Constraint, NameIn, ReadBy, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,13 +45,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     ``overrides`` are ``key=value`` with the key's path (``transfer.lr=5e-3``, ``transfer=null``); values are YAML.
     Without ``run.dir``, the run's folder is ``runs/<recipe name>``. Raises ``UserError``.
     """
-    file = _find(str(path))
+    path = expanded(str(path))
+    file = _find(path)
     document = read_yaml(file, overrides)
     if not isinstance(document.get("run", {}), Mapping):
         raise UserError(f"{file}: run must be a mapping of fields, got {document['run']!r}")
     run = dict(document.get("run") or {})
     if Path(path).is_dir() and not any(item.partition("=")[0].strip() == "run.dir" for item in overrides):
-        run["dir"] = str(path)
+        run["dir"] = path
     run.setdefault("dir", f"runs/{file.stem}")
     return recipe_from_dict({**document, "run": run})
 
@@ -89,41 +92,81 @@ def _find(path: str) -> Path:
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file as nested plain values, parsed like a recipe (``1e-4`` is a number), with ``overrides`` applied.
 
-    Raises ``UserError`` for a file that is not UTF-8, not YAML or not a mapping, and for bad overrides.
+    Raises ``UserError`` for a file that cannot be read, is not UTF-8, not YAML or not a mapping, for bad overrides, and
+    for ``${...}``: nothing is filled in, so that no secret of the environment gets into a run's files.
     """
-    import yaml
     from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     try:
         text = path.read_text(encoding="utf-8").strip() or "{}"
-        base = OmegaConf.create(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML file in UTF-8") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(base, DictConfig):
-        raise UserError(
-            f"{path}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
-        )
-    kept = _kept_as_written(yaml.compose(text), ["student", "keep"])
-    if kept is not None:
-        OmegaConf.update(base, "student.keep", kept)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    with _yaml_errors(f"{path} is not valid YAML"):
+        tree = _tree(text, str(path))
+        base = OmegaConf.create(text)
+        if not isinstance(base, DictConfig):
+            raise UserError(
+                f"{path}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
+            )
+        kept = _kept_as_written(tree, ["student", "keep"])
+        if kept is not None:
+            OmegaConf.update(base, "student.keep", kept)
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key.strip():
             raise UserError(f"override {item!r} is not of the form key=value, for example transfer.lr=5e-3")
-        try:
-            kept = _kept_as_written(yaml.compose(value), []) if key.strip() == "student.keep" else None
+        with _yaml_errors(f"override {item!r}"):
+            _refuse_filling_in(key, f"override {item!r}")
+            tree = _tree(value, f"override {item!r}")
+            kept = _kept_as_written(tree, []) if key.strip() == "student.keep" else None
             parsed = OmegaConf.from_dotlist([f"{key.strip()}={value}"])
             merged = OmegaConf.merge(base, parsed if kept is None else {"student": {"keep": kept}})
             base = typing.cast(DictConfig, merged)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"override {item!r}: {' '.join(str(error).split())}") from error
+    return typing.cast("dict[str, Any]", OmegaConf.to_container(base, resolve=False))
+
+
+@contextmanager
+def _yaml_errors(what: str) -> Iterator[None]:
+    """Turn errors of the parser inside the block into a ``UserError`` that begins with ``what``."""
+    import yaml
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        return typing.cast("dict[str, Any]", OmegaConf.to_container(base, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+        yield
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{what}: it is nested too deeply, or contains itself") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _tree(text: str, where: str) -> Any:
+    """The node of a YAML text; ``UserError`` when one of its scalars asks for something to be filled in."""
+    import yaml
+
+    root = yaml.compose(text)
+    left: list[Any] = [root]
+    seen: set[int] = set()
+    while left:
+        node = left.pop()
+        value: Any = getattr(node, "value", ())
+        if isinstance(value, str):
+            _refuse_filling_in(value, where)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            left += itertools.chain.from_iterable(value) if getattr(node, "id", "") == "mapping" else value
+    return root
+
+
+def _refuse_filling_in(text: str, where: str) -> None:
+    if "${" in text:
+        raise UserError(
+            f"{where}: {text!r} asks for something to be filled in, which recipes do not do; write the value itself "
+            "(in a shell, with double quotes, it fills in $NAME before trenchcoat reads it)"
+        )
 
 
 def _kept_as_written(node: Any, path: list[str]) -> list[str] | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from trenchcoat.config.errors import UserError
 from trenchcoat.config.keep import read_keep
+from trenchcoat.config.paths import absolute_if_here, expanded
 from trenchcoat.config.units import parse_tokens
 
 Kind = Literal["terrace", "sliding", "linear"]
@@ -71,7 +73,18 @@ ScheduleName = Annotated[str, NameIn("trenchcoat.training.schedules", "SCHEDULES
 LayerNames = Annotated[tuple[str, ...], Constraint("the names of one linear layer or more", bool)]
 
 
+SOURCE, PLACE = {"path": "source"}, {"path": "place"}
+"""Marks of fields that hold a path; a source may be a hub id or `embedded` instead."""
+
+
 class _Section:
+    def __post_init__(self) -> None:
+        """Expand `~` in paths."""
+        for each in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, each.name)
+            if "path" in each.metadata and isinstance(value, str):
+                object.__setattr__(self, each.name, expanded(value))
+
     def check(self, path: str) -> None:
         """Raise ``UserError`` for incompatible fields; ``path`` is the section's path in the recipe."""
 
@@ -80,7 +93,7 @@ class _Section:
 class ModelConfig(_Section):
     """The pretrained softmax Transformer to start from."""
 
-    path: Text = "embedded"
+    path: Text = field(default="embedded", metadata=SOURCE)
     """Hub id, local folder in Hugging Face format, or `embedded` for the small Llama that ships with trenchcoat."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -152,14 +165,14 @@ class StudentConfig(_Section):
 class DataConfig(_Section):
     """Text, its template and its packing."""
 
-    path: Text = "embedded"
+    path: Text = field(default="embedded", metadata=SOURCE)
     """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library).
     `path[5000]` takes a fixed random sample of 5000 rows, in their original order (all rows if it has fewer)."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: Text = "train"
     """Split to train on."""
-    validation_path: str | None = None
+    validation_path: str | None = field(default=None, metadata=SOURCE)
     """Separate validation file; without it the `validation` split, else rows held out from `split`."""
     validation_rows: PositiveInt = 500
     """Rows held out from the front when there is no validation split."""
@@ -200,7 +213,7 @@ class DataConfig(_Section):
     and `validation_rows`, a `validation` split or `validation_path`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """On a broken line, a missing column or an empty output: stop, or skip and count the row."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=PLACE)
     """Cache folder of tokenized data, keyed by a content hash; null is `~/.cache/trenchcoat`."""
 
     def check(self, path: str = "data") -> None:
@@ -319,7 +332,7 @@ class LoraConfig(StageConfig):
     `trenchcoat.training.objectives`."""
     kl_weight: InnerShare = 0.9
     """mix: weight of kl; ce has 1 - kl_weight."""
-    teacher_logits: str | None = None
+    teacher_logits: str | None = field(default=None, metadata=PLACE)
     """kl and mix: folder of the teacher's logits on disk, the 256 most likely tokens of each position and the rest as
     one; what is missing there is computed first, in one pass of the teacher. Null: the teacher runs in every step."""
     seq_len: RowLength | None = None
@@ -388,7 +401,7 @@ class BlocksConfig(_Section):
     the fastest choice for this machine's memory, disk and bandwidths."""
     hidden: Literal["auto", "memory", "disk"] = "auto"
     """Where a pass keeps the hidden states between two blocks; `auto`: in memory where they fit."""
-    hidden_dir: str | None = None
+    hidden_dir: str | None = field(default=None, metadata=PLACE)
     """Folder of hidden states on disk; null is `blocks/hidden` in the run's folder."""
     shard_mib: PositiveInt = 256
     """Maximum size of a file of hidden states, in MiB."""
@@ -458,7 +471,7 @@ class EvalConfig(_Section):
 class RunConfig(_Section):
     """A run's folder, seed and display."""
 
-    dir: Text = "runs/default"
+    dir: Text = field(default="runs/default", metadata=PLACE)
     """The run's folder: recipe, log, checkpoints, adapter, report."""
     seed: NonNegativeInt = 0
     """Seed of initialisation, data order and dropout."""
@@ -535,8 +548,26 @@ class Recipe(_Section):
                 )
 
 
+PATHS: dict[str, str] = {
+    f"{section.name}.{each.name}": each.metadata["path"]
+    for section in fields(Recipe)
+    for each in fields(section.default_factory)  # type: ignore[arg-type]
+    if "path" in each.metadata
+}
+"""Settings that are paths -> `source` (which may be a hub id or `embedded`) or `place`."""
+
+
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML text, every field written out; ``recipe_io.load_recipe`` reads it back to an equal recipe."""
+    """The recipe as YAML text, every field written out; ``recipe_io.load_recipe`` reads it back to an equal recipe.
+
+    Paths are written absolute, so that it means the same in any folder; but `run.dir` is where the text is kept.
+    """
     import yaml
 
-    return yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+    document = asdict(recipe)
+    for path, kind in PATHS.items():
+        section, name = path.split(".")
+        value = (document[section] or {}).get(name)
+        if value is not None and path != "run.dir":
+            document[section][name] = absolute_if_here(value) if kind == "source" else os.path.abspath(value)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)

@@ -53,7 +53,7 @@ def sample_settings(cfg: DataConfig) -> tuple[Any, ...]:
 
 def cache_folder(cfg: DataConfig) -> Path:
     """The cache folder, for everything that can be recomputed from the data."""
-    return Path(cfg.cache_dir).expanduser() if cfg.cache_dir else Path.home() / ".cache" / "trenchcoat"
+    return Path(cfg.cache_dir) if cfg.cache_dir else Path.home() / ".cache" / "trenchcoat"
 
 
 def token_table(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> tuple[str, TokenTable]:

@@ -17,6 +17,8 @@ import torch
 
 from trenchcoat.config import LoraConfig, Recipe, StageConfig
 from trenchcoat.config.keep import kept_total
+from trenchcoat.config.paths import absolute_if_here
+from trenchcoat.config.settings import PATHS
 from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.results import DecodePoint, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import TEACHER, Variant, asked_rows, final_row
@@ -85,6 +87,11 @@ class Comparison:
     def _key(self, variant: Variant, **more: Any) -> dict[str, Any]:
         """All recipe settings that the figures of a variant depend on."""
         everything = flatten(self.recipe)
+        everything |= {
+            name: absolute_if_here(everything[name])
+            for name, kind in PATHS.items()
+            if kind == "source" and everything.get(name) is not None
+        }
         base = {k: v for k, v in everything.items() if k.split(".")[0] in ("model", "student", "data")}
         stage = stage_settings(self.recipe, variant.stage) if variant.stage is not None else {}
         text = {k: everything[k] for k in EVALUATION_SETTINGS}

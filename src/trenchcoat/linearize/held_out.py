@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,10 @@ from trenchcoat.evaluation.results import LengthScores, Scores
 from trenchcoat.evaluation.rows import exact_tokens
 from trenchcoat.evaluation.scoring import EvalRows, gather_rows, score, score_copies
 from trenchcoat.evaluation.statistics import NOTHING, RowSums
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.models.shapes import positions_of
+
+if TYPE_CHECKING:
+    from trenchcoat.linearize.variants import ModelVariants
 
 FEWEST_ROWS = 4
 """Rows at a larger factor, if the text has as many: fewer give no useful error."""
@@ -55,7 +59,7 @@ def read_held_out(variants: ModelVariants) -> HeldOut:
     longer: dict[int, EvalRows] = {}
     copies: dict[int, Tensor] = {}
     notes: list[str] = []
-    positions = getattr(variants.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(variants.model.config)
     for factor in cfg.length_factors:
         tokens = factor * seq_len
         if factor > 1 and positions is not None and tokens > positions:

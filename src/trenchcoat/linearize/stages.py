@@ -24,6 +24,7 @@ from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.linearize.comparison import Comparison, estimate_seconds, stages_behind, stages_of
 from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
+from trenchcoat.linearize.ready import check_ready
 from trenchcoat.linearize.run import open_run
 from trenchcoat.linearize.selection.run import select_groups
 from trenchcoat.linearize.variants import GivenModel, ModelVariants, open_variants
@@ -66,6 +67,7 @@ def linearize(recipe: Recipe, opening: Sequence[str] = (), given: GivenModel | N
         raise UserError("transfer=null and lora=null together leave nothing to do; leave one of them out")
     began = time.monotonic()
     with open_variants(recipe, stages_of(recipe), given) as variants:
+        check_ready(variants, stages_of(recipe), scored=True)
         _open(variants, opening)
         _announce_time(variants)
         own = own_stages(recipe)
@@ -91,6 +93,7 @@ def select(recipe: Recipe, reach: float | None = None, given: GivenModel | None 
 def transfer(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
     """Stage 1 alone; writes its adapter folder."""
     with open_variants(recipe, [TRANSFER], given) as variants:
+        check_ready(variants, [TRANSFER])
         _open(variants)
         facts = _train(variants, TRANSFER)
         if variants.folder.result(variants.main_lora_stage) is None:
@@ -103,6 +106,7 @@ def finetune(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, if the recipe has transfer=null)."""
     with open_variants(recipe, own_stages(recipe), given) as variants:
         variants.require_transfer()
+        check_ready(variants, [variants.main_lora_stage])
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)
         variants.export(variants.main_lora_stage)
@@ -118,6 +122,7 @@ def evaluate_run(recipe: Recipe) -> Outcome:
         if missing:
             unfinished = f"{recipe.run.dir} is not finished ({missing[0]} is missing)"
             raise UserError(f"{unfinished}: run `trenchcoat linearize` on it")
+        check_ready(variants, stages_of(recipe), scored=True)
         return _report(variants, {stage: variants.train(stage) for stage in own_stages(recipe)}, began)
 
 
@@ -212,8 +217,8 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
 
 def export(path: Path, out: Path, *, merge: bool) -> Outcome:
     """Write the adapter (or, with ``merge``, the complete model) of a run or adapter folder to ``out``."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists and is not empty; choose another folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder; choose another one")
     model, tokenizer = hub.load(path)
     if merge:
         hub.save_merged(model, out, tokenizer)

@@ -25,6 +25,7 @@ from trenchcoat.data.tokens import cache_folder
 from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.evaluation.rows import window_sinks_student
 from trenchcoat.evaluation.selection import SELECTION_FILE, Selection
+from trenchcoat.linearize.ready import check_ready
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
 from trenchcoat.linearize.selection.run import select_groups, with_groups
 from trenchcoat.linearize.teacher_logits import TaughtBatches
@@ -58,7 +59,7 @@ from trenchcoat.runtime.runfolder import (
 )
 from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.training.logits import own_teacher
-from trenchcoat.training.loop import FitOptions, FitResult, fit
+from trenchcoat.training.loop import FitOptions, FitResult, fit, trainable
 from trenchcoat.training.objectives import Objective, initialise_from_text, stage_2_objective, transfer_objective
 from trenchcoat.training.stored import stored_teacher
 
@@ -246,16 +247,36 @@ class ModelVariants:
         text = f"text: {training}, {counts['validation/rows']} validation rows"
         self.log.info(f"{text}; left out: {', '.join(left_out)}" if left_out else text)
 
-    def _prepare(self, stage: str) -> tuple[Objective, StageConfig]:
-        """Assemble and freeze the model for a stage; returns its objective and settings."""
+    def stage_config(self, stage: str) -> StageConfig:
+        """The settings that a stage trains with."""
+        if stage not in BEFORE.values():
+            return stage_recipe(self.recipe, stage).lora or self._lora
+        if self.recipe.transfer is None:
+            raise UserError("this recipe has transfer=null, so there is no stage 1; run `finetune`, or `linearize`")
+        return self.recipe.transfer
+
+    def rehearse(self, stage: str) -> int:
+        """Assemble and freeze the model as a stage will, with new weights; the number of parameters that it trains.
+
+        Raises what the stage would raise when it begins.
+        """
+        self._prepare(stage, fresh=True)
+        found = sum(parameter.numel() for parameter in trainable(self.model, stage).values())
+        self.assemble_teacher()
+        return found
+
+    def _prepare(self, stage: str, *, fresh: bool = False) -> tuple[Objective, StageConfig]:
+        """Assemble and freeze the model for a stage; returns its objective and settings.
+
+        ``fresh``: with new weights where stage 2 continues from those of a transfer.
+        """
+        cfg = self.stage_config(stage)
         student = constant_student(self.recipe) if stage in (CONSTANT_TRANSFER, CONSTANT_LORA) else None
-        if stage in BEFORE.values():
-            if self.recipe.transfer is None:
-                raise UserError("this recipe has transfer=null, so there is no stage 1; run `finetune`, or `linearize`")
+        if isinstance(cfg, TransferConfig):
             self.assemble(student=student)
             set_mode(self.model, "transfer")
             freeze_for_transfer(self.model)
-            return transfer_objective(self.recipe.transfer), self.recipe.transfer
+            return transfer_objective(cfg), cfg
         if stage == WINDOW_SINKS_LORA:
             self.assemble(student=window_sinks_student(self.recipe), lora=True)
         elif stage == TEACHER_LORA:
@@ -263,10 +284,10 @@ class ModelVariants:
         elif stage == LORA_ONLY:
             self.assemble(lora=True)
         else:
-            self.assemble(student=student, weights=BEFORE[stage])
+            self.assemble(student=student, weights=None if fresh else BEFORE[stage])
             torch.manual_seed(self.recipe.run.seed)
             begin_stage_2(self.model, self._lora)
-        cfg = stage_recipe(self.recipe, stage).lora or self._lora
+        assert isinstance(cfg, LoraConfig)
         freeze_for_stage_2(self.model, cfg)
         teacher = own_teacher(as_teacher) if cfg.teacher_logits is None else stored_teacher
         return stage_2_objective(cfg, teacher), cfg
@@ -323,6 +344,7 @@ def open_variants(recipe: Recipe, stages: list[str], given: GivenModel | None = 
         return
     with open_run(recipe, []) as run:
         variants = ModelVariants(run, given)
+        check_ready(variants, stages)
         variants.keep_selected(select_groups(variants))
         run.folder.refuse_other_recipe(variants.recipe, stages)
         yield variants

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
@@ -31,12 +31,17 @@ _OWN_CODE = (
 )
 
 
-def reason(error: BaseException, limit: int = 300) -> str:
-    """Why a model, config or tokenizer could not be loaded, in one line."""
+def reason(error: BaseException, source: Path | str | None = None, limit: int = 300) -> str:
+    """Why a model, config or tokenizer could not be loaded, in a line; ``source``: the folder, or perhaps a hub id."""
     if wants_own_code(error):
         return _OWN_CODE
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    if source is None or Path(source).is_dir():
+        return text
+    if "connect" in text or isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        text = "as a hub id it is not in the local cache, and the hub cannot be reached"
+    return f"there is no such folder in {Path.cwd()}; {text}"
 
 
 def read_config(source: Path | str, revision: str | None = None, **options: Any) -> Any:
@@ -44,7 +49,7 @@ def read_config(source: Path | str, revision: str | None = None, **options: Any)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False, **options)
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot read the config of {str(source)!r}: {reason(error)}") from error
+        raise UserError(f"cannot read the config of {str(source)!r}: {reason(error, source)}") from error
 
 
 def base_config(cfg: ModelConfig, source: Path | str) -> Any:
@@ -92,4 +97,4 @@ def base_folder(source: str, revision: str | None) -> Path:
         names = weight_names(folder) or ()
         return folder if all((folder / name).is_file() for name in names) else fetch([*_FILES, *names])
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"cannot fetch model.path={source!r} (revision {revision}): {reason(error)}") from error
+        raise UserError(f"cannot fetch model.path={source!r} (revision {revision}): {reason(error, source)}") from error

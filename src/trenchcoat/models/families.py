@@ -64,6 +64,8 @@ class UnsupportedFamilyError(UserError):
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
 """A family's fused linear layer, and what others have in its place."""
+_OTHER_NAMES = {"o_proj": ("dense",), "up_proj": ("fc1", "c_fc"), "down_proj": ("fc2", "c_proj")}
+"""The usual name of a linear layer, and what the same layer is called in other families (phi, starcoder2)."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,14 @@ def linear_layers(model: nn.Module, site: AttentionSite) -> dict[str, tuple[str,
 def choose_lora_targets(targets: Iterable[str], linear: Iterable[str], where: str) -> list[str]:
     """Those of a layer's ``linear`` layers that ``lora.targets`` selects, in their order.
 
-    In families with a fused `qkv_proj` or `gate_up_proj`, LoRA goes there. UserError for a target that does not exist;
-    ``where`` names the layer in the message.
+    In families with a fused `qkv_proj` or `gate_up_proj`, LoRA goes there; `o_proj` is phi's `dense`, and so on.
+    UserError for a target that does not exist; ``where`` names the layer in the message.
     """
     known, wanted = list(linear), set(targets)
+    for usual, others in _OTHER_NAMES.items():
+        own = next((name for name in others if name in known), None)
+        if usual in wanted and usual not in known and own is not None:
+            wanted = (wanted - {usual}) | {own}
     for fused, parts in _FUSED.items():
         if fused in known and wanted & parts:
             wanted = (wanted - parts) | {fused}

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.config.paths import absolute_if_here, expanded
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
 from trenchcoat.models.identity import fingerprint
-from trenchcoat.models.loading import ADAPTER_META, load_model, resolve_device, resolve_dtype
+from trenchcoat.models.loading import ADAPTER_META, load_model, require_hub_id, resolve_device, resolve_dtype
 from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
 from trenchcoat.models.stage2 import trains_all
 from trenchcoat.runtime.files import (
@@ -70,7 +71,7 @@ def save_adapter(
         raise UserError("save_adapter needs base=ModelConfig(...): this model does not know what it was loaded from")
     if has_lora(model) and lora is None and not known.get("lora"):
         raise UserError("save_adapter needs lora=LoraConfig(...): the model has a LoRA whose settings are not known")
-    source = known["base"] if base is None else {n: getattr(base, n) for n in _SOURCE}
+    source = known["base"] if base is None else _source(base)
     shape = known.get("lora") if lora is None else {name: getattr(lora, name) for name in _LORA}
     _write_adapter(
         Path(directory),
@@ -95,10 +96,14 @@ def write_students(
 ) -> None:
     """An adapter folder of students alone (as :func:`adapter_state` names them), for a model that is not loaded;
     ``config`` is its Transformers config."""
-    source = {name: getattr(base, name) for name in _SOURCE}
     _write_adapter(
-        directory, tensors, config, source=source, student=student, lora=None, base_fingerprint=base_fingerprint
+        directory, tensors, config, source=_source(base), student=student, lora=None, base_fingerprint=base_fingerprint
     )
+
+
+def _source(base: ModelConfig) -> dict[str, Any]:
+    """What identifies the base model; a local folder by its absolute path, so that the adapter opens from anywhere."""
+    return {name: getattr(base, name) for name in _SOURCE} | {"path": absolute_if_here(base.path)}
 
 
 def _write_adapter(
@@ -163,7 +168,7 @@ def load(
         UserError: nothing loadable there; an adapter of another base model; settings this version does not know.
         CorruptFileError: damaged files.
     """
-    folder = Path(path).expanduser()
+    folder = Path(expanded(str(path)))
     adapter = find_adapter(folder)
     if adapter is not None:
         return _load_adapter(adapter, device=device, dtype=dtype, base=base, attention=attention)
@@ -172,7 +177,7 @@ def load(
             f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (merged model), or an "
             "`adapter` folder (run)"
         )
-    return _load_merged(str(folder) if folder.is_dir() else str(path), device=device, dtype=dtype, attention=attention)
+    return _load_merged(str(folder), device=device, dtype=dtype, attention=attention)
 
 
 def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, attention: str | None) -> tuple[Any, Any]:
@@ -206,8 +211,7 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
         loaded.trenchcoat_fingerprint, loaded.trenchcoat_whole = fingerprint(model), True
     load_adapter_state(model, tensors)
     set_mode(model, "student")
-    origin = {"path": cfg.path, "revision": cfg.revision, "attention": cfg.attention}
-    loaded.trenchcoat_adapter = {"base": origin, "lora": lora}
+    loaded.trenchcoat_adapter = {"base": _source(cfg), "lora": lora}
     return loaded.eval().requires_grad_(False), tokenizer
 
 
@@ -232,6 +236,8 @@ def _check_base(folder: Path, cfg: ModelConfig, model: Any, source: Mapping[str,
 
 def _load_merged(source: str, *, device: str, dtype: str, attention: str | None) -> tuple[Any, Any]:
     where = resolve_device(device)
+    if not Path(source).is_dir():
+        require_hub_id(source, f"cannot load {source!r} as a linearized model")
     _register(source)
     try:
         config = read_config(source)
@@ -251,7 +257,7 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
     except UserError:
         raise
     except LOAD_ERRORS as error:
-        raise UserError(f"cannot load {source!r} as a linearized model: {reason(error)}") from error
+        raise UserError(f"cannot load {source!r} as a linearized model: {reason(error, source)}") from error
     lost = sorted(info["missing_keys"])
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")

@@ -139,17 +139,22 @@ def model_source(cfg: ModelConfig) -> str:
             return str(teacher_dir())
         except FileNotFoundError as error:
             raise UserError(str(error)) from error
-    local = Path(cfg.path).expanduser()
+    local = Path(cfg.path)
     if local.is_dir():
         if not (local / "config.json").is_file():
             hint = f"; it is an adapter: use trenchcoat.load({cfg.path!r})" if (local / ADAPTER_META).is_file() else ""
             raise UserError(f"model.path={cfg.path!r} is not a Hugging Face model folder (no config.json){hint}")
         return str(local)
-    if local.exists():
-        raise UserError(f"model.path={cfg.path!r} is a file; give the folder that holds config.json")
-    if cfg.path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", cfg.path):
-        raise UserError(f"model.path={cfg.path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
+    require_hub_id(cfg.path, f"model.path={cfg.path!r}")
     return cfg.path
+
+
+def require_hub_id(path: str, name: str) -> None:
+    """Raise ``UserError`` for the ``path`` of a folder that is not there and cannot be a hub id; ``name`` begins it."""
+    if Path(path).exists():
+        raise UserError(f"{name} is a file; give the folder that holds config.json")
+    if path.startswith((".", "/")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path):
+        raise UserError(f"{name}: no such folder. Give a local folder, a hub id, or `embedded`")
 
 
 def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
@@ -173,7 +178,7 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
     except LOAD_ERRORS as error:
         raise UserError(
             f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
-            f"{reason(error)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
+            f"{reason(error, source)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
         ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -30,7 +30,7 @@ def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
 
     if has_lora(model):
         raise UserError("this model has a LoRA already; merge_lora or remove_lora first")
-    paths = _lora_targets(model, cfg.targets)
+    paths = lora_targets(model, cfg.targets)
     settings = PeftLoraConfig(
         r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=paths, bias="none"
     )
@@ -116,7 +116,8 @@ def _whole_weight(path: str, layer: Any) -> Tensor:
     return weight
 
 
-def _lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
+def lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Paths of the linear layers that `lora.targets` names; UserError for one that the model does not have."""
     paths = []
     for site in attention_sites(model):
         known = linear_layers(model, site)

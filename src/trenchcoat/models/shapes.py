@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.config.paths import expanded
 from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of, linear_layers
@@ -129,6 +130,16 @@ def shapes_of(config: Any) -> Shapes:
     )
 
 
+def positions_of(config: Any) -> int | None:
+    """The longest text, in tokens, that the model of a Transformers config has positions for; None if it has no limit
+    that is known."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    grows = float(rope.get("factor") or 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+    return None if limit is None else int(limit * grows)
+
+
 def meta_model(config: Any) -> Any:
     """The causal language model of a config on the meta device: real modules, no memory."""
     config = copy.deepcopy(config)
@@ -160,12 +171,12 @@ def find_config(path: str, revision: str | None = None) -> Any:
     A hub id is looked for in the local cache, then among the shipped configs, and only then on the hub. Raises
     ``UserError`` when it is found nowhere.
     """
-    local = TEACHER_DIR if path == "embedded" else Path(path).expanduser()
+    local = TEACHER_DIR if path == "embedded" else Path(expanded(path))
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise UserError(f"model.path={path!r} has no config.json; give a model folder in Hugging Face format")
         return read_config(local)
-    if path.startswith((".", "/", "~")):
+    if path.startswith((".", "/")):
         raise UserError(f"model.path={path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
     try:
         return read_config(path, revision, local_files_only=True)

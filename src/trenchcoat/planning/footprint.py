@@ -22,7 +22,7 @@ from functools import cached_property
 
 import torch
 
-from trenchcoat.config import LoraConfig, StudentConfig, TransferConfig
+from trenchcoat.config import LoraConfig, StageConfig, StudentConfig, TransferConfig
 from trenchcoat.config.keep import kept_total
 from trenchcoat.models.flops import kept_layers, layer_student, student_parameters, trained_parameters
 from trenchcoat.models.shapes import Shapes
@@ -110,6 +110,12 @@ def footprint(step: StepSizes, layout: Layout) -> Footprint:
     moment, worst = max(_Moments(step, layout).all().items(), key=lambda item: sum(item[1].values()))
     parts = {name: held.get(name, 0.0) + worst.get(name, 0.0) for name in MEMORY_PARTS}
     return Footprint(parts, moment, base if layout.offload else 0.0)
+
+
+def checkpoint_bytes(trained: int, stage: StageConfig) -> float:
+    """Bytes of a stage's checkpoints on disk: parameters and both moments, in the kept checkpoints, the best weights,
+    and a checkpoint being written."""
+    return 12.0 * trained * (stage.keep_checkpoints + 2)
 
 
 def base_bytes(shapes: Shapes, dtype_bytes: int = 2, *, nf4: bool = False) -> float:

@@ -30,6 +30,7 @@ from trenchcoat.planning.footprint import (
     Layout,
     StepSizes,
     base_bytes,
+    checkpoint_bytes,
     footprint,
     kept_bytes_per_token,
     state_bytes,
@@ -322,7 +323,7 @@ class Planner:
             return self.tokens
         if data.max_rows is not None:
             return None
-        local = Path(data.path).expanduser()
+        local = Path(data.path)
         if local.is_file() and local.suffix in (".txt", ".json", ".jsonl"):
             return local.stat().st_size / 4
         return KNOWN_TOKENS.get(data.path)
@@ -336,8 +337,7 @@ class Planner:
             trained = maps
             if isinstance(stage, LoraConfig):
                 trained = trained_parameters(self.shapes, self.recipe.student, stage)
-            # parameters and both moments: the kept checkpoints, the best weights, and a checkpoint being written
-            found[f"checkpoints of {name}"] = 12.0 * trained * (stage.keep_checkpoints + 2)
+            found[f"checkpoints of {name}"] = checkpoint_bytes(trained, stage)
         whole = self.recipe.lora is not None and self.recipe.lora.train == "all"
         found["adapter"] = 4.0 * (maps + (self.shapes.parameters if whole else adapters))
         found["token cache"] = BYTES_A_TOKEN * (self.tokens_a_pass() or 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from trenchcoat.config import UserError
-from trenchcoat.config.units import GIB
+from trenchcoat.config.units import GIB, tera
 
 
 def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float = 0.5) -> list[str]:
@@ -70,9 +71,39 @@ def free_memory() -> int | None:
     return None
 
 
+def require_disk(needs: Sequence[tuple[Path, float, str]]) -> None:
+    """Raise ``UserError`` when what will be written, as (folder, bytes, what it is), does not fit on its disk.
+
+    What is in a folder already counts as written.
+    """
+    disks: dict[int, list[tuple[Path, float, str]]] = {}
+    for need in needs:
+        disks.setdefault(_existing(need[0]).stat().st_dev, []).append(need)
+    for found in disks.values():
+        folder = found[0][0]
+        written = sum(used_disk(each) for each in {each for each, _, _ in found})
+        needed, free = sum(size for _, size, _ in found) - written, free_disk(folder)
+        if needed > free:
+            parts = ", ".join(f"{what} {tera(size)}" for _, size, what in found)
+            raise UserError(
+                f"{tera(needed)} of disk are needed at {folder} ({parts}; {tera(written)} is written), {tera(free)} "
+                "is free: free some space, choose another run.dir, or keep fewer checkpoints (keep_checkpoints=1)"
+            )
+
+
+def used_disk(folder: Path) -> int:
+    """Bytes of the files under a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
 def free_disk(directory: Path) -> int:
     """Bytes free on the disk that holds, or will hold, ``directory``."""
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def _existing(directory: Path) -> Path:
+    """The nearest folder that exists at or above ``directory``."""
     place = Path(directory).absolute()
     while not place.exists():
         place = place.parent
-    return shutil.disk_usage(place).free
+    return place

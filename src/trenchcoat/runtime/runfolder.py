@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from trenchcoat.config import Recipe, StudentConfig, UserError
+from trenchcoat.config.paths import same_place
+from trenchcoat.config.settings import PATHS
 from trenchcoat.runtime.files import load_tensors, read_json, save_tensors, write_json
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
@@ -93,6 +95,11 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     }
 
 
+def is_changed(name: str, before: Any, now: Any) -> bool:
+    """Whether the setting ``name`` has another value; a path may be recorded as relative and given as absolute."""
+    return before != now and not (name in PATHS and same_place(before, now))
+
+
 class RunFolder:
     """The started and finished stages, and the saved scores, of one run."""
 
@@ -124,7 +131,7 @@ class RunFolder:
         if not path.is_file():
             return
         before = read_json(path)
-        changed = [name for name in now if name in before and before[name] != now[name]]
+        changed = [name for name in now if name in before and is_changed(name, before[name], now[name])]
         changed += [name for name in before if name not in now and name.split(".")[0] in {n.split(".")[0] for n in now}]
         if stage == TRANSFER and self.result(stage) is not None:  # LoRA may continue on the same weights in 4 bits
             changed = [name for name in changed if name != "model.quantize"]

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 _FREE_TO_CHANGE = {
     "epochs", "max_steps", "save_every", "keep_checkpoints", "early_stopping", "early_stopping_threshold",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "teacher_logits",
 }  # fmt: skip
 """Settings that may differ between a run and its continuation."""
 
@@ -165,7 +165,7 @@ class _Loop:
     ) -> None:
         self.model, self.batches, self.objective = model, batches, objective
         self.cfg, self.log, self.stage, self.options = cfg, log, stage, options
-        self.trainable = _trainable(model, stage)
+        self.trainable = trainable(model, stage)
         self.device = next(iter(self.trainable.values())).device
         self.micro_batches, self.total = training_length(cfg, len(batches))
         self.masters = MasterCopies(self.trainable)
@@ -378,7 +378,8 @@ class _Loop:
 # Helpers
 
 
-def _trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, stage: str) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name; UserError where there is nothing to train."""
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
         raise UserError(f"{stage}: no parameter of the model requires gradients, so there is nothing to train")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import Command, recipe_command
+from trenchcoat.cli.command import Command, output_folder, path, recipe_command
 from trenchcoat.cli.machine import add_machine, machine_of, with_json
 from trenchcoat.config import UsageError, UserError
 
@@ -88,7 +87,7 @@ def _collect(args: argparse.Namespace) -> Any:
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, required=True, metavar="I", help="number of the block, from 0")
     source = "read its weights from a folder written by `blocks shard`"
-    parser.add_argument("--weights", type=Path, metavar="DIR", help=source)
+    parser.add_argument("--weights", type=path, metavar="DIR", help=source)
 
 
 def _train(args: argparse.Namespace) -> Any:
@@ -114,7 +113,7 @@ def _stitch(args: argparse.Namespace) -> Any:
 
 
 def _shard_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="parent of the blocks' folders")
+    parser.add_argument("--out", type=output_folder, required=True, metavar="DIR", help="parent of the blocks' folders")
 
 
 def _shard(args: argparse.Namespace) -> Any:

@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import TARGET_HELP, Command
+from trenchcoat.cli.command import TARGET_HELP, Command, output_file, path
 from trenchcoat.cli.sampling import add_sampling, loaded_model, sampling_of, write
 from trenchcoat.config import UserError
+from trenchcoat.config.paths import expanded
 
 _COMMANDS = "/reset, /save FILE, /load FILE, /quit"
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("target", type=Path, metavar="DIR", help=TARGET_HELP)
+    add("target", type=path, metavar="DIR", help=TARGET_HELP)
     add("--max-new-tokens", type=int, default=512, metavar="N", help="maximum tokens per answer (512)")
     add_sampling(parser)
-    add("--save-state", metavar="FILE", help="write the state when the chat ends")
+    add("--save-state", type=output_file, metavar="FILE", help="write the state when the chat ends")
     add("--compare", action="store_true", help="also stream the softmax teacher's answer, side by side")
 
 
@@ -67,8 +68,8 @@ def _ask() -> str | None:
 def _command(line: str, talks: dict[str, Any]) -> bool:
     """Carry out a command; False ends the chat. A mistake is shown, and the chat continues."""
     word, _, rest = line.partition(" ")
-    rest = rest.strip()
     try:
+        rest = expanded(rest.strip())
         if word == "/quit":
             return False
         if word == "/reset":

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import DEVICE_HELP, TARGET_HELP, Command, add_overrides, values, whole_number
+from trenchcoat.cli.command import (
+    DEVICE_HELP,
+    TARGET_HELP,
+    Command,
+    add_overrides,
+    output_file,
+    path,
+    values,
+    whole_number,
+)
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
@@ -19,7 +27,7 @@ _ANY_MODEL = (
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="RUN_OR_DIR", type=Path, help=TARGET_HELP)
+    parser.add_argument("target", metavar="RUN_OR_DIR", type=path, help=TARGET_HELP)
     add_overrides(parser)
     add = parser.add_argument_group("tasks", "with --tasks, these are scored instead of text").add_argument
     add("--tasks", type=_names, metavar="A,B", help=f"harness tasks; or {', '.join(OWN_TASKS)}")
@@ -27,10 +35,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=whole_number(1), metavar="N", help="only the first N rows of each task")
     add("--batch-size", type=_batch, metavar="auto|N", help="rows per model call (auto)")
     add("--max-length", type=whole_number(1), metavar="N", help="cut contexts to N tokens, from the left (no cut)")
-    add("--data-dir", type=Path, metavar="DIR", help="folder with mmlu/ and commonsense/")
-    add("--task-dir", type=Path, metavar="DIR", help="your own task files (*.yaml)")
+    add("--data-dir", type=path, metavar="DIR", help="folder with mmlu/ and commonsense/")
+    add("--task-dir", type=path, metavar="DIR", help="your own task files (*.yaml)")
     add("--teacher", nargs="?", const="", metavar="DIR", help="also score the teacher (for a merged folder: DIR)")
-    add("--out", type=Path, metavar="FILE", help="results file (for a run: its tasks.json)")
+    add("--out", type=output_file, metavar="FILE", help="results file (for a run: its tasks.json)")
     add("--device", default="auto", help=DEVICE_HELP)
     whole = "process every row in full, without reusing shared prefixes"
     add("--no-sharing", dest="share", action="store_false", help=whole)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import Command
+from trenchcoat.cli.command import Command, output_folder, path
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", type=Path, metavar="DIR", help="a run's folder or an adapter folder")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+    parser.add_argument("target", type=path, metavar="DIR", help="a run's folder or an adapter folder")
+    parser.add_argument("--out", type=output_folder, metavar="DIR", required=True, help="folder to write")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--merge", action="store_true", help="a complete model instead of an adapter")
     form.add_argument("--to", choices=["lolcats"], help="the .pt files of the original LoLCATs code")

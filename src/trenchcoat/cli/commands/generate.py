@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import TARGET_HELP, Command, values
+from trenchcoat.cli.command import TARGET_HELP, Command, output_file, path, values
 from trenchcoat.cli.sampling import add_sampling, loaded_model, sampling_of, write
 from trenchcoat.config import UserError
+from trenchcoat.config.paths import expanded
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("target", type=Path, metavar="DIR", help=TARGET_HELP)
+    add("target", type=path, metavar="DIR", help=TARGET_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="text to continue, `-` for standard input; may be repeated")
     lines = 'prompts, one per line, or {"prompt": ...} per line of a .jsonl; `-`: stdin'
@@ -25,8 +26,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--beams", type=int, default=1, metavar="N", help="beam search with N beams (1)")
     add_sampling(parser)
     add("--jsonl", action="store_true", help="one JSON object per line: prompt, text, tokens, seconds")
-    add("--out", type=Path, metavar="FILE", help="write the JSON lines to FILE")
-    add("--save-state", type=Path, metavar="FILE", help="write the state after the prompt and its continuation")
+    add("--out", type=output_file, metavar="FILE", help="write the JSON lines to FILE")
+    add("--save-state", type=output_file, metavar="FILE", help="write the state after the prompt and its continuation")
     add("--compare", action="store_true", help="also show the softmax teacher's continuation")
 
 
@@ -64,7 +65,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         return [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     where = "standard input" if args.prompts == "-" else args.prompts
     try:
-        text = sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text(encoding="utf-8")
+        text = sys.stdin.read() if args.prompts == "-" else Path(expanded(args.prompts)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text ({error})") from error
     lines = text.splitlines()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import Command, values
+from trenchcoat.cli.command import Command, output_folder, path, values
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--maps", type=Path, required=True, metavar="FILE", help="feature maps and window factors, a .pt file")
-    add("--lora", type=Path, metavar="FILE", help="LoRA of stage 2, a .pt file")
+    add("--maps", type=path, required=True, metavar="FILE", help="feature maps and window factors, a .pt file")
+    add("--lora", type=path, metavar="FILE", help="LoRA of stage 2, a .pt file")
     add("--base", required=True, metavar="DIR", help="the model it was made from: a folder or a hub id")
-    add("--out", type=Path, required=True, metavar="DIR", help="adapter folder to write")
+    add("--out", type=output_folder, required=True, metavar="DIR", help="adapter folder to write")
     names = "terrace, sliding or linear, or the original's attention_type (terrace where there are window factors)"
     add("--attention", metavar="NAME", help=names)
     add("--window", type=int, metavar="W", help="width of the window in tokens (64)")

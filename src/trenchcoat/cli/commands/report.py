@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from trenchcoat.cli.command import Command
+from trenchcoat.cli.command import Command, output_folder, path
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or files of eval --out")
+    parser.add_argument("runs", nargs="+", type=path, metavar="RUN", help="run folders, or files of eval --out")
     place = "folder of the comparison (report)"
-    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help=place)
+    parser.add_argument("--out", type=output_folder, default=Path("report"), metavar="DIR", help=place)
 
 
 def _run(args: argparse.Namespace) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from trenchcoat.cli.command import DEVICE_HELP, TARGET_HELP, Command, values
+from trenchcoat.cli.command import DEVICE_HELP, TARGET_HELP, Command, path, values
 from trenchcoat.cli.terminal import show
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("target", type=Path, metavar="DIR", help=TARGET_HELP)
+    add("target", type=path, metavar="DIR", help=TARGET_HELP)
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--name", help="name that clients give as `model` (the folder's)")
@@ -24,7 +23,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for running requests to finish after Ctrl-C (30)",
     )
-    add("--chat-template", metavar="FILE", help="a Jinja chat template, where the tokenizer has none")
+    add("--chat-template", type=path, metavar="FILE", help="a Jinja chat template, where the tokenizer has none")
     add("--base", metavar="DIR", help="adapters: where the base model is, if it has moved")
     add("--device", default="auto", help=DEVICE_HELP)
     add("--dtype", default="auto", help="of the base weights: auto, float32, bfloat16, float16 (auto)")

@@ -6,6 +6,7 @@ import base64
 import html
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
@@ -20,17 +21,18 @@ pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; }
 img { max-width: 100%; }
 """
 _FOLD = re.compile(r"<p>&lt;details&gt;&lt;summary&gt;([^<]*?)&lt;/summary&gt;</p>")
-_PICTURE = re.compile(r'<img src="([^":]+\.png)"')
+_PICTURE = re.compile(r'<img src="([^"]*)" alt="([^"]*)"[^>]*>')
 
 
 def write_page(path: Path, markdown: str, pictures: Path) -> None:
-    """Write ``markdown`` as HTML to ``path``; images it refers to are read from the folder ``pictures`` and embedded.
+    """Write ``markdown`` as HTML to ``path``; the PNG images of the folder ``pictures`` that it refers to are embedded.
 
-    Text of models and data sets is escaped; the only HTML let through is the report's own ``details``.
+    An image from elsewhere (an address, another folder) is left out: its description stands in its place. Text of
+    models and data sets is escaped; the only HTML let through is the report's own ``details``.
     """
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     body = _FOLD.sub(r"<details><summary>\1</summary>", body).replace("<p>&lt;/details&gt;</p>", "</details>")
-    body = _PICTURE.sub(lambda found: f'<img src="{_inside(pictures / found[1])}"', body)
+    body = _PICTURE.sub(lambda found: _embedded(found[1], found[2], pictures), body)
     heading = re.search(r"^# (.+)$", markdown, re.MULTILINE)
     title = html.escape(heading[1].replace("`", "")) if heading else "report"
     page = (
@@ -40,5 +42,10 @@ def write_page(path: Path, markdown: str, pictures: Path) -> None:
     write_text(path, page)
 
 
-def _inside(picture: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+def _embedded(source: str, description: str, pictures: Path) -> str:
+    """An image of the folder ``pictures`` itself as HTML that holds its bytes; of any other, the description."""
+    place = (pictures / unquote(html.unescape(source))).resolve()
+    if place.suffix != ".png" or place.parent != pictures.resolve() or not place.is_file():
+        return description
+    content = base64.b64encode(place.read_bytes()).decode("ascii")
+    return f'<img src="data:image/png;base64,{content}" alt="{description}" />'

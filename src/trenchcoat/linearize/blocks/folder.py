@@ -148,7 +148,7 @@ def blocks_folder(recipe: Recipe) -> Path:
 def hidden_folder(recipe: Recipe) -> Path:
     """Folder of the hidden states on disk."""
     own = recipe.blocks.hidden_dir
-    return blocks_folder(recipe) / "hidden" if own is None else Path(own).expanduser()
+    return blocks_folder(recipe) / "hidden" if own is None else Path(own)
 
 
 def found_blocks(recipe: Recipe) -> list[LayerBlock]:

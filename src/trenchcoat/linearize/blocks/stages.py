@@ -40,20 +40,21 @@ from trenchcoat.linearize.blocks.run import BlockRun, Collection, Stream
 from trenchcoat.linearize.blocks.score import score_blocks
 from trenchcoat.linearize.blocks.select import with_selection
 from trenchcoat.linearize.held_out import evaluation_length, evaluation_rows
+from trenchcoat.linearize.ready import check_settings
 from trenchcoat.linearize.run import LANDMARK_ROWS, OpenRun, check_names, open_run
 from trenchcoat.linearize.variants import BASE_WEIGHTS
 from trenchcoat.models import hub
-from trenchcoat.models.flops import transfer_flops_per_token
+from trenchcoat.models.flops import student_parameters, transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.planning.blocks.passes import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocks.size import choose_block_size
-from trenchcoat.planning.footprint import StepSizes
+from trenchcoat.planning.footprint import StepSizes, checkpoint_bytes
 from trenchcoat.planning.plan import HOST_LINK
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import InUse, holder
-from trenchcoat.runtime.machine import free_disk, free_memory
+from trenchcoat.runtime.machine import free_disk, free_memory, require_disk, used_disk
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
 from trenchcoat.students import student_class
 from trenchcoat.training.schedules import evaluation_batches, training_length
@@ -70,9 +71,11 @@ def run_blocks(recipe: Recipe) -> Outcome:
     range of layers per process. Running the same command again continues."""
     if recipe.blocks.ranks == "pipeline":
         with open_blocks(recipe, cut_for="ranges") as work:
+            work.evaluation_text()  # before training: it may be too short
             Pipeline(work, divide(work.blocks, distributed.size()), host_memory=_host_memory()).go()
             return _stitched(work)
     with open_blocks(recipe) as work:
+        work.evaluation_text()
         stream_blocks(work)
         return _stitched(work)
 
@@ -123,7 +126,7 @@ def shard_blocks(recipe: Recipe, out: Path) -> Outcome:
         folder = out / block.folder
         if not (folder / "config.json").is_file():
             source.copy_block(block.first, block.stop, folder, tokenizer)
-        lines.append(f"{folder}: {block}, {tera(_size_of(folder))}")
+        lines.append(f"{folder}: {block}, {tera(used_disk(folder))}")
     return Outcome(tuple(lines))
 
 
@@ -159,7 +162,7 @@ def show_status(recipe: Recipe) -> Outcome:
         table.add_column(name, justify="left" if name in ("layers", "state") else "right")
     for block in blocks:
         table.add_row(*_status_row(BlockFolder(recipe, block), block))
-    hidden = _size_of(hidden_folder(recipe))
+    hidden = used_disk(hidden_folder(recipe))
     return Outcome((table, f"hidden states on disk: {tera(hidden)}"))
 
 
@@ -269,7 +272,12 @@ def check_recipe(recipe: Recipe) -> TransferConfig:
 
 
 def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) -> None:
-    """Raise ``UserError`` when the recipe names blocks or layers that do not exist."""
+    """Raise ``UserError`` when the recipe names blocks or layers that do not exist, when its settings do not fit the
+    model, and when its checkpoints do not fit on the disk."""
+    check_settings(recipe, source.plain)
+    maps = student_parameters(shapes_of(source.config), recipe.student)
+    written = checkpoint_bytes(maps, recipe.transfer or TransferConfig())
+    distributed.from_main(lambda: require_disk([(blocks_folder(recipe), written, "checkpoints of the blocks")]))
     epochs, student = recipe.blocks.epochs, recipe.student
     if epochs and len(epochs) != len(blocks):
         raise UserError(
@@ -375,7 +383,7 @@ def _require_disk(recipe: Recipe, collection: Collection) -> None:
 
     def check() -> None:
         """On the main process: compare with the free space."""
-        have = _size_of(collection.folder)
+        have = used_disk(collection.folder)
         needed = collection.bytes - have
         free = free_disk(collection.folder)
         if needed > free:
@@ -465,9 +473,4 @@ def _status_row(record: BlockFolder, block: LayerBlock) -> list[str]:
         state, steps, loss, seconds = "started", str(at["step"]), f"{at['loss']:.4g}", in_words(at["seconds"])
     else:
         state, steps, loss, seconds = "waiting", "", "", ""
-    return [str(block.number), layers, state, steps, loss, seconds, tera(_size_of(record.directory))]
-
-
-def _size_of(folder: Path) -> int:
-    """Bytes of the files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    return [str(block.number), layers, state, steps, loss, seconds, tera(used_disk(record.directory))]

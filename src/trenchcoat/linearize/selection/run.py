@@ -31,7 +31,16 @@ from trenchcoat.linearize.selection.probe import (
 )
 from trenchcoat.models.families import attention_sites
 from trenchcoat.runtime import distributed
-from trenchcoat.runtime.runfolder import LORA, LORA_ONLY, SELECT, TRANSFER, WINDOW_SINKS_LORA, RunFolder, stage_settings
+from trenchcoat.runtime.runfolder import (
+    LORA,
+    LORA_ONLY,
+    SELECT,
+    TRANSFER,
+    WINDOW_SINKS_LORA,
+    RunFolder,
+    is_changed,
+    stage_settings,
+)
 from trenchcoat.runtime.runlog import RunLog
 
 if TYPE_CHECKING:
@@ -69,7 +78,7 @@ def read_selection(recipe: Recipe, folder: RunFolder, log: RunLog) -> Selection 
     found = distributed.from_main(lambda: Selection.load(path) if path.is_file() else None)
     if found is None:
         return None
-    names = [n for n in {**found.settings, **settings} if found.settings.get(n) != settings.get(n)]
+    names = [n for n in {**found.settings, **settings} if is_changed(n, found.settings.get(n), settings.get(n))]
     if not names:
         log.info(f"selection: read from {path}")
         return found

@@ -1,0 +1,57 @@
+"""Paths as users write them: `~` is the home folder, in every setting and option, also where no shell expands it."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from trenchcoat.config.errors import UserError
+
+
+def expanded(path: str) -> str:
+    """``path`` with a leading `~` or `~name` replaced by the home folder; ``UserError`` where there is no such user."""
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(f"{path}: there is no home folder {Path(path).parts[0]}; write the path from / on")
+    return found
+
+
+def absolute_if_here(source: str) -> str:
+    """``source`` as an absolute path if it is a file or folder here (with or without a sample, `rows.jsonl[500]`), else
+    as it is: a hub id, or `embedded`."""
+    file = re.sub(r"\[\d+\]$", "", source)
+    here = source != "embedded" and any(os.path.exists(path) for path in (source, file))
+    return os.path.abspath(source) if here else source
+
+
+def same_place(one: object, other: object) -> bool:
+    """Whether two records can mean one place: equal, or an absolute path and a relative one that it ends with."""
+    if not isinstance(one, str) or not isinstance(other, str) or os.path.isabs(one) == os.path.isabs(other):
+        return one == other
+    long, short = (one, other) if os.path.isabs(one) else (other, one)
+    parts = [part for part in Path(os.path.normpath(short)).parts if part not in ("..", ".")]
+    return bool(parts) and list(Path(os.path.normpath(long)).parts[-len(parts) :]) == parts
+
+
+def require_writable(target: Path | str, name: str) -> None:
+    """Raise ``UserError`` when no file can be written at ``target``; nothing is left there.
+
+    ``name`` is the setting or option that names it. Call it before the work whose result goes there.
+    """
+    target = Path(target)
+    folder = target.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if target.is_dir():
+        raise UserError(f"{name}: {target} is a folder; give the path of a file")
+    if not folder.is_dir():
+        raise UserError(f"{name}: {folder} is a file, so {target} cannot be written; choose another path")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{name}: {target} cannot be written, since nothing can be written in {folder} ({error.strerror})"
+        ) from error
