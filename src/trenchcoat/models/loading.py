@@ -20,6 +20,7 @@ from trenchcoat.config import ModelConfig, ParallelConfig, UserError
 from trenchcoat.models.basefolder import LOAD_ERRORS, base_config, base_folder, reason
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
+from trenchcoat.models.gguf import gguf_folder, is_gguf
 from trenchcoat.models.identity import remember_fingerprint
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.runtime import distributed
@@ -133,7 +134,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def model_source(cfg: ModelConfig) -> str:
-    """Folder or hub id of a model; raises ``UserError`` for anything else."""
+    """Folder or hub id of a model (for a `.gguf` file, the folder made from it); ``UserError`` for anything else."""
     if cfg.path == "embedded":
         try:
             return str(teacher_dir())
@@ -145,6 +146,8 @@ def model_source(cfg: ModelConfig) -> str:
             hint = f"; it is an adapter: use trenchcoat.load({cfg.path!r})" if (local / ADAPTER_META).is_file() else ""
             raise UserError(f"model.path={cfg.path!r} is not a Hugging Face model folder (no config.json){hint}")
         return str(local)
+    if is_gguf(local):
+        return str(gguf_folder(local.resolve()))
     require_hub_id(cfg.path, f"model.path={cfg.path!r}")
     return cfg.path
 

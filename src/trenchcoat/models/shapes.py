@@ -20,6 +20,7 @@ from trenchcoat.config.paths import expanded
 from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of, linear_layers
+from trenchcoat.models.gguf import gguf_config, is_gguf
 from trenchcoat.models.transformers_internals import choose_attention
 
 SHIPPED_FOLDER = Path(__file__).parent / "shipped_configs"
@@ -166,7 +167,7 @@ def _mlp_width(config: Any) -> int:
 
 
 def find_config(path: str, revision: str | None = None) -> Any:
-    """The Transformers config of `model.path`: `embedded`, a local folder, or a hub id.
+    """The Transformers config of `model.path`: `embedded`, a local folder, a `.gguf` file, or a hub id.
 
     A hub id is looked for in the local cache, then among the shipped configs, and only then on the hub. Raises
     ``UserError`` when it is found nowhere.
@@ -176,6 +177,8 @@ def find_config(path: str, revision: str | None = None) -> Any:
         if not (local / "config.json").is_file():
             raise UserError(f"model.path={path!r} has no config.json; give a model folder in Hugging Face format")
         return read_config(local)
+    if is_gguf(local):
+        return gguf_config(local.resolve())
     if path.startswith((".", "/")):
         raise UserError(f"model.path={path!r}: no such folder. Give a local folder, a hub id, or `embedded`")
     try:

@@ -1,0 +1,93 @@
+"""GGUF files as base models: read once through Transformers and the package `gguf`, and kept as a model folder.
+
+The weights are dequantized to bfloat16, in ``~/.cache/trenchcoat/gguf``, under a hash of the file. Everything else then
+works on that folder as on any other base: sharding, blocks, fingerprints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trenchcoat.config import UserError
+from trenchcoat.models.basefolder import reason
+from trenchcoat.runtime.files import atomic_directory
+
+SUFFIX = ".gguf"
+_EDGE = 1 << 20
+"""Bytes at each end of a file that its hash covers, beside its size."""
+_OF_THE_FILE = ("quantization_config", "_name_or_path", "dtype")
+"""Settings of a config that describe the file and not the model."""
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether ``path`` is a GGUF file by its name."""
+    return Path(path).suffix.lower() == SUFFIX and Path(path).is_file()
+
+
+def gguf_config(path: Path) -> Any:
+    """The Transformers config of a GGUF file; ``UserError`` when it cannot be read."""
+    _require_package(path)
+    try:
+        found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        settings = found.to_dict()
+    except Exception as error:  # of several libraries; the tokenizers' are plain Exceptions
+        raise UserError(f"{path} cannot be read as a GGUF model: {reason(error)}") from error
+    for name in _OF_THE_FILE:
+        settings.pop(name, None)
+    return type(found).from_dict(settings)
+
+
+def gguf_folder(path: Path) -> Path:
+    """The folder in Hugging Face format of a GGUF file, made at the first call.
+
+    Raises ``UserError`` for a file that cannot be read, an architecture that Transformers does not know, and a missing
+    package.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)
+    folder = Path.home() / ".cache" / "trenchcoat" / "gguf" / f"{name}-{_hash(path)}"
+    if not (folder / "config.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):  # other processes wait for the one that makes it
+            if not (folder / "config.json").is_file():
+                _convert(path, folder)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    config = gguf_config(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except Exception as error:  # of several libraries; the tokenizers' are plain Exceptions
+        raise UserError(f"{path} cannot be read as a GGUF model: {reason(error)}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(read.state_dict(), assign=True)  # a model read from GGUF refuses to be saved
+    model.tie_weights()
+    with atomic_directory(folder) as partial:
+        model.to(torch.bfloat16).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def _require_package(path: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{path}: reading GGUF files needs the package gguf: pip install gguf")
+
+
+def _hash(path: Path) -> str:
+    """Of the file's size and its two ends."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_EDGE))
+        file.seek(max(0, size - _EDGE))
+        digest.update(file.read(_EDGE))
+    return digest.hexdigest()[:12]
