@@ -86,7 +86,7 @@ class Sampling:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "Transformers' GenerationConfig lists them"
                 raise UserError(f"no generation option {name!r}; {hint}")
-        ends, pad = _end_tokens(model, tokenizer), tokenizer.pad_token_id
+        ends, pad = end_tokens(model, tokenizer), tokenizer.pad_token_id
         options: dict[str, Any] = {
             "eos_token_id": ends or None,
             "pad_token_id": pad if pad is not None else (ends or [0])[0],  # any token will do: padding is masked
@@ -184,7 +184,7 @@ def generate_text(
     """
     _require_positive("max_new_tokens", sampling.max_new_tokens)
     _require_positive("batch_size", batch_size)
-    config, ends = sampling.config(model, tokenizer), _end_tokens(model, tokenizer)
+    config, ends = sampling.config(model, tokenizer), end_tokens(model, tokenizer)
     encoded = [_encode(tokenizer, prompt, start) for prompt in prompts]
     was_training = model.training
     model.eval()
@@ -204,7 +204,7 @@ def generate_text(
     return written
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-text ids: those of the model's generation config, else the tokenizer's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = own if own is not None else tokenizer.eos_token_id
@@ -355,6 +355,20 @@ class Session:
                 if piece.shape[1]:
                     run_decoder(self.model, input_ids=piece, past_key_values=self.cache, use_cache=True)
         self.pending = row[-1:]
+
+    def logits(self, ids: Sequence[int], piece: int = PREFILL_TOKENS) -> Iterator[Tensor]:
+        """Read `ids`, all of them; after every `piece` of them, the logits [tokens, V] that follow each."""
+        given = torch.tensor([[*self.pending, *ids]], device=self.model.device)
+        self.pending = []
+        for part in given.split(piece, 1):
+            with torch.no_grad():
+                found = self.model(input_ids=part, past_key_values=self.cache, use_cache=True).logits
+            yield found[0]
+
+    def next_logits(self) -> Tensor:
+        """Read the pending tokens; the logits [V] of what follows, in float32."""
+        (*_, last) = self.logits(())
+        return last[-1].float()
 
     def write(
         self,
