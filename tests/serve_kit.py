@@ -118,6 +118,7 @@ class Answer:
 
     status: int
     headers: dict[str, str]
+    """By their names in lower case."""
     body: bytes
 
     @property
@@ -134,9 +135,13 @@ def ask(server: Running, path: str, body: Any = None, *, timeout: float = 60, **
     )
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return Answer(answer.status, dict(answer.headers), answer.read())
+            return Answer(answer.status, _lower(answer.headers), answer.read())
     except urllib.error.HTTPError as error:
-        return Answer(error.code, dict(error.headers), error.read())
+        return Answer(error.code, _lower(error.headers), error.read())
+
+
+def _lower(headers: Any) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def metric(server: Running, name: str) -> float:

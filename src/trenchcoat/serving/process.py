@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from trenchcoat.config import UserError
 from trenchcoat.serving.engine import Engine
 
-HEAD_SECONDS = 10.0
+HEAD_SECONDS = 5.0
 """Time for the head of a request to arrive, once a connection is open or has begun to send."""
 MAX_CONNECTIONS = 512
 
