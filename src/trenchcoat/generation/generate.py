@@ -344,14 +344,18 @@ class Session:
             twin.batch_repeat_interleave(rows)
         return twin
 
-    def read(self, ids: Sequence[int]) -> None:
-        """Read tokens in chunks; the last one stays pending, since its logits choose the next token."""
+    def read(self, ids: Sequence[int], before_chunk: Callable[[], None] = lambda: None) -> None:
+        """Read tokens in chunks; the last one stays pending, since its logits choose the next token.
+
+        `before_chunk` is called before each chunk; what it raises ends the reading.
+        """
         row = [*self.pending, *ids]
         if not row:
             raise UserError("there is nothing to read: the text has no tokens")
         given = torch.tensor([row], device=self.model.device)
         with torch.no_grad():
             for piece in given[:, :-1].split(_chunk_tokens(self.model, self.seen + len(row)), 1):
+                before_chunk()
                 if piece.shape[1]:
                     run_decoder(self.model, input_ids=piece, past_key_values=self.cache, use_cache=True)
         self.pending = row[-1:]

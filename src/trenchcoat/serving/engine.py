@@ -17,7 +17,8 @@ from typing import Any
 from jinja2 import TemplateError
 from torch import Tensor
 
-from trenchcoat.generation.generate import PREFILL_TOKENS, Session, end_tokens
+from trenchcoat.generation.generate import Session, end_tokens
+from trenchcoat.models.rotary import length_dependence
 from trenchcoat.serving.decoding import Chooser, Detokenizer, StopFilter, TokenInfo, probabilities
 from trenchcoat.serving.refusals import Refused
 from trenchcoat.serving.requests import Request, read_request
@@ -116,9 +117,8 @@ class Engine:
         prompts = [self._chat_tokens(request)] if chat else [self._tokens(prompt) for prompt in request.prompts]
         for prompt in prompts:
             self._check(prompt)
-        scored = sum(map(len, prompts)) if request.echo and request.logprobs is not None else 0
-        if scored > MAX_SCORED_TOKENS:
-            raise Refused(f"the prompts have {scored} tokens; probabilities are given of {MAX_SCORED_TOKENS} at most")
+        if request.echo and request.logprobs is not None:
+            self._check_scored(prompts)
         for token in request.logit_bias or ():
             if token >= self.vocabulary:
                 raise Refused(f"logit_bias names token {token}; the model has {self.vocabulary}", "logit_bias")
@@ -165,6 +165,14 @@ class Engine:
         if not 0 <= min(prompt) <= max(prompt) < self.vocabulary:
             raise Refused(f"the prompt has a token id outside 0 to {self.vocabulary - 1}", "prompt")
 
+    def _check_scored(self, prompts: list[list[int]]) -> None:
+        """Refuse probabilities of prompts that are too long for them: they are computed in short pieces."""
+        scored, rotary = sum(map(len, prompts)), length_dependence(self.model.config)
+        if scored > MAX_SCORED_TOKENS:
+            raise Refused(f"the prompts have {scored} tokens; probabilities are given of {MAX_SCORED_TOKENS} at most")
+        if rotary is not None and max(map(len, prompts)) > rotary.limit:
+            raise Refused(f"probabilities are given of prompts of at most {rotary.limit} tokens: {rotary}", "logprobs")
+
     # Tokens to pieces
 
     def _stop_if_needed(self, job: Job) -> None:
@@ -195,9 +203,7 @@ class Engine:
         """Read all but the last token; the prompt's tokens with their probabilities if the request wants them."""
         request = job.request
         if not (request.echo and request.logprobs is not None):
-            for first in range(0, len(prompt), PREFILL_TOKENS):
-                self._stop_if_needed(job)
-                session.read(prompt[first : first + PREFILL_TOKENS])
+            session.read(prompt, lambda: self._stop_if_needed(job))
             return []
         infos = list(self._scored(job, session, prompt, request.logprobs))
         session.pending = prompt[-1:]

@@ -18,7 +18,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import resources
@@ -296,30 +296,25 @@ class App:
         """Read the request, wait for the model, answer."""
         self._count_queue()
         gone = asyncio.Event()
-        watcher = asyncio.create_task(_watch(exchange.receive, gone))
-        try:
+        with _task(_watch(exchange.receive, gone)):
             read = self.engine.read(body, chat=exchange.path == CHAT)
-            request, prompts = await _result(read, exchange.ident)
+            with _task(_when(gone, read.cancel)):
+                request, prompts = await _result(read, exchange.ident)
             self._check_model(request.model)
             pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
             loop = asyncio.get_running_loop()
             job = Job(request, prompts, lambda piece: _post(loop, pieces, piece))
             exchange.job = job
-            if gone.is_set():
-                raise Disconnected
             running = self.engine.run(job)
             running.add_done_callback(lambda done: _post(loop, pieces, None))
-            leaving = asyncio.create_task(_when(gone, job, running))
-            try:
-                await self._respond(exchange, job, pieces, running)
-            finally:
-                job.gone.set()
-                leaving.cancel()
-                running.cancel()
-                await _end(running)
-                self.metrics.finished(job, time.monotonic())
-        finally:
-            watcher.cancel()
+            with _task(_when(gone, job.gone.set, running.cancel)):
+                try:
+                    await self._respond(exchange, job, pieces, running)
+                finally:
+                    job.gone.set()
+                    running.cancel()
+                    await _end(running)
+                    self.metrics.finished(job, time.monotonic())
 
     async def _respond(
         self, exchange: Exchange, job: Job, pieces: asyncio.Queue[Piece | None], running: Future[None]
@@ -372,6 +367,16 @@ async def _end(future: Future[Any]) -> None:
     await ended.wait()
 
 
+@contextlib.contextmanager
+def _task(work: Coroutine[Any, Any, None]) -> Iterator[None]:
+    """Do this work beside what is inside, and end it after that."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
 async def _watch(receive: Receive, gone: asyncio.Event) -> None:
     """Set `gone` at the disconnect: the only message after a body."""
     while (await receive())["type"] != "http.disconnect":
@@ -379,16 +384,18 @@ async def _watch(receive: Receive, gone: asyncio.Event) -> None:
     gone.set()
 
 
-async def _when(gone: asyncio.Event, job: Job, running: Future[None]) -> None:
-    """End the job once the client is gone, also while it waits."""
+async def _when(gone: asyncio.Event, *steps: Callable[[], Any]) -> None:
+    """Take these steps once the client is gone."""
     await gone.wait()
-    job.gone.set()
-    running.cancel()
+    for step in steps:
+        step()
 
 
 async def _result(future: Future[T], ident: str) -> T:
     """The result of work in another thread; an unforeseen error becomes a 500 that does not show it."""
     await _end(future)
+    if future.cancelled():
+        raise Disconnected
     error = future.exception()
     if error is None or isinstance(error, Refused):
         return future.result()
