@@ -20,7 +20,7 @@ from serve_kit import CONTEXT, LONG, PROMPT, Running, running
 from trenchcoat.cli import app as cli
 from trenchcoat.config import UserError
 from trenchcoat.models import hub
-from trenchcoat.serving.server import ServeSettings, serve
+from trenchcoat.serving.server import ServeSettings, _limits, serve
 
 pytest_plugins = ["serve_fixtures"]
 
@@ -241,3 +241,15 @@ def test_invalid_settings_are_refused(adapter: Path, tiny_model_dir: Path, tmp_p
             serve(adapter, settings, lambda line: None)
     with pytest.raises(UserError, match="ordinary 'llama' model"):
         serve(tiny_model_dir, ServeSettings(), lambda line: None)
+
+
+def test_the_key_and_the_hosts_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRENCHCOAT_API_KEY", raising=False)
+    assert _limits(ServeSettings()).api_key is None
+    monkeypatch.setenv("TRENCHCOAT_API_KEY", "from-the-environment")
+    assert _limits(ServeSettings()).api_key == "from-the-environment"
+    assert _limits(ServeSettings(api_key="given")).api_key == "given"
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert _limits(ServeSettings(host=host)).hosts == ()
+    assert _limits(ServeSettings(host="0.0.0.0")).hosts is None
+    assert _limits(ServeSettings(host="0.0.0.0", allow_host=("Coat.Example",))).hosts == ("coat.example",)

@@ -21,6 +21,7 @@ from trenchcoat.models.attach import student_config
 
 if TYPE_CHECKING:
     from trenchcoat.serving.process import Server
+    from trenchcoat.serving.web import Limits
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 KEY_VARIABLE = "TRENCHCOAT_API_KEY"
@@ -111,19 +112,26 @@ def _build(model: Any, tokenizer: Any, name: str, context: int | None, cfg: Serv
     """The server, not yet listening."""
     from trenchcoat.serving.engine import Engine
     from trenchcoat.serving.process import Server, server_config
-    from trenchcoat.serving.web import App, Limits
+    from trenchcoat.serving.web import App
+
+    engine = Engine(model, tokenizer, context, threading.Event())
+    app = App(engine, name, _limits(cfg))
+    config = server_config(app, cfg.host, cfg.port, log_level=cfg.log_level, grace=cfg.grace)
+    return Server(config, engine, cfg.grace)
+
+
+def _limits(cfg: ServeSettings) -> Limits:
+    """What is accepted: on loopback, requests under this machine's own names only."""
+    from trenchcoat.serving.web import Limits
 
     local = cfg.host == "localhost" or cfg.host.startswith("127.") or cfg.host == "::1"
-    limits = Limits(
+    return Limits(
         body=int(cfg.max_body * 2**20),
         body_seconds=cfg.body_seconds,
         queue=cfg.queue,
         api_key=_api_key(cfg),
         hosts=tuple(host.lower() for host in cfg.allow_host) if local or cfg.allow_host else None,
     )
-    engine = Engine(model, tokenizer, context, threading.Event())
-    config = server_config(App(engine, name, limits), cfg.host, cfg.port, log_level=cfg.log_level, grace=cfg.grace)
-    return Server(config, engine, cfg.grace)
 
 
 def _template(file: str | None) -> str | None:

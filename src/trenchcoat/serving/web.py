@@ -338,16 +338,17 @@ class App:
         await exchange.start(200, "text/event-stream; charset=utf-8", {"cache-control": "no-cache"})
         for chunk in answer.first_chunks(len(job.prompts) * job.request.n):
             await exchange.write(chunk)
-        while True:
+        ready: list[Piece | None] = []
+        while None not in ready:
             try:
                 async with asyncio.timeout(COMMENT_SECONDS):
-                    piece = await pieces.get()
+                    ready = [await pieces.get()]
             except TimeoutError:
                 await exchange.write(b": waiting\n\n")
                 continue
-            if piece is None:
-                break
-            await exchange.write(b"".join(answer.chunks(piece)))
+            while not pieces.empty():
+                ready.append(pieces.get_nowait())
+            await exchange.write(b"".join(chunk for piece in ready if piece for chunk in answer.chunks(piece)))
         error = _failure(job, running, exchange.ident)
         if isinstance(error, Disconnected):
             raise error
