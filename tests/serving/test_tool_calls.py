@@ -6,6 +6,8 @@ If a release of Transformers changes one of them, this test fails and names it.
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,3 +65,11 @@ def test_reasoning_that_the_prompt_begins_is_reasoning() -> None:
 
 def test_an_answer_that_ends_within_a_call_is_no_error() -> None:
     assert parsed("qwen3", "a ", '<tool_call>{"name": ') == {"content": "a"}
+
+
+def test_the_server_needs_nothing_but_uvicorn() -> None:
+    """Transformers' own server has more dependencies, which the extra `serve` leaves out."""
+    absent = "import sys; sys.modules.update(dict.fromkeys(('fastapi', 'starlette', 'openai')))"
+    imports = "import trenchcoat.serving.web, trenchcoat.serving.process"
+    done = subprocess.run([sys.executable, "-c", f"{absent}; {imports}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
