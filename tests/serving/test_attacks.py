@@ -28,7 +28,6 @@ pytest_plugins = ["serve_fixtures"]
 
 KEY, SECRET = "key-4f1d", "my secret prompt"
 QUEUE = 3
-PROMPT_TOKENS = 1024
 
 
 @pytest.fixture(scope="module")
