@@ -25,6 +25,7 @@ from trenchcoat.models.hub import adapter_state
 from trenchcoat.models.loading import load_model
 from trenchcoat.models.lora import add_lora
 from trenchcoat.runtime.files import CorruptFileError
+from trenchcoat.runtime.sealed import write_sealed
 
 SMALL = StudentConfig(window=4, keep_softmax=(1,), feature_map=FeatureMapConfig(feature_dim=6))
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
@@ -129,7 +130,7 @@ def test_a_base_that_moved_is_given_explicitly(tiny_model_dir: Path, tmp_path: P
 
 def edit(folder: Path, **changes: Any) -> None:
     path = folder / "trenchcoat.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    write_sealed(path, {**json.loads(path.read_text()), **changes})
 
 
 @pytest.mark.parametrize(

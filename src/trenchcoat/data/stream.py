@@ -43,7 +43,8 @@ from trenchcoat.data.tokens import (
     unwanted_lengths,
 )
 from trenchcoat.models.embedded import Split
-from trenchcoat.runtime.files import CorruptFileError, SaveError, read_json, write_json
+from trenchcoat.runtime.files import CorruptFileError, SaveError
+from trenchcoat.runtime.sealed import read_sealed, write_sealed
 
 ENDLESS = sys.maxsize
 """Length of a stream, in micro-batches and in rows."""
@@ -87,7 +88,7 @@ class _Notes:
 
     def _read(self) -> list[_Place]:
         try:
-            kept = read_json(self.path)
+            kept = read_sealed(self.path, "the stream is read again")
             if kept["key"] != self.key:
                 return []
             found = [_Place(**place) for place in kept["places"]]
@@ -106,7 +107,7 @@ class _Notes:
         others = [old for old in self.places if old.rows != place.rows]
         self.places = [*others[-NOTES_KEPT + 1 :], place]
         try:
-            write_json(self.path, {"key": self.key, "places": [asdict(place) for place in self.places]})
+            write_sealed(self.path, {"key": self.key, "places": [asdict(place) for place in self.places]})
         except SaveError as error:
             warnings.warn(f"the position in the stream is not saved, set data.cache_dir: {error}", stacklevel=2)
 

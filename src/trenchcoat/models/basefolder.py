@@ -22,8 +22,8 @@ from trenchcoat.runtime.weightfiles import SINGLE, weight_names
 LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
 """What Transformers raises for folders that it cannot load."""
 
-_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
-"""Files fetched from a hub model, beside its weights."""
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+"""The files of a model beside its weights: config, tokenizer, chat template."""
 
 _OWN_CODE = (
     "it needs Python code of its own (`auto_map`), and trenchcoat never runs a model's own code: give a model of a "
@@ -93,8 +93,8 @@ def base_folder(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch([*_FILES, SINGLE])
+        folder = fetch([*SMALL_FILES, SINGLE])
         names = weight_names(folder) or ()
-        return folder if all((folder / name).is_file() for name in names) else fetch([*_FILES, *names])
+        return folder if all((folder / name).is_file() for name in names) else fetch([*SMALL_FILES, *names])
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(f"cannot fetch model.path={source!r} (revision {revision}): {reason(error, source)}") from error

@@ -33,12 +33,12 @@ from trenchcoat.runtime.files import (
     read_json,
     save_tensors,
     sha256,
-    write_json,
 )
+from trenchcoat.runtime.sealed import opened, write_sealed
 
 ADAPTER_FILE = "adapter.safetensors"
 
-ADAPTER_VERSION = 1
+ADAPTER_VERSION = 2
 """Version of the adapter folder's layout."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -183,10 +183,8 @@ def load(
 def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, attention: str | None) -> tuple[Any, Any]:
     tensors, meta = read_adapter(folder)
     source, version = meta.get("base"), meta.get("version")
-    if not isinstance(version, int) or version > ADAPTER_VERSION:
-        raise UserError(
-            f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads up to {ADAPTER_VERSION}"
-        )
+    if version != ADAPTER_VERSION:
+        raise UserError(f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads {ADAPTER_VERSION}")
     if not isinstance(source, Mapping) or not isinstance(meta.get("student"), Mapping):
         raise UserError(f"{folder / ADAPTER_META} lacks `base` or `student`; export the adapter again")
     cfg = ModelConfig(
@@ -330,10 +328,20 @@ def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta`` plus the checksum of the tensors)."""
+    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta``, the checksum of the tensors and its own)."""
     directory = Path(directory)
-    save_tensors(directory / ADAPTER_FILE, tensors, {"format": "pt"})
-    write_json(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+    save_tensors(directory / ADAPTER_FILE, tensors)
+    write_sealed(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """The content of an adapter's ``trenchcoat.json``; raises ``CorruptFileError`` for a damaged one."""
+    path = directory / ADAPTER_META
+    content = read_json(path)
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > ADAPTER_VERSION:
+        raise UserError(f"{path} has version {version!r}; this trenchcoat reads up to {ADAPTER_VERSION}")
+    return opened(content, path, "restore it, or export the adapter again (another base is given with base=...)")
 
 
 def find_adapter(folder: Path) -> Path | None:
@@ -351,11 +359,8 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in (ADAPTER_META, ADAPTER_FILE):
         if not (directory / name).is_file():
             raise UserError(f"{directory} is not an adapter folder: {name} is missing")
-    meta = read_json(directory / ADAPTER_META)
-    if not isinstance(meta, dict):
-        raise CorruptFileError(f"{directory / ADAPTER_META} should hold a JSON object")
-    expected = meta.get("sha256")
-    if expected is not None and sha256(directory / ADAPTER_FILE) != expected:
+    meta = read_meta(directory)
+    if sha256(directory / ADAPTER_FILE) != meta.get("sha256"):
         raise CorruptFileError(
             f"{directory / ADAPTER_FILE} does not match the checksum in {ADAPTER_META}: it is damaged or from another "
             "export; export the adapter again"

@@ -6,6 +6,8 @@ tensor from the safetensors files: no process holds the whole model, and no host
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -17,14 +19,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
-from trenchcoat.models.basefolder import LOAD_ERRORS, base_config, base_folder, reason
+from trenchcoat.models.basefolder import LOAD_ERRORS, SMALL_FILES, base_config, base_folder, reason
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.gguf import gguf_folder, is_gguf
 from trenchcoat.models.identity import remember_fingerprint
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.runtime import distributed
+from trenchcoat.runtime.files import sha256
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
+from trenchcoat.runtime.weightfiles import weight_names
 
 ADAPTER_META = "trenchcoat.json"
 """The file that marks a folder as an adapter, not a model."""
@@ -158,6 +162,25 @@ def require_hub_id(path: str, name: str) -> None:
         raise UserError(f"{name} is a file; give the folder that holds config.json")
     if path.startswith((".", "/")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path):
         raise UserError(f"{name}: no such folder. Give a local folder, a hub id, or `embedded`")
+
+
+def base_content(cfg: ModelConfig) -> str:
+    """SHA-256 of the files that a base model is read from: its config, tokenizer and weights. ``UserError`` when it
+    cannot be found."""
+    folder = base_folder(model_source(cfg), cfg.revision)
+    small = [path for pattern in SMALL_FILES for path in folder.glob(pattern)]
+    weights = [folder / name for name in weight_names(folder) or ()] or [*folder.glob("pytorch_model*.bin")]
+    found = hashlib.sha256()
+    for path in sorted({*small, *weights}):
+        stat = path.stat()
+        found.update(f"{path.name} {_content(path, stat.st_size, stat.st_mtime_ns)}".encode())
+    return found.hexdigest()
+
+
+@functools.cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """Checksum of a file, computed once in a process unless its size or time of change differ."""
+    return sha256(path)
 
 
 def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +31,9 @@ from trenchcoat.config import UserError
 
 PARTIAL_PREFIX = ".partial-"
 """Name prefix of files and folders that are still being written."""
+
+CONTENT = "content_sha256"
+"""Name of the checksum in the metadata of a file of tensors."""
 
 _LOCK_FILE, _HOLDER_FILE = ".lock", ".lock-holder"
 _PROBE_SECONDS = 0.05
@@ -174,20 +178,44 @@ def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, atomically. Any dtype and device; tensors that share storage are copied."""
+    """Write named tensors as safetensors with a checksum, atomically. Any dtype and device; tensors that share storage
+    are copied."""
+    plain, record = separate_storage(tensors), dict(metadata or {})
     with atomic_file(Path(path)) as partial:
-        save_file(separate_storage(tensors), partial, metadata=dict(metadata or {}))
+        save_file(plain, partial, metadata={**record, CONTENT: content_digest(plain, record)})
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read a safetensors file; raises ``CorruptFileError`` naming a damaged one, ``FileNotFoundError`` when absent."""
+    return read_tensors(path, device)[0]
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, checked against its checksum if it has one.
+
+    The checksum is ``metadata[CONTENT]``. Raises as :func:`load_tensors`.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} is not a readable safetensors file ({error})") from error
+    if CONTENT in metadata and metadata[CONTENT] != content_digest(tensors, metadata):
+        raise CorruptFileError(f"{path} is damaged: its content does not match its checksum")
+    return tensors, metadata
+
+
+def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of named tensors (bits, shapes, dtypes) and of what else a file records about them."""
+    record = {name: value for name, value in metadata.items() if name != CONTENT}
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def sha256(path: Path) -> str:
