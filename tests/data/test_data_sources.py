@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
@@ -27,6 +31,18 @@ def jsonl(rows: list[Any]) -> bytes:
 def parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def table(rows: list[dict[str, str]], comma: str) -> bytes:
+    lines = [["number", "text"], *([str(i), f'"{row["text"]}"'] for i, row in enumerate(rows))]
+    return "".join(comma.join(line) + "\n" for line in lines).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
     return bytes(sink.getvalue())
 
 
@@ -58,6 +74,14 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Loader:
         ("list.json", json.dumps(TEXT_ROWS, indent=1).encode()),
         ("marked.json", b"\xef\xbb\xbf" + json.dumps(TEXT_ROWS).encode()),
         ("lines.json", jsonl(TEXT_ROWS)),
+        ("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS))),
+        ("members.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS[:3])) + gzip.compress(jsonl(TEXT_ROWS[3:]))),
+        ("list.json.bz2", bz2.compress(json.dumps(TEXT_ROWS).encode())),
+        ("rows.jsonl.xz", lzma.compress(jsonl(TEXT_ROWS))),
+        ("rows.jsonl.zst", zstd(jsonl(TEXT_ROWS))),
+        ("rows.csv", table(TEXT_ROWS, ",")),
+        ("marked.csv", b"\xef\xbb\xbf" + table(TEXT_ROWS, ",").replace(b"\n", b"\r\n")),
+        ("rows.tsv.gz", gzip.compress(table(TEXT_ROWS, "\t"))),
         ("rows.parquet", parquet(TEXT_ROWS)),
     ],
 )
@@ -119,7 +143,17 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
     [
         ("absent.jsonl", None, r"there is no data file .*absent.jsonl; check data.path"),
         ("absent.txt", None, r"there is no data file .*absent.txt; check data.path"),
-        ("table.csv", b"a,b\n", r"table.csv: files of kind '.csv' are not read; use .json, .jsonl, .parquet, .txt"),
+        (
+            "table.ods",
+            b"a,b\n",
+            r"table.ods: files of kind '.ods' are not read; use .json, .jsonl, .parquet, .csv, .tsv",
+        ),
+        ("rows.jsonl.gz", b"no gzip", r"rows.jsonl.gz is not a readable .gz file .*get it again"),
+        ("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS))[:-9], r"rows.jsonl.gz is not a readable .gz file"),
+        ("rows.jsonl.zst", b"no zstd", r"rows.jsonl.zst is not a readable .zst file"),
+        ("rows.parquet.gz", b"x", r"rows.parquet.gz: files of kind '.gz' are not read"),
+        ("more.csv", b"text\na,b\n", r"more.csv, line 2: the line has more cells than the 1 columns"),
+        ("latin.csv", b"text\ncaf\xe9\n", r"latin.csv: not UTF-8"),
         ("bare.jsonl", b"", r"the data file .*bare.jsonl is empty"),
         ("bare.txt", b"", r"the data file .*bare.txt is empty"),
         ("blank.txt", b" \n\n", r"the data file .*blank.txt holds nothing but white space"),
@@ -151,6 +185,34 @@ def test_bad_files(load: Loader, name: str, content: bytes | None, message: str)
     with pytest.raises(UserError, match=message) as raised:
         load(name, content)
     assert "\n" not in str(raised.value)
+
+
+def test_a_pattern_names_files_in_the_order_of_their_names(load: Loader, tokenizer: PreTrainedTokenizerFast) -> None:
+    (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS[4:]))
+    (load.folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXT_ROWS[:4])))
+    (load.folder / "c.txt").write_text("left out")
+    found = load("[ab].jsonl*")
+    (load.folder / "whole.jsonl").write_bytes(jsonl(TEXT_ROWS))
+    whole = load("whole.jsonl")
+    assert torch.equal(
+        found.rows_batch("train", range(3))["input_ids"], whole.rows_batch("train", range(3))["input_ids"]
+    )
+    assert found.rows("train") == whole.rows("train")
+    (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS[4:7]) + b"broken\n")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 4: not valid JSON"):
+        load("[ab].jsonl*")
+    with pytest.raises(UserError, match=r"no file matches .*absent/\*\.jsonl; check data.path"):
+        load("absent/*.jsonl")
+
+
+def test_compressed_files_are_not_streamed(load: Loader) -> None:
+    with pytest.raises(
+        UserError, match=r"files of kind '\.gz' are not streamed; use .jsonl or .parquet, not compressed"
+    ):
+        load("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS)), streaming=True)
+    (load.folder / "a.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
+    (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
+    assert load("?.jsonl", streaming=True).train_batch(3)["input_ids"].shape == (1, 8)
 
 
 def test_a_column_of_another_name(load: Loader) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from trenchcoat.config import UserError
+from trenchcoat.data.files import FILE_KINDS, csv_rows, data_files, data_kind, is_compressed, is_pattern, open_data
 from trenchcoat.models.embedded import Split, stdlib_documents
 
-FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
 SAMPLE_SEED = 42
 """Seed of the rows that ``path[N]`` takes: the same in every run, whatever ``run.seed`` is, so that runs are comparable
 and share the token cache."""
@@ -101,28 +101,49 @@ def embedded_source(split: Split) -> Source:
 
 
 def is_file_path(path: str) -> bool:
-    """Whether ``path`` is meant as one local file: it exists, or has a supported suffix."""
-    return Path(path).is_file() or Path(path).suffix.lower() in FILE_KINDS
+    """Whether ``path`` is meant as local files: it exists, is a pattern, or has a supported suffix."""
+    return Path(path).is_file() or is_pattern(path) or data_kind(path) in FILE_KINDS
 
 
 def is_text_path(path: str) -> bool:
     """Whether ``path`` is one plain-text document."""
-    return Path(path).suffix.lower() == ".txt"
+    return data_kind(path) == ".txt" and not is_pattern(path)
 
 
 def file_source(path: str) -> Source:
-    """The rows of one local file; a ``.txt`` file is one row.
+    """The rows of a local file, or of all files that match a pattern, in the order of names; a ``.txt`` file is one
+    row.
 
     Raises ``UserError`` for a file that is missing, empty, of an unknown kind, or broken as a whole.
     """
-    file = Path(path)
-    kind = file.suffix.lower()
-    if kind not in FILE_KINDS:
-        raise UserError(f"{path}: files of kind {kind or '(no suffix)'!r} are not read; use {', '.join(FILE_KINDS)}")
+    files = data_files(path)
+    if files == [Path(path)]:
+        return _one_file(files[0])
+    parts = [_one_file(file) for file in files]
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        """The rows of all files."""
+        for part in parts:
+            for where, row in part.rows():
+                yield f"{part.name}, {where}", row
+
+    mark = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Source(path, mark, rows)
+
+
+def _one_file(file: Path) -> Source:
+    kind, path = data_kind(file), str(file)
+    if kind not in FILE_KINDS or (kind == ".parquet" and is_compressed(file)):
+        raise UserError(
+            f"{path}: files of kind {file.suffix.lower() or '(no suffix)'!r} are not read; use {', '.join(FILE_KINDS)}"
+            " (text also as .gz, .bz2, .xz or .zst)"
+        )
     if kind == ".txt":
         text = _text_of(path)
         return Source(path, _sha256(file), lambda: iter([("the document", {"text": text})]))
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": csv_rows, ".tsv": csv_rows,
+    }  # fmt: skip
     check_file(file)
     count = {".jsonl": lambda: _count_lines(file), ".parquet": lambda: _count_parquet(file)}.get(kind)
     return Source(path, _sha256(file), lambda: readers[kind](file), count)
@@ -217,7 +238,9 @@ def _text_of(path: str) -> str:
     file = Path(path)
     check_file(file)
     try:
-        text = _decode(file.read_bytes())
+        with open_data(file) as stream:
+            content = stream.read()
+        text = _decode(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not text.strip():
@@ -227,7 +250,7 @@ def _text_of(path: str) -> str:
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """A JSON list of objects, or (as many ``.json`` files are) one object a line."""
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         first_line = stream.readline()
     if isinstance(json_line(first_line, 0), dict):
         yield from _jsonl_rows(file)
@@ -248,7 +271,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
     offset = 0
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield f"line {number}", json_line(line, offset)
@@ -256,7 +279,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _count_lines(file: Path) -> int:
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         return sum(1 for line in stream if line.strip())
 
 
