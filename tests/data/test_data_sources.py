@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data import sources
+from trenchcoat.data import sources, tokens
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.load import load_batches
 
@@ -213,6 +213,21 @@ def test_compressed_files_are_not_streamed(load: Loader) -> None:
     (load.folder / "a.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
     (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
     assert load("?.jsonl", streaming=True).train_batch(3)["input_ids"].shape == (1, 8)
+
+
+def test_long_tokenizing_says_how_far_it_is(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(second) for second in range(1000))  # a second passes with every row
+    monkeypatch.setattr(tokens.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    for _ in range(2):  # the second time from the cache, in silence
+        path = load.folder / "rows.jsonl"
+        path.write_bytes(jsonl(TEXT_ROWS * 5))
+        cfg = DataConfig(path=str(path), validation_rows=1, seq_len=8, cache_dir=str(load.folder / "cache"))
+        load_batches(cfg, load.tokenizer, batch_size=1, seed=0, say=said.append)
+    rows = [int(one.split(": ")[1].split()[0]) for one in said]
+    assert rows[0] == 1
+    assert len(rows) == 3
+    assert all(one.startswith(f"tokenizing {path}: ") for one in said)
 
 
 def test_a_column_of_another_name(load: Loader) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from trenchcoat.data.samples import BadSample, Segment, encode
 from trenchcoat.data.sources import Row, Source
 from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
 from trenchcoat.runtime.files import SaveError
+
+Say = Callable[[str], None]
+"""Shows a sentence to the user."""
+FIRST_REPORT, REPORT_EVERY = 1.0, 15.0
+"""Seconds of tokenizing before it is told how far it is, and between later reports."""
 
 _VERSION = 3
 """Part of the cache key: increase it when the same source and settings start to give other tokens."""
@@ -56,13 +62,18 @@ def cache_folder(cfg: DataConfig) -> Path:
     return Path(cfg.cache_dir) if cfg.cache_dir else Path.home() / ".cache" / "trenchcoat"
 
 
-def token_table(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> tuple[str, TokenTable]:
-    """(cache key, tokens of the first ``limit`` rows), from the cache when it holds them undamaged."""
+def token_table(
+    source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None, say: Say | None = None
+) -> tuple[str, TokenTable]:
+    """(cache key, tokens of the first ``limit`` rows), from the cache when it holds them undamaged.
+
+    ``say`` is told how far tokenizing is, where it takes long.
+    """
     key = content_hash(_VERSION, source.fingerprint, tokenizer_hash(tokenizer), *sample_settings(cfg), limit)
     path = cache_folder(cfg) / "tokens" / f"{key}.safetensors"
     table = load_table(path)
     if table is None:
-        table = _tokenize(source, cfg, tokenizer, limit)
+        table = _tokenize(source, cfg, tokenizer, limit, say)
         try:
             save_table(path, table)
         except SaveError as error:  # tokens can be recomputed; warn that they will be
@@ -86,8 +97,23 @@ def read_samples(
             yield BadSample(error.reason, problem)
 
 
-def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None) -> TokenTable:
-    builder = TableBuilder()
+class _Reporter:
+    """Tells how many rows are read: after ``FIRST_REPORT`` seconds, and then every ``REPORT_EVERY``."""
+
+    def __init__(self, name: str, say: Say | None) -> None:
+        self.name, self.say, self.rows = name, say, 0
+        self.due = time.monotonic() + FIRST_REPORT
+
+    def row(self) -> None:
+        """Count a row."""
+        self.rows += 1
+        if self.say is not None and time.monotonic() >= self.due:
+            self.say(f"tokenizing {self.name}: {self.rows} rows so far (they are kept in data.cache_dir)")
+            self.due = time.monotonic() + REPORT_EVERY
+
+
+def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None, say: Say | None) -> TokenTable:
+    builder, reporter = TableBuilder(), _Reporter(source.name, say)
     chunk: list[list[Segment]] = []
     characters = 0
     first_problem = ""
@@ -96,6 +122,7 @@ def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None
             first_problem = first_problem or f"; the first problem: {sample}"
             builder.skipped[sample.reason] += 1
             sample = []
+        reporter.row()
         chunk.append(sample)
         characters += sum(len(text) for text, _ in sample)
         if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
