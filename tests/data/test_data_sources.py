@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
+import copy
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data import sources
+from trenchcoat.data import sources, tokens
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.load import load_batches
+from trenchcoat.models.text import remember_embeddings
 
 TEXT_ROWS = [{"text": f"row {i} of a small file"} for i in range(8)]
 ALPACA_ROWS = [{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(8)]
@@ -27,6 +34,18 @@ def jsonl(rows: list[Any]) -> bytes:
 def parquet(rows: list[dict[str, Any]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
+def table(rows: list[dict[str, str]], comma: str) -> bytes:
+    lines = [["number", "text"], *([str(i), f'"{row["text"]}"'] for i, row in enumerate(rows))]
+    return "".join(comma.join(line) + "\n" for line in lines).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
     return bytes(sink.getvalue())
 
 
@@ -58,6 +77,14 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Loader:
         ("list.json", json.dumps(TEXT_ROWS, indent=1).encode()),
         ("marked.json", b"\xef\xbb\xbf" + json.dumps(TEXT_ROWS).encode()),
         ("lines.json", jsonl(TEXT_ROWS)),
+        ("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS))),
+        ("members.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS[:3])) + gzip.compress(jsonl(TEXT_ROWS[3:]))),
+        ("list.json.bz2", bz2.compress(json.dumps(TEXT_ROWS).encode())),
+        ("rows.jsonl.xz", lzma.compress(jsonl(TEXT_ROWS))),
+        ("rows.jsonl.zst", zstd(jsonl(TEXT_ROWS))),
+        ("rows.csv", table(TEXT_ROWS, ",")),
+        ("marked.csv", b"\xef\xbb\xbf" + table(TEXT_ROWS, ",").replace(b"\n", b"\r\n")),
+        ("rows.tsv.gz", gzip.compress(table(TEXT_ROWS, "\t"))),
         ("rows.parquet", parquet(TEXT_ROWS)),
     ],
 )
@@ -119,7 +146,17 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
     [
         ("absent.jsonl", None, r"there is no data file .*absent.jsonl; check data.path"),
         ("absent.txt", None, r"there is no data file .*absent.txt; check data.path"),
-        ("table.csv", b"a,b\n", r"table.csv: files of kind '.csv' are not read; use .json, .jsonl, .parquet, .txt"),
+        (
+            "table.ods",
+            b"a,b\n",
+            r"table.ods: files of kind '.ods' are not read; use .json, .jsonl, .parquet, .csv, .tsv",
+        ),
+        ("rows.jsonl.gz", b"no gzip", r"rows.jsonl.gz is not a readable .gz file .*get it again"),
+        ("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS))[:-9], r"rows.jsonl.gz is not a readable .gz file"),
+        ("rows.jsonl.zst", b"no zstd", r"rows.jsonl.zst is not a readable .zst file"),
+        ("rows.parquet.gz", b"x", r"rows.parquet.gz: files of kind '.gz' are not read"),
+        ("more.csv", b"text\na,b\n", r"more.csv, line 2: the line has more cells than the 1 columns"),
+        ("latin.csv", b"text\ncaf\xe9\n", r"latin.csv: not UTF-8"),
         ("bare.jsonl", b"", r"the data file .*bare.jsonl is empty"),
         ("bare.txt", b"", r"the data file .*bare.txt is empty"),
         ("blank.txt", b" \n\n", r"the data file .*blank.txt holds nothing but white space"),
@@ -151,6 +188,49 @@ def test_bad_files(load: Loader, name: str, content: bytes | None, message: str)
     with pytest.raises(UserError, match=message) as raised:
         load(name, content)
     assert "\n" not in str(raised.value)
+
+
+def test_a_pattern_names_files_in_the_order_of_their_names(load: Loader, tokenizer: PreTrainedTokenizerFast) -> None:
+    (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS[4:]))
+    (load.folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXT_ROWS[:4])))
+    (load.folder / "c.txt").write_text("left out")
+    found = load("[ab].jsonl*")
+    (load.folder / "whole.jsonl").write_bytes(jsonl(TEXT_ROWS))
+    whole = load("whole.jsonl")
+    assert torch.equal(
+        found.rows_batch("train", range(3))["input_ids"], whole.rows_batch("train", range(3))["input_ids"]
+    )
+    assert found.rows("train") == whole.rows("train")
+    (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS[4:7]) + b"broken\n")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 4: not valid JSON"):
+        load("[ab].jsonl*")
+    with pytest.raises(UserError, match=r"no file matches .*absent/\*\.jsonl; check data.path"):
+        load("absent/*.jsonl")
+
+
+def test_compressed_files_are_not_streamed(load: Loader) -> None:
+    with pytest.raises(
+        UserError, match=r"files of kind '\.gz' are not streamed; use .jsonl or .parquet, not compressed"
+    ):
+        load("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS)), streaming=True)
+    (load.folder / "a.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
+    (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
+    assert load("?.jsonl", streaming=True).train_batch(3)["input_ids"].shape == (1, 8)
+
+
+def test_long_tokenizing_says_how_far_it_is(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(second) for second in range(1000))  # a second passes with every row
+    monkeypatch.setattr(tokens.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    for _ in range(2):  # the second time from the cache, in silence
+        path = load.folder / "rows.jsonl"
+        path.write_bytes(jsonl(TEXT_ROWS * 5))
+        cfg = DataConfig(path=str(path), validation_rows=1, seq_len=8, cache_dir=str(load.folder / "cache"))
+        load_batches(cfg, load.tokenizer, batch_size=1, seed=0, say=said.append)
+    rows = [int(one.split(": ")[1].split()[0]) for one in said]
+    assert rows[0] == 1
+    assert len(rows) == 3
+    assert all(one.startswith(f"tokenizing {path}: ") for one in said)
 
 
 def test_a_column_of_another_name(load: Loader) -> None:
@@ -187,3 +267,88 @@ def test_nothing_but_bad_rows_is_an_error_that_shows_the_first(load: Loader) -> 
         UserError, match=r"has no usable row; the first problem: .*line 1: found the columns a; expected"
     ):
         load("rows.jsonl", b'{"a": 1}\n' * 5, on_bad_row="skip")
+
+
+BAD = "bad \ud83d emoji "
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+HALVES = {
+    "text": {"text": BAD * 9},
+    "alpaca": {"instruction": BAD, "output": BAD * 9},
+    "chat": {"messages": [{"role": "user", "content": BAD}, {"role": "assistant", "content": BAD * 9}]},
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(
+    load: Loader, tokenizer: PreTrainedTokenizerFast, kind: str, streaming: bool
+) -> None:
+    halves = jsonl([HALVES[kind]] * 8)
+    assert b"\\ud83d" in halves
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT
+    load.tokenizer = own
+    found = [
+        load(f"{name}.jsonl", content, streaming=streaming, seq_len=32).train_batch(0)
+        for name, content in (("halves", halves), ("whole", halves.replace(b"\\ud83d", b"\\ufffd")))
+    ]
+    assert torch.equal(found[0]["input_ids"], found[1]["input_ids"])
+    assert torch.equal(found[0]["labels"], found[1]["labels"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_the_tokenizer_refuses_or_the_model_has_no_token_for_is_named_or_skipped(
+    load: Loader, tokenizer: PreTrainedTokenizerFast, streaming: bool
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<|tool|>"])
+    remember_embeddings(own, 259)
+    load.tokenizer = own
+    rows = jsonl([*TEXT_ROWS * 3, {"text": "some <|tool|> text"}])
+    where = "rows.jsonl, byte" if streaming else f"rows.jsonl, line {len(TEXT_ROWS) * 3 + 1}"
+    with pytest.raises(UserError, match=rf"{where}.*: token '<\|tool\|>' has id 259, .*on_bad_row=skip"):
+        read_all(load("rows.jsonl", rows, streaming=streaming))
+    skipped = load("rows.jsonl", rows, streaming=streaming, on_bad_row="skip")
+    read_all(skipped)
+    assert skipped.counts["skipped/token without embedding"] >= 1
+    own.add_special_tokens({"pad_token": "[PAD]"})
+    padded = load("pad.jsonl", jsonl(TEXT_ROWS), packing="contiguous", seq_len=64, streaming=streaming).train_batch(0)
+    assert padded["attention_mask"].min() == 0
+    assert padded["input_ids"].max() < 259
+    remember_embeddings(own, 260)  # as it is after a resize: another cache
+    assert "skipped/token without embedding" not in load("rows.jsonl", rows, on_bad_row="skip").counts
+    words = Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    load.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    rows = jsonl([{"text": "a b " * 20}] * 7 + [{"text": "a c"}])
+    with pytest.raises(UserError, match=r"words.jsonl, .*the tokenizer refuses the text: .*on_bad_row=skip"):
+        read_all(load("words.jsonl", rows, streaming=streaming))
+    skipped = load("words.jsonl", rows, streaming=streaming, on_bad_row="skip")
+    read_all(skipped)
+    assert skipped.counts["skipped/refused by the tokenizer"] >= 1
+
+
+def read_all(batches: Any) -> None:
+    """Enough batches to have read every row."""
+    for index in range(60):
+        batches.train_batch(index)
+
+
+def test_values_that_cannot_be_read_are_bad_rows(load: Loader, tmp_path: Path) -> None:
+    deep, long = b'{"text": ' + b"[" * 100_000 + b"}\n", b'{"text": ' + b"1" * 5000 + b"}\n"
+    for line in (deep, long):
+        with pytest.raises(UserError, match=r"line 9: JSON that cannot be read"):
+            load("rows.jsonl", jsonl(TEXT_ROWS) + line)
+        assert load("rows.jsonl", jsonl(TEXT_ROWS) + line, on_bad_row="skip").counts["skipped/unreadable"] == 1
+        with pytest.raises(UserError, match=r"rows.json.*JSON that cannot be read|not valid JSON"):
+            load("rows.json", b"[\n" + line + b"]")
+    texts = [row["text"] for row in TEXT_ROWS]
+    column = pyarrow.array([*(text.encode() for text in texts), b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "broken.parquet")
+    content = (tmp_path / "broken.parquet").read_bytes()
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=r"rows.parquet, row 9.*: a value that cannot be read"):
+            read_all(load("rows.parquet", content, streaming=streaming))
+        batches = load("rows.parquet", content, streaming=streaming, on_bad_row="skip")
+        read_all(batches)
+        assert batches.counts["skipped/unreadable"] >= 1

@@ -14,11 +14,11 @@ from transformers import DynamicCache
 from tiny_families import GREEDY, make, tokens
 from trenchcoat.config import UserError
 from trenchcoat.generation.generate import PREFILL_TOKENS, Sampling, Session
-from trenchcoat.generation.statefile import _record, load_state, save_state
+from trenchcoat.generation.statefile import load_state, save_state
 from trenchcoat.models.attach import set_mode, set_state_dtype
 from trenchcoat.ops import StudentState
 from trenchcoat.ops.state import add_far
-from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
+from trenchcoat.runtime.files import CorruptFileError, read_tensors, save_tensors
 
 KINDS = ("terrace", "sliding", "linear")
 
@@ -118,7 +118,7 @@ def test_another_models_state_is_refused(tmp_path: Path) -> None:
 
 
 def _damaged(path: Path, damage: str) -> None:
-    tensors, record = load_tensors(path), _record(path)
+    tensors, record = read_tensors(path)
     name = "layers.0.far_s_BKFE"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
@@ -146,6 +146,12 @@ def _damaged(path: Path, damage: str) -> None:
         tensors |= {n: t.repeat(1, 2, 1, 1) for n, t in tensors.items() if n.startswith("layers.0.kept.")}
     elif damage == "count":
         tensors["layers.0.seen_B"] += 100
+    elif damage == "negative-normaliser":
+        tensors["layers.0.far_z_BKF"][0, 0, 0] = -1.0
+    elif damage in ("pending-9999", "pending--1"):
+        record["pending"] = f"[{damage.partition('-')[2]}]"
+    elif damage == "negative-count":
+        record["tokens"] = "-3"
     elif damage == "record":
         record["pending"] = "seven"
     elif damage == "format":
@@ -167,6 +173,10 @@ def _damaged(path: Path, damage: str) -> None:
         "kept-values-short",
         "kept-heads",
         "count",
+        "negative-normaliser",
+        "pending-9999",
+        "pending--1",
+        "negative-count",
         "record",
         "format",
     ],
@@ -199,7 +209,7 @@ def test_a_session_reads_in_chunks(tmp_path: Path, tokenizer: Any, monkeypatch: 
     session.read(ids)
     assert session.pending == ids[-1:]
     session.save(tmp_path / "state")
-    assert json.loads(_record(tmp_path / "state")["pending"]) == ids[-1:]
+    assert json.loads(read_tensors(tmp_path / "state")[1]["pending"]) == ids[-1:]
     for one in (session, Session.load(tmp_path / "state", model)):
         assert one.write(more, config) == whole
         assert one.seen + len(one.pending) == 61

@@ -18,6 +18,7 @@ from trenchcoat.linearize import stages, variants
 from trenchcoat.linearize.blocks import run as block_run
 from trenchcoat.linearize.blocks.stages import run_blocks
 from trenchcoat.runtime import machine
+from trenchcoat.runtime.runfolder import RunFolder
 
 Make = Callable[..., Recipe]
 
@@ -112,9 +113,7 @@ def test_nothing_is_loaded_for_a_finished_run(make: Make, monkeypatch: pytest.Mo
     save_tiny_model(tmp_path / "other", seed=1)
     recipe = make()
     for stage in ("transfer", "lora"):
-        folder = Path(recipe.run.dir) / "stages" / stage
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text("{}")
+        RunFolder(recipe.run.dir).finish(stage, {}, {})
     with variants.open_variants(recipe, []) as opened:
         monkeypatch.setattr(variants, "load_base", None)
         variants.check_ready(opened, ["transfer", "lora"], scored=True)

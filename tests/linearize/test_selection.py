@@ -255,7 +255,7 @@ def test_files_of_another_format_and_damaged_ones_are_refused(tmp_path: Path) ->
     assert Selection.load(path) == Selection("gates", [[1.0]], {}, 1)
     raw = json.loads(path.read_text())
     path.write_text(json.dumps({**raw, "format": 99}))
-    with pytest.raises(UserError, match="has format 99, but this version reads format 1: delete it"):
+    with pytest.raises(UserError, match="has format 99, but this version reads format 2: delete it"):
         Selection.load(path)
     del raw["scores"]
     path.write_text(json.dumps(raw))

@@ -39,8 +39,10 @@ from trenchcoat.linearize.held_out import evaluation_rows
 from trenchcoat.models import loading
 from trenchcoat.models.hub import load
 from trenchcoat.runtime import machine
+from trenchcoat.runtime.files import load_tensors, save_tensors
 from trenchcoat.runtime.runfolder import RunFolder, flatten, stage_settings
 from trenchcoat.runtime.runlog import read_metrics
+from trenchcoat.runtime.sealed import write_sealed
 
 Make = Callable[..., Recipe]
 
@@ -99,6 +101,22 @@ def test_a_transfer_over_other_weights_is_not_continued(make: Make, tiny_model_d
         stages.finetune(recipe)
     save_tiny_model(model, seed=0)
     stages.finetune(recipe)
+
+
+def test_scores_belong_to_the_base_weights(make: Make, tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    recipe = make(f"model.path={model}", "eval.baselines=false", "lora=null")
+    before = stages.linearize(recipe).results
+    weights = load_tensors(model / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5  # the base's fingerprint does not look at it
+    save_tensors(model / "model.safetensors", weights, {"format": "pt"})
+    after = stages.evaluate_run(recipe).results
+    assert before is not None
+    assert after is not None
+    assert all(loss != _losses(before)[name] for name, loss in _losses(after).items())
+    save_tiny_model(model, seed=1)
+    with pytest.raises(UserError, match=r"stage 'transfer' .* was made with other base weights"):
+        stages.evaluate_run(recipe)
 
 
 def test_the_two_stages_alone_give_what_linearize_gives(make: Make, tmp_path: Path) -> None:
@@ -261,7 +279,7 @@ def test_a_checkpoint_of_another_base_model_is_refused(make: Make, other_model_d
     settings = RunFolder(recipe.run.dir).stage_dir("transfer") / "settings.json"
     held = json.loads(settings.read_text())
     (RunFolder(recipe.run.dir).stage_dir("transfer") / "result.json").unlink()
-    settings.write_text(json.dumps({**held, "model.path": str(other_model_dir)}))
+    write_sealed(settings, {**held, "model.path": str(other_model_dir)})
     with pytest.raises(UserError, match="base weights was"):
         stages.transfer(make(f"model.path={other_model_dir}"))
 

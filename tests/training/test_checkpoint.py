@@ -25,6 +25,14 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3)}
 # Atomic files
 
 
+def test_a_file_that_was_added_to_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = checkpoints.CheckpointWriter(tmp_path, 3, TENSORS, {"x": 1}).finish()
+    checkpoints.read_checkpoint(path)
+    files.save_tensors(path / "z.safetensors", TENSORS)  # every file of tensors in the folder would be read
+    with pytest.raises(files.CorruptFileError, match=r"z\.safetensors is not a file of this checkpoint"):
+        checkpoints.read_checkpoint(path)
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "settings.json"
     files.write_json(target, {"old": 1})

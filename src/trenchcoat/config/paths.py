@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import tempfile
@@ -19,10 +20,10 @@ def expanded(path: str) -> str:
 
 
 def absolute_if_here(source: str) -> str:
-    """``source`` as an absolute path if it is a file or folder here (with or without a sample, `rows.jsonl[500]`), else
-    as it is: a hub id, or `embedded`."""
+    """``source`` as an absolute path if it is a file or folder here, or a pattern of some (with or without a sample,
+    `rows.jsonl[500]`), else as it is: a hub id, or `embedded`."""
     file = re.sub(r"\[\d+\]$", "", source)
-    here = source != "embedded" and any(os.path.exists(path) for path in (source, file))
+    here = source != "embedded" and any(os.path.exists(path) or glob.glob(path) for path in (source, file))
     return os.path.abspath(source) if here else source
 
 

@@ -166,7 +166,8 @@ class DataConfig(_Section):
     """Text, its template and its packing."""
 
     path: Text = field(default="embedded", metadata=SOURCE)
-    """Hub id, local folder, `.json`, `.jsonl`, `.parquet` or `.txt` file, or `embedded` (Python's standard library).
+    """Hub id, local folder, `.json`, `.jsonl`, `.parquet`, `.csv`, `.tsv` or `.txt` file (text also compressed: `.gz`,
+    `.bz2`, `.xz`, `.zst`), a pattern of files (`data/*.jsonl.gz`), or `embedded` (Python's standard library).
     `path[5000]` takes a fixed random sample of 5000 rows, in their original order (all rows if it has fewer)."""
     subset: str | None = None
     """Configuration name of a hub data set."""

@@ -35,36 +35,47 @@ from trenchcoat.data.sources import (
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.stream_sources import open_stream
 from trenchcoat.data.table import TokenTable
-from trenchcoat.data.tokens import content_hash, token_table, unwanted_lengths
+from trenchcoat.data.tokens import Say, content_hash, token_table, unwanted_lengths
 from trenchcoat.models.embedded import Split
+from trenchcoat.models.text import known_embeddings
 
 Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
 """(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""
 
 
-def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int, rank: Rank | None = None) -> Batches:
+def load_batches(
+    cfg: DataConfig,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: Rank | None = None,
+    say: Say | None = None,
+) -> Batches:
     """Batches of ``batch_size`` rows of ``cfg.seq_len`` tokens, tokenized now, read from the cache, or streamed.
 
     Validation rows are, in this order of preference: ``validation_path``; the ``validation`` split of a data set; the
     first ``validation_rows`` rows, or the first ``validation_fraction`` of them; for a ``.txt`` file, its end. ``rank``
-    is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one). Raises ``UserError`` for data that is missing,
-    empty, broken, of another schema, or too small.
+    is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one); ``say`` is told how far tokenizing is. Raises
+    ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
     """
     check_section(cfg, "data")
     for name, value, least in (("batch_size", batch_size, 1), ("run.seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     check_format(cfg.format)
-    pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
+    known = known_embeddings(tokenizer) or len(tokenizer)
+    marks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((mark for mark in marks if mark is not None and mark < known), 0)  # any will do: padding is masked
     if cfg.streaming:
-        return _stream(cfg, tokenizer, batch_size, seed, pad)
+        return _stream(cfg, tokenizer, batch_size, seed, pad, say)
     train, validation, hold = _sources(cfg)
     limit = cfg.max_rows
     if validation is None and limit is not None:
         limit += hold if isinstance(hold, int) else max(1, round(limit * hold / (1 - hold)))
-    key, table = token_table(train, cfg, tokenizer, limit)
+    key, table = token_table(train, cfg, tokenizer, limit, say)
     if validation is not None:
-        other_key, other = token_table(validation, cfg, tokenizer, None)
+        other_key, other = token_table(validation, cfg, tokenizer, None, say)
         spans = {"train": _Span(table, 0, table.rows, cfg), "validation": _Span(other, 0, other.rows, cfg)}
     else:
         held = hold if isinstance(hold, int) else max(1, round(table.rows * hold))
@@ -89,10 +100,10 @@ def load_batches(cfg: DataConfig, tokenizer: Any, *, batch_size: int, seed: int,
     )
 
 
-def _stream(cfg: DataConfig, tokenizer: Any, batch_size: int, seed: int, pad: int) -> Batches:
+def _stream(cfg: DataConfig, tokenizer: Any, batch_size: int, seed: int, pad: int, say: Say | None) -> Batches:
     train, held = open_stream(cfg)
     validation = held if cfg.validation_path is None else _validation_source(cfg.validation_path, cfg)
-    key, table = token_table(validation, cfg, tokenizer, None)
+    key, table = token_table(validation, cfg, tokenizer, None, say)
     span = _Span(table, 0, table.rows, cfg)
     return StreamedBatches(
         train,

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from trenchcoat.config import UserError
+from trenchcoat.data.files import FILE_KINDS, csv_rows, data_files, data_kind, is_compressed, is_pattern, open_data
 from trenchcoat.models.embedded import Split, stdlib_documents
 
-FILE_KINDS = (".json", ".jsonl", ".parquet", ".txt")
 SAMPLE_SEED = 42
 """Seed of the rows that ``path[N]`` takes: the same in every run, whatever ``run.seed`` is, so that runs are comparable
 and share the token cache."""
@@ -101,28 +101,49 @@ def embedded_source(split: Split) -> Source:
 
 
 def is_file_path(path: str) -> bool:
-    """Whether ``path`` is meant as one local file: it exists, or has a supported suffix."""
-    return Path(path).is_file() or Path(path).suffix.lower() in FILE_KINDS
+    """Whether ``path`` is meant as local files: it exists, is a pattern, or has a supported suffix."""
+    return Path(path).is_file() or is_pattern(path) or data_kind(path) in FILE_KINDS
 
 
 def is_text_path(path: str) -> bool:
     """Whether ``path`` is one plain-text document."""
-    return Path(path).suffix.lower() == ".txt"
+    return data_kind(path) == ".txt" and not is_pattern(path)
 
 
 def file_source(path: str) -> Source:
-    """The rows of one local file; a ``.txt`` file is one row.
+    """The rows of a local file, or of all files that match a pattern, in the order of names; a ``.txt`` file is one
+    row.
 
     Raises ``UserError`` for a file that is missing, empty, of an unknown kind, or broken as a whole.
     """
-    file = Path(path)
-    kind = file.suffix.lower()
-    if kind not in FILE_KINDS:
-        raise UserError(f"{path}: files of kind {kind or '(no suffix)'!r} are not read; use {', '.join(FILE_KINDS)}")
+    files = data_files(path)
+    if files == [Path(path)]:
+        return _one_file(files[0])
+    parts = [_one_file(file) for file in files]
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        """The rows of all files."""
+        for part in parts:
+            for where, row in part.rows():
+                yield f"{part.name}, {where}", row
+
+    mark = hashlib.sha256(" ".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Source(path, mark, rows)
+
+
+def _one_file(file: Path) -> Source:
+    kind, path = data_kind(file), str(file)
+    if kind not in FILE_KINDS or (kind == ".parquet" and is_compressed(file)):
+        raise UserError(
+            f"{path}: files of kind {file.suffix.lower() or '(no suffix)'!r} are not read; use {', '.join(FILE_KINDS)}"
+            " (text also as .gz, .bz2, .xz or .zst)"
+        )
     if kind == ".txt":
         text = _text_of(path)
         return Source(path, _sha256(file), lambda: iter([("the document", {"text": text})]))
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    readers = {
+        ".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows, ".csv": csv_rows, ".tsv": csv_rows,
+    }  # fmt: skip
     check_file(file)
     count = {".jsonl": lambda: _count_lines(file), ".parquet": lambda: _count_parquet(file)}.get(kind)
     return Source(path, _sha256(file), lambda: readers[kind](file), count)
@@ -182,9 +203,15 @@ def dataset_source(path: str, splits: Mapping[str, Any], split: str) -> Source:
     return Source(
         f"{path} ({split})",
         rows._fingerprint,  # the library has no public name for it
-        lambda: ((f"row {i}", row) for i, row in enumerate(rows, 1)),
+        lambda: _numbered(path, rows),
         lambda: len(rows),
     )
+
+
+def _numbered(path: str, rows: Any) -> Iterator[tuple[str, Row]]:
+    with dataset_errors(path):
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", row
 
 
 def check_file(file: Path) -> None:
@@ -217,7 +244,9 @@ def _text_of(path: str) -> str:
     file = Path(path)
     check_file(file)
     try:
-        text = _decode(file.read_bytes())
+        with open_data(file) as stream:
+            content = stream.read()
+        text = _decode(content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     if not text.strip():
@@ -227,7 +256,7 @@ def _text_of(path: str) -> str:
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
     """A JSON list of objects, or (as many ``.json`` files are) one object a line."""
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         first_line = stream.readline()
     if isinstance(json_line(first_line, 0), dict):
         yield from _jsonl_rows(file)
@@ -240,6 +269,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); the file is truncated "
             "or broken there, get it again or fix that line"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} holds JSON that cannot be read ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{file} holds a JSON {type(rows).__name__}; expected a list of objects, or one object a line")
     for i, row in enumerate(rows, 1):
@@ -248,7 +279,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
     offset = 0
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield f"line {number}", json_line(line, offset)
@@ -256,7 +287,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _count_lines(file: Path) -> int:
-    with open(file, "rb") as stream:
+    with open_data(file) as stream:
         return sum(1 for line in stream if line.strip())
 
 
@@ -268,6 +299,8 @@ def json_line(line: bytes, offset: int) -> Row:
         return UserError(f"not valid JSON (column {error.colno}: {error.msg})")
     except UserError as error:
         return error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        return UserError(f"JSON that cannot be read ({error})")
 
 
 def _object(row: object) -> Row:
@@ -289,9 +322,20 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
         for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in batch_rows(batch):
                 number += 1
                 yield f"row {number}", row
+
+
+def batch_rows(batch: Any) -> list[Row]:
+    """The rows of an Arrow batch; one that cannot be read (text that is not UTF-8, a date beyond the calendar) is a
+    ``UserError``."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [UserError(f"a value that cannot be read ({error})")]
+        return [row for i in range(len(batch)) for row in batch_rows(batch.slice(i, 1))]
 
 
 @contextmanager

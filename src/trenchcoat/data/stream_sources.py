@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trenchcoat.config import DataConfig, UserError
+from trenchcoat.data.files import data_files
 from trenchcoat.data.sources import (
     Row,
     Source,
+    batch_rows,
     check_file,
     dataset_errors,
     dataset_splits,
@@ -82,7 +84,7 @@ def open_stream(cfg: DataConfig) -> tuple[StreamSource, Source]:
         )
     hold = cfg.validation_rows if cfg.validation_path is None else 0
     if is_file_path(path):
-        return _file_stream([Path(path)], path, hold)
+        return _file_stream(data_files(path), path, hold)
     if is_saved(path):
         return _saved_stream(path, cfg.split, hold)
     return _dataset_stream(path, cfg, hold)
@@ -96,9 +98,13 @@ def most_shards(size: int) -> int:
 def _file_stream(files: Sequence[Path], name: str, hold: int) -> tuple[StreamSource, Source]:
     for file in files:
         check_file(file)
-    kind = files[0].suffix.lower()
-    if kind not in (".json", ".jsonl", ".parquet"):
-        raise UserError(f"{name}: files of kind {kind!r} are not streamed; use .jsonl or .parquet")
+    kinds = sorted({file.suffix.lower() for file in files})
+    kind = kinds[0]
+    if len(kinds) > 1 or kind not in (".json", ".jsonl", ".parquet"):
+        raise UserError(
+            f"{name}: files of kind {' and '.join(map(repr, kinds))} are not streamed; use .jsonl or .parquet, not "
+            "compressed (a stream starts anywhere in a file)"
+        )
     space: _Space = _Groups(files, hold) if kind == ".parquet" else _Lines(files, hold)
     if space.held < hold or space.empty:
         raise _too_few(name, f"no more than {space.held}", hold)
@@ -256,7 +262,7 @@ class _Groups(_Space):
             for batch in table.iter_batches(batch_size=256, row_groups=[group]):
                 rows = batch.slice(skip) if skip < len(batch) else batch.slice(len(batch))
                 skip = max(0, skip - len(batch))
-                for row in rows.to_pylist():
+                for row in batch_rows(rows):
                     position += 1
                     yield position, f"{file.name}, row {position} of the stream", row
 

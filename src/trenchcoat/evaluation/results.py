@@ -18,10 +18,11 @@ from trenchcoat.config import UserError
 from trenchcoat.evaluation.columns import report_columns
 from trenchcoat.evaluation.rows import CONVERTED, KEPT_WINDOW, REPORT_ROWS, TEACHER, WINDOW
 from trenchcoat.evaluation.statistics import NOTHING, Estimate, RowSums, gap_closed, paired_difference
-from trenchcoat.runtime.files import write_text
+from trenchcoat.runtime.files import read_json, write_text
+from trenchcoat.runtime.sealed import opened, sealed
 
 RESULTS_FILE = "results.json"
-RESULTS_FORMAT = 2
+RESULTS_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` as JSON, atomically. Raises ``SaveError`` when the disk is full."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        text = json.dumps(sealed(self.to_dict()), indent=1, allow_nan=False)
         text = re.sub(r"\[[\s\d.,eE+null-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
         write_text(Path(path), text + "\n")
 
@@ -262,10 +263,10 @@ class Results:
     def load(cls, path: str | Path) -> Results:
         """Read what ``save`` wrote. Raises ``UserError`` for another format or a damaged file."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = read_json(Path(path))
             if raw.get("format") != RESULTS_FORMAT:
                 raise ValueError(f"its format is {raw.get('format')!r}, and {RESULTS_FORMAT} is read")
-            return cls.from_dict(raw)
+            return cls.from_dict(opened(raw, Path(path), "restore it"))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{path} is not a results file of this version of trenchcoat ({error}): score the run again with "

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config import UserError
-from trenchcoat.runtime.files import read_json, write_json
+from trenchcoat.runtime.files import read_json
+from trenchcoat.runtime.sealed import opened, write_sealed
 
 SELECTION_FILE = "selection.json"
-SELECTION_FORMAT = 1
+SELECTION_FORMAT = 2
 
 LayerScores = list[list[float]]
 """A number per key/value group, by layer; empty for a layer that keeps softmax attention anyway."""
@@ -75,7 +76,7 @@ class Selection:
 
     def save(self, path: Path) -> None:
         """Write the file, atomically."""
-        write_json(path, {"format": SELECTION_FORMAT, **asdict(self)})
+        write_sealed(path, {"format": SELECTION_FORMAT, **asdict(self)})
 
     @classmethod
     def load(cls, path: Path) -> Selection:
@@ -88,9 +89,13 @@ class Selection:
         missing = [one.name for one in fields(cls) if one.name not in raw]
         if missing:
             raise UserError(f"{path} has no {missing[0]!r}, so it is incomplete: {again}")
+        raw = opened(raw, path, again)
         content: dict[str, Any] = {one.name: raw[one.name] for one in fields(cls)}
-        points = tuple(FrontierPoint(**point) for point in content["frontier"])
-        return cls(**{**content, "kept": tuple(content["kept"]), "frontier": points})
+        try:
+            points = tuple(FrontierPoint(**point) for point in content["frontier"])
+            return cls(**{**content, "kept": tuple(content["kept"]), "frontier": points})
+        except TypeError as error:
+            raise UserError(f"{path} is no selection of this version ({error}): {again}") from error
 
 
 def combined(parts: Mapping[str, LayerScores]) -> LayerScores:

@@ -15,10 +15,11 @@ from typing import Any, cast
 from trenchcoat.config import UserError
 from trenchcoat.evaluation.results import json_ready, number_or_nan
 from trenchcoat.evaluation.statistics import Estimate, mean_estimate
-from trenchcoat.runtime.files import read_json, write_json
+from trenchcoat.runtime.files import read_json
+from trenchcoat.runtime.sealed import opened, write_sealed
 
 TASKS_FILE = "tasks.json"
-TASKS_FORMAT = 1
+TASKS_FORMAT = 2
 STUDENT, TEACHER, FAR_OFF = "student", "teacher", "far_off"
 MODEL_LABELS = {STUDENT: "linear", FAR_OFF: "far part off", TEACHER: "teacher"}
 """The models of a record, in order."""
@@ -136,7 +137,7 @@ class TaskResults:
 
     def save(self, path: Path) -> None:
         """Write JSON, atomically."""
-        write_json(path, json_ready({"format": TASKS_FORMAT, **asdict(self), "differences": self._differences()}))
+        write_sealed(path, json_ready({"format": TASKS_FORMAT, **asdict(self), "differences": self._differences()}))
 
     def _differences(self) -> dict[str, Any]:
         """Student minus teacher by task and metric, for readers of the file; ``load`` ignores it."""
@@ -153,6 +154,7 @@ class TaskResults:
         try:
             if raw["format"] != TASKS_FORMAT:
                 raise ValueError(f"format {raw['format']!r} is not {TASKS_FORMAT}")
+            raw = opened(raw, path, "restore it")
             return cls(
                 model=raw["model"],
                 tasks={name: _task(task) for name, task in raw["tasks"].items()},

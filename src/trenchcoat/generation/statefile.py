@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
@@ -24,10 +23,10 @@ from trenchcoat.models.cache import StateLayer, state_layer
 from trenchcoat.models.families import attention_sites
 from trenchcoat.models.transformers_internals import cache_layer, keys_and_values, restore_keys_and_values
 from trenchcoat.ops import RowState
-from trenchcoat.runtime.files import CorruptFileError, load_tensors, save_tensors
+from trenchcoat.runtime.files import CONTENT, CorruptFileError, read_tensors, save_tensors
 from trenchcoat.runtime.sharding import first_elements
 
-_FORMAT = "trenchcoat state 2"
+_FORMAT = "trenchcoat state 3"
 """Written into every file."""
 
 _KEPT = "kept."
@@ -90,9 +89,11 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
     file.
     """
     where = Path(path)
-    tensors, record = load_tensors(where), _record(where)
+    tensors, record = read_tensors(where)
     if record.get("format") != _FORMAT:
         raise UserError(f"{where} is not a saved state ({_FORMAT!r}); create one with --save-state")
+    if CONTENT not in record:
+        raise CorruptFileError(f"{where} is damaged: it has no checksum; save the state again")
     if record.get("identity") != function_identity(model):
         raise UserError(
             f"{where} was written by another model (other weights, adapter or student settings); load it with "
@@ -102,6 +103,7 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
         tokens, pending = int(record["tokens"]), [int(token) for token in json.loads(record["pending"])]
     except (KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(f"{where} is damaged: its record of tokens cannot be read ({error})") from error
+    _check_counts(where, tokens, pending, int(model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
     cache = DynamicCache(config=model.config)
     students, used = students_of(model), 0
     for site in attention_sites(model):
@@ -126,12 +128,15 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
     return cache, pending
 
 
-def _record(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(str(path), framework="pt") as opened:
-            return dict(opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise CorruptFileError(f"{path} is not a readable safetensors file ({error})") from error
+def _check_counts(path: Path, tokens: int, pending: Sequence[int], vocabulary: int) -> None:
+    """Raise CorruptFileError for a negative number of tokens, or a pending token that the model does not have."""
+    if tokens < 0:
+        raise CorruptFileError(f"{path} is damaged: it says that {tokens} tokens were read")
+    strange = [token for token in pending if not 0 <= token < vocabulary]
+    if strange:
+        raise CorruptFileError(
+            f"{path} is damaged: the pending token {strange[0]} is none of the model's {vocabulary} tokens"
+        )
 
 
 def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens: int) -> RowState:
@@ -150,6 +155,8 @@ def _checked(path: Path, index: int, found: dict[str, Any], student: Any, tokens
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CorruptFileError(f"{path} is damaged: layers.{index}.{name} holds values that are not finite")
+        if name in state.positive_fields and bool((tensor < 0).any()):
+            raise CorruptFileError(f"{path} is damaged: layers.{index}.{name} is negative, a sum of features never is")
     if len(found) != len(wanted) or not bool(((seen >= 0) & (seen <= tokens)).all()):
         raise CorruptFileError(f"{path} is damaged: layer {index} does not agree with the recorded {tokens} tokens")
     weight = next(iter(student.parameters()), None)

@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe, names_model
 from trenchcoat.evaluation.results import Results
@@ -24,8 +22,8 @@ from trenchcoat.linearize import stages
 from trenchcoat.linearize.variants import GivenModel, open_variants
 from trenchcoat.models import hub
 from trenchcoat.models.attach import students_of
+from trenchcoat.models.basefolder import base_folder, read_config
 from trenchcoat.models.identity import file_fingerprint, fingerprint
-from trenchcoat.models.loading import base_folder
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.planning.choose import recipe_for, run_folder
 from trenchcoat.runtime.files import atomic_directory, write_text
@@ -199,7 +197,7 @@ def _path_of(model: Any, tokenizer: Any, out: str | Path | None) -> str:
     if name:
         with suppress(UserError, KeyError, OSError, ValueError):
             folder = base_folder(name, None)
-            plain = meta_model(AutoConfig.from_pretrained(folder))
+            plain = meta_model(read_config(folder))
 
             def unknown(parameter: str, count: int) -> Any:
                 """Tensors that are not in the files are in none."""

@@ -1,7 +1,8 @@
 """The rows of the report: each variant of the model, trained if needed and scored on the same text; and a time
 estimate.
 
-Every row is cached in the run's folder, keyed by the settings it depends on, so a second call scores only new rows.
+Every row is cached in the run's folder, keyed by the settings and the weights it depends on, so a second call scores
+only new rows.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from trenchcoat.evaluation.rows import TEACHER, Variant, asked_rows, final_row
 from trenchcoat.evaluation.scoring import decode_curve
 from trenchcoat.generation.generate import Sampling, generate_text
 from trenchcoat.linearize.held_out import HeldOut, evaluation_length, read_held_out, score_held_out
-from trenchcoat.linearize.variants import ModelVariants
+from trenchcoat.linearize.variants import BASE_WEIGHTS, ModelVariants
 from trenchcoat.models.attach import set_far
+from trenchcoat.models.loading import base_content
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import BEFORE, flatten, stage_settings
@@ -78,6 +80,8 @@ class Comparison:
     def assemble(self, row: str) -> Any:
         """The model of a row, ready to be scored."""
         variant = self.rows[row]
+        if variant.stage is not None:
+            self.variants.require_base(variant.stage)
         if variant.teacher:
             return self.variants.assemble_teacher(lora=variant.lora, weights=variant.stage)
         model = self.variants.assemble(student=variant.student, lora=variant.lora, weights=variant.stage)
@@ -96,8 +100,18 @@ class Comparison:
         stage = stage_settings(self.recipe, variant.stage) if variant.stage is not None else {}
         text = {k: everything[k] for k in EVALUATION_SETTINGS}
         other = {} if variant.student is None else flatten(variant.student, "other_student")
-        parts = {**base, **stage, **text, **other, **more, "far": variant.far}
+        made_from = {BASE_WEIGHTS: self._base, "stage weights": self._learned(variant.stage)}
+        parts = {**base, **stage, **text, **other, **more, **made_from, "far": variant.far}
         return {k: v for k, v in parts.items() if k not in ("model.device", "data.cache_dir")}
+
+    @cached_property
+    def _base(self) -> str:
+        """Checksum of the base model's files, which scores belong to."""
+        return distributed.from_main(lambda: base_content(self.recipe.model))
+
+    def _learned(self, stage: str | None) -> str | None:
+        """Checksum of what a stage learned."""
+        return None if stage is None else distributed.from_main(lambda: self.variants.folder.learned(stage))
 
     def _once(self, name: str, key: Mapping[str, Any], part: str, make: Callable[[], Any]) -> Any:
         """``part`` of the results cached under ``name``; computed and cached if the settings ``key`` have changed."""

@@ -49,7 +49,8 @@ class OpenRun:
         """The recipe's text (or that of ``data``) in micro-batches of ``batch_size`` rows; ``rank`` scores samples for
         ``data.select``. A collective."""
         data = data or self.recipe.data
-        load = partial(load_batches, data, tokenizer, batch_size=batch_size, seed=self.recipe.run.seed, rank=rank)
+        seed, say = self.recipe.run.seed, self.log.info
+        load = partial(load_batches, data, tokenizer, batch_size=batch_size, seed=seed, rank=rank, say=say)
         # the first process of a node tokenizes, the others read its cache; a ranking needs all processes together
         batches = distributed.in_turns_per_node(load) if rank is None else load()
         if isinstance(batches, StreamedBatches):

@@ -43,7 +43,7 @@ from trenchcoat.models.hub import adapter_state, load_adapter_state, save_adapte
 from trenchcoat.models.loading import load_base
 from trenchcoat.models.shapes import shapes_of
 from trenchcoat.models.stage2 import as_teacher, begin_stage_2, end_stage_2, freeze_for_stage_2
-from trenchcoat.runtime import distributed, files
+from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import read_json
 from trenchcoat.runtime.runfolder import (
     BEFORE,
@@ -200,8 +200,7 @@ class ModelVariants:
         if kept is not None:
             return StageFacts(**kept)
         if stage in BEFORE:
-            earlier = BEFORE[stage], BASE_WEIGHTS, self.base_fingerprint
-            distributed.from_main(partial(self.folder.require_identity, *earlier))
+            self.require_base(BEFORE[stage])
         objective, cfg = self._prepare(stage)
         batches = self.batches(cfg.batch_size, self.recipe.row_tokens(cfg))
         self._log_text(batches)
@@ -218,6 +217,10 @@ class ModelVariants:
         learned = adapter_state(self.model)
         distributed.from_main(lambda: self.folder.finish(stage, learned, dataclasses.asdict(facts)))
         return facts
+
+    def require_base(self, stage: str) -> None:
+        """Raise ``UserError`` when a stage was trained on other base weights than these."""
+        distributed.from_main(partial(self.folder.require_identity, stage, BASE_WEIGHTS, self.base_fingerprint))
 
     def _taught(self, batches: Batches, cfg: StageConfig) -> Batches | TaughtBatches:
         """The batches of a stage; with ``lora.teacher_logits``, the teacher's logits are with them, and on disk."""
@@ -310,7 +313,7 @@ class ModelVariants:
     def _exported(self, lora: bool) -> bool:
         """Whether the adapter folder already exists, with or without LoRA as given."""
         meta = self.adapter / hub.ADAPTER_META
-        return meta.is_file() and (files.read_json(meta).get("lora") is not None) == lora
+        return meta.is_file() and (hub.read_meta(self.adapter).get("lora") is not None) == lora
 
     def export(self, stage: str) -> None:
         """Write the adapter folder from a finished stage, unless it already exists."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
@@ -19,11 +19,14 @@ from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.models.transformers_internals import wants_own_code
 from trenchcoat.runtime.weightfiles import SINGLE, weight_names
 
-LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-"""What Transformers raises for folders that it cannot load."""
+LOAD_ERRORS = (
+    OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What Transformers raises for folders that it cannot load (RecursionError is a RuntimeError)."""
 
-_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
-"""Files fetched from a hub model, beside its weights."""
+SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
+"""The files of a model beside its weights: config, tokenizer, chat template."""
 
 _OWN_CODE = (
     "it needs Python code of its own (`auto_map`), and trenchcoat never runs a model's own code: give a model of a "
@@ -93,8 +96,8 @@ def base_folder(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
     try:
-        folder = fetch([*_FILES, SINGLE])
+        folder = fetch([*SMALL_FILES, SINGLE])
         names = weight_names(folder) or ()
-        return folder if all((folder / name).is_file() for name in names) else fetch([*_FILES, *names])
+        return folder if all((folder / name).is_file() for name in names) else fetch([*SMALL_FILES, *names])
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(f"cannot fetch model.path={source!r} (revision {revision}): {reason(error, source)}") from error

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.config.paths import absolute_if_here, expanded
+from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
@@ -26,19 +28,27 @@ from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import ADAPTER_META, load_model, require_hub_id, resolve_device, resolve_dtype
 from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
 from trenchcoat.models.stage2 import trains_all
+from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime.files import (
     CorruptFileError,
     atomic_directory,
     load_tensors,
+    partial_path,
     read_json,
+    remove_abandoned,
     save_tensors,
+    saving,
     sha256,
-    write_json,
+    sync,
 )
+from trenchcoat.runtime.sealed import opened, sealed, write_sealed
 
 ADAPTER_FILE = "adapter.safetensors"
 
-ADAPTER_VERSION = 1
+BEFORE = "before"
+"""Key of ``trenchcoat.json`` while an adapter is being replaced: the meta of the one before."""
+
+ADAPTER_VERSION = 2
 """Version of the adapter folder's layout."""
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -183,10 +193,8 @@ def load(
 def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, attention: str | None) -> tuple[Any, Any]:
     tensors, meta = read_adapter(folder)
     source, version = meta.get("base"), meta.get("version")
-    if not isinstance(version, int) or version > ADAPTER_VERSION:
-        raise UserError(
-            f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads up to {ADAPTER_VERSION}"
-        )
+    if version != ADAPTER_VERSION:
+        raise UserError(f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads {ADAPTER_VERSION}")
     if not isinstance(source, Mapping) or not isinstance(meta.get("student"), Mapping):
         raise UserError(f"{folder / ADAPTER_META} lacks `base` or `student`; export the adapter again")
     cfg = ModelConfig(
@@ -202,10 +210,15 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
         hint = "" if base is not None else "; if the base model has moved, give its path with base=..."
         raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
     _check_base(folder, cfg, model, source)
-    attach_students(model, auto.student_settings(meta["student"]))
     lora = meta.get("lora")
-    if lora is not None:
-        add_lora(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
+    try:
+        attach_students(model, auto.student_settings(meta["student"]))
+        if lora is not None:
+            shape = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
+            check_section(shape, "lora")
+            add_lora(model, shape)
+    except (UserError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / ADAPTER_META} does not fit its base model: {error}") from error
     loaded: Any = model
     if meta.get("whole"):
         loaded.trenchcoat_fingerprint, loaded.trenchcoat_whole = fingerprint(model), True
@@ -254,13 +267,14 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
             trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except UserError:
-        raise
+    except UserError as error:
+        raise error if source in str(error) else UserError(f"{source}: {error}") from error
     except LOAD_ERRORS as error:
         raise UserError(f"cannot load {source!r} as a linearized model: {reason(error, source)}") from error
     lost = sorted(info["missing_keys"])
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
+    remember_embeddings(tokenizer, embeddings_of(model))
     return model.to(where).eval().requires_grad_(False), tokenizer
 
 
@@ -330,10 +344,50 @@ def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta`` plus the checksum of the tensors)."""
+    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta``, the checksum of the tensors and its own).
+
+    An adapter that is there already is replaced as a whole: until its tensors are, ``trenchcoat.json`` holds its meta
+    too, so the folder opens whenever the writer is killed.
+    """
     directory = Path(directory)
-    save_tensors(directory / ADAPTER_FILE, tensors, {"format": "pt"})
-    write_json(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+    path, staged = directory / ADAPTER_META, partial_path(directory / ADAPTER_FILE)
+    remove_abandoned(directory)
+    try:
+        save_tensors(staged, tensors)
+        content = {**meta, "sha256": sha256(staged)}
+        before = _intact_meta(directory)
+        if before is not None:
+            write_sealed(path, {**content, BEFORE: sealed(before)})
+        with saving(directory / ADAPTER_FILE):
+            os.replace(staged, directory / ADAPTER_FILE)
+            sync(directory)
+        write_sealed(path, content)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _intact_meta(directory: Path) -> dict[str, Any] | None:
+    """The meta of the adapter that is in a folder already; None where there is none that could be opened."""
+    try:
+        return read_adapter(directory)[1]
+    except UserError:
+        return None
+
+
+def read_meta(directory: Path) -> dict[str, Any]:
+    """The content of an adapter's ``trenchcoat.json``; raises ``CorruptFileError`` for a damaged one."""
+    path = directory / ADAPTER_META
+    content = read_json(path)
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > ADAPTER_VERSION:
+        raise UserError(f"{path} has version {version!r}; this trenchcoat reads up to {ADAPTER_VERSION}")
+    fix = "restore it, or export the adapter again (another base is given with base=...)"
+    found = opened(content, path, fix)
+    before = found.pop(BEFORE, None)
+    tensors = directory / ADAPTER_FILE
+    if before is None or not tensors.is_file() or sha256(tensors) == found.get("sha256"):
+        return found
+    return opened(before, path, fix)
 
 
 def find_adapter(folder: Path) -> Path | None:
@@ -351,11 +405,8 @@ def read_adapter(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name in (ADAPTER_META, ADAPTER_FILE):
         if not (directory / name).is_file():
             raise UserError(f"{directory} is not an adapter folder: {name} is missing")
-    meta = read_json(directory / ADAPTER_META)
-    if not isinstance(meta, dict):
-        raise CorruptFileError(f"{directory / ADAPTER_META} should hold a JSON object")
-    expected = meta.get("sha256")
-    if expected is not None and sha256(directory / ADAPTER_FILE) != expected:
+    meta = read_meta(directory)
+    if sha256(directory / ADAPTER_FILE) != meta.get("sha256"):
         raise CorruptFileError(
             f"{directory / ADAPTER_FILE} does not match the checksum in {ADAPTER_META}: it is damaged or from another "
             "export; export the adapter again"

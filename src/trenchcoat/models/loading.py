@@ -6,6 +6,8 @@ tensor from the safetensors files: no process holds the whole model, and no host
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -17,14 +19,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
-from trenchcoat.models.basefolder import LOAD_ERRORS, base_config, base_folder, reason
+from trenchcoat.config.errors import refusals
+from trenchcoat.models.basefolder import LOAD_ERRORS, SMALL_FILES, base_config, base_folder, reason
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.gguf import gguf_folder, is_gguf
 from trenchcoat.models.identity import remember_fingerprint
 from trenchcoat.models.shapes import meta_model
+from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime import distributed
+from trenchcoat.runtime.files import sha256
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
+from trenchcoat.runtime.weightfiles import weight_names
 
 ADAPTER_META = "trenchcoat.json"
 """The file that marks a folder as an adapter, not a model."""
@@ -61,9 +67,11 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     shard_base(model, list(decoder_of(model).layers), parallel)
     to_device(model, torch.device("cpu") if parallel.cpu_offload else device)
     fill_from_files(model, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, load_tokenizer(cfg, str(folder))
+    own = folder / "generation_config.json"
+    with refusals(lambda error: f"{own} cannot be read: {reason(error)}", LOAD_ERRORS):
+        if own.is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, load_tokenizer(cfg, str(folder), embeddings_of(model))
 
 
 def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
@@ -160,6 +168,25 @@ def require_hub_id(path: str, name: str) -> None:
         raise UserError(f"{name}: no such folder. Give a local folder, a hub id, or `embedded`")
 
 
+def base_content(cfg: ModelConfig) -> str:
+    """SHA-256 of the files that a base model is read from: its config, tokenizer and weights. ``UserError`` when it
+    cannot be found."""
+    folder = base_folder(model_source(cfg), cfg.revision)
+    small = [path for pattern in SMALL_FILES for path in folder.glob(pattern)]
+    weights = [folder / name for name in weight_names(folder) or ()] or [*folder.glob("pytorch_model*.bin")]
+    found = hashlib.sha256()
+    for path in sorted({*small, *weights}):
+        stat = path.stat()
+        found.update(f"{path.name} {_content(path, stat.st_size, stat.st_mtime_ns)}".encode())
+    return found.hexdigest()
+
+
+@functools.cache
+def _content(path: Path, size: int, changed: int) -> str:
+    """Checksum of a file, computed once in a process unless its size or time of change differ."""
+    return sha256(path)
+
+
 def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
     """Load the whole pretrained model (evaluation mode, nothing trainable) and its tokenizer.
 
@@ -189,15 +216,17 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
             f"model.path={cfg.path!r} lacks {len(missing)} weights ({missing[0]}, ...), so it would "
             "run with random ones; give a complete causal language model"
         )
-    tokenizer = load_tokenizer(cfg, source)
+    tokenizer = load_tokenizer(cfg, source, embeddings_of(model))
     if quantization_config is None:
         model = model.to(device)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
-    """The tokenizer of a model; raises ``UserError`` when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(source, revision=cfg.revision, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {reason(error)}") from error
+def load_tokenizer(cfg: ModelConfig, source: str, embeddings: int) -> Any:
+    """The tokenizer of a model with so many ``embeddings``; raises ``UserError`` when there is none."""
+    what = f"model.path={cfg.path!r} has no tokenizer that can be loaded"
+    with refusals(lambda error: f"{what}: {reason(error)}", LOAD_ERRORS):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision, trust_remote_code=False)
+        tokenizer("a")
+    remember_embeddings(tokenizer, embeddings)
+    return tokenizer

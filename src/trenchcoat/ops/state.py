@@ -144,6 +144,8 @@ class RowState:
     """Real tokens seen, int64."""
     near_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that hold keys and values of the window and the sinks; the others represent the far past."""
+    positive_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that are never negative: sums of features."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
@@ -204,6 +206,7 @@ class StudentState(RowState):
     far_z_BKF: Tensor
     _host: list[int] | None = field(default=None, init=False, repr=False, compare=False)
     near_fields = frozenset({"k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE"})
+    positive_fields = frozenset({"far_z_BKF"})
 
     @classmethod
     def empty(

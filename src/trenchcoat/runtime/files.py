@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +32,16 @@ from trenchcoat.config import UserError
 
 PARTIAL_PREFIX = ".partial-"
 """Name prefix of files and folders that are still being written."""
+
+CONTENT = "content_sha256"
+"""Name of the checksum in the metadata of a file of tensors."""
+
+_HOST, _START = hashlib.sha256(platform.node().encode()).hexdigest()[:8], uuid.uuid4().hex[:8]
+_OWN = f"{_HOST}-{_START}"
+"""This machine and this process, in names of partial files."""
+_PARTIAL_NAME = re.compile(
+    rf"{re.escape(PARTIAL_PREFIX)}(?P<host>[0-9a-f]{{8}})-(?P<start>[0-9a-f]{{8}})-(?P<pid>\d+)-[0-9a-f]{{8}}-(?P<name>.+)"
+)
 
 _LOCK_FILE, _HOLDER_FILE = ".lock", ".lock-holder"
 _PROBE_SECONDS = 0.05
@@ -92,10 +104,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises ``SaveError`` when the disk is full or the folder cannot be written; the old file is then unchanged.
     """
     target = Path(target)
-    partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
+    partial = partial_path(target)
     with saving(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target.parent, target.name)
             yield partial
             sync(partial)
             os.replace(partial, target)
@@ -108,10 +121,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Like ``atomic_file`` for a folder; its files are flushed first. An existing ``target`` is replaced."""
     target = Path(target)
-    partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
+    partial = partial_path(target)
     with saving(target):
         try:
             partial.mkdir(parents=True)
+            remove_abandoned(target.parent, target.name)
             yield partial
             publish_directory(partial, target)
         finally:
@@ -128,6 +142,35 @@ def publish_directory(partial: Path, target: Path) -> None:
         _remove(target)
     os.replace(partial, target)
     sync(target.parent)
+
+
+def partial_path(target: Path) -> Path:
+    """A path beside ``target`` for this process to write to; its name tells whose it is."""
+    return target.parent / f"{PARTIAL_PREFIX}{_OWN}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}"
+
+
+def remove_abandoned(directory: Path, name: str | None = None) -> None:
+    """Delete what processes of this machine that were killed had begun to write in ``directory``: all of it, in the
+    folders below too, or the unfinished files of one ``name``."""
+    pattern = f"{PARTIAL_PREFIX}*"
+    for path in directory.rglob(pattern) if name is None else directory.glob(pattern):
+        found = _PARTIAL_NAME.fullmatch(path.name)
+        if found is not None and name in (None, found["name"]) and found["host"] == _HOST:
+            pid = int(found["pid"])
+            if found["start"] != _START if pid == os.getpid() else not _alive(pid):
+                _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def remove_partials(directory: Path) -> list[str]:
@@ -155,8 +198,10 @@ def read_json(path: Path) -> Any:
     """Read JSON; raises ``CorruptFileError`` naming the file when it is not JSON, ``FileNotFoundError`` when absent."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON ({error}); restore it, or make it again") from error
+    except IsADirectoryError as error:
+        raise CorruptFileError(f"{path} is a folder, not a JSON file; restore it, or make it again") from error
 
 
 def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,20 +219,44 @@ def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as safetensors, atomically. Any dtype and device; tensors that share storage are copied."""
+    """Write named tensors as safetensors with a checksum, atomically. Any dtype and device; tensors that share storage
+    are copied."""
+    plain, record = separate_storage(tensors), dict(metadata or {})
     with atomic_file(Path(path)) as partial:
-        save_file(separate_storage(tensors), partial, metadata=dict(metadata or {}))
+        save_file(plain, partial, metadata={**record, CONTENT: content_digest(plain, record)})
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """Read a safetensors file; raises ``CorruptFileError`` naming a damaged one, ``FileNotFoundError`` when absent."""
+    return read_tensors(path, device)[0]
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, checked against its checksum if it has one.
+
+    The checksum is ``metadata[CONTENT]``. Raises as :func:`load_tensors`.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise CorruptFileError(f"{path} is not a readable safetensors file ({error})") from error
+    if CONTENT in metadata and metadata[CONTENT] != content_digest(tensors, metadata):
+        raise CorruptFileError(f"{path} is damaged: its content does not match its checksum")
+    return tensors, metadata
+
+
+def content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of named tensors (bits, shapes, dtypes) and of what else a file records about them."""
+    record = {name: value for name, value in metadata.items() if name != CONTENT}
+    found = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -211,6 +280,7 @@ def locked(directory: Path | str) -> Iterator[None]:
                 "this run another folder (run.dir=...)"
             ) from error
     try:
+        remove_abandoned(Path(directory))
         program = Path(sys.argv[0])
         called = program.parent.name if program.name == "__main__.py" else program.name
         command = " ".join([called, *sys.argv[1:]])[:300]

@@ -3,7 +3,9 @@
 stages/<name>/settings.json        the settings the stage depends on, written when it begins
 stages/<name>/weights.safetensors  what it learned
 stages/<name>/result.json          its figures; written last, so its presence means finished
-evaluation/<name>.json             scores, kept until the settings behind them change
+evaluation/<name>.json             scores, kept until the settings or the weights behind them change
+
+Each carries a checksum; ``result.json`` and ``evaluation/<name>.key`` also hold that of the file that they belong to.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 from trenchcoat.config import Recipe, StudentConfig, UserError
 from trenchcoat.config.paths import same_place
 from trenchcoat.config.settings import PATHS
-from trenchcoat.runtime.files import load_tensors, read_json, save_tensors, write_json
+from trenchcoat.runtime.files import CONTENT, CorruptFileError, read_tensors, save_tensors, sha256
+from trenchcoat.runtime.sealed import read_sealed, write_sealed
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
 SELECT = "select"
@@ -29,6 +32,12 @@ CONSTANT_TRANSFER, CONSTANT_LORA = "constant_transfer", "constant_lora"
 """Both stages of a second conversion of the model, without kept groups."""
 BEFORE = {LORA: TRANSFER, CONSTANT_LORA: CONSTANT_TRANSFER}
 """Stage 2 -> the transfer that it continues."""
+
+SETTINGS, WEIGHTS, RESULT = "settings.json", "weights.safetensors", "result.json"
+"""The files of a stage."""
+
+LEARNED = "weights"
+"""Key of the weights' checksum among a stage's figures."""
 
 _DEPENDS: dict[str, tuple[str, ...]] = {
     SELECT: ("model", "student.window", "student.keep_softmax", "data", "select", "eval.sinks", "run"),
@@ -122,15 +131,19 @@ class RunFolder:
         """
         settings = {**stage_settings(recipe, stage), **identity}
         self._compare(stage, settings)
-        path = self.stage_dir(stage) / "settings.json"
-        known = read_json(path) if path.is_file() else {}
-        write_json(path, {**known, **settings})
+        write_sealed(self.stage_dir(stage) / SETTINGS, {**self.settings(stage), **settings})
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """What :meth:`begin` recorded; empty for a stage that was not started. ``CorruptFileError`` for a damaged
+        file."""
+        path = self.stage_dir(stage) / SETTINGS
+        return read_sealed(path, self._again(stage)) if path.is_file() else {}
+
+    def _again(self, stage: str) -> str:
+        return f"restore it, or delete {self.stage_dir(stage)} to run the stage again"
 
     def _compare(self, stage: str, now: Mapping[str, Any]) -> None:
-        path = self.stage_dir(stage) / "settings.json"
-        if not path.is_file():
-            return
-        before = read_json(path)
+        before = self.settings(stage)
         changed = [name for name in now if name in before and is_changed(name, before[name], now[name])]
         changed += [name for name in before if name not in now and name.split(".")[0] in {n.split(".")[0] for n in now}]
         if stage == TRANSFER and self.result(stage) is not None:  # LoRA may continue on the same weights in 4 bits
@@ -145,8 +158,7 @@ class RunFolder:
 
     def require_identity(self, stage: str, name: str, value: str) -> None:
         """Raise ``UserError`` when ``stage`` was started here with another ``name`` (of ``identity`` in `begin`)."""
-        path = self.stage_dir(stage) / "settings.json"
-        before = read_json(path).get(name) if path.is_file() else None
+        before = self.settings(stage).get(name)
         if before not in (None, value):
             raise UserError(
                 f"stage {stage!r} in {self.directory} was made with other {name} ({before}) than these ({value}): give "
@@ -155,31 +167,64 @@ class RunFolder:
 
     def begun(self, stage: str) -> bool:
         """Whether the stage was started here."""
-        return (self.stage_dir(stage) / "settings.json").is_file()
+        return (self.stage_dir(stage) / SETTINGS).is_file()
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
         """Save what a stage learned, and mark it finished."""
-        save_tensors(self.stage_dir(stage) / "weights.safetensors", tensors)
-        write_json(self.stage_dir(stage) / "result.json", dict(result))
+        save_tensors(self.stage_dir(stage) / WEIGHTS, tensors)
+        self.mark_finished(stage, result)
+
+    def mark_finished(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Record the figures of a stage whose weights are saved, and which weights they are."""
+        learned = read_tensors(self.stage_dir(stage) / WEIGHTS)[1].get(CONTENT)
+        write_sealed(self.stage_dir(stage) / RESULT, {**result, LEARNED: learned})
+
+    def _record(self, stage: str) -> dict[str, Any] | None:
+        path = self.stage_dir(stage) / RESULT
+        return read_sealed(path, self._again(stage)) if path.is_file() else None
 
     def result(self, stage: str) -> dict[str, Any] | None:
-        """The results of a finished stage, else None."""
-        path = self.stage_dir(stage) / "result.json"
-        return dict(read_json(path)) if path.is_file() else None
+        """The results of a finished stage, else None; ``CorruptFileError`` for a damaged file."""
+        record = self._record(stage)
+        return None if record is None else {name: value for name, value in record.items() if name != LEARNED}
+
+    def learned(self, stage: str) -> str | None:
+        """The checksum of what a finished stage learned, else None."""
+        record = self._record(stage)
+        return None if record is None else str(record[LEARNED])
 
     def weights(self, stage: str) -> dict[str, Tensor]:
-        """What a finished stage learned."""
-        return load_tensors(self.stage_dir(stage) / "weights.safetensors")
+        """What a finished stage learned; ``CorruptFileError`` for weights that are damaged or not that stage's."""
+        path = self.stage_dir(stage) / WEIGHTS
+        try:
+            tensors, record = read_tensors(path)
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{error}; {self._again(stage)}") from error
+        if record.get(CONTENT) != self.learned(stage):
+            raise CorruptFileError(f"{path} does not hold what stage {stage!r} learned; {self._again(stage)}")
+        return tensors
 
     def kept(self, name: str, key: Mapping[str, Any]) -> Path | None:
-        """The evaluation file ``name`` if it was written with the same ``key``, else None."""
+        """The evaluation file ``name`` if it was written with the same ``key``, else None.
+
+        Raises ``CorruptFileError`` when it is not the file that was written then.
+        """
         path = self.evaluation_path(name)
         stamp = path.with_suffix(".key")
-        return path if path.is_file() and stamp.is_file() and stamp.read_text() == _digest(key) else None
+        if not path.is_file() or not stamp.is_file():
+            return None
+        fix = f"delete {path} to have it measured again"
+        found = read_sealed(stamp, fix)
+        if found["key"] != _digest(key):
+            return None
+        if found["content"] != sha256(path):
+            raise CorruptFileError(f"{path} is damaged: its checksum is not the one in {stamp.name}; {fix}")
+        return path
 
     def keep(self, name: str, key: Mapping[str, Any]) -> None:
         """Record the settings behind the evaluation file ``name``, which is already written."""
-        self.evaluation_path(name).with_suffix(".key").write_text(_digest(key))
+        path = self.evaluation_path(name)
+        write_sealed(path.with_suffix(".key"), {"key": _digest(key), "content": sha256(path)})
 
     def evaluation_path(self, name: str) -> Path:
         """Path of the scores ``name``; creates the folder."""

@@ -161,6 +161,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     files = manifest.get("sha256") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or STATE not in files:
         raise CorruptFileError(f"{path / MANIFEST} lists no files")
+    added = [file.name for file in path.glob("*.safetensors") if file.name not in files]
+    if added:  # it would be read as a part of the checkpoint
+        raise CorruptFileError(f"{path / min(added)} is not a file of this checkpoint: {MANIFEST} does not list it")
     for name, expected in files.items():
         if not (path / name).is_file():
             raise CorruptFileError(f"{path / name} is missing")

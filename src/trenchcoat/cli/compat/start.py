@@ -18,10 +18,10 @@ from trenchcoat.config import Recipe, UserError
 from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.hub import find_adapter, read_adapter
-from trenchcoat.runtime.files import atomic_file, read_json, save_tensors, write_json
-from trenchcoat.runtime.runfolder import TRANSFER, RunFolder, flatten
+from trenchcoat.runtime.files import atomic_file, save_tensors
+from trenchcoat.runtime.runfolder import SETTINGS, TRANSFER, WEIGHTS, RunFolder, flatten
+from trenchcoat.runtime.sealed import write_sealed
 
-WEIGHTS = "weights.safetensors"
 _ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -90,8 +90,9 @@ def adopt_transfer(source: Path, recipe: Recipe) -> None:
     run = RunFolder(source)
     facts = run.result(TRANSFER)
     if facts is not None:
-        settings = read_json(run.stage_dir(TRANSFER) / "settings.json")
+        settings = run.settings(TRANSFER)
         _check_made_for(recipe, source, settings)
+        run.weights(TRANSFER)  # raises where they are damaged
         _link(run.stage_dir(TRANSFER) / WEIGHTS, own / WEIGHTS)
     else:
         adapter = find_adapter(source)
@@ -107,8 +108,8 @@ def adopt_transfer(source: Path, recipe: Recipe) -> None:
         save_tensors(own / WEIGHTS, {name: tensor for name, tensor in tensors.items() if "lora_" not in name})
         facts = asdict(StageFacts(TRANSFER, 0, 0, 0.0))
     kept = {name: value for name, value in settings.items() if _is_kept(name) or name == "base weights"}
-    write_json(own / "settings.json", {**kept, "taken up from": str(source)})
-    write_json(own / "result.json", facts)  # last: where there is a result, the stage is finished
+    write_sealed(own / SETTINGS, {**kept, "taken up from": str(source)})
+    RunFolder(recipe.run.dir).mark_finished(TRANSFER, facts)  # last: where there is a result, the stage is finished
 
 
 def _link(source: Path, target: Path) -> None:

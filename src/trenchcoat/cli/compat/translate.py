@@ -15,7 +15,7 @@ from typing import Any
 
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import StageConfig, UserError
-from trenchcoat.data.sources import FILE_KINDS
+from trenchcoat.data.files import FILE_KINDS
 from trenchcoat.models.lolcats.settings import ATTENTIONS, FEATURE_MAPS, HALVED, expected, one_of
 from trenchcoat.students import STUDENTS
 

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trenchcoat.config import UserError
-from trenchcoat.runtime.files import PARTIAL_PREFIX, CorruptFileError, read_json, saving, sync, write_json
+from trenchcoat.runtime.files import PARTIAL_PREFIX, CorruptFileError, saving, sync
+from trenchcoat.runtime.sealed import read_sealed, write_sealed
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _PIECE = 1 << 24
@@ -176,7 +177,7 @@ class HiddenFiles(HiddenStates):
 
     def _read_manifest(self, path: Path, verify: bool) -> None:
         try:
-            manifest = read_json(path)
+            manifest = read_sealed(path, "delete it")
         except CorruptFileError as error:
             self.warn(f"{error}; the states it lists are computed again")
             return
@@ -264,7 +265,7 @@ class HiddenFiles(HiddenStates):
             sync(self.folder)
         self._own[index] = {"crc32": checksum}
         shards = {str(i): shard for i, shard in sorted(self._own.items())}
-        write_json(self._manifest, {"header": self._header(), "shards": shards})
+        write_sealed(self._manifest, {"header": self._header(), "shards": shards})
 
     def _raise_failures(self) -> None:
         waiting = [job for job in self._finishing if not job.done()]

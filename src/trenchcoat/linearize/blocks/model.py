@@ -25,16 +25,17 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from trenchcoat.config import ModelConfig, UserError
+from trenchcoat.config.errors import refusals
 from trenchcoat.models import loading
-from trenchcoat.models.basefolder import base_config, base_folder
+from trenchcoat.models.basefolder import LOAD_ERRORS, base_config, base_folder, reason
 from trenchcoat.models.families import attention_sites, decoder_of
 from trenchcoat.models.identity import file_fingerprint
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.models.transformers_internals import attention_name
 from trenchcoat.runtime import files
-from trenchcoat.runtime.files import read_json, write_json
+from trenchcoat.runtime.sealed import read_sealed, write_sealed
 from trenchcoat.runtime.sharding import first_elements
-from trenchcoat.runtime.weightfiles import tensor_files
+from trenchcoat.runtime.weightfiles import SINGLE, tensor_files
 
 BLOCK_FILE = "trenchcoat_block.json"
 """File next to the tensors of a block copied by ``blocks shard``: which layers of which model they are."""
@@ -64,7 +65,7 @@ class BlockSource:
             raise UserError(f"model.path={cfg.path!r} ({self.config.model_type}) is not a causal language model")
         self._files = tensor_files(self.folder)
         part = self.folder / BLOCK_FILE
-        self.part: dict[str, Any] | None = read_json(part) if part.is_file() else None
+        self.part: dict[str, Any] | None = _block_record(part) if part.is_file() else None
 
     @cached_property
     def plain(self) -> Any:
@@ -77,7 +78,8 @@ class BlockSource:
     def attention(self) -> str:
         """Name of the layers' attention implementation, as the whole model would choose it."""
         asked = None if self.cfg.attention == "auto" else self.cfg.attention
-        with torch.device("meta"):
+        what = f"cannot build layers of model.path={self.cfg.path!r}"
+        with refusals(lambda error: f"{what}: {reason(error)}", LOAD_ERRORS), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._config(0, 0), attn_implementation=asked)
         return str(attention_name(model.config))
 
@@ -210,9 +212,8 @@ class BlockSource:
                     attn_implementation=attention,
                     output_loading_info=True,
                 )
-            except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-                text = " ".join(str(error).split())[:300]
-                raise UserError(f"cannot build layers of model.path={self.cfg.path!r}: {text}") from error
+            except LOAD_ERRORS as error:
+                raise UserError(f"cannot build layers of model.path={self.cfg.path!r}: {reason(error)}") from error
         missing = sorted(name for name in found["missing_keys"] if _LAYER.search(name))
         if missing or found["mismatched_keys"]:
             wrong = missing or sorted(str(one) for one in found["mismatched_keys"])
@@ -230,14 +231,21 @@ class BlockSource:
         """
         tensors = dict(self._load([name for name in self._files if _layer_in(name, first, stop)]))
         with files.atomic_directory(out) as partial:
-            files.save_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
+            files.save_tensors(partial / SINGLE, tensors, {"format": "pt"})
             self.config.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-            write_json(
-                partial / BLOCK_FILE,
-                {"first": first, "stop": stop, "layers": self.layers, "base_fingerprint": self.fingerprint},
-            )
+            record = {"first": first, "stop": stop, "layers": self.layers, "base_fingerprint": self.fingerprint}
+            write_sealed(partial / BLOCK_FILE, {**record, "sha256": files.sha256(partial / SINGLE)})
+
+
+def _block_record(path: Path) -> dict[str, Any]:
+    """The content of a block's file, after a check of the tensors beside it; ``CorruptFileError``."""
+    fix = "write the folder again with `blocks shard`"
+    record = read_sealed(path, fix)
+    if files.sha256(path.parent / SINGLE) != record["sha256"]:
+        raise files.CorruptFileError(f"{path.parent / SINGLE} is not what {path.name} belongs to; {fix}")
+    return record
 
 
 class ReadAhead:
