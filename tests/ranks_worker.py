@@ -74,8 +74,8 @@ def poisoned(recipe: Recipe) -> None:
     """Stage 1 with a NaN in the second layer's student, only on the last process."""
     whole = ModelVariants._prepare
 
-    def prepare(variants: ModelVariants, stage: str) -> Any:
-        prepared = whole(variants, stage)
+    def prepare(variants: ModelVariants, stage: str, *, fresh: bool = False) -> Any:
+        prepared = whole(variants, stage, fresh=fresh)
         if distributed.rank() == distributed.size() - 1:
             with torch.no_grad():
                 next(students_of(variants.model)[1].parameters()).fill_(float("nan"))
