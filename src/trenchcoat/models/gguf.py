@@ -76,7 +76,8 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _reading(path: Path) -> refusals:
-    return refusals(lambda error: f"{path} cannot be read as a GGUF model: {reason(error)}", (*LOAD_ERRORS, struct.error))
+    kinds = (*LOAD_ERRORS, struct.error)
+    return refusals(lambda error: f"{path} cannot be read as a GGUF model: {reason(error)}", kinds)
 
 
 def _require_package(path: Path) -> None:
