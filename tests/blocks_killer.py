@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.linearize.blocks import data as blockdata
-from trenchcoat.linearize.blocks import stages as blockstages
+from trenchcoat.conversion.blocks import data as blockdata
+from trenchcoat.conversion.blocks import stages as blockstages
 
 
 def slow(delay: float) -> None:

@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from trenchcoat.config import ParallelConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.conversion import stages
+from trenchcoat.conversion.blocks import pipeline
+from trenchcoat.conversion.blocks import stages as blockstages
+from trenchcoat.conversion.blocks.chain import TRAIN, BatchKey
+from trenchcoat.conversion.blocks.folder import LayerBlock, found_blocks
+from trenchcoat.conversion.blocks.run import BlockRun
+from trenchcoat.conversion.variants import ModelVariants, open_variants
 from trenchcoat.data import load as data
-from trenchcoat.linearize import stages
-from trenchcoat.linearize.blocks import pipeline
-from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.blocks.chain import TRAIN, BatchKey
-from trenchcoat.linearize.blocks.folder import LayerBlock, found_blocks
-from trenchcoat.linearize.blocks.run import BlockRun
-from trenchcoat.linearize.variants import ModelVariants, open_variants
 from trenchcoat.models.attach import freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.loading import load_base
 from trenchcoat.models.lora import freeze_for_lora

@@ -20,7 +20,7 @@ class Sleeper:
     def __call__(self) -> None:
         """Write the process id to a file, then sleep."""
         if self.stubborn:
-            from trenchcoat.linearize.blocks.jobs import _end_with
+            from trenchcoat.conversion.blocks.jobs import _end_with
 
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stubborn else signal.SIG_DFL)

@@ -21,7 +21,7 @@ PACKAGES = (
     "generation",
     "serving",
     "evaluation",
-    "linearize",
+    "conversion",
     "bench",
     "cli",
 )
@@ -30,12 +30,12 @@ PACKAGES = (
 ALLOWED: dict[str, tuple[str, ...]] = {
     "triton": ("ops/triton",),
     "omegaconf": ("config",),
-    "torch.distributed": ("runtime", "training/checkpoints.py", "planning/simulate.py", "linearize/blocks"),
+    "torch.distributed": ("runtime", "training/checkpoints.py", "planning/simulate.py", "conversion/blocks"),
     "peft": ("models/lora.py",),
     "uvicorn": ("serving/process.py",),
     "vllm": ("serving/vllm_plugin",),
     "lm_eval": ("evaluation",),
-    "submitit": ("linearize/blocks",),
+    "submitit": ("conversion/blocks",),
 }
 """The folders (or files) that may import a library."""
 

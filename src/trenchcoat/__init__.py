@@ -14,6 +14,9 @@ from trenchcoat.models import auto as _auto
 if TYPE_CHECKING:
     from trenchcoat.config import Recipe, StudentConfig, UserError
     from trenchcoat.config.recipe_io import load_recipe
+    from trenchcoat.conversion.api import evaluate, finetune, linearize, select, transfer
+    from trenchcoat.evaluation.results import Results
+    from trenchcoat.evaluation.selection import Selection
     from trenchcoat.generation.generate import Session
     from trenchcoat.generation.statefile import load_state, save_state
     from trenchcoat.models.attach import attach_students, set_mode, set_state_dtype, students_of
@@ -23,12 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Recipe",
+    "Results",
+    "Selection",
     "Session",
     "StudentAttention",
     "StudentConfig",
     "UserError",
     "add_lora",
     "attach_students",
+    "evaluate",
+    "finetune",
+    "linearize",
     "load",
     "load_recipe",
     "load_state",
@@ -37,12 +45,21 @@ __all__ = [
     "save_adapter",
     "save_merged",
     "save_state",
+    "select",
     "set_mode",
     "set_state_dtype",
     "students_of",
+    "transfer",
 ]
 
 _MODULE_OF = {
+    "Results": "evaluation.results",
+    "Selection": "evaluation.selection",
+    "evaluate": "conversion.api",
+    "finetune": "conversion.api",
+    "linearize": "conversion.api",
+    "select": "conversion.api",
+    "transfer": "conversion.api",
     "Recipe": "config",
     "StudentConfig": "config",
     "UserError": "config",

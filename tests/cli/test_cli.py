@@ -128,7 +128,7 @@ def test_overrides_may_come_after_options() -> None:
 def test_a_keyboard_interrupt_exits_130_and_says_how_to_continue(
     monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     def interrupted(recipe: Recipe) -> None:
         raise KeyboardInterrupt

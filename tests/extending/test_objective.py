@@ -11,8 +11,8 @@ from torch import nn
 
 from trenchcoat.config import LoraConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.conversion import stages
 from trenchcoat.data.batches import Batch
-from trenchcoat.linearize import stages
 from trenchcoat.runtime.runlog import read_metrics
 from trenchcoat.training.logits import Teacher
 from trenchcoat.training.objectives import IDLE, OBJECTIVES, Metrics, Objective, next_token_loss

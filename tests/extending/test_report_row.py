@@ -9,10 +9,10 @@ import pytest
 
 from trenchcoat.config import Recipe, StudentConfig
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.conversion import stages
 from trenchcoat.evaluation.report.verdicts import verdicts
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import REPORT_ROWS, ReportRow, asked_rows
-from trenchcoat.linearize import stages
 
 
 class HalfWindowRow(ReportRow):

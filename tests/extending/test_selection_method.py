@@ -8,10 +8,10 @@ import pytest
 
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe, settings_help
+from trenchcoat.conversion import stages
+from trenchcoat.conversion.selection.probe import Probe
+from trenchcoat.conversion.selection.registry import METHODS
 from trenchcoat.evaluation.selection import LayerScores, Selection
-from trenchcoat.linearize import stages
-from trenchcoat.linearize.selection.probe import Probe
-from trenchcoat.linearize.selection.registry import METHODS
 from trenchcoat.models.families import attention_sites
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save_tiny_model
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
-from trenchcoat.linearize.blocks.model import BlockSource
+from trenchcoat.conversion.blocks.model import BlockSource
 from trenchcoat.models import basefolder, loading
 from trenchcoat.models.basefolder import base_folder
 from trenchcoat.models.identity import fingerprint

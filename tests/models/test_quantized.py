@@ -13,7 +13,7 @@ from torch import nn
 from conftest import save_tiny_model
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, ParallelConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.linearize import stages
+from trenchcoat.conversion import stages
 from trenchcoat.models import hub, loading
 from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.models.identity import fingerprint

@@ -18,8 +18,8 @@ from ranks_kit import run, run_with_a_kill
 from ranks_worker import stopped
 from trenchcoat.config import UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.conversion import stages
 from trenchcoat.evaluation.results import Results
-from trenchcoat.linearize import stages
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runlog import read_metrics
 

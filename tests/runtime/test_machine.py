@@ -9,9 +9,9 @@ import pytest
 from trenchcoat.config import TransferConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
+from trenchcoat.conversion.comparison import estimate_seconds, stage_tokens, stages_of
+from trenchcoat.conversion.variants import open_variants
 from trenchcoat.evaluation.rows import asked_rows
-from trenchcoat.linearize.comparison import estimate_seconds, stage_tokens, stages_of
-from trenchcoat.linearize.variants import open_variants
 from trenchcoat.runtime import machine
 
 

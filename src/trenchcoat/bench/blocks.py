@@ -24,8 +24,8 @@ from trenchcoat.bench.benchmark import Benchmark, Settings, at_least, at_most, g
 from trenchcoat.bench.llama import LlamaShape
 from trenchcoat.config import Recipe
 from trenchcoat.config.recipe_io import load_recipe
-from trenchcoat.linearize.blocks import stages as blockstages
-from trenchcoat.linearize.variants import open_variants
+from trenchcoat.conversion.blocks import stages as blockstages
+from trenchcoat.conversion.variants import open_variants
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.runtime.runfolder import TRANSFER
 

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from trenchcoat.bench.benchmark import Benchmark, Settings, grid, shown
 from trenchcoat.config import ModelConfig
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.conversion.held_out import evaluation_rows
+from trenchcoat.conversion.variants import open_variants
 from trenchcoat.evaluation.scoring import score
-from trenchcoat.linearize.held_out import evaluation_rows
-from trenchcoat.linearize.variants import open_variants
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.runtime.runfolder import TRANSFER

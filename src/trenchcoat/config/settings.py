@@ -427,7 +427,7 @@ class BlocksConfig(_Section):
 class SelectConfig(_Section):
     """How the key/value groups to keep are chosen where `student.keep` is a share or a number (`trenchcoat select`)."""
 
-    method: Annotated[str, NameIn("trenchcoat.linearize.selection.registry", "METHODS")] = "gates"
+    method: Annotated[str, NameIn("trenchcoat.conversion.selection.registry", "METHODS")] = "gates"
     """How groups are scored. `gates`: what far text is worth to the loss, by backward passes; `retrieval`: attention to
     what followed the same token earlier, forward only; `uniform` and `random`: without measuring, for comparison."""
     rows: PositiveInt = 4

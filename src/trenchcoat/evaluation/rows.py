@@ -1,7 +1,7 @@
 """The rows of the report: which variants of the model are compared, and what each one shows.
 
 To add a row, write a class here and list it in ``REPORT_ROWS``. A row only defines how its model is built; the stages
-of ``trenchcoat.linearize`` train and score it.
+of ``trenchcoat.conversion`` train and score it.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> Any:
     blocks are collected on disk first, then every block is trained by a separate job. `trenchcoat finetune` with the
     same recipe continues from the result.
     """
-    from trenchcoat.linearize.blocks import stages
+    from trenchcoat.conversion.blocks import stages
 
     recipe = args.recipe
     if not args.parallel:
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> Any:
         return stages.run_blocks(recipe)
     if find_spec("submitit") is None:
         raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
-    from trenchcoat.linearize.blocks import launch
+    from trenchcoat.conversion.blocks import launch
 
     launcher = args.launcher or recipe.blocks.launcher
     return launch.launch_blocks(
@@ -79,7 +79,7 @@ def _collect(args: argparse.Namespace) -> Any:
     One pass of the teacher alone through all rows, one block in memory at a time. The hidden states before each block
     are kept in files with checksums; `blocks train` reads them, on any machine with access to the folder.
     """
-    from trenchcoat.linearize.blocks import stages
+    from trenchcoat.conversion.blocks import stages
 
     return stages.collect_inputs(args.recipe)
 
@@ -96,7 +96,7 @@ def _train(args: argparse.Namespace) -> Any:
     Train the students of one block on the inputs that `blocks collect` saved. Blocks depend on nothing but their
     inputs, so any number of these commands may run at once.
     """
-    from trenchcoat.linearize.blocks import stages
+    from trenchcoat.conversion.blocks import stages
 
     return stages.train_block(args.recipe, args.block, args.weights)
 
@@ -107,7 +107,7 @@ def _stitch(args: argparse.Namespace) -> Any:
     Check that every layer is in exactly one finished block and that all blocks come from the same weights, recipe and
     text; write the same files to the run's folder as the joint run; score teacher and students block by block.
     """
-    from trenchcoat.linearize.blocks import stages
+    from trenchcoat.conversion.blocks import stages
 
     return stages.stitch_blocks(args.recipe)
 
@@ -121,7 +121,7 @@ def _shard(args: argparse.Namespace) -> Any:
 
     For machines without a shared file system: a block's folder is all that `blocks train --weights` reads of the model.
     """
-    from trenchcoat.linearize.blocks import stages
+    from trenchcoat.conversion.blocks import stages
 
     return stages.shard_blocks(args.recipe, args.out)
 
@@ -131,7 +131,7 @@ def _status(args: argparse.Namespace) -> Any:
 
     Show the progress of each block of a run.
     """
-    from trenchcoat.linearize.blocks import stages
+    from trenchcoat.conversion.blocks import stages
 
     return stages.show_status(args.recipe)
 

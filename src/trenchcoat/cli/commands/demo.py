@@ -17,7 +17,7 @@ def _run(args: argparse.Namespace) -> Any:
     kill or Ctrl-C, the same command resumes. Any setting can be overridden, for example: trenchcoat demo
     student.window=16
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     return stages.demo(args.recipe)
 

@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> Any:
     """
     if args.tasks is not None:
         return _score_tasks(args)
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     if (args.target / "recipe.yaml").is_file():
         return stages.evaluate_run(args.recipe)

@@ -22,7 +22,7 @@ def _run(args: argparse.Namespace) -> Any:
     Write what a run learned to a separate folder: the adapter (feature maps, mixes, LoRA; needs the base model) or,
     with --merge, a complete model that AutoModelForCausalLM loads after `import trenchcoat`.
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
     from trenchcoat.models.lolcats import checkpoints
 
     if args.to is not None:

@@ -15,7 +15,7 @@ def _run(args: argparse.Namespace) -> Any:
     transfer in the run's folder (made by `trenchcoat transfer` with the same recipe); with transfer=null it is the
     baseline without transfer.
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     return stages.finetune(args.recipe)
 

@@ -15,7 +15,7 @@ def _run(args: argparse.Namespace) -> Any:
     run's folder (run.dir). Run the same command again after a crash or Ctrl-C and it continues; finished stages are
     skipped.
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     return stages.linearize(args.recipe)
 

@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> Any:
     selection.png and frontier.png into the run's folder. `linearize`, `transfer` and `finetune` do this first, by
     themselves, where student.keep is a share or a number of groups.
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     recipe = args.recipe
     if args.keep is not None:

@@ -14,7 +14,7 @@ def _run(args: argparse.Namespace) -> Any:
     Stage 1: train each layer's feature maps so that the linear attention reproduces the softmax attention's outputs.
     The model itself is frozen, and no gradient passes through it.
     """
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     return stages.transfer(args.recipe)
 

@@ -60,7 +60,7 @@ def plan_of(stage: ScriptStage, arguments: Sequence[str], configs: Path) -> Scri
 
 
 def _run(stage: ScriptStage, arguments: Sequence[str], configs: Path, debug: bool) -> None:
-    from trenchcoat.linearize import stages
+    from trenchcoat.conversion import stages
 
     if not debug:
         quiet_libraries()

@@ -1,0 +1,92 @@
+"""The stages as Python functions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trenchcoat.config import UserError
+from trenchcoat.conversion import api
+from trenchcoat.models.hub import load
+
+SETTINGS: dict[str, Any] = {
+    "student": {"window": 8, "feature_map": {"feature_dim": 8}},
+    "select": {"seq_len": 40, "rows": 1, "frontier_rows": 2},
+    "transfer": {"max_steps": 2, "eval_every": 2, "eval_batches": 1, "warmup_steps": 0},
+    "lora": {"max_steps": 2, "seq_len": None, "eval_every": 2, "eval_batches": 1, "warmup_steps": 0, "rank": 2},
+    "data.seq_len": 48,
+    "eval": {"seq_len": 40, "rows": 2, "copy_rows": 2, "length_factors": [1], "decode_lengths": []},
+    "run": {"progress": "off"},
+}
+
+
+@pytest.fixture
+def texts(text_file: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in text_file.read_text(encoding="utf-8").splitlines()]
+
+
+def _model(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_model_in_memory_is_converted_and_its_run_opens_elsewhere(
+    tiny_model_dir: Path, texts: list[str], tmp_path: Path
+) -> None:
+    model, tokenizer = _model(tiny_model_dir)
+    out = tmp_path / "run"
+    converted, results = api.linearize(model, tokenizer, texts, keep=1, out=out, **SETTINGS)
+    assert converted is model
+    assert results.model["kept groups"] == 1
+    assert {"teacher", "window_sinks", "kept_window_sinks", "transfer_lora"} <= results.rows.keys()
+    ids = torch.arange(30)[None] % 50
+    opened, _ = load(out)
+    torch.testing.assert_close(converted(ids).logits, opened(ids).logits)
+    assert not (out / "base").exists()
+    again = api.evaluate(out, eval={"rows": 3})
+    assert len(again.rows["teacher"].all.sums) == 3
+
+
+def test_the_parts_one_after_another_give_the_same(tiny_model_dir: Path, texts: list[str], tmp_path: Path) -> None:
+    path = str(tiny_model_dir)
+    rows = [{"text": text} for text in texts]
+    chosen = api.select(path, None, rows, keep=1, out=tmp_path / "parts", **SETTINGS)
+    assert len(chosen.kept) == 1
+    first = api.transfer(path, None, rows, keep=1, out=tmp_path / "parts", **SETTINGS)
+    second = api.finetune(path, None, rows, keep=1, out=tmp_path / "parts", **SETTINGS)
+    whole, _ = api.linearize(path, None, rows, keep=1, out=tmp_path / "whole", **SETTINGS)
+    ids = torch.arange(30)[None] % 50
+    torch.testing.assert_close(second(ids).logits, whole(ids).logits)
+    assert not torch.equal(first(ids).logits, second(ids).logits)
+
+
+def test_changed_weights_are_saved_with_the_run(tiny_model_dir: Path, texts: list[str], tmp_path: Path) -> None:
+    model, tokenizer = _model(tiny_model_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(UserError, match=r"saved with the run: give out="):
+        api.transfer(model, tokenizer, texts, keep="none", **SETTINGS)
+    settings = {**SETTINGS, "lora": None}
+    converted = api.transfer(model, tokenizer, texts, keep="none", out=tmp_path / "run", **settings)
+    opened, _ = load(tmp_path / "run")
+    ids = torch.arange(30)[None] % 50
+    torch.testing.assert_close(converted(ids).logits, opened(ids).logits)
+    with pytest.raises(UserError, match="linearized already"):
+        api.transfer(converted, tokenizer, texts, out=tmp_path / "other")
+
+
+def test_mistakes_are_named_before_anything_is_trained(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, tokenizer = _model(tiny_model_dir)
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        api.linearize(model)
+    with pytest.raises(UserError, match="data has no rows"):
+        api.linearize(model, tokenizer, [], out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"unknown key transfer\.steps"):
+        api.linearize(model, tokenizer, ["text"], out=tmp_path / "run", transfer={"steps": 3})
+    with pytest.raises(UserError, match="no such folder or file"):
+        api.linearize("nowhere")
