@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import json
 import lzma
@@ -13,12 +14,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data import sources, tokens
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.load import load_batches
+from trenchcoat.models.text import remember_embeddings
 
 TEXT_ROWS = [{"text": f"row {i} of a small file"} for i in range(8)]
 ALPACA_ROWS = [{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(8)]
@@ -264,3 +267,88 @@ def test_nothing_but_bad_rows_is_an_error_that_shows_the_first(load: Loader) -> 
         UserError, match=r"has no usable row; the first problem: .*line 1: found the columns a; expected"
     ):
         load("rows.jsonl", b'{"a": 1}\n' * 5, on_bad_row="skip")
+
+
+BAD = "bad \ud83d emoji "
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+HALVES = {
+    "text": {"text": BAD * 9},
+    "alpaca": {"instruction": BAD, "output": BAD * 9},
+    "chat": {"messages": [{"role": "user", "content": BAD}, {"role": "assistant", "content": BAD * 9}]},
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", HALVES)
+def test_half_a_surrogate_pair_is_read_as_a_replacement_character(
+    load: Loader, tokenizer: PreTrainedTokenizerFast, kind: str, streaming: bool
+) -> None:
+    halves = jsonl([HALVES[kind]] * 8)
+    assert b"\\ud83d" in halves
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT
+    load.tokenizer = own
+    found = [
+        load(f"{name}.jsonl", content, streaming=streaming, seq_len=32).train_batch(0)
+        for name, content in (("halves", halves), ("whole", halves.replace(b"\\ud83d", b"\\ufffd")))
+    ]
+    assert torch.equal(found[0]["input_ids"], found[1]["input_ids"])
+    assert torch.equal(found[0]["labels"], found[1]["labels"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_that_the_tokenizer_refuses_or_the_model_has_no_token_for_is_named_or_skipped(
+    load: Loader, tokenizer: PreTrainedTokenizerFast, streaming: bool
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<|tool|>"])
+    remember_embeddings(own, 259)
+    load.tokenizer = own
+    rows = jsonl([*TEXT_ROWS * 3, {"text": "some <|tool|> text"}])
+    where = "rows.jsonl, byte" if streaming else f"rows.jsonl, line {len(TEXT_ROWS) * 3 + 1}"
+    with pytest.raises(UserError, match=rf"{where}.*: token '<\|tool\|>' has id 259, .*on_bad_row=skip"):
+        read_all(load("rows.jsonl", rows, streaming=streaming))
+    skipped = load("rows.jsonl", rows, streaming=streaming, on_bad_row="skip")
+    read_all(skipped)
+    assert skipped.counts["skipped/token without embedding"] >= 1
+    own.add_special_tokens({"pad_token": "[PAD]"})
+    padded = load("pad.jsonl", jsonl(TEXT_ROWS), packing="contiguous", seq_len=64, streaming=streaming).train_batch(0)
+    assert padded["attention_mask"].min() == 0
+    assert padded["input_ids"].max() < 259
+    remember_embeddings(own, 260)  # as it is after a resize: another cache
+    assert "skipped/token without embedding" not in load("rows.jsonl", rows, on_bad_row="skip").counts
+    words = Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    load.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    rows = jsonl([{"text": "a b " * 20}] * 7 + [{"text": "a c"}])
+    with pytest.raises(UserError, match=r"words.jsonl, .*the tokenizer refuses the text: .*on_bad_row=skip"):
+        read_all(load("words.jsonl", rows, streaming=streaming))
+    skipped = load("words.jsonl", rows, streaming=streaming, on_bad_row="skip")
+    read_all(skipped)
+    assert skipped.counts["skipped/refused by the tokenizer"] >= 1
+
+
+def read_all(batches: Any) -> None:
+    """Enough batches to have read every row."""
+    for index in range(60):
+        batches.train_batch(index)
+
+
+def test_values_that_cannot_be_read_are_bad_rows(load: Loader, tmp_path: Path) -> None:
+    deep, long = b'{"text": ' + b"[" * 100_000 + b"}\n", b'{"text": ' + b"1" * 5000 + b"}\n"
+    for line in (deep, long):
+        with pytest.raises(UserError, match=r"line 9: JSON that cannot be read"):
+            load("rows.jsonl", jsonl(TEXT_ROWS) + line)
+        assert load("rows.jsonl", jsonl(TEXT_ROWS) + line, on_bad_row="skip").counts["skipped/unreadable"] == 1
+        with pytest.raises(UserError, match=r"rows.json.*JSON that cannot be read|not valid JSON"):
+            load("rows.json", b"[\n" + line + b"]")
+    texts = [row["text"] for row in TEXT_ROWS]
+    column = pyarrow.array([*(text.encode() for text in texts), b"caf\xe9"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "broken.parquet")
+    content = (tmp_path / "broken.parquet").read_bytes()
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=r"rows.parquet, row 9.*: a value that cannot be read"):
+            read_all(load("rows.parquet", content, streaming=streaming))
+        batches = load("rows.parquet", content, streaming=streaming, on_bad_row="skip")
+        read_all(batches)
+        assert batches.counts["skipped/unreadable"] >= 1

@@ -195,6 +195,21 @@ def test_a_file_of_prompts_becomes_json_lines(
     assert run(capsys, "generate", folder, "--prompt", "-", *few).strip() == ("The coat" + rows[0]["text"]).strip()
 
 
+def test_prompts_that_are_not_utf_8(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--max-new-tokens", 2)
+    assert run(capsys, "generate", folder, "--prompt", "caf\udce9 ", *few).startswith("caf\ufffd ")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "bad \\ud83d"}\n')
+    assert run(capsys, "generate", folder, "--prompts", tmp_path / "p.jsonl", *few).startswith("bad \ufffd")
+    for option in ("--prompt", "--prompts"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+        assert "standard input is not UTF-8" in run(capsys, "generate", folder, option, "-", *few, code=1)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    for name, message in (("absent.txt", "cannot be read"), ("deep.jsonl", "deep.jsonl, line 1 is not JSON")):
+        assert message in run(capsys, "generate", folder, "--prompts", tmp_path / name, *few, code=1)
+
+
 def test_a_long_shared_prefix_is_read_once(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state, start = tmp_path / "state", "Numbers are kept as they are: 0, 1, 2, 3, 5, 8, 13, 21. "
     few = ("--max-new-tokens", 5, "--jsonl")

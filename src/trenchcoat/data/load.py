@@ -37,6 +37,7 @@ from trenchcoat.data.stream_sources import open_stream
 from trenchcoat.data.table import TokenTable
 from trenchcoat.data.tokens import Say, content_hash, token_table, unwanted_lengths
 from trenchcoat.models.embedded import Split
+from trenchcoat.models.text import known_embeddings
 
 Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
 """(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""
@@ -63,7 +64,9 @@ def load_batches(
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
     check_format(cfg.format)
-    pad = next((mark for mark in (tokenizer.pad_token_id, tokenizer.eos_token_id) if mark is not None), 0)
+    known = known_embeddings(tokenizer) or len(tokenizer)
+    marks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((mark for mark in marks if mark is not None and mark < known), 0)  # any will do: padding is masked
     if cfg.streaming:
         return _stream(cfg, tokenizer, batch_size, seed, pad, say)
     train, validation, hold = _sources(cfg)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trenchcoat.config import UserError
 from trenchcoat.data.packing import Encoded
+from trenchcoat.models.text import tokenize
 
 Segment = tuple[str, bool]
 Bos = Literal["auto", "always", "never"]
@@ -54,8 +55,8 @@ def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) 
 def opening_tokens(tokenizer: Any, bos: Bos = "auto") -> list[int]:
     """What every text begins with: what the tokenizer itself puts there, its BOS token if it has one, or nothing."""
     if bos == "auto":
-        plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
-        framed = tokenizer("a", verbose=False)["input_ids"]
+        plain = tokenize(tokenizer, "a", add_special_tokens=False, verbose=False)["input_ids"]
+        framed = tokenize(tokenizer, "a", verbose=False)["input_ids"]
         starts = (i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
         return list(framed[: next(starts, 0)])
     return [] if bos == "never" or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -71,7 +72,7 @@ def encode(tokenizer: Any, samples: Sequence[list[Segment]], *, eos: bool, bos: 
         return []
     if getattr(tokenizer, "is_fast", False):
         texts = ["".join(text for text, _ in sample) for sample in samples]
-        batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        batch = tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         pieces = [_fast_piece(sample, batch.encodings[i]) for i, sample in enumerate(samples)]
     else:
         pieces = [_slow_piece(tokenizer, sample) for sample in samples]
@@ -92,7 +93,7 @@ def _fast_piece(sample: list[Segment], encoding: Any) -> Encoded:
 
 def _slow_piece(tokenizer: Any, sample: list[Segment]) -> Encoded:
     """Without offsets: every segment tokenized by itself."""
-    parts = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text, _ in sample]
+    parts = [tokenize(tokenizer, text, add_special_tokens=False, verbose=False)["input_ids"] for text, _ in sample]
     ids = np.array([token for part in parts for token in part], dtype=np.int32)
     return ids, np.repeat([counts for _, counts in sample], [len(part) for part in parts]).astype(np.bool_)
 

@@ -203,9 +203,15 @@ def dataset_source(path: str, splits: Mapping[str, Any], split: str) -> Source:
     return Source(
         f"{path} ({split})",
         rows._fingerprint,  # the library has no public name for it
-        lambda: ((f"row {i}", row) for i, row in enumerate(rows, 1)),
+        lambda: _numbered(path, rows),
         lambda: len(rows),
     )
+
+
+def _numbered(path: str, rows: Any) -> Iterator[tuple[str, Row]]:
+    with dataset_errors(path):
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", row
 
 
 def check_file(file: Path) -> None:
@@ -263,6 +269,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Row]]:
             f"{file}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); the file is truncated "
             "or broken there, get it again or fix that line"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} holds JSON that cannot be read ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{file} holds a JSON {type(rows).__name__}; expected a list of objects, or one object a line")
     for i, row in enumerate(rows, 1):
@@ -291,6 +299,8 @@ def json_line(line: bytes, offset: int) -> Row:
         return UserError(f"not valid JSON (column {error.colno}: {error.msg})")
     except UserError as error:
         return error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        return UserError(f"JSON that cannot be read ({error})")
 
 
 def _object(row: object) -> Row:
@@ -312,9 +322,20 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Row]]:
     number = 0
     with parquet_errors(file), pyarrow.parquet.ParquetFile(file) as table:
         for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in batch_rows(batch):
                 number += 1
                 yield f"row {number}", row
+
+
+def batch_rows(batch: Any) -> list[Row]:
+    """The rows of an Arrow batch; one that cannot be read (text that is not UTF-8, a date beyond the calendar) is a
+    ``UserError``."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            return [UserError(f"a value that cannot be read ({error})")]
+        return [row for i in range(len(batch)) for row in batch_rows(batch.slice(i, 1))]
 
 
 @contextmanager

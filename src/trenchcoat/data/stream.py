@@ -31,12 +31,13 @@ import numpy as np
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data.batches import Batch, Batches
 from trenchcoat.data.packing import Encoded, PackedRows, pack, padded_batch
-from trenchcoat.data.samples import BadSample, Segment, encode
+from trenchcoat.data.samples import BadSample, Segment
 from trenchcoat.data.sources import Row
 from trenchcoat.data.stream_sources import SHARD_COUNTS, RowReader, StreamSource
 from trenchcoat.data.tokens import (
     cache_folder,
     content_hash,
+    encode_samples,
     read_samples,
     sample_settings,
     tokenizer_hash,
@@ -131,7 +132,7 @@ class _ShardRows:
         self.pending: deque[Encoded] = deque()
         self.first = place.rows
         self._reader: RowReader | None = None
-        self._samples: Iterator[list[Segment] | BadSample] = iter(())
+        self._samples: Iterator[tuple[str, list[Segment] | BadSample]] = iter(())
         self._fruitless = self._tokens_of_turn = self._rows_of_turn = 0
         self._whole_turn = False
 
@@ -159,7 +160,12 @@ class _ShardRows:
             self._tokens_of_turn = self._rows_of_turn = 0
             self._whole_turn = place.position is None
         samples, ended = self._take()
-        encoded = encode(self.tokenizer, samples, bos=self.cfg.bos, eos=self.cfg.eos)
+        encoded: list[Encoded] = []
+        for row in encode_samples(self.source.name, samples, self.cfg, self.tokenizer):
+            if isinstance(row, BadSample):
+                self._note(row)
+            else:
+                encoded.append(row)
         lengths = np.array([len(ids) for ids, _ in encoded], dtype=np.int64)
         wanted = lengths > 0
         for reason, unwanted in unwanted_lengths(lengths, self.cfg).items():
@@ -199,16 +205,19 @@ class _ShardRows:
             self.counts["rows_read"] += 1
             yield row
 
-    def _take(self) -> tuple[list[list[Segment]], bool]:
+    def _note(self, bad: BadSample) -> None:
+        self.counts[f"skipped/{bad.reason}"] += 1
+        self.first_problem = self.first_problem or f"; the first problem: {bad}"
+
+    def _take(self) -> tuple[list[tuple[str, list[Segment]]], bool]:
         """Samples of one block, and whether the shard ended with it."""
-        samples: list[list[Segment]] = []
+        samples: list[tuple[str, list[Segment]]] = []
         characters = 0
-        for sample in self._samples:
+        for where, sample in self._samples:
             if isinstance(sample, BadSample):
-                self.counts[f"skipped/{sample.reason}"] += 1
-                self.first_problem = self.first_problem or f"; the first problem: {sample}"
+                self._note(sample)
                 continue
-            samples.append(sample)
+            samples.append((where, sample))
             characters += sum(len(text) for text, _ in sample)
             if characters >= self.block_characters:
                 return samples, False

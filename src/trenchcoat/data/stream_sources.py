@@ -27,6 +27,7 @@ from trenchcoat.data.files import data_files
 from trenchcoat.data.sources import (
     Row,
     Source,
+    batch_rows,
     check_file,
     dataset_errors,
     dataset_splits,
@@ -261,7 +262,7 @@ class _Groups(_Space):
             for batch in table.iter_batches(batch_size=256, row_groups=[group]):
                 rows = batch.slice(skip) if skip < len(batch) else batch.slice(len(batch))
                 skip = max(0, skip - len(batch))
-                for row in rows.to_pylist():
+                for row in batch_rows(rows):
                     position += 1
                     yield position, f"{file.name}, row {position} of the stream", row
 

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from trenchcoat.data.packing import Encoded
+from trenchcoat.data.samples import BadSample
 from trenchcoat.runtime.files import save_tensors
 
 
@@ -45,10 +47,21 @@ class TableBuilder:
         self.counted = bytearray()
         self.offsets = array("q", [0])
         self.skipped: Counter[str] = Counter()
+        self.first_problem = ""
 
-    def extend(self, rows: Iterable[tuple[NDArray[np.int32], NDArray[np.bool_]]]) -> None:
-        """Append rows, each as token ids [n] and whether they count [n]."""
-        for ids, counted in rows:
+    def note(self, bad: BadSample) -> None:
+        """Count a bad sample; it is not yet a row."""
+        self.first_problem = self.first_problem or f"; the first problem: {bad}"
+        self.skipped[bad.reason] += 1
+
+    def extend(self, rows: Iterable[Encoded | BadSample]) -> None:
+        """Append rows, each as token ids [n] and whether they count [n]; a bad sample is counted, and an empty row."""
+        for row in rows:
+            if isinstance(row, BadSample):
+                self.note(row)
+                self.offsets.append(len(self.tokens))
+                continue
+            ids, counted = row
             self.tokens.frombytes(ids.tobytes())
             self.counted += counted.tobytes()
             self.offsets.append(len(self.tokens))

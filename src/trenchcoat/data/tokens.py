@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data.formats import segments
+from trenchcoat.data.packing import Encoded
 from trenchcoat.data.samples import BadSample, Segment, encode
 from trenchcoat.data.sources import Row, Source
 from trenchcoat.data.table import TableBuilder, TokenTable, load_table, save_table
+from trenchcoat.models.text import known_embeddings, without_embedding
 from trenchcoat.runtime.files import SaveError
 
 Say = Callable[[str], None]
@@ -42,14 +44,16 @@ def content_hash(*parts: object) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what decides the tokens of a text."""
+    """Hash of what decides the tokens of a text, and which of them the model has no embedding for."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
         state.update(padding=None, truncation=None)  # set by whoever called the tokenizer last
     else:
         state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return content_hash(state, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
+    known = known_embeddings(tokenizer)
+    return content_hash(state, *marks, *(() if known is None else (known,)))
 
 
 def sample_settings(cfg: DataConfig) -> tuple[Any, ...]:
@@ -83,18 +87,53 @@ def token_table(
 
 def read_samples(
     name: str, rows: Iterable[tuple[str, Row]], cfg: DataConfig, tokenizer: Any
-) -> Iterator[list[Segment] | BadSample]:
-    """The segments of every row, or, where bad rows are skipped, what is wrong with it and where it is."""
+) -> Iterator[tuple[str, list[Segment] | BadSample]]:
+    """(where it is, segments) of every row; where bad rows are skipped, what is wrong with it instead of segments."""
     for where, row in rows:
         try:
             if isinstance(row, UserError):
                 raise BadSample("unreadable", str(row))
-            yield segments(row, cfg, tokenizer)
+            yield where, segments(row, cfg, tokenizer)
         except BadSample as error:
-            problem = f"{name}, {where}: {error}"
-            if cfg.on_bad_row == "error":
-                raise UserError(f"{problem}; fix the row, or skip such rows with data.on_bad_row=skip") from error
-            yield BadSample(error.reason, problem)
+            yield where, _bad(f"{name}, {where}", error, cfg)
+
+
+def encode_samples(
+    name: str, samples: Sequence[tuple[str, list[Segment]]], cfg: DataConfig, tokenizer: Any
+) -> list[Encoded | BadSample]:
+    """The tokens of each sample (where it is, segments); where bad rows are skipped, what is wrong with it instead.
+
+    Bad is a text that the tokenizer refuses, and one with a token that the model has no embedding for.
+    """
+
+    def encoded(chosen: Sequence[tuple[str, list[Segment]]]) -> list[Encoded]:
+        """Tokens of some of them."""
+        return encode(tokenizer, [segments for _, segments in chosen], bos=cfg.bos, eos=cfg.eos)
+
+    known = known_embeddings(tokenizer)
+    try:
+        found: list[Encoded | BadSample] = [*encoded(samples)]
+    except UserError:  # one of them: which?
+        found = []
+        for sample in samples:
+            try:
+                found += encoded([sample])
+            except UserError as error:
+                found.append(_bad(f"{name}, {sample[0]}", BadSample("refused by the tokenizer", str(error)), cfg))
+    for i, (where, _) in enumerate(samples):
+        row = found[i]
+        foreign = None if isinstance(row, BadSample) else without_embedding(tokenizer, row[0].tolist(), known)
+        if foreign is not None:
+            found[i] = _bad(f"{name}, {where}", BadSample("token without embedding", foreign), cfg)
+    return found
+
+
+def _bad(where: str, error: BadSample, cfg: DataConfig) -> BadSample:
+    """The bad sample with its place; raised, as a ``UserError``, where bad rows are not skipped."""
+    problem = f"{where}: {error}"
+    if cfg.on_bad_row == "error":
+        raise UserError(f"{problem}; fix the row, or skip such rows with data.on_bad_row=skip") from error
+    return BadSample(error.reason, problem)
 
 
 class _Reporter:
@@ -114,23 +153,21 @@ class _Reporter:
 
 def _tokenize(source: Source, cfg: DataConfig, tokenizer: Any, limit: int | None, say: Say | None) -> TokenTable:
     builder, reporter = TableBuilder(), _Reporter(source.name, say)
-    chunk: list[list[Segment]] = []
+    chunk: list[tuple[str, list[Segment]]] = []
     characters = 0
-    first_problem = ""
-    for sample in itertools.islice(read_samples(source.name, source.rows(), cfg, tokenizer), limit):
+    for where, sample in itertools.islice(read_samples(source.name, source.rows(), cfg, tokenizer), limit):
         if isinstance(sample, BadSample):
-            first_problem = first_problem or f"; the first problem: {sample}"
-            builder.skipped[sample.reason] += 1
+            builder.note(sample)
             sample = []
         reporter.row()
-        chunk.append(sample)
+        chunk.append((where, sample))
         characters += sum(len(text) for text, _ in sample)
         if len(chunk) >= _CHUNK_ROWS or characters >= _CHUNK_CHARACTERS:
-            builder.extend(encode(tokenizer, chunk, bos=cfg.bos, eos=cfg.eos))
+            builder.extend(encode_samples(source.name, chunk, cfg, tokenizer))
             chunk, characters = [], 0
-    builder.extend(encode(tokenizer, chunk, bos=cfg.bos, eos=cfg.eos))
+    builder.extend(encode_samples(source.name, chunk, cfg, tokenizer))
     if not builder.tokens:
-        raise UserError(f"{source.name} has no usable row{first_problem or ': it is empty'}")
+        raise UserError(f"{source.name} has no usable row{builder.first_problem or ': it is empty'}")
     return builder.table()
 
 

@@ -39,6 +39,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import mode_of, set_far, set_mode
 from trenchcoat.models.lora import remove_lora
 from trenchcoat.models.stage2 import holds_teacher
+from trenchcoat.models.text import clean_text
 
 MODEL_NAME = "trenchcoat"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
@@ -121,6 +122,7 @@ class TrenchcoatLM(HFLM):
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
         """As the harness's, with a small cache: the choices of a question share their context."""
+        string = clean_text(string)
         if add_special_tokens is None and left_truncate_len is None and not kwargs:
             return self._encode_plain(string)
         found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from trenchcoat.config import UserError
 from trenchcoat.evaluation.task import EvalTask, ScoredModel, TaskPlan
+from trenchcoat.models.text import tokenize
 
 if TYPE_CHECKING:
     from trenchcoat.evaluation.task_results import TaskRecord
@@ -163,7 +164,7 @@ class MmluLetters(EvalTask):
         fewshot = 5 if plan.num_fewshot is None else plan.num_fewshot
         opening, letters = letter_tokens(model.tokenizer)
         prompts, items = _prompts(mmlu_folder(plan.data_dir), fewshot, plan.limit)
-        encoded = model.tokenizer([text for texts in prompts.values() for text in texts])["input_ids"]
+        encoded = tokenize(model.tokenizer, [text for texts in prompts.values() for text in texts])["input_ids"]
         contexts = [[*ids, *opening] for ids in encoded]
         fits = [plan.max_length is None or len(ids) <= plan.max_length for ids in contexts]
         kept = [ids for ids, fit in zip(contexts, fits, strict=True) if fit]

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from trenchcoat.config import UserError
-from trenchcoat.generation.generate import Sampling, Session
+from trenchcoat.generation.generate import Sampling, Session, prompt_tokens
 from trenchcoat.models.attach import mode_of
 
 USER, ANSWER = "User:", "Assistant:"
@@ -129,7 +129,7 @@ class Conversation:
         return self._ids(tail.replace(_NEXT, text), special=False)
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return prompt_tokens(self.model, self.tokenizer, text, add_special_tokens=special)
 
     def _render(self, turns: list[tuple[str, str]]) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]

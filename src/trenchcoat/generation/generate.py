@@ -35,6 +35,7 @@ from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import cache_nbytes
 from trenchcoat.models.lora import remove_lora
 from trenchcoat.models.rotary import length_dependence
+from trenchcoat.models.text import clean_text, embeddings_of, tokenize, without_embedding
 from trenchcoat.runtime.sharding import run_decoder
 
 PREFILL_TOKENS = 2048
@@ -86,10 +87,11 @@ class Sampling:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "Transformers' GenerationConfig lists them"
                 raise UserError(f"no generation option {name!r}; {hint}")
-        ends, pad = _end_tokens(model, tokenizer), tokenizer.pad_token_id
+        ends, embeddings = _end_tokens(model, tokenizer), embeddings_of(model)
+        pads = (token for token in (tokenizer.pad_token_id, *ends) if token is not None and token < embeddings)
         options: dict[str, Any] = {
             "eos_token_id": ends or None,
-            "pad_token_id": pad if pad is not None else (ends or [0])[0],  # any token will do: padding is masked
+            "pad_token_id": next(pads, 0),  # any token will do: padding is masked
             "bos_token_id": tokenizer.bos_token_id,
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.do_sample,
@@ -150,6 +152,7 @@ def generate_rows(
     continues from the saved state ``start``; the state after a single prompt and its continuation is saved to ``end``.
     Raises ``UserError``.
     """
+    prompts = [clean_text(prompt) for prompt in prompts]
     if end is not None:
         if len(prompts) != 1 or compare:
             raise UserError(f"a state can be saved after one prompt, without comparison; got {len(prompts)} prompts")
@@ -185,7 +188,7 @@ def generate_text(
     _require_positive("max_new_tokens", sampling.max_new_tokens)
     _require_positive("batch_size", batch_size)
     config, ends = sampling.config(model, tokenizer), _end_tokens(model, tokenizer)
-    encoded = [_encode(tokenizer, prompt, start) for prompt in prompts]
+    encoded = [_encode(model, tokenizer, prompt, start) for prompt in prompts]
     was_training = model.training
     model.eval()
     written: list[Generation] = []
@@ -213,19 +216,28 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return [ends] if isinstance(ends, int) else list(ends)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, start: Session | None) -> list[int]:
+def _encode(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, start: Session | None) -> list[int]:
     if start is not None:
-        ids = [*start.pending, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        ids = [*start.pending, *prompt_tokens(model, tokenizer, prompt, add_special_tokens=False)]
         if not ids:
             raise UserError("the prompt is empty and the state has no pending token; give a text to continue with")
         return ids
-    ids = list(tokenizer(prompt)["input_ids"])
+    ids = prompt_tokens(model, tokenizer, prompt)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise UserError(
             f"prompt {prompt!r} has no token, and the tokenizer has no beginning-of-text token; give a text"
         )
+    return ids
+
+
+def prompt_tokens(model: Any, tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text that the model reads; ``UserError`` for a text that it cannot read."""
+    ids = list(tokenize(tokenizer, text, add_special_tokens=add_special_tokens)["input_ids"])
+    foreign = without_embedding(tokenizer, ids, embeddings_of(model))
+    if foreign is not None:
+        raise UserError(f"prompt {text[:80]!r}: {foreign}")
     return ids
 
 
@@ -293,7 +305,7 @@ def _continue_and_save(
     session = Session.new(model) if start is None else Session.load(start, model)
     if sampling.num_beams != 1 or sampling.more.get("num_return_sequences", 1) != 1:
         raise UserError("a state can be saved after one continuation only; leave out beams and num_return_sequences")
-    ids = _encode(tokenizer, prompt, None if start is None else session)[len(session.pending) :]
+    ids = _encode(model, tokenizer, prompt, None if start is None else session)[len(session.pending) :]
     began = time.perf_counter()
     if sampling.max_new_tokens == 0:
         session.read(ids)

@@ -218,7 +218,7 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
 def export(path: Path, out: Path, *, merge: bool) -> Outcome:
     """Write the adapter (or, with ``merge``, the complete model) of a run or adapter folder to ``out``."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; choose another one")
+        raise UserError(f"{out} exists and is not empty; choose another folder")
     model, tokenizer = hub.load(path)
     if merge:
         hub.save_merged(model, out, tokenizer)

@@ -26,6 +26,7 @@ from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import ADAPTER_META, load_model, require_hub_id, resolve_device, resolve_dtype
 from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
 from trenchcoat.models.stage2 import trains_all
+from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime.files import (
     CorruptFileError,
     atomic_directory,
@@ -259,6 +260,7 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
     lost = sorted(info["missing_keys"])
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
+    remember_embeddings(tokenizer, embeddings_of(model))
     return model.to(where).eval().requires_grad_(False), tokenizer
 
 

@@ -25,6 +25,7 @@ from trenchcoat.models.families import decoder_of
 from trenchcoat.models.gguf import gguf_folder, is_gguf
 from trenchcoat.models.identity import remember_fingerprint
 from trenchcoat.models.shapes import meta_model
+from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import sha256
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
@@ -67,7 +68,7 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     fill_from_files(model, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model, load_tokenizer(cfg, str(folder))
+    return model, load_tokenizer(cfg, str(folder), embeddings_of(model))
 
 
 def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module, Any]:
@@ -212,15 +213,17 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
             f"model.path={cfg.path!r} lacks {len(missing)} weights ({missing[0]}, ...), so it would "
             "run with random ones; give a complete causal language model"
         )
-    tokenizer = load_tokenizer(cfg, source)
+    tokenizer = load_tokenizer(cfg, source, embeddings_of(model))
     if quantization_config is None:
         model = model.to(device)
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_tokenizer(cfg: ModelConfig, source: str) -> Any:
-    """The tokenizer of a model; raises ``UserError`` when there is none."""
+def load_tokenizer(cfg: ModelConfig, source: str, embeddings: int) -> Any:
+    """The tokenizer of a model with so many ``embeddings``; raises ``UserError`` when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source, revision=cfg.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {reason(error)}") from error
+    remember_embeddings(tokenizer, embeddings)
+    return tokenizer

@@ -63,6 +63,9 @@ def _ask() -> str | None:
     except (EOFError, KeyboardInterrupt):
         write("")
         return None
+    except UnicodeDecodeError as error:
+        write(f"(that is not UTF-8 text: {error})")
+        return ""
 
 
 def _command(line: str, talks: dict[str, Any]) -> bool:

@@ -62,12 +62,14 @@ def _readable(row: dict[str, Any]) -> str:
 
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is None:
-        return [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+        return [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
     where = "standard input" if args.prompts == "-" else args.prompts
     try:
-        text = sys.stdin.read() if args.prompts == "-" else Path(expanded(args.prompts)).read_text(encoding="utf-8")
+        text = _standard_input() if args.prompts == "-" else Path(expanded(args.prompts)).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8 text ({error})") from error
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}") from error
     lines = text.splitlines()
     if args.prompts.endswith(".jsonl"):
         lines = [_json_prompt(line, f"{where}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
@@ -76,10 +78,17 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text ({error})") from error
+
+
 def _json_prompt(line: str, where: str) -> str:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); expected an object with a text under `prompt`") from error
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise UserError(f'{where} has no text under `prompt`; expected {{"prompt": "..."}}')

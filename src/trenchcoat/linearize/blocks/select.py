@@ -26,6 +26,7 @@ from trenchcoat.linearize.selection.run import (
 )
 from trenchcoat.models.attach import attention_through
 from trenchcoat.models.loading import load_tokenizer, model_source
+from trenchcoat.models.text import embeddings_of
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.runfolder import RunFolder
 from trenchcoat.runtime.runlog import SilentLog
@@ -64,7 +65,7 @@ def _select(recipe: Recipe, source: BlockSource) -> Selection:
         )
     length = selection_length(recipe)
     with open_run(recipe, []) as run:
-        tokenizer = load_tokenizer(recipe.model, model_source(recipe.model))
+        tokenizer = load_tokenizer(recipe.model, model_source(recipe.model), embeddings_of(source.plain))
         data = dataclasses.replace(recipe.data, seq_len=length)
         rows = training_rows(run.load_batches(tokenizer, batch_size=1, data=data), recipe.select.rows, length)
         probe = probe_of(recipe, source.plain, block_observer(source), rows, run.log)

@@ -47,6 +47,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.flops import student_parameters, transfer_flops_per_token
 from trenchcoat.models.loading import load_tokenizer, model_source
 from trenchcoat.models.shapes import shapes_of
+from trenchcoat.models.text import embeddings_of
 from trenchcoat.planning.bandwidth import flop_rate, read_rate, write_rate
 from trenchcoat.planning.blocks.passes import PassChoice, Streamed, choose_pass
 from trenchcoat.planning.blocks.size import choose_block_size
@@ -119,7 +120,7 @@ def train_block(recipe: Recipe, number: int, weights: Path | None = None) -> Out
 def shard_blocks(recipe: Recipe, out: Path) -> Outcome:
     """Copy each block's tensors, with the tokenizer and the config, into a separate folder."""
     source = BlockSource(recipe.model)
-    tokenizer = load_tokenizer(recipe.model, model_source(recipe.model))
+    tokenizer = load_tokenizer(recipe.model, model_source(recipe.model), embeddings_of(source.plain))
     blocks = cut(source.layers, _size(recipe, source))
     lines = []
     for block in blocks:
@@ -195,7 +196,8 @@ def open_blocks(
             distributed.from_main(lambda: check_found(recipe, blocks, cut_for))
             if block is None:
                 _record(run, source, blocks)
-            tokenizer = load_tokenizer(recipe.model, model_source(recipe.model) if weights is None else str(weights))
+            folder = model_source(recipe.model) if weights is None else str(weights)
+            tokenizer = load_tokenizer(recipe.model, folder, embeddings_of(source.plain))
             text = run.load_batches(tokenizer, batch_size=transfer.batch_size)
             start = None
             if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
