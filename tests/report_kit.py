@@ -10,7 +10,8 @@ from typing import Any
 
 from trenchcoat.evaluation.results import CacheSize, DecodePoint, LengthScores, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import REPORT_ROWS
-from trenchcoat.evaluation.statistics import RowSums
+from trenchcoat.evaluation.statistics import Estimate, RowSums, mean_estimate
+from trenchcoat.evaluation.task_results import ModelScore, ProbeRecord, TaskRecord, TaskResults
 
 TEXT_ROWS, LENGTH, WINDOW = 16, 512, 32
 GOOD: dict[str, tuple[float, float]] = {
@@ -130,3 +131,22 @@ def made_metrics(layers: int = 4, steps: int = 100) -> list[dict[str, Any]]:
             if step % 20 == 0:
                 lines.append({"kind": "eval", "stage": stage, "step": step, "loss": loss})
     return [*lines, {"kind": "result", "stage": "lora", "step": steps}]
+
+
+def made_tasks(share: float, rows_id: str = "same", seed: int = 0) -> TaskResults:
+    """200 rows whose difficulty is shared by all models; a share of ``share`` is right."""
+    text, own = random.Random(1), random.Random(seed)
+    rows = [float(text.random() + 0.05 * own.random() < share) for _ in range(200)]
+    score = ModelScore({"acc": mean_estimate(rows)}, {"acc": rows})
+    teacher = ModelScore({"acc": Estimate(0.9, 0.02)})
+    return TaskResults(
+        "made-up",
+        tasks={"piqa": TaskRecord("piqa", "piqa", 200, rows_id, scores={"student": score, "teacher": teacher})},
+        probes={
+            "needle": ProbeRecord(
+                "needle", [64, 128], [0.0, 1.0], 64,
+                shares={"student": [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 0.0], [1.0, 1.0]]],
+                        "far_off": [[[0.0], [0.0]]] * 2},
+            )
+        },
+    )  # fmt: skip

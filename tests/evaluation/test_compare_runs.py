@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from pathlib import Path
 
 import pytest
 
-from report_kit import made_results, made_scores
+from report_kit import made_results, made_scores, made_tasks
 from trenchcoat.cli import app as cli
 from trenchcoat.evaluation.report.compare import (
     RUN_HEADINGS,
@@ -24,32 +23,13 @@ from trenchcoat.evaluation.report.compare import (
 from trenchcoat.evaluation.report.html import write_page
 from trenchcoat.evaluation.report.plots import LOOK
 from trenchcoat.evaluation.results import Results
-from trenchcoat.evaluation.statistics import Estimate, interval, mean_estimate
-from trenchcoat.evaluation.task_results import ModelScore, ProbeRecord, TaskRecord, TaskResults, paired
+from trenchcoat.evaluation.statistics import Estimate, interval
+from trenchcoat.evaluation.task_results import TaskResults, paired
 
 
 @pytest.fixture(autouse=True)
 def _coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOOK, "savefig.dpi", 40)
-
-
-def made_tasks(share: float, rows_id: str = "same", seed: int = 0) -> TaskResults:
-    """200 rows whose difficulty is shared by all models; a share of ``share`` is right."""
-    text, own = random.Random(1), random.Random(seed)
-    rows = [float(text.random() + 0.05 * own.random() < share) for _ in range(200)]
-    score = ModelScore({"acc": mean_estimate(rows)}, {"acc": rows})
-    teacher = ModelScore({"acc": Estimate(0.9, 0.02)})
-    return TaskResults(
-        "made-up",
-        tasks={"piqa": TaskRecord("piqa", "piqa", 200, rows_id, scores={"student": score, "teacher": teacher})},
-        probes={
-            "needle": ProbeRecord(
-                "needle", [64, 128], [0.0, 1.0], 64,
-                shares={"student": [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 0.0], [1.0, 1.0]]],
-                        "far_off": [[[0.0], [0.0]]] * 2},
-            )
-        },
-    )  # fmt: skip
 
 
 @pytest.fixture

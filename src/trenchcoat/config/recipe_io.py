@@ -230,7 +230,7 @@ def _build(cls: type, document: Any, path: str) -> Any:
 
 def check_section(section: Any, path: str) -> None:
     """Raise ``UserError`` for a section made in Python, such as ``DataConfig(...)``, with a value out of range."""
-    _build(type(section), vars(section), path)
+    _build(type(section), dataclasses.asdict(section), path)
 
 
 def key_hint(full: str, known: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from trenchcoat.config import UserError
 from trenchcoat.evaluation.columns import report_columns
 from trenchcoat.evaluation.rows import CONVERTED, KEPT_WINDOW, REPORT_ROWS, TEACHER, WINDOW
 from trenchcoat.evaluation.statistics import NOTHING, Estimate, RowSums, gap_closed, paired_difference
-from trenchcoat.runtime.files import write_text
+from trenchcoat.runtime.files import read_json, write_text
 from trenchcoat.runtime.sealed import opened, sealed
 
 RESULTS_FILE = "results.json"
@@ -263,7 +263,7 @@ class Results:
     def load(cls, path: str | Path) -> Results:
         """Read what ``save`` wrote. Raises ``UserError`` for another format or a damaged file."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            raw = read_json(Path(path))
             if raw.get("format") != RESULTS_FORMAT:
                 raise ValueError(f"its format is {raw.get('format')!r}, and {RESULTS_FORMAT} is read")
             return cls.from_dict(opened(raw, Path(path), "restore it"))

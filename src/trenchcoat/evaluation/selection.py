@@ -91,8 +91,11 @@ class Selection:
             raise UserError(f"{path} has no {missing[0]!r}, so it is incomplete: {again}")
         raw = opened(raw, path, again)
         content: dict[str, Any] = {one.name: raw[one.name] for one in fields(cls)}
-        points = tuple(FrontierPoint(**point) for point in content["frontier"])
-        return cls(**{**content, "kept": tuple(content["kept"]), "frontier": points})
+        try:
+            points = tuple(FrontierPoint(**point) for point in content["frontier"])
+            return cls(**{**content, "kept": tuple(content["kept"]), "frontier": points})
+        except TypeError as error:
+            raise UserError(f"{path} is no selection of this version ({error}): {again}") from error
 
 
 def combined(parts: Mapping[str, LayerScores]) -> LayerScores:

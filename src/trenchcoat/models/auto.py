@@ -167,14 +167,17 @@ def linearized_config(config: Any, student: Any) -> Any:
 def student_settings(settings: Mapping[str, Any]) -> Any:
     """A StudentConfig from its JSON form; UserError for fields that this version does not know."""
     from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+    from trenchcoat.config.recipe_io import check_section
 
     given = dict(settings)
     try:
         feature_map = FeatureMapConfig(**dict(given.pop("feature_map", {})))
         kept: dict[str, Any] = {name: tuple(given.pop(name, ())) for name in ("keep", "keep_softmax")}
-        return StudentConfig(**given, feature_map=feature_map, **kept)
-    except TypeError as error:
+        found = StudentConfig(**given, feature_map=feature_map, **kept)
+    except (TypeError, ValueError) as error:
         raise UserError(f"these student settings were written by another version of trenchcoat: {error}") from error
+    check_section(found, "student")
+    return found
 
 
 def _publish(name: str, base: type, members: dict[str, Any]) -> type:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import find_adapter_config_file
@@ -19,8 +19,11 @@ from trenchcoat.config import ModelConfig, UserError
 from trenchcoat.models.transformers_internals import wants_own_code
 from trenchcoat.runtime.weightfiles import SINGLE, weight_names
 
-LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
-"""What Transformers raises for folders that it cannot load."""
+LOAD_ERRORS = (
+    OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError,
+    AssertionError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+"""What Transformers raises for folders that it cannot load (RecursionError is a RuntimeError)."""
 
 SMALL_FILES = ["*.json", "*.model", "*.jinja", "*.txt"]
 """The files of a model beside its weights: config, tokenizer, chat template."""

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.config.paths import absolute_if_here, expanded
+from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
@@ -201,10 +202,15 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
         hint = "" if base is not None else "; if the base model has moved, give its path with base=..."
         raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
     _check_base(folder, cfg, model, source)
-    attach_students(model, auto.student_settings(meta["student"]))
     lora = meta.get("lora")
-    if lora is not None:
-        add_lora(model, LoraConfig(**{**lora, "targets": tuple(lora["targets"])}))
+    try:
+        attach_students(model, auto.student_settings(meta["student"]))
+        if lora is not None:
+            shape = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
+            check_section(shape, "lora")
+            add_lora(model, shape)
+    except (UserError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / ADAPTER_META} does not fit its base model: {error}") from error
     loaded: Any = model
     if meta.get("whole"):
         loaded.trenchcoat_fingerprint, loaded.trenchcoat_whole = fingerprint(model), True
@@ -253,8 +259,8 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
             trust_remote_code=False,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except UserError:
-        raise
+    except UserError as error:
+        raise error if source in str(error) else UserError(f"{source}: {error}") from error
     except LOAD_ERRORS as error:
         raise UserError(f"cannot load {source!r} as a linearized model: {reason(error, source)}") from error
     lost = sorted(info["missing_keys"])

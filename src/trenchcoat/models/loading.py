@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
+from trenchcoat.config.errors import refusals
 from trenchcoat.models.basefolder import LOAD_ERRORS, SMALL_FILES, base_config, base_folder, reason
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
@@ -66,8 +67,10 @@ def _load_spread(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Module,
     shard_base(model, list(decoder_of(model).layers), parallel)
     to_device(model, torch.device("cpu") if parallel.cpu_offload else device)
     fill_from_files(model, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    own = folder / "generation_config.json"
+    with refusals(lambda error: f"{own} cannot be read: {reason(error)}", LOAD_ERRORS):
+        if own.is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, load_tokenizer(cfg, str(folder), embeddings_of(model))
 
 
@@ -221,9 +224,9 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
 
 def load_tokenizer(cfg: ModelConfig, source: str, embeddings: int) -> Any:
     """The tokenizer of a model with so many ``embeddings``; raises ``UserError`` when there is none."""
-    try:
+    what = f"model.path={cfg.path!r} has no tokenizer that can be loaded"
+    with refusals(lambda error: f"{what}: {reason(error)}", LOAD_ERRORS):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=cfg.revision, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise UserError(f"model.path={cfg.path!r} has no tokenizer that can be loaded: {reason(error)}") from error
+        tokenizer("a")
     remember_embeddings(tokenizer, embeddings)
     return tokenizer

@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.config.errors import refusals
 from trenchcoat.config.paths import expanded
-from trenchcoat.models.basefolder import read_config
+from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
 from trenchcoat.models.embedded import TEACHER_DIR
 from trenchcoat.models.families import attention_sites, choose_lora_targets, decoder_of, linear_layers
 from trenchcoat.models.gguf import gguf_config, is_gguf
@@ -144,8 +145,9 @@ def positions_of(config: Any) -> int | None:
 def meta_model(config: Any) -> Any:
     """The causal language model of a config on the meta device: real modules, no memory."""
     config = copy.deepcopy(config)
-    choose_attention(config, None)
-    with torch.device("meta"):
+    what = f"a {config.model_type} model cannot be built from the config of {config.name_or_path or 'this model'!r}"
+    with refusals(lambda error: f"{what}: {reason(error)}", LOAD_ERRORS), torch.device("meta"):
+        choose_attention(config, None)
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 

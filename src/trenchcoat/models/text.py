@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
-from trenchcoat.config import UserError
+from trenchcoat.config.errors import refusals
 
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
-class _Refusals(AbstractContextManager[None, None]):
-    """Turns what tokenizers raise for a text into a ``UserError``: for a character without a token that is
-    ``Exception`` itself, none of its subclasses."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if kind is Exception or isinstance(error, TypeError | ValueError | OverflowError):
-            raise UserError(f"the tokenizer refuses the text: {' '.join(str(error).split())}") from error
+_KINDS = (TypeError, ValueError, OverflowError)
+"""What tokenizers raise for a text, beside ``Exception`` itself for a character without a token."""
 
 
 def clean_text(text: str) -> str:
@@ -34,7 +28,7 @@ def clean_text(text: str) -> str:
 def tokenize(tokenizer: Any, text: str | list[str], **options: Any) -> Any:
     """What ``tokenizer`` returns for a text, or texts, that are cleaned first; ``UserError`` for what it refuses."""
     cleaned = clean_text(text) if isinstance(text, str) else [clean_text(one) for one in text]
-    with _Refusals():
+    with refusals(lambda error: f"the tokenizer refuses the text: {' '.join(str(error).split())}", _KINDS):
         return tokenizer(cleaned, **options)
 
 

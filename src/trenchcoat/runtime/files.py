@@ -159,8 +159,10 @@ def read_json(path: Path) -> Any:
     """Read JSON; raises ``CorruptFileError`` naming the file when it is not JSON, ``FileNotFoundError`` when absent."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON ({error}); restore it, or make it again") from error
+    except IsADirectoryError as error:
+        raise CorruptFileError(f"{path} is a folder, not a JSON file; restore it, or make it again") from error
 
 
 def separate_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

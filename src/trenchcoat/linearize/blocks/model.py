@@ -25,8 +25,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging
 
 from trenchcoat.config import ModelConfig, UserError
+from trenchcoat.config.errors import refusals
 from trenchcoat.models import loading
-from trenchcoat.models.basefolder import base_config, base_folder
+from trenchcoat.models.basefolder import LOAD_ERRORS, base_config, base_folder, reason
 from trenchcoat.models.families import attention_sites, decoder_of
 from trenchcoat.models.identity import file_fingerprint
 from trenchcoat.models.shapes import meta_model
@@ -77,7 +78,8 @@ class BlockSource:
     def attention(self) -> str:
         """Name of the layers' attention implementation, as the whole model would choose it."""
         asked = None if self.cfg.attention == "auto" else self.cfg.attention
-        with torch.device("meta"):
+        what = f"cannot build layers of model.path={self.cfg.path!r}"
+        with refusals(lambda error: f"{what}: {reason(error)}", LOAD_ERRORS), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self._config(0, 0), attn_implementation=asked)
         return str(attention_name(model.config))
 
@@ -210,9 +212,8 @@ class BlockSource:
                     attn_implementation=attention,
                     output_loading_info=True,
                 )
-            except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-                text = " ".join(str(error).split())[:300]
-                raise UserError(f"cannot build layers of model.path={self.cfg.path!r}: {text}") from error
+            except LOAD_ERRORS as error:
+                raise UserError(f"cannot build layers of model.path={self.cfg.path!r}: {reason(error)}") from error
         missing = sorted(name for name in found["missing_keys"] if _LAYER.search(name))
         if missing or found["mismatched_keys"]:
             wrong = missing or sorted(str(one) for one in found["mismatched_keys"])
