@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,43 @@ def test_a_path_that_is_not_there_is_called_one(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UserError, match="no such folder") as raised:
             call()
         assert "huggingface.co" not in str(raised.value)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing below catches it, and nothing is cleaned up."""
+
+
+def test_an_adapter_is_replaced_as_a_whole_however_the_writer_ends(
+    adapter: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = adapter
+    before = hub.read_adapter(folder)
+    tensors = {name: tensor + 1 for name, tensor in before[0].items()}
+    outcomes = []
+    for moves in range(6):
+        again = tmp_path / f"again-{moves}"
+        shutil.copytree(folder, again)
+        left = [moves]
+        real = os.replace
+
+        def replace_or_die(source: Any, target: Any, left: list[int] = left, real: Any = real) -> None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            real(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", replace_or_die)
+            with suppress(Killed):
+                hub.write_adapter(again, tensors, {**before[1], "lora": None})
+        found = hub.read_adapter(again)
+        new = torch.equal(found[0]["model.layers.0.self_attn.student.mix_H"],
+                          tensors["model.layers.0.self_attn.student.mix_H"])  # fmt: skip
+        assert (found[1]["lora"] is None) == new
+        assert hub.read_meta(again) == found[1]
+        outcomes.append(new)
+        hub.write_adapter(again, tensors, {**before[1], "lora": None})
+        assert hub.read_adapter(again)[1]["lora"] is None
+        assert sorted(path.name for path in again.iterdir()) == ["adapter.safetensors", "trenchcoat.json"]
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {False, True}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trenchcoat.runtime import files
 from trenchcoat.runtime.files import InUse, SaveError, holder, locked
 
 HOLD = """
@@ -54,3 +56,27 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match=r"cannot save .*file.*\.lock"), locked(tmp_path / "file" / "run"):
         pass
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from trenchcoat.runtime.files import atomic_directory, atomic_file\n"
+        "folder = Path(sys.argv[1])\n"
+        "with atomic_file(folder / 'a.json') as one, atomic_directory(folder / 'deep' / 'b') as two:\n"
+        "    one.write_text('half'); (two / 'c').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = list(tmp_path.rglob(f"{files.PARTIAL_PREFIX}*"))
+    assert len(left) == 2
+    with files.atomic_file(tmp_path / "a.json") as own:  # of the same name: only that one
+        own.write_text("whole")
+        with files.atomic_file(tmp_path / "a.json") as other:  # a writer that lives is left alone
+            other.write_text("whole")
+    assert [path.parent.name for path in tmp_path.rglob(f"{files.PARTIAL_PREFIX}*")] == ["deep"]
+    with files.locked(tmp_path):
+        assert not [*tmp_path.rglob(f"{files.PARTIAL_PREFIX}*")]
+    assert (tmp_path / "a.json").read_text() == "whole"

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,13 +33,20 @@ from trenchcoat.runtime.files import (
     CorruptFileError,
     atomic_directory,
     load_tensors,
+    partial_path,
     read_json,
+    remove_abandoned,
     save_tensors,
+    saving,
     sha256,
+    sync,
 )
-from trenchcoat.runtime.sealed import opened, write_sealed
+from trenchcoat.runtime.sealed import opened, sealed, write_sealed
 
 ADAPTER_FILE = "adapter.safetensors"
+
+BEFORE = "before"
+"""Key of ``trenchcoat.json`` while an adapter is being replaced: the meta of the one before."""
 
 ADAPTER_VERSION = 2
 """Version of the adapter folder's layout."""
@@ -336,10 +344,34 @@ def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_adapter(directory: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta``, the checksum of the tensors and its own)."""
+    """Write ``adapter.safetensors`` and ``trenchcoat.json`` (``meta``, the checksum of the tensors and its own).
+
+    An adapter that is there already is replaced as a whole: until its tensors are, ``trenchcoat.json`` holds its meta
+    too, so the folder opens whenever the writer is killed.
+    """
     directory = Path(directory)
-    save_tensors(directory / ADAPTER_FILE, tensors)
-    write_sealed(directory / ADAPTER_META, {**meta, "sha256": sha256(directory / ADAPTER_FILE)})
+    path, staged = directory / ADAPTER_META, partial_path(directory / ADAPTER_FILE)
+    remove_abandoned(directory)
+    try:
+        save_tensors(staged, tensors)
+        content = {**meta, "sha256": sha256(staged)}
+        before = _intact_meta(directory)
+        if before is not None:
+            write_sealed(path, {**content, BEFORE: sealed(before)})
+        with saving(directory / ADAPTER_FILE):
+            os.replace(staged, directory / ADAPTER_FILE)
+            sync(directory)
+        write_sealed(path, content)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def _intact_meta(directory: Path) -> dict[str, Any] | None:
+    """The meta of the adapter that is in a folder already; None where there is none that could be opened."""
+    try:
+        return read_adapter(directory)[1]
+    except UserError:
+        return None
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
@@ -349,7 +381,13 @@ def read_meta(directory: Path) -> dict[str, Any]:
     version = content.get("version") if isinstance(content, dict) else None
     if isinstance(version, int) and version > ADAPTER_VERSION:
         raise UserError(f"{path} has version {version!r}; this trenchcoat reads up to {ADAPTER_VERSION}")
-    return opened(content, path, "restore it, or export the adapter again (another base is given with base=...)")
+    fix = "restore it, or export the adapter again (another base is given with base=...)"
+    found = opened(content, path, fix)
+    before = found.pop(BEFORE, None)
+    tensors = directory / ADAPTER_FILE
+    if before is None or not tensors.is_file() or sha256(tensors) == found.get("sha256"):
+        return found
+    return opened(before, path, fix)
 
 
 def find_adapter(folder: Path) -> Path | None:

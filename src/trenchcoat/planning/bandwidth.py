@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from trenchcoat.runtime.devices import device_peak
-from trenchcoat.runtime.files import PARTIAL_PREFIX, saving
+from trenchcoat.runtime.files import partial_path, saving
 from trenchcoat.runtime.machine import free_disk
 
 PROBE_BYTES = 64 << 20
@@ -27,7 +26,7 @@ def _forget(descriptor: int) -> None:
 
 def write_rate(folder: Path, size: int = PROBE_BYTES) -> float:
     """Write bandwidth of ``folder``'s disk in bytes/s; raises ``SaveError`` if it is not writable."""
-    path = folder / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-probe"
+    path = partial_path(folder / "probe")
     size = max(1, min(size, free_disk(folder) // 4))  # use at most a quarter of the free space
     piece = os.urandom(min(1 << 20, size))
     with saving(path):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -34,6 +35,13 @@ PARTIAL_PREFIX = ".partial-"
 
 CONTENT = "content_sha256"
 """Name of the checksum in the metadata of a file of tensors."""
+
+_HOST, _START = hashlib.sha256(platform.node().encode()).hexdigest()[:8], uuid.uuid4().hex[:8]
+_OWN = f"{_HOST}-{_START}"
+"""This machine and this process, in names of partial files."""
+_PARTIAL_NAME = re.compile(
+    rf"{re.escape(PARTIAL_PREFIX)}(?P<host>[0-9a-f]{{8}})-(?P<start>[0-9a-f]{{8}})-(?P<pid>\d+)-[0-9a-f]{{8}}-(?P<name>.+)"
+)
 
 _LOCK_FILE, _HOLDER_FILE = ".lock", ".lock-holder"
 _PROBE_SECONDS = 0.05
@@ -96,10 +104,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises ``SaveError`` when the disk is full or the folder cannot be written; the old file is then unchanged.
     """
     target = Path(target)
-    partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
+    partial = partial_path(target)
     with saving(target):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target.parent, target.name)
             yield partial
             sync(partial)
             os.replace(partial, target)
@@ -112,10 +121,11 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Like ``atomic_file`` for a folder; its files are flushed first. An existing ``target`` is replaced."""
     target = Path(target)
-    partial = target.parent / f"{PARTIAL_PREFIX}{uuid.uuid4().hex[:8]}-{target.name}"
+    partial = partial_path(target)
     with saving(target):
         try:
             partial.mkdir(parents=True)
+            remove_abandoned(target.parent, target.name)
             yield partial
             publish_directory(partial, target)
         finally:
@@ -132,6 +142,35 @@ def publish_directory(partial: Path, target: Path) -> None:
         _remove(target)
     os.replace(partial, target)
     sync(target.parent)
+
+
+def partial_path(target: Path) -> Path:
+    """A path beside ``target`` for this process to write to; its name tells whose it is."""
+    return target.parent / f"{PARTIAL_PREFIX}{_OWN}-{os.getpid()}-{uuid.uuid4().hex[:8]}-{target.name}"
+
+
+def remove_abandoned(directory: Path, name: str | None = None) -> None:
+    """Delete what processes of this machine that were killed had begun to write in ``directory``: all of it, in the
+    folders below too, or the unfinished files of one ``name``."""
+    pattern = f"{PARTIAL_PREFIX}*"
+    for path in directory.rglob(pattern) if name is None else directory.glob(pattern):
+        found = _PARTIAL_NAME.fullmatch(path.name)
+        if found is not None and name in (None, found["name"]) and found["host"] == _HOST:
+            pid = int(found["pid"])
+            if found["start"] != _START if pid == os.getpid() else not _alive(pid):
+                _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def remove_partials(directory: Path) -> list[str]:
@@ -241,6 +280,7 @@ def locked(directory: Path | str) -> Iterator[None]:
                 "this run another folder (run.dir=...)"
             ) from error
     try:
+        remove_abandoned(Path(directory))
         program = Path(sys.argv[0])
         called = program.parent.name if program.name == "__main__.py" else program.name
         command = " ".join([called, *sys.argv[1:]])[:300]
