@@ -6,6 +6,7 @@ another exception than ``UserError``, and none may change what is read from a fi
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import shutil
@@ -135,6 +136,8 @@ READERS: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "recipe.yaml": (lambda folder: load_recipe(folder / "recipe.yaml"), False),
     "rows.jsonl": (lambda folder: _batches(folder / "rows.jsonl"), False),
     "rows.json": (lambda folder: _batches(folder / "rows.json"), False),
+    "rows.jsonl.gz": (lambda folder: _batches(folder / "rows.jsonl.gz"), False),
+    "rows.csv": (lambda folder: _batches(folder / "rows.csv"), False),
     "rows.parquet": (lambda folder: _batches(folder / "rows.parquet"), False),
     "stream.jsonl": (lambda folder: _batches(folder / "stream.jsonl", streaming=True), False),
     "run/stages/transfer/settings.json": (_record, CHECKED),
@@ -176,6 +179,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": " ".join(SENTENCES)} for _ in range(4)]
     for name in ("rows.jsonl", "stream.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes()))
+    (folder / "rows.csv").write_text("text\n" + "".join(f'"{row["text"]}"\n' for row in rows))
     (folder / "rows.json").write_text(json.dumps(rows, indent=1))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
     run = RunFolder(folder / "run")

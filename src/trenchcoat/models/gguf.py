@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import UserError
-from trenchcoat.models.basefolder import reason
+from trenchcoat.config.errors import refusals
+from trenchcoat.models.basefolder import LOAD_ERRORS, reason
 from trenchcoat.runtime.files import atomic_directory
 
 SUFFIX = ".gguf"
@@ -35,11 +37,9 @@ def is_gguf(path: str | Path) -> bool:
 def gguf_config(path: Path) -> Any:
     """The Transformers config of a GGUF file; ``UserError`` when it cannot be read."""
     _require_package(path)
-    try:
+    with _reading(path):
         found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         settings = found.to_dict()
-    except Exception as error:  # of several libraries; the tokenizers' are plain Exceptions
-        raise UserError(f"{path} cannot be read as a GGUF model: {reason(error)}") from error
     for name in _OF_THE_FILE:
         settings.pop(name, None)
     return type(found).from_dict(settings)
@@ -63,11 +63,9 @@ def gguf_folder(path: Path) -> Path:
 
 def _convert(path: Path, folder: Path) -> None:
     config = gguf_config(path)
-    try:
+    with _reading(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except Exception as error:  # of several libraries; the tokenizers' are plain Exceptions
-        raise UserError(f"{path} cannot be read as a GGUF model: {reason(error)}") from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict(), assign=True)  # a model read from GGUF refuses to be saved
@@ -75,6 +73,12 @@ def _convert(path: Path, folder: Path) -> None:
     with atomic_directory(folder) as partial:
         model.to(torch.bfloat16).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def _reading(path: Path) -> refusals:
+    return refusals(
+        lambda error: f"{path} cannot be read as a GGUF model: {reason(error)}", (*LOAD_ERRORS, struct.error)
+    )
 
 
 def _require_package(path: Path) -> None:
