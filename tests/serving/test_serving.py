@@ -3,120 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import save_tiny_model
+from serve_kit import CONTEXT, LONG, PROMPT, Running, running
 from trenchcoat.cli import app as cli
-from trenchcoat.config import FeatureMapConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.config import UserError
 from trenchcoat.models import hub
-from trenchcoat.models.attach import attach_students, set_mode
-from trenchcoat.models.hub import adapter_state
-from trenchcoat.serving.server import ServeSettings, serve
+from trenchcoat.serving.server import ServeSettings, _limits, serve
 
-SOURCE = Path(cli.__file__).parents[2]
-STUDENT = StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6))
-CONTEXT = 400
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-PROMPT = "The coat is long and"
-LONG = 100_000
-"""Tokens that take minutes to generate, so that only cancellation ends the request."""
-
-
-@dataclass
-class Running:
-    """A server process and its client."""
-
-    process: subprocess.Popen[str]
-    port: int
-    client: openai.OpenAI
-    name: str
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama that writes printable characters and never ends a text: its other tokens have a logit of 0."""
-    folder = save_tiny_model(tmp_path_factory.mktemp("base"), seed=0, tie_word_embeddings=False)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    with torch.no_grad():
-        for token, row in enumerate(model.lm_head.weight):
-            text = tokenizer.decode([token])
-            row.mul_(4.0 if len(text) == 1 and text.isascii() and text.isprintable() else 0.0)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter for it; do not modify."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    attach_students(model, STUDENT)
-    with torch.no_grad():
-        for parameter in adapter_state(model).values():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    set_mode(model, "student")
-    folder = tmp_path_factory.mktemp("served") / "coat"
-    hub.save_adapter(model, folder, base=ModelConfig(path=str(base)))
-    return folder
-
-
-@contextmanager
-def running(folder: Path, *options: object) -> Iterator[Running]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "trenchcoat", "serve", str(folder), "--port", str(port), *map(str, options)]
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            try:
-                client.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(0.1)
-        yield Running(process, port, client, folder.name)
-    finally:
-        client.close()
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def server(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    template = tmp_path_factory.mktemp("template") / "chat.jinja"
-    template.write_text(TEMPLATE)
-    with running(adapter, "--context", CONTEXT, "--chat-template", template) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def endless(adapter: Path) -> Iterator[Running]:
-    """A server without a chat template that would write for minutes."""
-    with running(adapter, "--context", 2 * LONG) as found:
-        yield found
+pytest_plugins = ["serve_fixtures"]
 
 
 def expected(adapter: Path, prompt: str, tokens: int) -> str:
@@ -204,17 +110,15 @@ def test_a_prompt_over_the_limit(server: Running) -> None:
     ("body", "said"),
     [
         ({"prompt": ""}, "no token"),
-        ({"prompt": ["a", "b"]}, "must be a string"),
-        ({"model": "another"}, "pinned to 'coat'"),
+        ({"prompt": ["a", 3]}, "expected a string, token ids"),
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_tokens": "many"}, "max_tokens is 'many'"),
-        ({"n": 2}, "n=2 is not available"),
-        ({"logprobs": 3}, "logprobs=3 is not available"),
+        ({"best_of": 2}, "best_of=2 is not available"),
         ({"stop": 5}, "stop is 5"),
         ({"seed": "x"}, "seed is 'x'"),
-        ({"extra_body": {"generation_config": "{"}}, "cannot be answered"),
+        ({"extra_body": {"generation_config": "{}"}}, "'generation_config' is not a field"),
     ],
     ids=str,
 )
@@ -228,7 +132,7 @@ def test_unsupported_and_invalid_fields_are_refused(server: Running, body: dict[
         ("completions", b'{"prompt": ', 400),
         ("completions", b"", 400),
         ("completions", b"[1]", 400),
-        ("completions", b'{"prompt": "x", "windw": 8}', 422),
+        ("completions", b'{"prompt": "x", "windw": 8}', 400),
         ("chat/completions", b'{"model": "coat"}', 400),
         ("chat/completions", b'{"messages": [{"role": "user"}]}', 200),
         ("chat/completions", b'{"messages": 3}', 400),
@@ -276,9 +180,9 @@ def _stop(found: Running) -> float:
     """Seconds until the process was gone after a SIGTERM; its exit code is 0 and it did not crash."""
     began = time.monotonic()
     found.process.send_signal(signal.SIGTERM)
-    _, errors = found.process.communicate(timeout=90)
-    assert found.process.returncode == 0, errors
-    assert "Traceback" not in errors
+    found.process.wait(timeout=90)
+    assert found.process.returncode == 0, found.log.read_text()
+    assert "Traceback" not in found.log.read_text()
     return time.monotonic() - began
 
 
@@ -326,6 +230,10 @@ def test_invalid_settings_are_refused(adapter: Path, tiny_model_dir: Path, tmp_p
         (ServeSettings(context=1), "--context is 1"),
         (ServeSettings(grace=-1.0), "--grace is -1"),
         (ServeSettings(log_level="loud"), "--log-level is 'loud'"),
+        (ServeSettings(queue=-1), "--queue is -1"),
+        (ServeSettings(max_body=0), "--max-body is 0"),
+        (ServeSettings(body_seconds=0), "--body-seconds is 0"),
+        (ServeSettings(api_key=""), "the API key is empty"),
         (ServeSettings(chat_template=str(tmp_path / "absent")), "cannot be read as text"),
         (ServeSettings(device="gpu"), "not a device"),
     ]:
@@ -333,3 +241,15 @@ def test_invalid_settings_are_refused(adapter: Path, tiny_model_dir: Path, tmp_p
             serve(adapter, settings, lambda line: None)
     with pytest.raises(UserError, match="ordinary 'llama' model"):
         serve(tiny_model_dir, ServeSettings(), lambda line: None)
+
+
+def test_the_key_and_the_hosts_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRENCHCOAT_API_KEY", raising=False)
+    assert _limits(ServeSettings()).api_key is None
+    monkeypatch.setenv("TRENCHCOAT_API_KEY", "from-the-environment")
+    assert _limits(ServeSettings()).api_key == "from-the-environment"
+    assert _limits(ServeSettings(api_key="given")).api_key == "given"
+    for host in ("127.0.0.1", "localhost", "::1"):
+        assert _limits(ServeSettings(host=host)).hosts == ()
+    assert _limits(ServeSettings(host="0.0.0.0")).hosts is None
+    assert _limits(ServeSettings(host="0.0.0.0", allow_host=("Coat.Example",))).hosts == ("coat.example",)

@@ -87,7 +87,7 @@ class Sampling:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "Transformers' GenerationConfig lists them"
                 raise UserError(f"no generation option {name!r}; {hint}")
-        ends, embeddings = _end_tokens(model, tokenizer), embeddings_of(model)
+        ends, embeddings = end_tokens(model, tokenizer), embeddings_of(model)
         pads = (token for token in (tokenizer.pad_token_id, *ends) if token is not None and token < embeddings)
         options: dict[str, Any] = {
             "eos_token_id": ends or None,
@@ -187,7 +187,7 @@ def generate_text(
     """
     _require_positive("max_new_tokens", sampling.max_new_tokens)
     _require_positive("batch_size", batch_size)
-    config, ends = sampling.config(model, tokenizer), _end_tokens(model, tokenizer)
+    config, ends = sampling.config(model, tokenizer), end_tokens(model, tokenizer)
     encoded = [_encode(model, tokenizer, prompt, start) for prompt in prompts]
     was_training = model.training
     model.eval()
@@ -207,7 +207,7 @@ def generate_text(
     return written
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """End-of-text ids: those of the model's generation config, else the tokenizer's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = own if own is not None else tokenizer.eos_token_id
@@ -356,17 +356,35 @@ class Session:
             twin.batch_repeat_interleave(rows)
         return twin
 
-    def read(self, ids: Sequence[int]) -> None:
-        """Read tokens in chunks; the last one stays pending, since its logits choose the next token."""
+    def read(self, ids: Sequence[int], before_chunk: Callable[[], None] = lambda: None) -> None:
+        """Read tokens in chunks; the last one stays pending, since its logits choose the next token.
+
+        `before_chunk` is called before each chunk; what it raises ends the reading.
+        """
         row = [*self.pending, *ids]
         if not row:
             raise UserError("there is nothing to read: the text has no tokens")
         given = torch.tensor([row], device=self.model.device)
         with torch.no_grad():
             for piece in given[:, :-1].split(_chunk_tokens(self.model, self.seen + len(row)), 1):
+                before_chunk()
                 if piece.shape[1]:
                     run_decoder(self.model, input_ids=piece, past_key_values=self.cache, use_cache=True)
         self.pending = row[-1:]
+
+    def logits(self, ids: Sequence[int], piece: int = PREFILL_TOKENS) -> Iterator[Tensor]:
+        """Read `ids`, all of them; after every `piece` of them, the logits [tokens, V] that follow each."""
+        given = torch.tensor([[*self.pending, *ids]], device=self.model.device)
+        self.pending = []
+        for part in given.split(piece, 1):
+            with torch.no_grad():
+                found = self.model(input_ids=part, past_key_values=self.cache, use_cache=True).logits
+            yield found[0]
+
+    def next_logits(self) -> Tensor:
+        """Read the pending tokens; the logits [V] of what follows, in float32."""
+        (*_, last) = self.logits(())
+        return last[-1].float()
 
     def write(
         self,

@@ -1,12 +1,13 @@
-"""An OpenAI-compatible server for one linearized model, built from the parts of `transformers serve`.
+"""An OpenAI-compatible server for one linearized model: the embedded default, for one user.
 
-Differences: the model comes from an adapter, run or merged folder, invalid requests are reported to the client, prompts
-have a limit, and a request ends when its client disconnects or the server stops. `requests` validates requests,
-`transformers_server` adapts the library's classes, `web` is the HTTP layer.
+`requests` reads requests, `engine` runs the model, `answers` writes answers, `web` is the HTTP layer, `process` the
+server process.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -14,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.utils import logging
-from transformers.utils.import_utils import is_serve_available
-
 from trenchcoat.config import UserError
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 
 if TYPE_CHECKING:
-    from trenchcoat.serving.web import Server
+    from trenchcoat.serving.process import Server
+    from trenchcoat.serving.web import Limits
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+KEY_VARIABLE = "TRENCHCOAT_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,18 @@ class ServeSettings:
     dtype: str = "auto"
     base: str | None = None
     """Path of an adapter's base model, if it has moved."""
-    log_level: str = "warning"
+    log_level: str = "info"
+    """info: one line for each request, without its text."""
+    api_key: str | None = None
+    """Key that clients have to send; None: the environment's TRENCHCOAT_API_KEY, if it is set."""
+    queue: int = 32
+    """Requests that may wait for the one that runs."""
+    max_body: float = 4.0
+    """MiB of a request."""
+    body_seconds: float = 30.0
+    """Time for a request to arrive."""
+    allow_host: tuple[str, ...] = ()
+    """Names that clients may give in `Host`, besides addresses and names without a dot."""
 
 
 def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
@@ -51,20 +64,13 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
 
     Raises UserError if the extra is not installed, the model cannot be loaded, or a setting is invalid.
     """
-    if not is_serve_available():
-        raise UserError("serving needs fastapi, uvicorn and openai: pip install 'trenchcoat[serve]'")
+    if importlib.util.find_spec("uvicorn") is None:
+        raise UserError("serving needs uvicorn: pip install 'trenchcoat[serve]'")
     name = cfg.name if cfg.name is not None else path.resolve().name
-    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
-        raise UserError(f"--name is {name!r}; expected letters, digits, - _ . and at most one /")
-    if cfg.grace < 0:
-        raise UserError(f"--grace is {cfg.grace}; expected seconds, 0 or more")
-    if cfg.context is not None and cfg.context < 2:
-        raise UserError(f"--context is {cfg.context}; expected at least 2 tokens")
+    _check(cfg, name)
     template = _template(cfg.chat_template)
     model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
     context = cfg.context or getattr(model.config, "max_position_embeddings", None)
-    if not tokenizer.is_fast:
-        raise UserError(f"{path} has a slow tokenizer; streaming needs a fast one (tokenizer.json)")
     if template is not None:
         tokenizer.chat_template = template
     server = _build(model, tokenizer, name, context, cfg)
@@ -77,27 +83,55 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
     server.run_until_signal()
 
 
+def _check(cfg: ServeSettings, name: str) -> None:
+    """Raise UserError naming the first setting that is invalid."""
+    if not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", name):
+        raise UserError(f"--name is {name!r}; expected letters, digits, - _ . and at most one /")
+    if cfg.grace < 0:
+        raise UserError(f"--grace is {cfg.grace}; expected seconds, 0 or more")
+    if cfg.context is not None and cfg.context < 2:
+        raise UserError(f"--context is {cfg.context}; expected at least 2 tokens")
+    if cfg.queue < 0:
+        raise UserError(f"--queue is {cfg.queue}; expected a number of requests, 0 or more")
+    if not 0 < cfg.max_body <= 1024:
+        raise UserError(f"--max-body is {cfg.max_body}; expected MiB, above 0 and at most 1024")
+    if not cfg.body_seconds > 0:
+        raise UserError(f"--body-seconds is {cfg.body_seconds}; expected seconds, above 0")
+    if cfg.log_level not in LOG_LEVELS:
+        raise UserError(f"--log-level is {cfg.log_level!r}; known: {', '.join(LOG_LEVELS)}")
+    key = _api_key(cfg)
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise UserError("the API key is empty or has characters other than visible ASCII; choose another")
+
+
+def _api_key(cfg: ServeSettings) -> str | None:
+    return cfg.api_key if cfg.api_key is not None else os.environ.get(KEY_VARIABLE)
+
+
 def _build(model: Any, tokenizer: Any, name: str, context: int | None, cfg: ServeSettings) -> Server:
     """The server, not yet listening."""
-    import uvicorn
+    from trenchcoat.serving.engine import Engine
+    from trenchcoat.serving.process import Server, server_config
+    from trenchcoat.serving.web import App
 
-    from trenchcoat.serving.transformers_server import Generator, build_app
-    from trenchcoat.serving.web import DisconnectWatcher, Server, answer_errors_in_openai_form
+    engine = Engine(model, tokenizer, context, threading.Event())
+    app = App(engine, name, _limits(cfg))
+    config = server_config(app, cfg.host, cfg.port, log_level=cfg.log_level, grace=cfg.grace)
+    return Server(config, engine, cfg.grace)
 
-    if cfg.log_level not in logging.log_levels:
-        raise UserError(f"--log-level is {cfg.log_level!r}; known: {', '.join(logging.log_levels)}")
-    logging.set_verbosity(logging.log_levels[cfg.log_level])
-    generator = Generator(context, threading.Event())
-    app = build_app(model, tokenizer, name, generator)
-    answer_errors_in_openai_form(app)
-    config = uvicorn.Config(
-        DisconnectWatcher(app),
-        host=cfg.host,
-        port=cfg.port,
-        log_level="warning" if cfg.log_level == "warn" else cfg.log_level,
-        timeout_graceful_shutdown=int(cfg.grace) + 30,
+
+def _limits(cfg: ServeSettings) -> Limits:
+    """What is accepted: on loopback, requests under this machine's own names only."""
+    from trenchcoat.serving.web import Limits
+
+    local = cfg.host == "localhost" or cfg.host.startswith("127.") or cfg.host == "::1"
+    return Limits(
+        body=int(cfg.max_body * 2**20),
+        body_seconds=cfg.body_seconds,
+        queue=cfg.queue,
+        api_key=_api_key(cfg),
+        hosts=tuple(host.lower() for host in cfg.allow_host) if local or cfg.allow_host else None,
     )
-    return Server(config, generator, cfg.grace)
 
 
 def _template(file: str | None) -> str | None:

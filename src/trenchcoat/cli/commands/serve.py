@@ -27,20 +27,33 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--base", metavar="DIR", help="adapters: where the base model is, if it has moved")
     add("--device", default="auto", help=DEVICE_HELP)
     add("--dtype", default="auto", help="of the base weights: auto, float32, bfloat16, float16 (auto)")
-    add("--log-level", default="warning", help="debug, info, warning or error (warning)")
+    add("--log-level", default="info", help="debug, info (a line a request, without its text), warning or error (info)")
+    add("--api-key", metavar="KEY", help="key that clients have to send (the environment's TRENCHCOAT_API_KEY, if set)")
+    add("--queue", type=int, default=32, metavar="N", help="requests that may wait; others get a 429 (32)")
+    add("--max-body", type=float, default=4.0, metavar="MIB", help="size of a request (4)")
+    add("--body-seconds", type=float, default=30.0, metavar="SECONDS", help="time for a request to arrive (30)")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name with a dot that clients may use for this server; repeatable (any, unless it listens on loopback)",
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
     """Serve a linearized model over HTTP.
 
-    Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), by Transformers' own server
-    (extra `serve`). Requests wait for one another; each holds a state of constant size. docs/SERVE.md lists the
-    supported requests.
+    Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), with a chat page at / (extra
+    `serve`). Requests wait for one another; each holds a state of constant size. For many users at once serve the model
+    with vLLM. docs/SERVE.md lists the supported requests.
     """
     from trenchcoat.serving.server import ServeSettings, serve
 
     names = ("host", "port", "name", "context", "grace", "chat_template", "base", "device", "dtype", "log_level")
-    serve(args.target, ServeSettings(**values(args, *names)), lambda line: show((line,)))
+    limits = ("api_key", "queue", "max_body", "body_seconds")
+    settings = ServeSettings(**values(args, *names, *limits), allow_host=tuple(args.allow_host))
+    serve(args.target, settings, lambda line: show((line,)))
 
 
 COMMAND = Command(_run, _options)
