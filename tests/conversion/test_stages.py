@@ -317,7 +317,7 @@ def test_generate_and_export(make: Make, tmp_path: Path) -> None:
     scored = stages.evaluate_folder(tmp_path / "merged", recipe).results
     assert scored is not None
     assert list(scored.rows) == ["merged"]
-    with pytest.raises(UserError, match="not an empty"):
+    with pytest.raises(UserError, match="not empty"):
         stages.export(folder, tmp_path / "merged", merge=True)
 
 

@@ -6,7 +6,7 @@ works on that folder as on any other base: sharding, blocks, fingerprints.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import importlib.util
 import re
 import struct
@@ -20,11 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trenchcoat.config import UserError
 from trenchcoat.config.errors import refusals
 from trenchcoat.models.basefolder import LOAD_ERRORS, reason
-from trenchcoat.runtime.files import atomic_directory
+from trenchcoat.runtime.files import atomic_directory, sha256
 
 SUFFIX = ".gguf"
-_EDGE = 1 << 20
-"""Bytes at each end of a file that its hash covers, beside its size."""
 _OF_THE_FILE = ("quantization_config", "_name_or_path", "dtype")
 """Settings of a config that describe the file and not the model."""
 
@@ -86,11 +84,11 @@ def _require_package(path: Path) -> None:
 
 
 def _hash(path: Path) -> str:
-    """Of the file's size and its two ends."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(_EDGE))
-        file.seek(max(0, size - _EDGE))
-        digest.update(file.read(_EDGE))
-    return digest.hexdigest()[:12]
+    """Of the whole file; computed once while the file stays as it is."""
+    found = path.stat()
+    return _hash_of(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_of(path: Path, size: int, changed: int) -> str:
+    return sha256(path)[:12]
