@@ -14,7 +14,7 @@ WORKERS ?= 2
 # and threads that never sleep starve whatever else the machine is doing.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test reference lint bench wheel clean
+.PHONY: demo test reference lint bench docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/trenchcoat demo $(ARGS)
@@ -35,6 +35,14 @@ bench: $(STAMP)
 	$(BIN)/trenchcoat bench ops --threads 2 --out benchmarks/ops_cpu2.json
 	$(BIN)/trenchcoat bench transfer --threads 2 --out benchmarks/transfer_cpu2.json
 	$(BIN)/trenchcoat bench decode --threads 2 --out benchmarks/decode_cpu2.json
+
+# The documentation as a site, in an environment of its own.
+docs: $(VENV)-docs/bin/mkdocs
+	$(VENV)-docs/bin/mkdocs build --site-dir build/site
+
+$(VENV)-docs/bin/mkdocs:
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet 'mkdocs-material>=9.7,<10'
 
 wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .

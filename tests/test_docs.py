@@ -20,7 +20,12 @@ from trenchcoat.students import STUDENTS, register_student
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+FRONT = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+
+
+PLACEHOLDER = re.compile(r"\b(RECIPE|MODEL|DIR|RUN|NAME)\b")
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -28,7 +33,9 @@ def _blocks(text: str, language: str) -> list[str]:
 
 
 def _commands() -> list[str]:
-    lines = [line for text in (README, CONTRIBUTING) for block in _blocks(text, "sh") for line in block.splitlines()]
+    texts = [path.read_text(encoding="utf-8").replace("\\\n", " ") for path in FRONT + PAGES]
+    lines = [line for text in texts for block in _blocks(text, "sh") for line in block.splitlines()]
+    lines = [line for line in lines if not PLACEHOLDER.search(line.partition("#")[0])]
     inline = re.findall(r"`(trenchcoat [^`\n]+)`", README + CONTRIBUTING)
     recipes = [line.lstrip("# ") for path in (REPOSITORY / "src/trenchcoat/config/recipes").glob("*.yaml")
                for line in path.read_text().splitlines() if re.match(r"#\s+trenchcoat \w+ \w+ ", line)]  # fmt: skip
@@ -37,7 +44,7 @@ def _commands() -> list[str]:
 
 @pytest.mark.parametrize("line", [line for line in _commands() if line.startswith("trenchcoat ")])
 def test_the_commands_shown_parse(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+    words = shlex.split(line.partition(" < ")[0], comments=True)[1:]
     if words[0] == "blocks":
         line = re.sub(r" \([^()]*\)$", "", line)  # a remark after the command
         parse_trenchcoat(shlex.split(line, comments=True))
@@ -46,6 +53,25 @@ def test_the_commands_shown_parse(line: str) -> None:
     if getattr(args, "recipe", None) in builtin_recipes():
         overrides = [item for item in args.overrides if "terrace_sinks" not in item]
         load_recipe(args.recipe, overrides)
+
+
+@pytest.mark.parametrize("page", FRONT + PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        place, _, anchor = target.partition("#")
+        found = (page.parent / place) if place else page
+        assert found.exists(), f"{page.name}: {target}"
+        headings = re.findall(r"^#+ (.*)", found.read_text(encoding="utf-8"), flags=re.MULTILINE) if anchor else []
+        anchors = [re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in anchors, f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    site = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if not re.search(rf"\b{page.name}\b", site)] == []
 
 
 def test_the_make_targets_shown_exist() -> None:
