@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from report_kit import made_results
-from trenchcoat.evaluation.results import Results
+from trenchcoat.evaluation.results import DecodePoint, Results
 from trenchcoat.evaluation.statistics import NOTHING, Estimate, RowSums, gap_closed, paired_difference
 
 
@@ -203,3 +203,16 @@ def test_a_file_that_is_not_results_is_an_error(tmp_path: Path, content: str) ->
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=r"results\.json is not a results file .* eval"):
         Results.load(tmp_path / "results.json")
+
+
+def test_the_length_from_which_decoding_is_faster() -> None:
+    def curve(times: list[float]) -> list[DecodePoint]:
+        return [DecodePoint(100 * 4**i, ms, (ms, ms), 0.0, 0, ms) for i, ms in enumerate(times)]
+
+    def crossing(teacher: list[float], student: list[float]) -> int | None:
+        return Results(window=4, seq_len=8, decode={"teacher": curve(teacher), "student": curve(student)}).crossing()
+
+    assert crossing([1.0, 2.0, 8.0], [2.0, 4.0, 4.0]) == 800  # the ratio goes from 2 to 1/2: halfway
+    assert crossing([1.0, 2.0, 8.0], [2.0, 1.0, 16.0]) is None
+    assert crossing([3.0, 3.0, 3.0], [2.0, 2.0, 2.0]) == 100
+    assert Results(window=4, seq_len=8).crossing() is None

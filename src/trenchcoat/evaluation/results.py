@@ -189,6 +189,22 @@ class Results:
         sinks, or window + sinks; None if neither was scored."""
         return next((name for name in (KEPT_WINDOW, WINDOW) if name in self.rows), None)
 
+    def crossing(self) -> int | None:
+        """Tokens of context from which the converted model decodes faster than the teacher, up to the longest measured
+        (between two lengths: on a straight line of the logarithms); None where it does not, or was not measured."""
+        teacher = {point.context: point.ms_per_token for point in self.decode.get("teacher", [])}
+        student = {point.context: point.ms_per_token for point in self.decode.get("student", [])}
+        contexts = sorted(teacher.keys() & student.keys())
+        slower = [student[context] >= teacher[context] for context in contexts]
+        if not contexts or slower[-1]:
+            return None
+        if True not in slower:
+            return contexts[0]
+        before = max(i for i, one in enumerate(slower) if one)
+        low, high = (math.log(student[contexts[i]] / teacher[contexts[i]]) for i in (before, before + 1))
+        position = low / (low - high)
+        return round(contexts[before] * (contexts[before + 1] / contexts[before]) ** position)
+
     def factors(self) -> list[int]:
         """Lengths that a row was scored at, as multiples of ``seq_len``, ascending."""
         return sorted({1, *(factor for scores in self.rows.values() for factor in scores.longer)})

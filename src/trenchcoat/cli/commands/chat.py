@@ -47,6 +47,8 @@ def _run(args: argparse.Namespace) -> None:
         talks["softmax"] = Conversation(softmax_twin(model), tokenizer, sampling)
     style = "in its chat template" if talks["linear"].templated else "as a plain transcript (it has no chat template)"
     write(f"{args.target}, {style}; {_COMMANDS}; Ctrl-C stops an answer")
+    if args.compare:
+        write(_pays_from(args.target))
     while (line := _ask()) is not None:
         if line.startswith("/"):
             if not _command(line, talks):
@@ -55,6 +57,20 @@ def _run(args: argparse.Namespace) -> None:
             _answer(line, talks)
     if args.save_state is not None:
         talks["linear"].save(args.save_state)
+
+
+def _pays_from(target: Path) -> str:
+    """From which length on the linearized model is the faster one, if the run's report measured it."""
+    from trenchcoat.evaluation.results import Results
+
+    measured = target / "results.json"
+    results = Results.load(measured) if measured.is_file() else None
+    if results is None or not results.decode:
+        return "(from which length on the linearized model is the faster one was not measured here)"
+    crossing, longest = results.crossing(), max(point.context for point in results.decode["student"])
+    if crossing is None:
+        return f"(the linearized model was not faster up to {longest:,} tokens, the longest measured)"
+    return f"(measured: the linearized model writes faster from about {crossing:,} tokens of text on)"
 
 
 def _ask() -> str | None:

@@ -28,7 +28,7 @@ from trenchcoat.evaluation.rows import (
     row_label,
 )
 from trenchcoat.evaluation.statistics import paired_difference
-from trenchcoat.runtime.runfolder import TRANSFER
+from trenchcoat.runtime.runfolder import TEACHER_LORA, TRANSFER
 
 LOOK: dict[str, Any] = {
     "font.size": 10,
@@ -196,7 +196,7 @@ def _dot(axes: Axes, height: int, value: float, error: float, limit: float, colo
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Attention transfer layer by layer, and next-token loss of the LoRA stages. False when neither was logged."""
+    """Attention transfer layer by layer, and the loss of stage 2. False when neither was logged."""
     lines = [line for line in metrics if line.get("kind") in ("train", "eval") and "step" in line]
     transfer = [line for line in lines if line.get("stage") == "transfer"]
     lora = [line for line in lines if line.get("stage") in _lora_rows()]
@@ -217,8 +217,9 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 
 def _lora_rows() -> dict[str, str]:
-    """Training stages with a next-token loss, and the row of each."""
-    return {row.stage: name for name, row in REPORT_ROWS.items() if row.stage not in (None, TRANSFER)}
+    """Stages 2 that minimize the recipe's loss, and the row of each (the teacher's minimizes another one)."""
+    others = (None, TRANSFER, TEACHER_LORA)
+    return {row.stage: name for name, row in REPORT_ROWS.items() if row.stage not in others}
 
 
 def _layers(lines: Sequence[Mapping[str, Any]], measure: str) -> list[str]:
@@ -289,7 +290,7 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 
 def _draw_lora(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
-    axes.set(title="Stage 2, LoRA: next-token loss", ylabel="loss (nats a token)")
+    axes.set(title="Stage 2: loss", ylabel="loss (nats a token)")
     axes.set_xlabel("optimizer steps   (thin: training, running mean; thick with dots: held-out)")
     ends = []
     for stage, row in _lora_rows().items():
@@ -302,11 +303,10 @@ def _draw_lora(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
         last = (held_out or train)[-1:]
         if last:
             ends.append((last[0][1], row_label(row), _colour(row)))
-    shown = sorted(y for line in lines if line["step"] > 0 for y in [float(line.get("loss", math.nan))] if y == y)
-    if shown:
-        low, high = shown[0], shown[int(0.98 * (len(shown) - 1))]
-        room = 0.1 * (high - low) or 0.1
-        axes.set_ylim(low - room, high + 2 * room)
+    shown = [y for stage in _lora_rows() for _, y in _series([x for x in lines if x["stage"] == stage], "eval", "loss")]
+    if shown:  # where the held-out curves are; training's scatter is cut off
+        room = 0.15 * (max(shown) - min(shown)) or 0.1 * max(shown)
+        axes.set_ylim(min(shown) - room, max(shown) + room)
     name_lines(axes, ends)
 
 
@@ -330,6 +330,11 @@ def plot_decode(results: Results, path: Path) -> bool:
             memory.plot(contexts, [p.cache_bytes for p in points], color=colour, marker=marker)
             ends[0].append((times[-1], texts.get(mode, mode), colour))
             ends[1].append((points[-1].cache_bytes, texts.get(mode, mode), colour))
+        crossing = results.crossing()
+        if crossing is not None:
+            speed.axvline(crossing, color="#999999", linewidth=0.8, linestyle=":")
+            label = f" faster from {crossing:,} tokens on"
+            speed.text(crossing, 0.02, label, transform=speed.get_xaxis_transform(), fontsize=8, color="#555555")
         speed.set_ylim(0, 1.15 * max(p.ms_quartiles[1] for points in curves.values() for p in points))
         speed.set(title="Decoding time, one sequence", ylabel="ms a token (median; bars: quartiles)")
         memory.set_yscale("log", base=2)

@@ -17,7 +17,7 @@ from typing import Literal
 from trenchcoat.evaluation.columns import percent
 from trenchcoat.evaluation.report.texts import bytes_text, signed
 from trenchcoat.evaluation.results import CacheSize, Results
-from trenchcoat.evaluation.rows import FAR_OFF, KEPT_WINDOW, REPORT_ROWS, TEACHER, WINDOW, row_label
+from trenchcoat.evaluation.rows import FAR_OFF, KEPT_WINDOW, REPORT_ROWS, TEACHER, WINDOW, ConstantRow, row_label
 from trenchcoat.evaluation.statistics import Estimate, jackknife, paired_difference
 
 SHIFT_LIMIT = 0.03
@@ -50,11 +50,11 @@ _Question = tuple[str, str, Callable[[Results], tuple[bool, str]]]
 
 def verdicts(results: Results) -> list[Verdict]:
     """All questions in the order of the report; those whose data is missing are "not measured"."""
-    kept = KEPT_WINDOW in results.rows
+    absent = {KEPT_WINDOW, ConstantRow.name} - results.rows.keys()  # rows that most conversions do not have
     beats: list[_Question] = [
         (f"beats_{name}", row.question, partial(_better_than, other=name))
         for name, row in REPORT_ROWS.items()
-        if row.question and (kept or name != KEPT_WINDOW)
+        if row.question and name not in absent
     ]
     asked: list[_Question] = [
         ("has_structure", "Is there anything beyond the window to carry?", _has_structure),
@@ -249,7 +249,9 @@ def _decodes_faster(results: Results) -> tuple[bool, str]:
     teacher, student = max(pairs, key=lambda pair: pair[0].context)
     times = f"{student.ms_per_token:.2f} ms a token against {teacher.ms_per_token:.2f} ms at {student.context:,} tokens"
     if student.ms_quartiles[1] < teacher.ms_quartiles[0]:
-        return True, f"Faster: {times}."
+        crossing = results.crossing()
+        since = "" if crossing is None else f", and from about {crossing:,} tokens of context on"
+        return True, f"Faster: {times}{since}."
     if student.ms_quartiles[0] > teacher.ms_quartiles[1]:
         return False, f"SLOWER: {times}. There the fixed work of a step still outweighs attention over the context."
     return False, f"NOT faster: {times}; the spread of both overlaps."
