@@ -22,6 +22,7 @@ GOOD: dict[str, tuple[float, float]] = {
     "untrained_swap": (0.0, 2.3),
     "transfer_only": (0.0, 0.08),
     "transfer_lora": (0.0, 0.02),
+    "constant": (0.0, 0.20),
     "far_off": (0.0, 0.21),
     "lora_only": (0.0, 0.25),
     "window_sinks_lora": (0.0, 0.09),
