@@ -20,13 +20,14 @@ def answer(results: Results, key: str) -> Verdict:
 def test_every_answer_can_be_yes() -> None:
     found = verdicts(made_results())
     assert {verdict.outcome for verdict in found} == {"yes"}
-    assert headline(found) == "Answers: 12 YES, 0 NO, 0 not measured."
+    assert headline(found) == "Answers: 13 YES, 0 NO, 0 not measured."
 
 
 @pytest.mark.parametrize(("key", "changes", "words"), [
     ("beats_window_sinks", {"window_sinks": (0.0, 0.01)}, "does NOT beat 'window + sinks'"),
     ("beats_kept_window_sinks", {"kept_window_sinks": (0.0, 0.01)}, "does NOT beat 'kept + window + sinks'"),
     ("beats_window_sinks_lora", {"window_sinks_lora": (0.0, 0.01)}, "does NOT beat 'window+sinks, stage 2'"),
+    ("beats_constant", {"constant": (0.0, 0.01)}, "does NOT beat 'nothing kept, both stages'"),
     ("needs_far", {"far_off": (0.0, 0.0)}, "does NOT need its linear part"),
     ("beats_lora_only", {"lora_only": (0.0, 0.01)}, "does NOT beat 'no transfer, stage 2'"),
     ("beats_at_length", {"kept_window_sinks": (0.0, 0.01)}, "On rows of 2,048 tokens it does NOT beat 'kept"),
