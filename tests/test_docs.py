@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -84,6 +85,16 @@ def test_the_first_screen_says_what_it_is() -> None:
     screen = "\n".join(README.splitlines()[:40])
     for word in ("softmax", "linear-time", "make demo", "make test", "reference-table", "linearize llama3_1_8b"):
         assert word in screen, word
+
+
+def test_the_first_table_is_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("reference_table", REPOSITORY / "scripts" / "reference_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = README.split("<!-- reference-table -->\n")[1].split("<!-- /reference-table -->")[0]
+    assert shown == module.table()
 
 
 def test_the_contributors_student_works(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
