@@ -287,6 +287,34 @@ def test_a_linearized_model_from_its_config_alone() -> None:
     assert torch.isfinite(logits(second, tokens(1, 20))).all()
 
 
+UNPICKLE = """
+import pickle, sys
+for path in sys.argv[1:]:
+    with open(path, "rb") as file:
+        found, ids, expected = pickle.load(file)
+    if ids is None:
+        from transformers import AutoModelForCausalLM
+        assert type(AutoModelForCausalLM.from_config(found)).__name__ == expected, path
+    else:
+        assert float((found(input_ids=ids, use_cache=False).logits - expected).abs().max()) < 1e-4, path
+print("read")
+"""
+
+
+def test_configs_and_models_are_unpickled_in_a_process_that_imported_nothing(tmp_path: Path) -> None:
+    """vLLM and others start processes that get their arguments as pickles."""
+    for family in ("llama", "gpt_oss", "phi3"):
+        model = auto.model_class(family)(auto.linearized_config(tiny_model(family).config, SMALL)).eval()
+        ids = tokens(1, 20)
+        contents = {"config": (model.config, None, type(model).__name__), "model": (model, ids, logits(model, ids))}
+        for name, content in contents.items():
+            (tmp_path / f"{family}.{name}").write_bytes(pickle.dumps(content))
+    order = ("phi3.model", "llama.config", "llama.model", "gpt_oss.model")
+    command = [sys.executable, "-c", UNPICKLE, *(str(tmp_path / name) for name in order)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+
+
 def test_configs_without_or_with_newer_settings_are_refused() -> None:
     config = auto.linearized_config(tiny_model().config, SMALL)
     config.trenchcoat = {**config.trenchcoat, "version": 99}

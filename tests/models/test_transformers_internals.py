@@ -135,6 +135,9 @@ def test_classes_of_a_config() -> None:
     assert internals.causal_lm_class(LlamaConfig) is modeling_llama.LlamaForCausalLM
     assert internals.causal_lm_class(type("Unknown", (LlamaConfig,), {})) is None
     assert "__post_init__" in dir(LlamaConfig)
+    assert "__setstate__" not in dir(LlamaConfig)
+    assert module.CONFIG_MAPPING_NAMES["llama"] == "LlamaConfig"
+    assert internals.causal_lm_names()["llama"] == "LlamaForCausalLM"
 
 
 def test_loaded_parameters_are_marked_and_the_others_are_initialized() -> None:

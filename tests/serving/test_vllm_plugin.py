@@ -1,7 +1,7 @@
 """The vLLM plugin without vLLM: pages against whole sequences, heads per process, weight names, the classes.
 
-`vllm_plugin/models.py` runs here against fakes of the few names that it imports from vLLM, modelled on the sources
-of 0.33.0; this shows that it is valid Python with the right arithmetic, not that vLLM accepts it.
+`vllm_plugin/layers.py` and `models.py` run here against fakes of the few names that they import from vLLM.
+`tests/vllm` runs them in vLLM, in an environment of its own (`make test-vllm`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tiny_families import tiny_model
-from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.models import auto, hub
 from trenchcoat.models.attach import attach_students, set_mode
-from trenchcoat.serving.vllm_plugin import MODELS, register
-from trenchcoat.serving.vllm_plugin.pages import PageLayout, StepRequests, attend_pages, heads_of_rank
+from trenchcoat.serving.vllm_plugin import MODELS, OPERATOR, register
+from trenchcoat.serving.vllm_plugin.checks import check_options, settle_state_dtype, state_dtype
+from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
+from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free
 from trenchcoat.students import StudentAttention, build_student
 
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -47,15 +49,9 @@ def random_student(cfg: StudentConfig, heads: int = HEADS, groups: int = GROUPS)
     return student
 
 
-def bound(layout: PageLayout, count: int, padding: int = 0) -> tuple[Tensor, ...]:
-    """Pages as vLLM's `MambaBase.bind_kv_cache` cuts them out of raw bytes, with random content."""
-    sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)]
-    raw = torch.randint(-128, 127, (count, sum(sizes) + padding), dtype=torch.int8)
-    pages, offset = [], 0
-    for shape, dtype, size in zip(layout.shapes, layout.dtypes, sizes, strict=True):
-        pages.append(raw[:, offset : offset + size].view(dtype).view(-1, *shape))
-        offset += size
-    return tuple(pages)
+def raw_pages(nbytes: int, count: int, padding: int = 0) -> Tensor:
+    """Pages with random content, as vLLM allocates them."""
+    return torch.randint(-128, 127, (count, nbytes + padding), dtype=torch.int8)
 
 
 class Engine:
@@ -108,25 +104,26 @@ def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, scale: flo
     return y[0].transpose(0, 1).flatten(1)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("name", STUDENTS)
 @torch.no_grad()
-def test_steps_over_pages_give_what_whole_sequences_give(name: str) -> None:
+def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bool) -> None:
     student = random_student(STUDENTS[name])
     layout = PageLayout.of(student, torch.float32)
-    pages, engine = bound(layout, 5, padding=4), plan()
+    raw, engine = raw_pages(layout.nbytes, 5, padding=16), plan()
+    pages = Pages(student, layout, layout.cut(raw), torch.float32, in_place)
     slot = [3, 1, 4]
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
-        slots = torch.tensor([slot[r] for r in requests], dtype=torch.int32)
-        return attend_pages(student, layout, pages, (q, k, v), StepRequests(starts, lengths, slots, decodes), scale=0.3)
+        slots = [slot[request] for request in requests]
+        return pages.attend((q, k, v), StepRequests(starts, lengths, slots, decodes), scale=0.3)
 
-    untouched = [page[[0, 2]].clone() for page in pages]
+    untouched = raw[[0, 2]].clone()
     outputs = engine.run(step)
     for request, y in enumerate(outputs):
         expected = whole(student, engine.q[request], engine.k[request], engine.v[request], 0.3)
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
-    for page, before in zip(pages, untouched, strict=True):
-        assert page[[0, 2]].view(torch.uint8).equal(before.view(torch.uint8)), "another request's page was written"
+    assert raw[[0, 2]].equal(untouched), "another request's page was written"
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -139,9 +136,10 @@ def test_pages_are_aligned_and_as_large_as_the_state(name: str, dtype: torch.dty
         assert offset % kind.itemsize == 0
         assert prod(shape) > 0
         offset += prod(shape) * kind.itemsize
-    assert offset % 4 == 0
-    assert offset == student.empty_state(1, dtype=dtype).nbytes() - 4, "tokens seen take four bytes, not eight"
-    assert set(layout.dtypes) <= {torch.int32, torch.float32, dtype}
+    assert offset == student.empty_state(1, dtype=dtype).nbytes() - 8, "the server knows the tokens seen"
+    assert 0 <= layout.nbytes - offset < 16
+    assert layout.nbytes % 16 == 0
+    assert set(layout.dtypes) <= {torch.float32, dtype}
 
 
 def test_the_state_of_llama_3_1_8b() -> None:
@@ -151,53 +149,92 @@ def test_the_state_of_llama_3_1_8b() -> None:
         student = build_student(cfg, num_heads=32, num_kv_heads=8, head_dim=128)
     layout = PageLayout.of(student, torch.bfloat16)
     assert dict(zip(layout.names, layout.shapes, strict=True)) == {
-        "seen_B": (1,), "far_s_BKFE": (32, 128, 128), "far_z_BKF": (32, 128),
-        "k_BGND": (8, 128, 128), "v_BGNE": (8, 128, 128),
+        "far_s_BKFE": (32, 128, 128), "far_z_BKF": (32, 128), "k_BGND": (8, 128, 128), "v_BGNE": (8, 128, 128),
     }  # fmt: skip
-    assert layout.dtypes == (torch.int32, torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
+    assert layout.dtypes == (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
+    assert layout.nbytes == 2637824
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("kept", [(), (1,), (0, 3)])
 @pytest.mark.parametrize("name", ["terrace", "per_kv_head", "linear"])
 @torch.no_grad()
-def test_each_process_computes_its_share_of_the_heads(name: str, ranks: int) -> None:
-    """With as many processes as key/value heads, and with more, where neighbours share one."""
-    full = random_student(STUDENTS[name])
-    q, k, v = torch.randn(1, HEADS, 13, DIM), torch.randn(1, GROUPS, 13, DIM), torch.randn(1, GROUPS, 13, DIM)
-    expected, _ = full(q, k, v, scale=0.3)
-    parts = []
+def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int, ...], ranks: int) -> None:
+    """With fewer processes than key/value heads, as many, and more, where neighbours share one."""
+    groups, each = 4, 2
+    free = [group for group in range(groups) if group not in kept]
+    full = random_student(STUDENTS[name], heads=len(free) * each, groups=len(free))
+    q, k, v = (torch.randn(1, heads, 13, DIM) for heads in (groups * each, groups, groups))
+    heads = [group * each + head for group in free for head in range(each)]
+    expected = torch.zeros_like(q)
+    expected[:, heads], _ = full(q[:, heads], k[:, free], v[:, free], scale=0.3)
+    found = torch.zeros_like(q)
     for rank in range(ranks):
-        share = random_student(STUDENTS[name], heads=HEADS // ranks, groups=max(1, GROUPS // ranks))
-        for (_, own), (_, given) in zip(share.named_parameters(), full.named_parameters(), strict=True):
-            own.copy_(heads_of_rank(given, rank, ranks))
-        mine = [heads_of_rank(x[0], rank, ranks)[None] for x in (q, k, v)]
-        parts.append(share(*mine, scale=0.3)[0])
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-6)
+        share = Share(kept, groups * each, groups, rank, ranks)
+        assert [share.groups[i] for i in share.kept] == [group for group in share.groups if group in kept]
+        if not share.free:
+            continue
+        mine = random_student(STUDENTS[name], heads=len(share.free) * share.heads, groups=len(share.free))
+        for (_, own), (_, given) in zip(mine.named_parameters(), full.named_parameters(), strict=True):
+            own.copy_(share.of_student(given))
+        first = rank * (groups * each // ranks)
+        query = [first + head for head in share.query_heads(share.free)]
+        keys = [share.groups[group] for group in share.free]
+        found[:, query], _ = mine(q[:, query], k[:, keys], v[:, keys], scale=0.3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep", "ranks", "at_once", "free"),
+    [((), 1, 0, 4), (("1",), 1, 4, 4), (("0.1", "2"), 1, 1, 4), (("0.0", "0.1", "1.2", "1.3"), 1, 2, 4),
+     (("1",), 2, 2, 2), (("0.0", "0.3"), 2, 1, 2), (("0.0", "1.0", "2.0"), 1, 1, 3)],
+)  # fmt: skip
+def test_attentions_for_kept_groups_are_of_one_size(keep: tuple[str, ...], ranks: int, at_once: int, free: int) -> None:
+    shares = every_share(StudentConfig(keep=keep), 3, num_heads=8, num_kv_heads=4, ranks=ranks)
+    assert len(shares) == 3 * ranks
+    assert kept_at_once(shares) == at_once
+    assert len(most_free(shares).free) == free
 
 
 # The classes for vLLM, with fakes
 
 
+class FakeKept(nn.Module):
+    """In place of vLLM's `Attention`: returns its queries, which shows where its heads end up."""
+
+    sliding_window = None
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, **options: Any) -> None:
+        super().__init__()
+        self.sizes, self.options = (num_heads, head_size, num_kv_heads), options
+        CONTEXT.no_compile_layers[options["prefix"]] = self
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        assert (query.shape[1], key.shape[1]) == (self.sizes[0] * self.sizes[1], self.sizes[2] * self.sizes[1])
+        return query
+
+
 class FakeAttention(nn.Module):
     """The attributes of `LlamaAttention` that are used."""
 
-    def __init__(self, config: Any, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.total_num_heads, self.total_num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
-        self.attn: Any = nn.Identity()
-        vllm_config.compilation_config.static_forward_context[f"{prefix}.attn"] = self.attn
+        sizes = (self.total_num_heads, self.head_dim, self.scaling, self.total_num_kv_heads)
+        self.attn: Any = FakeKept(*sizes, prefix=f"{prefix}.attn")
 
 
 class FakeLayer(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
         super().__init__()
-        self.self_attn = FakeAttention(vllm_config.model_config.hf_config, vllm_config, f"{prefix}.self_attn")
+        self.self_attn = FakeAttention(vllm_config.model_config.hf_config, f"{prefix}.self_attn")
 
 
 class FakeModel(nn.Module):
     def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = FakeLayer) -> None:
         super().__init__()
+        CONTEXT.no_compile_layers = vllm_config.compilation_config.static_forward_context
         self.model = nn.Module()
         layers = vllm_config.model_config.hf_config.num_hidden_layers
         made = [layer_type(vllm_config=vllm_config, prefix=f"model.layers.{index}") for index in range(layers)]
@@ -205,54 +242,93 @@ class FakeModel(nn.Module):
 
 
 class FakeMambaBase:
-    """Only the part that is used: binding views of raw pages."""
+    """Only the part that is used: the pages as bytes."""
 
     kv_cache: tuple[Tensor, ...]
 
-    def bind_kv_cache(self, pages: tuple[Tensor, ...]) -> None:
-        self.kv_cache = pages
+    def bind_kv_cache(self, pages: Tensor) -> None:
+        self.kv_cache = (pages,)
 
 
-CONTEXT = SimpleNamespace(attn_metadata=None)
+class FakeBuilder:
+    """What vLLM's builder of metadata does with the metadata that all backends share."""
+
+    def build(self, common_prefix_len: int, common: Any, fast_build: bool) -> Any:
+        return SimpleNamespace(
+            num_decodes=common.decodes, num_prefills=len(common.lengths) - common.decodes,
+            seq_lens=torch.tensor([*common.lengths, 0], dtype=torch.int32),
+            state_indices_tensor=torch.tensor([*common.slots, 0], dtype=torch.int32),
+        )  # fmt: skip
+
+
+class FakeMambaConfig:
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
+        vllm_config.prepared = True
+
+
+CONTEXT = SimpleNamespace(attn_metadata=None, no_compile_layers={})
 REGISTERED: dict[str, Any] = {}
+CONFIGS: dict[str, Any] = {}
+OPERATORS: list[str] = []
 
 
 @pytest.fixture
 def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`trenchcoat.serving.vllm_plugin.models`, imported with fakes for vLLM."""
+    operators = SimpleNamespace()
+
+    def register_operator(name: str, function: Any, *, mutates_args: list[str], fake_impl: Any) -> None:
+        assert mutates_args == ["output"]
+        setattr(operators, name, function)
+
     names: dict[str, dict[str, Any]] = {
         "vllm": {},
+        "vllm.config": {"CompilationConfig": SimpleNamespace(_attention_ops=OPERATORS)},
         "vllm.distributed": {"get_tensor_model_parallel_rank": lambda: 0,
                              "get_tensor_model_parallel_world_size": lambda: 1},
         "vllm.forward_context": {"get_forward_context": lambda: CONTEXT},
         "vllm.model_executor": {},
         "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.attention": {"Attention": FakeKept},
         "vllm.model_executor.layers.mamba": {},
         "vllm.model_executor.layers.mamba.abstract": {"MambaBase": FakeMambaBase},
+        "vllm.model_executor.layers.mamba.mamba_utils": {"get_temporal_copy_spec": "whole pages"},
         "vllm.model_executor.models": {
             "ModelRegistry": SimpleNamespace(register_model=lambda name, place: REGISTERED.update({name: place}))
         },
-        "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": {}, "MambaModelConfig": object()},
-        "vllm.model_executor.models.interfaces": {"HasInnerState": type("A", (), {"has_inner_state": True}),
-                                                  "IsAttentionFree": type("B", (), {"is_attention_free": True})},
+        "vllm.model_executor.models.config": {"MODELS_CONFIG_MAP": CONFIGS, "MambaModelConfig": FakeMambaConfig},
+        "vllm.model_executor.models.interfaces": {
+            "HasInnerState": type("A", (), {"has_inner_state": True}), "IsHybrid": type("B", (), {"is_hybrid": True}),
+            "SupportsMambaPrefixCaching": type("C", (), {"supports_mamba_prefix_caching": True}),
+        },
         "vllm.model_executor.models.llama": {"LlamaDecoderLayer": FakeLayer, "LlamaForCausalLM": FakeModel},
         "vllm.model_executor.models.mistral": {"MistralDecoderLayer": FakeLayer,
                                                "MistralForCausalLM": FakeModel},
+        "vllm.model_executor.models.utils": {"extract_layer_index": lambda prefix: int(prefix.split(".")[2])},
+        "vllm.utils": {}, "vllm.utils.torch_utils": {"direct_register_custom_op": register_operator},
         "vllm.v1": {}, "vllm.v1.attention": {}, "vllm.v1.attention.backends": {},
+        "vllm.v1.attention.backend": {"AttentionCGSupport": SimpleNamespace(NEVER=0)},
+        "vllm.v1.attention.backends.linear_attn": {"LinearAttentionBackend": object,
+                                                   "LinearAttentionMetadataBuilder": FakeBuilder},
         "vllm.v1.attention.backends.registry": {"MambaAttentionBackendEnum": SimpleNamespace(LINEAR="linear")},
     }  # fmt: skip
     for name, content in names.items():
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "trenchcoat.serving.vllm_plugin.models", raising=False)
+    ours = [f"trenchcoat.serving.vllm_plugin.{name}" for name in ("layers", "models")]
+    for name in ours:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(torch.ops, "vllm", operators, raising=False)
     yield import_module("trenchcoat.serving.vllm_plugin.models")
-    sys.modules.pop("trenchcoat.serving.vllm_plugin.models", None)
+    for name in ours:
+        sys.modules.pop(name, None)
 
 
-def merged(family: str, folder: Path) -> tuple[Any, Path]:
+def merged(family: str, folder: Path, cfg: StudentConfig) -> tuple[Any, Path]:
     model = tiny_model(family)
-    attach_students(model, STUDENTS["terrace"])
+    attach_students(model, cfg)
     set_mode(model, "student")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -263,73 +339,130 @@ def merged(family: str, folder: Path) -> tuple[Any, Path]:
 
 
 def vllm_config(config: Any, **changes: Any) -> Any:
-    given = {"enforce_eager": True, "enable_prefix_caching": False, **changes}
-    return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config, dtype=torch.float32, enforce_eager=given["enforce_eager"]),
-        cache_config=SimpleNamespace(enable_prefix_caching=given["enable_prefix_caching"]),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        compilation_config=SimpleNamespace(static_forward_context={}),
-    )
+    """vLLM's configuration: `changes` are options of any of its sections."""
+    sections: dict[str, dict[str, Any]] = {
+        "model_config": {"hf_config": config, "dtype": torch.float32, "quantization": None},
+        "cache_config": {"cache_dtype": "auto", "mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"},
+        "parallel_config": {"tensor_parallel_size": 1, "decode_context_parallel_size": 1},
+        "compilation_config": {"static_forward_context": {}},
+    }
+    whole = {"speculative_config": None, "lora_config": None, "kv_transfer_config": None}
+    for name, value in changes.items():
+        next(section for section in (*sections.values(), whole) if name in section)[name] = value
+    return SimpleNamespace(**{name: SimpleNamespace(**section) for name, section in sections.items()}, **whole)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
 def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: Path) -> None:
     """Weights load by their names in the folder, and each layer computes the same as in our own model."""
-    ours, folder = merged(family, tmp_path / "merged")
-    config = ours.config
-    linear = auto.linearized_config(config, STUDENTS["terrace"])
-    settings = vllm_config(linear)
+    ours, folder = merged(family, tmp_path / "merged", STUDENTS["terrace"])
+    settings = vllm_config(auto.linearized_config(ours.config, STUDENTS["terrace"]))
     kind = getattr(glue, MODELS[f"Linearized{family.title()}ForCausalLM"].split(":")[1])
     model = kind(vllm_config=settings)
-    assert (model.has_inner_state, model.is_attention_free) == (True, True)
+    assert (model.has_inner_state, model.is_hybrid, model.supports_mamba_prefix_caching) == (True, True, True)
+    assert kind.get_mamba_state_copy_func() == ("whole pages",)
 
     stored = {name: t for name, t in load_file(folder / "model.safetensors").items() if ".student." in name}
+    load(model, stored)
+    context = settings.compilation_config.static_forward_context
+    assert list(context) == [f"model.layers.{index}.self_attn.attn" for index in range(2)]
+    layer = model.model.layers[1].self_attn.attn
+    assert kind.get_mamba_state_shape_from_config(settings) == layer.get_state_shape()
+    assert kind.get_mamba_state_dtype_from_config(settings) == layer.get_state_dtype()
+    check_layer(layer, layer, ours.model.layers[1].self_attn.student, slice(None))
+
+
+def load(model: nn.Module, stored: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     assert parameters.keys() == stored.keys()
     for name, tensor in stored.items():
         parameters[name].weight_loader(parameters[name], tensor)
         assert parameters[name].dtype == torch.float32
 
-    context = settings.compilation_config.static_forward_context
-    assert list(context) == [f"model.layers.{index}.self_attn.attn" for index in range(2)]
-    assert (
-        kind.get_mamba_state_shape_from_config(settings) == context["model.layers.0.self_attn.attn"].get_state_shape()
-    )
-    assert (
-        kind.get_mamba_state_dtype_from_config(settings) == context["model.layers.0.self_attn.attn"].get_state_dtype()
-    )
-    student = ours.model.layers[1].self_attn.student
-    layer, engine = model.model.layers[1].self_attn.attn, plan()
-    layer.bind_kv_cache(bound(layer.layout, 5))
+
+def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: Any) -> None:
+    """Several requests over pages in `attention`, whose `heads` are those of `layer`, a `StudentLayer`."""
+    engine, free, groups = plan(), range(HEADS)[heads], range(GROUPS)
+    if student.kept is not None:
+        groups = [group for group in range(GROUPS) if group not in student.kept.groups]
+    layer.bind_kv_cache(raw_pages(layer.get_state_shape()[0][0], 5))
+    builder = layer.get_attn_backend().get_builder_cls()()
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
-        CONTEXT.attn_metadata = {layer.prefix: SimpleNamespace(
-            num_decodes=decodes, num_decode_tokens=decodes, num_prefills=len(requests) - decodes,
-            num_prefill_tokens=starts[-1] - decodes, query_start_loc=torch.tensor(starts),
-            seq_lens=torch.tensor(lengths), state_indices_tensor=torch.tensor(requests, dtype=torch.int32) + 1,
-        )}  # fmt: skip
+        common = SimpleNamespace(
+            decodes=decodes, lengths=lengths, slots=[request + 1 for request in requests],
+            query_start_loc_cpu=torch.tensor([*starts, starts[-1]]),
+        )  # fmt: skip
+        CONTEXT.attn_metadata = {layer.prefix: builder.build(0, common)}
         padded = [torch.cat([x, x.new_ones(3, x.shape[1])]) for x in (q, k, v)]
-        return layer(*padded)[: q.shape[0]]
+        return attention(*padded)[: q.shape[0]]
 
-    for request, y in enumerate(engine.run(step)):
-        expected = whole(student, engine.q[request], engine.k[request], engine.v[request], DIM**-0.5)
-        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
+    found = engine.run(step)
     CONTEXT.attn_metadata = None
-    assert not layer(engine.q[0], engine.k[0], engine.v[0]).any()
+    found.append(attention(engine.q[0], engine.k[0], engine.v[0]))  # before there is a cache: one request
+    for request, y in zip((0, 1, 2, 0), found, strict=True):
+        q, k, v = (x[request].unflatten(-1, (-1, DIM)) for x in (engine.q, engine.k, engine.v))
+        expected = q.clone()
+        inputs = (q[:, list(free)], k[:, list(groups)], v[:, list(groups)])
+        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), DIM**-0.5).unflatten(-1, (-1, DIM))
+        torch.testing.assert_close(y, expected.flatten(1), rtol=0, atol=2e-5)
 
 
-def test_unsupported_settings_are_refused(glue: Any) -> None:
+@torch.no_grad()
+def test_kept_groups_and_layers_are_attentions_of_vllm(glue: Any, tmp_path: Path) -> None:
+    cfg = StudentConfig(window=4, feature_map=SMALL, keep=("0.0",))
+    ours, folder = merged("llama", tmp_path / "groups", cfg)
+    settings = vllm_config(auto.linearized_config(ours.config, cfg))
+    model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
+    load(model, {name: t for name, t in load_file(folder / "model.safetensors").items() if ".student." in name})
+    context = settings.compilation_config.static_forward_context
+    names = [f"model.layers.{name}" for name in ("0.self_attn.attn", "0.self_attn.attn_kept0", "1.self_attn.attn")]
+    assert list(context) == names
+    mixed, kept = model.model.layers[0].self_attn.attn, context[names[1]]
+    assert kept.sizes == (2, DIM, 1)
+    assert len({layer.get_state_shape() for layer in (context[names[0]], context[names[2]])}) == 1, "pages of one size"
+    check_layer(mixed, context[names[0]], ours.model.layers[0].self_attn.student, slice(2, 4))
+
+    whole_layer = StudentConfig(window=4, feature_map=SMALL, keep_softmax=(1,))
+    settings = vllm_config(auto.linearized_config(ours.config, whole_layer))
+    model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
+    assert model.model.layers[1].self_attn.attn.sizes == (HEADS, DIM, GROUPS)
+
+
+REFUSED = {
+    "--speculative-config": {"speculative_config": object()},
+    "--enable-lora": {"lora_config": object()},
+    "--quantization fp8": {"quantization": "fp8"},
+    "--kv-transfer-config": {"kv_transfer_config": object()},
+    "--decode-context-parallel-size": {"decode_context_parallel_size": 2},
+    "--kv-cache-dtype fp8": {"cache_dtype": "fp8"},
+    "--mamba-ssm-cache-dtype float16": {"mamba_ssm_cache_dtype": "float16"},
+    "--mamba-cache-dtype float16": {"mamba_cache_dtype": "float16"},
+    "--dtype float32": {"mamba_cache_dtype": "float32", "dtype": torch.bfloat16},
+    "needs --mamba-cache-dtype bfloat16": {"mamba_ssm_cache_dtype": "bfloat16"},
+    "leave out --mamba-ssm-cache-dtype float32": {"mamba_cache_dtype": "bfloat16", "mamba_ssm_cache_dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_without_effect_are_refused_by_name(option: str) -> None:
+    check_options(vllm_config(None))
+    with pytest.raises(UserError, match=option):
+        check_options(vllm_config(None, **REFUSED[option]))
+
+
+def test_states_of_half_the_size(glue: Any) -> None:
+    """The options act, also where vLLM resets one of them afterwards."""
     config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])
-    for changes, option in (({"enforce_eager": False}, "--enforce-eager"),
-                            ({"enable_prefix_caching": True}, "--no-enable-prefix-caching")):  # fmt: skip
-        with pytest.raises(ValueError, match=option):
-            glue.LinearizedLlamaForCausalLM(vllm_config=vllm_config(config, **changes))
-    settings: tuple[dict[str, Any], ...] = ({"keep_softmax": (0,)}, {"keep": ("0.1",)})
-    for setting in settings:
-        kept = auto.linearized_config(tiny_model().config, StudentConfig(window=4, feature_map=SMALL, **setting))
-        with pytest.raises(ValueError, match="keep_softmax"):
-            glue.LinearizedLlamaForCausalLM(vllm_config=vllm_config(kept))
+    bytes_of = glue.LinearizedLlamaForCausalLM.get_mamba_state_shape_from_config
+    plain = vllm_config(config)
+    half = vllm_config(config, mamba_ssm_cache_dtype="bfloat16", dtype=torch.bfloat16)
+    check_options(half)
+    settle_state_dtype(half)
+    half.cache_config.mamba_ssm_cache_dtype = "float32"
+    assert (state_dtype(plain), state_dtype(half)) == (torch.float32, torch.bfloat16)
+    assert bytes_of(half)[0][0] < 0.6 * bytes_of(plain)[0][0]
 
 
 def test_the_entry_point_registers_every_model(glue: Any) -> None:
@@ -338,11 +471,29 @@ def test_the_entry_point_registers_every_model(glue: Any) -> None:
     REGISTERED.clear()
     register()
     register()
-    assert REGISTERED == MODELS
-    configured = sys.modules["vllm.model_executor.models.config"].MODELS_CONFIG_MAP
-    assert configured.keys() == MODELS.keys()
+    assert MODELS.items() <= REGISTERED.items()
+    assert OPERATORS == [OPERATOR]
+    assert CONFIGS.keys() == REGISTERED.keys()
     for architecture, place in MODELS.items():
         module, name = place.split(":")
         assert getattr(import_module(module), name)
         family = architecture.removeprefix("Linearized").removesuffix("ForCausalLM").lower()
         assert auto.model_class(family).__name__ == architecture
+        settings = vllm_config(None)
+        CONFIGS[architecture].verify_and_update_model_config(
+            SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
+        )
+        CONFIGS[architecture].verify_and_update_config(settings)
+        assert settings.prepared
+        with pytest.raises(UserError, match="speculative"):
+            CONFIGS[architecture].verify_and_update_config(vllm_config(None, speculative_config=object()))
+
+
+def test_a_family_without_a_class_is_refused_with_what_to_do(glue: Any) -> None:
+    register()
+    config = auto.linearized_config(tiny_model("qwen3").config, STUDENTS["terrace"])
+    config.architectures = ["LinearizedQwen3ForCausalLM"]
+    module, name = REGISTERED["LinearizedQwen3ForCausalLM"].split(":")
+    assert getattr(import_module(module), name)
+    with pytest.raises(UserError, match=r"linearized_qwen3.*no class for vLLM.*--engine embedded"):
+        CONFIGS["LinearizedQwen3ForCausalLM"].verify_and_update_model_config(SimpleNamespace(hf_config=config))

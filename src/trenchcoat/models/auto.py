@@ -115,7 +115,14 @@ def config_class(family: str) -> type:
         if self.trenchcoat is not None:
             model_class(family)
 
-    members = {"model_type": model_type, "trenchcoat": None, "__post_init__": __post_init__}
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        """Unpickled, in a process that may know no class of this family yet."""
+        self.__dict__.update(state)
+        if self.trenchcoat is not None:
+            model_class(family)
+
+    methods = {"__post_init__": __post_init__, "__setstate__": __setstate__}
+    members = {"model_type": model_type, "trenchcoat": None, **methods}
     made = _publish(f"Linearized{base.__name__}", base, {**members, "__annotations__": {"trenchcoat": "dict | None"}})
     auto.AutoConfig.register(model_type, made)
     return made
@@ -178,6 +185,21 @@ def student_settings(settings: Mapping[str, Any]) -> Any:
         raise UserError(f"these student settings were written by another version of trenchcoat: {error}") from error
     check_section(found, "student")
     return found
+
+
+def __getattr__(name: str) -> type:
+    """A class by its name, made on first use: a pickle may name one that the process reading it has not made yet."""
+    if not name.startswith("Linearized"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from trenchcoat.models.families import KNOWN_FAMILIES
+    from trenchcoat.models.transformers_internals import causal_lm_names
+
+    configs = importlib.import_module(AUTO_MODULE).CONFIG_MAPPING_NAMES
+    for make, names in ((config_class, configs), (model_class, causal_lm_names())):
+        families = [family for family, base in names.items() if name == f"Linearized{base}"]
+        if families:
+            return make(max(families, key=KNOWN_FAMILIES.__contains__))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}: no family has such a class")
 
 
 def _publish(name: str, base: type, members: dict[str, Any]) -> type:

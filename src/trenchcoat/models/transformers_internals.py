@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 # Which attention a model runs
 
@@ -198,6 +198,11 @@ def causal_lm_class(config: type) -> type | None:
     """The causal language model of a config class, if there is one."""
     found: type | None = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
     return found
+
+
+def causal_lm_names() -> Mapping[str, str]:
+    """Family -> name of its causal language model's class, without importing any."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def was_loaded(parameter: nn.Parameter) -> bool:

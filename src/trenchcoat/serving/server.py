@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server for one linearized model: the embedded default, for one user.
+"""An OpenAI-compatible server for one linearized model: the embedded default, for one user, or vLLM's.
 
 `requests` reads requests, `engine` runs the model, `answers` writes answers, `web` is the HTTP layer, `process` the
 server process.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from trenchcoat.config import UserError
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
+from trenchcoat.serving import vllm_server
 
 if TYPE_CHECKING:
     from trenchcoat.serving.process import Server
@@ -57,6 +58,12 @@ class ServeSettings:
     """Time for a request to arrive."""
     allow_host: tuple[str, ...] = ()
     """Names that clients may give in `Host`, besides addresses and names without a dot."""
+    engine: str = "embedded"
+    """`vllm`, `embedded` (this package's server) or `auto`: vLLM where it is installed and can serve the model."""
+
+    def key(self) -> str | None:
+        """The key that clients have to send; None for none."""
+        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
 
 
 def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
@@ -64,11 +71,13 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
 
     Raises UserError if the extra is not installed, the model cannot be loaded, or a setting is invalid.
     """
-    if importlib.util.find_spec("uvicorn") is None:
-        raise UserError("serving needs uvicorn: pip install 'trenchcoat[serve]'")
     name = cfg.name if cfg.name is not None else path.resolve().name
     _check(cfg, name)
     template = _template(cfg.chat_template)
+    if vllm_server.wants_vllm(path, cfg, say):
+        vllm_server.run(path, cfg, say)
+    if importlib.util.find_spec("uvicorn") is None:
+        raise UserError("serving needs uvicorn: pip install 'trenchcoat[serve]'")
     model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
     context = cfg.context or getattr(model.config, "max_position_embeddings", None)
     if template is not None:
@@ -99,13 +108,9 @@ def _check(cfg: ServeSettings, name: str) -> None:
         raise UserError(f"--body-seconds is {cfg.body_seconds}; expected seconds, above 0")
     if cfg.log_level not in LOG_LEVELS:
         raise UserError(f"--log-level is {cfg.log_level!r}; known: {', '.join(LOG_LEVELS)}")
-    key = _api_key(cfg)
+    key = cfg.key()
     if key is not None and not re.fullmatch(r"[!-~]+", key):
         raise UserError("the API key is empty or has characters other than visible ASCII; choose another")
-
-
-def _api_key(cfg: ServeSettings) -> str | None:
-    return cfg.api_key if cfg.api_key is not None else os.environ.get(KEY_VARIABLE)
 
 
 def _build(model: Any, tokenizer: Any, name: str, context: int | None, cfg: ServeSettings) -> Server:
@@ -129,7 +134,7 @@ def _limits(cfg: ServeSettings) -> Limits:
         body=int(cfg.max_body * 2**20),
         body_seconds=cfg.body_seconds,
         queue=cfg.queue,
-        api_key=_api_key(cfg),
+        api_key=cfg.key(),
         hosts=tuple(host.lower() for host in cfg.allow_host) if local or cfg.allow_host else None,
     )
 

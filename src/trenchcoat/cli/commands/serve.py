@@ -11,6 +11,12 @@ from trenchcoat.cli.terminal import show
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("target", type=path, metavar="DIR", help=TARGET_HELP)
+    add(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="vllm (many requests at once), embedded (one at a time) or auto: vllm where it is installed and can",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--name", help="name that clients give as `model` (the folder's)")
@@ -45,12 +51,24 @@ def _run(args: argparse.Namespace) -> None:
     """Serve a linearized model over HTTP.
 
     Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), with a chat page at / (extra
-    `serve`). Requests wait for one another; each holds a state of constant size. For many users at once serve the model
-    with vLLM. docs/SERVE.md lists the supported requests.
+    `serve`). Requests wait for one another; each holds a state of constant size. For many users at once, vLLM serves
+    merged folders (extra `vllm`, in an environment of its own). docs/SERVE.md lists the supported requests.
     """
     from trenchcoat.serving.server import ServeSettings, serve
 
-    names = ("host", "port", "name", "context", "grace", "chat_template", "base", "device", "dtype", "log_level")
+    names = (
+        "host",
+        "port",
+        "name",
+        "context",
+        "grace",
+        "chat_template",
+        "base",
+        "device",
+        "dtype",
+        "log_level",
+        "engine",
+    )
     limits = ("api_key", "queue", "max_body", "body_seconds")
     settings = ServeSettings(**values(args, *names, *limits), allow_host=tuple(args.allow_host))
     serve(args.target, settings, lambda line: show((line,)))

@@ -1,7 +1,8 @@
 """A request's state as one page of a server's cache, and attention of many requests' tokens over such pages.
 
-A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes. The tokens of a
-step are concatenated: first those of requests that decode (one token each), then those of requests that prefill.
+A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes, one after the other.
+The tokens of a step are concatenated: first those of requests that decode (one token each), then those of requests that
+prefill.
 
 Shape legend: P pages, T tokens of a step, R requests of it, H query heads, G key/value heads, D head dim.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,11 +19,16 @@ from torch import Tensor
 from trenchcoat.students import RowState, StudentAttention
 
 _SEEN = "seen_B"
+_ALIGNMENT = 16
+"""Bytes that a page's size is a multiple of."""
 
 
 @dataclass(frozen=True)
 class PageLayout:
-    """The tensors of a page, widest dtypes first, so that each is aligned to its element size."""
+    """The tensors of a page, widest dtypes first, so that each is aligned to its element size.
+
+    The number of tokens seen is not among them: the server knows it.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -30,28 +37,31 @@ class PageLayout:
 
     @classmethod
     def of(cls, student: StudentAttention, dtype: torch.dtype) -> PageLayout:
-        """For a student in a model of `dtype`: far sums float32, tokens seen int32, keys and values `dtype`."""
+        """For a student in a model of `dtype`: far sums float32, keys and values `dtype`, unless `state_dtype` says
+        otherwise."""
         state = student.empty_state(1, dtype=dtype, device="meta").tensors()
-        kept = [(name, t) for name, t in state.items() if t.numel()]
-        kept.sort(key=lambda item: (item[0] != _SEEN, -item[1].element_size()))
+        kept = [(name, t) for name, t in state.items() if t.numel() and name != _SEEN]
+        kept.sort(key=lambda item: -item[1].element_size())
         return cls(
             names=tuple(name for name, _ in kept),
-            shapes=tuple(tuple(t.shape[1:]) or (1,) for _, t in kept),
-            dtypes=tuple(torch.int32 if name == _SEEN else t.dtype for name, t in kept),
+            shapes=tuple(tuple(t.shape[1:]) for _, t in kept),
+            dtypes=tuple(t.dtype for _, t in kept),
         )
 
-    def read(self, pages: Sequence[Tensor], slots: Tensor, student: StudentAttention, dtype: torch.dtype) -> RowState:
-        """The states in `slots` (int [R]); copies."""
-        state = student.empty_state(slots.shape[0], dtype=dtype, device=slots.device)
-        for name, page in zip(self.names, pages, strict=True):
-            tensor = state.tensors()[name]
-            tensor.copy_(page[slots.long()].view(tensor.shape))
-        return state
+    @property
+    def nbytes(self) -> int:
+        """Size of a page."""
+        used = sum(prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
+        return -(-used // _ALIGNMENT) * _ALIGNMENT
 
-    def write(self, pages: Sequence[Tensor], slots: Tensor, state: RowState) -> None:
-        """Write `state` to `slots`."""
-        for name, page in zip(self.names, pages, strict=True):
-            page[slots.long()] = state.tensors()[name].view(-1, *page.shape[1:]).to(page.dtype)
+    def cut(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """The tensors [P, *shape] of pages given as bytes, int8 [P, `nbytes` or more]: views."""
+        offset, pages = 0, []
+        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
+            size = prod(shape) * dtype.itemsize
+            pages.append(raw[:, offset : offset + size].view(dtype).unflatten(1, shape))
+            offset += size
+        return tuple(pages)
 
 
 @dataclass(frozen=True)
@@ -62,54 +72,74 @@ class StepRequests:
     """Start of each request's tokens, and the end of the last; R + 1 numbers."""
     lengths: Sequence[int]
     """Tokens of each request so far, including this step's."""
-    slots: Tensor
-    """Page of each request, int [R]. A page's content before a request's first token is ignored."""
+    slots: Sequence[int]
+    """Page of each request. A page's content before a request's first token is ignored."""
     decodes: int
 
 
-def attend_pages(
-    student: StudentAttention,
-    layout: PageLayout,
-    pages: Sequence[Tensor],
-    qkv: tuple[Tensor, Tensor, Tensor],
-    requests: StepRequests,
-    *,
-    scale: float,
-) -> Tensor:
-    """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
+@dataclass(frozen=True)
+class Pages:
+    """The pages of one layer."""
 
-    ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D].
-    """
-    q_TX, k_TX, v_TX = qkv
-    dim, kv_heads = student.head_dim, student.num_kv_heads
-    q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in ((q_TX, -1), (k_TX, kv_heads), (v_TX, kv_heads)))
-    y_TX = torch.empty_like(q_TX)
-    slots, lengths, decodes = requests.slots, requests.lengths, requests.decodes
-    if decodes:
-        state = layout.read(pages, slots[:decodes], student, q_TX.dtype)
-        first = torch.tensor([length == 1 for length in lengths[:decodes]], device=slots.device)
-        for tensor in state.tensors().values():
+    student: StudentAttention
+    layout: PageLayout
+    tensors: tuple[Tensor, ...]
+    dtype: torch.dtype
+    """The model's."""
+    in_place: bool
+    """Decode each request in its page, which copies nothing (CPU). Else gather the states of all decoding requests and
+    write them back, which takes one call for all (GPU)."""
+
+    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], requests: StepRequests, *, scale: float) -> Tensor:
+        """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
+
+        ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D].
+        """
+        dim, kv_heads = self.student.head_dim, self.student.num_kv_heads
+        q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in zip(qkv, (-1, kv_heads, kv_heads), strict=True))
+        y, decodes = torch.empty_like(q), requests.decodes
+        together = 0 if self.in_place else decodes
+        if together:
+            y[:decodes] = self._decode_together((q[:decodes], k[:decodes], v[:decodes]), requests, scale)
+        for request in range(together, len(requests.lengths)):
+            tokens = slice(requests.starts[request], requests.starts[request + 1])
+            row = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
+            before = requests.lengths[request] - (tokens.stop - tokens.start)
+            state = self._in_place(requests.slots[request], before)
+            if request < decodes:
+                y_row = self.student.decode(*row, state=state, scale=scale)
+            else:
+                y_row, after = self.student(*row, scale=scale, state=state)
+                state.copy_(after)
+            y[tokens] = y_row[0].transpose(0, 1)
+        return y.flatten(1)
+
+    def _decode_together(self, qkv: tuple[Tensor, ...], requests: StepRequests, scale: float) -> Tensor:
+        before = [length - 1 for length in requests.lengths[: requests.decodes]]
+        device = qkv[0].device
+        slots = torch.tensor(requests.slots[: requests.decodes], device=device)
+        first = torch.tensor([seen == 0 for seen in before], device=device)
+        held = [page[slots] for page in self.tensors]
+        for tensor in held:
             tensor[first] = 0
-        now = (x[:decodes, :, None] for x in (q, k, v))
-        y_TX[:decodes] = student.decode(*now, state=state, scale=scale).flatten(1)
-        layout.write(pages, slots[:decodes], state)
-    for request in range(decodes, len(lengths)):
-        begin, end = requests.starts[request], requests.starts[request + 1]
-        slot, before = slots[request : request + 1], lengths[request] - (end - begin)
-        if before:
-            known = layout.read(pages, slot, student, q_TX.dtype)
-        else:
-            known = student.empty_state(1, dtype=q_TX.dtype, device=q_TX.device)
-        row = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
-        y, after = student(*row, scale=scale, state=known)
-        y_TX[begin:end] = y[0].transpose(0, 1).flatten(1)
-        layout.write(pages, slot, after)
-    return y_TX
+        state = self._state(held, before)
+        y = self.student.decode(*(x[:, :, None] for x in qkv), state=state, scale=scale)
+        for page, tensor in zip(self.tensors, held, strict=True):
+            page[slots] = tensor
+        return y[:, :, 0]
 
+    def _in_place(self, slot: int, seen: int) -> RowState:
+        """The state of one request, in its page."""
+        held = [page[slot : slot + 1] for page in self.tensors]
+        if not seen:
+            for tensor in held:
+                tensor.zero_()
+        return self._state(held, [seen])
 
-def heads_of_rank(whole: Tensor, rank: int, ranks: int) -> Tensor:
-    """The heads (first axis) of one of `ranks` processes; with fewer heads than processes, neighbours share one."""
-    heads = whole.shape[0]
-    if heads >= ranks:
-        return whole.narrow(0, rank * (heads // ranks), heads // ranks)
-    return whole.narrow(0, rank // (ranks // heads), 1)
+    def _state(self, held: Sequence[Tensor], seen: Sequence[int]) -> RowState:
+        """A state of these tensors."""
+        device = held[0].device
+        empty = self.student.empty_state(len(seen), dtype=self.dtype, device="meta")
+        rest = {n: torch.empty_like(t, device=device) for n, t in empty.tensors().items() if n not in self.layout.names}
+        rest[_SEEN] = torch.tensor(seen, device=device)
+        return empty.replaced({**rest, **dict(zip(self.layout.names, held, strict=True))})

@@ -1,0 +1,233 @@
+"""What takes the place of vLLM's `Attention` in a layer: a student over pages, beside it attention for kept groups.
+
+Imported by vLLM only. Shape legend: T tokens of a step, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend, LinearAttentionMetadataBuilder
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from trenchcoat.models.auto import student_settings
+from trenchcoat.serving.vllm_plugin.checks import state_dtype
+from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
+from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free, share_of
+from trenchcoat.students import StudentAttention, build_student
+
+
+class StudentMetadataBuilder(LinearAttentionMetadataBuilder):
+    """Reads a step's requests once for all layers."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """vLLM's metadata with a :class:`StepRequests` as `step`."""
+        meta = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        requests = meta.num_decodes + meta.num_prefills
+        lengths, slots = torch.stack((meta.seq_lens[:requests], meta.state_indices_tensor[:requests])).tolist()
+        starts = common_attn_metadata.query_start_loc_cpu[: requests + 1].tolist()
+        meta.step = StepRequests(starts, lengths, slots, meta.num_decodes)
+        return meta
+
+
+class StudentBackend(LinearAttentionBackend):
+    """vLLM's linear attention, with our metadata."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Name in vLLM's log."""
+        return "TRENCHCOAT"
+
+    @staticmethod
+    def get_builder_cls() -> type[StudentMetadataBuilder]:
+        """The builder of a step's metadata."""
+        return StudentMetadataBuilder
+
+
+class StudentLayer(nn.Module, MambaBase):
+    """A student: q, k, v of a step's tokens in, its outputs out."""
+
+    student: StudentAttention
+    kv_cache: tuple[Tensor, ...]
+    pages: Pages | None = None
+
+    def __init__(self, student: StudentAttention, scale: float, page_bytes: int, vllm_config: Any, prefix: str) -> None:
+        super().__init__()
+        self.__dict__["student"] = student  # its parameters belong to `self_attn.student`, as in the checkpoint
+        self.scale, self.prefix, self.page_bytes = scale, prefix, page_bytes
+        self.dtype = vllm_config.model_config.dtype
+        self.layout = PageLayout.of(student, self.dtype)
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def mamba_type(self) -> Any:
+        """vLLM's linear attention."""
+        return MambaAttentionBackendEnum.LINEAR
+
+    def get_attn_backend(self) -> type[StudentBackend]:
+        """The backend whose metadata `forward` reads."""
+        return StudentBackend
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """A page is bytes to vLLM."""
+        return ((self.page_bytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """See `get_state_shape`."""
+        return (torch.int8,)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Cut the pages into the tensors of the state."""
+        super().bind_kv_cache(kv_cache)
+        raw = self.kv_cache[0]
+        self.pages = Pages(self.student, self.layout, self.layout.cut(raw), self.dtype, in_place=raw.is_cpu)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
+        output = torch.empty_like(query)
+        torch.ops.vllm.trenchcoat_student(query, key, value, output, self.prefix)
+        return output
+
+    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Write the outputs of a step's tokens into `output` [T, H * D]."""
+        every = get_forward_context().attn_metadata
+        if every is None or self.pages is None:  # vLLM measures the memory of a step before there is a cache
+            rows = (x.unflatten(-1, (-1, self.student.head_dim)).transpose(0, 1)[None] for x in qkv)
+            y, _ = self.student(*rows, scale=self.scale)
+            output.copy_(y[0].transpose(0, 1).flatten(1))
+            return
+        step: StepRequests = every[self.prefix].step
+        tokens = step.starts[-1]
+        q, k, v = (x[:tokens] for x in qkv)
+        output[:tokens] = self.pages.attend((q, k, v), step, scale=self.scale)
+        output[tokens:] = 0
+
+
+def _student(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: str) -> None:
+    layer: StudentLayer = get_forward_context().no_compile_layers[layer_name]
+    layer.attend((query, key, value), output)
+
+
+def _student_fake(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: str) -> None:
+    """Nothing but the output changes."""
+
+
+direct_register_custom_op("trenchcoat_student", _student, mutates_args=["output"], fake_impl=_student_fake)
+
+
+class MixedAttention(nn.Module):
+    """A layer of which some groups keep softmax attention: attentions of vLLM for them, a student for the others."""
+
+    order: Tensor
+
+    def __init__(self, parts: list[tuple[nn.Module, list[int], list[int]]], head_dim: int) -> None:
+        """`parts` are (module, its query heads, its groups)."""
+        super().__init__()
+        self.parts, self.head_dim = nn.ModuleList(part for part, _, _ in parts), head_dim
+        order = torch.tensor([head for _, heads, _ in parts for head in heads]).argsort()
+        self.register_buffer("order", order, persistent=False)
+        for number, (_, heads, groups) in enumerate(parts):
+            self.register_buffer(f"heads_{number}", torch.tensor(heads), persistent=False)
+            self.register_buffer(f"groups_{number}", torch.tensor(groups), persistent=False)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
+        outputs = []
+        for number, part in enumerate(self.parts):
+            heads, groups = getattr(self, f"heads_{number}"), getattr(self, f"groups_{number}")
+            y = part(q[:, heads].flatten(1), k[:, groups].flatten(1), v[:, groups].flatten(1))
+            outputs.append(y.unflatten(-1, (-1, self.head_dim)))
+        return torch.cat(outputs, 1)[:, self.order].flatten(1)
+
+
+def every_share_of(vllm_config: Any) -> list[Share]:
+    """The shares of every process in every layer of a model."""
+    config = vllm_config.model_config.hf_config
+    return every_share(
+        student_settings(config.trenchcoat["student"]),
+        config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def student_for(vllm_config: Any, share: Share, head_dim: int) -> StudentAttention:
+    """The student of one layer with this process's share of the heads."""
+    cfg = student_settings(vllm_config.model_config.hf_config.trenchcoat["student"])
+    groups = len(share.free)
+    student = build_student(cfg, num_heads=groups * share.heads, num_kv_heads=groups, head_dim=head_dim)
+    student.state_dtype = state_dtype(vllm_config)
+    return student.eval().requires_grad_(False)
+
+
+def page_bytes(vllm_config: Any) -> int:
+    """Size of a page, the same in all layers and processes."""
+    config = vllm_config.model_config.hf_config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    with torch.device("meta"):
+        student = student_for(vllm_config, most_free(every_share_of(vllm_config)), head_dim)
+    return PageLayout.of(student, vllm_config.model_config.dtype).nbytes
+
+
+def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
+    """Replace `attn.attn` by what computes a layer's share; a student's parameters load by their names in a merged
+    folder."""
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    cfg = student_settings(vllm_config.model_config.hf_config.trenchcoat["student"])
+    sizes = {"num_heads": attn.total_num_heads, "num_kv_heads": attn.total_num_kv_heads}
+    share = share_of(cfg, extract_layer_index(prefix), rank=rank, ranks=ranks, **sizes)
+    at_once = kept_at_once(every_share_of(vllm_config))
+    if len(share.kept) == at_once == len(share.groups):
+        return
+    own = attn.attn
+    del vllm_config.compilation_config.static_forward_context[f"{prefix}.attn"]
+    parts: list[tuple[nn.Module, list[int], list[int]]] = []
+    if len(share.kept_all) < share.num_kv_heads:
+        attn.student = _loaded(student_for(vllm_config, share, attn.head_dim), share)
+    if share.free:
+        layer = StudentLayer(attn.student, attn.scaling, page_bytes(vllm_config), vllm_config, f"{prefix}.attn")
+        parts.append((layer, share.query_heads(share.free), list(share.free)))
+    for number in range(0, len(share.kept), at_once or 1):
+        groups = list(share.kept[number : number + at_once])
+        kept = _kept(attn, own, share, groups, vllm_config, f"{prefix}.attn_kept{share.groups[groups[0]]}")
+        parts.append((kept, share.query_heads(groups), groups))
+    attn.attn = parts[0][0] if len(parts) == 1 else MixedAttention(parts, attn.head_dim)
+
+
+def _loaded(student: StudentAttention, share: Share) -> StudentAttention:
+    """The student, with the process's share of each parameter loaded from the folder's."""
+
+    def load_share(parameter: nn.Parameter, whole: Tensor) -> None:
+        """Called by vLLM with a tensor from the folder."""
+        parameter.data.copy_(share.of_student(whole))
+
+    for parameter in student.parameters():
+        parameter.weight_loader = load_share  # type: ignore[attr-defined]
+    return student
+
+
+def _kept(attn: Any, own: Any, share: Share, groups: list[int], vllm_config: Any, prefix: str) -> nn.Module:
+    """vLLM's attention for some groups of a layer."""
+    made: nn.Module = Attention(
+        len(groups) * share.heads,
+        attn.head_dim,
+        attn.scaling,
+        num_kv_heads=len(groups),
+        cache_config=vllm_config.cache_config,
+        per_layer_sliding_window=own.sliding_window,
+        prefix=prefix,
+    )
+    return made
