@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.config.paths import absolute_if_here, expanded
-from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
+from trenchcoat.models.card import write_card
 from trenchcoat.models.identity import fingerprint
 from trenchcoat.models.loading import ADAPTER_META, load_model, require_hub_id, resolve_device, resolve_dtype
-from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
+from trenchcoat.models.lora import add_saved_lora, has_lora, lora_parameters, lora_settings, lora_shape, merged_state
+from trenchcoat.models.saving import complete_model
 from trenchcoat.models.stage2 import trains_all
 from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime.files import (
@@ -57,9 +58,6 @@ _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads
 _SOURCE = ("path", "revision", "attention")
 """Fields of ModelConfig that identify the adapter's base model."""
 
-_LORA = ("rank", "alpha", "dropout", "targets")
-"""Fields of LoraConfig that shape the adapter (the others are about training)."""
-
 
 def save_adapter(
     model: Any,
@@ -72,24 +70,21 @@ def save_adapter(
 ) -> None:
     """Write what was learned, without the base model, to an adapter folder.
 
-    `base`, `student` and `lora` are the settings that the model was made with; for a model from :func:`load` they are
-    known. `base_fingerprint` is the base weights' fingerprint, if already computed. Raises UserError for missing
-    settings, and SaveError when the disk is full.
+    `base`, `student` and `lora` are the settings that the model was made with; only `base` has to be given, and not for
+    a model from :func:`load`. `base_fingerprint` is the base weights' fingerprint, if already computed. Raises
+    UserError for missing settings, and SaveError when the disk is full.
     """
     known: dict[str, Any] = getattr(model, "trenchcoat_adapter", {})
     if base is None and "base" not in known:
         raise UserError("save_adapter needs base=ModelConfig(...): this model does not know what it was loaded from")
-    if has_lora(model) and lora is None and not known.get("lora"):
-        raise UserError("save_adapter needs lora=LoraConfig(...): the model has a LoRA whose settings are not known")
     source = known["base"] if base is None else _source(base)
-    shape = known.get("lora") if lora is None else {name: getattr(lora, name) for name in _LORA}
     _write_adapter(
         Path(directory),
         adapter_state(model),
         model.config,
         source=source,
         student=student if student is not None else student_config(model),
-        lora=shape if has_lora(model) else None,
+        lora=lora_shape(lora) if lora is not None and has_lora(model) else lora_settings(model),
         base_fingerprint=base_fingerprint or fingerprint(model),
         whole=trains_all(model),
     )
@@ -138,21 +133,18 @@ def _write_adapter(
     write_adapter(directory, tensors, meta)
 
 
-def save_merged(model: Any, directory: Path | str, tokenizer: Any = None) -> None:
+def save_merged(model: Any, directory: Path | str, tokenizer: Any = None, *, report: str = "") -> None:
     """Write a complete checkpoint, LoRA merged into the weights; the model itself is not changed.
 
-    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, and with :func:`load`. It is
-    written atomically, and replaces a folder of that name. With `tokenizer` it holds that too.
+    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, or anywhere with
+    `trust_remote_code=True`, and with :func:`load`. It is written atomically, and replaces a folder of that name. With
+    `tokenizer` it holds that too; `report` is added to its model card. Raises UserError for weights that are quantized,
+    sharded or offloaded.
     """
-    config = auto.linearized_config(model.config, student_config(model))
-    family = str(config.model_type).removeprefix(auto.PREFIX)
-    with torch.device("meta"):
-        whole: Any = auto.model_class(family)(config)
-    _fill(whole, merged_state(model))
-    if getattr(model, "generation_config", None) is not None:
-        whole.generation_config = model.generation_config
+    whole = complete_model(model, merged_state(model), lora=False, online=True)
     with atomic_directory(Path(directory)) as partial:
         whole.save_pretrained(partial)
+        write_card(partial, whole.config, report=report)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 
@@ -214,17 +206,15 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
     try:
         attach_students(model, auto.student_settings(meta["student"]))
         if lora is not None:
-            shape = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
-            check_section(shape, "lora")
-            add_lora(model, shape)
-    except (UserError, TypeError, KeyError) as error:
+            add_saved_lora(model, lora)
+    except UserError as error:
         raise UserError(f"{folder / ADAPTER_META} does not fit its base model: {error}") from error
     loaded: Any = model
     if meta.get("whole"):
         loaded.trenchcoat_fingerprint, loaded.trenchcoat_whole = fingerprint(model), True
     load_adapter_state(model, tensors)
     set_mode(model, "student")
-    loaded.trenchcoat_adapter = {"base": _source(cfg), "lora": lora}
+    loaded.trenchcoat_adapter = {"base": _source(cfg)}
     return loaded.eval().requires_grad_(False), tokenizer
 
 
@@ -286,15 +276,6 @@ def _register(source: str) -> None:
         model_type = str(settings.get("model_type", "")) if isinstance(settings, Mapping) else ""
         if model_type.startswith(auto.PREFIX):
             auto.config_class(model_type.removeprefix(auto.PREFIX))
-
-
-def _fill(whole: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Load the tensors of `state` into a model on the meta device; asserts that none is missing."""
-    result = whole.load_state_dict(dict(state), strict=False, assign=True)
-    whole.tie_weights()
-    empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
-    assert not empty, f"left on the meta device: {empty[:3]}"
-    assert not result.unexpected_keys, f"not in the linearized class: {result.unexpected_keys[:3]}"
 
 
 def _shape(config: Any) -> dict[str, Any]:

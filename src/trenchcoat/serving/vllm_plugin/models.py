@@ -30,7 +30,10 @@ def check_settings(vllm_config: Any) -> None:
         raise ValueError("linearized models do not support CUDA graphs or torch.compile in vLLM: give --enforce-eager")
     if vllm_config.cache_config.enable_prefix_caching:
         raise ValueError("linearized models do not support prefix caching in vLLM: give --no-enable-prefix-caching")
-    settings = vllm_config.model_config.hf_config.trenchcoat["student"]
+    ours = vllm_config.model_config.hf_config.trenchcoat
+    if ours.get("lora") is not None:
+        raise ValueError("the folder's LoRA is not merged; write a merged one with `trenchcoat export DIR --merge`")
+    settings = ours["student"]
     if settings.get("keep_softmax") or settings.get("keep"):
         raise ValueError(
             "models that keep softmax attention (student.keep, student.keep_softmax) cannot be served through vLLM; "
