@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaModel, Trainer, TrainingArguments
 
 import trenchcoat
 from tiny_families import logits, tiny_model, tokens
-from trenchcoat.config import FeatureMapConfig, LoraConfig, StudentConfig, UserError
+from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.config.package import INSTALL
 from trenchcoat.models.attach import attach_students, detach_students, freeze_for_transfer, set_mode
+from trenchcoat.models.card import card_text
 from trenchcoat.models.hub import adapter_state
+from trenchcoat.models.loading import load_model
 from trenchcoat.models.lora import add_lora, has_lora, merge_lora, remove_lora
+from trenchcoat.models.saving import complete_model
 
 KEPT = StudentConfig(window=4, keep=("1.0",), feature_map=FeatureMapConfig(feature_dim=6))
 LORA = LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj"))
@@ -163,3 +169,123 @@ def elsewhere(
     }  # fmt: skip
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def given_away(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """(a complete folder with its tokenizer, the model)."""
+    folder = tmp_path_factory.mktemp("given") / "away"
+    model, tokenizer = load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", dtype="float32"))
+    trenchcoat.save_merged(learned(model), folder, tokenizer)
+    return folder, AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_stranger_opens_a_folder_by_trust_remote_code(given_away: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, model = given_away
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n"
+        "assert 'trenchcoat' not in sys.modules\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)('coat').input_ids\n"
+        "ids = torch.tensor([[int(i) for i in sys.argv[2].split()]])\n"
+        "print(type(model).__name__, model(ids).logits.double().sum().item())\n"
+        "model.save_pretrained(sys.argv[3])\n"
+        "write = pipeline('text-generation', model=sys.argv[3], tokenizer=sys.argv[1], trust_remote_code=True)\n"
+        "print(write('A coat', max_new_tokens=3, do_sample=False)[0]['generated_text'].startswith('A coat'))\n"
+    )
+    ids = tokens(1, 20)
+    row = " ".join(map(str, ids[0].tolist()))
+    done = elsewhere(tmp_path, code, str(folder), row, str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, total, wrote = done.stdout.split()
+    assert (name, wrote) == ("LinearizedLlamaForCausalLM", "True")
+    assert float(total) == pytest.approx(logits(model, ids).double().sum().item(), rel=1e-6)
+    assert sorted(path.name for path in (tmp_path / "again").glob("*.py")) == ["modeling_trenchcoat.py"]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_trenchcoat.LinearizedLlamaConfig",
+        "AutoModelForCausalLM": "modeling_trenchcoat.LinearizedLlamaForCausalLM",
+    }
+
+
+def test_a_stranger_without_the_package_is_told_how_to_install_it(given_away: tuple[Path, Any], tmp_path: Path) -> None:
+    code = (
+        "import sys\nsys.modules['trenchcoat'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    )
+    done = elsewhere(tmp_path, code, str(given_away[0]))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "needs the Python package trenchcoat" in last
+    assert INSTALL in last
+
+
+def test_our_own_loader_never_runs_the_code_of_a_folder(
+    given_away: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "evil"
+    shutil.copytree(given_away[0], folder)
+    (folder / "modeling_trenchcoat.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    loaded, _ = trenchcoat.load(folder, device="cpu")
+    assert torch.equal(logits(loaded, tokens(1, 9)), logits(given_away[1], tokens(1, 9)))
+    AutoModelForCausalLM.from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_harness_itself_scores_a_folder(given_away: tuple[Path, Any], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    rows = [{"question": f"a coat {n} is", "choices": ["warm", "cold"], "answer": n % 2} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "coats.yaml").write_text(
+        "task: coats\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    code = (
+        "import sys\nfrom lm_eval import simple_evaluate\nfrom lm_eval.tasks import TaskManager\n"
+        "manager = TaskManager(include_path=sys.argv[2], include_defaults=False)\n"
+        "found = simple_evaluate('hf', model_args=f'pretrained={sys.argv[1]},trust_remote_code=True', device='cpu', "
+        "tasks=['coats'], task_manager=manager, bootstrap_iters=0, batch_size=2)\n"
+        "print('accuracy', found['results']['coats']['acc,none'])\n"
+    )
+    done = elsewhere(tmp_path, code, str(given_away[0]), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 0 <= float(done.stdout.partition("accuracy ")[2]) <= 1
+
+
+# The model card
+
+
+def test_the_card_says_what_is_known(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / "secret" / "tiny-llama"
+    shutil.copytree(tiny_model_dir, base)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# tiny\n")
+    model, tokenizer = load_model(ModelConfig(path=str(base), device="cpu", dtype="float32"))
+    trenchcoat.save_merged(learned(model), tmp_path / "one", tokenizer, report="| a | b |")
+    text = (tmp_path / "one" / "README.md").read_text()
+    card = ModelCard(text)
+    assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+    assert card.data.base_model is None  # a folder is no id of the hub
+    assert "Linearized: tiny-llama" in text
+    assert "1 of 4 key/value groups (1.0; layer.group)" in text
+    assert "| a | b |" in text
+    assert INSTALL in text
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    again.save_pretrained(tmp_path / "two")
+    assert "Linearized: tiny-llama" in (tmp_path / "two" / "README.md").read_text()
+    for path in [*(tmp_path / "one").iterdir(), *(tmp_path / "two").iterdir()]:
+        assert b"secret" not in path.read_bytes(), path
+
+
+def test_the_card_of_a_model_of_the_hub_links_to_it() -> None:
+    model = learned(tiny_model(), lora=False)
+    model.trenchcoat_adapter = {"base": {"path": "someone/tiny", "revision": "abc"}}
+    config = complete_model(model).config
+    card = ModelCard(card_text(config))
+    assert card.data.base_model == "someone/tiny"
+    assert card.data.license is None
+    assert "[someone/tiny](https://huggingface.co/someone/tiny), revision abc" in card.text
+    assert "not known: look it up" in card.text

@@ -90,13 +90,14 @@ def write_card(folder: Path, config: Any = None, *, report: str = "", tags: Sequ
     """Write the model card of a complete folder, whose linearized config is `config`; `report`: what was measured, in
     Markdown. Without `config`, only add `tags` to the card that is there."""
     path = folder / CARD
-    card = ModelCard(path.read_text(encoding="utf-8") if config is None else _card_text(config, report))
+    card = ModelCard(path.read_text(encoding="utf-8") if config is None else card_text(config, report))
     data: Any = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
     write_text(path, str(card))
 
 
-def _card_text(config: Any, report: str) -> str:
+def card_text(config: Any, report: str = "") -> str:
+    """The model card of a complete folder whose linearized config is `config`; see :func:`write_card`."""
     ours = dict(config.trenchcoat)
     base = dict(ours["base"])
     licence = base.get("licence")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,17 @@ from trenchcoat.models.attach import attach_students, set_mode, student_config, 
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
 from trenchcoat.models.card import write_card
 from trenchcoat.models.identity import fingerprint
-from trenchcoat.models.loading import ADAPTER_META, load_model, require_hub_id, resolve_device, resolve_dtype
+from trenchcoat.models.loading import (
+    ADAPTER_META,
+    load_model,
+    model_source,
+    placement,
+    require_hub_id,
+    require_whole,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
 from trenchcoat.models.lora import add_saved_lora, has_lora, lora_parameters, lora_settings, lora_shape, merged_state
 from trenchcoat.models.saving import complete_model
 from trenchcoat.models.stage2 import trains_all
@@ -149,55 +159,99 @@ def save_merged(model: Any, directory: Path | str, tokenizer: Any = None, *, rep
             tokenizer.save_pretrained(partial)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Loading:
+    """How to load: the keyword arguments of :func:`load`."""
+
+    device: str
+    dtype: str
+    base: str | None
+    attention: str | None
+    revision: str | None
+    device_map: Any
+    quantization_config: Any
+
+    def dtype_of(self, source: str, revision: str | None) -> str:
+        """The dtype asked for, of the model `source`."""
+        return stored_dtype(source, revision) if self.dtype == "stored" else self.dtype
+
+
 def load(
     path: Path | str,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     base: str | None = None,
     attention: str | None = None,
+    revision: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
 ) -> tuple[Any, Any]:
     """Load a linearized model, in mode `student`, and its tokenizer.
 
     Args:
-        path: an adapter folder, a merged folder (or the hub id of one), or a run folder.
+        path: an adapter folder, a complete folder (or the hub id of one), or a run folder.
         device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the base weights: `auto`, `float32`, `bfloat16`, `float16`; students are float32.
+        dtype: of the base weights: `auto` (bfloat16 on a GPU, float32 on a CPU), `stored` (as in the files), `float32`,
+            `bfloat16`, `float16`, or a torch dtype; students are float32.
         base: adapters only: path of the base model, if it has moved.
         attention: implementation of softmax layers that were kept; default: as when the adapter was made.
+        revision: of the hub id: of `path`, or for an adapter that of its base model (default: as when it was made).
+        device_map: as in Transformers' `from_pretrained`, in place of `device`.
+        quantization_config: as there, for the base weights.
 
     Raises:
         UserError: nothing loadable there; an adapter of another base model; settings this version does not know.
         CorruptFileError: damaged files.
     """
+    name = str(dtype).removeprefix("torch.")
+    how = _Loading(
+        device=device,
+        dtype=name,
+        base=base,
+        attention=attention,
+        revision=revision,
+        device_map=device_map,
+        quantization_config=quantization_config,
+    )
     folder = Path(expanded(str(path)))
     adapter = find_adapter(folder)
     if adapter is not None:
-        return _load_adapter(adapter, device=device, dtype=dtype, base=base, attention=attention)
+        return _load_adapter(adapter, how)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (merged model), or an "
+            f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (complete model), or an "
             "`adapter` folder (run)"
         )
-    return _load_merged(str(folder), device=device, dtype=dtype, attention=attention)
+    return _load_merged(str(folder), how)
 
 
-def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, attention: str | None) -> tuple[Any, Any]:
+def _refuse_revision(source: str, revision: str | None) -> None:
+    if revision is not None and Path(source).exists():
+        raise UserError(f"revision={revision!r} is of a hub id, and {source} is a folder: leave it out")
+
+
+def _load_adapter(folder: Path, how: _Loading) -> tuple[Any, Any]:
     tensors, meta = read_adapter(folder)
     source, version = meta.get("base"), meta.get("version")
     if version != ADAPTER_VERSION:
         raise UserError(f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads {ADAPTER_VERSION}")
     if not isinstance(source, Mapping) or not isinstance(meta.get("student"), Mapping):
         raise UserError(f"{folder / ADAPTER_META} lacks `base` or `student`; export the adapter again")
+    base, revision = how.base, how.revision
+    _refuse_revision(base if base is not None else str(source["path"]), revision)
+    if base is None and revision is None:
+        revision = source.get("revision")
     cfg = ModelConfig(
         path=base if base is not None else str(source["path"]),
-        revision=None if base is not None else source.get("revision"),
-        device=device,
-        dtype=dtype,  # type: ignore[arg-type]
-        attention=attention or str(source.get("attention", "auto")),
+        revision=revision,
+        device=how.device,
+        attention=how.attention or str(source.get("attention", "auto")),
     )
     try:
-        model, tokenizer = load_model(cfg)
+        dtype: Any = how.dtype_of(model_source(cfg), revision)
+        cfg = replace(cfg, dtype=dtype)
+        model, tokenizer = load_model(cfg, how.quantization_config, how.device_map)
     except UserError as error:
         hint = "" if base is not None else "; if the base model has moved, give its path with base=..."
         raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
@@ -237,26 +291,34 @@ def _check_base(folder: Path, cfg: ModelConfig, model: Any, source: Mapping[str,
         )
 
 
-def _load_merged(source: str, *, device: str, dtype: str, attention: str | None) -> tuple[Any, Any]:
-    where = resolve_device(device)
+def _load_merged(source: str, how: _Loading) -> tuple[Any, Any]:
+    _refuse_revision(source, how.revision)
     if not Path(source).is_dir():
         require_hub_id(source, f"cannot load {source!r} as a linearized model")
     _register(source)
     try:
-        config = read_config(source)
+        config = read_config(source, how.revision)
         if not str(config.model_type).startswith(auto.PREFIX):
             raise UserError(
                 f"{source} is an ordinary {config.model_type!r} model, not a linearized one; linearize it first, or "
                 "give its adapter folder"
             )
+        options = placement(how.device, how.device_map, how.quantization_config)
+        if how.quantization_config is not None and config.trenchcoat.get("lora") is not None:
+            raise UserError(
+                f"{source} has a LoRA that is not merged, over which weights cannot be quantized: merge it first"
+            )
+        where = resolve_device(how.device)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=resolve_dtype(dtype, where),
-            attn_implementation=attention,
+            revision=how.revision,
+            dtype=resolve_dtype(how.dtype_of(source, how.revision), where),
+            attn_implementation=how.attention,
             output_loading_info=True,
             trust_remote_code=False,
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=how.revision, trust_remote_code=False)
     except UserError as error:
         raise error if source in str(error) else UserError(f"{source}: {error}") from error
     except LOAD_ERRORS as error:
@@ -265,7 +327,8 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
     remember_embeddings(tokenizer, embeddings_of(model))
-    return model.to(where).eval().requires_grad_(False), tokenizer
+    require_whole(model)
+    return (model if options else model.to(where)).eval().requires_grad_(False), tokenizer
 
 
 def _register(source: str) -> None:
