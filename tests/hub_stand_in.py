@@ -42,8 +42,9 @@ class Hub:
 
 
 def use_hub(hub: Hub, patch: pytest.MonkeyPatch, token: str = TOKEN) -> None:
-    """Have this process take `hub` for the hub, for uploads."""
+    """Have this process take `hub` for the hub, for uploads and single files."""
     patch.setattr(constants, "ENDPOINT", hub.endpoint)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     for name, value in (("HF_TOKEN", token), ("NO_PROXY", "127.0.0.1"), ("no_proxy", "127.0.0.1")):
