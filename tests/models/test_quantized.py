@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_dequantized_weights(base: ModelConfig) -> No
 
 def test_without_the_library_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'trenchcoat\[quant\]'"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install bitsandbytes"):
         load_base(ModelConfig(quantize="nf4"), ParallelConfig())
 
 

@@ -85,7 +85,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
             "parallel.shard=none (a 4-bit copy on each process), or model.quantize=none"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install 'trenchcoat[quant]', or set it to none")
+        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install bitsandbytes, or set it to none")
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(

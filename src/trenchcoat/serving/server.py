@@ -65,7 +65,7 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
     Raises UserError if the extra is not installed, the model cannot be loaded, or a setting is invalid.
     """
     if importlib.util.find_spec("uvicorn") is None:
-        raise UserError("serving needs uvicorn: pip install 'trenchcoat[serve]'")
+        raise UserError("serving needs uvicorn: pip install uvicorn")
     name = cfg.name if cfg.name is not None else path.resolve().name
     _check(cfg, name)
     template = _template(cfg.chat_template)
