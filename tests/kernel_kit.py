@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed; pip install 'trenchcoat[kernels]'")
+pytest.importorskip("triton", reason="triton is not installed; pip install triton")
 
 from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from trenchcoat.config.package import DISTRIBUTION
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -25,11 +30,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(
         REPOSITORY / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", ".mypy_cache")
     )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "Makefile"):
         shutil.copy(REPOSITORY / name, tree / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(place), str(tree)], check=True, capture_output=True, text=True)
-    return next(place.glob("trenchcoat-*.whl"))
+    prepared = ["-o", f"{sys.prefix}/.installed-with-constraints", f"VENV={sys.prefix}"]
+    environment = {**os.environ, "PIP_NO_INDEX": "1"}
+    done = subprocess.run(
+        ["make", *prepared, "wheel"], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return next((tree / "dist").glob("trenchcoat_lm-*.whl"))
 
 
 def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
@@ -79,3 +88,44 @@ def test_recipes_load_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert str(tmp_path) in done.stdout
     assert "0.01" in done.stdout
+
+
+def test_the_demo_runs_from_the_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """The environment sees the libraries that are installed here, but no installation of this checkout."""
+    venv.create(tmp_path / "env", with_pip=False)
+    binaries, home = tmp_path / "env" / "bin", tmp_path / "home"
+    home.mkdir()
+    install = [sys.executable, "-m", "pip", "--python", str(binaries / "python"), "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--quiet", str(wheel)], check=True, capture_output=True, text=True)
+    (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (packages / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    settings = [
+        "run.dir=run", "run.progress=plain", "data.max_rows=6", "data.seq_len=32", "data.validation_rows=2",
+        "data.cache_dir=cache", "student.window=4", "student.keep=none", "student.feature_map.feature_dim=16",
+        "transfer.max_steps=1", "lora.max_steps=1",
+        "transfer.accumulation=1", "lora.accumulation=1", "transfer.batch_size=1", "lora.batch_size=1",
+        "eval.rows=2", "eval.baselines=false", "eval.seq_len=null", "eval.length_factors=[1]", "eval.copy_rows=1",
+        "eval.decode_lengths=[16]",
+    ]  # fmt: skip
+    environment = {"PATH": os.environ["PATH"], "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [str(binaries / "trenchcoat"), "demo", *settings],
+        cwd=home, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (home / "run" / "report.md").is_file()
+    code = "import sys, trenchcoat; print(trenchcoat.__file__)"
+    where = subprocess.run(
+        [str(binaries / "python"), "-c", code], cwd=home, env=environment, capture_output=True, text=True, check=True
+    )
+    assert where.stdout.strip() == str(packages / "trenchcoat" / "__init__.py")
+
+
+def test_nobody_is_told_to_install_the_other_project_of_that_name() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert project["name"] == DISTRIBUTION != "trenchcoat"
+    told = re.compile(r"pip install (?:-\S+ )*['\"]?trenchcoat(?!-lm)\b")
+    places = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md"), *(REPOSITORY / "docs").rglob("*.ipynb")]
+    for path in [*places, *(REPOSITORY / "src").rglob("*.py"), *(REPOSITORY / "scripts").iterdir()]:
+        if path.is_file():
+            assert not told.search(path.read_text(encoding="utf-8")), path

@@ -122,8 +122,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "tasks.json").write_text('{"format": 99}')
     assert "not a task results file" in _fails(["report", str(run), str(tmp_path)], 1, capsys)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'trenchcoat[eval]'" in _fails([*base, "piqa", "--data-dir", str(data_dir)], 1, capsys)
-    assert "pip install 'trenchcoat[eval]'" in _fails(["lm-eval", "--help"], 1, capsys)
+    assert "pip install lm-eval" in _fails([*base, "piqa", "--data-dir", str(data_dir)], 1, capsys)
+    assert "pip install lm-eval" in _fails(["lm-eval", "--help"], 1, capsys)
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,8 @@ def test_saving_an_adapter_of_unknown_origin_asks_for_it(tiny_model_dir: Path, t
     model, cfg = learned(tiny_model_dir)
     with pytest.raises(UserError, match="base=ModelConfig"):
         hub.save_adapter(model, tmp_path)
-    with pytest.raises(UserError, match="lora=LoraConfig"):
-        hub.save_adapter(model, tmp_path, base=cfg)
+    hub.save_adapter(model, tmp_path, base=cfg)
+    assert json.loads((tmp_path / "trenchcoat.json").read_text())["lora"]["targets"] == ["q_proj", "v_proj"]
 
 
 # Merged folders
@@ -397,3 +397,39 @@ def test_an_adapter_is_replaced_as_a_whole_however_the_writer_ends(
         assert sorted(path.name for path in again.iterdir()) == ["adapter.safetensors", "trenchcoat.json"]
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {False, True}
+
+
+# How a model is loaded
+
+
+def test_dtypes_by_torch_and_as_stored(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    model, _ = hub.load(adapter[0], device="cpu", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    hub.save_merged(model, tmp_path / "merged", hub.load(adapter[0], device="cpu")[1])
+    assert hub.load(tmp_path / "merged", device="cpu")[0].dtype == torch.float32
+    assert hub.load(tmp_path / "merged", device="cpu", dtype="stored")[0].dtype == torch.bfloat16
+    assert hub.load(adapter[0], device="cpu", dtype="stored")[0].dtype == torch.float32
+    for dtype in ("bf16", torch.int8):
+        with pytest.raises(UserError, match="expected auto, "):
+            hub.load(adapter[0], device="cpu", dtype=dtype)
+
+
+def test_a_device_map_takes_the_place_of_the_device(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    model, tokenizer = hub.load(adapter[0], device="cpu")
+    hub.save_merged(model, tmp_path / "merged", tokenizer)
+    for place in (adapter[0], tmp_path / "merged"):
+        mapped, _ = hub.load(place, device_map={"": "cpu"})
+        torch.testing.assert_close(logits(mapped, tokens(1, 9)), logits(model, tokens(1, 9)), rtol=0, atol=5e-5)
+        away = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        with pytest.raises(UserError, match=r"leaves weights off their device \(model\.layers\.1\."):
+            hub.load(place, device_map={**away, "model.layers.0": "cpu", "model.layers.1": "disk"})
+        with pytest.raises(UserError, match="both say where the weights go"):
+            hub.load(place, device="cpu", device_map="auto")
+
+
+def test_a_revision_is_of_the_hub(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    model, tokenizer = hub.load(adapter[0], device="cpu")
+    hub.save_merged(model, tmp_path / "merged", tokenizer)
+    for place in (adapter[0], tmp_path / "merged"):
+        with pytest.raises(UserError, match=r"revision='v1' is of a hub id, and .* is a folder"):
+            hub.load(place, device="cpu", revision="v1")

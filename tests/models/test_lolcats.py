@@ -15,18 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from hub_stand_in import hub_stand_in, use_hub
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students, set_mode, student_config
 from trenchcoat.models.hub import adapter_state
 from trenchcoat.models.lolcats import checkpoints
+from trenchcoat.models.lolcats.files import PUBLISHED
 from trenchcoat.models.lora import add_lora
 
 HEADS, GROUPS, DIM, COLUMNS, LAYERS, WINDOW = 4, 2, 8, 6, 2, 8
@@ -240,6 +243,34 @@ def test_maps_and_lora_in_one_file_and_bfloat16(tiny_model_dir: Path, tmp_path: 
     given = state["base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight"]
     assert learned[name].dtype == torch.float32
     assert torch.equal(learned[name], given.float())
+
+
+def test_repositories_of_the_hub_and_buffers_of_the_model(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    whole = {
+        **maps_state(), **lora_state(), "model.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }  # fmt: skip
+    asked = ["--base", str(tiny_model_dir), "--window", str(WINDOW)]
+    command = ["import-lolcats", "--maps", "hazyresearch/lolcats-llama-3.1-70b", *asked]
+    with hub_stand_in() as stand_in:
+        use_hub(stand_in, monkeypatch)
+        assert cli.main([*command, "--out", str(tmp_path / "none")]) == 1
+        said = capsys.readouterr().err
+        assert all(name in said for name in PUBLISHED)
+        stand_in.files["hazyresearch/lolcats-llama-3.1-70b"] = {
+            "model.pt": saved(tmp_path / "whole.pt", whole).read_bytes()
+        }
+        assert cli.main([*command, "--out", str(tmp_path / "hub")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ignored: 2 buffers that the model computes itself, e.g. model.rotary_emb.inv_freq" in said
+    plain = saved(tmp_path / "m.pt", maps_state()), saved(tmp_path / "l.pt", lora_state())
+    checkpoints.import_checkpoint(*plain, str(tiny_model_dir), tmp_path / "files", checkpoints.Asked(window=WINDOW))
+    assert (tmp_path / "hub" / "adapter.safetensors").read_bytes() == (
+        tmp_path / "files" / "adapter.safetensors"
+    ).read_bytes()
 
 
 def test_maps_of_stage_two_win(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -111,5 +111,32 @@ def test_gradients_are_those_of_the_dequantized_weights(base: ModelConfig) -> No
 
 def test_without_the_library_the_fix_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'trenchcoat\[quant\]'"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install bitsandbytes"):
         load_base(ModelConfig(quantize="nf4"), ParallelConfig())
+
+
+@QUIET
+def test_a_linearized_model_is_loaded_in_four_bits(base: ModelConfig, tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    plain = ModelConfig(path=base.path, dtype="bfloat16", device="cpu")
+    model, tokenizer = load_model(plain)
+    attach_students(model, StudentConfig(window=8, feature_map=FeatureMapConfig(feature_dim=8)))
+    add_lora(model, LoraConfig(rank=4))
+    set_mode(model, "student")
+    hub.save_adapter(model, tmp_path / "adapter", base=plain)
+    hub.save_merged(model, tmp_path / "merged", tokenizer)
+    model.save_pretrained(tmp_path / "with_lora")
+    tokenizer.save_pretrained(tmp_path / "with_lora")
+    ids = torch.arange(3, 40)[None]
+    for name in ("adapter", "merged"):
+        small, _ = hub.load(tmp_path / name, device="cpu", quantization_config=settings)
+        assert "Linear4bit" in {type(module).__name__ for module in small.modules()}
+        with torch.no_grad():
+            one, other = small(ids).logits.float().flatten(), model(ids).logits.float().flatten()
+        assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.9
+        with pytest.raises(UserError, match=r"quantized: save the adapter|merge it over the ordinary base"):
+            small.save_pretrained(tmp_path / "again")
+    with pytest.raises(UserError, match="a LoRA that is not merged"):
+        hub.load(tmp_path / "with_lora", device="cpu", quantization_config=settings)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed; pip install 'trenchcoat[kernels]'")
+pytest.importorskip("triton", reason="triton is not installed; pip install triton")
 
 import triton
 import triton.language as tl

@@ -8,11 +8,13 @@ it stopped: finished stages and scores are read from the run's folder.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from trenchcoat.config import Recipe, UserError, dump_recipe
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import in_words
 from trenchcoat.conversion.comparison import Comparison, estimate_seconds, stages_behind, stages_of
 from trenchcoat.conversion.held_out import evaluation_length, evaluation_rows
@@ -24,12 +26,13 @@ from trenchcoat.data.load import load_batches
 from trenchcoat.evaluation.report import run as report
 from trenchcoat.evaluation.report.recommendation import recommendation
 from trenchcoat.evaluation.report.selection import frontier_table
-from trenchcoat.evaluation.results import Outcome, Results, Sample, Scores, StageFacts
+from trenchcoat.evaluation.results import RESULTS_FILE, Outcome, Results, Sample, Scores, StageFacts
 from trenchcoat.evaluation.rows import asked_rows, own_stages, row_label
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
+from trenchcoat.models.saving import upload_folder
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import (
@@ -215,15 +218,47 @@ def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
     return Outcome((report.terminal_table(scores),), scores)
 
 
-def export(path: Path, out: Path, *, merge: bool) -> Outcome:
-    """Write the adapter (or, with ``merge``, the complete model) of a run or adapter folder to ``out``."""
+def export(path: Path, out: Path, *, merge: bool, dtype: str = "stored") -> Outcome:
+    """Write the adapter (or, with ``merge``, the complete model) of a run or adapter folder to ``out``.
+
+    ``dtype``: of the complete model's weights, as for ``trenchcoat.load``; `stored` is that of the base model's files.
+    """
+    _require_empty(out)
+    if not merge:
+        hub.save_adapter(hub.load(path)[0], out)
+        return Outcome((f"the adapter is in {out}",))
+    model, tokenizer = hub.load(path, dtype=dtype, device="cpu")
+    hub.save_merged(model, out, tokenizer, report=_measured(path))
+    return Outcome(
+        (
+            f"the complete model is in {out} ({str(model.dtype).removeprefix('torch.')}): "
+            "AutoModelForCausalLM.from_pretrained opens it after `import trenchcoat`, or with trust_remote_code=True",
+        )
+    )
+
+
+def publish(path: Path, name: str, out: Path | None, *, dtype: str = "stored", private: bool = False) -> Outcome:
+    """Upload the complete model of a run, adapter or complete folder to the hub as ``name``.
+
+    ``out``: a folder to keep it in, too. Raises ``UserError`` when the hub refuses.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = out or Path(temporary) / "model"
+        written = export(path, folder, merge=True, dtype=dtype)
+        address = upload_folder(folder, name, private=private or None)
+    return Outcome((*(written.shown if out is not None else ()), f"uploaded: {address}"))
+
+
+def _require_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another folder")
-    model, tokenizer = hub.load(path)
-    if merge:
-        hub.save_merged(model, out, tokenizer)
-        return Outcome(
-            (f"the complete model is in {out}: import trenchcoat, then AutoModelForCausalLM.from_pretrained",)
-        )
-    hub.save_adapter(model, out)
-    return Outcome((f"the adapter is in {out}",))
+
+
+def _measured(path: Path) -> str:
+    """What a run's report says of its model, in Markdown, for a model card; empty for a folder without results."""
+    if not (path / RESULTS_FILE).is_file():
+        return ""
+    results = Results.load(path / RESULTS_FILE)
+    trained = [f"- {_ended(stage)}" for stage in results.stages if stage.name in own_stages(load_recipe(path))]
+    tables = [line for table in report.report_tables(results) for line in table.as_markdown()]
+    return "\n".join([recommendation(results), "", *tables, *trained])

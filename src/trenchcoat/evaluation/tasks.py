@@ -48,7 +48,7 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
     others = [name for name in plan.tasks if name not in OWN_TASKS]
     if others and importlib.util.find_spec("lm_eval") is None:
         raise UserError(
-            f"--tasks {','.join(others)} needs the evaluation harness: pip install 'trenchcoat[eval]' (these tasks "
+            f"--tasks {','.join(others)} needs the evaluation harness: pip install lm-eval (these tasks "
             f"work without it: {', '.join(OWN_TASKS)})"
         )
     if recipe.run.threads is not None:

@@ -10,6 +10,7 @@ No modelling file is touched: a student is a submodule `self_attn.student` of it
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,7 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
     the device of their layer. Raises `UnsupportedFamilyError` for unsupported families, and UserError for settings that
     do not fit the model, which is then unchanged.
     """
+    importlib.import_module("trenchcoat.models.saving")  # from now on `save_pretrained` knows students
     sites = attention_sites(model)
     if students_of(model):
         raise UserError("this model has students already; use replace_students, or detach_students first")
@@ -56,6 +58,7 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
         if site.index in students:
             site.module.student = students[site.index]
             site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
+    model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
     decoder: Any = decoder_of(model)
     decoder.register_forward_pre_hook(count_real_tokens, with_kwargs=True)
     decoder.trenchcoat_rotary = length_dependence(decoder.config)
@@ -74,8 +77,18 @@ def detach_students(model: nn.Module) -> None:
         if hasattr(site.module, "teacher_attention"):
             del site.module.teacher_attention
         _remove_hook(site.module, hand_over_cache)
+    _remove_hook(model, _refuse_labels)
     for hook in (count_real_tokens, warn_of_pieces):
         _remove_hook(decoder_of(model), hook)
+
+
+def _refuse_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: in transfer mode the loss of the labels would be the teacher's, of which no student learns."""
+    if kwargs.get("labels") is not None and mode_of(model) == "transfer":
+        raise UserError(
+            "the model is in transfer mode, where each layer's student learns within the forward pass and the labels "
+            "teach nothing: run trenchcoat.transfer(...), or set_mode(model, 'student') to train on labels"
+        )
 
 
 def _remove_hook(module: nn.Module, hook: object) -> None:

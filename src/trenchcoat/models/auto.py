@@ -3,7 +3,8 @@
 `import trenchcoat` makes `AutoModelForCausalLM.from_pretrained(merged_folder)` work. Config classes are registered when
 Transformers' AutoConfig is first used (imported before or after us), a family's model class when its config is first
 made, so that importing trenchcoat stays cheap. Classes derive from the family's own; no code is copied. Our settings
-live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}}`.
+live in the config under the one key `trenchcoat`: `{"version": 1, "student": {...}, "base": {...}}`, and with a LoRA
+that is not merged `{"version": 2, ..., "lora": {...}}`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 PREFIX = "linearized_"
 """Prefix of a linearized model's `model_type`, before the base family's."""
 
-FORMAT_VERSION = 1
-"""Version of what is written under the config's key `trenchcoat`."""
+FORMAT_VERSION = 2
+"""Newest version of what is written under the config's key `trenchcoat`; 1 knows no LoRA."""
 
 AUTO_MODULE = "transformers.models.auto.configuration_auto"
 
@@ -122,7 +123,7 @@ def config_class(family: str) -> type:
             model_class(family)
 
     methods = {"__post_init__": __post_init__, "__setstate__": __setstate__}
-    members = {"model_type": model_type, "trenchcoat": None, **methods}
+    members = {"model_type": model_type, "trenchcoat": None, **methods, **_own_class()}
     made = _publish(f"Linearized{base.__name__}", base, {**members, "__annotations__": {"trenchcoat": "dict | None"}})
     auto.AutoConfig.register(model_type, made)
     return made
@@ -149,15 +150,28 @@ def model_class(family: str) -> type:
         base.initialize_weights(self)
         _initialize_students(self)
 
-    members = {"__init__": __init__, "initialize_weights": initialize_weights, "config_class": config}
+    members = {"__init__": __init__, "initialize_weights": initialize_weights, "config_class": config, **_own_class()}
     made = _publish(f"Linearized{base.__name__}", base, members)
     AutoModelForCausalLM.register(config, made)
     copy_conversion(family, PREFIX + family)
     return made
 
 
-def linearized_config(config: Any, student: Any) -> Any:
-    """The linearized config of a base model's (or linearized model's) config, with these student settings."""
+def _own_class() -> dict[str, Any]:
+    """Members of a class that keep Transformers from copying this file into the folders it saves.
+
+    Where a folder's module has named the class (`trust_remote_code=True`), it would.
+    """
+    return {"register_for_auto_class": classmethod(lambda cls, auto_class=None: None)}
+
+
+def linearized_config(
+    config: Any, student: Any, *, lora: Mapping[str, Any] | None = None, base: Mapping[str, Any] | None = None
+) -> Any:
+    """The linearized config of a base model's (or linearized model's) config, with these student settings.
+
+    `lora`: settings of a LoRA that is in the model's weights unmerged; `base`: what is known of the base model.
+    """
     from dataclasses import asdict
 
     from trenchcoat.models.transformers_internals import attention_name, choose_attention
@@ -166,7 +180,9 @@ def linearized_config(config: Any, student: Any) -> Any:
     settings = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "trenchcoat")}
     plain = asdict(student)
     plain |= {"keep": list(student.keep), "keep_softmax": list(student.keep_softmax)}
-    made = config_class(family)(**settings, trenchcoat={"version": FORMAT_VERSION, "student": plain})
+    ours: dict[str, Any] = {"version": 1 if lora is None else FORMAT_VERSION, "student": plain}
+    ours |= {name: dict(part) for name, part in (("lora", lora), ("base", base)) if part is not None}
+    made = config_class(family)(**settings, trenchcoat=ours)
     choose_attention(made, attention_name(config))
     return made
 
@@ -225,6 +241,7 @@ def _own_attention(config: Any) -> Any:
 def _attach(model: Any) -> None:
     from trenchcoat.config import UserError
     from trenchcoat.models.attach import attach_students, set_mode
+    from trenchcoat.models.lora import add_saved_lora
 
     ours = model.config.trenchcoat
     if not isinstance(ours, Mapping) or "student" not in ours:
@@ -235,6 +252,8 @@ def _attach(model: Any) -> None:
     if int(ours.get("version", 0)) > FORMAT_VERSION:
         raise UserError(f"this model was written by a newer trenchcoat (format {ours['version']}); upgrade trenchcoat")
     attach_students(model, student_settings(ours["student"]))
+    if ours.get("lora") is not None:
+        add_saved_lora(model, ours["lora"])
     set_mode(model, "student")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
 from trenchcoat.config.paths import absolute_if_here, expanded
-from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
+from trenchcoat.models.card import write_card
 from trenchcoat.models.identity import fingerprint
-from trenchcoat.models.loading import ADAPTER_META, load_model, require_hub_id, resolve_device, resolve_dtype
-from trenchcoat.models.lora import add_lora, has_lora, lora_parameters, merged_state
+from trenchcoat.models.loading import (
+    ADAPTER_META,
+    load_model,
+    model_source,
+    placement,
+    require_hub_id,
+    require_whole,
+    resolve_device,
+    resolve_dtype,
+    stored_dtype,
+)
+from trenchcoat.models.lora import add_saved_lora, has_lora, lora_parameters, lora_settings, lora_shape, merged_state
+from trenchcoat.models.saving import complete_model
 from trenchcoat.models.stage2 import trains_all
 from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime.files import (
@@ -57,9 +68,6 @@ _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads
 _SOURCE = ("path", "revision", "attention")
 """Fields of ModelConfig that identify the adapter's base model."""
 
-_LORA = ("rank", "alpha", "dropout", "targets")
-"""Fields of LoraConfig that shape the adapter (the others are about training)."""
-
 
 def save_adapter(
     model: Any,
@@ -72,24 +80,21 @@ def save_adapter(
 ) -> None:
     """Write what was learned, without the base model, to an adapter folder.
 
-    `base`, `student` and `lora` are the settings that the model was made with; for a model from :func:`load` they are
-    known. `base_fingerprint` is the base weights' fingerprint, if already computed. Raises UserError for missing
-    settings, and SaveError when the disk is full.
+    `base`, `student` and `lora` are the settings that the model was made with; only `base` has to be given, and not for
+    a model from :func:`load`. `base_fingerprint` is the base weights' fingerprint, if already computed. Raises
+    UserError for missing settings, and SaveError when the disk is full.
     """
     known: dict[str, Any] = getattr(model, "trenchcoat_adapter", {})
     if base is None and "base" not in known:
         raise UserError("save_adapter needs base=ModelConfig(...): this model does not know what it was loaded from")
-    if has_lora(model) and lora is None and not known.get("lora"):
-        raise UserError("save_adapter needs lora=LoraConfig(...): the model has a LoRA whose settings are not known")
     source = known["base"] if base is None else _source(base)
-    shape = known.get("lora") if lora is None else {name: getattr(lora, name) for name in _LORA}
     _write_adapter(
         Path(directory),
         adapter_state(model),
         model.config,
         source=source,
         student=student if student is not None else student_config(model),
-        lora=shape if has_lora(model) else None,
+        lora=lora_shape(lora) if lora is not None and has_lora(model) else lora_settings(model),
         base_fingerprint=base_fingerprint or fingerprint(model),
         whole=trains_all(model),
     )
@@ -138,74 +143,115 @@ def _write_adapter(
     write_adapter(directory, tensors, meta)
 
 
-def save_merged(model: Any, directory: Path | str, tokenizer: Any = None) -> None:
+def save_merged(model: Any, directory: Path | str, tokenizer: Any = None, *, report: str = "") -> None:
     """Write a complete checkpoint, LoRA merged into the weights; the model itself is not changed.
 
-    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, and with :func:`load`. It is
-    written atomically, and replaces a folder of that name. With `tokenizer` it holds that too.
+    The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, or anywhere with
+    `trust_remote_code=True`, and with :func:`load`. It is written atomically, and replaces a folder of that name. With
+    `tokenizer` it holds that too; `report` is added to its model card. Raises UserError for weights that are quantized,
+    sharded or offloaded.
     """
-    config = auto.linearized_config(model.config, student_config(model))
-    family = str(config.model_type).removeprefix(auto.PREFIX)
-    with torch.device("meta"):
-        whole: Any = auto.model_class(family)(config)
-    _fill(whole, merged_state(model))
-    if getattr(model, "generation_config", None) is not None:
-        whole.generation_config = model.generation_config
+    whole = complete_model(model, merged_state(model), lora=False, online=True)
     with atomic_directory(Path(directory)) as partial:
         whole.save_pretrained(partial)
+        write_card(partial, whole.config, report=report)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loading:
+    """How to load: the keyword arguments of :func:`load`."""
+
+    device: str
+    dtype: str
+    base: str | None
+    attention: str | None
+    revision: str | None
+    device_map: Any
+    quantization_config: Any
+
+    def dtype_of(self, source: str, revision: str | None) -> str:
+        """The dtype asked for, of the model `source`."""
+        return stored_dtype(source, revision) if self.dtype == "stored" else self.dtype
 
 
 def load(
     path: Path | str,
     *,
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     base: str | None = None,
     attention: str | None = None,
+    revision: str | None = None,
+    device_map: Any = None,
+    quantization_config: Any = None,
 ) -> tuple[Any, Any]:
     """Load a linearized model, in mode `student`, and its tokenizer.
 
     Args:
-        path: an adapter folder, a merged folder (or the hub id of one), or a run folder.
+        path: an adapter folder, a complete folder (or the hub id of one), or a run folder.
         device: `auto`, `cpu`, `cuda`, ...
-        dtype: of the base weights: `auto`, `float32`, `bfloat16`, `float16`; students are float32.
+        dtype: of the base weights: `auto` (bfloat16 on a GPU, float32 on a CPU), `stored` (as in the files), `float32`,
+            `bfloat16`, `float16`, or a torch dtype; students are float32.
         base: adapters only: path of the base model, if it has moved.
         attention: implementation of softmax layers that were kept; default: as when the adapter was made.
+        revision: of the hub id: of `path`, or for an adapter that of its base model (default: as when it was made).
+        device_map: as in Transformers' `from_pretrained`, in place of `device`.
+        quantization_config: as there, for the base weights.
 
     Raises:
         UserError: nothing loadable there; an adapter of another base model; settings this version does not know.
         CorruptFileError: damaged files.
     """
+    name = str(dtype).removeprefix("torch.")
+    how = _Loading(
+        device=device,
+        dtype=name,
+        base=base,
+        attention=attention,
+        revision=revision,
+        device_map=device_map,
+        quantization_config=quantization_config,
+    )
     folder = Path(expanded(str(path)))
     adapter = find_adapter(folder)
     if adapter is not None:
-        return _load_adapter(adapter, device=device, dtype=dtype, base=base, attention=attention)
+        return _load_adapter(adapter, how)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (merged model), or an "
+            f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (complete model), or an "
             "`adapter` folder (run)"
         )
-    return _load_merged(str(folder), device=device, dtype=dtype, attention=attention)
+    return _load_merged(str(folder), how)
 
 
-def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, attention: str | None) -> tuple[Any, Any]:
+def _refuse_revision(source: str, revision: str | None) -> None:
+    if revision is not None and Path(source).exists():
+        raise UserError(f"revision={revision!r} is of a hub id, and {source} is a folder: leave it out")
+
+
+def _load_adapter(folder: Path, how: _Loading) -> tuple[Any, Any]:
     tensors, meta = read_adapter(folder)
     source, version = meta.get("base"), meta.get("version")
     if version != ADAPTER_VERSION:
         raise UserError(f"{folder / ADAPTER_META} has version {version!r}; this trenchcoat reads {ADAPTER_VERSION}")
     if not isinstance(source, Mapping) or not isinstance(meta.get("student"), Mapping):
         raise UserError(f"{folder / ADAPTER_META} lacks `base` or `student`; export the adapter again")
+    base, revision = how.base, how.revision
+    _refuse_revision(base if base is not None else str(source["path"]), revision)
+    if base is None and revision is None:
+        revision = source.get("revision")
     cfg = ModelConfig(
         path=base if base is not None else str(source["path"]),
-        revision=None if base is not None else source.get("revision"),
-        device=device,
-        dtype=dtype,  # type: ignore[arg-type]
-        attention=attention or str(source.get("attention", "auto")),
+        revision=revision,
+        device=how.device,
+        attention=how.attention or str(source.get("attention", "auto")),
     )
     try:
-        model, tokenizer = load_model(cfg)
+        dtype: Any = how.dtype_of(model_source(cfg), revision)
+        cfg = replace(cfg, dtype=dtype)
+        model, tokenizer = load_model(cfg, how.quantization_config, how.device_map)
     except UserError as error:
         hint = "" if base is not None else "; if the base model has moved, give its path with base=..."
         raise UserError(f"the base model of the adapter {folder} cannot be loaded: {error}{hint}") from error
@@ -214,17 +260,15 @@ def _load_adapter(folder: Path, *, device: str, dtype: str, base: str | None, at
     try:
         attach_students(model, auto.student_settings(meta["student"]))
         if lora is not None:
-            shape = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
-            check_section(shape, "lora")
-            add_lora(model, shape)
-    except (UserError, TypeError, KeyError) as error:
+            add_saved_lora(model, lora)
+    except UserError as error:
         raise UserError(f"{folder / ADAPTER_META} does not fit its base model: {error}") from error
     loaded: Any = model
     if meta.get("whole"):
         loaded.trenchcoat_fingerprint, loaded.trenchcoat_whole = fingerprint(model), True
     load_adapter_state(model, tensors)
     set_mode(model, "student")
-    loaded.trenchcoat_adapter = {"base": _source(cfg), "lora": lora}
+    loaded.trenchcoat_adapter = {"base": _source(cfg)}
     return loaded.eval().requires_grad_(False), tokenizer
 
 
@@ -247,26 +291,34 @@ def _check_base(folder: Path, cfg: ModelConfig, model: Any, source: Mapping[str,
         )
 
 
-def _load_merged(source: str, *, device: str, dtype: str, attention: str | None) -> tuple[Any, Any]:
-    where = resolve_device(device)
+def _load_merged(source: str, how: _Loading) -> tuple[Any, Any]:
+    _refuse_revision(source, how.revision)
     if not Path(source).is_dir():
         require_hub_id(source, f"cannot load {source!r} as a linearized model")
     _register(source)
     try:
-        config = read_config(source)
+        config = read_config(source, how.revision)
         if not str(config.model_type).startswith(auto.PREFIX):
             raise UserError(
                 f"{source} is an ordinary {config.model_type!r} model, not a linearized one; linearize it first, or "
                 "give its adapter folder"
             )
+        options = placement(how.device, how.device_map, how.quantization_config)
+        if how.quantization_config is not None and config.trenchcoat.get("lora") is not None:
+            raise UserError(
+                f"{source} has a LoRA that is not merged, over which weights cannot be quantized: merge it first"
+            )
+        where = resolve_device(how.device)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=resolve_dtype(dtype, where),
-            attn_implementation=attention,
+            revision=how.revision,
+            dtype=resolve_dtype(how.dtype_of(source, how.revision), where),
+            attn_implementation=how.attention,
             output_loading_info=True,
             trust_remote_code=False,
+            **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=how.revision, trust_remote_code=False)
     except UserError as error:
         raise error if source in str(error) else UserError(f"{source}: {error}") from error
     except LOAD_ERRORS as error:
@@ -275,7 +327,8 @@ def _load_merged(source: str, *, device: str, dtype: str, attention: str | None)
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
     remember_embeddings(tokenizer, embeddings_of(model))
-    return model.to(where).eval().requires_grad_(False), tokenizer
+    require_whole(model)
+    return (model if options else model.to(where)).eval().requires_grad_(False), tokenizer
 
 
 def _register(source: str) -> None:
@@ -286,15 +339,6 @@ def _register(source: str) -> None:
         model_type = str(settings.get("model_type", "")) if isinstance(settings, Mapping) else ""
         if model_type.startswith(auto.PREFIX):
             auto.config_class(model_type.removeprefix(auto.PREFIX))
-
-
-def _fill(whole: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Load the tensors of `state` into a model on the meta device; asserts that none is missing."""
-    result = whole.load_state_dict(dict(state), strict=False, assign=True)
-    whole.tie_weights()
-    empty = [name for name, parameter in whole.named_parameters() if parameter.is_meta]
-    assert not empty, f"left on the meta device: {empty[:3]}"
-    assert not result.unexpected_keys, f"not in the linearized class: {result.unexpected_keys[:3]}"
 
 
 def _shape(config: Any) -> dict[str, Any]:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
 from trenchcoat.config.errors import refusals
-from trenchcoat.models.basefolder import LOAD_ERRORS, SMALL_FILES, base_config, base_folder, reason
+from trenchcoat.models.basefolder import LOAD_ERRORS, SMALL_FILES, base_config, base_folder, read_config, reason
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.gguf import gguf_folder, is_gguf
@@ -30,7 +33,7 @@ from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import sha256
 from trenchcoat.runtime.sharding import fill_from_files, shard_base, to_device
-from trenchcoat.runtime.weightfiles import weight_names
+from trenchcoat.runtime.weightfiles import tensor_files, weight_names
 
 ADAPTER_META = "trenchcoat.json"
 """The file that marks a folder as an adapter, not a model."""
@@ -82,7 +85,7 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
             "parallel.shard=none (a 4-bit copy on each process), or model.quantize=none"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install 'trenchcoat[quant]', or set it to none")
+        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install bitsandbytes, or set it to none")
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
@@ -91,7 +94,11 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model, tokenizer = load_model(cfg, quantization_config=settings)
+    return load_model(cfg, quantization_config=settings)
+
+
+def _identify_quantized(model: nn.Module, cfg: ModelConfig) -> None:
+    """Give a model that was quantized when it was loaded the identity of its files."""
     folder = base_folder(model_source(cfg), cfg.revision)
     try:
         remember_fingerprint(model, meta_model(base_config(cfg, folder)), folder)
@@ -101,7 +108,6 @@ def _load_quantized(cfg: ModelConfig, parallel: ParallelConfig) -> tuple[nn.Modu
             "so the identity of its weights cannot be read. Set model.quantize=none"
         ) from error
     _keep_backward(model)
-    return model, tokenizer
 
 
 def _keep_backward(model: nn.Module) -> None:
@@ -187,11 +193,53 @@ def _content(path: Path, size: int, changed: int) -> str:
     return sha256(path)
 
 
-def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Module, Any]:
+def stored_dtype(source: str, revision: str | None = None) -> str:
+    """The dtype that most weights of a model (a folder or hub id) have in its files: `float32`, ... ."""
+    folder = base_folder(source, revision)
+    names = {"BF16": "bfloat16", "F16": "float16"}
+    if not list(folder.glob("*.safetensors")):
+        named = str(read_config(folder).dtype).removeprefix("torch.")
+        return named if named in names.values() else "float32"
+    numbers: Counter[str] = Counter()
+    for path in set(tensor_files(folder).values()):
+        with safe_open(str(path), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                stored = opened.get_slice(name)
+                numbers[stored.get_dtype()] += math.prod(stored.get_shape())
+    return names.get(numbers.most_common(1)[0][0], "float32") if numbers else "float32"
+
+
+def placement(device: str, device_map: Any, quantization_config: Any) -> dict[str, Any]:
+    """Options of `from_pretrained` for where the weights go; empty where the model is moved to `device` afterwards.
+
+    Raises ``UserError`` for a device with a device map.
+    """
+    if device_map is not None and device != "auto":
+        raise UserError(f"device={device!r} and device_map={device_map!r} both say where the weights go: give one")
+    options: dict[str, Any] = {}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if quantization_config is not None:
+        options = {"quantization_config": quantization_config, "device_map": {"": resolve_device(device)}, **options}
+    return options
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise ``UserError`` for weights that a device map has left on the host or on disk."""
+    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise UserError(
+            f"device_map leaves weights off their device ({away}), which linearized models do not support: map every "
+            "layer to a device that holds it, or load in 4 bits (quantization_config)"
+        )
+
+
+def load_model(cfg: ModelConfig, quantization_config: Any = None, device_map: Any = None) -> tuple[nn.Module, Any]:
     """Load the whole pretrained model (evaluation mode, nothing trainable) and its tokenizer.
 
-    Raises ``UserError`` for an unknown path or id, a folder that is not a causal language model, a missing tokenizer,
-    an attention implementation that cannot run here, or an impossible device.
+    ``quantization_config`` and ``device_map`` are those of Transformers' `from_pretrained`. Raises ``UserError`` for an
+    unknown path or id, a folder that is not a causal language model, a missing tokenizer, an attention implementation
+    that cannot run here, or an impossible device.
     """
     device = resolve_device(cfg.device)
     dtype = resolve_dtype(cfg.dtype, device)
@@ -201,8 +249,7 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
     options: dict[str, Any] = {
         "revision": cfg.revision, "dtype": dtype, "attn_implementation": attention, "trust_remote_code": False,
     }  # fmt: skip
-    if quantization_config is not None:
-        options |= {"quantization_config": quantization_config, "device_map": {"": device}}
+    options |= placement(cfg.device, device_map, quantization_config)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
@@ -217,8 +264,11 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None) -> tuple[nn.Mo
             "run with random ones; give a complete causal language model"
         )
     tokenizer = load_tokenizer(cfg, source, embeddings_of(model))
-    if quantization_config is None:
+    if quantization_config is not None:
+        _identify_quantized(model, cfg)
+    if "device_map" not in options:
         model = model.to(device)
+    require_whole(model)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, UserError
+from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models.attach import require_grad, students_of
 from trenchcoat.models.families import attention_sites, choose_lora_targets, linear_layers
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 
 _ADAPTER = "default"
 """PEFT's name for the model's single adapter."""
+
+_SHAPE = ("rank", "alpha", "dropout", "targets")
+"""Fields of LoraConfig that shape what is saved (the others are about training)."""
 
 
 def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
@@ -36,6 +40,7 @@ def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
     )
     inject_adapter_in_model(settings, model, adapter_name=_ADAPTER)
     model.train(model.training)  # new modules start in training mode, with dropout
+    model.trenchcoat_lora = lora_shape(cfg)
     device = compute_device(model) if is_sharded(model) else None
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.to(device, torch.float32)
@@ -58,6 +63,37 @@ def freeze_for_lora(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:
 def has_lora(model: nn.Module) -> bool:
     """True when a LoRA is in the model and not merged."""
     return bool(lora_parameters(model))
+
+
+def lora_shape(cfg: LoraConfig) -> dict[str, Any]:
+    """The settings that a LoRA is saved with, as plain values."""
+    return {name: getattr(cfg, name) for name in _SHAPE} | {"targets": list(cfg.targets)}
+
+
+def add_saved_lora(model: Any, shape: Mapping[str, Any]) -> None:
+    """Add a LoRA of the settings that :func:`lora_shape` gave; UserError for those that this version does not know."""
+    try:
+        cfg = LoraConfig(**{**shape, "targets": tuple(shape["targets"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"these LoRA settings were written by another version of trenchcoat: {error}") from error
+    check_section(cfg, "lora")
+    add_lora(model, cfg)
+
+
+def lora_settings(model: nn.Module) -> dict[str, Any] | None:
+    """As :func:`lora_shape` gives them, of the LoRA in the model; None without one.
+
+    Raises UserError for a LoRA that :func:`add_lora` did not add.
+    """
+    if not has_lora(model):
+        return None
+    known: dict[str, Any] | None = getattr(model, "trenchcoat_lora", None)
+    if known is None:
+        raise UserError(
+            "the model has a LoRA that trenchcoat.add_lora did not add, so its settings are not known: merge it first "
+            "(PEFT: merge_and_unload), or add LoRA with trenchcoat.add_lora(model, cfg)"
+        )
+    return known
 
 
 @contextmanager
@@ -142,5 +178,6 @@ def _take_out_lora(model: nn.Module, *, merge: bool) -> None:
             base.weight.data = (base.weight.data.float() + update.float()).to(base.weight.dtype)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, base)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    for name in ("peft_config", "trenchcoat_lora"):
+        if hasattr(model, name):
+            delattr(model, name)

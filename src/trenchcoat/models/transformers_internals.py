@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -203,6 +203,29 @@ def causal_lm_class(config: type) -> type | None:
 def causal_lm_names() -> Mapping[str, str]:
     """Family -> name of its causal language model's class, without importing any."""
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def replace_saving(save: Callable[..., Any], push: Callable[..., Any], ours: Callable[[nn.Module], bool]) -> None:
+    """Have the models for which ``ours`` is true saved by ``save(model, write, directory, ...)``, where ``write`` is
+    Transformers' own `save_pretrained`, and uploaded by ``push(model, name, ...)``."""
+    write, upload = PreTrainedModel.save_pretrained, PreTrainedModel.push_to_hub
+
+    @functools.wraps(write)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `save_pretrained`, or ``save``."""
+        if not ours(self):
+            return write(self, save_directory, *args, **kwargs)
+        given = inspect.signature(write).bind(self, save_directory, *args, **kwargs)
+        options = {**given.arguments, **given.arguments.get("kwargs", {})}
+        return save(self, write, **{name: options[name] for name in options.keys() - {"self", "kwargs"}})
+
+    @functools.wraps(upload)
+    def push_to_hub(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `push_to_hub`, or ``push``."""
+        return (push if ours(self) else upload)(self, *args, **kwargs)
+
+    patched: Any = PreTrainedModel
+    patched.save_pretrained, patched.push_to_hub = save_pretrained, push_to_hub
 
 
 def was_loaded(parameter: nn.Parameter) -> bool:

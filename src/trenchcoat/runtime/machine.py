@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 
 from trenchcoat.config import UserError
+from trenchcoat.config.package import DISTRIBUTION
 from trenchcoat.config.units import GIB, tera
 
 
@@ -44,7 +45,7 @@ def check_machine(directory: Path, *, memory_gib: float = 1.5, disk_gib: float =
 def _unmet_requirements() -> list[str]:
     """Requirements of the installed package that the environment does not meet."""
     try:
-        required = metadata.requires("trenchcoat") or []
+        required = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
         return []
     wrong = []

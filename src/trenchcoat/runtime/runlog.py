@@ -31,6 +31,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from trenchcoat.config.package import DISTRIBUTION
 from trenchcoat.runtime.files import saving, write_json, write_text
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 METRICS_FILE = "metrics.jsonl"
 PLAIN_EVERY_SECONDS = 10.0
 """Minimum time between two lines of plain progress."""
-_PACKAGES = ("trenchcoat", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+_PACKAGES = (DISTRIBUTION, "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -69,6 +69,4 @@ def open_trackers(names: Sequence[str], directory: Path, project: str) -> list[M
 
 def _require(tracker: str, package: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"run.trackers names {tracker}, but {package} is not installed: pip install 'trenchcoat[track]'"
-        )
+        raise UserError(f"run.trackers names {tracker}, but {package} is not installed: pip install {package}")

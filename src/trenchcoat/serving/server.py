@@ -77,7 +77,7 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
     if vllm_server.wants_vllm(path, cfg, say):
         vllm_server.run(path, cfg, say)
     if importlib.util.find_spec("uvicorn") is None:
-        raise UserError("serving needs uvicorn: pip install 'trenchcoat[serve]'")
+        raise UserError("serving needs uvicorn: pip install uvicorn")
     model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
     context = cfg.context or getattr(model.config, "max_position_embeddings", None)
     if template is not None:

@@ -76,7 +76,7 @@ def command_line(path: Path, cfg: ServeSettings) -> list[str]:
 def _why_not(path: Path, cfg: ServeSettings) -> str | None:
     """What keeps vLLM from serving `path` with these settings; None for nothing."""
     if importlib.util.find_spec("vllm") is None:
-        return "it is not installed (pip install 'trenchcoat[vllm]', in an environment of its own)"
+        return "it is not installed (see docs/SERVE.md: in an environment of its own)"
     if any((folder / ADAPTER_META).is_file() for folder in (path, path / "adapter")):
         return f"{path} is an adapter or a run; `trenchcoat export {path} --merge --out DIR` makes the folder it needs"
     content = read_json(path / "config.json") if (path / "config.json").is_file() else {}

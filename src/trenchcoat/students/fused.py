@@ -80,7 +80,7 @@ def _installed() -> bool:
 def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | None:
     """Why the kernels cannot run, as far as known before a call; None if they can."""
     if not _installed():
-        return "triton is not installed (pip install 'trenchcoat[kernels]')"
+        return "triton is not installed (pip install triton)"
     if device.type != "cuda":
         from trenchcoat.ops.triton.launch import INTERPRETED
 

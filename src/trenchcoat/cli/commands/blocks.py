@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> Any:
             raise UsageError(f"--launcher {args.launcher} is for `blocks run --parallel`: add it, or drop --launcher")
         return stages.run_blocks(recipe)
     if find_spec("submitit") is None:
-        raise UserError("blocks run --parallel needs submitit: pip install 'trenchcoat[cluster]'")
+        raise UserError("blocks run --parallel needs submitit: pip install submitit")
     from trenchcoat.conversion.blocks import launch
 
     launcher = args.launcher or recipe.blocks.launcher

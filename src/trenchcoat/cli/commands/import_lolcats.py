@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from trenchcoat.cli.command import Command, output_folder, path, values
+from trenchcoat.cli.command import Command, output_folder, values
+from trenchcoat.config.paths import expanded
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--maps", type=path, required=True, metavar="FILE", help="feature maps and window factors, a .pt file")
-    add("--lora", type=path, metavar="FILE", help="LoRA of stage 2, a .pt file")
+    maps = "feature maps and window factors (and perhaps LoRA): a .pt file, or the hub id of a repository with model.pt"
+    add("--maps", type=expanded, required=True, metavar="FILE_OR_ID", help=maps)
+    add("--lora", type=expanded, metavar="FILE_OR_ID", help="LoRA of stage 2, where it is in a file of its own")
     add("--base", required=True, metavar="DIR", help="the model it was made from: a folder or a hub id")
     add("--out", type=output_folder, required=True, metavar="DIR", help="adapter folder to write")
     names = "terrace, sliding or linear, or the original's attention_type (terrace where there are window factors)"
@@ -40,6 +42,10 @@ def _run(args: argparse.Namespace) -> Any:
     its LoRA (--lora). The files are read without executing anything in them, and checked against the base model. What
     the keys do not say (the window, the activation) is the original's default unless given here. See docs/LOLCATS.md
     for details.
+
+    Published on the hub: hazyresearch/lolcats-llama-3.1-8b-distill (--maps) with
+    hazyresearch/lolcats-llama-3.1-8b-ft-lora (--lora), hazyresearch/lolcats-llama-3.1-70b and
+    hazyresearch/lolcats-llama-3.1-405b (--maps alone: both are in one file).
     """
     from trenchcoat.models.lolcats import checkpoints
 

@@ -18,7 +18,7 @@ def _run(args: argparse.Namespace) -> None:
     arguments.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval needs the evaluation harness: pip install 'trenchcoat[eval]'")
+        raise UserError("lm-eval needs the evaluation harness: pip install lm-eval")
     from trenchcoat.evaluation import harness
 
     before, sys.argv = sys.argv, ["lm_eval", *args.rest]

@@ -23,7 +23,7 @@ from trenchcoat.models.families import attention_sites
 from trenchcoat.models.hub import ADAPTER_META, adapter_state, read_adapter
 from trenchcoat.models.identity import fingerprint, remember_fingerprint
 from trenchcoat.models.loading import model_source
-from trenchcoat.models.lolcats.files import Key, StateFile, read_state, write_states
+from trenchcoat.models.lolcats.files import Key, StateFile, fetched, read_state, write_states
 from trenchcoat.models.lolcats.settings import (
     FAMILIES,
     WINDOWED,
@@ -45,12 +45,12 @@ _STUDENT = re.compile(r"(.*layers\.(\d+)\.self_attn)\.student\.(.+)")
 _LORA = re.compile(r"(.*layers\.\d+\.self_attn\.\w+\.lora_[AB])\.weight")
 
 
-def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked: Asked) -> list[str]:
+def import_checkpoint(maps: Path | str, lora: Path | str | None, base: str, out: Path, asked: Asked) -> list[str]:
     """Write the adapter folder `out` from the original's files; returns what was read and assumed, in sentences.
 
     Args:
-        maps: `.pt` file of feature maps and window factors (and perhaps LoRA).
-        lora: `.pt` file of LoRA matrices (and perhaps maps trained further, which then win).
+        maps: `.pt` file of feature maps and window factors (and perhaps LoRA), or the hub id of a repository with one.
+        lora: the same of LoRA matrices (and perhaps maps trained further, which then win).
         base: folder or hub id of the model that the checkpoint was made from.
         asked: settings that the keys do not determine, or that override them.
 
@@ -58,9 +58,9 @@ def import_checkpoint(maps: Path, lora: Path | None, base: str, out: Path, asked
         UserError: files that are not such a checkpoint, that have missing or extra tensors, or do not fit the base.
     """
     _check_empty(out)
-    found = read_state(maps)
+    found = read_state(fetched(maps))
     if lora is not None:
-        found.update(read_state(lora))
+        found.update(read_state(fetched(lora)))
     student, lora_cfg = student_of(found, asked), lora_of(found, asked)
     if lora is not None and lora_cfg is None:
         raise UserError(f"{lora} holds no LoRA; leave --lora out, or give the file of stage 2")
@@ -214,6 +214,8 @@ def _summary(found: StateFile, student: StudentConfig, lora: LoraConfig | None, 
         )
     if lora is not None:
         lines.append(f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")
+    if found.ignored:
+        lines.append(f"ignored: {len(found.ignored)} buffers that the model computes itself, e.g. {found.ignored[0]}")
     return lines
 
 

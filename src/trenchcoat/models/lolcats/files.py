@@ -2,7 +2,8 @@
 
 A file is a dictionary of tensors, bare or under `model_state_dict`, with keys such as
 `model.layers.0.self_attn.feature_map_q.mlp.layer` or `base_model.model.model.layers.0.self_attn.q_proj.lora_A.
-default.weight`. Files written here also hold our settings, under `trenchcoat`; the original ignores them.
+default.weight`. Files written here also hold our settings, under `trenchcoat`; the original ignores them. The
+published ones are on the hub (:data:`PUBLISHED`), each repository with one file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from trenchcoat.config import UserError
@@ -24,11 +27,23 @@ from trenchcoat.runtime.files import atomic_directory
 Key = tuple[int, str]
 """(layer, name under `self_attn`), e.g. (0, "feature_map_q.mlp.layer") or (0, "q_proj.lora_A")."""
 
+PUBLISHED = {
+    "hazyresearch/lolcats-llama-3.1-8b-distill": "feature maps of Llama 3.1 8B (--maps)",
+    "hazyresearch/lolcats-llama-3.1-8b-ft-lora": "LoRA of Llama 3.1 8B (--lora)",
+    "hazyresearch/lolcats-llama-3.1-70b": "both of Llama 3.1 70B, in one file (--maps)",
+    "hazyresearch/lolcats-llama-3.1-405b": "both of Llama 3.1 405B, in one file (--maps)",
+}
+"""The repositories of checkpoints that the authors published, and what is in them."""
+
+HUB_FILE = "model.pt"
+"""The file of a repository."""
+
 STATE, SETTINGS = "model_state_dict", "trenchcoat"
 
 _KEY = re.compile(r"(?:(?:base_model|model|module)\.)*layers\.(\d{1,5})\.self_attn\.(.+)")
 _MAP = re.compile(r"feature_map_[qk]\.mlp\.\w+|window_factors")
 _LORA = re.compile(r"(\w+\.lora_[AB])\.(?:\w+\.)?weight")
+_BUFFER = re.compile(r"(?:[\w.]+\.)?rotary_emb\.\w+")
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 _DAMAGED = (
     pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError,
@@ -45,12 +60,33 @@ class StateFile:
     maps: dict[Key, Tensor] = field(default_factory=dict)
     lora: dict[Key, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    """Keys of buffers that a model computes itself."""
 
     def update(self, later: StateFile) -> None:
         """Add everything in `later`, which wins."""
         self.maps |= later.maps
         self.lora |= later.lora
         self.settings |= later.settings
+        self.ignored += later.ignored
+
+
+def fetched(source: Path | str) -> Path:
+    """The file that `source` names: a path, or the hub id of a repository that holds a `model.pt`.
+
+    Raises UserError for a repository that cannot be read, naming the published ones.
+    """
+    text = str(source)
+    if Path(text).exists() or text.endswith(".pt") or re.fullmatch(r"\w[\w.\-]*/\w[\w.\-]*", text) is None:
+        return Path(text)
+    try:
+        return Path(hf_hub_download(text, HUB_FILE))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        known = "; ".join(f"{name}: {what}" for name, what in PUBLISHED.items())
+        raise UserError(
+            f"{text} is no file here, and {HUB_FILE} of the repository of that name on the hub cannot be read: "
+            f"{' '.join(str(error).split())[:200]}. Published are {known}"
+        ) from error
 
 
 def read_state(path: Path) -> StateFile:
@@ -65,6 +101,9 @@ def read_state(path: Path) -> StateFile:
         raise UserError(f"{path}: {SETTINGS} should be a dictionary of settings, it is {_describe(settings)}")
     found.settings = settings
     for name, tensor in state.items():
+        if isinstance(name, str) and _BUFFER.fullmatch(name):
+            found.ignored.append(name)
+            continue
         key, lora = _key(path, name)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise UserError(f"{path}: {name} should be a tensor of numbers, it is {_describe(tensor)}")

@@ -1,0 +1,9 @@
+"""How this package is called on an index and installed, in one place."""
+
+from __future__ import annotations
+
+DISTRIBUTION = "trenchcoat-lm"
+"""Name of the distribution, as in `pyproject.toml`; `trenchcoat` on the package index is another project."""
+
+INSTALL = "run `pip install .` in a checkout of its repository (`trenchcoat` on the package index is another project)"
+"""How to install it, for messages and model cards."""

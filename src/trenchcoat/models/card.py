@@ -1,0 +1,156 @@
+"""What a complete folder says about itself: its model card, and the module that opens it in a stranger's process.
+
+The module holds no code of a model: it imports the classes from the installed package, or says how to install it.
+`trenchcoat.load` and `import trenchcoat` do without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from trenchcoat.config.package import INSTALL
+from trenchcoat.models import auto
+from trenchcoat.runtime.files import write_text
+
+CARD = "README.md"
+MODULE = "modeling_trenchcoat"
+"""Name of the module that `auto_map` names."""
+
+_CODE = '''"""Opens this folder with `trust_remote_code=True`. The model's classes are in the package trenchcoat."""
+
+try:
+    from trenchcoat.models.auto import config_class, model_class
+except ImportError as error:
+    raise ImportError({missing!r}) from error
+
+{config} = config_class({family!r})
+{model} = model_class({family!r})
+'''
+
+
+def write_code(family: str, folder: Path | None = None) -> dict[str, str]:
+    """The `auto_map` of a folder of `family`; with `folder`, its module is written there."""
+    config, model = auto.config_class(family).__name__, auto.model_class(family).__name__
+    if folder is not None:
+        missing = f"this model needs the Python package trenchcoat: {INSTALL}"
+        write_text(folder / f"{MODULE}.py", _CODE.format(missing=missing, config=config, model=model, family=family))
+    return {"AutoConfig": f"{MODULE}.{config}", "AutoModelForCausalLM": f"{MODULE}.{model}"}
+
+
+def base_facts(model: Any, *, online: bool = False) -> dict[str, Any]:
+    """What is known of the base of `model`: `name`, and where they are known `hub` (its id), `revision` and `licence`.
+
+    A folder is known by its name alone: its path is the business of this machine. `online`: ask the hub for the licence
+    where it is not in the cache.
+    """
+    ours = getattr(model.config, "trenchcoat", None)
+    if isinstance(ours, Mapping) and isinstance(ours.get("base"), Mapping):
+        return dict(ours["base"])
+    source = getattr(model, "trenchcoat_adapter", {}).get("base", {})
+    path = str(source.get("path") or getattr(model, "name_or_path", "") or "")
+    if path == "embedded":
+        return {"name": "the teacher embedded in trenchcoat", "licence": "apache-2.0"}
+    local = Path(path).expanduser()
+    if not path or local.exists() or local.is_absolute():
+        licence = _licence(local / CARD) if path and local.is_dir() else None
+        name = local.name or f"a {str(model.config.model_type).removeprefix(auto.PREFIX)} model in memory"
+        return {"name": name} | ({} if licence is None else {"licence": licence})
+    revision = source.get("revision")
+    licence = _hub_licence(path, revision, online)
+    known = {"hub": path, "revision": revision, "licence": licence}
+    return {"name": path, **{name: value for name, value in known.items() if value is not None}}
+
+
+@functools.cache
+def _hub_licence(repo_id: str, revision: str | None, online: bool) -> str | None:
+    try:
+        return _licence(Path(hf_hub_download(repo_id, CARD, revision=revision, local_files_only=not online)))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
+        return None
+
+
+def _licence(card: Path) -> str | None:
+    """The licence that a model card names."""
+    try:
+        found = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, TypeError):
+        return None
+    named = found.get("license_name") if found.get("license") == "other" else found.get("license")
+    return str(named) if isinstance(named, str) else None
+
+
+def write_card(folder: Path, config: Any = None, *, report: str = "", tags: Sequence[str] = ()) -> None:
+    """Write the model card of a complete folder, whose linearized config is `config`; `report`: what was measured, in
+    Markdown. Without `config`, only add `tags` to the card that is there."""
+    path = folder / CARD
+    card = ModelCard(path.read_text(encoding="utf-8") if config is None else card_text(config, report))
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+    write_text(path, str(card))
+
+
+def card_text(config: Any, report: str = "") -> str:
+    """The model card of a complete folder whose linearized config is `config`; see :func:`write_card`."""
+    ours = dict(config.trenchcoat)
+    base = dict(ours["base"])
+    licence = base.get("licence")
+    head = ["library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"base_model: {base['hub']}"] if "hub" in base else []
+    head += [f"license: {json.dumps(licence)}"] if licence is not None else []
+    head += ["tags:", "- trenchcoat", "- linear-attention"]
+    name = base["name"].rpartition("/")[2]
+    lines = [
+        "---", *head, "---", "",
+        f"# Linearized: {name}", "",
+        f"This is {base['name']} with its softmax attention replaced, by the package trenchcoat: a token attends "
+        "exactly to a window of recent tokens, and to everything older through a state of constant size, except where "
+        "softmax attention was kept.", "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in _facts(config, ours, base).items()), "",
+        "## Run it", "",
+        "```python",
+        "from transformers import pipeline",
+        'write = pipeline("text-generation", model="NAME_OR_FOLDER", trust_remote_code=True)',
+        'print(write("A trenchcoat is", max_new_tokens=40)[0]["generated_text"])',
+        "```", "",
+        f"This needs the Python package trenchcoat: {INSTALL}. `trust_remote_code=True` runs `{MODULE}.py` of this "
+        "folder, which only imports that package; after `import trenchcoat` it is not needed, and "
+        '`trenchcoat.load("NAME_OR_FOLDER")` never runs it.', "",
+    ]  # fmt: skip
+    if report:
+        lines += ["## What was measured", "", report.strip(), ""]
+    return "\n".join(lines)
+
+
+def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+    """The rows of the card's table."""
+    student = auto.student_settings(ours["student"])
+    revision = f", revision {base['revision']}" if "revision" in base else ""
+    linked = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if "hub" in base else base["name"]
+    maps = student.feature_map
+    facts = {
+        "base model": f"{linked}{revision}",
+        "licence of the base model": base.get("licence", "not known: look it up, it applies to these weights too"),
+        "attention": f"`{student.name}`, window {student.window}, sinks {student.sinks}",
+        "feature maps": f"`{maps.name}`, feature dimension {maps.feature_dim}, {student.key_maps.replace('_', ' ')}",
+        "keeps softmax attention": _kept(config, student),
+        "LoRA": f"rank {ours['lora']['rank']}, not merged" if ours.get("lora") else "none, or merged into the weights",
+        "all settings": "`config.json`, under `trenchcoat`",
+    }
+    return facts
+
+
+def _kept(config: Any, student: Any) -> str:
+    layers = [str(layer) for layer in student.keep_softmax] + [entry for entry in student.keep if "." not in entry]
+    groups = [entry for entry in student.keep if "." in entry]
+    text = config.get_text_config()
+    total = int(text.num_hidden_layers) * int(text.num_key_value_heads)
+    parts = [f"{len(layers)} of {text.num_hidden_layers} layers ({', '.join(layers)})"] if layers else []
+    parts += [f"{len(groups)} of {total} key/value groups ({', '.join(groups)}; layer.group)"] if groups else []
+    return "; ".join(parts) or "nowhere"

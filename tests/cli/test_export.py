@@ -1,0 +1,146 @@
+"""`trenchcoat export`: the dtype of what it writes, the model card, and the hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+import trenchcoat
+from conftest import save_tiny_model
+from hub_stand_in import hub_stand_in, use_hub
+from tiny_families import logits, tokens
+from trenchcoat.cli import app as cli
+from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig
+from trenchcoat.models import hub
+from trenchcoat.models.attach import attach_students, set_mode
+from trenchcoat.models.hub import adapter_state
+from trenchcoat.models.loading import load_model, stored_dtype
+from trenchcoat.models.lora import add_lora
+
+REPOSITORY = Path(__file__).parents[2]
+STUDENT = StudentConfig(window=4, keep=("1.0",), feature_map=FeatureMapConfig(feature_dim=6))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base` (in bfloat16) and the `adapter` that was made of it."""
+    folder = tmp_path_factory.mktemp("made")
+    save_tiny_model(folder / "base", seed=0)
+    plain, words = load_model(ModelConfig(path=str(folder / "base"), device="cpu", dtype="bfloat16"))
+    plain.save_pretrained(folder / "base")
+    words.save_pretrained(folder / "base")
+    cfg = ModelConfig(path=str(folder / "base"), device="cpu", dtype="float32")
+    model, _ = load_model(cfg)
+    attach_students(model, STUDENT)
+    add_lora(model, LoraConfig(rank=2, targets=("q_proj", "v_proj")))
+    set_mode(model, "student")
+    with torch.no_grad():
+        for parameter in adapter_state(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    hub.save_adapter(model, folder / "adapter", base=cfg)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, set[str]]:
+    """The dtypes in the files: of the students, and of everything else."""
+    found: dict[str, set[str]] = {"students": set(), "weights": set()}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                found["students" if ".student." in name else "weights"].add(opened.get_slice(name).get_dtype())
+    return found
+
+
+@pytest.mark.parametrize(("option", "dtype"), [([], "BF16"), (["--dtype", "float32"], "F32")])
+def test_a_complete_model_keeps_the_dtype_of_the_base(
+    made: Path, tmp_path: Path, option: list[str], dtype: str
+) -> None:
+    assert stored_dtype(str(made / "base")) == "bfloat16"
+    assert cli.main(["export", str(made / "adapter"), "--merge", "--out", str(tmp_path / "out"), *option]) == 0
+    assert stored(tmp_path / "out") == {"students": {"F32"}, "weights": {dtype}}
+    name = {"BF16": "bfloat16", "F32": "float32"}[dtype]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    model, _ = trenchcoat.load(tmp_path / "out", device="cpu", dtype="stored")
+    assert model.dtype == getattr(torch, name)
+    expected = logits(trenchcoat.load(made / "adapter", device="cpu")[0], tokens(1, 20))
+    near = 0.1 if dtype == "BF16" else 1e-4
+    torch.testing.assert_close(logits(model, tokens(1, 20)).float(), expected, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give --out DIR"),
+        (["--out", "x", "--dtype", "bfloat16"], "--dtype is that of a complete model"),
+        (["--out", "x", "--private"], "--private goes with --push-to-hub"),
+        (["--out", "x", "--to", "lolcats", "--push-to-hub", "me/x"], "leave out --to"),
+    ],
+)
+def test_wrong_usage(made: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(made / "adapter"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+OPENS = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("me/coat", trust_remote_code=True)
+print(model(torch.arange(3, 20)[None]).logits.double().sum().item())
+import trenchcoat
+model, _ = trenchcoat.load("me/coat", revision="main", dtype="stored", device="cpu")
+print(model(torch.arange(3, 20)[None]).logits.double().sum().item())
+trenchcoat.load("me/coat", revision="nope")
+"""
+
+
+def test_push_to_hub_and_open_it_elsewhere(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hub_stand_in() as stand_in:
+        use_hub(stand_in, monkeypatch)
+        assert cli.main(["export", str(made / "adapter"), "--push-to-hub", "me/coat"]) == 0
+        assert f"uploaded: {stand_in.endpoint}/me/coat/commit/" in capsys.readouterr().out.replace("\n", "")
+        files = stand_in.files["me/coat"]
+        wanted = {"README.md", "config.json", "model.safetensors", "modeling_trenchcoat.py", "tokenizer.json"}
+        assert wanted <= set(files)
+        assert not stand_in.private["me/coat"]
+        assert all(str(made).encode() not in content for content in files.values())
+        environment = {**stand_in.environment(tmp_path), "PYTHONPATH": str(REPOSITORY / "src")}
+        done = subprocess.run(
+            [sys.executable, "-c", OPENS], capture_output=True, text=True, timeout=120, env=environment, check=False
+        )
+    assert "UserError: cannot read the config of 'me/coat'" in done.stderr, done.stderr
+    cli.main(["export", str(made / "adapter"), "--merge", "--out", str(tmp_path / "out")])
+    model, _ = trenchcoat.load(tmp_path / "out", device="cpu", dtype="stored")
+    expected = model(torch.arange(3, 20)[None]).logits.double().sum().item()
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([expected] * 2)
+
+
+def test_a_model_in_memory_is_pushed_with_its_card(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = trenchcoat.load(made / "adapter", device="cpu", dtype="stored")
+    with hub_stand_in() as stand_in:
+        use_hub(stand_in, monkeypatch)
+        model.push_to_hub("me/again", private=True, tags=["mine"])
+    assert stand_in.private["me/again"]
+    card = ModelCard(stand_in.files["me/again"]["README.md"].decode())
+    assert {"trenchcoat", "mine"} <= set(card.data.tags)
+    assert "Linearized: base" in card.text
+
+
+def test_a_hub_that_refuses_is_said_in_a_line(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with hub_stand_in() as stand_in:
+        use_hub(stand_in, monkeypatch, token="hf_wrong")
+        assert cli.main(["export", str(made / "adapter"), "--push-to-hub", "me/coat"]) == 1
+    said = capsys.readouterr().err
+    assert "cannot upload to 'me/coat'" in said
+    assert "hf auth login" in said
+    assert not stand_in.files
