@@ -335,6 +335,27 @@ def settings_help(sections: Sequence[str] | None = None, width: int = 100) -> st
     return "\n".join(lines).strip()
 
 
+COMMON = (
+    "model.path", "data.path", "data.max_rows", "data.seq_len", "student.name", "student.window", "student.keep",
+    "transfer.lr", "transfer.max_steps", "lora.lr", "lora.rank", "lora.max_steps", "eval.rows", "run.dir",
+)  # fmt: skip
+"""The settings that most people set first."""
+
+
+def settings_summary(sections: Sequence[str] | None = None) -> str:
+    """Help text, one line each, for those of the `COMMON` settings that are in ``sections`` (None: all)."""
+    lines = []
+    for path in COMMON:
+        section, _, name = path.partition(".")
+        if sections is not None and section not in sections:
+            continue
+        cls = typing.cast(type, _section(_hints(Recipe)[section]))
+        default = next(each.default for each in dataclasses.fields(cls) if each.name == name)
+        text = textwrap.shorten(field_docs(cls)[name].partition(". ")[0].rstrip("."), 70, placeholder=" ...")
+        lines.append(f"  {path}={_shown(default)}".ljust(30) + f" {text}")
+    return "settings that most people set first:\n" + "\n".join(lines)
+
+
 def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) -> list[str]:
     """The lines of a field, or of a section and its fields."""
     hint, text, full = _hints(cls)[field.name], field_docs(cls)[field.name], _join(path, field.name)

@@ -106,4 +106,14 @@ def _lengths(text: str) -> tuple[float, ...]:
     return found
 
 
-COMMAND = Command(_run, _options, recipe=text_recipe, sections=("data", "eval"))
+COMMAND = Command(
+    _run,
+    _options,
+    recipe=text_recipe,
+    sections=("data", "eval"),
+    examples=(
+        "eval runs/smollm2_135m eval.rows=64",
+        "eval merged data.path=books.jsonl",
+        "eval merged --tasks piqa,mmlu --limit 100 --teacher",
+    ),
+)

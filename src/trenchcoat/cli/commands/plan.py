@@ -30,4 +30,13 @@ def _run(args: argparse.Namespace) -> Any:
     return with_json(args, report_plan(args.recipe, machine, tokens=tokens, simulated=args.simulate))
 
 
-COMMAND = recipe_command(_run, _options, sections=(), here=False)
+COMMAND = recipe_command(
+    _run,
+    _options,
+    sections=(),
+    here=False,
+    examples=(
+        "plan llama3_1_70b --gpus 8",
+        'plan meta-llama/Llama-3.1-8B --gpu "RTX 4090" --gpu-memory 24GB',
+    ),
+)
