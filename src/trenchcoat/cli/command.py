@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +120,11 @@ def recipe_command(
 
 
 def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
-    """The recipe that is named, or the one chosen for the model that is."""
+    """The recipe that is named, or the one chosen for the model that is; ``args.named`` becomes what was typed."""
     data, keep, out = (getattr(args, f"shortcut_{name}", None) for name in ("data", "keep", "out"))
+    options = (("--data", data), ("--keep", keep), ("--out", out))
+    typed = [word for name, value in options if value is not None for word in (name, str(value))]
+    args.named = shlex.join([args.recipe, *typed, *args.overrides])
     overrides = list(args.overrides)
     overrides += [f"{path}={value}" for path, value in (("student.keep", keep), ("run.dir", out)) if value is not None]
     if not names_model(args.recipe):
@@ -136,7 +140,7 @@ def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Settings as ``KEY=VALUE``, which may also come between the options."""
     text = "settings that override the recipe's, by path: transfer.lr=5e-3 student.name=linear transfer=null"
-    overrides: Any = parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+    overrides: Any = parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=text)
     overrides.completer = lambda **_: [f"{path}=" for path, _ in field_paths(Recipe) if "." in path]
 
 
