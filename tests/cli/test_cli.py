@@ -19,7 +19,7 @@ import yaml
 
 from trenchcoat.cli import app as cli
 from trenchcoat.cli.terminal import guarded
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import EvalConfig, Recipe, UserError
 from trenchcoat.config.recipe_io import builtin_recipes, field_paths, load_recipe
 from trenchcoat.models.families import KNOWN_FAMILIES, REASONS
 from trenchcoat.runtime.distributed import FailedElsewhere
@@ -238,6 +238,15 @@ def test_each_process_names_itself_and_does_not_repeat_the_main_ones_message(
     assert fail(FailedElsewhere("the disk is full")) == 1
     said = capsys.readouterr().err.splitlines()
     assert said == ["trenchcoat: no such file", "trenchcoat, process 3: this node has no such file"]
+
+
+def test_a_folder_from_elsewhere_is_scored_with_the_settings_own_defaults(tmp_path: Path) -> None:
+    args = cli._parse(["eval", str(tmp_path), "eval.rows=3"])
+    found = args.command.recipe(args)
+    assert found == Recipe(transfer=None, lora=None, eval=EvalConfig(rows=3))
+    assert (found.model.device, found.data.bos) == ("auto", "auto")
+    (tmp_path / "recipe.yaml").write_text("{lora: null, eval: {rows: 7}}")
+    assert args.command.recipe(cli._parse(["eval", str(tmp_path)])).eval.rows == 7
 
 
 def test_a_model_is_linearized_by_its_name(
