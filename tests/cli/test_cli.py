@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from trenchcoat.cli import app as cli
 from trenchcoat.cli.terminal import guarded
-from trenchcoat.config import Recipe, UserError
-from trenchcoat.config.recipe_io import field_paths, load_recipe
+from trenchcoat.config import EvalConfig, Recipe, UserError
+from trenchcoat.config.recipe_io import builtin_recipes, field_paths, load_recipe
+from trenchcoat.models.families import KNOWN_FAMILIES, REASONS
 from trenchcoat.runtime.distributed import FailedElsewhere
 
 
@@ -50,14 +54,58 @@ def test_help_lists_the_commands_and_every_setting(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["linearise"], ["linearize"], ["linearize", "demo", "--nope"], ["demo", "--nope", "words"],
+    "arguments", [["linearise"], ["linearize"], ["linearize", "demo", "--nope"], ["demo", "--nope", "words"],
                   ["generate", "somewhere"], ["bench", "everything"]], ids=" ".join
 )  # fmt: skip
 def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _fails(arguments, 2, capsys)
+
+
+def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    assert ended.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+        cli.main([])
+    assert ended.value.code == 0
+    assert "trenchcoat linearize MODEL" in capsys.readouterr().out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert f"trenchcoat {version('trenchcoat')} (Python " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "lm-eval"])
+def test_every_help_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = cli.load_commands([name])[name]
+    shown = [line for each in (command, *command.actions.values()) for line in each.examples]
+    assert shown
+    for line in shown:
+        args = cli._parse(shlex.split(line))
+        if getattr(args, "recipe", None) in builtin_recipes():
+            load_recipe(args.recipe, args.overrides)
+    if not command.actions:
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        assert f"examples:\n  trenchcoat {shown[0]}\n" in capsys.readouterr().out
+
+
+def test_the_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in builtin_recipes())
+    assert cli.main(["recipes", "demo"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == load_recipe("demo").model.path
+
+
+def test_the_families_are_listed_with_what_was_tried_and_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["families"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "qwen3 tested with every student" in shown
+    assert "qwen3_moe tried once" in shown
+    assert "SmolLM2-135M-Instruct" in shown
+    assert "bloom, mpt its scores carry ALiBi" in shown
+    assert all(name in shown for name in (*KNOWN_FAMILIES, *REASONS))
 
 
 @pytest.mark.parametrize(
@@ -190,6 +238,15 @@ def test_each_process_names_itself_and_does_not_repeat_the_main_ones_message(
     assert fail(FailedElsewhere("the disk is full")) == 1
     said = capsys.readouterr().err.splitlines()
     assert said == ["trenchcoat: no such file", "trenchcoat, process 3: this node has no such file"]
+
+
+def test_a_folder_from_elsewhere_is_scored_with_the_settings_own_defaults(tmp_path: Path) -> None:
+    args = cli._parse(["eval", str(tmp_path), "eval.rows=3"])
+    found = args.command.recipe(args)
+    assert found == Recipe(transfer=None, lora=None, eval=EvalConfig(rows=3))
+    assert (found.model.device, found.data.bos) == ("auto", "auto")
+    (tmp_path / "recipe.yaml").write_text("{lora: null, eval: {rows: 7}}")
+    assert args.command.recipe(cli._parse(["eval", str(tmp_path)])).eval.rows == 7
 
 
 def test_a_model_is_linearized_by_its_name(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,9 +44,20 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 @pytest.mark.parametrize(
     ("line", "answer"),
     [
-        ("linearise demo", "invalid choice: 'linearise'"),
-        ("linearize demo --nope", "unrecognized arguments: --nope"),
+        ("linearise demo", "there is no command 'linearise'; did you mean linearize?"),
+        ("some-lab/model-1b", "to convert that model: trenchcoat linearize some-lab/model-1b"),
+        ("linearize demo --nope", "trenchcoat linearize has no option --nope; see trenchcoat linearize --help"),
         ("bench everything", "invalid choice: 'everything'"),
+        ("bench kernel", "invalid choice 'kernel', the nearest is 'kernels'"),
+        ("blocks rnu demo", "invalid choice 'rnu', the nearest is 'run'"),
+        ("linearize demo --lr 5e-3", "it is a setting: transfer.lr=5e-3 or lora.lr=5e-3"),
+        ("linearize --lr=5e-3 demo", "it is a setting: transfer.lr=5e-3 or lora.lr=5e-3"),
+        ("linearize demo --transfer.max-steps 3", "it is a setting: transfer.max_steps=3"),
+        ("transfer demo --model some-lab/x", "it is a setting: model.path=some-lab/x"),
+        ("plan demo --gpu-memori 8GB", "did you mean --gpu-memory?"),
+        ("generate x --promt a --prompt b", "did you mean --prompt?"),
+        ("generate x --prompt a lora=null", "trenchcoat generate takes no settings: lora=null"),
+        ("export x --out y --lr 3", "trenchcoat export has no option --lr; see trenchcoat export --help"),
         ("linearize dem", "did you mean 'demo'?"),
         ("linearize demo student.windw=8", "did you mean student.window?"),
         ("blocks run llama3_1_8b lora.rank=none", "lora.rank must be a whole number"),
@@ -55,6 +68,39 @@ def test_a_typo_imports_nothing_heavy(line: str, answer: str) -> None:
     code, output = _answer(line)
     assert code == 2
     assert answer in output
+
+
+def test_a_typo_is_answered_in_under_a_second() -> None:
+    start = time.perf_counter()
+    _answer("linearize demo --lr 5e-3")
+    assert time.perf_counter() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("trenchcoat li", ["linearize"]),
+        ("trenchcoat plan smol", ["smollm2_135m"]),
+        ("trenchcoat linearize demo transfer.l", ["transfer.lr="]),
+        ("trenchcoat blocks s", ["stitch", "shard", "status"]),
+        ("trenchcoat export x --m", ["--merge"]),
+    ],
+)
+def test_the_shell_completes(line: str, offered: list[str], tmp_path: Path) -> None:
+    answers = tmp_path / "answers"
+    code = f"import os\nos.dup2(os.open({str(answers)!r}, os.O_WRONLY | os.O_CREAT), 8)\n{CODE}"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": " ", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+             "COMP_TYPE": "9", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_COMP_WORDBREAKS": "=:"}  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, cwd=tmp_path, check=True)
+    assert answers.read_text().split() == offered
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_its_completion(shell: str) -> None:
+    code, output = _answer(f"completion {shell}")
+    assert code == 0
+    assert "trenchcoat" in output
+    assert {"bash": "complete -o", "zsh": "compdef", "fish": "complete --command"}[shell] in output
 
 
 @pytest.mark.parametrize(

@@ -459,19 +459,19 @@ def test_plan_shows_joint_and_blocks_side_by_side(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
-    assert cli.main(["plan", "lolcats_llama3_1_405b", "--gpus", "8", "--json", str(out)]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_405b", "--gpus", "8", "--details", "--json", str(out)]) == 0
     shown = capsys.readouterr().out.split("all layers at once, or block by block")[1]
     for word in ("joint: FSDP, shards in host memory", "streaming, memory *", "pipeline", "parallel"):
         assert word in shown, word
     assert "streaming, disk" not in shown
     assert len(json.loads(out.read_text())["blocks"]["ways"]) == 5
-    assert cli.main(["plan", "lolcats_llama3_1_405b", "--gpus", "16", "blocks.ranks=pipeline"]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_405b", "--gpus", "16", "--details", "blocks.ranks=pipeline"]) == 0
     shown = capsys.readouterr().out
     assert "pipeline *" in shown
     assert "streaming, " in shown
     assert cli.main(["plan", "lolcats_llama3_1_8b", "transfer=null"]) == 0
     assert "block by block" not in capsys.readouterr().out
-    assert cli.main(["plan", "lolcats_llama3_1_8b", "data.path=a/b"]) == 0
+    assert cli.main(["plan", "lolcats_llama3_1_8b", "data.path=a/b", "--details"]) == 0
     assert "block by block: the size of a/b is unknown" in capsys.readouterr().out
 
 
@@ -479,7 +479,7 @@ def test_plan_shows_joint_and_blocks_side_by_side(
     ("words", "code", "said"),
     [
         (["blocks"], 2, "required: ACTION"),
-        (["blocks", "plan"], 2, "required: RECIPE"),
+        (["blocks", "plan"], 2, "required: MODEL_OR_RECIPE"),
         (["blocks", "plan", "demo", "--host-memory", "lots"], 2, "--host-memory must be a size"),
         (["blocks", "plan", "demo", "--write-bandwidth", "0"], 2, "--write-bandwidth must be a size"),
         (["blocks", "plan", "demo", "blocks.sise=3"], 2, "did you mean blocks.size"),

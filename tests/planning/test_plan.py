@@ -16,6 +16,7 @@ from trenchcoat.config.units import GIB, parse_size
 from trenchcoat.models.flops import transfer_flops_per_token
 from trenchcoat.planning.advice import enough_gpus, notes_on, one_layer_bytes
 from trenchcoat.planning.plan import Machine, Plan, Planner, make_plan
+from trenchcoat.planning.verdict import TRUST
 
 
 def _plan(name: str, *overrides: str, **machine: Any) -> tuple[Planner, Plan]:
@@ -177,7 +178,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "plan.json"
     sizes = ["--gpus", "8", "--gpu-memory", "80GB", "--disk", "2TB", "--bandwidth", "3GB/s"]
-    words = ["plan", "lolcats_llama3_1_70b", *sizes]
+    words = ["plan", "lolcats_llama3_1_70b", *sizes, "--details"]
     assert cli.main([*words, "student.key_maps=per_kv_head", "--json", str(out)]) == 0
     shown = capsys.readouterr().out
     for word in ("70.55 billion parameters", "sharded over all (FSDP) *", "gathered layers", "disk: ", "far sums"):
@@ -188,6 +189,57 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert way["stages"]["lora"]["total_bytes"] == pytest.approx(sum(way["stages"]["lora"]["memory"]["parts"].values()))
     assert way["stages"]["lora"]["hours"] > way["stages"]["transfer"]["hours"] > 0
     assert document["notes"]
+
+
+def _shown(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["plan", *line.split()]) == 0
+    shown = capsys.readouterr().out
+    assert all(len(text) <= 80 for text in shown.splitlines() if not text.startswith(("  t", "- "))), shown
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence", "command"),
+    [
+        ("lolcats_llama3_1_70b --gpus 8 lora.rank=4", "do attention transfer in about 17 min and LoRA in",
+         "torchrun --nproc_per_node 8 -m trenchcoat linearize lolcats_llama3_1_70b lora.rank=4 parallel.shard=full"),
+        ("lolcats_llama3_1_70b", "(the base in its own precision takes 2 such GPUs)",
+         "trenchcoat linearize lolcats_llama3_1_70b model.quantize=nf4"),
+        ("lolcats_llama3_1_405b --keep 10", "in about 12 h: streaming, disk; LoRA needs 16 such GPUs",
+         "trenchcoat blocks run lolcats_llama3_1_405b --keep 10"),
+        ("lolcats_llama3_1_405b --gpus 24", "do attention transfer in about 3.5 h and LoRA in about 7 h",
+         "torchrun --nnodes 3 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500 -m trenchcoat "
+         "linearize lolcats_llama3_1_405b parallel.shard=full "),
+        ("lolcats_llama3_1_8b lora=null", "does attention transfer in about 13 min: one GPU, up to",
+         "trenchcoat transfer lolcats_llama3_1_8b lora=null\n"),
+        ("lolcats_llama3_1_8b transfer=null", "One H100 with 80.0 GiB does LoRA in about 26 min: one GPU",
+         "trenchcoat finetune lolcats_llama3_1_8b transfer=null\n"),
+        ("lolcats_llama3_1_8b data.path=unknown/text", "a time that --tokens N",
+         "trenchcoat linearize lolcats_llama3_1_8b"),
+    ],
+)  # fmt: skip
+def test_the_verdict_and_the_command(
+    line: str, sentence: str, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = _shown(line, capsys, monkeypatch)
+    assert sentence in " ".join(shown.split())
+    assert f"\n  {command}" in shown
+
+
+def test_nothing_fits_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = " ".join(_shown("lolcats_llama3_1_405b --gpu-memory 4GB", capsys, monkeypatch).split())
+    assert "Attention transfer does not fit, however many of these GPUs there are; LoRA does not fit" in shown
+    assert " trenchcoat linearize" not in shown
+
+
+def test_the_published_hours_stand_beside_ours() -> None:
+    for recipe, gpus, ours in (("70b", 8, ("0.28", "0.56")), ("405b", 24, ("3.5", "7"))):
+        plan = make_plan(load_recipe(f"lolcats_llama3_1_{recipe}"), Machine(gpus=gpus))[1]
+        assert plan.chosen is not None
+        assert tuple(f"{stage.hours:.2g}" for stage in plan.chosen.stages.values()) == ours
+    assert "4 + 14 h (this arithmetic: 0.28 + 0.56)" in TRUST
+    assert "16 h of LoRA (7)" in TRUST
 
 
 def test_the_command_simulates_and_compares(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import os
+import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NoReturn
 
 from trenchcoat.cli.command import Command
+from trenchcoat.cli.hints import command_hint, option_hint
 from trenchcoat.cli.terminal import guarded, quiet_libraries, show
 from trenchcoat.config import UsageError, UserError
-from trenchcoat.config.recipe_io import settings_help
+from trenchcoat.config.recipe_io import settings_help, settings_summary
 
 COMMANDS = {
     "demo": "trenchcoat.cli.commands.demo",
@@ -31,6 +36,9 @@ COMMANDS = {
     "export": "trenchcoat.cli.commands.export",
     "import-lolcats": "trenchcoat.cli.commands.import_lolcats",
     "serve": "trenchcoat.cli.commands.serve",
+    "recipes": "trenchcoat.cli.commands.recipes",
+    "families": "trenchcoat.cli.commands.families",
+    "completion": "trenchcoat.cli.commands.completion",
 }
 """Every command and the module that defines it, as ``COMMAND``; `--help` lists them in this order."""
 
@@ -38,8 +46,9 @@ DESCRIPTION = """\
 Turn a pretrained softmax Transformer into a linear-time, constant-memory model.
 
   trenchcoat demo                              the whole pipeline on a small embedded model, minutes on a laptop
-  trenchcoat linearize llama3_1_8b             the same for Llama 3.1 8B, on one GPU
-  trenchcoat generate runs/llama3_1_8b --prompt "A trenchcoat is"
+  trenchcoat linearize MODEL --out runs/mine   the same for a model of yours: a hub id, a folder or a .gguf file
+  trenchcoat plan MODEL                        before that: what it needs, and how long it takes
+  trenchcoat generate runs/mine --prompt "A trenchcoat is"
 
 `trenchcoat COMMAND --help` explains a command and every setting it reads.
 """
@@ -47,18 +56,28 @@ Turn a pretrained softmax Transformer into a linear-time, constant-memory model.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 failed, 2 wrong usage, 130 stopped)."""
-    args = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    debug = getattr(args, "debug", False)
-    return guarded(lambda: _run(args.command, args, debug), debug=debug)
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(os.environ.get("COMP_LINE", "").split()[1:2])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    return guarded(lambda: _run(_parse(words or ["--help"]), debug), debug=debug)
 
 
-def _run(command: Command, args: argparse.Namespace, debug: bool) -> None:
+def _complete(named: Sequence[str]) -> None:
+    """Tell the shell what may follow, and exit."""
+    import argcomplete
+
+    argcomplete.autocomplete(parser_of(load_commands(named if set(named) <= COMMANDS.keys() and named else COMMANDS)))
+
+
+def _run(args: argparse.Namespace, debug: bool) -> None:
+    command: Command = args.command
     if command.recipe is not None:
         try:
             args.recipe = command.recipe(args)
         except UserError as error:
             raise UsageError(str(error)) from error
-    if not debug:
+    if command.libraries and not debug:
         quiet_libraries()
     show(command.run(args))
 
@@ -69,43 +88,101 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help ends with the settings of the recipe's ``sections``, collected when the help is shown."""
+    """A parser whose mistakes are one line, and whose help ends with its command's examples and settings.
+
+    The settings are those of the recipe's ``sections``, collected when the help is shown.
+    """
 
     sections: Sequence[str] | None = ()
+    examples: Sequence[str] = ()
 
     def format_help(self) -> str:
+        parts = [self.epilog or ""]
+        if self.examples:
+            parts.append("examples:\n" + "\n".join(f"  trenchcoat {line}" for line in self.examples))
         if self.sections is None or self.sections:
-            self.epilog = "settings:\n" + settings_help(self.sections)
-        return super().format_help()
+            parts += [settings_summary(self.sections), "settings, section by section:\n" + settings_help(self.sections)]
+        own, self.epilog = self.epilog, "\n\n".join(part for part in parts if part)
+        try:
+            return super().format_help()
+        finally:
+            self.epilog = own
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as wrong usage."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1, cutoff=0.5)
+            if not near:
+                raise
+            raise argparse.ArgumentError(action, f"invalid choice {value!r}, the nearest is {near[0]!r}") from error
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse; overrides may come anywhere among the options."""
-    commands = {name: importlib.import_module(module).COMMAND for name, module in COMMANDS.items()}
-    first: Command | None = commands.get(arguments[0]) if arguments else None
-    if first is not None and first.raw:
-        return argparse.Namespace(command=first, rest=arguments[1:])
-    parser = _parser_of(commands)
-    args, rest = parser.parse_known_args(arguments)
-    strange = [item for item in rest if item.startswith("-") or "=" not in item or not hasattr(args, "overrides")]
+    """Parse; overrides may come anywhere among the options. Only the module of the named command is imported.
+
+    Raises ``UsageError``.
+    """
+    name = next((word for word in arguments if word != "--debug"), "")
+    if not name.startswith("-") and name not in COMMANDS:
+        raise UsageError(f"there is no command {name!r}; {command_hint(name, COMMANDS)}")
+    commands = load_commands([name] if name in COMMANDS else COMMANDS)
+    if name in commands and commands[name].raw:
+        return argparse.Namespace(command=commands[name], rest=arguments[arguments.index(name) + 1 :])
+    args, rest = parser_of(commands).parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if strange:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+        raise UsageError(_unrecognized(args, arguments, strange))
     if hasattr(args, "overrides"):
         args.overrides = [*args.overrides, *rest]
     return args
 
 
-def _parser_of(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+def _unrecognized(args: argparse.Namespace, arguments: list[str], strange: list[str]) -> str:
+    """The message about words that no option takes; the first that looks like an option is explained."""
+    parser: _Parser = args.parser
+    flag = next((word for word in strange if word.startswith("-")), None)
+    if flag is None:
+        what = "settings" if all("=" in word for word in strange) else "further arguments"
+        return f"{parser.prog} takes no {what}: {' '.join(strange)}; see {parser.prog} --help"
+    words = arguments[arguments.index(flag) :]
+    options = [option for option in parser._option_string_actions if option.startswith("--")]
+    sections: Sequence[str] | None = (args.command.sections or None) if hasattr(args, "overrides") else ()
+    hint = option_hint(words, options, sections) or f"see {parser.prog} --help"
+    return f"{parser.prog} has no option {flag.partition('=')[0]}; {hint}"
+
+
+def load_commands(names: Iterable[str]) -> dict[str, Command]:
+    """The commands of these names; imports their modules, which are light."""
+    return {name: importlib.import_module(COMMANDS[name]).COMMAND for name in names}
+
+
+class _Version(argparse.Action):
+    """Prints the version, and those of the libraries that matter most, which are looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        found = [f"{name} {metadata.version(name)}" for name in ("trenchcoat", "torch", "transformers", "peft")]
+        print(f"{found[0]} (Python {platform.python_version()}, {', '.join(found[1:])})")
+        parser.exit()
+
+
+def parser_of(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """The parser of ``trenchcoat`` with these commands."""
     common = argparse.ArgumentParser(add_help=False)
     debug = "show the traceback of an error, and the libraries' notices"
     common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
     parser = _Parser("trenchcoat", description=DESCRIPTION, formatter_class=_Formatter, parents=[common])
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version, and those of its libraries")
 
     def add(to: Any, name: str, command: Command) -> None:
         short, more = command.help
         sub = to.add_parser(name, help=short, description=more, formatter_class=_Formatter, parents=[common])
-        sub.sections = command.sections
-        sub.set_defaults(command=command)
+        sub.sections, sub.examples = command.sections, command.examples
+        sub.set_defaults(command=command, parser=sub)
         command.options(sub)
         if command.actions:
             actions = sub.add_subparsers(title="actions", metavar="ACTION", required=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from trenchcoat.cli.terminal import warn
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.paths import expanded, require_writable
-from trenchcoat.config.recipe_io import builtin_recipes, load_recipe, names_model
+from trenchcoat.config.recipe_io import builtin_recipes, field_paths, load_recipe, names_model
 
 TARGET_HELP = "a run's folder, an adapter folder or a merged folder"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 (auto)"
@@ -66,6 +67,10 @@ class Command:
     """Sections of the recipe whose settings the help lists; None for all."""
     actions: Mapping[str, Command] = field(default_factory=dict)
     """The subcommands, one of which is required: ``trenchcoat blocks ACTION``."""
+    examples: Sequence[str] = ()
+    """Command lines, from the command's name on, that its help shows."""
+    libraries: bool = True
+    """Whether it uses Transformers and datasets, whose notices are then silenced."""
     raw: bool = False
     """Whether everything after the command's name is passed to ``run`` unparsed, as ``args.rest``."""
 
@@ -91,6 +96,7 @@ def recipe_command(
     *,
     here: bool = True,
     shortcuts: Sequence[str] = tuple(SHORTCUTS),
+    examples: Sequence[str] = (),
 ) -> Command:
     """A command that takes a recipe or a model, and overrides, before its own ``options``.
 
@@ -102,19 +108,23 @@ def recipe_command(
             "a model (hub id, folder or .gguf file), for which settings are chosen; a YAML file, a run's folder, or a "
             f"built-in recipe: {', '.join(builtin_recipes())}"
         )
-        parser.add_argument("recipe", metavar="MODEL_OR_RECIPE", help=known)
+        recipe: Any = parser.add_argument("recipe", metavar="MODEL_OR_RECIPE", help=known)
+        recipe.completer = _recipes_and_files
         add_overrides(parser)
         for name in shortcuts:
             metavar, text = SHORTCUTS[name]
             parser.add_argument(name, dest=f"shortcut_{name[2:]}", metavar=metavar, help=text)
         options(parser)
 
-    return Command(run, all_options, lambda args: _recipe_of(args, here), sections)
+    return Command(run, all_options, lambda args: _recipe_of(args, here), sections, examples=examples)
 
 
 def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
-    """The recipe that is named, or the one chosen for the model that is."""
+    """The recipe that is named, or the one chosen for the model that is; ``args.named`` becomes what was typed."""
     data, keep, out = (getattr(args, f"shortcut_{name}", None) for name in ("data", "keep", "out"))
+    options = (("--data", data), ("--keep", keep), ("--out", out))
+    typed = [word for name, value in options if value is not None for word in (name, str(value))]
+    args.named = shlex.join([args.recipe, *typed, *args.overrides])
     overrides = list(args.overrides)
     overrides += [f"{path}={value}" for path, value in (("student.keep", keep), ("run.dir", out)) if value is not None]
     if not names_model(args.recipe):
@@ -130,7 +140,15 @@ def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Settings as ``KEY=VALUE``, which may also come between the options."""
     text = "settings that override the recipe's, by path: transfer.lr=5e-3 student.name=linear transfer=null"
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=text)
+    overrides: Any = parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help=text)
+    overrides.completer = lambda **_: [f"{path}=" for path, _ in field_paths(Recipe) if "." in path]
+
+
+def _recipes_and_files(prefix: str, **_: Any) -> list[str]:
+    """What the shell may complete ``prefix`` to."""
+    from argcomplete.completers import FilesCompleter
+
+    return [*builtin_recipes(), *FilesCompleter()(prefix)]
 
 
 def values(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -57,6 +57,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict({**document, "run": run})
 
 
+def plain_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """Every setting at its own default, and no stage: the recipe of a model from elsewhere, to score or to use."""
+    return recipe_from_dict(_parsed("{transfer: null, lora: null}", "the defaults", overrides))
+
+
 def recipe_from_dict(document: Mapping[str, Any]) -> Recipe:
     """A checked recipe from nested plain values, such as a parsed ``recipe.yaml``; raises ``UserError``."""
     return typing.cast(Recipe, _build(Recipe, document, ""))
@@ -95,20 +100,25 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Raises ``UserError`` for a file that cannot be read, is not UTF-8, not YAML or not a mapping, for bad overrides, and
     for ``${...}``: nothing is filled in, so that no secret of the environment gets into a run's files.
     """
-    from omegaconf import DictConfig, OmegaConf
-
     try:
         text = path.read_text(encoding="utf-8").strip() or "{}"
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); expected a YAML file in UTF-8") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    with _yaml_errors(f"{path} is not valid YAML"):
-        tree = _tree(text, str(path))
+    return _parsed(text, str(path), overrides)
+
+
+def _parsed(text: str, where: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The YAML ``text`` of :func:`read_yaml`; ``where`` it stands, for messages."""
+    from omegaconf import DictConfig, OmegaConf
+
+    with _yaml_errors(f"{where} is not valid YAML"):
+        tree = _tree(text, where)
         base = OmegaConf.create(text)
         if not isinstance(base, DictConfig):
             raise UserError(
-                f"{path}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
+                f"{where}: a recipe is a mapping of sections (model, student, data, ...), got a {type(base).__name__}"
             )
         kept = _kept_as_written(tree, ["student", "keep"])
         if kept is not None:
@@ -333,6 +343,27 @@ def settings_help(sections: Sequence[str] | None = None, width: int = 100) -> st
         if sections is None or field.name in sections:
             lines += _described(Recipe, field, "", width)
     return "\n".join(lines).strip()
+
+
+COMMON = (
+    "model.path", "data.path", "data.max_rows", "data.seq_len", "student.name", "student.window", "student.keep",
+    "transfer.lr", "transfer.max_steps", "lora.lr", "lora.rank", "lora.max_steps", "eval.rows", "run.dir",
+)  # fmt: skip
+"""The settings that most people set first."""
+
+
+def settings_summary(sections: Sequence[str] | None = None) -> str:
+    """Help text, one line each, for those of the `COMMON` settings that are in ``sections`` (None: all)."""
+    lines = []
+    for path in COMMON:
+        section, _, name = path.partition(".")
+        if sections is not None and section not in sections:
+            continue
+        cls = typing.cast(type, _section(_hints(Recipe)[section]))
+        default = next(each.default for each in dataclasses.fields(cls) if each.name == name)
+        text = textwrap.shorten(field_docs(cls)[name].partition(". ")[0].rstrip("."), 70, placeholder=" ...")
+        lines.append(f"  {path}={_shown(default)}".ljust(30) + f" {text}")
+    return "settings that most people set first:\n" + "\n".join(lines)
 
 
 def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) -> list[str]:

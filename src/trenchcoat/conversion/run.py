@@ -20,7 +20,7 @@ from trenchcoat.models.attach import student_implementation
 from trenchcoat.models.rotary import length_dependence
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.files import locked
-from trenchcoat.runtime.runfolder import RunFolder
+from trenchcoat.runtime.runfolder import RunFolder, first_missing, remove_start
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.trackers import MetricsTracker, open_trackers
 from trenchcoat.students import student_class
@@ -72,6 +72,7 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
     """Join the torchrun process group, lock the run's folder and open its log.
 
     ``directory`` is a folder to lock and log to instead of the run's own.
+    A start that fails leaves no folder that was not there before.
     Raises ``UserError`` for an unknown student or objective, a folder that holds ``stages`` of another recipe, and a
     folder that another command is using.
     """
@@ -81,7 +82,10 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
         folder = RunFolder(recipe.run.dir)
         folder.refuse_other_recipe(recipe, stages)
         held = directory or folder.directory
+        created = first_missing(held)
         distributed.from_main(lambda: stack.enter_context(locked(held)))
+        if distributed.is_main():
+            stack.push(lambda kind, *_: remove_start(held, created) if kind is not None else None)
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
         names = recipe.run.trackers if directory is None and distributed.is_main() else ()

@@ -43,6 +43,7 @@ from trenchcoat.runtime.runfolder import (
     TEACHER_LORA,
     TRANSFER,
     WINDOW_SINKS_LORA,
+    RunFolder,
 )
 
 _TITLES = {
@@ -107,8 +108,8 @@ def transfer(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
 
 def finetune(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
     """Stage 2 alone, on the transfer found in the run's folder (or without one, if the recipe has transfer=null)."""
+    _require_transfer(recipe)
     with open_variants(recipe, own_stages(recipe), given) as variants:
-        variants.require_transfer()
         check_ready(variants, [variants.main_lora_stage])
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)
@@ -130,6 +131,18 @@ def evaluate_run(recipe: Recipe) -> Outcome:
 
 
 # Parts of the commands
+
+
+def _require_transfer(recipe: Recipe) -> None:
+    """Raise ``UserError`` when stage 2 needs a transfer that is not finished in the run's folder."""
+    folder = RunFolder(recipe.run.dir)
+    if recipe.transfer is None or folder.result(TRANSFER) is not None:
+        return
+    state = "is not finished" if folder.begun(TRANSFER) else "has not been run"
+    raise UserError(
+        f"the attention transfer of this recipe {state} in {recipe.run.dir}: run `trenchcoat transfer` with the same "
+        "recipe first, or set transfer=null for the baseline without it"
+    )
 
 
 def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:

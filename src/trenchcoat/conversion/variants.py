@@ -295,16 +295,6 @@ class ModelVariants:
         teacher = own_teacher(as_teacher) if cfg.teacher_logits is None else stored_teacher
         return stage_2_objective(cfg, teacher), cfg
 
-    def require_transfer(self) -> None:
-        """Raise ``UserError`` when stage 2 needs a transfer that is not finished in this run's folder."""
-        if self.recipe.transfer is None or self.folder.result(TRANSFER) is not None:
-            return
-        state = "is not finished" if self.folder.begun(TRANSFER) else "has not been run"
-        raise UserError(
-            f"the attention transfer of this recipe {state} in {self.recipe.run.dir}: run `trenchcoat transfer` with "
-            "the same recipe first, or set transfer=null for the baseline without it"
-        )
-
     @property
     def adapter(self) -> Path:
         """The run's adapter folder."""

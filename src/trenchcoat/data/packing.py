@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100
 """Label of a token that does not count, as everywhere in Transformers."""
@@ -28,6 +29,8 @@ Encoded = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
 def padded_batch(rows: Sequence[Encoded], seq_len: int, pad: int) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels of ``rows``, each int64 [b, T], padded on the right with ``pad``."""
+    import torch
+
     shape = (len(rows), seq_len)
     ids, mask, labels = np.full(shape, pad), np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED)
     for i, (tokens, counted) in enumerate(rows):

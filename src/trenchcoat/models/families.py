@@ -17,13 +17,16 @@ from torch import nn
 from trenchcoat.config import UserError
 from trenchcoat.models.transformers_internals import calls_attention_interface
 
-KNOWN_FAMILIES: tuple[str, ...] = tuple(
-    """
-    apertus arcee bitnet cohere cohere2 ernie4_5 exaone4 gemma gemma2 gemma3_text gemma4_text glm glm4 gpt_oss
-    granite granitemoe helium hunyuan_v1_dense llama llama4_text ministral mistral mixtral nemotron olmo2 olmo3
-    olmoe phi phi3 qwen2 qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
-    """.split()
+TESTED_FAMILIES: tuple[str, ...] = tuple(
+    "cohere2 gemma2 gpt_oss granite llama mistral mixtral olmo2 phi3 qwen2 qwen3 smollm3".split()
 )
+"""Families with which every student is tested, on small models with random weights, whenever the tests run."""
+
+_TRIED_ONCE = """
+    apertus arcee bitnet cohere ernie4_5 exaone4 gemma gemma3_text gemma4_text glm glm4 granitemoe helium
+    hunyuan_v1_dense llama4_text ministral nemotron olmo3 olmoe phi qwen3_moe seed_oss stablelm starcoder2
+"""
+KNOWN_FAMILIES: tuple[str, ...] = tuple(sorted([*TESTED_FAMILIES, *_TRIED_ONCE.split()]))
 """Transformers' `model_type` of the families known to work; merged checkpoints of these load through `AutoModel`."""
 
 ATTENTION_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -55,6 +58,19 @@ REASONS: dict[str, str] = {
     "xlstm": _STATE_SPACE,
 }
 """Families refused by name. Others are refused by their structure."""
+
+
+_TRAINED = {
+    "llama": "SmolLM2-135M-Instruct and the embedded teacher were converted and scored (docs/RESULTS.md)",
+}
+"""Families of which trained weights were converted here."""
+
+
+def tried_how(family: str) -> str:
+    """What a family of `KNOWN_FAMILIES` was tried on."""
+    tested = family in TESTED_FAMILIES
+    found = "tested with every student on small random weights" if tested else "tried once on small random weights"
+    return f"{found}; {_TRAINED[family]}" if family in _TRAINED else found
 
 
 class UnsupportedFamilyError(UserError):

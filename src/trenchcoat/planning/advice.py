@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from trenchcoat.config.units import gib, tera
@@ -29,13 +30,17 @@ def notes_on(planner: Planner, plan: Plan) -> list[str]:
     return found
 
 
-def enough_gpus(planner: Planner) -> int | None:
-    """The smallest number of GPUs over which the sharded base fits: powers of two in a node, then whole nodes."""
+def enough_gpus(planner: Planner, names: Sequence[str] | None = None) -> int | None:
+    """The smallest number of GPUs over which the sharded base fits: powers of two in a node, then whole nodes.
+
+    ``names``: of the stages that have to fit; None for all.
+    """
+    stages = [stage for name, stage in planner.stages.items() if names is None or name in names]
     node = planner.machine.gpus_per_node
     small = [2**i for i in range(1, 10) if 2**i < node]
     for gpus in [*small, *range(node, MOST_GPUS + 1, node)]:
         layout = Layout(ranks=gpus, shared_by=gpus)
-        if gpus > 1 and all(planner.fits(planner.memory(stage, layout)) for stage in planner.stages.values()):
+        if gpus > 1 and all(planner.fits(planner.memory(stage, layout)) for stage in stages):
             return gpus
     return None
 

@@ -136,7 +136,13 @@ class Way:
     """Overrides that select it."""
     layout: Layout
     stages: dict[str, StagePlan]
-    fits: bool
+    stage_fits: dict[str, bool]
+    """Whether each stage fits a GPU, including the reserve."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether all stages do."""
+        return all(self.stage_fits.values())
 
     @property
     def peak(self) -> float:
@@ -176,6 +182,7 @@ class Plan:
         """Plain values for JSON."""
         plain = dataclasses.asdict(self)
         for way, entry in zip(self.ways, plain["ways"], strict=True):
+            entry["fits"] = way.fits
             for name, stage in way.stages.items():
                 entry["stages"][name] |= {"total_bytes": stage.memory.total, "hours": stage.hours}
         return plain
@@ -272,7 +279,7 @@ class Planner:
     def way(self, name: str, settings: str, layout: Layout) -> Way:
         """Memory, speed and fit of one layout."""
         stages = {key: self.stage(stage, layout) for key, stage in self.stages.items()}
-        return Way(name, settings, layout, stages, all(self.fits(s.memory) for s in stages.values()))
+        return Way(name, settings, layout, stages, {key: self.fits(s.memory) for key, s in stages.items()})
 
     def fits(self, memory: Footprint) -> bool:
         """Whether it fits a GPU, including the reserve."""

@@ -7,6 +7,7 @@ blocks plan` reports the ways of running its attention transfer block by block.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,9 +33,10 @@ from trenchcoat.planning.plan import (
     make_plan,
 )
 from trenchcoat.planning.simulate import Sharding, simulate
+from trenchcoat.planning.verdict import STAGE_TITLES, TRUST, command, verdict
 
-STAGE_TITLES = {"transfer": "attention transfer", "lora": "LoRA"}
-
+_WIDTH = 80
+"""Columns of a terminal that a plan without details fits."""
 _TEXT_COLUMNS = ("way", "fits", "settings", "limit", "part", "stage")
 """Left-aligned columns."""
 
@@ -48,31 +50,52 @@ class PlanReport:
 
 
 def report_plan(
-    recipe: Recipe, machine: Machine, *, tokens: float | None = None, simulated: bool = False
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    named: str,
+    tokens: float | None = None,
+    simulated: bool = False,
+    details: bool = False,
 ) -> PlanReport:
     """Plan ``recipe`` on ``machine``; with ``simulated``, also run a step of each stage on fake tensors to compare.
 
-    ``tokens`` is the number of training tokens per epoch. Raises ``UserError``.
+    ``named``: the recipe or model and its overrides, as they were typed. ``tokens``: the number of training tokens per
+    epoch. ``details``: also show the memory part by part, the ways through the blocks, disk and notes. Raises
+    ``UserError``.
     """
     planner, plan = make_plan(recipe, machine, tokens=tokens)
-    notes = notes_on(planner, plan)
-    shown: list[Any] = [_headline(recipe, plan), _ways_table(plan)]
-    shown += [_parts_table(plan, stage) for stage in planner.stages]
-    document = plan.as_dict() | {"notes": notes}
-    if recipe.transfer is not None:
-        try:
-            blocks = plan_transfer(planner, plan, gpus=[machine.gpus])
-            shown.append(_side_by_side(blocks))
-            document["blocks"] = asdict(blocks)
-        except UserError as error:
-            document["blocks"] = f"block by block: {error}"
-            shown.append(document["blocks"])
-    shown += [_disk_line(plan), _state_line(plan), *_bullets(notes)]
+    blocks = _blocks_plan(planner, plan)
+    one_by_one = blocks if isinstance(blocks, BlocksPlan) else None
+    notes, sentence = notes_on(planner, plan), verdict(planner, plan, one_by_one)
+    typed = command(plan, one_by_one, named)
+    shown: list[Any] = ["", textwrap.fill(sentence, _WIDTH), "", *([f"  {typed}", ""] if typed else [])]
+    shown += [_ways_table(plan), textwrap.fill(TRUST.format(mfu=machine.mfu), _WIDTH)]
+    if details:
+        shown += ["", _headline(recipe, plan), _speeds_table(plan)]
+        shown += [_parts_table(plan, stage) for stage in planner.stages]
+        shown += [] if blocks is None else [_side_by_side(blocks) if isinstance(blocks, BlocksPlan) else blocks]
+        shown += [_disk_line(plan), _state_line(plan)]
+    if details or plan.chosen is None:
+        shown += _bullets(notes)
+    document = plan.as_dict() | {"notes": notes, "verdict": sentence, "command": typed}
+    if blocks is not None:
+        document["blocks"] = asdict(blocks) if isinstance(blocks, BlocksPlan) else blocks
     if simulated:
         way = _way_to_simulate(plan)
         document["simulated"] = {name: _simulated(planner, way, name) for name in planner.stages}
         shown.append(_comparison(way.name, document["simulated"]))
     return PlanReport(tuple(shown), document)
+
+
+def _blocks_plan(planner: Planner, plan: Plan) -> BlocksPlan | str | None:
+    """The ways of running attention transfer block by block, or why there are none; None without that stage."""
+    if planner.recipe.transfer is None:
+        return None
+    try:
+        return plan_transfer(planner, plan, gpus=[plan.machine.gpus])
+    except UserError as error:
+        return f"block by block: {error}"
 
 
 def report_blocks_plan(recipe: Recipe, machine: Machine, *, tokens: float | None = None) -> PlanReport:
@@ -168,26 +191,29 @@ def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | N
 
 
 def _ways_table(plan: Plan) -> Table:
-    """One row per way."""
+    """One row per way: what fits and how long it takes."""
     stages = list(plan.ways[0].stages)
-    speeds = [f"{name}\n{what}" for name in stages for what in ("tokens/s", "hours")]
-    table = _table(
-        "Ways to run it (memory of one GPU, tokens/s of all)",
-        ["way", *(STAGE_TITLES[name] for name in stages), "fits", *speeds, "settings"],
-        (
-            [
-                f"{way.name} *" if way.name == plan.best else way.name,
-                *(gib(stage.memory.total) for stage in way.stages.values()),
-                "yes" if way.fits else "no",
-                *(cell for stage in way.stages.values() for cell in _speed(stage)),
-                way.settings,
-            ]
-            for way in plan.ways
-        ),
-    )
-    if plan.best is not None:
-        table.caption = "* the fastest that fits"
+    titles = " + ".join(stages)
+    rows = [
+        [
+            f"{way.name} *" if way.name == plan.best else way.name,
+            " + ".join(gib(stage.memory.total).removesuffix(" GiB") for stage in way.stages.values()),
+            "yes" if way.fits else "no",
+            " + ".join(_speed(stage)[1] for stage in way.stages.values()),
+        ]
+        for way in plan.ways
+    ]
+    table = _table("Ways to run it", ["way", f"GiB of one GPU:\n{titles}", "fits", f"hours:\n{titles}"], rows)
+    mark = "* the fastest that fits; " if plan.best is not None else ""
+    table.caption = f"{mark}--details shows the rest"
     return table
+
+
+def _speeds_table(plan: Plan) -> Table:
+    """One row per way: tokens/s of all GPUs together, and the settings that select it."""
+    rows = [[way.name, *(_speed(stage)[0] for stage in way.stages.values()), way.settings] for way in plan.ways]
+    headings = [f"{name}\ntokens/s" for name in plan.ways[0].stages]
+    return _table("Tokens/s of all GPUs", ["way", *headings, "settings"], rows)
 
 
 def _speed(stage: StagePlan) -> tuple[str, str]:

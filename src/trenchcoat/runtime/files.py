@@ -43,7 +43,7 @@ _PARTIAL_NAME = re.compile(
     rf"{re.escape(PARTIAL_PREFIX)}(?P<host>[0-9a-f]{{8}})-(?P<start>[0-9a-f]{{8}})-(?P<pid>\d+)-[0-9a-f]{{8}}-(?P<name>.+)"
 )
 
-_LOCK_FILE, _HOLDER_FILE = ".lock", ".lock-holder"
+LOCK_FILE, HOLDER_FILE = ".lock", ".lock-holder"
 _PROBE_SECONDS = 0.05
 """Timeout when only probing a lock, as another process may be probing it too."""
 
@@ -268,7 +268,7 @@ def sha256(path: Path) -> str:
 @contextmanager
 def locked(directory: Path | str) -> Iterator[None]:
     """Lock ``directory`` (created if needed) while the block runs; raises ``InUse`` naming the holder of the lock."""
-    path, name = Path(directory) / _LOCK_FILE, Path(directory) / _HOLDER_FILE
+    path, name = Path(directory) / LOCK_FILE, Path(directory) / HOLDER_FILE
     lock = FileLock(path)
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,11 +296,11 @@ def locked(directory: Path | str) -> Iterator[None]:
 
 def holder(directory: Path | str) -> str | None:
     """The command that has locked ``directory``, for messages, or None. Leaves no lock and creates nothing."""
-    name = Path(directory) / _HOLDER_FILE
+    name = Path(directory) / HOLDER_FILE
     if not _read_holder(name):
         return None
     try:  # a killed holder leaves its name but not its lock
-        with FileLock(Path(directory) / _LOCK_FILE, timeout=_PROBE_SECONDS):
+        with FileLock(Path(directory) / LOCK_FILE, timeout=_PROBE_SECONDS):
             name.unlink(missing_ok=True)
         return None
     except OSError:  # locked, or no permission to open it

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from torch import Tensor
 from trenchcoat.config import Recipe, StudentConfig, UserError
 from trenchcoat.config.paths import same_place
 from trenchcoat.config.settings import PATHS
-from trenchcoat.runtime.files import CONTENT, CorruptFileError, read_tensors, save_tensors, sha256
+from trenchcoat.runtime.files import (
+    CONTENT,
+    HOLDER_FILE,
+    LOCK_FILE,
+    CorruptFileError,
+    read_tensors,
+    save_tensors,
+    sha256,
+)
 from trenchcoat.runtime.sealed import read_sealed, write_sealed
 
 TRANSFER, LORA, LORA_ONLY, WINDOW_SINKS_LORA = "transfer", "lora", "lora_only", "window_sinks_lora"
@@ -38,6 +47,9 @@ SETTINGS, WEIGHTS, RESULT = "settings.json", "weights.safetensors", "result.json
 
 LEARNED = "weights"
 """Key of the weights' checksum among a stage's figures."""
+
+_START = (LOCK_FILE, HOLDER_FILE, "metrics.jsonl", "environment.json")
+"""The files that a run's folder holds before a stage begins."""
 
 _DEPENDS: dict[str, tuple[str, ...]] = {
     SELECT: ("model", "student.window", "student.keep_softmax", "data", "select", "eval.sinks", "run"),
@@ -235,3 +247,25 @@ class RunFolder:
 
 def _digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def first_missing(directory: Path) -> Path | None:
+    """The first folder on the way to ``directory`` that would have to be made; None where all exist."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    return missing[-1] if missing else None
+
+
+def remove_start(directory: Path, created: Path | None) -> None:
+    """Remove what a failed start left in ``directory``, and the folders from ``created`` down to it.
+
+    Nothing is removed where ``created`` is None, or where the folder holds anything that is worth keeping.
+    """
+    if created is None or not {path.name for path in directory.iterdir()} <= set(_START):
+        return
+    for name in _START:
+        (directory / name).unlink(missing_ok=True)
+    for folder in (directory, *directory.parents):
+        with suppress(OSError):  # another command has begun to use it
+            folder.rmdir()
+        if folder == created:
+            return

@@ -36,4 +36,11 @@ def _run(args: argparse.Namespace) -> Any:
     return (run_benchmark(args.what, say=say, only=only, **settings),)
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=(
+        "bench ops --quick",
+        "bench kernels --only decode --device cuda --out kernels.json",
+    ),
+)

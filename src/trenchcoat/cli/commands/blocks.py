@@ -139,8 +139,16 @@ def _status(args: argparse.Namespace) -> Any:
 COMMAND = Command(
     _blocks,
     actions={
-        "plan": recipe_command(_plan, add_machine, sections=("blocks",), here=False),
-        "run": recipe_command(_run, _run_options, sections=_SECTIONS, here=False),
+        "plan": recipe_command(
+            _plan,
+            add_machine,
+            sections=("blocks",),
+            here=False,
+            examples=("blocks plan llama3_1_405b_blocks --gpus 8 --disk 2TB",),
+        ),
+        "run": recipe_command(
+            _run, _run_options, sections=_SECTIONS, here=False, examples=("blocks run llama3_1_70b_blocks",)
+        ),
         "collect": recipe_command(_collect, sections=_SECTIONS, here=False),
         "train": recipe_command(_train, _train_options, sections=_SECTIONS, here=False),
         "stitch": recipe_command(_stitch, sections=_SECTIONS, here=False),

@@ -155,4 +155,11 @@ def _columns(names: list[str]) -> Iterator[Callable[[str, str], None]]:
         yield add
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=(
+        "chat runs/smollm2_135m",
+        "chat runs/smollm2_135m --compare",
+    ),
+)

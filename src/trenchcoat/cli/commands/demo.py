@@ -22,4 +22,13 @@ def _run(args: argparse.Namespace) -> Any:
     return stages.demo(args.recipe)
 
 
-COMMAND = Command(_run, add_overrides, recipe=lambda args: load_recipe("demo", args.overrides), sections=None)
+COMMAND = Command(
+    _run,
+    add_overrides,
+    recipe=lambda args: load_recipe("demo", args.overrides),
+    sections=None,
+    examples=(
+        "demo",
+        "demo student.window=16 run.dir=runs/window_16",
+    ),
+)

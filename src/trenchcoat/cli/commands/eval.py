@@ -16,14 +16,9 @@ from trenchcoat.cli.command import (
     whole_number,
 )
 from trenchcoat.config import Recipe
-from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.config.recipe_io import load_recipe, plain_recipe
 from trenchcoat.evaluation.own_tasks import OWN_TASKS
 from trenchcoat.evaluation.task import LENGTHS, TaskPlan
-
-_ANY_MODEL = (
-    "student.keep=none", "student.sinks=0", "transfer=null", "lora=null", "data.path=embedded", "eval.seq_len=null",
-)  # fmt: skip
-"""What the demo's recipe needs to become that of a model from elsewhere."""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -54,10 +49,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def text_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe whose text is read for ``args.target``: a run's own, else the embedded text."""
+    """The recipe of ``args.target``: a run's own, else the settings' defaults, with the embedded text."""
     if (args.target / "recipe.yaml").is_file():
         return load_recipe(args.target, args.overrides)
-    return load_recipe("demo", [*_ANY_MODEL, *args.overrides])
+    return plain_recipe(args.overrides)
 
 
 def _run(args: argparse.Namespace) -> Any:
@@ -106,4 +101,14 @@ def _lengths(text: str) -> tuple[float, ...]:
     return found
 
 
-COMMAND = Command(_run, _options, recipe=text_recipe, sections=("data", "eval"))
+COMMAND = Command(
+    _run,
+    _options,
+    recipe=text_recipe,
+    sections=("data", "eval"),
+    examples=(
+        "eval runs/smollm2_135m eval.rows=64",
+        "eval merged data.path=books.jsonl",
+        "eval merged --tasks piqa,mmlu --limit 100 --teacher",
+    ),
+)

@@ -52,4 +52,8 @@ def _run(args: argparse.Namespace) -> Any:
     return stages.export(args.target, args.out, merge=args.merge, dtype=dtype)
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=("export runs/smollm2_135m --merge --out merged",),
+)

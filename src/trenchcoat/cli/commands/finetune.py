@@ -20,4 +20,11 @@ def _run(args: argparse.Namespace) -> Any:
     return stages.finetune(args.recipe)
 
 
-COMMAND = recipe_command(_run, sections=("model", "student", "data", "run", "lora"))
+COMMAND = recipe_command(
+    _run,
+    sections=("model", "student", "data", "run", "lora"),
+    examples=(
+        "finetune smollm2_135m lora.lr=1e-4",
+        "finetune smollm2_135m transfer=null run.dir=runs/without_transfer",
+    ),
+)

@@ -95,4 +95,11 @@ def _json_prompt(line: str, where: str) -> str:
     return str(found["prompt"])
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=(
+        'generate runs/smollm2_135m --prompt "A trenchcoat is" --max-new-tokens 100',
+        "generate merged --prompts questions.txt --out answers.jsonl",
+    ),
+)

@@ -55,4 +55,8 @@ def _run(args: argparse.Namespace) -> Any:
     return *found, f"the adapter is in {args.out}"
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=("import-lolcats --maps distill.pt --lora finetune.pt --base meta-llama/Llama-3.1-8B --out adapter",),
+)

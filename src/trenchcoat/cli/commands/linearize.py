@@ -20,4 +20,11 @@ def _run(args: argparse.Namespace) -> Any:
     return stages.linearize(args.recipe)
 
 
-COMMAND = recipe_command(_run)
+COMMAND = recipe_command(
+    _run,
+    examples=(
+        "linearize HuggingFaceTB/SmolLM2-135M-Instruct --out runs/smollm2",
+        "linearize llama3_1_8b transfer.lr=5e-3 lora.rank=16",
+        "linearize ~/models/mine --data my_texts.jsonl --keep 13%",
+    ),
+)

@@ -34,4 +34,8 @@ def _run(args: argparse.Namespace) -> Any:
     return compare_runs.terminal_comparison(runs), f"the comparison: {path} and {path.with_suffix('.html').name}"
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=("report runs/smollm2_135m runs/window_16 --out comparison",),
+)

@@ -58,5 +58,12 @@ def _run(args: argparse.Namespace) -> Any:
 
 
 COMMAND = recipe_command(
-    _run, _options, sections=("model", "student", "data", "select", "run"), shortcuts=("--data", "--out")
+    _run,
+    _options,
+    sections=("model", "student", "data", "select", "run"),
+    shortcuts=("--data", "--out"),
+    examples=(
+        "select smollm2_135m --keep 13%",
+        "select smollm2_135m --reach 95%",
+    ),
 )

@@ -74,4 +74,8 @@ def _run(args: argparse.Namespace) -> None:
     serve(args.target, settings, lambda line: show((line,)))
 
 
-COMMAND = Command(_run, _options)
+COMMAND = Command(
+    _run,
+    _options,
+    examples=("serve runs/smollm2_135m --port 8000",),
+)

@@ -19,4 +19,8 @@ def _run(args: argparse.Namespace) -> Any:
     return stages.transfer(args.recipe)
 
 
-COMMAND = recipe_command(_run, sections=("model", "student", "data", "run", "transfer"))
+COMMAND = recipe_command(
+    _run,
+    sections=("model", "student", "data", "run", "transfer"),
+    examples=("transfer smollm2_135m transfer.lr=5e-3",),
+)

@@ -133,6 +133,11 @@ def shard_blocks(recipe: Recipe, out: Path) -> Outcome:
 
 def stitch_blocks(recipe: Recipe) -> Outcome:
     """Combine all blocks into one adapter, as the joint run would write it, and score it."""
+    if not found_blocks(recipe):
+        raise UserError(
+            f"{recipe.run.dir} holds no trained blocks: train them first, with `trenchcoat blocks run` or with "
+            "`blocks collect` and `blocks train`"
+        )
     with open_blocks(recipe, cut_for="any") as work:
         return _stitched(work)
 
@@ -194,8 +199,6 @@ def open_blocks(
         with open_run(recipe, [TRANSFER], alone) as run:
             check_blocks(recipe, source, blocks)
             distributed.from_main(lambda: check_found(recipe, blocks, cut_for))
-            if block is None:
-                _record(run, source, blocks)
             folder = model_source(recipe.model) if weights is None else str(weights)
             tokenizer = load_tokenizer(recipe.model, folder, embeddings_of(source.plain))
             text = run.load_batches(tokenizer, batch_size=transfer.batch_size)
@@ -203,6 +206,8 @@ def open_blocks(
             if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
                 start = run.load_batches(tokenizer, batch_size=LANDMARK_ROWS).train_batch(0)
             scored = partial(_evaluation_text, run, tokenizer, text)
+            if block is None:
+                _record(run, source, blocks)
             with BlockRun(recipe, source, text, blocks, run.log, scored, start=start) as work:
                 yield work
 
