@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -70,11 +70,12 @@ def test_gates_go_from_the_model_to_window_and_sinks(family: str) -> None:
         detach_students(model)
 
 
+@pytest.mark.parametrize("wanted", ["kl", "ce"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-def test_scores_are_the_gradients_of_the_gates(family: str) -> None:
+def test_scores_are_the_gradients_of_the_gates(family: str, wanted: Literal["kl", "ce"]) -> None:
     """Against finite differences, with the layers recomputed in the backward pass; the model is unchanged after it."""
     model = tiny_model(family).double()
-    probe = probe_of(model, cfg=SelectConfig(gates=(0.3, 0.6)))
+    probe = probe_of(model, cfg=SelectConfig(gates=(0.3, 0.6), loss=wanted))
     before = logits(model, probe.text_NT)
     parts = gate_gradients(probe)
     assert torch.equal(logits(model, probe.text_NT), before)
@@ -85,7 +86,10 @@ def test_scores_are_the_gradients_of_the_gates(family: str) -> None:
             gates = {s.index: torch.full((s.num_heads,), gate) for s in attention_sites(model)}
             gates[1][2 * group : 2 * group + 2] += step  # two query heads a group
             found = gated_logits(model, gates, rows)
-            return float(F.cross_entropy(found[:, first:-1].flatten(0, 1), rows[:, first + 1 :].flatten()))
+            if wanted == "ce":
+                return float(F.cross_entropy(found[:, first:-1].flatten(0, 1), rows[:, first + 1 :].flatten()))
+            own, its = (x[:, first:].flatten(0, 1).log_softmax(-1) for x in (logits(model, rows), found))
+            return float((own.exp() * (own - its)).sum(-1).mean())
 
         for group in (0, 1):
             steps = [(loss(g, group, 0.01) - loss(g, group, -0.01)) / 0.02 for g in (0.3, 0.6)]

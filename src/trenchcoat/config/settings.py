@@ -430,6 +430,9 @@ class SelectConfig(_Section):
     method: Annotated[str, NameIn("trenchcoat.conversion.selection.registry", "METHODS")] = "gates"
     """How groups are scored. `gates`: what far text is worth to the loss, by backward passes; `retrieval`: attention to
     what followed the same token earlier, forward only; `uniform` and `random`: without measuring, for comparison."""
+    loss: Literal["kl", "ce"] = "kl"
+    """gates: the loss that is differentiated, the divergence from the model itself or the next-token loss. The first
+    sees the whole distribution of every token, so its ranking varies less from text to text."""
     rows: PositiveInt = 4
     """Rows of training text, and as many of text that follows itself, that groups are scored on."""
     seq_len: RowLength | None = None

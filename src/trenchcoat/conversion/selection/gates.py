@@ -11,14 +11,12 @@ Shapes: b rows, T tokens, H query heads, G key/value heads, D head dim.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +28,10 @@ from trenchcoat.models.families import AttentionSite, decoder_of
 from trenchcoat.models.interface import Output, own_attention
 from trenchcoat.models.transformers_internals import score_options
 from trenchcoat.runtime import distributed
+from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.sharding import compute_device
 from trenchcoat.students import build_student
+from trenchcoat.training.logits import LogitLoss, Taught, own_teacher
 
 
 class Gated:
@@ -76,33 +76,48 @@ def gate_gradients(probe: Probe) -> dict[str, LayerScores]:
             "through the model block by block"
         )
     start = {"text": 2 * probe.near.window, "copy": probe.copy_NT.shape[1] // 2}
-    rows = {"text": probe.text_NT, "copy": probe.copy_NT}
-    work = [(part, i, gate) for part in rows for gate in probe.cfg.gates for i in range(len(rows[part]))]
-    total = {part: torch.zeros(sum(site.num_heads for site in probe.sites), dtype=torch.float64) for part in rows}
+    batches = {part: _batches(probe, rows_NT, start[part]) for part, rows_NT in probe.rows.items()}
+    work = [(part, i, gate) for part in batches for gate in probe.cfg.gates for i in range(len(batches[part]))]
+    total = {part: torch.zeros(sum(site.num_heads for site in probe.sites), dtype=torch.float64) for part in batches}
     with probe.log.progress("gates", len(work)) as display, _recomputing(probe.model):
+        taught = {part: [_taught(probe, batch) for batch in rows] for part, rows in batches.items()}
         for done, item in enumerate(distributed.share(work), 1):
             part, i, gate = item or work[0]  # None: only takes part in collectives
-            found = _gradient(probe, rows[part][i : i + 1], start[part], gate)
+            found = _gradient(probe, batches[part][i], taught[part][i], gate)
             if item is not None:
-                total[part] -= found / (len(rows[part]) * len(probe.cfg.gates))
+                total[part] -= found / (len(batches[part]) * len(probe.cfg.gates))
             display.update(min(done * distributed.size(), len(work)))
     return {part: probe.by_layer(distributed.sum_tensor(heads)) for part, heads in total.items()}
 
 
-def _gradient(probe: Probe, ids_1T: Tensor, first: int, gate: float) -> Tensor:
-    """d loss / d a of every head of ``probe.sites`` [sum of H], where all gates are ``gate``; float64 on the host.
+def _batches(probe: Probe, rows_NT: Tensor, first: int) -> list[dict[str, Tensor]]:
+    """A micro-batch of each row; the loss is that of the predictions made at position ``first`` and later."""
+    place_T, device = torch.arange(rows_NT.shape[1]), compute_device(probe.model)
+    counted_1T = (place_T >= first)[None].to(device)
+    found = []
+    for row_T in rows_NT:
+        labels_T = torch.where(place_T > first, row_T, -100)
+        found.append({"input_ids": row_T[None].to(device), "labels": labels_T[None].to(device), "counted": counted_1T})
+    return found
 
-    The loss is the mean over tokens predicted from position ``first`` on.
-    """
-    device = compute_device(probe.model)
-    ids_1T = ids_1T.to(device)
-    sites = probe.sites
+
+def _taught(probe: Probe, batch: dict[str, Tensor]) -> Taught | None:
+    """What the model itself says about a row; None where it is not asked."""
+    if probe.cfg.loss == "ce":
+        return None
+    return own_teacher(lambda model: nullcontext())(probe.model, {"input_ids": batch["input_ids"]})
+
+
+def _gradient(probe: Probe, batch: dict[str, Tensor], taught: Taught | None, gate: float) -> Tensor:
+    """d loss / d a of every head of ``probe.sites`` [sum of H], where all gates are ``gate``; float64 on the host."""
+    device, sites = batch["input_ids"].device, probe.sites
     gates = {s.index: torch.full((s.num_heads,), gate, device=device, requires_grad=True) for s in sites}
-    count = ids_1T.shape[1] - first
-    keep = {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(probe.model.forward).parameters else {}
+    counted = {"labels": batch["labels"], "attention_mask": batch["counted"]}
+    loss = LogitLoss.of(counted, 0.0 if taught is None else 1.0, taught)
     with torch.enable_grad(), attention_through(probe.model, Gated(sites, probe.near, gates)):
-        logits = probe.model(input_ids=ids_1T, use_cache=False, **keep).logits
-        F.cross_entropy(logits[0, -count:-1].float(), ids_1T[0, first + 1 :]).backward()
+        hidden_1Td, more = run_to_head(probe.model, input_ids=batch["input_ids"], use_cache=False)
+        slope_1Td = loss.over(VocabularyHead(probe.model), hidden_1Td)
+        torch.autograd.backward([hidden_1Td, *more], [slope_1Td, *(torch.zeros_like(t) for t in more)])
     return torch.cat([gates[site.index].grad.double().cpu() for site in sites])  # type: ignore[union-attr]
 
 

@@ -55,6 +55,11 @@ class Probe:
         """The layers that can be chosen from."""
         return [site for site in attention_sites(self.model) if site.index not in self.whole]
 
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """The rows of each part [N, T]."""
+        return {"text": self.text_NT, "copy": self.copy_NT}
+
     def by_layer(self, heads: Tensor) -> LayerScores:
         """Numbers per query head (those of ``sites``, one layer after another), summed over each group's heads."""
         found: dict[int, list[float]] = {}
