@@ -12,6 +12,7 @@ D key dim, E value dim, F features, S sinks, A rows that fold now, Q keys they f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +48,21 @@ class Places:
         return cls(slot.expand(-1, *sizes[0]), slot.expand(-1, *sizes[1]), bias)
 
 
-_last: tuple[tuple[object, ...], Places] | None = None
-"""Cache of the latest places and what they depend on, for the other layers of the same token."""
+_RECENT = 256
+_recent: dict[tuple[object, ...], Places] = {}
+"""The latest places by what they depend on, for the other layers of the same token; the oldest first."""
 
 
 def _places(state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
-    global _last
-    known = _last
     window = (rule.kind, rule.window, rule.sinks)
     sizes = (*state.k_BGND.shape, state.v_BGNE.shape[3])
-    key = (state.positions(), window, sizes, state.seen_B.device, wide)
-    if known is not None and known[0] == key:
-        return known[1]
-    made = Places.of(state, rule, wide)
-    _last = ((list(key[0]), *key[1:]), made)
-    return made
+    key = (tuple(state.positions()), window, sizes, state.seen_B.device, wide)
+    known = _recent.get(key)
+    if known is None:
+        known = _recent[key] = Places.of(state, rule, wide)
+        if len(_recent) > _RECENT:
+            del _recent[next(iter(_recent))]
+    return known
 
 
 def decode(tokens: Tokens, features: Features | None, heads: HeadWeights, state: StudentState, rule: Rule) -> Tensor:
@@ -84,6 +85,18 @@ def decode(tokens: Tokens, features: Features | None, heads: HeadWeights, state:
         y.append(step(one, far, heads, state, places, rule))
         state.count(real_B)
     return y[0] if count == 1 else torch.cat(y, 2)
+
+
+def decode_rows(
+    tokens: Tokens, features: Features | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule
+) -> Tensor:
+    """`decode` of one token [B, ...] for each of B states of one row, such as views of a server's pages."""
+    outputs = []
+    for row, state in enumerate(states):
+        one = slice(row, row + 1)
+        token = Tokens(tokens.q_BHTD[one], tokens.k_BGTD[one], tokens.v_BGTE[one])
+        outputs.append(decode(token, None if features is None else features.rows(one), heads, state, rule))
+    return torch.cat(outputs)
 
 
 def step(
