@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from vllm_kit import LENGTHS, NEW, STUDENTS, expected, prompts, save_merged  # isort: skip - first, as it sets vLLM up
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm_kit import LENGTHS, NEW, STUDENTS, expected, prompts, save_merged
 
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0.0, logprobs=1, ignore_eos=True)
 EAGER = {"enforce_eager": True, "max_num_batched_tokens": 256}

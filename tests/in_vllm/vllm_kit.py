@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from conftest import byte_tokenizer
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students, set_mode
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 SIZES: dict[str, Any] = {
     "vocab_size": 259, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3,
