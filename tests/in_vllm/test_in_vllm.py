@@ -72,12 +72,26 @@ def test_mistral(folder: Folder) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_num_batched_tokens": 64}, {"max_num_batched_tokens": 50}, {"num_gpu_blocks_override": 14},
-     {"max_num_seqs": 3}, {"async_scheduling": True}],
+    [{"max_num_batched_tokens": 64}, {"max_num_batched_tokens": 50}, {"max_num_seqs": 3}, {"async_scheduling": True}],
     ids=str,
 )  # fmt: skip
-def test_prefill_in_pieces_preemption_and_queues(options: dict[str, Any], folder: Folder) -> None:
+def test_prefill_in_pieces_and_queues(options: dict[str, Any], folder: Folder) -> None:
     check(folder("groups"), **options)
+
+
+def test_requests_that_are_preempted(folder: Folder) -> None:
+    """Eight requests fill the cache (a page and a block each) and soon need another block each."""
+    path, _ = folder("groups")
+    llm = engine(path, num_gpu_blocks_override=17, disable_log_stats=False)
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    block = min(group.kv_cache_spec.block_size for group in groups)
+    asked = prompts((block - 6,) * 8)
+    found = [list(output.outputs[0].token_ids) for output in generate(llm, asked)]
+    counters = {metric.name: metric for metric in llm.get_metrics()}
+    assert counters["vllm:num_preemptions"].value > 0
+    del llm
+    gc.collect()
+    assert found == [tokens for tokens, _ in expected(path, asked)]
 
 
 @pytest.mark.parametrize("student", ["terrace", "layers", "groups"])
