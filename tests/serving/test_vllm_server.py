@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.serving import vllm_server
 from trenchcoat.serving.server import ServeSettings
 
+VLLM = SimpleNamespace(origin="vllm/__init__.py")
 SHOWS_ITS_ARGUMENTS = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))"
 
 
@@ -40,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM can be found."""
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "vllm" else real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: VLLM if name == "vllm" else real(name))
 
 
 def chosen(path: Path, **settings: Any) -> tuple[bool, str]:
@@ -55,7 +57,19 @@ def test_vllm_takes_the_place_of_the_process(folder: Path, tmp_path: Path) -> No
         (part / "__init__.py").touch()
     (package / "api_server.py").write_text(SHOWS_ITS_ARGUMENTS)
     path = os.pathsep.join([str(tmp_path), str(Path(vllm_server.__file__).parents[2])])
-    options = ["--port", "8123", "--context", "64", "--dtype", "float32", "--name", "team/coat", "--grace", "5"]
+    options = [
+        "--port",
+        "8123",
+        "--context",
+        "64",
+        "--dtype",
+        "float32",
+        "--name",
+        "team/coat",
+        "--grace",
+        "5",
+        "--vllm-option=--enforce-eager",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "trenchcoat", "serve", str(folder), *options],
         env={**os.environ, "PYTHONPATH": path, "TRENCHCOAT_API_KEY": "secret"},
@@ -64,6 +78,7 @@ def test_vllm_takes_the_place_of_the_process(folder: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert "vLLM serves team/coat at http://127.0.0.1:8123/v1" in done.stderr + done.stdout
     arguments, key = json.loads(done.stdout.splitlines()[-1])
+    assert arguments.pop() == "--enforce-eager"
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert given == {
         "--model": str(folder), "--served-model-name": "team/coat", "--host": "127.0.0.1", "--port": "8123",
@@ -79,8 +94,18 @@ def test_the_embedded_server_where_vllm_is_not_installed(folder: Path) -> None:
     assert chosen(folder, engine="embedded") == (False, "")
     with pytest.raises(UserError, match="--engine vllm: it is not installed"):
         chosen(folder, engine="vllm")
+    with pytest.raises(UserError, match="--vllm-option is for vLLM, which does not serve this: it is not installed"):
+        chosen(folder, engine="auto", vllm_option=("--enforce-eager",))
+    with pytest.raises(UserError, match=r"--vllm-option is for vLLM.*--engine is embedded"):
+        chosen(folder, engine="embedded", vllm_option=("--enforce-eager",))
     with pytest.raises(UserError, match="--engine is 'vlm'; known: auto, vllm, embedded"):
         chosen(folder, engine="vlm")
+
+
+def test_a_folder_of_that_name_is_not_vllm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "not installed" in chosen(folder, engine="auto")[1]
 
 
 def test_what_vllm_cannot_serve_is_said(folder: Path, installed: None, tmp_path: Path) -> None:

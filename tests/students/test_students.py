@@ -229,6 +229,35 @@ def test_forward_then_decode_equals_forward(name: str, key_maps: Any) -> None:
     assert state.nbytes() == size == student.empty_state(3, dtype=torch.float32).nbytes()
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in STUDENTS), ("terrace", {"sinks": 2}), ("sliding", {"sinks": 2}),
+     ("terrace", {"key_maps": "per_kv_head"}), ("sliding", {"affine": True})],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_token_for_each_of_several_states(name: str, options: dict[str, Any], together: bool) -> None:
+    """As for the rows of one state, at positions that differ, computed together or one by one."""
+    student = _student(name, **options).float()
+    lengths, decode_rows = (1, 7, 8, 11), SumAttention.decode_rows if together else StudentAttention.decode_rows
+    states = []
+    for length in lengths:
+        before = student.empty_state(1, dtype=torch.float32)
+        states.append(student(*_inputs(length, torch.float32, 1)[:3], scale=SCALE, state=before)[1])
+    for _ in range(6):
+        token = _inputs(1, torch.float32, len(lengths))[:3]
+        copies = [state.clone() for state in states]
+        expected = [
+            student.decode(*(x[row : row + 1] for x in token), state=copies[row], scale=SCALE)
+            for row in range(len(lengths))
+        ]
+        found = decode_rows(student, *token, states=states, scale=SCALE)
+        torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=2e-6)
+        for state, copy in zip(states, copies, strict=True):
+            torch.testing.assert_close(state.tensors(), copy.tensors(), rtol=0, atol=2e-6)
+    assert [int(state.seen_B) for state in states] == [length + 6 for length in lengths]
+
+
 def test_one_key_map_per_kv_head_shrinks_the_state() -> None:
     many = _student(key_maps="per_query_head").empty_state(1, dtype=torch.float32)
     few = _student(key_maps="per_kv_head").empty_state(1, dtype=torch.float32)

@@ -12,6 +12,7 @@ D key dim, E value dim, F features, S sinks, A rows that fold now, Q keys they f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +48,21 @@ class Places:
         return cls(slot.expand(-1, *sizes[0]), slot.expand(-1, *sizes[1]), bias)
 
 
-_last: tuple[tuple[object, ...], Places] | None = None
-"""Cache of the latest places and what they depend on, for the other layers of the same token."""
+_RECENT = 256
+_recent: dict[tuple[object, ...], Places] = {}
+"""The latest places by what they depend on, for the other layers of the same token; the oldest first."""
 
 
 def _places(state: StudentState, rule: Rule, wide: torch.dtype) -> Places:
-    global _last
-    known = _last
     window = (rule.kind, rule.window, rule.sinks)
     sizes = (*state.k_BGND.shape, state.v_BGNE.shape[3])
-    key = (state.positions(), window, sizes, state.seen_B.device, wide)
-    if known is not None and known[0] == key:
-        return known[1]
-    made = Places.of(state, rule, wide)
-    _last = ((list(key[0]), *key[1:]), made)
-    return made
+    key = (tuple(state.positions()), window, sizes, state.seen_B.device, wide)
+    known = _recent.get(key)
+    if known is None:
+        known = _recent[key] = Places.of(state, rule, wide)
+        if len(_recent) > _RECENT:
+            del _recent[next(iter(_recent))]
+    return known
 
 
 def decode(tokens: Tokens, features: Features | None, heads: HeadWeights, state: StudentState, rule: Rule) -> Tensor:
@@ -84,6 +85,55 @@ def decode(tokens: Tokens, features: Features | None, heads: HeadWeights, state:
         y.append(step(one, far, heads, state, places, rule))
         state.count(real_B)
     return y[0] if count == 1 else torch.cat(y, 2)
+
+
+def decode_rows(
+    tokens: Tokens, features: Features | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule
+) -> Tensor:
+    """`decode` of one token [B, ...] for each of B states of one row, such as views of a server's pages."""
+    simple = rule.kind != "linear" and not rule.sinks and rule.softcap is None and heads.sink_logit_H is None
+    if simple:
+        return _decode_rows(tokens, features if rule.far else None, heads, states, rule)
+    outputs = []
+    for row, state in enumerate(states):
+        one = slice(row, row + 1)
+        token = Tokens(tokens.q_BHTD[one], tokens.k_BGTD[one], tokens.v_BGTE[one])
+        outputs.append(decode(token, None if features is None else features.rows(one), heads, state, rule))
+    return torch.cat(outputs)
+
+
+def _decode_rows(
+    tokens: Tokens, features: Features | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule
+) -> Tensor:
+    """As :func:`_read`, where only the products with a state's own tensors are computed row by row."""
+    q, wide = tokens.q_BHTD, torch.promote_types(tokens.q_BHTD.dtype, torch.float32)
+    kv_heads, shape = tokens.k_BGTD.shape[1], (*q.shape[:3], tokens.v_BGTE.shape[3])
+    q_BGnD = _in(q, wide).reshape(len(states), kv_heads, -1, q.shape[3])
+    p = q_BGnD.new_empty(*q_BGnD.shape[:3], rule.slots)
+    for row, state in enumerate(states):
+        if features is not None:
+            (_fold_chunks if rule.kind == "terrace" else _fold_oldest)(state, rule, features.phi_k, None)
+        slot, bias = state.positions()[0] % rule.slots, _places(state, rule, wide).bias
+        state.k_BGND[0, :, slot] = tokens.k_BGTD[row, :, 0]
+        state.v_BGNE[0, :, slot] = tokens.v_BGTE[row, :, 0]
+        torch.baddbmm(bias, q_BGnD[row], _in(state.k_BGND[0], wide).mT, alpha=rule.scale, out=p[row])
+        state.count()
+    p = p.softmax(-1)
+    y = p.new_empty(shape)
+    weights = p
+    if features is not None:
+        r = _in(rule.ratio(heads.mix_H), wide).view(kv_heads, -1) / p.amax(-1)
+        weights = p * r[..., None]
+    for row, state in enumerate(states):
+        torch.bmm(weights[row], _in(state.v_BGNE[0], wide), out=y[row].view(kv_heads, -1, shape[3]))
+    if features is None:
+        return _in(y, q.dtype)
+    maps = states[0].far_z_BKF.shape[1]
+    fq = _in(features.q_BHTF, wide).reshape(len(states), maps, -1, features.q_BHTF.shape[3])
+    for row, state in enumerate(states):
+        y[row].view(maps, -1, shape[3]).baddbmm_(fq[row], _in(state.far_s_BKFE[0], wide))
+    z = torch.cat([_in(state.far_z_BKF, wide) for state in states])
+    return _in(y / (r.flatten(1) + torch.matmul(fq, z[..., None]).flatten(1))[..., None, None], q.dtype)
 
 
 def step(

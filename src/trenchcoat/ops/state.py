@@ -58,6 +58,10 @@ class Features:
         """The features of the tokens `span`."""
         return Features(self.q_BHTF[:, :, span], None if self.k_BKTF is None else self.k_BKTF[:, :, span], self.phi_k)
 
+    def rows(self, rows: slice) -> Features:
+        """The features of some rows."""
+        return Features(self.q_BHTF[rows], None if self.k_BKTF is None else self.k_BKTF[rows], self.phi_k)
+
 
 @dataclass(frozen=True)
 class HeadWeights:

@@ -60,6 +60,8 @@ class ServeSettings:
     """Names that clients may give in `Host`, besides addresses and names without a dot."""
     engine: str = "embedded"
     """`vllm`, `embedded` (this package's server) or `auto`: vLLM where it is installed and can serve the model."""
+    vllm_option: tuple[str, ...] = ()
+    """Further arguments of vLLM's server, such as `--tensor-parallel-size=2`."""
 
     def key(self) -> str | None:
         """The key that clients have to send; None for none."""

@@ -35,9 +35,11 @@ def wants_vllm(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> bo
     """
     if cfg.engine not in ENGINES:
         raise UserError(f"--engine is {cfg.engine!r}; known: {', '.join(ENGINES)}")
-    reason = None if cfg.engine == "embedded" else _why_not(path, cfg)
+    reason = _why_not(path, cfg) if cfg.engine != "embedded" else None
     if reason is not None and cfg.engine == "vllm":
         raise UserError(f"--engine vllm: {reason}")
+    if cfg.vllm_option and (reason is not None or cfg.engine == "embedded"):
+        raise UserError(f"--vllm-option is for vLLM, which does not serve this: {reason or '--engine is embedded'}")
     if reason is not None:
         say(f"the embedded server, one request at a time; not vLLM: {reason}")
     return cfg.engine != "embedded" and reason is None
@@ -70,12 +72,13 @@ def command_line(path: Path, cfg: ServeSettings) -> list[str]:
         "--uvicorn-log-level": cfg.log_level,
     }
     given = [str(part) for item in options.items() if item[1] is not None for part in item]
-    return [sys.executable, "-m", _SERVER, *given]
+    return [sys.executable, "-m", _SERVER, *given, *cfg.vllm_option]
 
 
 def _why_not(path: Path, cfg: ServeSettings) -> str | None:
     """What keeps vLLM from serving `path` with these settings; None for nothing."""
-    if importlib.util.find_spec("vllm") is None:
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin is None:  # the latter: any folder of this name
         return "it is not installed (see docs/SERVE.md: in an environment of its own)"
     if any((folder / ADAPTER_META).is_file() for folder in (path, path / "adapter")):
         return f"{path} is an adapter or a run; `trenchcoat export {path} --merge --out DIR` makes the folder it needs"

@@ -10,7 +10,7 @@ F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -206,6 +206,13 @@ class StudentAttention(nn.Module):
         y, after = self(q_BHTD, k_BGTD, v_BGTE, state=state, mask_BT=mask_BT, **scores)
         state.copy_(after)
         return y
+
+    def decode_rows(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[Any], scale: float
+    ) -> Tensor:
+        """`decode` of one token for each of several states of one row, each updated in place; y [B, H, 1, E]."""
+        rows = zip(q_BHTD.split(1), k_BGTD.split(1), v_BGTE.split(1), states, strict=True)
+        return torch.cat([self.decode(q, k, v, state=state, scale=scale) for q, k, v, state in rows])
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""

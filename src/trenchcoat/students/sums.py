@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from trenchcoat.ops.chunked.closed_form import transfer_error
 from trenchcoat.ops.chunked.maps import Learners
 from trenchcoat.ops.chunked.rows import Rows
 from trenchcoat.ops.crossent import attention_cross_entropy
-from trenchcoat.ops.decode import decode
+from trenchcoat.ops.decode import decode, decode_rows
 from trenchcoat.ops.operator import attend_with_maps, linear_window_attention
 from trenchcoat.students import fused
 from trenchcoat.students.base import StudentAttention, TransferRequest
@@ -86,15 +87,28 @@ class SumAttention(StudentAttention):
     ) -> Tensor:
         """See :meth:`StudentAttention.decode`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
-        query, key = self.query_map, self.keys_phi
         if self._impl(q_BHTD) == "triton":
             from trenchcoat.ops.triton.decode import decode as fused_decode
 
             return fused_decode(tokens, self._fused(rule), heads, state, rule)
-        features = None
-        if rule.far and query is not None and key is not None:
-            features = Features(query.rows(q_BHTD), key.rows(k_BGTD) if rule.kind == "linear" else None, key.rows)
-        return decode(tokens, features, heads, state, rule)
+        return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
+
+    @torch.no_grad()
+    def decode_rows(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], scale: float
+    ) -> Tensor:
+        """See :meth:`StudentAttention.decode_rows`; the features of all rows are computed together."""
+        if self._impl(q_BHTD) == "triton":
+            return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, scale=scale)
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, scale=scale)
+        return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
+
+    def _decoding_features(self, tokens: Tokens, rule: Rule) -> Features | None:
+        query, key = self.query_map, self.keys_phi
+        if not rule.far or query is None or key is None:
+            return None
+        own = key.rows(tokens.k_BGTD) if rule.kind == "linear" else None
+        return Features(query.rows(tokens.q_BHTD), own, key.rows)
 
     def empty_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None

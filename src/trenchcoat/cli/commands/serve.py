@@ -17,6 +17,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="vllm (many requests at once), embedded (one at a time) or auto: vllm where it is installed and can",
     )
+    add(
+        "--vllm-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="an option of vLLM's own server, such as --vllm-option=--tensor-parallel-size=2; repeatable",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="port to listen on (8000)")
     add("--name", help="name that clients give as `model` (the folder's)")
@@ -70,7 +77,9 @@ def _run(args: argparse.Namespace) -> None:
         "engine",
     )
     limits = ("api_key", "queue", "max_body", "body_seconds")
-    settings = ServeSettings(**values(args, *names, *limits), allow_host=tuple(args.allow_host))
+    settings = ServeSettings(
+        **values(args, *names, *limits), allow_host=tuple(args.allow_host), vllm_option=tuple(args.vllm_option)
+    )
     serve(args.target, settings, lambda line: show((line,)))
 
 

@@ -10,7 +10,7 @@ Shape legend: P pages, T tokens of a step, R requests of it, H query heads, G ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -89,6 +89,7 @@ class Pages:
     in_place: bool
     """Decode each request in its page, which copies nothing (CPU). Else gather the states of all decoding requests and
     write them back, which takes one call for all (GPU)."""
+    _empties: dict[int, RowState] = field(default_factory=dict, repr=False, compare=False)
 
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], requests: StepRequests, *, scale: float) -> Tensor:
         """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
@@ -98,23 +99,25 @@ class Pages:
         dim, kv_heads = self.student.head_dim, self.student.num_kv_heads
         q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in zip(qkv, (-1, kv_heads, kv_heads), strict=True))
         y, decodes = torch.empty_like(q), requests.decodes
-        together = 0 if self.in_place else decodes
-        if together:
-            y[:decodes] = self._decode_together((q[:decodes], k[:decodes], v[:decodes]), requests, scale)
-        for request in range(together, len(requests.lengths)):
+        if decodes:
+            decode = self._decode_in_place if self.in_place else self._decode_gathered
+            y[:decodes] = decode((q[:decodes], k[:decodes], v[:decodes]), requests, scale)
+        for request in range(decodes, len(requests.lengths)):
             tokens = slice(requests.starts[request], requests.starts[request + 1])
             row = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
             before = requests.lengths[request] - (tokens.stop - tokens.start)
-            state = self._in_place(requests.slots[request], before)
-            if request < decodes:
-                y_row = self.student.decode(*row, state=state, scale=scale)
-            else:
-                y_row, after = self.student(*row, scale=scale, state=state)
-                state.copy_(after)
+            state = self._in_page(requests.slots[request], before)
+            y_row, after = self.student(*row, scale=scale, state=state)
+            state.copy_(after)
             y[tokens] = y_row[0].transpose(0, 1)
         return y.flatten(1)
 
-    def _decode_together(self, qkv: tuple[Tensor, ...], requests: StepRequests, scale: float) -> Tensor:
+    def _decode_in_place(self, qkv: tuple[Tensor, ...], requests: StepRequests, scale: float) -> Tensor:
+        places = zip(requests.slots, requests.lengths[: requests.decodes], strict=False)
+        states = [self._in_page(slot, length - 1) for slot, length in places]
+        return self.student.decode_rows(*(x[:, :, None] for x in qkv), states=states, scale=scale)[:, :, 0]
+
+    def _decode_gathered(self, qkv: tuple[Tensor, ...], requests: StepRequests, scale: float) -> Tensor:
         before = [length - 1 for length in requests.lengths[: requests.decodes]]
         device = qkv[0].device
         slots = torch.tensor(requests.slots[: requests.decodes], device=device)
@@ -128,7 +131,7 @@ class Pages:
             page[slots] = tensor
         return y[:, :, 0]
 
-    def _in_place(self, slot: int, seen: int) -> RowState:
+    def _in_page(self, slot: int, seen: int) -> RowState:
         """The state of one request, in its page."""
         held = [page[slot : slot + 1] for page in self.tensors]
         if not seen:
@@ -138,8 +141,15 @@ class Pages:
 
     def _state(self, held: Sequence[Tensor], seen: Sequence[int]) -> RowState:
         """A state of these tensors."""
-        device = held[0].device
-        empty = self.student.empty_state(len(seen), dtype=self.dtype, device="meta")
-        rest = {n: torch.empty_like(t, device=device) for n, t in empty.tensors().items() if n not in self.layout.names}
-        rest[_SEEN] = torch.tensor(seen, device=device)
-        return empty.replaced({**rest, **dict(zip(self.layout.names, held, strict=True))})
+        tensors = dict(zip(self.layout.names, held, strict=True))
+        empty = self._empty(len(seen))
+        return empty.replaced({**empty.tensors(), **tensors, _SEEN: torch.tensor(seen, device=held[0].device)})
+
+    def _empty(self, rows: int) -> RowState:
+        """A state with the tensors that are not in pages, which are empty."""
+        if rows not in self._empties:
+            state = self.student.empty_state(rows, dtype=self.dtype, device="meta")
+            device, tensors = self.tensors[0].device, state.tensors()
+            outside = {name: torch.empty_like(t, device=device) for name, t in tensors.items() if not t.numel()}
+            self._empties[rows] = state.replaced({**tensors, **outside})
+        return self._empties[rows]
