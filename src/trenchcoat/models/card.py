@@ -54,7 +54,7 @@ def base_facts(model: Any, *, online: bool = False) -> dict[str, Any]:
     if isinstance(ours, Mapping) and isinstance(ours.get("base"), Mapping):
         return dict(ours["base"])
     source = getattr(model, "trenchcoat_adapter", {}).get("base", {})
-    path = str(source.get("path") or getattr(model, "name_or_path", "") or "")
+    path = str(source.get("path") or getattr(model.config, "name_or_path", "") or "")
     if path == "embedded":
         return {"name": "the teacher embedded in trenchcoat", "licence": "apache-2.0"}
     local = Path(path).expanduser()
