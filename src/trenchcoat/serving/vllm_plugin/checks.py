@@ -20,7 +20,7 @@ def check_model(config: Any, known: Iterable[str]) -> None:
             f"models of type {config.model_type} ({', '.join(names)}) have no class for vLLM; there are "
             f"{', '.join(known)}. Serve this one with `trenchcoat serve --engine embedded`"
         )
-    if config.trenchcoat.get("lora") is not None:
+    if (getattr(config, "trenchcoat", None) or {}).get("lora") is not None:
         raise UserError("the folder's LoRA is not merged: write a merged one with `trenchcoat export FOLDER --merge`")
 
 
