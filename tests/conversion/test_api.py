@@ -47,6 +47,8 @@ def test_a_model_in_memory_is_converted_and_its_run_opens_elsewhere(
     opened, _ = load(out)
     torch.testing.assert_close(converted(ids).logits, opened(ids).logits)
     assert not (out / "base").exists()
+    converted.save_pretrained(tmp_path / "given")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "given")(ids).logits, opened(ids).logits)
     again = api.evaluate(out, eval={"rows": 3})
     assert len(again.rows["teacher"].all.sums) == 3
 

@@ -86,6 +86,8 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert f"| **{row_label(TransferLoraRow.name)}** |" in card
     assert "- lora: 4 steps" in card
     assert str(folder) not in card
+    stages.export(folder / "given", folder / "given again", merge=True)
+    assert (folder / "given again" / "README.md").read_text() == card
 
     model, _ = load(folder)
     with variants.open_variants(recipe, []) as one:
