@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors import safe_open
 
 import trenchcoat
@@ -20,6 +20,7 @@ from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig
 from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students, set_mode
+from trenchcoat.models.card import base_facts
 from trenchcoat.models.hub import adapter_state
 from trenchcoat.models.loading import load_model, stored_dtype
 from trenchcoat.models.lora import add_lora
@@ -132,6 +133,21 @@ def test_a_model_in_memory_is_pushed_with_its_card(made: Path, monkeypatch: pyte
     card = ModelCard(stand_in.files["me/again"]["README.md"].decode())
     assert {"trenchcoat", "mine"} <= set(card.data.tags)
     assert "Linearized: base" in card.text
+
+
+def test_the_licence_of_a_base_of_the_hub_is_asked_for(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", dtype="float32"))
+    model.trenchcoat_adapter = {"base": {"path": "someone/tiny", "revision": None}}
+    known = {"name": "someone/tiny", "hub": "someone/tiny"}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with hub_stand_in() as stand_in:
+        use_hub(stand_in, monkeypatch)
+        stand_in.files["someone/tiny"] = {"README.md": b"---\nlicense: other\nlicense_name: coat-1\n---\n"}
+        assert base_facts(model) == known
+        licence = {"license": "other", "license_name": "coat-1"}
+        assert base_facts(model, online=True) == {**known, "licence": licence}
 
 
 def test_a_hub_that_refuses_is_said_in_a_line(

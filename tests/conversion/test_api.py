@@ -47,6 +47,13 @@ def test_a_model_in_memory_is_converted_and_its_run_opens_elsewhere(
     opened, _ = load(out)
     torch.testing.assert_close(converted(ids).logits, opened(ids).logits)
     assert not (out / "base").exists()
+    converted.save_pretrained(tmp_path / "given")
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "given")(ids).logits, opened(ids).logits)
+    given, words = load(tmp_path / "given")
+    given.save_pretrained(tmp_path / "given again")
+    again, _ = load(tmp_path / "given again")
+    torch.testing.assert_close(again(ids).logits, opened(ids).logits)
+    assert words("coat").input_ids == tokenizer("coat").input_ids
     again = api.evaluate(out, eval={"rows": 3})
     assert len(again.rows["teacher"].all.sums) == 3
 

@@ -22,6 +22,7 @@ from trenchcoat.conversion.comparison import stages_of
 from trenchcoat.conversion.held_out import evaluation_rows
 from trenchcoat.data import stream, stream_sources
 from trenchcoat.data.stream import StreamedBatches
+from trenchcoat.evaluation.report.recommendation import recommendation
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import (
     FAR_OFF,
@@ -33,6 +34,7 @@ from trenchcoat.evaluation.rows import (
     TransferOnlyRow,
     asked_rows,
     final_row,
+    row_label,
 )
 from trenchcoat.evaluation.scoring import score
 from trenchcoat.generation.generate import Sampling, generate_rows
@@ -77,6 +79,15 @@ def test_linearize_makes_every_row_and_the_whole_folder(make: Make, monkeypatch:
     assert json.loads((folder / "environment.json").read_text())["implementation"] == "chunkwise"
     assert outcome.results.implementation == "chunkwise"
     assert {line.get("stage") for line in read_metrics(folder)} >= set(stages_of(recipe))
+
+    stages.export(folder, folder / "given", merge=True)
+    card = (folder / "given" / "README.md").read_text()
+    assert recommendation(outcome.results) in card
+    assert f"| **{row_label(TransferLoraRow.name)}** |" in card
+    assert "- lora: 4 steps" in card
+    assert str(folder) not in card
+    stages.export(folder / "given", folder / "given again", merge=True)
+    assert (folder / "given again" / "README.md").read_text() == card
 
     model, _ = load(folder)
     with variants.open_variants(recipe, []) as one:

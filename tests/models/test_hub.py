@@ -427,6 +427,13 @@ def test_a_device_map_takes_the_place_of_the_device(adapter: tuple[Path, Any], t
             hub.load(place, device="cpu", device_map="auto")
 
 
+def test_a_folder_without_a_tokenizer_is_said_to_be_one(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model, _ = learned(tiny_model_dir)
+    model.save_pretrained(tmp_path / "folder")
+    with pytest.raises(UserError, match=r"has no tokenizer that can be loaded .*tokenizer\.save_pretrained"):
+        hub.load(tmp_path / "folder", device="cpu")
+
+
 def test_a_revision_is_of_the_hub(adapter: tuple[Path, Any], tmp_path: Path) -> None:
     model, tokenizer = hub.load(adapter[0], device="cpu")
     hub.save_merged(model, tmp_path / "merged", tokenizer)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,27 @@ def test_what_cannot_open_again_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sharded or offloaded, e\.g\. model\.layers\.0\.mlp"):
         away.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in .linearized in memory")
+def test_an_adapter_of_peft_opens_over_the_folder_and_never_over_the_plain_model(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM, get_peft_model
+    from peft import LoraConfig as PeftLoraConfig
+
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = learned(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora=False)
+    model.save_pretrained(tmp_path / "folder")
+    settings = PeftLoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    over_folder = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "folder"), settings)
+    over_folder.save_pretrained(tmp_path / "one")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "one")
+    assert torch.equal(logits(again, tokens(1, 20)), logits(over_folder, tokens(1, 20)))
+    get_peft_model(model, replace(settings, base_model_name_or_path=None)).save_pretrained(tmp_path / "two")
+    with pytest.raises((OSError, ValueError), match="linearized in memory"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "two")
+    detached = learned(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora=False)
+    detach_students(detached)
+    assert detached.name_or_path == str(tmp_path / "base")
 
 
 # Transformers' Trainer

@@ -159,3 +159,12 @@ def test_experts_are_converted_under_another_name_too() -> None:
         conversions._checkpoint_conversion_mapping_cache.pop("mixtral_of_a_test", None)
     internals.copy_conversion("no such family", "another")
     assert conversions.get_checkpoint_conversion_mapping("another") is None
+
+
+def test_saving_takes_the_options_that_are_handed_on() -> None:
+    options = inspect.signature(inspect.unwrap(PreTrainedModel.save_pretrained)).parameters
+    assert {"save_directory", "is_main_process", "state_dict", "push_to_hub", "max_shard_size"} <= set(options)
+    assert list(options)[:2] == ["self", "save_directory"]
+    upload = inspect.signature(inspect.unwrap(PreTrainedModel.push_to_hub)).parameters
+    assert {"repo_id", "private", "token", "commit_message", "max_shard_size", "tags"} <= set(upload)
+    assert PreTrainedModel.register_for_auto_class.__doc__, "our classes override it, so that no file of ours is copied"

@@ -25,7 +25,7 @@ from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.models import auto, hub
 from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.serving.vllm_plugin import MODELS, OPERATOR, register
-from trenchcoat.serving.vllm_plugin.checks import check_options, settle_state_dtype, state_dtype
+from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype, state_dtype
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
 from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free
 from trenchcoat.students import StudentAttention, build_student
@@ -450,6 +450,17 @@ def test_options_without_effect_are_refused_by_name(option: str) -> None:
     check_options(vllm_config(None))
     with pytest.raises(UserError, match=option):
         check_options(vllm_config(None, **REFUSED[option]))
+
+
+def test_a_lora_that_is_not_merged_is_refused() -> None:
+    config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])
+    config.architectures = ["LinearizedLlamaForCausalLM"]
+    check_model(config, MODELS)
+    lora = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj"]}
+    with_lora = auto.linearized_config(config, STUDENTS["terrace"], lora=lora)
+    with_lora.architectures = config.architectures
+    with pytest.raises(UserError, match="LoRA is not merged"):
+        check_model(with_lora, MODELS)
 
 
 def test_states_of_half_the_size(glue: Any) -> None:

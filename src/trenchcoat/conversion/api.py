@@ -24,6 +24,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import students_of
 from trenchcoat.models.basefolder import base_folder, read_config
 from trenchcoat.models.identity import file_fingerprint, fingerprint
+from trenchcoat.models.saving import remember_tokenizer
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.planning.choose import recipe_for, run_folder
 from trenchcoat.runtime.files import atomic_directory, write_text
@@ -235,4 +236,6 @@ def _converted(recipe: Recipe, given: GivenModel | None) -> Any:
         return hub.load(recipe.run.dir, device=recipe.model.device)[0]
     stage = own_stages(recipe)[-1]
     with open_variants(recipe, [], given) as variants:
-        return variants.assemble(lora=recipe.lora is not None, weights=stage).eval().requires_grad_(False)
+        model = variants.assemble(lora=recipe.lora is not None, weights=stage).eval().requires_grad_(False)
+    remember_tokenizer(model, given[1])
+    return model

@@ -32,6 +32,7 @@ from trenchcoat.evaluation.scoring import score
 from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
+from trenchcoat.models.card import measured_in
 from trenchcoat.models.saving import upload_folder
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
@@ -268,9 +269,9 @@ def _require_empty(out: Path) -> None:
 
 
 def _measured(path: Path) -> str:
-    """What a run's report says of its model, in Markdown, for a model card; empty for a folder without results."""
+    """What a run's report (or the card of a complete folder) says of its model, in Markdown; empty without one."""
     if not (path / RESULTS_FILE).is_file():
-        return ""
+        return measured_in(path)
     results = Results.load(path / RESULTS_FILE)
     trained = [f"- {_ended(stage)}" for stage in results.stages if stage.name in own_stages(load_recipe(path))]
     tables = [line for table in report.report_tables(results) for line in table.as_markdown()]

@@ -35,6 +35,9 @@ from trenchcoat.runtime.sharding import compute_device, is_sharded
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 from trenchcoat.students.heads import KeptHeads
 
+UNSAVED = "(linearized in memory: save_pretrained, and load that folder)"
+"""Name of a model with students that are in no folder of its own."""
+
 
 def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAttention]:
     """Attach a student to the attention of every layer; returns them by layer index.
@@ -59,6 +62,7 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
             site.module.student = students[site.index]
             site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
     model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
+    _name(model, UNSAVED)
     decoder: Any = decoder_of(model)
     decoder.register_forward_pre_hook(count_real_tokens, with_kwargs=True)
     decoder.trenchcoat_rotary = length_dependence(decoder.config)
@@ -78,8 +82,18 @@ def detach_students(model: nn.Module) -> None:
             del site.module.teacher_attention
         _remove_hook(site.module, hand_over_cache)
     _remove_hook(model, _refuse_labels)
+    _name(model, getattr(getattr(model, "config", None), "name_or_path", ""))
     for hook in (count_real_tokens, warn_of_pieces):
         _remove_hook(decoder_of(model), hook)
+
+
+def _name(model: Any, name: str) -> None:
+    """Set where a model in memory is said to be from, unless it is from a folder that has the students.
+
+    PEFT writes this into its adapters as their base model: one over students must not open over the plain model.
+    """
+    if hasattr(model, "name_or_path") and getattr(model.config, "trenchcoat", None) is None:
+        model.name_or_path = name
 
 
 def _refuse_labels(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from trenchcoat.models import auto
 from trenchcoat.runtime.files import write_text
 
 CARD = "README.md"
+_MEASURED = "## What was measured"
 MODULE = "modeling_trenchcoat"
 """Name of the module that `auto_map` names."""
 
@@ -54,9 +55,9 @@ def base_facts(model: Any, *, online: bool = False) -> dict[str, Any]:
     if isinstance(ours, Mapping) and isinstance(ours.get("base"), Mapping):
         return dict(ours["base"])
     source = getattr(model, "trenchcoat_adapter", {}).get("base", {})
-    path = str(source.get("path") or getattr(model, "name_or_path", "") or "")
+    path = str(source.get("path") or getattr(model.config, "name_or_path", "") or "")
     if path == "embedded":
-        return {"name": "the teacher embedded in trenchcoat", "licence": "apache-2.0"}
+        return {"name": "the teacher embedded in trenchcoat", "licence": {"license": "apache-2.0"}}
     local = Path(path).expanduser()
     if not path or local.exists() or local.is_absolute():
         licence = _licence(local / CARD) if path and local.is_dir() else None
@@ -69,21 +70,23 @@ def base_facts(model: Any, *, online: bool = False) -> dict[str, Any]:
 
 
 @functools.cache
-def _hub_licence(repo_id: str, revision: str | None, online: bool) -> str | None:
+def _hub_licence(repo_id: str, revision: str | None, online: bool) -> dict[str, str] | None:
     try:
         return _licence(Path(hf_hub_download(repo_id, CARD, revision=revision, local_files_only=not online)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError):
         return None
 
 
-def _licence(card: Path) -> str | None:
-    """The licence that a model card names."""
+def _licence(card: Path) -> dict[str, str] | None:
+    """The licence that a model card names, in its own keys: `license`, and for `other` its name and link."""
     try:
         found = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, TypeError):
         return None
-    named = found.get("license_name") if found.get("license") == "other" else found.get("license")
-    return str(named) if isinstance(named, str) else None
+    named = {key: found[key] for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)}
+    if not named.get("license_link", "https:").startswith("https:"):
+        del named["license_link"]  # a file of that repository
+    return named if "license" in named else None
 
 
 def write_card(folder: Path, config: Any = None, *, report: str = "", tags: Sequence[str] = ()) -> None:
@@ -100,10 +103,10 @@ def card_text(config: Any, report: str = "") -> str:
     """The model card of a complete folder whose linearized config is `config`; see :func:`write_card`."""
     ours = dict(config.trenchcoat)
     base = dict(ours["base"])
-    licence = base.get("licence")
+    licence = dict(base.get("licence") or {})
     head = ["library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base['hub']}"] if "hub" in base else []
-    head += [f"license: {json.dumps(licence)}"] if licence is not None else []
+    head += [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
     head += ["tags:", "- trenchcoat", "- linear-attention"]
     name = base["name"].rpartition("/")[2]
     lines = [
@@ -124,8 +127,16 @@ def card_text(config: Any, report: str = "") -> str:
         '`trenchcoat.load("NAME_OR_FOLDER")` never runs it.', "",
     ]  # fmt: skip
     if report:
-        lines += ["## What was measured", "", report.strip(), ""]
+        lines += [_MEASURED, "", report.strip(), ""]
     return "\n".join(lines)
+
+
+def measured_in(folder: Path) -> str:
+    """The `report` that a complete folder's card was written with; empty where there is none."""
+    try:
+        return (folder / CARD).read_text(encoding="utf-8").partition(f"{_MEASURED}\n")[2].strip()
+    except OSError:
+        return ""
 
 
 def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
@@ -133,10 +144,11 @@ def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any]) -> dic
     student = auto.student_settings(ours["student"])
     revision = f", revision {base['revision']}" if "revision" in base else ""
     linked = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if "hub" in base else base["name"]
-    maps = student.feature_map
+    maps, licence = student.feature_map, dict(base.get("licence") or {})
+    named = licence.get("license_name") or licence.get("license") or "not known: look it up"
     facts = {
         "base model": f"{linked}{revision}",
-        "licence of the base model": base.get("licence", "not known: look it up, it applies to these weights too"),
+        "licence of the base model": f"{named}; it applies to these weights too",
         "attention": f"`{student.name}`, window {student.window}, sinks {student.sinks}",
         "feature maps": f"`{maps.name}`, feature dimension {maps.feature_dim}, {student.key_maps.replace('_', ' ')}",
         "keeps softmax attention": _kept(config, student),

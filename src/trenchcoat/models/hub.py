@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import LoraConfig, ModelConfig, StudentConfig, UserError
+from trenchcoat.config.errors import refusals
 from trenchcoat.config.paths import absolute_if_here, expanded
 from trenchcoat.models import auto
 from trenchcoat.models.attach import attach_students, set_mode, student_config, students_of
@@ -37,7 +38,7 @@ from trenchcoat.models.loading import (
     stored_dtype,
 )
 from trenchcoat.models.lora import add_saved_lora, has_lora, lora_parameters, lora_settings, lora_shape, merged_state
-from trenchcoat.models.saving import complete_model
+from trenchcoat.models.saving import complete_model, remember_tokenizer
 from trenchcoat.models.stage2 import trains_all
 from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime.files import (
@@ -269,6 +270,7 @@ def _load_adapter(folder: Path, how: _Loading) -> tuple[Any, Any]:
     load_adapter_state(model, tensors)
     set_mode(model, "student")
     loaded.trenchcoat_adapter = {"base": _source(cfg)}
+    remember_tokenizer(model, tokenizer)
     return loaded.eval().requires_grad_(False), tokenizer
 
 
@@ -318,7 +320,14 @@ def _load_merged(source: str, how: _Loading) -> tuple[Any, Any]:
             trust_remote_code=False,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=how.revision, trust_remote_code=False)
+        with refusals(
+            lambda error: (
+                f"{source} has no tokenizer that can be loaded ({reason(error)}): save it there "
+                "(tokenizer.save_pretrained), or open the model alone with AutoModelForCausalLM"
+            ),
+            LOAD_ERRORS,
+        ):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=how.revision, trust_remote_code=False)
     except UserError as error:
         raise error if source in str(error) else UserError(f"{source}: {error}") from error
     except LOAD_ERRORS as error:
@@ -327,6 +336,7 @@ def _load_merged(source: str, how: _Loading) -> tuple[Any, Any]:
     if lost:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
     remember_embeddings(tokenizer, embeddings_of(model))
+    remember_tokenizer(model, tokenizer)
     require_whole(model)
     return (model if options else model.to(where)).eval().requires_grad_(False), tokenizer
 

@@ -30,6 +30,14 @@ _HUB_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "cr
 """Options of `save_pretrained(push_to_hub=True)` and `push_to_hub` that concern the upload."""
 
 
+_TOKENIZER = "trenchcoat_tokenizer"
+
+
+def remember_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Have the tokenizer that belongs to `model` written into the folders that `model.save_pretrained` makes."""
+    setattr(model, _TOKENIZER, tokenizer)
+
+
 def complete_model(
     model: Any, state: Mapping[str, Tensor] | None = None, *, lora: bool = True, online: bool = False
 ) -> Any:
@@ -99,6 +107,9 @@ def save_pretrained(model: Any, write: Callable[..., Any], save_directory: Path 
         write_code(whole.config.model_type.removeprefix(auto.PREFIX), folder)
         if not (folder / "README.md").exists():
             write_card(folder, whole.config)
+        tokenizer = getattr(model, _TOKENIZER, None)
+        if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
+            tokenizer.save_pretrained(folder)
         if upload:
             upload_folder(folder, for_hub.pop("repo_id", folder.resolve().name), **for_hub)
 

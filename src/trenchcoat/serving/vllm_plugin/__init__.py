@@ -34,7 +34,7 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 
-    from trenchcoat.serving.vllm_plugin.checks import check_family, check_options, settle_state_dtype
+    from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype
 
     class LinearizedConfig(MambaModelConfig):
         """Refuses families and options, then prepares the cache as for vLLM's Mamba models."""
@@ -42,7 +42,7 @@ def register() -> None:
         @staticmethod
         def verify_and_update_model_config(model_config: Any) -> None:
             """Called by vLLM once it has read the folder's configuration."""
-            check_family(model_config.hf_config, MODELS)
+            check_model(model_config.hf_config, MODELS)
 
         @classmethod
         def verify_and_update_config(cls, vllm_config: Any) -> None:

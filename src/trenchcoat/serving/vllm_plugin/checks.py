@@ -12,14 +12,16 @@ from trenchcoat.config import UserError
 _STATE_DTYPES = ("auto", "float32", "bfloat16")
 
 
-def check_family(config: Any, known: Iterable[str]) -> None:
-    """UserError for a model whose architecture is not among the `known` ones."""
+def check_model(config: Any, known: Iterable[str]) -> None:
+    """UserError for a model whose architecture is not among the `known` ones, or whose LoRA is not merged."""
     names = [str(name) for name in config.architectures or ()]
     if not set(names) & set(known):
         raise UserError(
             f"models of type {config.model_type} ({', '.join(names)}) have no class for vLLM; there are "
             f"{', '.join(known)}. Serve this one with `trenchcoat serve --engine embedded`"
         )
+    if (getattr(config, "trenchcoat", None) or {}).get("lora") is not None:
+        raise UserError("the folder's LoRA is not merged: write a merged one with `trenchcoat export FOLDER --merge`")
 
 
 def check_options(vllm_config: Any) -> None:

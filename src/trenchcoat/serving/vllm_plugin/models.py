@@ -68,4 +68,4 @@ class LinearizedMistralForCausalLM(MistralForCausalLM, _Linearized):
 
 
 class WithoutClass(LlamaForCausalLM):
-    """Registered for families without a class; `checks.check_family` refuses them before it is built."""
+    """Registered for families without a class; `checks.check_model` refuses them before it is built."""
