@@ -118,6 +118,32 @@ def test_the_two_scripts_find_each_others_run(user_dir: Path, capsys: pytest.Cap
     assert load_recipe(run).lora is not None
 
 
+def test_the_root_script_runs_both_stages(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "distill_llama.py" in {path.name for path in REPOSITORY.glob("*.py")}
+    assert _main("both", "--results_dir", "results", "--no_attention_mask", "--max_finetune_steps", "2") == 0
+    assert "--results_dir, --no_attention_mask" in capsys.readouterr().err
+    first, second = sorted(Path("checkpoints/tiny").iterdir())
+    assert second.name == f"{first.name}-mfs=2"
+    assert read_json(first / "stages" / "transfer" / "result.json")["steps"] == 4
+    assert read_json(second / "stages" / "lora" / "result.json")["steps"] == 2
+    # a transfer that exists is used; without a --finetune_config there is stage 1 alone
+    given = ("--checkpoint_dir", "others", "--load_distill_checkpoint", str(first))
+    assert _main("both", *given) == 0
+    (made,) = Path("others/tiny").glob("*-ldc=*")
+    assert (made / "stages" / "lora" / "result.json").is_file()
+    words = ["--model_config", "tiny", "--distill_config", "distill", "--no_cuda", "--checkpoint_dir", "alone"]
+    assert scripts.run_script("both", CONFIGS, words) == 0
+    (alone,) = Path("alone/tiny").iterdir()
+    assert {path.name for path in (alone / "stages").iterdir()} == {"transfer"}
+    assert scripts.run_script("both", CONFIGS, [*words, "--load_distill_checkpoint", str(first)]) == 2
+
+
+def test_a_mistake_in_stage_2_is_found_before_stage_1(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("both", "--finetune_lr", "-1") == 2
+    assert "lora.lr" in capsys.readouterr().err
+    assert not Path("checkpoints").exists()
+
+
 def test_several_rates_share_one_transfer(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main("transfer") == 0
     (run,) = Path("checkpoints/tiny").iterdir()

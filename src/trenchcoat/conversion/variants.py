@@ -19,7 +19,7 @@ from torch import nn
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.config.keep import needs_selection
 from trenchcoat.conversion.ready import check_ready
-from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
+from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, Stopped, idle_warning, open_run
 from trenchcoat.conversion.selection.run import select_groups, with_groups
 from trenchcoat.conversion.teacher_logits import TaughtBatches
 from trenchcoat.data.batches import Batches
@@ -202,6 +202,9 @@ class ModelVariants:
         if stage in BEFORE:
             self.require_base(BEFORE[stage])
         objective, cfg = self._prepare(stage)
+        idle = idle_warning(cfg)
+        if idle is not None:
+            self.log.warning(idle)
         batches = self.batches(cfg.batch_size, self.recipe.row_tokens(cfg))
         self._log_text(batches)
         identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
