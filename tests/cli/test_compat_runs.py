@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat.cli.compat import scripts
+from trenchcoat.cli import app
+from trenchcoat.cli.compat import scripts, used
 from trenchcoat.cli.compat.configs import read_config
 from trenchcoat.cli.compat.start import base_config, check_rope
 from trenchcoat.config import UserError
@@ -136,6 +137,34 @@ def test_the_root_script_runs_both_stages(user_dir: Path, capsys: pytest.Capture
     (alone,) = Path("alone/tiny").iterdir()
     assert {path.name for path in (alone / "stages").iterdir()} == {"transfer"}
     assert scripts.run_script("both", CONFIGS, [*words, "--load_distill_checkpoint", str(first)]) == 2
+
+
+def test_the_demo_and_evaluation_scripts(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("both") == 0
+    (run,) = Path("checkpoints/tiny").iterdir()
+    assert app.main(["export", str(run), "--to", "lolcats", "--out", "original"]) == 0
+    files = ["--attn_mlp_checkpoint_path", "original/maps.pt", "--finetune_checkpoint_path", "original/lora.pt"]
+    harness = ["--model_type", "lolcats_ckpt", "--model_config", "tiny", *files, "--task", "piqa", "--no_cache"]
+    command, folder, *options = used.command_of("eval", harness, CONFIGS)
+    assert (command, options) == ("eval", ["--tasks", "piqa", "--num-fewshot", "0"])
+    assert "without effect here: --model_type, --no_cache" in capsys.readouterr().err
+    made, mine = (load_tensors(Path(place) / "adapter.safetensors") for place in (folder, run / "adapter"))
+    assert made.keys() == mine.keys()
+    assert all(torch.equal(made[name], mine[name]) for name in mine)
+    assert hub.student_config(hub.load(folder, device="cpu")[0]).window == 8
+    demo = ["--model_config_path", "configs/model/tiny.yaml", *files, "--max_new_tokens", "3", "--benchmark"]
+    assert used.command_of("demo", demo, CONFIGS) == ["chat", folder, "--max-new-tokens", "3"]  # not imported again
+    mmlu = used.command_of("mmlu", ["--model_config", "tiny", "--load_finetune_checkpoint", str(run)], CONFIGS)
+    assert mmlu == ["eval", str(run), "--tasks", "mmlu", "--num-fewshot", "5"]
+    for words in ([], ["--attn_mlp_checkpoint_path", "absent.pt"], [*files, "--model_config", "tiny"]):
+        assert used.run_use("eval", CONFIGS, words) == 2
+    for script in (
+        "demos/demo_lolcats_hf.py",
+        "demos/llm_mmlu_eval/eval_mmlu.py",
+        "lm_eval_harness/eval_lm_harness.py",
+    ):
+        text = (REPOSITORY / script).read_text()
+        assert f"parents[{script.count('/')}]" in text
 
 
 def test_a_mistake_in_stage_2_is_found_before_stage_1(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
