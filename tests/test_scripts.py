@@ -35,6 +35,7 @@ SETTINGS = (
     "STEPS",
     "TRENCHCOAT",
     "TORCHRUN",
+    "HEAD",
 )
 BLOCK_SCRIPTS = sorted((REPOSITORY / "scripts").glob("*/trenchcoat/*.sh"))
 
@@ -119,6 +120,7 @@ def test_the_printed_commands_are_accepted(script: Path, monkeypatch: pytest.Mon
     assert recipe.lora is not None
     assert recipe.lora.eval_every == 7
     assert recipe.lora.rank == (4 if size == "405B" else 8)
+    assert recipe.lora.train_feature_maps == baseline
     if recipe.transfer is not None:
         assert recipe.transfer.xent_weight == (1.0 if size == "405B" else 0.0)
 
@@ -169,6 +171,15 @@ def test_the_batch_file_meets_at_the_first_node(tmp_path: Path) -> None:
     alone = _bash(_script("405b_e2e_xent1_mse1000.sh"))
     assert alone.returncode == 2
     assert "sbatch --nodes=N" in alone.stderr
+    assert "HEAD=localhost NODES=1 bash" in alone.stderr
+
+
+def test_outside_slurm_the_batch_file_meets_at_a_named_host() -> None:
+    for launcher, _, arguments in map(_split, _commands(_script("405b_e2e_xent1_mse1000.sh"), HEAD="a", NODES="2")):
+        line = " ".join(launcher)
+        assert line.startswith("torchrun --nnodes 2 --nproc_per_node 8 ")
+        assert "--rdzv_endpoint a:29500" in line
+        assert arguments[arguments.index("--gradient_accumulation_steps") + 1] == "16"
 
 
 # Block by block

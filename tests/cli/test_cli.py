@@ -10,16 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from trenchcoat.cli import app as cli
 from trenchcoat.cli.terminal import guarded
 from trenchcoat.config import EvalConfig, Recipe, UserError
+from trenchcoat.config.package import installed_version
 from trenchcoat.config.recipe_io import builtin_recipes, field_paths, load_recipe
 from trenchcoat.models.families import KNOWN_FAMILIES, REASONS
 from trenchcoat.runtime.distributed import FailedElsewhere
@@ -72,7 +73,9 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
     assert ended.value.code == 0
-    assert f"trenchcoat {version('trenchcoat')} (Python " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"trenchcoat {installed_version() or '(not installed)'} (Python ")
+    assert f"torch {torch.__version__.partition('+')[0]}" in shown
 
 
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "lm-eval"])

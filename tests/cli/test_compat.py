@@ -27,6 +27,7 @@ THE_FLAGS = """
 --finetune_lr --finetune_attn_mlps --dataset_chunk_size --batch_size --num_workers --no_init_eval --eval_steps
 --enable_fsdp --low_cpu_fsdp --pure_bf16 --fsdp_activation_checkpointing --fsdp_cpu_offload --huggingface_token
 --checkpoint_dir --data_dir --replicate --seed --verbose --no_cuda --no_wandb --wandb_entity --project_name --debug
+--lk_normal_init --window_size --max_finetune_steps --max_eval_batches --results_dir --no_attention_mask
 --num_train_steps --num_generations --top_k --top_p --max_new_tokens --benchmark --print_model
 """.split()
 TERRACE, SLIDING, LINEAR = "lk_smd_wtk64_fd64_w01", "lk_smd_wsw64_fd64_w01", "lk_smd_fd64"
@@ -107,6 +108,71 @@ def test_every_named_experiment_is_a_checked_recipe(
     assert second.data.path == "yahma/alpaca-cleaned"
 
 
+def _names(kind: str) -> list[str]:
+    folder = CONFIGS / kind
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/*.yaml"))
+
+
+SCALED = [name for name in _names("experiment") if name.startswith("llama3_1_")]
+CHUNKED = [name for name in _names("model") if name.startswith("chunked_experimental/")]
+"""Names in folders, as the original's scripts give them."""
+
+
+def test_the_names_in_folders_are_there() -> None:
+    assert len(SCALED) == 26
+    assert len(CHUNKED) == 6
+    for name in (
+        "llama3_1_70b/distill_rp_llama_70b_xent0_mse1000_lr1e-2", "llama3_1_70b/finetune_rp2048_llama70b_qv",
+        "llama3_1_405b/rp_distill_llama_405b_xent1_mse1000_lr1e-2", "llama3_1_405b/rp_finetune_llama_40b_qv_hparams",
+    ):  # fmt: skip
+        assert name in SCALED
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_every_experiment_in_a_folder_is_a_checked_recipe(name: str, plan: Callable[..., ScriptPlan]) -> None:
+    tunes = "finetune" in name
+    recipe = plan("finetune" if tunes else "transfer", **{"finetune" if tunes else "distill": name}).recipe
+    redpajama = "rp" in name
+    assert recipe.data.path == ("redpajama/train.json[50000]" if redpajama else "yahma/alpaca-cleaned")
+    assert recipe.data.select_rows == (10000 if "rp2048" in name else None)
+    stage = recipe.lora if tunes else recipe.transfer
+    if stage is None:
+        assert "no_distill" in name
+        return
+    assert (stage.lr, stage.batch_size, stage.restore_best) == (1e-4 if tunes else 1e-2, 1, True)
+    if tunes:
+        assert recipe.lora is not None
+        assert recipe.lora.train_feature_maps == ("no_distill" in name)
+        assert recipe.lora.targets == (("q_proj", "v_proj") if len(recipe.lora.targets) == 2 else LoraConfig().targets)
+
+
+@pytest.mark.parametrize("name", [name for name in _names("model") if not name.startswith("attention/")])
+def test_every_model_in_a_folder_is_that_outside_it(name: str, plan: Callable[..., ScriptPlan]) -> None:
+    plain = name.rpartition("/")[2].replace("distill_long_", "distill_").replace("llama_3_8b", "llama3_8b")
+    here, there = plan(model=name).recipe, plan(model=plain).recipe
+    assert (here.model, here.student) == (there.model, there.student)
+
+
+def test_the_baseline_trains_feature_maps(plan: Callable[..., ScriptPlan]) -> None:
+    none = "no_distill_alpaca_clean"
+    made = plan("finetune", distill=none, finetune="finetune_lora_fqkvo_alpaca_clean")
+    assert made.recipe.lora is not None
+    assert made.recipe.lora.train_feature_maps
+    assert not any("stay as they begin" in remark for remark in made.remarks)
+    assert any("stay as they begin" in remark for remark in plan("finetune", distill=none).remarks)
+
+
+@pytest.mark.parametrize(("rows", "fraction"), [(500, 0.1), (501, None)])
+def test_a_small_file_holds_out_a_tenth(
+    rows: int, fraction: float | None, plan: Callable[..., ScriptPlan], tmp_path: Path
+) -> None:
+    file = tmp_path / "alpaca.jsonl"
+    file.write_text('{"instruction": "a", "input": "", "output": "b"}\n' * rows)
+    made = plan("transfer", f"--data_dir {file}")
+    assert made.recipe.data.validation_fraction == fraction
+    assert any("a tenth of them is held out, not 500" in remark for remark in made.remarks) == (fraction is not None)
+
+
 def test_softmax_base_models_are_refused(plan: Callable[..., ScriptPlan]) -> None:
     for name in ("base_llama3_1_8b", "base_llama3_1_70b"):
         rope = read_config("model", name, [CONFIGS]).at("model.rope_scaling")
@@ -151,6 +217,12 @@ def test_the_default_run_is_the_built_in_recipe(plan: Callable[..., ScriptPlan])
         ("--num_train_steps 9", "lora.max_steps", 2),
         ("--max_steps 1 --num_train_steps 90", "lora.max_steps", 1),
         ("--eval_steps 5", "lora.eval_every", 5),
+        ("--max_eval_batches 3", "transfer.eval_batches", 3),
+        ("--max_eval_batches 3", "lora.eval_batches", 3),
+        ("--max_steps 7 --max_finetune_steps 9", "transfer.max_steps", 7),
+        ("--max_steps 7 --max_finetune_steps 9", "lora.max_steps", 9),
+        ("--lk_normal_init", "student.feature_map.init", "normal"),
+        ("--window_size 32", "student.window", 32),
         ("--batch_size 2", "transfer.batch_size", 2),
         ("--dataset_chunk_size 512", "data.seq_len", 512),
         ("", "lora.gradient_checkpointing", True),
@@ -222,6 +294,8 @@ def test_flags_without_effect_are_named_in_one_warning(plan: Callable[..., Scrip
         ("--data_dir /nowhere/at/all", ("--data_dir /nowhere/at/all", "no such file")),
         ("--layers_per_model 3", ("--layers_per_model 3", "all layers", "--enable_fsdp")),
         ("--lr -1", ("transfer.lr", "-1")),
+        ("--lk_zero_init --lk_normal_init", ("exclude each other",)),
+        ("--attention_type lolcats_llama --window_size 8", ("--window_size", "has no window")),
         ("--gradient_accumulation_steps 0", ("transfer.accumulation", "at least 1")),
         ("--dataset_chunk_size 0", ("at least", "got 0")),
         ("--max_step 3", ("'--max_step'", "did you mean --max_steps?")),

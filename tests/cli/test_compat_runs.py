@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat.cli.compat import scripts
+from trenchcoat.cli import app
+from trenchcoat.cli.compat import scripts, used
 from trenchcoat.cli.compat.configs import read_config
 from trenchcoat.cli.compat.start import base_config, check_rope
 from trenchcoat.config import UserError
@@ -116,6 +117,60 @@ def test_the_two_scripts_find_each_others_run(user_dir: Path, capsys: pytest.Cap
     model, _ = hub.load(run, device="cpu")
     assert hub.student_config(model).window == 8
     assert load_recipe(run).lora is not None
+
+
+def test_the_root_script_runs_both_stages(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "distill_llama.py" in {path.name for path in REPOSITORY.glob("*.py")}
+    assert _main("both", "--results_dir", "results", "--no_attention_mask", "--max_finetune_steps", "2") == 0
+    assert "--results_dir, --no_attention_mask" in capsys.readouterr().err
+    first, second = sorted(Path("checkpoints/tiny").iterdir())
+    assert second.name == f"{first.name}-mfs=2"
+    assert read_json(first / "stages" / "transfer" / "result.json")["steps"] == 4
+    assert read_json(second / "stages" / "lora" / "result.json")["steps"] == 2
+    # a transfer that exists is used; without a --finetune_config there is stage 1 alone
+    given = ("--checkpoint_dir", "others", "--load_distill_checkpoint", str(first))
+    assert _main("both", *given) == 0
+    (made,) = Path("others/tiny").glob("*-ldc=*")
+    assert (made / "stages" / "lora" / "result.json").is_file()
+    words = ["--model_config", "tiny", "--distill_config", "distill", "--no_cuda", "--checkpoint_dir", "alone"]
+    assert scripts.run_script("both", CONFIGS, words) == 0
+    (alone,) = Path("alone/tiny").iterdir()
+    assert {path.name for path in (alone / "stages").iterdir()} == {"transfer"}
+    assert scripts.run_script("both", CONFIGS, [*words, "--load_distill_checkpoint", str(first)]) == 2
+
+
+def test_the_demo_and_evaluation_scripts(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("both") == 0
+    (run,) = Path("checkpoints/tiny").iterdir()
+    assert app.main(["export", str(run), "--to", "lolcats", "--out", "original"]) == 0
+    files = ["--attn_mlp_checkpoint_path", "original/maps.pt", "--finetune_checkpoint_path", "original/lora.pt"]
+    harness = ["--model_type", "lolcats_ckpt", "--model_config", "tiny", *files, "--task", "piqa", "--no_cache"]
+    command, folder, *options = used.command_of("eval", harness, CONFIGS)
+    assert (command, options) == ("eval", ["--tasks", "piqa", "--num-fewshot", "0"])
+    assert "without effect here: --model_type, --no_cache" in capsys.readouterr().err
+    made, mine = (load_tensors(Path(place) / "adapter.safetensors") for place in (folder, run / "adapter"))
+    assert made.keys() == mine.keys()
+    assert all(torch.equal(made[name], mine[name]) for name in mine)
+    assert hub.student_config(hub.load(folder, device="cpu")[0]).window == 8
+    demo = ["--model_config_path", "configs/model/tiny.yaml", *files, "--max_new_tokens", "3", "--benchmark"]
+    assert used.command_of("demo", demo, CONFIGS) == ["chat", folder, "--max-new-tokens", "3"]  # not imported again
+    mmlu = used.command_of("mmlu", ["--model_config", "tiny", "--load_finetune_checkpoint", str(run)], CONFIGS)
+    assert mmlu == ["eval", str(run), "--tasks", "mmlu", "--num-fewshot", "5"]
+    for words in ([], ["--attn_mlp_checkpoint_path", "absent.pt"], [*files, "--model_config", "tiny"]):
+        assert used.run_use("eval", CONFIGS, words) == 2
+    for script in (
+        "demos/demo_lolcats_hf.py",
+        "demos/llm_mmlu_eval/eval_mmlu.py",
+        "lm_eval_harness/eval_lm_harness.py",
+    ):
+        text = (REPOSITORY / script).read_text()
+        assert f"parents[{script.count('/')}]" in text
+
+
+def test_a_mistake_in_stage_2_is_found_before_stage_1(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main("both", "--finetune_lr", "-1") == 2
+    assert "lora.lr" in capsys.readouterr().err
+    assert not Path("checkpoints").exists()
 
 
 def test_several_rates_share_one_transfer(user_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,7 @@ def test_selection_ranks_with_the_bare_model_once_and_trains_on_the_best(
     first = stages.linearize(recipe("one")).results
     [line] = [line["text"] for line in read_metrics(tmp_path / "one") if "ranking" in line.get("text", "")]
     assert "effective sequence length" in line
-    assert any("of 12 selected samples" in line.get("text", "") for line in read_metrics(tmp_path / "one"))
+    assert any("of 12 selected" in line.get("text", "") for line in read_metrics(tmp_path / "one"))
     monkeypatch.setattr(variants.EslRanking, "_score", _no_training)  # cached: not ranked again
     assert first is not None
     second = stages.linearize(recipe("two")).results
@@ -195,7 +195,7 @@ def test_selection_ranks_with_the_bare_model_once_and_trains_on_the_best(
     scored = stages.evaluate_folder(tmp_path / "one" / "adapter", recipe("one"))
     assert scored.results is not None
     text = (tmp_path / "one" / "report.md").read_text()
-    assert "train/samples_selected | 12" in text
+    assert "train/rows_selected | 12" in text
 
 
 def test_a_stream_stopped_in_either_stage_ends_with_the_same_numbers(

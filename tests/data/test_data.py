@@ -341,12 +341,36 @@ def test_selection_keeps_the_best_training_samples_in_order(
     )  # fmt: skip
     batches = load_batches(cfg, tokenizer, batch_size=1, seed=0, rank=rank)
     assert asked == [[2, 3, 4, 5, 6, 7, 8]]
-    assert batches.counts["train/samples_selected"] == batches.rows("train") == 3
+    assert batches.counts["train/rows_selected"] == batches.rows("train") == 3
     letters = {text_of(row, tokenizer)[0] for i in range(3) for row in batches.train_batch(i)["input_ids"]}
     assert letters == {"d", "f", "h"}
     assert batches.rows("validation") == 2
     with pytest.raises(ValueError, match="needs a ranking"):
         load_batches(cfg, tokenizer, batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "across"])
+def test_selection_counts_rows_not_samples(
+    packing: str, load: Load, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    load(texts(10, 10, 40, 25, 3, 60), validation_rows=2)
+    seen: list[int] = []
+
+    def rank(key: str, table: TokenTable, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        seen.extend((table.offsets[rows + 1] - table.offsets[rows]).tolist())
+        return np.arange(len(rows), dtype=np.float64)
+
+    cfg = DataConfig(
+        path=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), validation_rows=2, seq_len=12,
+        select="esl", select_rows=4, packing=packing, min_tokens=4,
+    )  # type: ignore[arg-type]  # fmt: skip
+    batches = load_batches(cfg, tokenizer, batch_size=1, seed=0, rank=rank)
+    assert max(seen) == 12
+    assert len(seen) > 6  # pieces of the long samples, none of the short one
+    assert batches.counts["train/rows_selected"] == 4
+    assert batches.rows("train") == 4
+    longest = {text_of(row, tokenizer)[0] for i in range(3) for row in batches.train_batch(i)["input_ids"]}
+    assert longest == {"f"}
 
 
 def forbid_tokenizing(*_: object, **__: object) -> None:

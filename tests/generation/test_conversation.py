@@ -268,9 +268,7 @@ def test_mistakes_are_explained(
 
 def test_a_malformed_option_is_a_usage_error(folder: Path) -> None:
     for wrong in ("words", "=3", "x=[1"):
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["generate", str(folder), "--prompt", "x", "--option", wrong])
-        assert ended.value.code == 2
+        assert cli.main(["generate", str(folder), "--prompt", "x", "--option", wrong]) == 2
 
 
 def test_a_chat_from_the_keyboard(

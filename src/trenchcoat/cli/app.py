@@ -17,6 +17,7 @@ from trenchcoat.cli.command import Command
 from trenchcoat.cli.hints import command_hint, option_hint
 from trenchcoat.cli.terminal import guarded, quiet_libraries, show
 from trenchcoat.config import UsageError, UserError
+from trenchcoat.config.package import installed_version
 from trenchcoat.config.recipe_io import settings_help, settings_summary
 
 COMMANDS = {
@@ -165,8 +166,9 @@ class _Version(argparse.Action):
     """Prints the version, and those of the libraries that matter most, which are looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        found = [f"{name} {metadata.version(name)}" for name in ("trenchcoat", "torch", "transformers", "peft")]
-        print(f"{found[0]} (Python {platform.python_version()}, {', '.join(found[1:])})")
+        libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
+        own = installed_version() or "(not installed)"
+        print(f"trenchcoat {own} (Python {platform.python_version()}, {libraries})")
         parser.exit()
 
 

@@ -204,11 +204,11 @@ class DataConfig(_Section):
     max_tokens: PositiveInt | None = None
     """Drop (and count) samples with more tokens, BOS and EOS included; held-out samples too."""
     select: Literal["none", "esl"] = "none"
-    """`esl` trains on the samples with the largest effective sequence length (LoLCATs, equation 9): how far back the
-    model's attention looks, over a sample's first `seq_len` tokens. Takes one pass of the model; the scores are kept in
-    `cache_dir`."""
+    """`esl` trains on the rows with the largest effective sequence length (LoLCATs, equation 9): how far back the
+    model's attention looks. Samples are cut into rows of `seq_len` tokens first. Takes one pass of the model; the
+    scores are kept in `cache_dir`."""
     select_rows: PositiveInt | None = None
-    """Number of training samples that `select` keeps; required with it."""
+    """Number of training rows that `select` keeps; required with it."""
     streaming: bool = False
     """Read the training rows as a stream, for data larger than memory and disk cache. Needs max_steps in both stages,
     and `validation_rows`, a `validation` split or `validation_path`."""

@@ -175,7 +175,9 @@ class Comparison:
         return dict(self._once("facts", self._key(Variant()), "data", self._facts))
 
     def _facts(self) -> dict[str, Any]:
-        batches = self.variants.batches(self.recipe.eval.batch_size, self.seq_len)
+        selected = self.recipe.data.select != "none"  # among training rows, which may have another length
+        length = self.recipe.data.seq_len if selected else self.seq_len
+        batches = self.variants.batches(self.recipe.eval.batch_size, length)
         text = self.held_out.text
         return {
             "source": self.recipe.data.path,

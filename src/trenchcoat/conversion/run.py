@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trenchcoat.config import DataConfig, Recipe
+from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.formats import check_format
 from trenchcoat.data.load import load_batches
@@ -23,7 +23,7 @@ from trenchcoat.runtime.files import locked
 from trenchcoat.runtime.runfolder import RunFolder, first_missing, remove_start
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.trackers import MetricsTracker, open_trackers
-from trenchcoat.students import student_class
+from trenchcoat.students.registry import check_used
 from trenchcoat.training.objectives import check_loss
 
 LANDMARK_ROWS = 4
@@ -93,9 +93,22 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
         yield OpenRun(recipe, folder, stack.enter_context(open_log(recipe, held, trackers=trackers)), stack)
 
 
+def idle_warning(cfg: StageConfig) -> str | None:
+    """A sentence where a step has fewer micro-batches than there are processes, so that some have nothing to do."""
+    processes = distributed.size()
+    if cfg.accumulation >= processes:
+        return None
+    name = f"{'lora' if isinstance(cfg, LoraConfig) else 'transfer'}.accumulation"
+    return (
+        f"{name}={cfg.accumulation}: a step has fewer micro-batches than the {processes} processes that share them, so "
+        f"{processes - cfg.accumulation} of them do nothing; {name}={processes} keeps all busy"
+    )
+
+
 def check_names(recipe: Recipe) -> None:
-    """Raise ``UserError`` when the recipe's student, objective or data format does not exist."""
-    student_class(recipe.student.name)
+    """Raise ``UserError`` when the recipe's student, objective or data format does not exist, or the student
+    has no use for a setting that differs from its default."""
+    check_used(recipe.student)
     check_format(recipe.data.format)
     if recipe.lora is not None:
         check_loss(recipe.lora.loss)

@@ -19,7 +19,7 @@ from torch import nn
 from trenchcoat.config import LoraConfig, Recipe, StageConfig, StudentConfig, TransferConfig, UserError
 from trenchcoat.config.keep import needs_selection
 from trenchcoat.conversion.ready import check_ready
-from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, Stopped, open_run
+from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, Stopped, idle_warning, open_run
 from trenchcoat.conversion.selection.run import select_groups, with_groups
 from trenchcoat.conversion.teacher_logits import TaughtBatches
 from trenchcoat.data.batches import Batches
@@ -121,20 +121,21 @@ class ModelVariants:
         data = self.recipe.data
         if seq_len is not None and seq_len != data.seq_len:
             data = dataclasses.replace(data, seq_len=seq_len)
+        if data.seq_len not in (self.recipe.data.seq_len, self.recipe.row_tokens(self.recipe.lora)):
+            data = dataclasses.replace(data, select="none", select_rows=None)  # rows that are only scored
         size = (batch_size, data.seq_len)
         if size not in self._batches:
-            rank = None if data.select == "none" else self._ranking
+            rank = None if data.select == "none" else self._ranking(data.seq_len)
             self._batches[size] = self.run.load_batches(self.tokenizer, batch_size=batch_size, data=data, rank=rank)
         return self._batches[size]
 
-    @cached_property
-    def _ranking(self) -> EslRanking:
-        """Scores of the unmodified model for `data.select`; always at `data.seq_len`, even if rows are longer."""
+    def _ranking(self, seq_len: int) -> EslRanking:
+        """Scores of the unmodified model for `data.select`, of training rows of ``seq_len`` tokens."""
         data = self.recipe.data
         folder = cache_folder(data)
         quantize = self.recipe.model.quantize  # a 4-bit base has the fingerprint of its files but different scores
         base = self.base_fingerprint if quantize == "none" else f"{self.base_fingerprint}-{quantize}"
-        return EslRanking(self.assemble_teacher, base, seq_len=data.seq_len, folder=folder, log=self.log)
+        return EslRanking(self.assemble_teacher, base, seq_len=seq_len, folder=folder, log=self.log)
 
     def keep_selected(self, selection: Selection) -> None:
         """Name the groups of ``selection`` in the recipe."""
@@ -202,6 +203,9 @@ class ModelVariants:
         if stage in BEFORE:
             self.require_base(BEFORE[stage])
         objective, cfg = self._prepare(stage)
+        idle = idle_warning(cfg)
+        if idle is not None:
+            self.log.warning(idle)
         batches = self.batches(cfg.batch_size, self.recipe.row_tokens(cfg))
         self._log_text(batches)
         identity = {BASE_WEIGHTS: self.base_fingerprint, "text": batches.fingerprint}
@@ -245,8 +249,8 @@ class ModelVariants:
             training = f"{batches.name} as a stream in {batches.shards} shards"
         else:
             training = f"{counts['train/rows']} training rows"
-        if "train/samples_selected" in counts:
-            training += f" of {counts['train/samples_selected']} selected samples"
+        if "train/rows_selected" in counts:
+            training += f" of {counts['train/rows_selected']} selected"
         text = f"text: {training}, {counts['validation/rows']} validation rows"
         self.log.info(f"{text}; left out: {', '.join(left_out)}" if left_out else text)
 

@@ -55,7 +55,7 @@ class Batches:
     @property
     def counts(self) -> dict[str, int]:
         """rows_read, rows_skipped and skipped/<reason>, then per part: rows, tokens, tokens_cut (left over at the end
-        of the stream), rows_masked (dropped: no label counts); with ``data.select``, train/samples_selected."""
+        of the stream), rows_masked (dropped: no label counts); with ``data.select``, train/rows_selected."""
         return dict(self._counts)
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ BATCH_TOKENS = 4096
 """Tokens of a forward pass over short samples."""
 SAVE_EVERY = 1024
 """Samples between two saves of the ranking."""
-_VERSION = 1
+_VERSION = 2
 
 
 def layer_esl(
@@ -106,7 +106,7 @@ def effective_lengths(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None)
 
 
 class EslRanking:
-    """Scores of samples for ``data.select``: ESL over each one's first ``seq_len`` tokens, cached in ``folder``.
+    """Scores of pieces of samples for ``data.select``: ESL over each one's ``seq_len`` tokens, cached in ``folder``.
 
     ``model`` returns the unchanged model and is called only when a score is missing; ``base`` is its fingerprint.
     Scores are saved every ``SAVE_EVERY`` samples, so an interrupted pass resumes where it stopped.
@@ -132,7 +132,7 @@ class EslRanking:
     ) -> None:
         model = self._model()
         done = saved = total - len(missing)
-        self._log.info(f"ranking {len(missing)} samples by effective sequence length, with the model's own attention")
+        self._log.info(f"ranking {len(missing)} rows by effective sequence length, with the model's own attention")
         with self._log.progress("esl", total, done) as display:
             for batch in _batches(table, missing, self._seq_len):
                 scores[batch] = effective_lengths(model, *_padded(table, batch, self._seq_len)).numpy()

@@ -7,6 +7,8 @@ does not tokenize again. With ``data.streaming`` there is no token table: see ``
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,6 +88,8 @@ def load_batches(
             )
         other_key = str(held)
         spans = {"train": _Span(table, held, table.rows, cfg), "validation": _Span(table, 0, held, cfg)}
+    if cfg.select != "none":
+        spans["train"] = spans["train"].cut(cfg.seq_len)
     selected = spans["train"].select(rank, key, cfg)
     tables = [table] if validation is None else [table, other]
     return Batches(
@@ -130,18 +134,31 @@ class _Span:
             self.keep &= ~unwanted
             self.left_out[reason] = int(unwanted.sum())
 
+    def cut(self, seq_len: int) -> _Span:
+        """The same, with samples cut into pieces of at most ``seq_len`` tokens; pieces of unwanted ones are too."""
+        pieces = np.maximum(1, -(-np.diff(self.table.offsets) // seq_len))
+        index = np.concatenate([[0], np.cumsum(pieces)])
+        number = np.arange(index[-1]) - np.repeat(index[:-1], pieces)
+        starts = np.repeat(self.table.offsets[:-1], pieces) + number * seq_len
+        found = copy.copy(self)
+        found.table = dataclasses.replace(self.table, offsets=np.append(starts, self.table.offsets[-1]))
+        found.first, found.stop = int(index[self.first]), int(index[self.stop])
+        found.lengths = np.diff(found.table.offsets[found.first : found.stop + 1])
+        found.keep = np.repeat(self.keep, pieces[self.first : self.stop])
+        return found
+
     def select(self, rank: Rank | None, key: str, cfg: DataConfig) -> dict[str, int]:
-        """Keep the ``cfg.select_rows`` best samples, in the order of the source; returns the counts."""
+        """Keep the ``cfg.select_rows`` best pieces, in the order of the source; returns the counts."""
         if cfg.select == "none" or cfg.select_rows is None:
             return {}
         if rank is None:
             raise ValueError(f"data.select={cfg.select} needs a ranking: give load_batches its `rank`")
-        candidates = np.flatnonzero(self.keep & (self.lengths > 0))
+        candidates = np.flatnonzero(self.keep & (self.lengths > 1))  # one token alone has no label
         scores = rank(key, self.table, candidates + self.first)
         best = candidates[np.argsort(-scores, kind="stable")[: cfg.select_rows]]
         self.keep[:] = False
         self.keep[best] = True
-        return {"train/samples_selected": len(best)}
+        return {"train/rows_selected": len(best)}
 
     def mark(self) -> list[str]:
         """Which samples are dropped, as part of a hash; empty if none."""

@@ -12,3 +12,4 @@ class LinearAttention(SumAttention):
     """Linear attention over every token up to the query; the state has no buffer."""
 
     kind = "linear"
+    unused = ("affine", "mix_init", "sinks")

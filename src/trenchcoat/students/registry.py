@@ -37,6 +37,16 @@ def student_class(name: str) -> type[StudentAttention]:
     raise UserError(f"student.name is {name!r}; known students: {', '.join(sorted(STUDENTS))}{hint}")
 
 
+def check_used(cfg: StudentConfig) -> None:
+    """UserError for a student that does not exist, or that does not use a setting that differs from its default."""
+    default = StudentConfig()
+    set_ = [name for name in student_class(cfg.name).unused if getattr(cfg, name) != getattr(default, name)]
+    if set_:
+        given = ", ".join(f"student.{name}={getattr(cfg, name)}" for name in set_)
+        plain = " ".join(f"student.{name}={str(getattr(default, name)).lower()}" for name in set_)
+        raise UserError(f"student.name={cfg.name} does not use {given}: add {plain}, or choose another student")
+
+
 def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """The implementation that `cfg.impl` selects for layers of this head size, dtype and device."""
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The flags of the two original scripts: name, type of value, and the setting it maps to.
+"""The flags of the original scripts: name, type of value, and the setting it maps to.
 
 The list is frozen by a test; ``docs/COMPAT.md`` shows it as a table, word for word.
 """
@@ -27,9 +27,11 @@ str    attention_type             `student.name`
 str    learned_kernel             `student.feature_map.adapter_dim`: of `untied_head_adapter`, or none
 switch lk_skip_connection         `student.feature_map.skip=true`
 switch lk_zero_init               `student.feature_map.init=identity` (without it, the file's, else kaiming)
+switch lk_normal_init              `student.feature_map.init=normal`, with standard deviation 0.02
 switch tie_qk_kernels             `student.tied=true`
 switch train_qk                   no effect here: transfer trains feature maps and mixes; LoRA trains q_proj and k_proj
 int    state_chunk_len            no effect here: the operator chooses its chunks
+int    window_size                `student.window`
 int    layers_per_model           accepted when it means all layers, else refused with what to use instead
 int    layers_limit_min           accepted when it means all layers, else refused with what to use instead
 int    layers_limit_max           accepted when it means all layers, else refused with what to use instead
@@ -41,8 +43,10 @@ str    scheduler                  `transfer.schedule`, `lora.schedule`
 int    gradient_accumulation_steps `transfer.accumulation`, `lora.accumulation`, over all processes
 float  num_train_epochs           `transfer.epochs`, `lora.epochs`
 int    max_steps                  `transfer.max_steps`, `lora.max_steps`
+int    max_finetune_steps         `lora.max_steps` (and a separate folder for stage 2)
 int    num_train_steps            the same in micro-batches, divided by the accumulation and rounded up
 int    eval_steps                 `transfer.eval_every`, `lora.eval_every`
+int    max_eval_batches           `transfer.eval_batches`, `lora.eval_batches`
 switch no_init_eval               no effect here: the loss before training is always measured
 switch no_peft_grad_ckpt          `lora.gradient_checkpointing=false` (without it: true)
 switch fsdp_activation_checkpointing `lora.gradient_checkpointing=true`
@@ -57,6 +61,7 @@ switch pure_bf16                  `model.dtype=bfloat16`; trained parameters sta
 switch fsdp_cpu_offload           `parallel.cpu_offload=true`
 str    huggingface_token          the token for this process's downloads; it is written nowhere
 str    checkpoint_dir             the parent folder of `run.dir` (`./checkpoints`)
+str    results_dir                no effect here: results are in the run's folder
 int    replicate                  part of the name of `run.dir`
 int    seed                       `run.seed`
 switch verbose                    no effect here: the log says what is done
@@ -69,6 +74,7 @@ int    num_generations            no effect here: `trenchcoat generate RUN --pro
 int    top_k                      no effect here: `trenchcoat generate RUN --top-k ...`
 float  top_p                      no effect here: `trenchcoat generate RUN --top-p ...`
 int    max_new_tokens             no effect here: `trenchcoat generate RUN --max-new-tokens ...`
+switch no_attention_mask          no effect here: rows are packed, so there is nothing to mask
 switch benchmark                  no effect here: `trenchcoat bench` measures
 switch print_model                no effect here: the run's `environment.json` and `recipe.yaml` describe it
 """

@@ -12,20 +12,30 @@ from typing import Any, Literal
 
 from trenchcoat.cli.compat.configs import OldConfig, read_config
 from trenchcoat.cli.compat.flags import FLAGS, given_flags
-from trenchcoat.cli.compat.translate import data_section, lora_section, model_section, student_section, transfer_section
+from trenchcoat.cli.compat.translate import (
+    data_section,
+    lora_section,
+    model_section,
+    student_section,
+    trains_maps,
+    transfer_section,
+)
 from trenchcoat.config import Recipe, UsageError, UserError
 from trenchcoat.config.recipe_io import recipe_from_dict
 
 ScriptStage = Literal["transfer", "finetune"]
+Script = Literal["transfer", "finetune", "both"]
+"""`distill_llama.py` and `distill_llama_finetune.py` of `llama_recipes`, and `distill_llama.py` of the root."""
 
 _NAMES_THE_RUN = (
     "pretrained_model_name_or_path", "attention_type", "learned_kernel", "lk_skip_connection", "lk_zero_init",
-    "tie_qk_kernels", "pure_bf16", "lr", "weight_decay", "scheduler", "gradient_accumulation_steps",
-    "num_train_epochs", "max_steps", "num_train_steps", "eval_steps", "dataset_chunk_size", "batch_size", "data_dir",
+    "lk_normal_init", "tie_qk_kernels", "window_size", "pure_bf16", "lr", "weight_decay", "scheduler",
+    "gradient_accumulation_steps", "num_train_epochs", "max_steps", "num_train_steps", "eval_steps", "max_eval_batches",
+    "dataset_chunk_size", "batch_size", "data_dir",
 )  # fmt: skip
 """Flags that decide what the first script learns: another value is another run."""
 
-_STAGE_2_ALONE = ("finetune_lr", "finetune_attn_mlps")
+_STAGE_2_ALONE = ("finetune_lr", "finetune_attn_mlps", "max_finetune_steps")
 """Flags that only the second script uses: another value is another stage 2 on the same transfer."""
 
 
@@ -68,6 +78,8 @@ def _refuse(stage: ScriptStage, given: Mapping[str, Any]) -> None:
     missing = [f"--{name}" for name in needed if name not in given]
     if missing:
         raise UsageError(f"{' and '.join(missing)} must be given: the name of a configuration, or a file's path")
+    if "lk_zero_init" in given and "lk_normal_init" in given:
+        raise UsageError("--lk_zero_init and --lk_normal_init exclude each other: give one of them")
     if stage == "transfer" and _named_checkpoint(given) is not None:
         raise UserError(
             "--load_distill_checkpoint: an interrupted attention transfer continues by itself when the same command is "
@@ -148,6 +160,10 @@ def _remarks(given: Mapping[str, Any], model: OldConfig, files: Mapping[str, Old
         words.add(f"{model.file}: attention.train_window_factor (the mix of near and far is always learned)")
     without = [*ignored, *sorted(words)]
     remarks = [f"accepted, but without effect here: {', '.join(without)}"] if without else []
-    if model.at("attention.learned_kernel_kwargs.normal_init", False):
+    if given.get("lk_normal_init", model.at("attention.learned_kernel_kwargs.normal_init", False)):
         remarks.append("normal_init draws with standard deviation 0.02 (the original: 1)")
+    if not files["distill"].at("trainer.name") and "finetune" in files and not trains_maps(files["finetune"], given):
+        remarks.append(
+            "without transfer and without trainable_weights in the --finetune_config, feature maps stay as they begin"
+        )
     return remarks

@@ -69,11 +69,13 @@ def student_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
         )
     name = one_of(word, {**ATTENTIONS, **{own: own for own in STUDENTS}}, "attention.attention_type")
     windowed = name != "linear"
+    if not windowed and "window_size" in flags:
+        raise UserError(f"--window_size: {word} has no window; leave it out, or choose another --model_config")
     # the original's own default is sigmoid(0)
     factor = float(config.at("attention.init_window_factor", 0.0))
     return _set({
         "name": name,
-        "window": config.at("attention.window_size") if windowed else None,
+        "window": flags.get("window_size", config.at("attention.window_size")) if windowed else None,
         "mix_init": round(1.0 / (1.0 + math.exp(-factor)), 9) if windowed else None,
         "affine": config.at("attention.affine_attention_factors"),
         "tied": flags.get("tie_qk_kernels", config.at("attention.tie_qk_kernels")),
@@ -95,7 +97,7 @@ def _feature_map(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     if adapter and width is None:
         raise UserError(f"{config.file}: untied_head_adapter needs {kwargs}.hidden_dim, the width of its bottleneck")
     zero = flags.get("lk_zero_init", config.at(f"{kwargs}.zero_init", False))
-    normal = config.at(f"{kwargs}.normal_init", False)
+    normal = flags.get("lk_normal_init", config.at(f"{kwargs}.normal_init", False) and "lk_zero_init" not in flags)
     bias = config.at(f"{kwargs}.bias", False)
     return _set({
         "name": name,
@@ -187,7 +189,7 @@ def stage_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
         "batch_size": flags.get("batch_size", config.at("dataloader.batch_size")),
         "accumulation": accumulation,
         "eval_every": flags.get("eval_steps", config.at("trainer.eval_steps")),
-        "eval_batches": config.at("trainer.max_eval_batches"),
+        "eval_batches": flags.get("max_eval_batches", config.at("trainer.max_eval_batches")),
         "save_every": config.at("trainer.num_save_ckpt_steps"),
         "restore_best": config.at("trainer.load_best_model_at_end"),
         "weight_decay": flags.get("weight_decay", config.at("optimizer.weight_decay")),
@@ -255,8 +257,9 @@ def lora_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
     method = config.at("finetune.method")
     if method != "lora":
         raise UserError(f"{config.file}: finetune.method is {method!r}; only lora is available")
+    if "max_finetune_steps" in flags:
+        flags = {**flags, "max_steps": flags["max_finetune_steps"]}
     checkpointing = flags.get("fsdp_activation_checkpointing", False) or not flags.get("no_peft_grad_ckpt", False)
-    trained = config.at("finetune.trainable_weights", [])
     own = {
         "loss": "ce",
         "lr": flags.get("finetune_lr", config.at("optimizer.lr")),
@@ -264,7 +267,13 @@ def lora_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
         "alpha": config.at("finetune.kwargs.lora_alpha"),
         "dropout": config.at("finetune.kwargs.lora_dropout"),
         "targets": config.at("finetune.kwargs.target_modules"),
-        "train_feature_maps": bool(flags.get("finetune_attn_mlps")) or any("feature_map" in str(w) for w in trained),
+        "train_feature_maps": trains_maps(config, flags),
         "gradient_checkpointing": checkpointing,
     }
     return {**stage_section(config, flags), **_set(own)}
+
+
+def trains_maps(config: OldConfig, flags: Mapping[str, Any]) -> bool:
+    """Whether stage 2 also trains feature maps and mixes."""
+    trained = config.at("finetune.trainable_weights", [])
+    return bool(flags.get("finetune_attn_mlps")) or any("feature_map" in str(weight) for weight in trained)

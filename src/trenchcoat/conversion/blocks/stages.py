@@ -37,7 +37,7 @@ from trenchcoat.conversion.blocks.score import score_blocks
 from trenchcoat.conversion.blocks.select import with_selection
 from trenchcoat.conversion.held_out import evaluation_length, evaluation_rows
 from trenchcoat.conversion.ready import check_settings
-from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, check_names, open_run
+from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, check_names, idle_warning, open_run
 from trenchcoat.conversion.variants import BASE_WEIGHTS
 from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.report import run as report
@@ -224,6 +224,10 @@ def _evaluation_text(run: OpenRun, tokenizer: Any, text: Batches) -> Batches:
 def _record(run: OpenRun, source: BlockSource, blocks: Sequence[LayerBlock]) -> None:
     """Record the recipe in the run's folder and log the run's settings."""
     recipe = run.recipe
+    assert recipe.transfer is not None
+    idle = idle_warning(recipe.transfer)
+    if idle is not None and recipe.blocks.ranks != "pipeline":
+        run.log.warning(idle)
     distributed.from_main(lambda: run.folder.begin(TRANSFER, recipe, {}))
     run.log.write_recipe(dump_recipe(recipe))
     operator = run.write_environment(source.plain, source.attention, dtype=source.dtype, device=source.device)
