@@ -27,6 +27,11 @@ TEXT_ROWS = [{"text": f"row {i} of a small file"} for i in range(8)]
 ALPACA_ROWS = [{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(8)]
 
 
+def gz(content: bytes) -> bytes:
+    """Compressed, without the time: names of tests hold it."""
+    return gzip.compress(content, mtime=0)
+
+
 def jsonl(rows: list[Any]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -77,14 +82,14 @@ def load(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Loader:
         ("list.json", json.dumps(TEXT_ROWS, indent=1).encode()),
         ("marked.json", b"\xef\xbb\xbf" + json.dumps(TEXT_ROWS).encode()),
         ("lines.json", jsonl(TEXT_ROWS)),
-        ("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS))),
-        ("members.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS[:3])) + gzip.compress(jsonl(TEXT_ROWS[3:]))),
+        ("rows.jsonl.gz", gz(jsonl(TEXT_ROWS))),
+        ("members.jsonl.gz", gz(jsonl(TEXT_ROWS[:3])) + gz(jsonl(TEXT_ROWS[3:]))),
         ("list.json.bz2", bz2.compress(json.dumps(TEXT_ROWS).encode())),
         ("rows.jsonl.xz", lzma.compress(jsonl(TEXT_ROWS))),
         ("rows.jsonl.zst", zstd(jsonl(TEXT_ROWS))),
         ("rows.csv", table(TEXT_ROWS, ",")),
         ("marked.csv", b"\xef\xbb\xbf" + table(TEXT_ROWS, ",").replace(b"\n", b"\r\n")),
-        ("rows.tsv.gz", gzip.compress(table(TEXT_ROWS, "\t"))),
+        ("rows.tsv.gz", gz(table(TEXT_ROWS, "\t"))),
         ("rows.parquet", parquet(TEXT_ROWS)),
     ],
 )
@@ -152,7 +157,7 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
             r"table.ods: files of kind '.ods' are not read; use .json, .jsonl, .parquet, .csv, .tsv",
         ),
         ("rows.jsonl.gz", b"no gzip", r"rows.jsonl.gz is not a readable .gz file .*get it again"),
-        ("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS))[:-9], r"rows.jsonl.gz is not a readable .gz file"),
+        ("rows.jsonl.gz", gz(jsonl(TEXT_ROWS))[:-9], r"rows.jsonl.gz is not a readable .gz file"),
         ("rows.jsonl.zst", b"no zstd", r"rows.jsonl.zst is not a readable .zst file"),
         ("rows.parquet.gz", b"x", r"rows.parquet.gz: files of kind '.gz' are not read"),
         ("more.csv", b"text\na,b\n", r"more.csv, line 2: the line has more cells than the 1 columns"),
@@ -192,7 +197,7 @@ def test_bad_files(load: Loader, name: str, content: bytes | None, message: str)
 
 def test_a_pattern_names_files_in_the_order_of_their_names(load: Loader, tokenizer: PreTrainedTokenizerFast) -> None:
     (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS[4:]))
-    (load.folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXT_ROWS[:4])))
+    (load.folder / "a.jsonl.gz").write_bytes(gz(jsonl(TEXT_ROWS[:4])))
     (load.folder / "c.txt").write_text("left out")
     found = load("[ab].jsonl*")
     (load.folder / "whole.jsonl").write_bytes(jsonl(TEXT_ROWS))
@@ -212,7 +217,7 @@ def test_compressed_files_are_not_streamed(load: Loader) -> None:
     with pytest.raises(
         UserError, match=r"files of kind '\.gz' are not streamed; use .jsonl or .parquet, not compressed"
     ):
-        load("rows.jsonl.gz", gzip.compress(jsonl(TEXT_ROWS)), streaming=True)
+        load("rows.jsonl.gz", gz(jsonl(TEXT_ROWS)), streaming=True)
     (load.folder / "a.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
     (load.folder / "b.jsonl").write_bytes(jsonl(TEXT_ROWS * 20))
     assert load("?.jsonl", streaming=True).train_batch(3)["input_ids"].shape == (1, 8)
