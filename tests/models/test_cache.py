@@ -213,6 +213,8 @@ def test_assisted_decoding_is_refused_with_the_reason() -> None:
     assistant = tiny_model("llama", seed=5, num_hidden_layers=1)
     with pytest.raises(ValueError, match=r"rolled back|crop|croppable|assisted"):
         model.generate(ids, assistant_model=assistant, max_new_tokens=12, **GREEDY)
+    with pytest.raises(ValueError, match="cannot be rolled back"):
+        model.generate(torch.cat([ids, ids], 1), prompt_lookup_num_tokens=3, max_new_tokens=12, **GREEDY)
 
 
 def test_modes_do_not_share_a_cache() -> None:
