@@ -129,7 +129,7 @@ def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkey
         "lora.max_steps=4", "lora.batch_size=2", "lora.accumulation=1", "lora.eval_every=2", "lora.save_every=2",
         "lora.eval_batches=2", "lora.rank=2", "lora.warmup_steps=0",
         "eval.rows=4", "eval.batch_size=2", "eval.seq_len=null", "eval.length_factors=[1]",
-        "eval.copy_rows=2", "eval.decode_lengths=[16]", "eval.baselines=true",
+        "eval.copy_rows=2", "eval.decode_lengths=[16]", "eval.baselines=true", "eval.constant=false",
         "run.progress=plain", f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
 

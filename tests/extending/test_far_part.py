@@ -287,5 +287,6 @@ def test_the_plan_names_the_size_of_its_state(capsys: pytest.CaptureFixture[str]
     shapes = shapes_of(find_config("meta-llama/Llama-3.1-405B"))
     far, window = state_bytes(shapes, StudentConfig(name="decay", key_maps="per_kv_head"))
     assert (far, window) == (4 * 126 * 8 * 128 * (128 + 1), 0)
-    assert cli.main(["plan", "lolcats_llama3_1_405b", "student.name=decay", "student.key_maps=per_kv_head"]) == 0
+    settings = ["student.name=decay", "student.key_maps=per_kv_head"]
+    assert cli.main(["plan", "lolcats_llama3_1_405b", *settings, "--details"]) == 0
     assert f"{far / 2**30:.3g} GiB" in capsys.readouterr().out

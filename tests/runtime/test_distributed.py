@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_fi
         *(f"{name}.{setting}" for name in ("transfer", "lora") for setting in stage),
         "transfer.schedule=plateau", "lora.schedule=plateau", "lora.rank=2", "lora.dropout=0.2",
         "lora.gradient_checkpointing=true", "eval.rows=5", "eval.batch_size=2", "eval.decode_lengths=[]",
-        "eval.baselines=false", "eval.seq_len=null", "run.threads=1",
+        "eval.baselines=false", "eval.constant=false", "eval.seq_len=null", "run.threads=1",
     ]  # fmt: skip
 
 

@@ -198,7 +198,7 @@ class TransferLoraRow(ReportRow):
 class ConstantRow(ReportRow):
     """The same conversion without kept groups."""
 
-    name, label, stage = "constant", "nothing kept, both stages", CONSTANT_LORA
+    name, label, stage = "constant", "nothing kept, stage 2", CONSTANT_LORA
     description = (
         "a second conversion by the same stages with the same settings, in which no group keeps softmax attention: "
         "the state has a constant size."
