@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.paths import absolute_if_here
 from trenchcoat.config.recipe_io import load_recipe, names_model
 from trenchcoat.conversion import stages
 from trenchcoat.conversion.variants import GivenModel, open_variants
@@ -206,7 +207,7 @@ def _path_of(model: Any, tokenizer: Any, out: str | Path | None) -> str:
                 raise KeyError(parameter)
 
             if file_fingerprint(plain, folder, unknown) == fingerprint(model):
-                return name if not Path(name).is_dir() else str(Path(name).resolve())
+                return absolute_if_here(name)
     if out is None:
         raise UserError(
             "the model's weights are not those of a hub id or folder, so they are saved with the run: give out=..."

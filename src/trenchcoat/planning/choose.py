@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from trenchcoat.config import Recipe, UserError
+from trenchcoat.config.paths import absolute_if_here, expanded
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
@@ -60,7 +61,7 @@ def recipe_for(
     template = load_recipe(GPU_RECIPE if gpu else CPU_RECIPE)
     text, why = _text(model, data)
     chosen = [
-        f"model.path={_absolute(model)}",
+        f"model.path={absolute_if_here(expanded(model))}",
         f"run.dir={run_folder(model)}",
         *text,
         *_lengths(template, positions),
@@ -87,11 +88,6 @@ def run_folder(model: str) -> str:
     whole = place.resolve()
     name = re.sub(r"[^\w.\-]", "_", whole.stem if whole.is_file() else whole.name)
     return f"runs/{name}-{hashlib.sha256(str(whole).encode()).hexdigest()[:6]}"
-
-
-def _absolute(model: str) -> str:
-    place = Path(model).expanduser()
-    return str(place.resolve()) if place.exists() else model
 
 
 def _lengths(template: Recipe, positions: int | None) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trenchcoat.generation.generate import Session, end_tokens
 from trenchcoat.models.rotary import length_dependence
+from trenchcoat.models.text import clean_text, embeddings_of
 from trenchcoat.serving.decoding import Chooser, Detokenizer, StopFilter, TokenInfo, probabilities
 from trenchcoat.serving.refusals import Refused
 from trenchcoat.serving.requests import Request, read_request
@@ -79,7 +80,7 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, context: int | None, stopping: threading.Event) -> None:
         self.model, self.context, self.stopping = model, context, stopping
         self.tokenizer, self._decoder = tokenizer, copy.deepcopy(tokenizer)  # one for each thread
-        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = embeddings_of(model)
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         self.max_characters = None if context is None else context * min(longest, _LONGEST_TOKEN)
         self._reader = ThreadPoolExecutor(1, "reader")
@@ -147,7 +148,7 @@ class Engine:
         if isinstance(prompt, list):
             return prompt
         self._check_length(len(prompt))
-        return list(self.tokenizer(plain_text(prompt), add_special_tokens=special)["input_ids"])
+        return list(self.tokenizer(clean_text(prompt), add_special_tokens=special)["input_ids"])
 
     def _check_length(self, characters: int) -> None:
         """Refuse a text that cannot fit before it is tokenized, which takes time and memory."""
@@ -313,8 +314,3 @@ class _Choice:
     def _end(self, finish: str) -> None:
         rest = self.filter.push(self.detokenizer.flush())
         self._pass(rest + self.filter.flush(), "stop" if self.filter.stopped else finish)
-
-
-def plain_text(text: str) -> str:
-    """The text with each half of a broken surrogate pair (which no tokenizer reads) replaced by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
