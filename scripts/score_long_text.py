@@ -1,0 +1,136 @@
+"""Score conversions of one model on long text and copies, against the untrained window of 64 + 4 sinks and the model.
+
+    python scripts/score_long_text.py MODEL books.jsonl runs/kept_12 runs/kept_6 --out scores.json
+
+Rows come from the middle of the first books that are long enough, one row a book: 8 of 512 tokens (scored past 256), 4
+of 2,048 (past 512), and copies: 4 texts of 256, 512 and 1,024 tokens, each followed by itself, scored on the second
+half. Every model reads the same rows; errors are jackknife errors over rows (trenchcoat.evaluation.statistics).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import trenchcoat
+from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.evaluation.scoring import score, score_copies
+from trenchcoat.evaluation.statistics import Estimate, RowSums, gap_closed, paired_difference
+from trenchcoat.runtime.files import write_json
+
+BASELINE = StudentConfig(name="window_sinks", window=64, sinks=4, feature_map=FeatureMapConfig())
+TEXTS = {"512 tokens, past 256": (8, 512, 256), "2,048 tokens, past 512": (4, 2048, 512)}
+"""Rows, tokens of a row, first token that counts."""
+COPIES = {"copy, 256 + 256": 256, "copy, 512 + 512": 512, "copy, 1,024 + 1,024": 1024}
+COPY_ROWS = 4
+SHIFT = "below 2W minus the model"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one model by column of the table; those below 2W beside them."""
+
+    columns: dict[str, RowSums]
+    below: RowSums
+
+
+def main() -> None:
+    """Score, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the softmax model: a folder or hub id")
+    parser.add_argument("books", type=Path, help="JSON lines with a field 'text'; none of them trained on")
+    parser.add_argument("runs", nargs="*", help="run folders, merged folders or adapters")
+    parser.add_argument("--untrained", nargs="*", default=[], metavar="SELECTION.JSON", help="kept groups, untrained")
+    parser.add_argument("--window", type=int, default=128, help="W of the untrained rows with kept groups")
+    parser.add_argument("--below", type=int, default=256, help="tokens of a row that the shift is measured on: 2W")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = Rows(args.books, AutoTokenizer.from_pretrained(args.model), args.below)
+    teacher = rows.losses(_base(args.model))
+    window = rows.losses(_untrained(args.model, BASELINE))
+    found = {}
+    for name, model in _models(args):
+        found[name] = _closed(rows.losses(model), window, teacher)
+        del model
+        sys.stderr.write(f"{name}: {_line(found[name])}\n")
+    if args.out:
+        write_json(args.out, {name: {column: vars(e) for column, e in row.items()} for name, row in found.items()})
+    columns = [*TEXTS, *COPIES, SHIFT]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    sys.stdout.write("\n".join([*lines, *(f"| {name} | {_line(row)} |" for name, row in found.items())]) + "\n")
+
+
+class Rows:
+    """The rows of the protocol."""
+
+    def __init__(self, books: Path, tokenizer: Any, below: int) -> None:
+        texts = [json.loads(line)["text"] for line in books.read_text(encoding="utf-8").splitlines() if line.strip()]
+        self.books: list[Tensor] = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+        self.below = below
+
+    def middle(self, rows: int, tokens: int) -> Tensor:
+        """[rows, tokens] from the middle of that many books."""
+        long = [book for book in self.books if len(book) >= 2 * tokens]
+        if len(long) < rows:
+            raise SystemExit(f"{rows} books of {2 * tokens:,} tokens are needed; the file has {len(long)}")
+        return torch.stack([book[len(book) // 2 :][:tokens] for book in long[:rows]])
+
+    def losses(self, model: Any) -> Losses:
+        """What one model loses on all rows."""
+        columns, below = {}, None
+        for name, (count, tokens, first) in TEXTS.items():
+            scored = score(model, self.middle(count, tokens), window=first // 2, exact=self.below, batch_size=1)
+            columns[name] = scored.far
+            below = below or scored.near
+        for name, tokens in COPIES.items():
+            ids = self.middle(COPY_ROWS, tokens)
+            columns[name] = score_copies(model, torch.cat([ids, ids], 1), batch_size=1)[0]
+        assert below is not None
+        return Losses(columns, below)
+
+
+def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    for path in args.untrained:
+        kept = tuple(json.loads(Path(path).read_text(encoding="utf-8"))["kept"])
+        student = StudentConfig(name="window_sinks", window=args.window, sinks=4, keep=kept)
+        yield f"{len(kept)} groups of {path}, window {args.window}, untrained", _untrained(args.model, student)
+    for run in args.runs:
+        yield run, trenchcoat.load(run)[0]
+
+
+def _base(name: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+
+
+def _untrained(name: str, student: StudentConfig) -> Any:
+    model = _base(name)
+    trenchcoat.attach_students(model, student)
+    trenchcoat.set_mode(model, "student")
+    return model
+
+
+def _closed(row: Losses, window: Losses, teacher: Losses) -> dict[str, Estimate]:
+    """Share of the gap closed by column, and the shift below 2W in nats."""
+    found = {name: gap_closed(row.columns[name], window.columns[name], teacher.columns[name]) for name in row.columns}
+    shares = {name: share for name, share in found.items() if share is not None}
+    return {**shares, SHIFT: paired_difference(row.below, teacher.below)}
+
+
+def _line(row: dict[str, Estimate]) -> str:
+    shift = row[SHIFT]
+    found = [row.get(column) for column in (*TEXTS, *COPIES)]
+    shares = ["–" if e is None else f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for e in found]
+    return " | ".join([*shares, f"{shift.value:+.4f} ± {shift.error:.4f}"])
+
+
+if __name__ == "__main__":
+    main()
