@@ -258,7 +258,7 @@ def test_without_lora_only_the_transfer_is_scored(make: Make) -> None:
 
 
 def test_a_linear_student_has_no_row_without_its_far_part(make: Make) -> None:
-    assert FAR_OFF not in asked_rows(make("student.name=linear"))
+    assert FAR_OFF not in asked_rows(load_recipe("demo", ["student.name=linear"]))
     assert FAR_OFF in asked_rows(make())
     assert final_row(make()) == TransferLoraRow.name
 
@@ -296,7 +296,8 @@ def test_a_checkpoint_of_another_base_model_is_refused(make: Make, other_model_d
 
 
 def test_an_unknown_student_is_refused_before_anything_is_written(make: Make) -> None:
-    recipe = make("student.name=terace")
+    recipe = make()
+    recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, name="terace"))
     with pytest.raises(UserError, match="terrace"):
         stages.transfer(recipe)
     assert not Path(recipe.run.dir).exists()
