@@ -26,6 +26,7 @@ from trenchcoat.models.attach import attach_students, set_mode, student_config, 
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
 from trenchcoat.models.card import write_card
 from trenchcoat.models.identity import fingerprint
+from trenchcoat.models.licence import copy_licences
 from trenchcoat.models.loading import (
     ADAPTER_META,
     load_model,
@@ -149,12 +150,13 @@ def save_merged(model: Any, directory: Path | str, tokenizer: Any = None, *, rep
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, or anywhere with
     `trust_remote_code=True`, and with :func:`load`. It is written atomically, and replaces a folder of that name. With
-    `tokenizer` it holds that too; `report` is added to its model card. Raises UserError for weights that are quantized,
-    sharded or offloaded.
+    `tokenizer` it holds that too; `report` is added to its model card, and the base model's licences, notices and use
+    policies are copied. Raises UserError for weights that are quantized, sharded or offloaded.
     """
     whole = complete_model(model, merged_state(model), lora=False, online=True)
     with atomic_directory(Path(directory)) as partial:
         whole.save_pretrained(partial)
+        copy_licences(model, partial, online=True)
         write_card(partial, whole.config, report=report)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
