@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -231,7 +232,12 @@ def test_recorded_tokens_are_taken_back(student: str, keep: tuple[int | str, ...
     past.crop(-(1 + 2 + 9 + WINDOW + 1))
     found.append(read(ids[:, 18:30]))
     read(wrong[:, :3])
+    kept_aside = copy.deepcopy(past)
     past.crop(-5)  # two of the right ones too
+    kept_aside.crop(-5)
+    with torch.no_grad():
+        again = model(ids[:, 28:], past_key_values=kept_aside, use_cache=True).logits
+    torch.testing.assert_close(again, whole[:, 28:], atol=5e-5, rtol=0)
     found = [*found[:-1], found[-1][:, :-2], read(ids[:, 28:])]
     torch.testing.assert_close(torch.cat(found, 1), whole, atol=5e-5, rtol=0)
     past.crop(0)

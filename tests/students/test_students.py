@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.ops import HeadWeights, Tokens, reference
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.runtime.memory import live_tensor_memory
@@ -321,6 +322,11 @@ def test_a_custom_student_is_one_registry_line() -> None:
         assert isinstance(_student("own"), Own)
         with pytest.raises(ValueError, match="already Own"):
             register_student("own", student_class("terrace"))
+        with pytest.raises(ValueError, match="windw is no field"):
+            register_student("own", Own, unused=("windw",))
+        register_student("own", Own, unused=("window",))
+        with pytest.raises(UserError, match=r"student\.name=own does not use student\.window=8"):
+            load_recipe("demo", ["student.name=own", "student.window=8"])
     finally:
         del STUDENTS["own"]
 

@@ -117,7 +117,8 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         with page(path, (3.4 * len(shown), 3.2), columns=len(shown)) as (_, axes):
             for place, (name, title) in zip(axes, shown.items(), strict=True):
                 for kind, colour in zip(KINDS, ("#0072B2", "#000000"), strict=True):
-                    points = [(int(n), kinds[kind][name]) for n, kinds in by_context.items() if kind in kinds]
+                    found = {int(n): kinds[kind][name] for n, kinds in by_context.items() if kind in kinds}
+                    points = [point for point in found.items() if point[1] is not None]
                     if points:
                         place.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
                 place.set(xscale="log", yscale="log", title=title, xlabel="tokens of the prompt")

@@ -17,13 +17,12 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D key dim, E v
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trenchcoat.models.cache import RECORDED, StateLayer, state_layer
+from trenchcoat.models.cache import RECORDED, Replay, StateLayer, state_layer
 from trenchcoat.models.kept import Columns
 from trenchcoat.models.transformers_internals import (
     attention_function,
@@ -242,7 +241,9 @@ def _student(
     if layer.record_past and not learning:
         if tokens > RECORDED:
             return _in_parts(student, (query, key, value), layer, options)
-        layer.record(tokens, partial(_replay, student, (query, key, value), options))
+        layer.record(tokens, _replay(student, (query, key, value), options))
+    else:
+        layer.forget()
     y, state = _advanced(student, (query, key, value), options, layer.state, learning)
     layer.advance(state, tokens)
     return y
@@ -271,12 +272,15 @@ def _advanced(
     return y, after
 
 
-def _replay(
-    student: StudentAttention, qkv: QKV, options: dict[str, Any], state: RowState | None, tokens: int
-) -> RowState:
-    """The state after the first `tokens` of a call."""
-    with torch.no_grad():
-        return _advanced(student, *_span(qkv, options, slice(tokens)), state)[1]
+def _replay(student: StudentAttention, qkv: QKV, options: dict[str, Any]) -> Replay:
+    """How to make a call again."""
+
+    def replay(state: RowState | None, tokens: int) -> RowState:
+        """The state after the first `tokens` of it."""
+        with torch.no_grad():
+            return _advanced(student, *_span(qkv, options, slice(tokens)), state)[1]
+
+    return replay
 
 
 def _span(qkv: QKV, options: dict[str, Any], span: slice) -> tuple[QKV, dict[str, Any]]:

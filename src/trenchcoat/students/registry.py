@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from trenchcoat.config import StudentConfig, UserError
@@ -43,8 +43,11 @@ STUDENTS: dict[str, StudentEntry] = {
 def register_student(name: str, cls: type[StudentAttention], *, unused: Sequence[str] = ()) -> type[StudentAttention]:
     """Make `cls` available as `student.name: <name>`; recipes that set one of the `unused` settings are refused.
 
-    ValueError if the name is taken by another class.
+    ValueError if the name is taken by another class, or one of these is no setting.
     """
+    foreign = set(unused) - {each.name for each in fields(StudentConfig)}
+    if foreign:
+        raise ValueError(f"student {name!r}: {', '.join(sorted(foreign))} is no field of StudentConfig")
     if name in STUDENTS and student_class(name) is not cls:
         raise ValueError(f"student {name!r} is already {student_class(name).__name__}; choose another name")
     STUDENTS[name] = StudentEntry(cls, tuple(unused))
