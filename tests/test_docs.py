@@ -101,7 +101,8 @@ def test_the_contributors_student_works(tiny_model_dir: Path, monkeypatch: pytes
     code, line = _blocks(CONTRIBUTING, "python")
     space: dict[str, object] = {"__name__": "terrace_sinks"}
     exec(compile(code, "terrace_sinks.py", "exec"), space)
-    name, class_name = re.fullmatch(r'\s*"(\w+)": (\w+),\s*', line).groups()  # type: ignore[union-attr]
+    entry = r'\s*"(\w+)": StudentEntry\("trenchcoat\.students\.terrace_sinks\.(\w+)"\),\s*'
+    name, class_name = re.fullmatch(entry, line).groups()  # type: ignore[union-attr]
     monkeypatch.setattr("trenchcoat.students.registry.STUDENTS", dict(STUDENTS))
     register_student(name, space[class_name])  # type: ignore[arg-type]
 

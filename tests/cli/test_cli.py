@@ -146,7 +146,6 @@ def test_mistakes_that_show_later_exit_1(
 ) -> None:
     absent = str(tmp_path / "absent")
     assert absent in _fails(["transfer", "demo", *tiny_overrides, f"model.path={absent}"], 1, capsys)
-    assert "terrace" in _fails(["transfer", "demo", *tiny_overrides, "student.name=terace"], 1, capsys)
     missing = _fails(["transfer", "demo", *tiny_overrides, "student.feature_map.skip=true",
                       "student.feature_map.feature_dim=7"], 1, capsys)  # fmt: skip
     assert "feature_dim" in missing

@@ -22,6 +22,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.models.card import base_facts
 from trenchcoat.models.hub import adapter_state
+from trenchcoat.models.licence import copy_licences
 from trenchcoat.models.loading import load_model, stored_dtype
 from trenchcoat.models.lora import add_lora
 
@@ -29,11 +30,17 @@ REPOSITORY = Path(__file__).parents[2]
 STUDENT = StudentConfig(window=4, keep=("1.0",), feature_map=FeatureMapConfig(feature_dim=6))
 
 
+LICENCES = {"LICENSE.txt": "Wear it in the rain.", "NOTICE": "Made of cotton.", "USE_POLICY.md": "Not as a tent."}
+"""Files of the base."""
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base` (in bfloat16) and the `adapter` that was made of it."""
     folder = tmp_path_factory.mktemp("made")
     save_tiny_model(folder / "base", seed=0)
+    for name, text in LICENCES.items():
+        (folder / "base" / name).write_text(text)
     plain, words = load_model(ModelConfig(path=str(folder / "base"), device="cpu", dtype="bfloat16"))
     plain.save_pretrained(folder / "base")
     words.save_pretrained(folder / "base")
@@ -148,6 +155,45 @@ def test_the_licence_of_a_base_of_the_hub_is_asked_for(
         assert base_facts(model) == known
         licence = {"license": "other", "license_name": "coat-1"}
         assert base_facts(model, online=True) == {**known, "licence": licence}
+
+
+def licences_in(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name in LICENCES}
+
+
+def test_the_licences_of_the_base_are_in_the_complete_model(made: Path, tmp_path: Path) -> None:
+    assert cli.main(["export", str(made / "adapter"), "--merge", "--out", str(tmp_path / "out")]) == 0
+    assert licences_in(tmp_path / "out") == LICENCES
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "other"
+    assert card.data.to_dict()["license_link"] == "LICENSE.txt"
+    assert "see [LICENSE.txt](LICENSE.txt), [NOTICE](NOTICE), [USE_POLICY.md](USE_POLICY.md); it applies" in card.text
+    assert cli.main(["export", str(tmp_path / "out"), "--merge", "--out", str(tmp_path / "again")]) == 0
+    assert licences_in(tmp_path / "again") == LICENCES
+    model, _ = trenchcoat.load(tmp_path / "again", device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    assert licences_in(tmp_path / "saved") == LICENCES
+
+
+def test_the_licences_of_a_base_of_the_hub_are_fetched_and_then_cached(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load_model(ModelConfig(path=str(tiny_model_dir), device="cpu", dtype="float32"))
+    model.trenchcoat_adapter = {"base": {"path": "someone/tiny", "revision": None}}
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name in ("before", "online", "cached"):
+        (tmp_path / name).mkdir()
+    with hub_stand_in() as stand_in:
+        use_hub(stand_in, monkeypatch)
+        own = {name: text.encode() for name, text in LICENCES.items()}
+        stand_in.files["someone/tiny"] = {**own, "model.safetensors": b"", "licensed.py": b""}
+        copy_licences(model, tmp_path / "before")
+        assert not licences_in(tmp_path / "before")
+        copy_licences(model, tmp_path / "online", online=True)
+    copy_licences(model, tmp_path / "cached", online=True)  # the hub is gone
+    for name in ("online", "cached"):
+        assert licences_in(tmp_path / name) == LICENCES
+        assert len(list((tmp_path / name).iterdir())) == 3
 
 
 def test_a_hub_that_refuses_is_said_in_a_line(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
-from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig, TransferConfig, UserError, dump_recipe
+from trenchcoat.config import (
+    DataConfig,
+    FeatureMapConfig,
+    LoraConfig,
+    Recipe,
+    StageConfig,
+    StudentConfig,
+    TransferConfig,
+    UserError,
+    dump_recipe,
+)
 from trenchcoat.config.paths import require_writable, same_place
 from trenchcoat.config.recipe_io import (
     RECIPES,
@@ -18,6 +30,7 @@ from trenchcoat.config.recipe_io import (
     field_docs,
     field_paths,
     load_recipe,
+    plain_recipe,
     recipe_from_dict,
     settings_help,
 )
@@ -173,6 +186,48 @@ def test_words_that_yaml_reads_as_booleans(recipe_file: Path) -> None:
 
 def test_linear_students_have_no_window_to_compare(recipe_file: Path) -> None:
     assert load_recipe(recipe_file, ["student.name=linear", "data.seq_len=16"]).data.seq_len == 16
+
+
+def _student_recipe(tmp_path: Path, **student: Any) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"student": student}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("student", "typed", "message"),
+    [
+        # set for this student: by an override, in its file, to the default too
+        ({}, ["student.name=linear", "student.window=8"], "student.name=linear does not use student.window=8"),
+        ({}, ["student.name=linear", "student.window=64"], "does not use student.window=64"),
+        ({}, ["student.mix_init=0.5", "student.name=linear"], "does not use student.mix_init=0.5"),
+        ({}, ["student={name: linear, affine: true}"], "does not use student.affine=true"),
+        ({"name": "linear", "window": 8, "sinks": 4}, [], "does not use student.window=8, student.sinks=4: leave"),
+        ({"name": "linear"}, ["student.affine=false"], "does not use student.affine=false"),
+        ({"name": "linear", "window": 8}, ["student.name=linear"], "does not use student.window=8"),
+        ({"name": "window_sinks"}, ["student.feature_map.name=elu"], "does not use student.feature_map: leave"),
+    ],
+)
+def test_a_setting_that_the_student_does_not_use_is_refused(
+    student: dict[str, Any], typed: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_recipe(_student_recipe(tmp_path, **student), typed)
+
+
+def test_settings_of_a_student_that_an_override_replaces_are_left_out(tmp_path: Path) -> None:
+    path = _student_recipe(tmp_path, name="sliding", window=8, mix_init=0.5, feature_map={"name": "elu"})
+    recipe = load_recipe(path, ["student.name=linear", "data.seq_len=32"])
+    assert recipe.student == StudentConfig(name="linear", feature_map=FeatureMapConfig(name="elu"))
+    kept = tmp_path / "run" / "recipe.yaml"
+    kept.parent.mkdir()
+    kept.write_text(dump_recipe(recipe))
+    assert load_recipe(kept).student == recipe.student  # what a run's folder records is read back
+    assert load_recipe(path, ["student.name=terrace"]).student.window == 8
+    for name in builtin_recipes():
+        assert load_recipe(name, ["student.name=linear"]).student.name == "linear"
+    with pytest.raises(UserError, match=r"does not use student\.sinks=4"):
+        plain_recipe(["student.name=linear", "student.sinks=4"])
 
 
 @pytest.mark.parametrize(

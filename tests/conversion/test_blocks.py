@@ -170,7 +170,7 @@ def test_each_block_has_its_epochs_and_stops_early_by_itself(overrides: list[str
         (["student.keep_softmax=[9]"], r"names layer 9, but the layers are 0\.\.4"),
         (["blocks.pass_tokens=many"], "pass_tokens"),
         (["blocks.size=0"], "blocks.size must be at least 1"),
-        (["student.name=terace"], "did you mean 'terrace'"),
+        (["student.name=terace"], "did you mean terrace"),
     ],
 )
 def test_unsupported_settings_are_refused(more: list[str], message: str, overrides: list[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from conftest import save_tiny_model
-from trenchcoat.config import Recipe, UserError
+from trenchcoat.config import Recipe, RunConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.conversion import stages, variants
 from trenchcoat.conversion.comparison import stages_of
@@ -258,7 +259,7 @@ def test_without_lora_only_the_transfer_is_scored(make: Make) -> None:
 
 
 def test_a_linear_student_has_no_row_without_its_far_part(make: Make) -> None:
-    assert FAR_OFF not in asked_rows(make("student.name=linear"))
+    assert FAR_OFF not in asked_rows(load_recipe("demo", ["student.name=linear"]))
     assert FAR_OFF in asked_rows(make())
     assert final_row(make()) == TransferLoraRow.name
 
@@ -296,7 +297,8 @@ def test_a_checkpoint_of_another_base_model_is_refused(make: Make, other_model_d
 
 
 def test_an_unknown_student_is_refused_before_anything_is_written(make: Make) -> None:
-    recipe = make("student.name=terace")
+    recipe = make()
+    recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, name="terace"))
     with pytest.raises(UserError, match="terrace"):
         stages.transfer(recipe)
     assert not Path(recipe.run.dir).exists()
@@ -311,7 +313,7 @@ def test_settings_of_a_stage() -> None:
     assert flatten(recipe)["student.keep_softmax"] == []
 
 
-def test_generate_and_export(make: Make, tmp_path: Path) -> None:
+def test_generate_and_export(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make("lora.max_steps=2", "transfer.max_steps=2")
     stages.transfer(recipe)
     stages.finetune(recipe)
@@ -325,8 +327,14 @@ def test_generate_and_export(make: Make, tmp_path: Path) -> None:
     logits = [load(place)[0](input_ids=ids).logits for place in (folder, tmp_path / "adapter", tmp_path / "merged")]
     torch.testing.assert_close(logits[0], logits[1])
     torch.testing.assert_close(logits[0], logits[2], atol=1e-5, rtol=1e-5)
+    capsys.readouterr()
     scored = stages.evaluate_folder(tmp_path / "merged", recipe).results
     assert scored is not None
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0] == f"loading {tmp_path / 'merged'}"
+    assert re.match(r"scoring merged 4/4 \([\d.]+ rows/s\)", shown[-1])
+    stages.evaluate_folder(tmp_path / "merged", dataclasses.replace(recipe, run=RunConfig(progress="off")))
+    assert capsys.readouterr().err == ""
     assert list(scored.rows) == ["merged"]
     with pytest.raises(UserError, match="not empty"):
         stages.export(folder, tmp_path / "merged", merge=True)

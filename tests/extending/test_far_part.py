@@ -102,7 +102,7 @@ class DecayAttention(StudentAttention):
         return DecayState(s_BKFE, state.z_BKF * kept_BK1 + fk_BKTF.sum(2), seen_B=state.seen_B + count_BT[:, -1])
 
 
-# --8<-- and the line in STUDENTS: "decay": DecayAttention,
+# --8<-- and the line in STUDENTS: "decay": StudentEntry("trenchcoat.students.decay.DecayAttention"),
 
 HEADS, KV, DIM, SCALE = 4, 2, 6, 0.4
 CFG = StudentConfig(name="decay", window=4, feature_map=FeatureMapConfig(feature_dim=5))

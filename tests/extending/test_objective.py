@@ -15,7 +15,8 @@ from trenchcoat.conversion import stages
 from trenchcoat.data.batches import Batch
 from trenchcoat.runtime.runlog import read_metrics
 from trenchcoat.training.logits import Teacher
-from trenchcoat.training.objectives import IDLE, OBJECTIVES, Metrics, Objective, next_token_loss
+from trenchcoat.training.losses import OBJECTIVES
+from trenchcoat.training.objectives import IDLE, Metrics, Objective, next_token_loss
 
 
 def smoothed(cfg: LoraConfig, teacher: Teacher) -> Objective:

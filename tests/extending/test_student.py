@@ -62,5 +62,5 @@ def test_linearize_finds_it_by_name(tiny_overrides: list[str]) -> None:
 
 
 def test_it_is_suggested_for_a_mistyped_name(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["linearize", "demo", *tiny_overrides, "student.name=terrace_sink"]) == 1
-    assert "did you mean 'terrace_sinks'" in capsys.readouterr().err
+    assert cli.main(["linearize", "demo", *tiny_overrides, "student.name=terrace_sink"]) == 2
+    assert "did you mean terrace_sinks?" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tiny_families import GREEDY, WINDOW, logits, make, tiny_model, tokens
+from trenchcoat.models import cache, interface
 from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import StateLayer, cache_nbytes
 from trenchcoat.students import STUDENTS
@@ -208,13 +210,75 @@ def test_crop_is_possible_only_where_it_removes_nothing() -> None:
         past.crop(5)
 
 
-def test_assisted_decoding_is_refused_with_the_reason() -> None:
-    model, ids = make(), tokens(1, 9)
-    assistant = tiny_model("llama", seed=5, num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"rolled back|crop|croppable|assisted"):
-        model.generate(ids, assistant_model=assistant, max_new_tokens=12, **GREEDY)
-    with pytest.raises(ValueError, match="cannot be rolled back"):
-        model.generate(torch.cat([ids, ids], 1), prompt_lookup_num_tokens=3, max_new_tokens=12, **GREEDY)
+@pytest.mark.parametrize("keep", [(), GROUPS, (0,)])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_recorded_tokens_are_taken_back(student: str, keep: tuple[int | str, ...]) -> None:
+    model, ids = make(student=student, keep=keep), tokens(2, 40)
+    wrong, whole = tokens(2, 40, seed=9), logits(model, ids)
+    past = DynamicCache(config=model.config)
+    past.activate_past_recording()
+
+    def read(given: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(given, past_key_values=past, use_cache=True).logits
+
+    read(torch.cat([ids[:, :15], wrong[:, :4]], 1))
+    past.crop(-4)
+    assert past.get_seq_length() == 15
+    found = [whole[:, :15], read(ids[:, 15:18])]
+    past.crop(0)
+    for number in (1, 2, 9, WINDOW + 1):  # several calls, of which only the first is right
+        read(wrong[:, :number])
+    past.crop(-(1 + 2 + 9 + WINDOW + 1))
+    found.append(read(ids[:, 18:30]))
+    read(wrong[:, :3])
+    kept_aside = copy.deepcopy(past)
+    past.crop(-5)  # two of the right ones too
+    kept_aside.crop(-5)
+    with torch.no_grad():
+        again = model(ids[:, 28:], past_key_values=kept_aside, use_cache=True).logits
+    torch.testing.assert_close(again, whole[:, 28:], atol=5e-5, rtol=0)
+    found = [*found[:-1], found[-1][:, :-2], read(ids[:, 28:])]
+    torch.testing.assert_close(torch.cat(found, 1), whole, atol=5e-5, rtol=0)
+    past.crop(0)
+    if keep != (0,):
+        with pytest.raises(ValueError, match="cannot be rolled back"):
+            past.layers[0].crop(-1)
+
+
+def test_of_a_long_call_only_the_end_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cache, interface):
+        monkeypatch.setattr(module, "RECORDED", 8)
+    model, ids = make(keep=GROUPS), tokens(1, 40)
+    past = DynamicCache(config=model.config)
+    past.activate_past_recording()
+    with torch.no_grad():
+        first = model(ids[:, :30], past_key_values=past, use_cache=True).logits
+        torch.testing.assert_close(first, logits(model, ids)[:, :30], atol=5e-5, rtol=0)
+        past.crop(-8)
+        again = model(ids[:, 22:], past_key_values=past, use_cache=True).logits
+        torch.testing.assert_close(again, logits(model, ids)[:, 22:], atol=5e-5, rtol=0)
+    with pytest.raises(ValueError, match="at most 8"):
+        past.crop(-9)
+
+
+@pytest.mark.parametrize("keep", [(), GROUPS, (0,)])
+@pytest.mark.parametrize("student", STUDENTS)
+def test_assisted_decoding_writes_what_greedy_decoding_writes(student: str, keep: tuple[int | str, ...]) -> None:
+    model, ids = make(student=student, keep=keep), tokens(1, 9)
+    expected = model.generate(ids, max_new_tokens=24, **GREEDY)
+    other = tiny_model("llama", seed=5, num_hidden_layers=1)  # nearly always wrong
+    twin = make(student=student, keep=keep)  # always right, and its own states are rolled back too
+    for assistant in (other, twin):
+        found = model.generate(ids, assistant_model=assistant, max_new_tokens=24, **GREEDY)
+        assert torch.equal(found, expected)
+
+
+@kept_or_not
+def test_prompt_lookup_writes_what_greedy_decoding_writes(keep: tuple[int | str, ...]) -> None:
+    model, ids = make("mistral", keep=keep), tokens(1, 9).repeat(1, 3)
+    expected = model.generate(ids, max_new_tokens=24, **GREEDY)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, max_new_tokens=24, **GREEDY), expected)
 
 
 def test_modes_do_not_share_a_cache() -> None:

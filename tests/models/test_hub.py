@@ -420,11 +420,37 @@ def test_a_device_map_takes_the_place_of_the_device(adapter: tuple[Path, Any], t
     for place in (adapter[0], tmp_path / "merged"):
         mapped, _ = hub.load(place, device_map={"": "cpu"})
         torch.testing.assert_close(logits(mapped, tokens(1, 9)), logits(model, tokens(1, 9)), rtol=0, atol=5e-5)
-        away = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        with pytest.raises(UserError, match=r"leaves weights off their device \(model\.layers\.1\."):
-            hub.load(place, device_map={**away, "model.layers.0": "cpu", "model.layers.1": "disk"})
         with pytest.raises(UserError, match="both say where the weights go"):
             hub.load(place, device="cpu", device_map="auto")
+
+
+ON_DISK = {
+    "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+    "model.layers.0": "cpu", "model.layers.1": "disk",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("merge", [True, False], ids=["merged", "with LoRA"])
+def test_a_complete_folder_runs_with_layers_on_disk(merge: bool, adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    model, tokenizer = hub.load(adapter[0], device="cpu")
+    if merge:
+        hub.save_merged(model, tmp_path / "whole", tokenizer)
+    else:
+        model.save_pretrained(tmp_path / "whole")
+    whole, _ = hub.load(tmp_path / "whole", device="cpu")
+    away, _ = hub.load(tmp_path / "whole", device_map=ON_DISK)
+    ids = tokens(2, 30)
+    assert torch.equal(logits(away, ids), logits(whole, ids))
+    texts = [one.generate(ids, max_new_tokens=12, do_sample=False) for one in (away, whole)]
+    assert torch.equal(*texts)
+    assert all(p.is_meta for p in away.model.layers[1].mlp.parameters())  # it is fetched for each call only
+    with pytest.raises(UserError, match="sharded or offloaded"):
+        away.save_pretrained(tmp_path / "again")
+
+
+def test_an_adapter_is_not_put_over_a_base_on_disk(adapter: tuple[Path, Any]) -> None:
+    with pytest.raises(UserError, match=r"off their device \(model\.layers\.1\..*export DIR --merge"):
+        hub.load(adapter[0], device_map=ON_DISK)
 
 
 def test_a_folder_without_a_tokenizer_is_said_to_be_one(tiny_model_dir: Path, tmp_path: Path) -> None:

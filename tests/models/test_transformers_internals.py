@@ -127,6 +127,19 @@ def test_layers_of_a_cache() -> None:
     assert internals.allocated_length(internals.cache_layer(static, 1)) == 32
 
 
+def test_a_cache_passes_recording_on_to_the_layers_that_exist_and_is_cropped_by_minus_the_number() -> None:
+    model = tiny_model()
+    past = DynamicCache(config=model.config)
+    assert not internals.records_past(past)
+    past.activate_past_recording()
+    assert internals.records_past(past)
+    assert not any(hasattr(layer, "record_past") for layer in past.layers)  # so students' layers ask the cache
+    model(tokens(1, 9), past_key_values=past, use_cache=True)
+    past.crop(-2)
+    past.crop(0)
+    assert past.get_seq_length() == 7
+
+
 def test_classes_of_a_config() -> None:
     module = importlib.import_module(auto.AUTO_MODULE)
     assert module.AutoConfig is AutoConfig

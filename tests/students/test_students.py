@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.ops import HeadWeights, Tokens, reference
 from trenchcoat.ops.chunked import closed_form
 from trenchcoat.runtime.memory import live_tensor_memory
@@ -23,7 +24,6 @@ from trenchcoat.students import (
     register_student,
     student_class,
 )
-from trenchcoat.students.registry import check_used
 
 HEADS, KV, DIM, SCALE = 4, 2, 6, 0.4
 SIZES = {"num_heads": HEADS, "num_kv_heads": KV, "head_dim": DIM}
@@ -321,7 +321,12 @@ def test_a_custom_student_is_one_registry_line() -> None:
     try:
         assert isinstance(_student("own"), Own)
         with pytest.raises(ValueError, match="already Own"):
-            register_student("own", STUDENTS["terrace"])
+            register_student("own", student_class("terrace"))
+        with pytest.raises(ValueError, match="windw is no field"):
+            register_student("own", Own, unused=("windw",))
+        register_student("own", Own, unused=("window",))
+        with pytest.raises(UserError, match=r"student\.name=own does not use student\.window=8"):
+            load_recipe("demo", ["student.name=own", "student.window=8"])
     finally:
         del STUDENTS["own"]
 
@@ -348,11 +353,3 @@ def test_mismatched_inputs_are_rejected_with_and_without_gradients() -> None:
         student(q, k, v, scale=1.0, mask_BT=torch.ones(1, 3))
     with torch.no_grad(), pytest.raises(ValueError, match="mask has shape"):
         student(q, k, v, scale=1.0, mask_BT=torch.ones(1, 3))
-
-
-def test_a_setting_that_a_student_does_not_use_is_refused() -> None:
-    check_used(StudentConfig(name="linear", window=8))  # the window also divides the report's near and far tokens
-    check_used(StudentConfig(name="terrace", affine=True, mix_init=0.5, sinks=4))
-    for name, value in (("affine", True), ("mix_init", 0.5), ("sinks", 4)):
-        with pytest.raises(UserError, match=rf"student.name=linear does not use student.{name}={value}: add student"):
-            check_used(StudentConfig(name="linear", **{name: value}))

@@ -18,7 +18,8 @@ from trenchcoat.models.stage2 import as_teacher
 from trenchcoat.runtime import head
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.training.logits import own_teacher
-from trenchcoat.training.objectives import IDLE, OBJECTIVES, Objective, stage_2_objective
+from trenchcoat.training.losses import OBJECTIVES
+from trenchcoat.training.objectives import IDLE, Objective, stage_2_objective
 
 LOSSES = {"kl": 1.0, "mix": 0.7, "ce": 0.0}
 TEACHER = own_teacher(as_teacher)

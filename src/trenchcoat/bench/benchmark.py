@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import operator_of
 
 RECORD_VERSION = 2
-OPTIONS = ("only", "layers")
+OPTIONS = ("only", "layers", "model", "teacher", "engine", "url")
 """Settings that a benchmark has only where its `options` name them."""
 
 
@@ -32,6 +33,10 @@ class Settings:
     repeats: int | None = None
     only: Sequence[str] = ()
     layers: int | None = None
+    model: str | None = None
+    teacher: str | None = None
+    engine: str | None = None
+    url: str | None = None
     keep: Callable[[dict[str, Any]], None] = _ignore
     say: Callable[[str], None] = _ignore
 
@@ -122,6 +127,10 @@ class Benchmark(ABC, Generic[SizesT]):
     @abstractmethod
     def table(self, record: dict[str, Any]) -> list[str]:
         """The figures as lines of text; :meth:`text` adds the targets."""
+
+    def draw(self, record: dict[str, Any], path: Path) -> bool:
+        """Write the figures as a picture to ``path``; False for a benchmark that has none."""
+        return False
 
     def sizes(self, settings: Settings) -> SizesT:
         """The sizes to measure; benchmarks that repeat have a field `repeats`."""

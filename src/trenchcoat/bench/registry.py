@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "blocks": ("trenchcoat.bench.blocks:BlocksBenchmark", "block-wise transfer against the joint run"),
     "clip": ("trenchcoat.bench.clip:ClipBenchmark", "one gradient clip for all layers against one for each"),
     "decode": ("trenchcoat.bench.decode:DecodeBenchmark", "time per token and state size against the softmax teacher"),
+    "serve": ("trenchcoat.bench.serve:ServeBenchmark", "a model and its softmax teacher in the same server, over HTTP"),
     "kernels": ("trenchcoat.bench.kernels:KernelsBenchmark", "the Triton kernels on a GPU (--device cuda)"),
     "tiles": ("trenchcoat.bench.tiles:TilesBenchmark", "tune the kernels' launch settings on this GPU and store them"),
 }
@@ -31,7 +32,8 @@ def load_benchmark(name: str) -> Benchmark[Any]:
 
 
 def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], None] = print, **settings: Any) -> str:
-    """``trenchcoat bench NAME``: measure, write the record to ``out`` if given, return it as text.
+    """``trenchcoat bench NAME``: measure, write the record to ``out`` if given (some draw a picture
+    beside it), return it as text.
 
     ``settings`` are the fields of :class:`trenchcoat.bench.benchmark.Settings`. ``say`` receives progress lines from
     long benchmarks.
@@ -54,4 +56,6 @@ def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], Non
 
     record = benchmark.measure(Settings(keep=keep, say=say, **settings))
     keep(record)
+    if out is not None:
+        benchmark.draw(record, Path(out).with_suffix(".png"))
     return benchmark.text(record)

@@ -13,7 +13,7 @@ from typing import Any
 from trenchcoat.cli.terminal import warn
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.paths import expanded, require_writable
-from trenchcoat.config.recipe_io import builtin_recipes, field_paths, load_recipe, names_model
+from trenchcoat.config.recipe_io import builtin_recipes, check_overrides, field_paths, load_recipe, names_model
 
 TARGET_HELP = "a run's folder, an adapter folder or a merged folder"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 (auto)"
@@ -129,6 +129,7 @@ def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
     overrides += [f"{path}={value}" for path, value in (("student.keep", keep), ("run.dir", out)) if value is not None]
     if not names_model(args.recipe):
         return load_recipe(args.recipe, overrides if data is None else [*overrides, f"data.path={data}"])
+    check_overrides(overrides)
     from trenchcoat.planning.choose import recipe_for
 
     chosen = recipe_for(args.recipe, overrides, data=data, here=here)

@@ -23,7 +23,8 @@ from typing import Any
 
 from trenchcoat.config.errors import UserError
 from trenchcoat.config.paths import expanded
-from trenchcoat.config.settings import Constraint, NameIn, ReadBy, Recipe
+from trenchcoat.config.registries import NameIn, without_unused
+from trenchcoat.config.settings import Constraint, ReadBy, Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the recipes that ship with the package."""
@@ -39,15 +40,18 @@ def builtin_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, chosen: Sequence[str] = ()) -> Recipe:
     """The checked recipe of ``path``: a YAML file, a run folder, or the name of a recipe that ships with trenchcoat.
 
     ``overrides`` are ``key=value`` with the key's path (``transfer.lr=5e-3``, ``transfer=null``); values are YAML.
-    Without ``run.dir``, the run's folder is ``runs/<recipe name>``. Raises ``UserError``.
+    ``chosen`` are further ones that count as the file's own. Without ``run.dir``, the run's folder is
+    ``runs/<recipe name>``. Raises ``UserError``, also for settings of a student that it does not use; where an override
+    replaces the recipe's student, such settings of the recipe are left out.
     """
     path = expanded(str(path))
     file = _find(path)
-    document = read_yaml(file, overrides)
+    before, document = read_yaml(file, chosen), read_yaml(file, [*chosen, *overrides])
+    document = without_unused(document, before, _typed(overrides))
     if not isinstance(document.get("run", {}), Mapping):
         raise UserError(f"{file}: run must be a mapping of fields, got {document['run']!r}")
     run = dict(document.get("run") or {})
@@ -59,7 +63,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def plain_recipe(overrides: Sequence[str] = ()) -> Recipe:
     """Every setting at its own default, and no stage: the recipe of a model from elsewhere, to score or to use."""
-    return recipe_from_dict(_parsed("{transfer: null, lora: null}", "the defaults", overrides))
+    document = _parsed("{transfer: null, lora: null}", "the defaults", overrides)
+    return recipe_from_dict(without_unused(document, {}, _typed(overrides)))
+
+
+def _typed(overrides: Sequence[str]) -> dict[str, Any]:
+    """The overrides alone, as nested plain values."""
+    return _parsed("{}", "the overrides", overrides)
 
 
 def recipe_from_dict(document: Mapping[str, Any]) -> Recipe:
@@ -226,6 +236,14 @@ def field_paths(cls: type, path: str = "") -> list[tuple[str, Any]]:
 
 def _build(cls: type, document: Any, path: str) -> Any:
     """``cls`` (a section of the recipe) from a mapping, field by field, checked."""
+    hints = _known(cls, document, path)
+    made = cls(**{name: _value(hints[name], document[name], _join(path, name)) for name in hints if name in document})
+    made.check(path)
+    return made
+
+
+def _known(cls: type, document: Any, path: str) -> dict[str, Any]:
+    """The types of the fields of ``cls``; ``UserError`` for a ``document`` that is no mapping of them."""
     if not isinstance(document, Mapping):
         raise UserError(f"{path} must be a mapping of fields, got {document!r}")
     hints = _hints(cls)
@@ -233,9 +251,22 @@ def _build(cls: type, document: Any, path: str) -> Any:
         if key not in hints:
             full = _join(path, str(key))
             raise UserError(f"unknown key {full}: {key_hint(full, [name for name, _ in field_paths(Recipe)])}")
-    made = cls(**{name: _value(hints[name], document[name], _join(path, name)) for name in hints if name in document})
-    made.check(path)
-    return made
+    return hints
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ``UserError`` for a setting that does not exist and for a value that is never valid, in any recipe."""
+    _check_values(Recipe, _typed(overrides), "")
+
+
+def _check_values(cls: type, document: Any, path: str) -> None:
+    hints = _known(cls, document, path)
+    for name, value in document.items():
+        section = _section(hints[name])
+        if section is not None and isinstance(value, Mapping):
+            _check_values(section, value, _join(path, name))
+        else:
+            _value(hints[name], value, _join(path, name))
 
 
 def check_section(section: Any, path: str) -> None:

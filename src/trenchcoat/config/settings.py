@@ -6,7 +6,6 @@ fields are checked by the ``check`` method of their class, when a recipe is read
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal
 from trenchcoat.config.errors import UserError
 from trenchcoat.config.keep import read_keep
 from trenchcoat.config.paths import absolute_if_here, expanded
+from trenchcoat.config.registries import STUDENT_NAMES, NameIn, unused_settings
 from trenchcoat.config.units import parse_tokens
 
 Kind = Literal["terrace", "sliding", "linear"]
@@ -35,23 +35,6 @@ class Constraint:
     text: str
     """Completes "must be ..."."""
     holds: Callable[[Any], bool]
-
-
-@dataclass(frozen=True)
-class NameIn:
-    """The value of a field is a name in a registry, as in ``Annotated[str, NameIn(...)]``.
-
-    The registry's module belongs to a later package and is imported when names are checked or shown; it must not import
-    torch.
-    """
-
-    module: str
-    registry: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names that are registered now."""
-        return tuple(getattr(importlib.import_module(self.module), self.registry))
 
 
 @dataclass(frozen=True)
@@ -133,10 +116,13 @@ class FeatureMapConfig(_Section):
 class StudentConfig(_Section):
     """The attention that replaces softmax."""
 
-    name: Text = "terrace"
-    """Name in the STUDENTS registry: `terrace`, `sliding`, `linear`, `window_sinks`, or one that you registered."""
+    name: Annotated[str, STUDENT_NAMES] = "terrace"
+    """Near and far part: `terrace` and `sliding`, softmax over a window and linear attention over what is older;
+    `linear`, linear attention alone; `window_sinks`, softmax over the window and sinks alone; or one that you
+    registered. A setting that it does not use is refused."""
     window: PositiveInt = 64
-    """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W."""
+    """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W. The
+    report divides near from far tokens by it (linear: by the default)."""
     feature_map: FeatureMapConfig = field(default_factory=FeatureMapConfig)
     """The feature map of queries and keys."""
     tied: bool = False
@@ -180,7 +166,7 @@ class DataConfig(_Section):
     validation_fraction: InnerShare | None = None
     """Hold out this fraction of the rows instead of `validation_rows`; for a `.txt` file, of the text, from its end
     (null: 0.05)."""
-    format: str = "auto"
+    format: Annotated[str, NameIn("trenchcoat.data.formats", "FORMATS", ("auto",))] = "auto"
     """Schema of a row: `alpaca` {instruction, input, output}, `chat` {conversations | messages}, `text` {text}, or one
     that you registered; `auto` decides row by row, so Long-LLM files, which mix {text} and {conversations}, work as
     they are."""
@@ -326,11 +312,11 @@ class LoraConfig(StageConfig):
     """What is trained: `lora`, with the feature maps and mixes; `mixer`, the feature maps and mixes alone; `all`, every
     weight, in float32 (the adapter then holds them all; the teacher's are kept beside them)."""
 
-    loss: Text = "kl"
+    loss: Annotated[str, NameIn("trenchcoat.training.losses", "OBJECTIVES")] = "kl"
     """What is minimized: `kl`, the divergence KL(teacher || student) of the next token's distribution at every token,
     the teacher being the same model with its own attention and without LoRA; `ce`, the next-token cross-entropy of the
     text (LoLCATs, section 3.1); `mix`, both; or a name that you added to OBJECTIVES in
-    `trenchcoat.training.objectives`."""
+    `trenchcoat.training.losses`."""
     kl_weight: InnerShare = 0.9
     """mix: weight of kl; ce has 1 - kl_weight."""
     teacher_logits: str | None = field(default=None, metadata=PLACE)
@@ -522,12 +508,13 @@ class Recipe(_Section):
     def check(self, path: str = "") -> None:
         """Raise ``UserError`` for incompatible sections."""
         student, data = self.student, self.data
-        if self.lora is not None and self.lora.seq_len is not None and student.window > self.lora.seq_len:
+        windowed = "window" not in unused_settings(student.name)
+        if windowed and self.lora is not None and self.lora.seq_len is not None and student.window > self.lora.seq_len:
             raise UserError(
                 f"lora.seq_len must be at least student.window ({student.window}), got {self.lora.seq_len}: no token "
                 "would be outside the window"
             )
-        if student.name != "linear" and student.window > data.seq_len:
+        if windowed and student.window > data.seq_len:
             raise UserError(
                 f"student.window must be at most data.seq_len ({data.seq_len}), got {student.window}: "
                 "no token would be outside the window"
@@ -562,13 +549,18 @@ PATHS: dict[str, str] = {
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML text, every field written out; ``recipe_io.load_recipe`` reads it back to an equal recipe.
+    """The recipe as YAML text, every field written out that its student uses; ``recipe_io.load_recipe`` reads back an
+    equal recipe.
 
     Paths are written absolute, so that it means the same in any folder; but `run.dir` is where the text is kept.
     """
     import yaml
 
     document = asdict(recipe)
+    default = asdict(StudentConfig())
+    for name in unused_settings(recipe.student.name):
+        if document["student"][name] == default[name]:
+            del document["student"][name]
     for path, kind in PATHS.items():
         section, name = path.split(".")
         value = (document[section] or {}).get(name)

@@ -23,8 +23,8 @@ from trenchcoat.runtime.files import locked
 from trenchcoat.runtime.runfolder import RunFolder, first_missing, remove_start
 from trenchcoat.runtime.runlog import RunLog, SilentLog
 from trenchcoat.runtime.trackers import MetricsTracker, open_trackers
-from trenchcoat.students.registry import check_used
-from trenchcoat.training.objectives import check_loss
+from trenchcoat.students.registry import student_class
+from trenchcoat.training.losses import check_loss
 
 LANDMARK_ROWS = 4
 """Training rows whose keys are the landmarks of ``init: landmarks``."""
@@ -106,9 +106,8 @@ def idle_warning(cfg: StageConfig) -> str | None:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise ``UserError`` when the recipe's student, objective or data format does not exist, or the student
-    has no use for a setting that differs from its default."""
-    check_used(recipe.student)
+    """Raise ``UserError`` when the student, objective or data format of a recipe made in Python does not exist."""
+    student_class(recipe.student.name)
     check_format(recipe.data.format)
     if recipe.lora is not None:
         check_loss(recipe.lora.loss)

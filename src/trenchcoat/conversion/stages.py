@@ -46,6 +46,7 @@ from trenchcoat.runtime.runfolder import (
     WINDOW_SINKS_LORA,
     RunFolder,
 )
+from trenchcoat.runtime.runlog import show_line, show_progress
 
 _TITLES = {
     TRANSFER: "attention transfer: feature maps learn to reproduce the softmax attention, layer by layer",
@@ -219,15 +220,25 @@ def _side_by_side(sample: Sample) -> list[str]:
 
 
 def evaluate_folder(path: Path, recipe: Recipe) -> Outcome:
-    """Score an adapter or merged folder, as it is, on the text of ``recipe``."""
+    """Score an adapter or merged folder, as it is, on the text of ``recipe``; what takes long is shown on standard
+    error, as ``run.progress`` says."""
+    display = recipe.run.progress
+    show_line(f"loading {path}", display)
     model, tokenizer = hub.load(path, device=recipe.model.device)
     data = dataclasses.replace(  # selection applies to training rows, which are not needed
         recipe.data, seq_len=evaluation_length(recipe), select="none", select_rows=None
     )
-    batches = load_batches(data, tokenizer, batch_size=recipe.eval.batch_size, seed=recipe.run.seed)
+    batches = load_batches(
+        data,
+        tokenizer,
+        batch_size=recipe.eval.batch_size,
+        seed=recipe.run.seed,
+        say=lambda text: show_line(text, display),
+    )
     window = student_config(model).window
     text = evaluation_rows(batches, recipe.eval.rows)
-    found = score(model, text, window=window, batch_size=recipe.eval.batch_size)
+    with show_progress(f"scoring {path.name}", len(text.ids), display=display, unit="rows") as shown:
+        found = score(model, text, window=window, batch_size=recipe.eval.batch_size, progress=shown.update)
     scores = Results(window, text.ids.shape[1], rows={path.name: found}, recipe=dataclasses.asdict(recipe))
     return Outcome((report.terminal_table(scores),), scores)
 

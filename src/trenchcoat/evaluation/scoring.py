@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -165,20 +165,22 @@ def score(
     window: int,
     batch_size: int = 4,
     exact: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Scores:
     """Next-token scores of ``model`` on N rows: over all tokens, past 2W, near, on recall probes, and by position.
 
     ``rows`` as in ``gather_rows``. ``window`` is the student's W, for the teacher too, so that all models are scored
     on the same tokens: token n + 1 is "past 2W" when n >= 2W, that is when more than 2W tokens come before it.
     ``exact``: tokens at the start of a row whose queries have their whole past in a student's near part, by default 2W
-    (a terrace's). Padding and labels of -100 are left out. Losses are in nats, computed in float32, and summed in
-    float64. Raises ``ValueError`` for a window or batch size below 1 and for rows without a token to score.
+    (a terrace's). ``progress`` is called with the number of rows done. Padding and labels of -100 are left out. Losses
+    are in nats, computed in float32, and summed in float64. Raises ``ValueError`` for a window or batch size below 1
+    and for rows without a token to score.
     """
     if window < 1 or batch_size < 1:
         raise ValueError(f"window and batch_size must be at least 1; got window={window}, batch_size={batch_size}")
     text = rows if isinstance(rows, EvalRows) else gather_rows(rows)
     started = time.perf_counter()
-    losses, hits = _all_losses(model, text.ids, batch_size)
+    losses, hits = _all_losses(model, text.ids, batch_size, progress)
     counted, probes = text.counted[:, 1:], recall_probes(text, window)[:, 1:]
     query = torch.arange(losses.shape[1])
     rows_counted = counted.sum(0)
@@ -205,7 +207,9 @@ def score_copies(model: nn.Module, ids: Tensor, *, batch_size: int = 4) -> tuple
     return _row_sums(losses[:, second], everything), _row_sums(hits[:, second].double(), everything)
 
 
-def _all_losses(model: nn.Module, ids: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+def _all_losses(
+    model: nn.Module, ids: Tensor, batch_size: int, progress: Callable[[int], None] | None = None
+) -> tuple[Tensor, Tensor]:
     """[N, T] ids -> losses [N, T - 1] float64 and hits [N, T - 1] bool; the processes share the rows."""
     losses = torch.zeros(len(ids), ids.shape[1] - 1, dtype=torch.float64)
     hits = torch.zeros_like(losses)
@@ -215,6 +219,8 @@ def _all_losses(model: nn.Module, ids: Tensor, batch_size: int) -> tuple[Tensor,
             found = _token_losses(model, ids[part])
             if first is not None:
                 losses[part], hits[part] = found
+                if progress is not None:
+                    progress(min(part.stop, len(ids)))
     return distributed.sum_tensor(losses), distributed.sum_tensor(hits).bool()
 
 

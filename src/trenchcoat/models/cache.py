@@ -8,6 +8,7 @@ Shape legend: B rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -21,8 +22,15 @@ from trenchcoat.models.transformers_internals import (
     cache_layer,
     is_filled,
     keys_and_values,
+    records_past,
 )
 from trenchcoat.students import RowState
+
+RECORDED = 512
+"""Most tokens that can be taken back, where their past is recorded."""
+
+Replay = Callable[[RowState | None, int], RowState]
+"""(state before a call, first so many of its tokens) -> the state after these."""
 
 
 class StateLayer(FixedSizeLayer):
@@ -30,6 +38,10 @@ class StateLayer(FixedSizeLayer):
 
     `state` is None before the first token. Attention reads and replaces it. Only `kept` grows: keys and values of the
     groups that keep softmax attention, in layers that have any.
+
+    Speculative decoding takes back the tokens that were proposed and not accepted. A sum cannot be subtracted from
+    without an error, so while `record_past` is set the layer has a copy of the state as it was after the last `crop`
+    and the calls since then, and `crop` runs those tokens again that stay.
     """
 
     def __init__(self, mask_length: int | None = None) -> None:
@@ -40,6 +52,26 @@ class StateLayer(FixedSizeLayer):
         self.mask_length = mask_length
         """Length of the mask when the cache's other layers are preallocated; None when they grow."""
         self._home: torch.device | None = None
+        self.record_past = False
+        self._before: RowState | None = None
+        self._calls: list[tuple[int, Replay]] = []
+
+    def activate_past_recording(self) -> None:
+        """Make it possible to take back tokens from now on."""
+        self.record_past = True
+
+    def record(self, tokens: int, replay: Replay) -> None:
+        """Note a call of `tokens` tokens that is about to be made; beyond `RECORDED` of them earlier calls are
+        forgotten."""
+        if sum(count for count, _ in self._calls) + tokens > RECORDED:
+            self.forget()
+        if not self._calls and self.state is not None:
+            self._before = self.state.clone()
+        self._calls.append((tokens, replay))
+
+    def forget(self) -> None:
+        """Forget what was recorded."""
+        self._before, self._calls = None, []
 
     def advance(self, state: RowState, tokens: int) -> None:
         """Store the state after `tokens` more columns."""
@@ -51,7 +83,7 @@ class StateLayer(FixedSizeLayer):
         """The keys and values of kept groups, created on first use; `window` is the layer's own sliding window."""
         if self.kept is None:
             self.kept = KeptKeys(self.mask_length)
-        self.kept.window = window
+        self.kept.window, self.kept.keeps_past = window, self.record_past
         return self.kept
 
     def nbytes(self) -> int:
@@ -84,19 +116,34 @@ class StateLayer(FixedSizeLayer):
     def reset(self) -> None:
         """Forget everything."""
         self.state = self.kept = None
+        self.forget()
         self.tokens = 0
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Only crops that remove nothing are possible (0, or a length not below the current one): a state cannot be
-        rolled back."""
-        if tokens_to_remove == 0 or tokens_to_remove >= self.tokens:
-            return
-        raise ValueError(
-            f"crop({tokens_to_remove}) on a linearized layer that has seen {self.tokens} tokens: a recurrent state "
-            "cannot be rolled back. Assisted (speculative) decoding needs that; generate without an assistant, or "
-            "copy the cache before the tokens you may want to undo"
-        )
+        """Take back the newest `-tokens_to_remove` tokens, which must have come since the last crop with past
+        recording active; a number above 0 is the length to shorten to, 0 only forgets what was recorded."""
+        shorter = -tokens_to_remove if tokens_to_remove < 0 else self.tokens - tokens_to_remove
+        removed = max(0, shorter) if tokens_to_remove else 0
+        stay = sum(count for count, _ in self._calls) - removed
+        if removed and stay < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) on a linearized layer that has seen {self.tokens} tokens: a recurrent state "
+                f"cannot be rolled back, except for tokens (at most {RECORDED}) that were read after "
+                "cache.activate_past_recording() and since the last crop; or copy the cache before the tokens you may "
+                "want to undo"
+            )
+        if removed:
+            state = self._before
+            for count, replay in self._calls:
+                if stay > 0:
+                    state = replay(state, min(count, stay))
+                stay -= count
+            self.state = state
+            self.tokens -= removed
+        if self.kept is not None and (removed or self.record_past):
+            self.kept.crop(removed)
+        self.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick rows: beam search."""
@@ -104,6 +151,7 @@ class StateLayer(FixedSizeLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        self.forget()
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats)
         if self.kept is not None:
@@ -111,6 +159,7 @@ class StateLayer(FixedSizeLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Pick rows by integer indices [n] or a bool mask [B]."""
+        self.forget()
         index = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         if self.state is not None:
             self.state = self.state.index_select(index)
@@ -149,6 +198,7 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
             "from; start a new cache after changing the mode"
         )
     fresh = StateLayer(mask_length=allocated_length(layer))
+    fresh.record_past = records_past(cache)
     cache.layers[index] = fresh
     return fresh
 

@@ -6,20 +6,18 @@ The module holds no code of a model: it imports the classes from the installed p
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelCard
 
 from trenchcoat.config.package import INSTALL
 from trenchcoat.models import auto
+from trenchcoat.models.licence import CARD, base_source, card_licence, hub_licence, licence_files
 from trenchcoat.runtime.files import write_text
 
-CARD = "README.md"
 _MEASURED = "## What was measured"
 MODULE = "modeling_trenchcoat"
 """Name of the module that `auto_map` names."""
@@ -54,56 +52,38 @@ def base_facts(model: Any, *, online: bool = False) -> dict[str, Any]:
     ours = getattr(model.config, "trenchcoat", None)
     if isinstance(ours, Mapping) and isinstance(ours.get("base"), Mapping):
         return dict(ours["base"])
-    source = getattr(model, "trenchcoat_adapter", {}).get("base", {})
-    path = str(source.get("path") or getattr(model.config, "name_or_path", "") or "")
+    path, revision = base_source(model)
     if path == "embedded":
         return {"name": "the teacher embedded in trenchcoat", "licence": {"license": "apache-2.0"}}
     local = Path(path).expanduser()
     if not path or local.exists() or local.is_absolute():
-        licence = _licence(local / CARD) if path and local.is_dir() else None
+        licence = card_licence(local / CARD) if path and local.is_dir() else None
         name = local.name or f"a {str(model.config.model_type).removeprefix(auto.PREFIX)} model in memory"
         return {"name": name} | ({} if licence is None else {"licence": licence})
-    revision = source.get("revision")
-    licence = _hub_licence(path, revision, online)
+    licence = hub_licence(path, revision, online)
     known = {"hub": path, "revision": revision, "licence": licence}
     return {"name": path, **{name: value for name, value in known.items() if value is not None}}
 
 
-@functools.cache
-def _hub_licence(repo_id: str, revision: str | None, online: bool) -> dict[str, str] | None:
-    try:
-        return _licence(Path(hf_hub_download(repo_id, CARD, revision=revision, local_files_only=not online)))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError):
-        return None
-
-
-def _licence(card: Path) -> dict[str, str] | None:
-    """The licence that a model card names, in its own keys: `license`, and for `other` its name and link."""
-    try:
-        found = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError, TypeError):
-        return None
-    named = {key: found[key] for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)}
-    if not named.get("license_link", "https:").startswith("https:"):
-        del named["license_link"]  # a file of that repository
-    return named if "license" in named else None
-
-
 def write_card(folder: Path, config: Any = None, *, report: str = "", tags: Sequence[str] = ()) -> None:
     """Write the model card of a complete folder, whose linearized config is `config`; `report`: what was measured, in
-    Markdown. Without `config`, only add `tags` to the card that is there."""
-    path = folder / CARD
-    card = ModelCard(path.read_text(encoding="utf-8") if config is None else card_text(config, report))
+    Markdown. It names the licence files that are in the folder. Without `config`, only add `tags` to the card that is
+    there."""
+    path, files = folder / CARD, [file.name for file in licence_files(folder)]
+    card = ModelCard(path.read_text(encoding="utf-8") if config is None else card_text(config, report, files))
     data: Any = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
     write_text(path, str(card))
 
 
-def card_text(config: Any, report: str = "") -> str:
-    """The model card of a complete folder whose linearized config is `config`; see :func:`write_card`."""
+def card_text(config: Any, report: str = "", files: Sequence[str] = ()) -> str:
+    """The model card of a complete folder whose linearized config is `config`; see :func:`write_card`. `files`: names
+    of the base model's licences, notices and use policies."""
     ours = dict(config.trenchcoat)
     base = dict(ours["base"])
     licence = dict(base.get("licence") or {})
+    if files and licence.get("license", "other") == "other" and "license_link" not in licence:
+        licence = {"license": "other", "license_name": "as-base-model", **licence, "license_link": files[0]}
     head = ["library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base['hub']}"] if "hub" in base else []
     head += [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
@@ -115,7 +95,7 @@ def card_text(config: Any, report: str = "") -> str:
         f"This is {base['name']} with its softmax attention replaced, by the package trenchcoat: a token attends "
         "exactly to a window of recent tokens, and to everything older through a state of constant size, except where "
         "softmax attention was kept.", "",
-        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in _facts(config, ours, base).items()), "",
+        "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in _facts(config, ours, base, files).items()), "",
         "## Run it", "",
         "```python",
         "from transformers import pipeline",
@@ -139,13 +119,18 @@ def measured_in(folder: Path) -> str:
         return ""
 
 
-def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
+def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any], files: Sequence[str]) -> dict[str, str]:
     """The rows of the card's table."""
     student = auto.student_settings(ours["student"])
     revision = f", revision {base['revision']}" if "revision" in base else ""
     linked = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if "hub" in base else base["name"]
     maps, licence = student.feature_map, dict(base.get("licence") or {})
-    named = licence.get("license_name") or licence.get("license") or "not known: look it up"
+    inside = ", ".join(f"[{name}]({name})" for name in files)
+    named = licence.get("license_name") or licence.get("license")
+    if named is None:
+        named = f"see {inside}" if files else "not known: look it up"
+    elif files:
+        named = f"{named} ({inside})"
     facts = {
         "base model": f"{linked}{revision}",
         "licence of the base model": f"{named}; it applies to these weights too",

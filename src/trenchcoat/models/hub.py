@@ -26,18 +26,19 @@ from trenchcoat.models.attach import attach_students, set_mode, student_config, 
 from trenchcoat.models.basefolder import LOAD_ERRORS, read_config, reason
 from trenchcoat.models.card import write_card
 from trenchcoat.models.identity import fingerprint
+from trenchcoat.models.licence import copy_licences
 from trenchcoat.models.loading import (
     ADAPTER_META,
     load_model,
     model_source,
     placement,
     require_hub_id,
-    require_whole,
     resolve_device,
     resolve_dtype,
     stored_dtype,
 )
 from trenchcoat.models.lora import add_saved_lora, has_lora, lora_parameters, lora_settings, lora_shape, merged_state
+from trenchcoat.models.offload import keep_students_on_device
 from trenchcoat.models.saving import complete_model, remember_tokenizer
 from trenchcoat.models.stage2 import trains_all
 from trenchcoat.models.text import embeddings_of, remember_embeddings
@@ -149,12 +150,13 @@ def save_merged(model: Any, directory: Path | str, tokenizer: Any = None, *, rep
 
     The folder loads with `AutoModelForCausalLM.from_pretrained` after `import trenchcoat`, or anywhere with
     `trust_remote_code=True`, and with :func:`load`. It is written atomically, and replaces a folder of that name. With
-    `tokenizer` it holds that too; `report` is added to its model card. Raises UserError for weights that are quantized,
-    sharded or offloaded.
+    `tokenizer` it holds that too; `report` is added to its model card, and the base model's licences, notices and use
+    policies are copied. Raises UserError for weights that are quantized, sharded or offloaded.
     """
     whole = complete_model(model, merged_state(model), lora=False, online=True)
     with atomic_directory(Path(directory)) as partial:
         whole.save_pretrained(partial)
+        copy_licences(model, partial, online=True)
         write_card(partial, whole.config, report=report)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -198,7 +200,8 @@ def load(
         base: adapters only: path of the base model, if it has moved.
         attention: implementation of softmax layers that were kept; default: as when the adapter was made.
         revision: of the hub id: of `path`, or for an adapter that of its base model (default: as when it was made).
-        device_map: as in Transformers' `from_pretrained`, in place of `device`.
+        device_map: as in Transformers' `from_pretrained`, in place of `device`. Complete folders may leave layers on
+            the `cpu` (beside a GPU) or on `disk`; they are fetched for every token.
         quantization_config: as there, for the base weights.
 
     Raises:
@@ -337,7 +340,7 @@ def _load_merged(source: str, how: _Loading) -> tuple[Any, Any]:
         raise UserError(f"{source} is incomplete: {len(lost)} tensors are missing, e.g. {lost[0]}; export it again")
     remember_embeddings(tokenizer, embeddings_of(model))
     remember_tokenizer(model, tokenizer)
-    require_whole(model)
+    keep_students_on_device(model)
     return (model if options else model.to(where)).eval().requires_grad_(False), tokenizer
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat.models.cache import StateLayer, state_layer
+from trenchcoat.models.cache import RECORDED, Replay, StateLayer, state_layer
 from trenchcoat.models.kept import Columns
 from trenchcoat.models.transformers_internals import (
     attention_function,
@@ -36,9 +36,10 @@ from trenchcoat.models.transformers_internals import (
     of_heads,
     padding_mask,
     register_attention,
+    remember_recording,
     score_options,
 )
-from trenchcoat.students import StudentAttention
+from trenchcoat.students import RowState, StudentAttention
 from trenchcoat.students.heads import KeptHeads
 
 ATTENTION_NAME = "trenchcoat"
@@ -51,6 +52,7 @@ _CACHE = "trenchcoat_state"
 """Keyword that carries a layer's state from the hook, through `self_attn`, to the attention function."""
 
 Output = tuple[Tensor, Tensor | None]
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class LazyMask:
@@ -236,16 +238,56 @@ def _student(
         y, _ = student(query, key, value, **options)
         return y
     learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    if layer.state is not None and tokens <= student.cfg.window and not learning:
-        y = student.decode(query, key, value, state=layer.state, **options)
-        layer.advance(layer.state, tokens)
-        return y
-    before = layer.state
-    if before is None:
-        before = student.empty_state(key.shape[0], dtype=key.dtype, device=key.device)
-    y, state = student(query, key, value, state=before, **options)
+    if layer.record_past and not learning:
+        if tokens > RECORDED:
+            return _in_parts(student, (query, key, value), layer, options)
+        layer.record(tokens, _replay(student, (query, key, value), options))
+    else:
+        layer.forget()
+    y, state = _advanced(student, (query, key, value), options, layer.state, learning)
     layer.advance(state, tokens)
     return y
+
+
+def _in_parts(student: StudentAttention, qkv: QKV, layer: StateLayer, options: dict[str, Any]) -> Tensor:
+    """A long call of which only the end can be taken back: its beginning is not recorded."""
+    beginning = qkv[0].shape[2] - RECORDED
+    first, then = (_span(qkv, options, span) for span in (slice(beginning), slice(beginning, None)))
+    y, state = _advanced(student, *first, layer.state)
+    layer.forget()
+    layer.advance(state, beginning)
+    return torch.cat([y, _student(student, *then[0], layer, then[1])], 2)
+
+
+def _advanced(
+    student: StudentAttention, qkv: QKV, options: dict[str, Any], state: RowState | None, learning: bool = False
+) -> tuple[Tensor, RowState]:
+    """The student's output and its state after these tokens; a `state` is changed in place if they are few."""
+    query, key, value = qkv
+    if state is not None and query.shape[2] <= student.cfg.window and not learning:
+        return student.decode(query, key, value, state=state, **options), state
+    if state is None:
+        state = student.empty_state(key.shape[0], dtype=key.dtype, device=key.device)
+    y, after = student(query, key, value, state=state, **options)
+    return y, after
+
+
+def _replay(student: StudentAttention, qkv: QKV, options: dict[str, Any]) -> Replay:
+    """How to make a call again."""
+
+    def replay(state: RowState | None, tokens: int) -> RowState:
+        """The state after the first `tokens` of it."""
+        with torch.no_grad():
+            return _advanced(student, *_span(qkv, options, slice(tokens)), state)[1]
+
+    return replay
+
+
+def _span(qkv: QKV, options: dict[str, Any], span: slice) -> tuple[QKV, dict[str, Any]]:
+    """Some of the tokens of a call."""
+    query, key, value = (x[:, :, span] for x in qkv)
+    mask = options["mask_BT"]
+    return (query, key, value), {**options, "mask_BT": None if mask is None else mask[:, span]}
 
 
 def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -289,3 +331,4 @@ def _call(module: nn.Module, *arguments: Any, **keywords: Any) -> Output:
 
 register_attention(ATTENTION_NAME, linearized_attention, mask)
 register_attention(CALL_NAME, _call, mask)
+remember_recording()

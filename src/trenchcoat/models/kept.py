@@ -40,6 +40,8 @@ class KeptKeys:
         self.room = room
         """Tokens that memory is taken for at first; None for a few more than there are."""
         self.window: int | None = None
+        self.keeps_past = False
+        """Whether tokens that the window has left behind are held until the next crop, which may bring them back."""
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._real: Tensor | None = None
@@ -76,10 +78,8 @@ class KeptKeys:
         """Add tokens; `real_BT` is False at padding. Returns what the mask of these queries has to cover."""
         before, tokens = self.seen, k_BGTD.shape[2]
         self._note_padding(real_BT, before, k_BGTD)
-        if self.window is not None:
-            surplus = max(0, len(self) - self.window + 1)
-            self._start += surplus
-            self.dropped += surplus
+        if not self.keeps_past:
+            self._drop()
         if torch.is_grad_enabled() and (k_BGTD.requires_grad or v_BGTE.requires_grad):
             earlier = (self.keys, self.values) if len(self) else (k_BGTD[:, :, :0], v_BGTE[:, :, :0])
             self._hold(torch.cat((earlier[0], k_BGTD), 2), torch.cat((earlier[1], v_BGTE), 2))
@@ -91,6 +91,19 @@ class KeptKeys:
             self._values[:, :, self._stop : self._stop + tokens] = v_BGTE
             self._stop += tokens
         return Columns(len(self), self.dropped, before, self._real)
+
+    def _drop(self) -> None:
+        """Drop what the window of the next token does not reach."""
+        surplus = 0 if self.window is None else max(0, len(self) - self.window + 1)
+        self._start += surplus
+        self.dropped += surplus
+
+    def crop(self, tokens: int) -> None:
+        """Take back the newest tokens."""
+        self._stop -= tokens
+        if self._real is not None:
+            self._real = self._real[:, : self._real.shape[1] - tokens]
+        self._drop()
 
     def _note_padding(self, real_BT: Tensor | None, before: int, like: Tensor) -> None:
         if real_BT is None and self._real is None:

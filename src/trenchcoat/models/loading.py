@@ -28,6 +28,7 @@ from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.gguf import gguf_folder, is_gguf
 from trenchcoat.models.identity import remember_fingerprint
+from trenchcoat.models.offload import require_whole
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.models.text import embeddings_of, remember_embeddings
 from trenchcoat.runtime import distributed
@@ -222,16 +223,6 @@ def placement(device: str, device_map: Any, quantization_config: Any) -> dict[st
     if quantization_config is not None:
         options = {"quantization_config": quantization_config, "device_map": {"": resolve_device(device)}, **options}
     return options
-
-
-def require_whole(model: nn.Module) -> None:
-    """Raise ``UserError`` for weights that a device map has left on the host or on disk."""
-    away = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if away is not None:
-        raise UserError(
-            f"device_map leaves weights off their device ({away}), which linearized models do not support: map every "
-            "layer to a device that holds it, or load in 4 bits (quantization_config)"
-        )
 
 
 def load_model(cfg: ModelConfig, quantization_config: Any = None, device_map: Any = None) -> tuple[nn.Module, Any]:

@@ -22,6 +22,7 @@ from trenchcoat.config import UserError
 from trenchcoat.models import auto
 from trenchcoat.models.attach import student_config, students_of
 from trenchcoat.models.card import base_facts, write_card, write_code
+from trenchcoat.models.licence import copy_licences
 from trenchcoat.models.lora import lora_settings
 from trenchcoat.models.transformers_internals import causal_lm_class, replace_saving
 from trenchcoat.runtime.sharding import is_sharded_tensor
@@ -105,6 +106,7 @@ def save_pretrained(model: Any, write: Callable[..., Any], save_directory: Path 
     if options.get("is_main_process", True):
         folder = Path(save_directory)
         write_code(whole.config.model_type.removeprefix(auto.PREFIX), folder)
+        copy_licences(model, folder)
         if not (folder / "README.md").exists():
             write_card(folder, whole.config)
         tokenizer = getattr(model, _TOKENIZER, None)

@@ -162,6 +162,28 @@ def cache_layer(cache: Cache, index: int) -> Any:
     return cache.layers[index]
 
 
+_RECORDS = "trenchcoat_records_past"
+
+
+def records_past(cache: Cache) -> bool:
+    """Whether tokens may be taken back from a cache: `activate_past_recording` was called."""
+    return bool(getattr(cache, _RECORDS, False))
+
+
+def remember_recording() -> None:
+    """Have every cache remember that call, which Transformers passes on to the layers that exist by then alone: those
+    of students come later."""
+    activate = Cache.activate_past_recording
+
+    @functools.wraps(activate)
+    def remembering(self: Cache) -> None:
+        """Transformers' own, and the mark."""
+        activate(self)
+        setattr(self, _RECORDS, True)
+
+    Cache.activate_past_recording = remembering  # type: ignore[method-assign]
+
+
 def is_filled(layer: Any) -> bool:
     """Whether a cache layer holds tokens."""
     return bool(layer.is_initialized) and int(layer.get_seq_length()) > 0

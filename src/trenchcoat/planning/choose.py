@@ -68,7 +68,7 @@ def recipe_for(
     ]
     if gpu:
         chosen.append(f"lora.gradient_checkpointing={str(shapes.parameters >= CHECKPOINTED).lower()}")
-    recipe = load_recipe(GPU_RECIPE if gpu else CPU_RECIPE, [*chosen, *overrides])
+    recipe = load_recipe(GPU_RECIPE if gpu else CPU_RECIPE, overrides, chosen=chosen)
     place = "a CPU" if not gpu else f"a GPU ({torch.cuda.get_device_name()})" if here else "a GPU"
     reasons = (
         f"{model}: {shapes.family}, {_billions(shapes.parameters)} parameters, {shapes.layers} layers with "

@@ -122,8 +122,8 @@ class _Bar:
 class _Plain:
     """A line every ``PLAIN_EVERY_SECONDS``, and one at the end, with the rate and the time left."""
 
-    def __init__(self, console: Console, title: str, total: int, start: int) -> None:
-        self.console, self.title, self.total, self.first = console, title, total, start
+    def __init__(self, console: Console, title: str, total: int, start: int, unit: str) -> None:
+        self.console, self.title, self.total, self.first, self.unit = console, title, total, start, unit
         self.began = time.monotonic()
         self.printed = -math.inf
 
@@ -135,7 +135,7 @@ class _Plain:
         self.printed = now
         done, elapsed = step - self.first, now - self.began
         left = f", {_clock(elapsed / done * (self.total - step))} left" if done > 0 and step < self.total else ""
-        rate = f" ({done / elapsed:.2f} steps/s{left})" if done > 0 and elapsed > 0 else ""
+        rate = f" ({done / elapsed:.2f} {self.unit}/s{left})" if done > 0 and elapsed > 0 else ""
         self.console.print(
             f"{self.title} {step}/{self.total}{rate} {_short(numbers)}", highlight=False, markup=False, soft_wrap=True
         )
@@ -152,12 +152,22 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def show_progress(
-    title: str, total: int, start: int = 0, *, console: Console | None = None, display: str = "auto"
+    title: str,
+    total: int,
+    start: int = 0,
+    *,
+    console: Console | None = None,
+    display: str = "auto",
+    unit: str = "steps",
 ) -> Iterator[Tracker]:
-    """Show progress from ``start`` to ``total`` steps on standard error: a bar on a terminal, else plain lines."""
+    """Show progress from ``start`` to ``total`` steps (or another ``unit``) on standard error, as ``run.progress`` says
+    (``display``): a bar on a terminal, else plain lines."""
+    if display == "off":
+        yield _Silent()
+        return
     console = console if console is not None else Console(stderr=True)
     if display == "plain" or (display == "auto" and not console.is_terminal):
-        yield _Plain(console, title, total, start)
+        yield _Plain(console, title, total, start, unit)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -170,6 +180,12 @@ def show_progress(
     )
     with Progress(*columns, console=console) as bar:
         yield _Bar(bar, bar.add_task(title, total=total, completed=start, numbers=""))
+
+
+def show_line(text: str, display: str = "auto") -> None:
+    """Show a sentence on standard error, unless ``run.progress`` is off."""
+    if display != "off":
+        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class RunLog:
@@ -285,9 +301,6 @@ class RunLog:
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Tracker]:
         """Show progress from ``start`` to ``total`` steps while the block runs."""
         title = f"{self.label}{title}"
-        if self.display == "off":
-            yield _Silent()
-            return
         with show_progress(title, total, start, console=self.console, display=self.display) as tracker:
             yield tracker
 

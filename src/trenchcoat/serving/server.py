@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from trenchcoat.config import UserError
 from trenchcoat.models import hub
-from trenchcoat.models.attach import student_config
+from trenchcoat.models.attach import set_mode, student_config
+from trenchcoat.models.lora import remove_lora
 from trenchcoat.serving import vllm_server
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ class ServeSettings:
     """Names that clients may give in `Host`, besides addresses and names without a dot."""
     engine: str = "embedded"
     """`vllm`, `embedded` (this package's server) or `auto`: vLLM where it is installed and can serve the model."""
+    softmax: bool = False
+    """Serve the model with its own softmax attention, without LoRA, to compare with."""
     vllm_option: tuple[str, ...] = ()
     """Further arguments of vLLM's server, such as `--tensor-parallel-size=2`."""
 
@@ -81,15 +84,19 @@ def serve(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> None:
     if importlib.util.find_spec("uvicorn") is None:
         raise UserError("serving needs uvicorn: pip install uvicorn")
     model, tokenizer = hub.load(path, device=cfg.device, dtype=cfg.dtype, base=cfg.base)
+    if cfg.softmax:
+        remove_lora(model)
+        set_mode(model, "teacher")
     context = cfg.context or getattr(model.config, "max_position_embeddings", None)
     if template is not None:
         tokenizer.chat_template = template
     server = _build(model, tokenizer, name, context, cfg)
     student = student_config(model)
+    attention = "its own softmax" if cfg.softmax else f"{student.name} attention, {student.impl}"
     chat = "" if tokenizer.chat_template is not None else "; no chat template: completions only"
     say(
-        f"serving {name} ({student.name} attention, {student.impl}) at http://{cfg.host}:{cfg.port}/v1, one request at "
-        f"a time, {context or 'unlimited'} tokens each{chat}. Ctrl-C stops it"
+        f"serving {name} ({attention}) at http://{cfg.host}:{cfg.port}/v1, one request at a time, "
+        f"{context or 'unlimited'} tokens each{chat}. Ctrl-C stops it"
     )
     server.run_until_signal()
 

@@ -24,7 +24,7 @@ ENGINES = ("auto", "vllm", "embedded")
 
 _SERVER = "vllm.entrypoints.openai.api_server"
 _KEY = "VLLM_API_KEY"
-_OURS_ALONE = ("device", "queue", "max_body", "body_seconds", "allow_host", "base")
+_OURS_ALONE = ("device", "queue", "max_body", "body_seconds", "allow_host", "base", "softmax")
 """Settings that vLLM's server has no counterpart of."""
 
 
@@ -35,7 +35,7 @@ def wants_vllm(path: Path, cfg: ServeSettings, say: Callable[[str], None]) -> bo
     """
     if cfg.engine not in ENGINES:
         raise UserError(f"--engine is {cfg.engine!r}; known: {', '.join(ENGINES)}")
-    reason = _why_not(path, cfg) if cfg.engine != "embedded" else None
+    reason = why_not(path, cfg) if cfg.engine != "embedded" else None
     if reason is not None and cfg.engine == "vllm":
         raise UserError(f"--engine vllm: {reason}")
     if cfg.vllm_option and (reason is not None or cfg.engine == "embedded"):
@@ -75,7 +75,7 @@ def command_line(path: Path, cfg: ServeSettings) -> list[str]:
     return [sys.executable, "-m", _SERVER, *given, *cfg.vllm_option]
 
 
-def _why_not(path: Path, cfg: ServeSettings) -> str | None:
+def why_not(path: Path, cfg: ServeSettings) -> str | None:
     """What keeps vLLM from serving `path` with these settings; None for nothing."""
     found = importlib.util.find_spec("vllm")
     if found is None or found.origin is None:  # the latter: any folder of this name

@@ -84,8 +84,6 @@ class StudentAttention(nn.Module):
     """Which keys the softmax part sees; `linear`: no softmax part."""
     has_far: ClassVar[bool] = True
     """Whether there is a far part, with feature maps."""
-    unused: ClassVar[tuple[str, ...]] = ()
-    """Fields of `StudentConfig` without a meaning here: a recipe that changes them is refused."""
 
     def __init__(
         self, cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None

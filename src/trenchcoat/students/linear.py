@@ -12,4 +12,3 @@ class LinearAttention(SumAttention):
     """Linear attention over every token up to the query; the state has no buffer."""
 
     kind = "linear"
-    unused = ("affine", "mix_init", "sinks")

@@ -1,54 +1,72 @@
-"""Student attentions by name. A new one is one file in this package and one line in STUDENTS."""
+"""Student attentions by name. A new one is one file in this package and one line in STUDENTS.
+
+Recipes are checked against this table before PyTorch is imported, so it names classes instead of importing them.
+"""
 
 from __future__ import annotations
 
 import difflib
-
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from trenchcoat.config import StudentConfig, UserError
-from trenchcoat.students.base import StudentAttention
-from trenchcoat.students.linear import LinearAttention
-from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
+from trenchcoat.config.registries import resolved
 
-STUDENTS: dict[str, type[StudentAttention]] = {
-    "terrace": TerraceAttention,
-    "sliding": SlidingAttention,
-    "linear": LinearAttention,
-    "window_sinks": WindowSinksAttention,
+if TYPE_CHECKING:
+    import torch
+
+    from trenchcoat.students.base import StudentAttention
+
+
+@dataclass(frozen=True)
+class StudentEntry:
+    """A student that recipes can name."""
+
+    cls: str | type[StudentAttention]
+    """Its class, or the path of its class."""
+    unused: tuple[str, ...] = ()
+    """Fields of `StudentConfig` without a meaning for it: a recipe that sets them for it is refused."""
+
+
+STUDENTS: dict[str, StudentEntry] = {
+    "terrace": StudentEntry("trenchcoat.students.window.TerraceAttention"),
+    "sliding": StudentEntry("trenchcoat.students.window.SlidingAttention"),
+    "linear": StudentEntry("trenchcoat.students.linear.LinearAttention", ("window", "affine", "mix_init", "sinks")),
+    "window_sinks": StudentEntry(
+        "trenchcoat.students.window.WindowSinksAttention", ("feature_map", "tied", "key_maps", "affine", "mix_init")
+    ),
 }
-"""Name in a recipe (`student.name`) -> class."""
+"""Name in a recipe (`student.name`) -> its class and the settings that it does not use."""
 
 
-def register_student(name: str, cls: type[StudentAttention]) -> type[StudentAttention]:
-    """Make `cls` available as `student.name: <name>`; ValueError if the name is taken by another class."""
-    if STUDENTS.get(name, cls) is not cls:
-        raise ValueError(f"student {name!r} is already {STUDENTS[name].__name__}; choose another name")
-    STUDENTS[name] = cls
+def register_student(name: str, cls: type[StudentAttention], *, unused: Sequence[str] = ()) -> type[StudentAttention]:
+    """Make `cls` available as `student.name: <name>`; recipes that set one of the `unused` settings are refused.
+
+    ValueError if the name is taken by another class, or one of these is no setting.
+    """
+    foreign = set(unused) - {each.name for each in fields(StudentConfig)}
+    if foreign:
+        raise ValueError(f"student {name!r}: {', '.join(sorted(foreign))} is no field of StudentConfig")
+    if name in STUDENTS and student_class(name) is not cls:
+        raise ValueError(f"student {name!r} is already {student_class(name).__name__}; choose another name")
+    STUDENTS[name] = StudentEntry(cls, tuple(unused))
     return cls
 
 
 def student_class(name: str) -> type[StudentAttention]:
     """The class registered as `name`; UserError with the nearest known name otherwise."""
     if name in STUDENTS:
-        return STUDENTS[name]
+        return resolved(STUDENTS[name].cls)
     near = difflib.get_close_matches(name, STUDENTS, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(f"student.name is {name!r}; known students: {', '.join(sorted(STUDENTS))}{hint}")
 
 
-def check_used(cfg: StudentConfig) -> None:
-    """UserError for a student that does not exist, or that does not use a setting that differs from its default."""
-    default = StudentConfig()
-    set_ = [name for name in student_class(cfg.name).unused if getattr(cfg, name) != getattr(default, name)]
-    if set_:
-        given = ", ".join(f"student.{name}={getattr(cfg, name)}" for name in set_)
-        plain = " ".join(f"student.{name}={str(getattr(default, name)).lower()}" for name in set_)
-        raise UserError(f"student.name={cfg.name} does not use {given}: add {plain}, or choose another student")
-
-
 def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """The implementation that `cfg.impl` selects for layers of this head size, dtype and device."""
+    import torch
+
     with torch.device("meta"):
         student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
     return student.implementation(dtype, device)

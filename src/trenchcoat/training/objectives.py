@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, TransferConfig, UserError
+from trenchcoat.config.registries import resolved
 from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest, layer_key
 from trenchcoat.training.logits import LogitLoss, Teacher, forward_inputs, next_tokens
+from trenchcoat.training.losses import OBJECTIVES, check_loss
 
 if TYPE_CHECKING:
     from trenchcoat.data.batches import Batch
@@ -171,24 +173,25 @@ def logit_objective(*, kl_weight: float, teacher: Teacher | None = None) -> Obje
     return objective
 
 
-OBJECTIVES: dict[str, Callable[[LoraConfig, Teacher], Objective]] = {
-    "kl": lambda cfg, teacher: logit_objective(kl_weight=1.0, teacher=teacher),
-    "ce": lambda cfg, teacher: logit_objective(kl_weight=0.0),
-    "mix": lambda cfg, teacher: logit_objective(kl_weight=cfg.kl_weight, teacher=teacher),
-}
-"""Valid values of ``lora.loss``. Add an objective here."""
+def kl(cfg: LoraConfig, teacher: Teacher) -> Objective:
+    """The divergence from the teacher alone."""
+    return logit_objective(kl_weight=1.0, teacher=teacher)
 
 
-def check_loss(name: str) -> None:
-    """Raise ``UserError`` when no objective has this name."""
-    if name not in OBJECTIVES:
-        raise UserError(f"lora.loss must be one of {', '.join(OBJECTIVES)}, got {name!r}")
+def ce(cfg: LoraConfig, teacher: Teacher) -> Objective:
+    """Next-token prediction alone."""
+    return logit_objective(kl_weight=0.0)
+
+
+def mix(cfg: LoraConfig, teacher: Teacher) -> Objective:
+    """Both, by ``lora.kl_weight``."""
+    return logit_objective(kl_weight=cfg.kl_weight, teacher=teacher)
 
 
 def stage_2_objective(cfg: LoraConfig, teacher: Teacher) -> Objective:
     """The objective that ``cfg.loss`` names; raises ``UserError`` for an unknown name."""
     check_loss(cfg.loss)
-    return OBJECTIVES[cfg.loss](cfg, teacher)
+    return resolved(OBJECTIVES[cfg.loss])(cfg, teacher)
 
 
 def first_nonfinite(model: nn.Module, objective: Objective, batch: Batch) -> str | None:

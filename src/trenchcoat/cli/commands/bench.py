@@ -21,6 +21,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, metavar="N", help="number of measurements; their median is reported")
     add("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
     add("--only", metavar="PARTS", help="kernels: some of operator,model,decode (all)")
+    add("--model", metavar="DIR", help="serve: a run, adapter or complete folder (the embedded teacher, untrained)")
+    add("--teacher", metavar="DIR", help="serve with vLLM: the folder of the softmax model")
+    add("--engine", metavar="NAME", help="serve: embedded or vllm (embedded)")
+    add("--url", metavar="A[,B]", help="serve: running servers instead, of the student and of the teacher")
     add("--layers", type=int, metavar="N", help="kernels: depth of the models (4 for prefill, else 32)")
 
 
@@ -28,9 +32,10 @@ def _run(args: argparse.Namespace) -> Any:
     """Measure the operator, a transfer step or decoding here.
 
     Measure on this machine: print a table, and with --out write all figures as JSON (for kernels, after each
-    measurement).
+    measurement; for serve, with a picture beside it).
     """
-    settings = values(args, "out", "threads", "quick", "repeats", "device", "layers")
+    names = ("out", "threads", "quick", "repeats", "device", "layers", "model", "teacher", "engine", "url")
+    settings = values(args, *names)
     only = () if args.only is None else args.only.split(",")
     say = functools.partial(print, file=sys.stderr, flush=True)
     return (run_benchmark(args.what, say=say, only=only, **settings),)
@@ -41,6 +46,7 @@ COMMAND = Command(
     _options,
     examples=(
         "bench ops --quick",
+        "bench serve --model runs/smollm2 --out serve.json",
         "bench kernels --only decode --device cuda --out kernels.json",
     ),
 )

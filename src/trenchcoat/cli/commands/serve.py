@@ -36,6 +36,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time for running requests to finish after Ctrl-C (30)",
     )
+    softmax = "serve the model with its own softmax attention, without LoRA, to compare with (embedded server)"
+    add("--softmax", action="store_true", help=softmax)
     add("--chat-template", type=path, metavar="FILE", help="a Jinja chat template, where the tokenizer has none")
     add("--base", metavar="DIR", help="adapters: where the base model is, if it has moved")
     add("--device", default="auto", help=DEVICE_HELP)
@@ -75,6 +77,7 @@ def _run(args: argparse.Namespace) -> None:
         "dtype",
         "log_level",
         "engine",
+        "softmax",
     )
     limits = ("api_key", "queue", "max_body", "body_seconds")
     settings = ServeSettings(

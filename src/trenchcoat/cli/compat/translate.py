@@ -77,7 +77,7 @@ def student_section(config: OldConfig, flags: Mapping[str, Any]) -> Section:
         "name": name,
         "window": flags.get("window_size", config.at("attention.window_size")) if windowed else None,
         "mix_init": round(1.0 / (1.0 + math.exp(-factor)), 9) if windowed else None,
-        "affine": config.at("attention.affine_attention_factors"),
+        "affine": config.at("attention.affine_attention_factors") if windowed else None,
         "tied": flags.get("tie_qk_kernels", config.at("attention.tie_qk_kernels")),
         "keep_softmax": config.at("attention.softmax_attentions"),
         "feature_map": _feature_map(config, flags),

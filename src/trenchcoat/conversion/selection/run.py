@@ -116,7 +116,8 @@ def selection_length(recipe: Recipe) -> int:
         raise UserError(
             f"select.seq_len is {length} tokens (null: data.seq_len), but must be at least 4 windows = {4 * window}, "
             "so that the first half of a copied text is out of the second half's sight: set "
-            f"select.seq_len={4 * window}, a smaller student.window, or name the groups in student.keep"
+            f"select.seq_len={4 * window}, a smaller student.window (where it is used), or name the groups in "
+            "student.keep"
         )
     return length
 
