@@ -63,10 +63,10 @@ class SumAttention(StudentAttention):
         """See :meth:`StudentAttention.forward`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
         impl = self._impl(q_BHTD)
-        if impl == "triton":
-            from trenchcoat.ops.triton.attention import attend
-
-            return attend(tokens, self._fused(rule), heads, rule, state=state)
+        kernels = fused.kernels_of(impl)
+        if kernels is not None:
+            y, after = kernels.attend(tokens, self._fused(rule), heads, rule, state=state)
+            return y, after
         if state is None and rule.far and impl == "chunkwise" and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
             learners = self._learners(rule, False)
             assert learners is not None
@@ -160,10 +160,10 @@ class SumAttention(StudentAttention):
         gradients."""
         learns, dlog_ratio = weight is not None, torch.zeros_like(heads.mix_H)
         options: dict[str, Any] = {"length_B": length_B, "error_scale": weight or 0.0}
-        if self._impl(tokens.q_BHTD) == "triton":
-            from trenchcoat.ops.triton.attention import transfer_error as fused_error
-
-            total, found = fused_error(tokens, y_BHTE, self._fused(rule), heads, rule, learn=learns, **options)
+        kernels = fused.kernels_of(self._impl(tokens.q_BHTD))
+        if kernels is not None:
+            maps = self._fused(rule)
+            total, found = kernels.transfer_error(tokens, y_BHTE, maps, heads, rule, learn=learns, **options)
             dlog = fused.add_gradients(self.query_map, self.keys_phi, found)
             return total, dlog_ratio if dlog is None else dlog
         wanted = dlog_ratio if learns else None
