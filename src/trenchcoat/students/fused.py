@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Rule
-from trenchcoat.ops.state import FusedMap, FusedMaps
+from trenchcoat.ops.compiled.decode import refusal as refusal_to_decode
+from trenchcoat.ops.state import FusedMap, FusedMaps, StudentState
 from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
 
 _log = logging.getLogger("trenchcoat")
@@ -146,6 +147,15 @@ def kernels_of(impl: str) -> ModuleType | None:
 
         return on_cpu
     return None
+
+
+def decodes(state: StudentState) -> bool:
+    """Whether the C++ kernels decode from `state`; if not, PyTorch does, and the reason is logged once."""
+    reason = refusal_to_decode(state)
+    if reason is not None and reason not in _reported:
+        _reported.add(reason)
+        _log.info("decoding in PyTorch: the compiled kernels do not read %s", reason)
+    return reason is None
 
 
 def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> FusedMaps | None:

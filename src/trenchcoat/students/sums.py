@@ -20,6 +20,7 @@ from trenchcoat.ops import Features, HeadWeights, Kind, Rule, StateSizes, Studen
 from trenchcoat.ops.chunked.closed_form import transfer_error
 from trenchcoat.ops.chunked.maps import Learners
 from trenchcoat.ops.chunked.rows import Rows
+from trenchcoat.ops.compiled.decode import decode as compiled_decode
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.decode import decode, decode_rows
 from trenchcoat.ops.operator import attend_with_maps, linear_window_attention
@@ -87,10 +88,13 @@ class SumAttention(StudentAttention):
     ) -> Tensor:
         """See :meth:`StudentAttention.decode`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
-        if self._impl(q_BHTD) == "triton":
+        impl = self._impl(q_BHTD)
+        if impl == "triton":
             from trenchcoat.ops.triton.decode import decode as fused_decode
 
             return fused_decode(tokens, self._fused(rule), heads, state, rule)
+        if impl == "compiled" and fused.decodes(state):
+            return compiled_decode(tokens, self._fused(rule), heads, [state], rule)
         return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
 
     @torch.no_grad()
@@ -98,9 +102,12 @@ class SumAttention(StudentAttention):
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], scale: float
     ) -> Tensor:
         """See :meth:`StudentAttention.decode_rows`; the features of all rows are computed together."""
-        if self._impl(q_BHTD) == "triton":
+        impl = self._impl(q_BHTD)
+        if impl == "triton":
             return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, scale=scale)
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, scale=scale)
+        if impl == "compiled" and all(map(fused.decodes, states)):
+            return compiled_decode(tokens, self._fused(rule), heads, states, rule)
         return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
 
     def _decoding_features(self, tokens: Tokens, rule: Rule) -> Features | None:

@@ -1,5 +1,6 @@
 // Attention with a softmax window and linear attention over everything older, on CPUs: entry points.
 // What is computed is defined in ops/reference.py; the arithmetic of a backward pass is explained in ops/chunked/.
+#include "decode.h"
 #include "walk.h"
 
 template <Pass pass> static void walk(const Call *call) {
@@ -11,9 +12,43 @@ template <Pass pass> static void walk(const Call *call) {
   }
 }
 
+static void decode_token(const Step *step, Int t) {
+  const Int tasks = step->rows * step->key_maps;
+  bool any = false;
+  for (Int b = 0; b < step->rows; ++b) any = any || Decoding::due(*step, b);
+#pragma omp parallel num_threads((int)(tasks < step->threads ? tasks : step->threads))
+  {
+    static thread_local Scratch scratch;
+    Decoding decoding(*step, scratch);
+    auto real = [&](Int b) { return !step->mask || step->mask[b * step->tokens + t]; };
+    if (any) {
+#pragma omp for schedule(static)
+      for (Int task = 0; task < tasks; ++task) {
+        const Int b = task / step->key_maps;
+        if (real(b) && Decoding::due(*step, b)) decoding.fold(b, task % step->key_maps);
+      }
+    }
+#pragma omp for schedule(static)
+    for (Int b = 0; b < step->rows; ++b)
+      if (real(b)) Decoding::keep(*step, b, t);
+#pragma omp for schedule(static)
+    for (Int task = 0; task < tasks; ++task) {
+      const Int b = task / step->key_maps;
+      if (real(b)) decoding.look(b, task % step->key_maps, t);
+    }
+#pragma omp for schedule(static)
+    for (Int b = 0; b < step->rows; ++b)
+      if (real(b)) ++*step->seen[b];
+  }
+}
+
 extern "C" {
 Int call_bytes() { return (Int)sizeof(Call); }
+Int step_bytes() { return (Int)sizeof(Step); }
 void forward(const Call *call) { walk<FORWARD>(call); }
 void transfer(const Call *call) { walk<TRANSFER>(call); }
 void backward(const Call *call) { walk<BACKWARD>(call); }
+void decode(const Step *step) {
+  for (Int t = 0; t < step->tokens; ++t) decode_token(step, t);
+}
 }

@@ -1,6 +1,7 @@
 // Vectors of floats as wide as the processor's registers, in GCC's portable notation, and what is computed lane by lane.
 #pragma once
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -35,6 +36,16 @@ static inline float total(Vec x) {
   float s = 0;
   for (Int i = 0; i < LANES; ++i) s += x[i];
   return s;
+}
+
+// The sum of x [count], or of the products x y.
+static inline float summed(const float *x, const float *y, Int count) {
+  Vec t = {};
+  Int i = 0;
+  for (; i + LANES <= count; i += LANES) t += y ? load(x + i) * load(y + i) : load(x + i);
+  float found = total(t);
+  for (; i < count; ++i) found += y ? x[i] * y[i] : x[i];
+  return found;
 }
 
 // exp(x) for x <= 0, relative error below 2e-7; the smallest result is exp(-87). NaN stays NaN.

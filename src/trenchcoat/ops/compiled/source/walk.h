@@ -138,15 +138,6 @@ template <Pass pass> class Walk {
     for (Int r = 0; r < features; ++r) z[r] += summed(f + r * w, nullptr, a.window);
   }
 
-  static float summed(const float *x, const float *y, Int tokens) {
-    Vec t = {};
-    Int i = 0;
-    for (; i + LANES <= tokens; i += LANES) t += y ? load(x + i) * load(y + i) : load(x + i);
-    float found = total(t);
-    for (; i < tokens; ++i) found += y ? x[i] * y[i] : x[i];
-    return found;
-  }
-
   void read_keys(Int c) {
     count = tokens_of(c);
     Int old = first + (c - 1) * a.window;
