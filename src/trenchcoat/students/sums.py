@@ -38,6 +38,8 @@ class SumAttention(StudentAttention):
         super().__init__(cfg, **sizes)
         if not 0.0 < cfg.mix_init < 1.0:
             raise ValueError(f"student.mix_init is {cfg.mix_init}; it must be strictly between 0 and 1")
+        self._chosen: tuple[tuple[torch.dtype, str, bool], str] | None = None
+        """The implementation on CPUs, and what it was chosen for."""
         self.mix_H: nn.Parameter | None = None
         if self.has_far and self.kind != "linear":
             self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
@@ -242,7 +244,12 @@ class SumAttention(StudentAttention):
         return fused.implementation(self.cfg.impl, device, self.query_map, shape)
 
     def _impl(self, like: Tensor) -> str:
-        return self.implementation(like.dtype, like.device)
+        if like.device.type != "cpu":
+            return self.implementation(like.dtype, like.device)
+        asked = (like.dtype, self.cfg.impl, self.far_enabled)
+        if self._chosen is None or self._chosen[0] != asked:
+            self._chosen = (asked, self.implementation(like.dtype, like.device))
+        return self._chosen[1]
 
     def _only_reads(self, *inputs: Tensor) -> bool:
         """Whether nothing needs a gradient, so that features can be discarded with their tile."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def refusal(state: StudentState) -> str | None:
         return f"far sums in {state.far_s_BKFE.dtype}"
     if state.k_BGND.dtype not in DTYPES:
         return f"buffers in {state.k_BGND.dtype}"
-    if not all(getattr(state, name)[0].is_contiguous() for name in _FIELDS[:-1]):
+    if not all([getattr(state, name).is_contiguous() for name in _FIELDS]):
         return "a state that is not contiguous"
     return None
 
@@ -61,57 +63,99 @@ def decode(
     Raises:
         ValueError: the kernels do not compute the call.
     """
-    q, k, v = inner(tokens.q_BHTD), inner(tokens.k_BGTD), inner(tokens.v_BGTE)
-    require(rule, q)
-    one, maps = states[0], maps if rule.far else None
-    rows, count, length, dim = q.shape
+    require(rule, tokens.q_BHTD)
+    q, k, v, mask = inner(tokens.q_BHTD), inner(tokens.k_BGTD), inner(tokens.v_BGTE), tokens.mask_BT
+    rows, count, length, _ = q.shape
     shape = (rows, count, length, v.shape[3])
-    mask = tokens.mask_BT
-    y = torch.zeros(shape) if mask is not None else torch.empty(shape)
+    y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
+    mix, logit = heads.mix_H.float(), None if heads.sink_logit_H is None else heads.sink_logit_H.float()
+    fixed = [mix, logit, *((None,) * 4 if maps is None or not rule.far else _parameters(maps))]
+    step = _prepared(_Key.of(q, k, v, y, fixed, maps if rule.far else None, states, rule), states)
+    step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
     mask = None if mask is None else mask.to("cpu", torch.uint8).contiguous()
-    mix, logit = (None if t is None else t.detach().float() for t in (heads.mix_H, heads.sink_logit_H))
-    query, key, kept = _pointers(maps)
-    integers = (
-        rows, length, count, k.shape[1], maps[1].matrix.shape[0] if maps else count, dim, v.shape[3],
-        maps[0].features if maps else 0, maps[0].matrix.shape[2] if maps else 0, rule.window, rule.sinks,
-        maps is not None, q.dtype == torch.bfloat16, one.k_BGND.dtype == torch.bfloat16,
-        maps is not None and maps[0].paired, rule.affine, torch.get_num_threads(),
-    )  # fmt: skip
-    step = Step(
-        *integers, rule.scale, rule.softcap or 0.0, maps[0].floor if maps else 0.0,
-        *(View(x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, y)), query, key,
-        *(None if t is None else t.data_ptr() for t in (mix, logit, mask)),
-    )  # fmt: skip
-    pointers = [_rows(states, name, rows) for name in _FIELDS]
-    for name, array in zip(_FIELDS, pointers, strict=True):
-        setattr(step, name, ctypes.addressof(array))
+    step.mask = None if mask is None else mask.data_ptr()
+    step.threads = torch.get_num_threads()
     _kernels().decode(ctypes.byref(step))
-    del kept, pointers
     for state in states:
         state.counted(length if mask is None else None)
     return y if y.dtype == q.dtype else y.to(q.dtype)
 
 
-def _pointers(maps: FusedMaps | None) -> tuple[MapPointers, MapPointers, list[Tensor]]:
-    """The maps' addresses, and the tensors that they belong to."""
-    if maps is None:
-        return MapPointers(), MapPointers(), []
-    kept = [(phi.matrix.contiguous(), None if phi.bias is None else phi.bias.contiguous()) for phi in maps]
-    made = [MapPointers(w.data_ptr(), None if b is None else b.data_ptr(), None, None) for w, b in kept]
-    return made[0], made[1], [t for pair in kept for t in pair if t is not None]
+def _parameters(maps: FusedMaps) -> list[Tensor | None]:
+    """Matrix and bias of both maps."""
+    return [None if t is None else t.contiguous() for phi in maps for t in (phi.matrix, phi.bias)]
+
+
+class _Key(NamedTuple):
+    """Everything that a step's structure is made of, but for the addresses of the tokens and outputs."""
+
+    shapes: tuple[Any, ...]
+    addresses: tuple[int | None, ...]
+    """Of the parameters, then of the states' tensors."""
+    maps: tuple[int, int, int, bool, float] | None
+    """K, F, P, paired, eps."""
+    rule: Rule
+
+    @classmethod
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, y: Tensor, fixed: list[Tensor | None], maps: FusedMaps | None,
+        states: Sequence[StudentState], rule: Rule,
+    ) -> _Key:  # fmt: skip
+        """The key of a call."""
+        buffers = states[0].k_BGND.dtype
+        shapes = (q.shape, v.shape, q.stride(), k.stride(), v.stride(), y.stride(), q.dtype, buffers, k.shape[1])
+        held = [None if t is None else t.data_ptr() for t in fixed]
+        held += [getattr(state, name).data_ptr() for state in states for name in _FIELDS]
+        sizes = None
+        if maps is not None:
+            query, key = maps
+            sizes = (key.matrix.shape[0], query.features, query.matrix.shape[2], query.paired, query.floor)
+        return cls(shapes, tuple(held), sizes, rule)
+
+
+_RECENT = 4096
+_recent: dict[_Key, tuple[Step, list[Any]]] = {}
+"""The latest steps, with the arrays they point to; the oldest first. Their keys hold all that they depend on."""
+
+
+def _prepared(key: _Key, states: Sequence[StudentState]) -> Step:
+    known = _recent.get(key)
+    if known is None:
+        known = _recent[key] = _made(key, states)
+        if len(_recent) > _RECENT:
+            del _recent[next(iter(_recent))]
+    return known[0]
+
+
+def _made(key: _Key, states: Sequence[StudentState]) -> tuple[Step, list[Any]]:
+    q_shape, v_shape, *strides, dtype, buffers, kv_heads = key.shapes
+    rows, heads, length, dim = q_shape
+    maps = key.maps or (heads, 0, 0, False, 0.0)
+    mix, logit, *parameters = key.addresses[:6]
+    rule = key.rule
+    integers = (
+        rows, length, heads, kv_heads, maps[0], dim, v_shape[3], maps[1], maps[2], rule.window, rule.sinks,
+        key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, maps[3], rule.affine, 1,
+    )  # fmt: skip
+    pointers = [_rows(states, name, rows) for name in _FIELDS]
+    step = Step(
+        *integers, rule.scale, rule.softcap or 0.0, maps[4], *(View(None, *stride[:3]) for stride in strides),
+        MapPointers(*parameters[:2]), MapPointers(*parameters[2:]), mix, logit, None, *map(ctypes.addressof, pointers),
+    )  # fmt: skip
+    return step, pointers
 
 
 def _rows(states: Sequence[StudentState], name: str, rows: int) -> ctypes.Array[ctypes.c_void_p]:
     """The address of each row of a state's tensor."""
     tensors = [getattr(state, name) for state in states]
-    if len(tensors) > 1 or rows == 1:
-        addresses = [t.data_ptr() for t in tensors]
-    else:
-        start, stride = tensors[0].data_ptr(), tensors[0].stride(0) * tensors[0].itemsize
-        addresses = [start + b * stride for b in range(rows)]
+    addresses = [t.data_ptr() for t in tensors]
+    if len(tensors) == 1:
+        stride = tensors[0].stride(0) * tensors[0].itemsize
+        addresses = [addresses[0] + b * stride for b in range(rows)]
     return (ctypes.c_void_p * rows)(*addresses)
 
 
+@lru_cache
 def _kernels() -> ctypes.CDLL:
     found = library()
     if found.step_bytes() != ctypes.sizeof(Step):
