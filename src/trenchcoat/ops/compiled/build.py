@@ -18,7 +18,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 _log = logging.getLogger("trenchcoat")
 SOURCE = Path(__file__).parent / "source"
@@ -51,14 +51,29 @@ def library() -> ctypes.CDLL:
     openmp = _openmp_in_use()
     target = _cache() / f"kernels-{_key(found, openmp)}.so"
     try:
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(target.with_suffix(".lock"), timeout=2 * BUILD_SECONDS):
-                if not target.exists():
-                    _build(found, openmp, target)
-        return ctypes.CDLL(str(target))
-    except OSError as error:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return _loaded(target) or _built(found, openmp, target)
+    except (OSError, Timeout) as error:
         raise Unavailable(f"the compiled kernels cannot be kept or loaded as {target} ({error})") from error
+
+
+def _loaded(target: Path) -> ctypes.CDLL | None:
+    """The library in `target`; None if there is none, or a damaged one."""
+    try:
+        return ctypes.CDLL(str(target)) if target.exists() else None
+    except OSError as error:
+        _log.warning("the CPU kernels in %s cannot be loaded and are built again (%s)", target, error)
+        return None
+
+
+def _built(compiler_path: str, openmp: str | None, target: Path) -> ctypes.CDLL:
+    """The library, built by the process that holds the lock first."""
+    with FileLock(target.with_suffix(".lock"), timeout=2 * BUILD_SECONDS):
+        found = _loaded(target)
+        if found is None:
+            _build(compiler_path, openmp, target)
+            found = ctypes.CDLL(str(target))
+    return found
 
 
 def _cache() -> Path:
