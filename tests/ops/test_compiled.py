@@ -90,7 +90,10 @@ class Student:
     def made(self, impl: str, dtype: torch.dtype = torch.float32) -> StudentAttention:
         """The student with fixed random parameters."""
         cfg = StudentConfig(
-            window=self.window, feature_map=FeatureMapConfig(**self.feature), impl=impl, **self.options  # type: ignore[arg-type]
+            window=self.window,
+            feature_map=FeatureMapConfig(**self.feature),
+            impl=impl,
+            **self.options,  # type: ignore[arg-type]
         )
         student = build_student(cfg, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.dim)
         make = torch.Generator().manual_seed(5)

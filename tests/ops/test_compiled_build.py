@@ -99,7 +99,9 @@ def test_without_a_compiler_auto_is_chunkwise_and_compiled_an_error(
         with caplog.at_level(logging.INFO, logger="trenchcoat"):
             assert build_student(StudentConfig(impl="auto"), **sizes).implementation(*here) == "chunkwise"
         assert "attention on cpu: chunkwise (no C++ compiler was found (CXX, g++, clang++, c++))" in caplog.text
-        with pytest.raises(ValueError, match=r"student\.impl is compiled, but no C\+\+ compiler.*student\.impl=chunkwise"):
+        with pytest.raises(
+            ValueError, match=r"student\.impl is compiled, but no C\+\+ compiler.*student\.impl=chunkwise"
+        ):
             build_student(StudentConfig(impl="compiled"), **sizes).implementation(*here)
     finally:
         for cached in (*caches, check):

@@ -41,7 +41,8 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
     """The implementation that `student.impl` chooses on `device`.
 
     `auto` is `triton` on CUDA devices and `compiled` on CPUs if the kernels support `feature_map` and `shape` there,
-    else `chunkwise`. The choice is logged once, with the reason. Kernels are checked before their first use on a device.
+    else `chunkwise`. The choice is logged once, with the reason. Kernels are checked before their first use on a
+    device.
 
     Raises:
         ValueError: the implementation asked for cannot run here.

@@ -21,6 +21,9 @@ from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, Student
 Fixed = dict[str, Tensor | None]
 """Tensors without gradients: first, length, start_s, start_z, end_s, end_z."""
 DTYPES = (torch.float32, torch.bfloat16)
+_GRADIENTS = ("dq", "dk", "dv", "dfq", "dfk", "", "", "", "", "dratio", "dlogit", "dsink_k", "dsink_v")
+"""Gradients of the tensors of :func:`_call`; those of the maps have names of their own."""
+_BY_MAP = ("dk", "dv", "dsink_k", "dsink_v")
 
 
 def refusal(rule: Rule, dtype: torch.dtype, device: torch.device, kernel: str | None = None) -> str | None:
@@ -98,41 +101,32 @@ def _call(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor |
     return Call(rule, q.detach(), k.detach(), v.detach(), features, maps, log_ratio.detach().float().exp(), more)
 
 
-def _gradients(
-    call: Call, tensors: list[Tensor | None], needed: tuple[bool, ...]
-) -> list[Tensor | None]:
+def _gradients(call: Call, tensors: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tensor | None]:
     """In the order of :func:`_call`."""
-    names = ("dq", "dk", "dv", "dfq", "dfk", *("",) * 4, "dratio", "dlogit", "dsink_k", "dsink_v")
-    batch, heads, tokens, _ = call.q_BHTD.shape
-    groups = call.k_BGTD.shape[1]
-    need = dict(zip(names, needed, strict=True))
-    need["dk"] |= need["dsink_k"]
-    need["dv"] |= need["dsink_v"]
-    outputs: dict[str, Tensor] = {}
-    for name, tensor in zip(names, tensors, strict=True):
-        if name and tensor is not None and need[name]:
-            by_map = name in ("dk", "dv", "dsink_k", "dsink_v")
-            shape = (batch, call.key_maps if by_map else heads, *tensor.shape[2:]) if tensor.ndim == 4 else (batch, heads)
-            if name == "dfk":
-                shape = tuple(tensor.shape)
-            outputs[name] = torch.zeros(shape, dtype=torch.float32)
+    batch, heads = call.q_BHTD.shape[:2]
+
+    def zeros(name: str, like: Tensor) -> Tensor:
+        """What the kernels add to: per row and head for numbers, per row and key map for keys and values."""
+        shape = (batch, heads) if like.ndim == 1 else like.shape
+        by_map = name in _BY_MAP
+        return torch.zeros((batch, call.key_maps, *shape[2:]) if by_map else shape, dtype=torch.float32)
+
+    outputs = {
+        name: zeros(name, tensor)
+        for name, tensor, need in zip(_GRADIENTS, tensors, needed, strict=True)
+        if name and tensor is not None and need
+    }
+    maps = [torch.zeros(batch, *t.shape) if t is not None and any(needed[5:9]) else None for t in tensors[5:9]]
     call.more |= outputs
-    if any(needed[5:9]):
-        call.map_grads = tuple(
-            None if t is None else torch.zeros(batch, *t.shape, dtype=torch.float32) for t in tensors[5:9]
-        )
+    call.map_grads = tuple(maps)
     call.run("backward")
     found: list[Tensor | None] = []
-    for i, name in enumerate(names):
-        grad = outputs.get(name)
-        if i in range(5, 9):
-            own = call.map_grads[i - 5]
-            grad = None if own is None else own.sum(0)
-        elif grad is not None and name in ("dk", "dv", "dsink_k", "dsink_v") and call.key_maps != groups:
-            grad = grad.unflatten(1, (groups, -1)).sum(2)
-        elif grad is not None and grad.ndim == 2:
-            grad = grad.sum(0)
-        found.append(grad if needed[i] else None)
+    for name, tensor in zip(_GRADIENTS, tensors, strict=True):
+        grad = outputs.get(name) if name else maps[len(found) - 5]
+        if grad is not None and tensor is not None and grad.shape != tensor.shape:
+            shared = name in _BY_MAP
+            grad = grad.unflatten(1, (tensor.shape[1], -1)).sum(2) if shared else grad.sum(0)
+        found.append(grad)
     return found
 
 

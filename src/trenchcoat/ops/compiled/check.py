@@ -107,7 +107,10 @@ def _outputs(leaves: list[Tensor], rule: Rule, kernels: bool) -> Tensor:
     if kernels:
         return attend(*_inputs(leaves, rule), rule)[0]
     return attention_outputs(
-        Tokens(*leaves[:3]), Features(_phi(leaves[0], leaves[3]), _phi(leaves[1], leaves[4])), HeadWeights(leaves[5]), rule
+        Tokens(*leaves[:3]),
+        Features(_phi(leaves[0], leaves[3]), _phi(leaves[1], leaves[4])),
+        HeadWeights(leaves[5]),
+        rule,
     )
 
 

@@ -44,7 +44,7 @@ def refusal(state: StudentState) -> str | None:
         return f"far sums in {state.far_s_BKFE.dtype}"
     if state.k_BGND.dtype not in DTYPES:
         return f"buffers in {state.k_BGND.dtype}"
-    if not all([getattr(state, name).is_contiguous() for name in _FIELDS]):
+    if not all(map(Tensor.is_contiguous, map(state.__getattribute__, _FIELDS))):
         return "a state that is not contiguous"
     return None
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from trenchcoat.ops.state import FusedMap, FusedMaps, Rule
+from trenchcoat.ops.state import FusedMap, Rule
 from trenchcoat.ops.triton.forward import outputs
 from trenchcoat.ops.triton.parts import Constants, features_of, shared_bytes
 from trenchcoat.ops.triton.tiles import Choices, Tile, choices
