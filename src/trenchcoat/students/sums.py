@@ -20,6 +20,7 @@ from trenchcoat.ops import Features, HeadWeights, Kind, Rule, StateSizes, Studen
 from trenchcoat.ops.chunked.closed_form import transfer_error
 from trenchcoat.ops.chunked.maps import Learners
 from trenchcoat.ops.chunked.rows import Rows
+from trenchcoat.ops.compiled.decode import Kept
 from trenchcoat.ops.compiled.decode import decode as compiled_decode
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.decode import decode, decode_rows
@@ -98,6 +99,18 @@ class SumAttention(StudentAttention):
         if impl == "compiled" and fused.decodes(state):
             return compiled_decode(tokens, self._fused(rule), heads, [state], rule)
         return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
+
+    @torch.no_grad()
+    def decode_with_kept(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: StudentState, kept: Kept, **scores: Any
+    ) -> Tensor:
+        """See :meth:`StudentAttention.decode_with_kept`."""
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, **scores)
+        return compiled_decode(tokens, self._fused(rule), heads, [state], rule, kept)
+
+    def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
+        """See :meth:`StudentAttention.decodes_kept`."""
+        return self._impl(like) == "compiled" and fused.decodes(state)
 
     @torch.no_grad()
     def decode_rows(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,7 +36,24 @@ class Step(ctypes.Structure):
         ("query", MapPointers),
         ("key", MapPointers),
         *((name, ctypes.c_void_p) for name in ("mix", "logit", "mask", *_FIELDS)),
+        *((name, ctypes.c_int64) for name in ("kept", "held")),
+        *((name, View) for name in ("kept_k", "kept_v")),
+        *((name, ctypes.c_void_p) for name in ("free_heads", "free_groups", "kept_groups")),
     )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Groups of the layer that keep softmax attention, in the same call: its q, k, v and y then have all H heads and G
+    groups of the layer, a student's and these."""
+
+    keys: Tensor
+    """[B, kept groups, N, D] in q's dtype: `held` keys, then room for the new ones, which are written there."""
+    values: Tensor
+    """[B, kept groups, N, E]."""
+    held: int
+    places: tuple[Tensor, Tensor, Tensor]
+    """Among the layer's: the student's heads, the student's groups, the kept groups; int64."""
 
 
 def refusal(state: StudentState) -> str | None:
@@ -51,14 +69,15 @@ def refusal(state: StudentState) -> str | None:
 
 @torch.no_grad()
 def decode(
-    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule
-) -> Tensor:
+    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule,
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
     """y [B, H, T, E] in q's dtype; the states are updated in place. A token with mask False changes nothing and
     outputs 0.
 
     Args:
         tokens: a few tokens. maps: as for :func:`trenchcoat.ops.compiled.attention.attend`. states: one of B rows, or B
-        of one row.
+        of one row. kept: groups that keep softmax attention; without padding only.
 
     Raises:
         ValueError: the kernels do not compute the call.
@@ -70,15 +89,25 @@ def decode(
     y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
     mix, logit = heads.mix_H.float(), None if heads.sink_logit_H is None else heads.sink_logit_H.float()
     fixed = [mix, logit, *((None,) * 4 if maps is None or not rule.far else _parameters(maps))]
-    step = _prepared(_Key.of(q, k, v, y, fixed, maps if rule.far else None, states, rule), states)
+    key = _Key.of((q, k, v, y), fixed, maps if rule.far else None, states, rule)
+    step = _prepared(key, states, heads.mix_H.shape[0])
     step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
     mask = None if mask is None else mask.to("cpu", torch.uint8).contiguous()
     step.mask = None if mask is None else mask.data_ptr()
     step.threads = torch.get_num_threads()
+    step.kept = 0 if kept is None else _point_to_kept(step, kept)
     _kernels().decode(ctypes.byref(step))
     for state in states:
         state.counted(length if mask is None else None)
     return y if y.dtype == q.dtype else y.to(q.dtype)
+
+
+def _point_to_kept(step: Step, kept: Kept) -> int:
+    """Number of kept groups."""
+    step.held = kept.held
+    step.kept_k, step.kept_v = (View(t.data_ptr(), *t.stride()[:3]) for t in (kept.keys, kept.values))
+    step.free_heads, step.free_groups, step.kept_groups = (t.data_ptr() for t in kept.places)
+    return kept.keys.shape[1]
 
 
 def _parameters(maps: FusedMaps) -> list[Tensor | None]:
@@ -98,12 +127,12 @@ class _Key(NamedTuple):
 
     @classmethod
     def of(
-        cls, q: Tensor, k: Tensor, v: Tensor, y: Tensor, fixed: list[Tensor | None], maps: FusedMaps | None,
+        cls, tokens: tuple[Tensor, ...], fixed: list[Tensor | None], maps: FusedMaps | None,
         states: Sequence[StudentState], rule: Rule,
     ) -> _Key:  # fmt: skip
-        """The key of a call."""
-        buffers = states[0].k_BGND.dtype
-        shapes = (q.shape, v.shape, q.stride(), k.stride(), v.stride(), y.stride(), q.dtype, buffers, k.shape[1])
+        """The key of a call with q, k, v, y."""
+        buffer, (q, _, v, _) = states[0].k_BGND, tokens
+        shapes = (q.shape, v.shape, *(t.stride() for t in tokens), q.dtype, buffer.dtype, buffer.shape[1])
         held = [None if t is None else t.data_ptr() for t in fixed]
         held += [getattr(state, name).data_ptr() for state in states for name in _FIELDS]
         sizes = None
@@ -118,18 +147,18 @@ _recent: dict[_Key, tuple[Step, list[Any]]] = {}
 """The latest steps, with the arrays they point to; the oldest first. Their keys hold all that they depend on."""
 
 
-def _prepared(key: _Key, states: Sequence[StudentState]) -> Step:
+def _prepared(key: _Key, states: Sequence[StudentState], heads: int) -> Step:
     known = _recent.get(key)
     if known is None:
-        known = _recent[key] = _made(key, states)
+        known = _recent[key] = _made(key, states, heads)
         if len(_recent) > _RECENT:
             del _recent[next(iter(_recent))]
     return known[0]
 
 
-def _made(key: _Key, states: Sequence[StudentState]) -> tuple[Step, list[Any]]:
+def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, list[Any]]:
     q_shape, v_shape, *strides, dtype, buffers, kv_heads = key.shapes
-    rows, heads, length, dim = q_shape
+    rows, _, length, dim = q_shape
     maps = key.maps or (heads, 0, 0, False, 0.0)
     mix, logit, *parameters = key.addresses[:6]
     rule = key.rule

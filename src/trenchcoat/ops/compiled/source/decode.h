@@ -15,6 +15,12 @@ struct Step {
   void **slots_k, **slots_v, **sink_k, **sink_v;
   float **far_s, **far_z;
   Int **seen;
+  // Groups that keep softmax attention: q, k, v and y then hold the heads of all groups, `free_heads` and `free_groups`
+  // are the places of the student's heads and groups in them, `kept_groups` those of the others, whose `held` keys and
+  // values [B, kept, ...] are followed by room for the new ones. Null where there are none.
+  Int kept, held;
+  View kept_k, kept_v;
+  const Int *free_heads, *free_groups, *kept_groups;
 };
 
 class Decoding {
@@ -47,37 +53,72 @@ class Decoding {
     }
   }
 
+  // Stores the token's keys and values.
   static void keep(const Step &a, Int b, Int t) {
     const Int n = *a.seen[b], slot = n % (2 * a.window);
     for (Int g = 0; g < a.kv_heads; ++g) {
-      put(a, a.k, b, g, t, a.dim, a.slots_k[b], g * 2 * a.window + slot);
-      put(a, a.v, b, g, t, a.values, a.slots_v[b], g * 2 * a.window + slot);
+      const Int from = a.free_groups ? a.free_groups[g] : g;
+      put(a, a.k, b, from, t, a.dim, a.slots_k[b], (g * 2 * a.window + slot) * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.slots_v[b], (g * 2 * a.window + slot) * a.values, a.narrow_slots);
       if (n >= a.sinks) continue;
-      put(a, a.k, b, g, t, a.dim, a.sink_k[b], g * a.sinks + n);
-      put(a, a.v, b, g, t, a.values, a.sink_v[b], g * a.sinks + n);
+      put(a, a.k, b, from, t, a.dim, a.sink_k[b], (g * a.sinks + n) * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.sink_v[b], (g * a.sinks + n) * a.values, a.narrow_slots);
+    }
+    for (Int i = 0; i < a.kept; ++i) {
+      const Int k = b * a.kept_k.row + i * a.kept_k.head + (a.held + t) * a.kept_k.token;
+      const Int v = b * a.kept_v.row + i * a.kept_v.head + (a.held + t) * a.kept_v.token;
+      put(a, a.k, b, a.kept_groups[i], t, a.dim, a.kept_k.data, k, a.narrow);
+      put(a, a.v, b, a.kept_groups[i], t, a.values, a.kept_v.data, v, a.narrow);
     }
   }
 
+  // Outputs of the student's heads of a key map.
   void look(Int b, Int map, Int t) {
     const Int heads = a.heads / a.key_maps;
     gather(b, map * a.kv_heads / a.key_maps);
     for (Int h = map * heads; h < (map + 1) * heads; ++h) {
-      read(a.q, a.narrow, b, h, t, 1, a.dim, q, d);
-      answer(b, map, h, at(a.y, b, h, t));
+      const Int place = a.free_heads ? a.free_heads[h] : h;
+      read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
+      float ratio = 1.0f;
+      if (a.far) ratio = a.affine ? expf(a.mix[h]) : 1.0f / (1.0f + expf(-a.mix[h]));
+      float den = softmax_part(ratio, a.logit ? a.logit + h : nullptr);
+      if (a.far) {
+        query_features(h);
+        gathered(f, a.far_s[b] + map * a.features * a.values, a.values, a.features);
+        den += summed(f, a.far_z[b] + map * a.features, a.features);
+      }
+      divided(den, at(a.y, b, place, t));
     }
+  }
+
+  // Output of one head of a kept group: query head `h` of kept group `i`.
+  void look_at_all(Int b, Int i, Int h, Int t) {
+    const Int place = a.kept_groups[i] * (a.heads / a.kv_heads) + h, count = a.held + t + 1;
+    read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
+    near = near_counts[0] = count, near_counts[1] = near_counts[2] = 0;
+    if (a.narrow) {
+      read(a.kept_k, true, b, i, 0, count, a.dim, keys, d);
+      read(a.kept_v, true, b, i, 0, count, a.values, values, e);
+      near_keys[0] = keys, near_values[0] = values, key_stride = d, value_stride = e;
+    } else {
+      near_keys[0] = at(a.kept_k, b, i, 0), near_values[0] = at(a.kept_v, b, i, 0);
+      key_stride = a.kept_k.token, value_stride = a.kept_v.token;
+    }
+    divided(softmax_part(1.0f, nullptr), at(a.y, b, place, t));
   }
 
  private:
   const Step &a;
   const Int d, e, w;
-  Int near = 0;  // keys the query sees
+  Int near = 0, key_stride = 0, value_stride = 0;  // keys the query sees, and lengths of their rows
   const float *near_keys[3], *near_values[3];
   Int near_counts[3];
   float *q, *keys, *values, *turned, *f, *sums, *p, *num;
 
   void lay_out(Scratch &m) {
-    const Int all = 2 * a.window + a.sinks;
-    q = m.take(d), keys = m.take(all * d), values = m.take(all * e), turned = m.take(a.dim * w);
+    const Int window = 2 * a.window + a.sinks, held = a.kept ? a.held + a.tokens : 0;
+    const Int widened_rows = a.kept && a.narrow && held > window ? held : window, all = held > window ? held : window;
+    q = m.take(d), keys = m.take(widened_rows * d), values = m.take(widened_rows * e), turned = m.take(a.dim * w);
     f = m.take(a.features * w + 2 * LANES), sums = m.take(a.features * e), p = m.take(all), num = m.take(e);
   }
 
@@ -92,18 +133,18 @@ class Decoding {
     read(view, narrow, 0, 0, from, count, width, out, stride);
   }
 
-  static void put(const Step &a, const View &x, Int b, Int g, Int t, Int width, void *buffer, Int place) {
+  static void put(const Step &a, const View &x, Int b, Int g, Int t, Int width, void *buffer, Int place, bool narrow) {
     const Int from = b * x.row + g * x.head + t * x.token;
     for (Int i = 0; i < width; ++i) {
-      if (a.narrow && a.narrow_slots) {
-        ((uint16_t *)buffer)[place * width + i] = ((const uint16_t *)x.data)[from + i];
+      if (a.narrow && narrow) {
+        ((uint16_t *)buffer)[place + i] = ((const uint16_t *)x.data)[from + i];
         continue;
       }
       float value = a.narrow ? widened(((const uint16_t *)x.data)[from + i]) : ((const float *)x.data)[from + i];
-      if (a.narrow_slots) {
-        ((uint16_t *)buffer)[place * width + i] = narrowed(value);
+      if (narrow) {
+        ((uint16_t *)buffer)[place + i] = narrowed(value);
       } else {
-        ((float *)buffer)[place * width + i] = value;
+        ((float *)buffer)[place + i] = value;
       }
     }
   }
@@ -123,7 +164,7 @@ class Decoding {
     const Int first = n + 1 - from < ring - slot ? n + 1 - from : ring - slot;
     const Int sinks = from < a.sinks ? from : a.sinks;
     const Int starts[3] = {g * a.sinks, g * ring + slot, g * ring}, counts[3] = {sinks, first, n + 1 - from - first};
-    near = 0;
+    near = 0, key_stride = a.narrow_slots ? d : a.dim, value_stride = a.narrow_slots ? e : a.values;
     for (int i = 0; i < 3; ++i) {
       const void *k = i ? a.slots_k[b] : a.sink_k[b], *v = i ? a.slots_v[b] : a.sink_v[b];
       near_counts[i] = counts[i];
@@ -138,9 +179,9 @@ class Decoding {
     }
   }
 
-  void answer(Int b, Int map, Int h, float *y) {
+  // num = sum of r exp(s - max) v over the near keys; returns the sum of the weights, with the sink's.
+  float softmax_part(float ratio, const float *logit) {
     const float scale = (float)a.scale, cap = (float)a.softcap;
-    const Int key_stride = a.narrow_slots ? d : a.dim, value_stride = a.narrow_slots ? e : a.values;
     float top = -FLT_MAX;
     for (Int i = 0, j = 0; i < 3; ++i)
       for (Int r = 0; r < near_counts[i]; ++r, ++j) {
@@ -148,19 +189,15 @@ class Decoding {
         if (cap) p[j] = cap * hyperbolic_tangent(splat(p[j] / cap))[0];
         top = p[j] > top || p[j] != p[j] ? p[j] : top;
       }
-    if (a.logit && a.logit[h] > top) top = a.logit[h];
-    float ratio = 1.0f, den = 0;
-    if (a.far) ratio = a.affine ? expf(a.mix[h]) : 1.0f / (1.0f + expf(-a.mix[h]));
+    if (logit && *logit > top) top = *logit;
     for (Int j = 0; j < near; j += LANES) store(p + j, exp_negative(load(p + j) - top) * ratio);
     for (Int c = 0; c < a.values; ++c) num[c] = 0;
     for (Int i = 0, j = 0; i < 3; j += near_counts[i++]) gathered(p + j, near_values[i], value_stride, near_counts[i]);
-    den = summed(p, nullptr, near);
-    if (a.logit) den += ratio * exp_negative(splat(a.logit[h] - top))[0];
-    if (a.far) {
-      query_features(h);
-      gathered(f, a.far_s[b] + map * a.features * a.values, a.values, a.features);
-      den += summed(f, a.far_z[b] + map * a.features, a.features);
-    }
+    float den = summed(p, nullptr, near);
+    return logit ? den + ratio * exp_negative(splat(*logit - top))[0] : den;
+  }
+
+  void divided(float den, float *y) const {
     for (Int c = 0; c < a.values; ++c) y[c] = num[c] / den;
   }
 

@@ -13,10 +13,11 @@ template <Pass pass> static void walk(const Call *call) {
 }
 
 static void decode_token(const Step *step, Int t) {
-  const Int tasks = step->rows * step->key_maps;
+  const Int tasks = step->rows * step->key_maps, shared = step->heads / step->kv_heads;
+  const Int kept = step->rows * step->kept * shared, most = tasks + kept;
   bool any = false;
   for (Int b = 0; b < step->rows; ++b) any = any || Decoding::due(*step, b);
-#pragma omp parallel num_threads((int)(tasks < step->threads ? tasks : step->threads))
+#pragma omp parallel num_threads((int)(most < step->threads ? most : step->threads))
   {
     static thread_local Scratch scratch;
     Decoding decoding(*step, scratch);
@@ -31,10 +32,14 @@ static void decode_token(const Step *step, Int t) {
 #pragma omp for schedule(static)
     for (Int b = 0; b < step->rows; ++b)
       if (real(b)) Decoding::keep(*step, b, t);
-#pragma omp for schedule(static)
-    for (Int task = 0; task < tasks; ++task) {
-      const Int b = task / step->key_maps;
-      if (real(b)) decoding.look(b, task % step->key_maps, t);
+#pragma omp for schedule(dynamic, 1)
+    for (Int task = 0; task < most; ++task) {
+      if (task < kept) {
+        decoding.look_at_all(task / (step->kept * shared), task / shared % step->kept, task % shared, t);
+        continue;
+      }
+      const Int b = (task - kept) / step->key_maps;
+      if (real(b)) decoding.look(b, (task - kept) % step->key_maps, t);
     }
 #pragma omp for schedule(static)
     for (Int b = 0; b < step->rows; ++b)
