@@ -148,6 +148,14 @@ def inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def scratch_peak_bytes() -> int:
+    """The most memory that the kernels held for intermediate results since the last call of this function: not tensors,
+    so PyTorch does not count it."""
+    ask = kernels().scratch_peak_bytes
+    ask.restype = _INT
+    return int(ask())
+
+
 def kernels() -> ctypes.CDLL:
     """The library; RuntimeError if it does not fit this file."""
     found = library()

@@ -1,6 +1,7 @@
 // One call: sizes and tensors as Python passes them (`trenchcoat.ops.compiled.call` mirrors these structures), and how rows
 // of tokens are read and written.
 #pragma once
+#include <atomic>
 #include <cstdlib>
 #include "products.h"
 
@@ -66,7 +67,12 @@ static void add(const View &x, Int b, Int head, Int t, Int count, Int width, con
   }
 }
 
-// Memory of one thread, handed out piece by piece and kept from call to call.
+// Bytes that all threads hold for intermediate results, the most they held since the last question, and the most that a
+// thread keeps from one call to the next.
+static std::atomic<Int> scratch_bytes{0}, scratch_peak{0};
+constexpr Int KEPT_BYTES = 8 << 20;
+
+// Memory of one thread, handed out piece by piece.
 class Scratch {
  public:
   void reset() { used = 0; }
@@ -83,17 +89,25 @@ class Scratch {
     reset();
     lay_out();
     held = memory;
-    if (used > size) {
-      free(memory);
-      size = used;
-      held = (float *)aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64);
-    }
+    if (used > size) resize(used);
     reset();
     lay_out();
   }
-  ~Scratch() { free(held); }
+  // At the end of a call: a long row's memory goes back to the system.
+  void trim() {
+    if (size * (Int)sizeof(float) > KEPT_BYTES) resize(0);
+  }
+  ~Scratch() { resize(0); }
 
  private:
+  void resize(Int count) {
+    free(held);
+    const Int bytes = scratch_bytes += (count - size) * (Int)sizeof(float);
+    for (Int most = scratch_peak; bytes > most && !scratch_peak.compare_exchange_weak(most, bytes);) {
+    }
+    size = count;
+    held = count ? (float *)aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64) : nullptr;
+  }
   float *held = nullptr;
   Int size = 0, used = 0;
 };

@@ -5,10 +5,13 @@
 
 template <Pass pass> static void walk(const Call *call) {
   const Int tasks = call->rows * call->key_maps;
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)call->threads)
-  for (Int task = 0; task < tasks; ++task) {
+#pragma omp parallel num_threads((int)(tasks < call->threads ? tasks : call->threads))
+  {
     static thread_local Scratch scratch;
-    Walk<pass>(*call, scratch, task / call->key_maps, task % call->key_maps).run();
+#pragma omp for schedule(dynamic, 1)
+    for (Int task = 0; task < tasks; ++task)
+      Walk<pass>(*call, scratch, task / call->key_maps, task % call->key_maps).run();
+    scratch.trim();
   }
 }
 
@@ -49,6 +52,7 @@ static void decode_token(const Step *step, Int t) {
 
 extern "C" {
 Int call_bytes() { return (Int)sizeof(Call); }
+Int scratch_peak_bytes() { return scratch_peak.exchange(scratch_bytes); }
 Int step_bytes() { return (Int)sizeof(Step); }
 void forward(const Call *call) { walk<FORWARD>(call); }
 void transfer(const Call *call) { walk<TRANSFER>(call); }
