@@ -207,8 +207,8 @@ def test_a_kept_group_needs_the_mask_of_its_cache() -> None:
 def test_one_call_of_the_kernels_decodes_both_parts(
     family: str, padded: bool, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`layers` of the two decode the student and its kept groups together (not those with padding or a sliding window of
-    the model's own); all give what PyTorch gives in two calls."""
+    """`layers` of the two decode the student and its kept groups together (not those with padding or with a sliding
+    window of the model's own); all give what PyTorch gives in two calls."""
     together: list[bool] = []
     original = interface._in_one_call
 
