@@ -243,6 +243,31 @@ def test_results_do_not_depend_on_threads_or_on_what_memory_held() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("mask", [None, "right"])
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_rows_are_cut_where_there_are_more_threads_than_heads(mask: str | None, sinks: int) -> None:
+    """Outputs and states of one row and head on one thread and on three, with a part of a text before it."""
+    case = Student(heads=1, kv_heads=1, batch=1 if mask is None else 2, tokens=131, mask=mask, options={"sinks": sinks})
+    student, before = case.made("compiled"), torch.get_num_threads()
+    q, k, v, *_ = case.inputs(torch.float32)
+    found: list[list[Tensor]] = []
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                state = student.empty_state(case.batch, dtype=torch.float32)
+                found.append([student(q, k, v, **case.scores(torch.float32))[0]])
+                for span in (slice(0, 17), slice(17, 131)):
+                    part = [x[:, :, span] for x in (q, k, v)]
+                    y, state = student(*part, state=state, **case.scores(torch.float32, span))
+                    found[-1] += [y, *state.tensors().values()]
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert error(other, one) <= budget(0.0, case.tokens * case.dim)
+    assert not all(map(torch.equal, *found))
+
+
 def test_only_requested_gradients_are_computed() -> None:
     tensors = [t.float().requires_grad_(i in (3, 4, 5)) for i, t in enumerate(Case(tokens=23).tensors())]
     y, _ = Case(tokens=23).call(tensors, impl="compiled")

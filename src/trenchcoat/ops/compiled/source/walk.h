@@ -7,35 +7,60 @@
 
 enum Pass { FORWARD, TRANSFER, BACKWARD };
 
+// The chunks of a row that a walk computes, and the far sums [F, E] and [F] before them (null: those before token 0).
+struct Span {
+  Int from, upto;
+  const float *s, *z;
+};
+
 template <Pass pass> class Walk {
  public:
-  Walk(const Call &call, Scratch &scratch, Int row, Int key_map)
+  Walk(const Call &call, Scratch &scratch, Int row, Int key_map, Span part = {0, INT64_MAX, nullptr, nullptr})
       : a(call), b(row), map(key_map), heads(call.heads / call.key_maps), kv(map * call.kv_heads / call.key_maps),
         length(call.length ? call.length[row] : call.tokens), chunks((length + call.window - 1) / call.window),
-        first(call.first ? call.first[row] : 0), features(call.features), w(spaced(call.window)), d(spaced(call.dim)),
+        first(call.first ? call.first[row] : 0), span{part.from, part.upto < chunks ? part.upto : chunks, part.s, part.z},
+        features(call.features), w(spaced(call.window)), d(spaced(call.dim)),
         e(spaced(call.values)), wide(spaced(call.features)),
         learns(pass == BACKWARD || (pass == TRANSFER && call.far && call.query.dweight)) {
     scratch.lay([&] { lay_out(scratch); });
   }
 
   void run() {
+    if (span.from && span.from >= chunks) return;
     start();
-    for (Int c = 0; c < chunks; ++c) {
+    if (span.from) read_keys(span.from - 1);
+    for (Int c = span.from; c < span.upto; ++c) {
       if (a.far && c >= 2) fold(c - 2);
       read_keys(c);
       for (Int h = 0; h < heads; ++h) queries(c, h);
     }
     if (a.error) a.error[b * a.key_maps + map] = squares;
-    if (a.end_s) finish();
+    if (a.end_s && span.upto == chunks) finish();
     if (learns && a.far) {
       for (Int c = chunks - 1; c >= 2; --c) later(c);
       give_map_gradients();
     }
   }
 
+  // To `s` and `z`: the sums of the chunks that `run` would add to those it begins with.
+  void add_up(float *to_s, float *to_z) {
+    start();
+    std::memset(s, 0, features * e * sizeof(float));
+    std::memset(z, 0, features * sizeof(float));
+    for (Int c = span.from; c < span.upto; ++c) {
+      if (c < 2) continue;
+      read_keys(c - 1);
+      fold(c - 2);
+    }
+    for (Int f = 0; f < features; ++f) std::memcpy(to_s + f * a.values, s + f * e, a.values * sizeof(float));
+    std::memcpy(to_z, z, features * sizeof(float));
+  }
+
  private:
   const Call &a;
-  const Int b, map, heads, kv, length, chunks, first, features, w, d, e, wide;  // w, d, e, wide: lengths of rows
+  const Int b, map, heads, kv, length, chunks, first;
+  const Span span;
+  const Int features, w, d, e, wide;  // w, d, e, wide: lengths of rows
   const bool learns;
   Int lead = 0, sinks = 0, count = 0;  // of the current chunk: keys before it, sinks among them, tokens
   double squares = 0;
@@ -79,12 +104,12 @@ template <Pass pass> class Walk {
     std::memset(z, 0, features * sizeof(float));
     if (learns) std::memset(g, 0, features * e * sizeof(float)), std::memset(gz, 0, features * sizeof(float));
     if (!a.mapped) std::memset(fk, 0, features * w * sizeof(float)), std::memset(fq, 0, features * w * sizeof(float));
-    if (a.start_s)
-      for (Int f = 0; f < features; ++f) {
-        Int at = (b * a.key_maps + map) * features + f;
-        std::memcpy(s + f * e, a.start_s + at * a.values, a.values * sizeof(float));
-        z[f] = a.start_z[at];
-      }
+    const Int at = (b * a.key_maps + map) * features;
+    if (span.from) {
+      begin_with(span.s, span.z);
+    } else if (a.start_s) {
+      begin_with(a.start_s + at * a.values, a.start_z + at);
+    }
     if (!learns || !a.mapped) return;
     std::memset(dquery, 0, heads * a.columns * d * sizeof(float));
     std::memset(dquery_bias, 0, heads * a.columns * sizeof(float));
@@ -97,6 +122,11 @@ template <Pass pass> class Walk {
       for (Int r = 0; r < a.columns; ++r)
         for (Int i = a.dim; i < d; ++i) turned[(h * a.columns + r) * d + i] = 0;
     }
+  }
+
+  void begin_with(const float *start_s, const float *start_z) {
+    for (Int f = 0; f < features; ++f) std::memcpy(s + f * e, start_s + f * a.values, a.values * sizeof(float));
+    std::memcpy(z, start_z, features * sizeof(float));
   }
 
   HeadMap map_of(const Map &m, Int head, float *dweight, float *dbias, const float *back) const {
