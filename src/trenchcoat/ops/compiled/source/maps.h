@@ -29,16 +29,32 @@ static void softmax_features(const float *u, float *f, Int columns, bool paired,
   }
 }
 
-// Replaces the first P rows of df by the gradients of u; `pull` (if not null) gets sum f df of each token.
-static void softmax_gradients(const float *f, float *df, Int columns, bool paired, Int tokens, Int stride) {
-  for (Int i = 0; i < whole(tokens); i += LANES) {
-    Vec dot = {}, dot_low = {};
-    const float *second = f + columns * stride;
-    float *dsecond = df + columns * stride;
-    for (Int p = 0; p < columns; ++p) {
-      dot += load(f + p * stride + i) * load(df + p * stride + i);
-      if (paired) dot_low += load(second + p * stride + i) * load(dsecond + p * stride + i);
+// What is still missing in the gradients of features: z [F] times a number for each token (null: 1).
+struct Rest {
+  const float *z, *times;
+
+  // Adds it to rows `first` to `last` of df, and returns the sum of f df over them.
+  Vec complete(const float *f, float *df, Int first, Int last, Int stride, Int i) const {
+    Vec dot = {}, by = times ? load(times + i) : splat(1.0f);
+    for (Int p = first; p < last; ++p) {
+      Vec x = load(df + p * stride + i) + z[p] * by;
+      store(df + p * stride + i, x);
+      dot += load(f + p * stride + i) * x;
     }
+    return dot;
+  }
+};
+
+// Replaces the first P rows of df, once it is complete, by the gradients of u; `pull` (if not null) gets each token's sum
+// of f df.
+static void softmax_gradients(const float *f, float *df, Rest rest, float *pull, Int columns, bool paired, Int tokens,
+                              Int stride) {
+  const float *second = f + columns * stride;
+  float *dsecond = df + columns * stride;
+  for (Int i = 0; i < whole(tokens); i += LANES) {
+    Vec dot = rest.complete(f, df, 0, columns, stride, i), dot_low = {};
+    if (paired) dot_low = rest.complete(f, df, columns, 2 * columns, stride, i);
+    if (pull) store(pull + i, dot + dot_low);
     for (Int p = 0; p < columns; ++p) {
       Int at = p * stride + i;
       Vec du = load(f + at) * (load(df + at) - dot);
@@ -66,10 +82,10 @@ struct HeadMap {
     softmax_features(f, f, columns, paired, tokens, lane_stride, eps);
   }
 
-  // Adds to the gradients from df [F, tokens], which is overwritten (its first P rows with the gradients of u); x is
-  // [tokens, D].
-  void backward(const float *f, float *df, const float *x, Int tokens, Int lane_stride) const {
-    softmax_gradients(f, df, columns, paired, tokens, lane_stride);
+  // Adds to the gradients from df [F, tokens] and the rest of it, which are overwritten (the first P rows with the
+  // gradients of u); x is [tokens, D].
+  void backward(const float *f, float *df, Rest rest, float *pull, const float *x, Int tokens, Int lane_stride) const {
+    softmax_gradients(f, df, rest, pull, columns, paired, tokens, lane_stride);
     if (dweight) product<ALL>({df, lane_stride, 1}, x, stride, dweight, stride, columns, dim, tokens, true);
     if (dbias)
       for (Int p = 0; p < columns; ++p)

@@ -267,19 +267,15 @@ template <Pass pass> class Walk {
   void far_gradients(Int h, Int t, const float *f, const float *dd) {
     const Int head = head_of(h);
     product<ALL>({s, e, 1}, dnumt, w, df, w, features, a.window, a.values, false);
-    for (Int i = 0; i < whole(a.window); i += LANES) {
-      Vec bias = load(dd + i), all = {};
-      for (Int r = 0; r < features; ++r) {
-        Vec x = load(df + r * w + i) + z[r] * bias;
-        store(df + r * w + i, x);
-        all += x * load(f + r * w + i);
-      }
-      store(pull + i, all);
+    if (a.mapped) {
+      query_map(h).backward(f, df, {z, dd}, pull, q, count, w);
+    } else {
+      for (Int i = 0; i < whole(a.window); i += LANES) store(pull + i, Rest{z, dd}.complete(f, df, 0, features, w, i));
     }
     // Lanes after the last token have gradients 0, but features may be anything.
     for (Int i = count; i < w; ++i) pull[i] = 0;
     if (a.dratio) a.dratio[b * a.heads + head] -= summed(pull, nullptr, count);
-    if (a.mapped) return query_map(h).backward(f, df, q, count, w);
+    if (a.mapped) return;
     if (!a.dfq.data) return;
     transpose(df, w, natural, wide, features, count);
     add(a.dfq, b, head, t, count, features, natural, wide);
@@ -328,18 +324,19 @@ template <Pass pass> class Walk {
       read(a.v, a.narrow, b, kv, t, a.window, a.values, v, e);
       transpose(v, e, vt, w, a.window, a.values);
       product<ALL>({g, e, 1}, vt, w, df, w, features, a.window, a.values, false);
-      for (Int r = 0; r < features; ++r)
-        for (Int i = 0; i < whole(a.window); i += LANES) store(df + r * w + i, load(df + r * w + i) + gz[r]);
-      clear_sinks(before, df);
     }
     if (a.mapped) {
+      // Features of sinks are 0, so their gradients count for nothing.
       read(a.k, a.narrow, b, kv, t, a.window, a.dim, k, d);
-      key_map().backward(f, df, k, a.window, w);
+      key_map().backward(f, df, {gz, nullptr}, nullptr, k, a.window, w);
       if (a.dk.data) {
         key_map().inputs(df, dx, a.window, w, false);
         add(a.dk, b, map, t, a.window, a.dim, dx, d);
       }
     } else if (a.dfk.data) {
+      for (Int r = 0; r < features; ++r)
+        for (Int i = 0; i < whole(a.window); i += LANES) store(df + r * w + i, load(df + r * w + i) + gz[r]);
+      clear_sinks(before, df);
       transpose(df, w, natural, wide, features, a.window);
       add(a.dfk, b, map, t, a.window, features, natural, wide);
     }
