@@ -47,6 +47,29 @@ def test_low_precision_inputs_are_accumulated_in_float32() -> None:
     assert error(y, exact) <= torch.finfo(torch.bfloat16).eps
 
 
+def test_inputs_of_several_types_are_widened_not_narrowed() -> None:
+    """Values in float32 beside queries and keys in bfloat16, and the other way round."""
+    exact = Student(tokens=25, options={"sinks": 2})
+    for narrow in ((0, 1), (2,), (1, 3)):
+        x = [t.bfloat16() if i in narrow else t for i, t in enumerate(exact.inputs(torch.float32)[:4])]
+        found = []
+        for impl, dtype in (("compiled", None), ("chunkwise", torch.float64)):
+            student = exact.made(impl, dtype or torch.float32)
+            q, k, v, y_BHTE = (t if dtype is None else t.to(dtype) for t in x)
+            y, _ = student(q, k, v, scale=SCALE)
+            student.request = TransferRequest(mse_weight=1.0)
+            student.transfer(q, k, v, y_BHTE, scale=SCALE)
+            state = student.empty_state(2, dtype=dtype or torch.float32)
+            steps = [
+                student.decode(*(z[:, :, t : t + 1] for z in (q, k, v)), state=state, scale=SCALE) for t in range(25)
+            ]
+            found.append([student.metrics["mse"], y, torch.cat(steps, 2)])
+        rounding = torch.finfo(torch.bfloat16).eps if 0 in narrow else 0.0
+        assert error(found[0][0], found[1][0]) <= budget(0.0, 25 * 5 * 6)
+        for one, other in zip(found[0][1:], found[1][1:], strict=True):
+            assert error(one, other) <= max(rounding, 4 * budget(0.0, 25 * 5 * 6))
+
+
 def test_inputs_may_lie_in_memory_in_any_order() -> None:
     case = Case(tokens=30, mask="right")
     tensors = [t.float() for t in case.tensors()]

@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.layout import Inputs
 from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
-from trenchcoat.ops.compiled.call import Call, inner
+from trenchcoat.ops.compiled.call import Call, alike, inner
 from trenchcoat.ops.short import is_softmax, softmax_attention
 from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
 
 Fixed = dict[str, Tensor | None]
-"""Tensors without gradients: first, length, start_s, start_z, end_s, end_z."""
+"""Tensors without gradients: first, length, start_s, start_z, end_s, end_z, target."""
 DTYPES = (torch.float32, torch.bfloat16)
 _GRADIENTS = ("dq", "dk", "dv", "dfq", "dfk", "", "", "", "", "dratio", "dlogit", "dsink_k", "dsink_v")
 """Gradients of the tensors of :func:`_call`; those of the maps have names of their own."""
@@ -66,9 +66,10 @@ class _Attention(torch.autograd.Function):
         call.more |= {"y": y, "den": den}
         call.run("forward")
         if keep:
-            ctx.rule, ctx.form, ctx.names = rule, form, list(fixed)
-            ctx.save_for_backward(y, den, *fixed.values(), *tensors)
-        return y.to(q.dtype)
+            inputs = {name: t for name, t in fixed.items() if not name.startswith("end")}
+            ctx.rule, ctx.form, ctx.names = rule, form, list(inputs)
+            ctx.save_for_backward(y, den, *inputs.values(), *tensors)
+        return y if tensors[0] is None else y.to(tensors[0].dtype)
 
     @staticmethod
     @once_differentiable
@@ -78,14 +79,15 @@ class _Attention(torch.autograd.Function):
         count = len(ctx.names)
         fixed, tensors = dict(zip(ctx.names, rest[:count], strict=True)), rest[count:]
         call = _call(ctx.rule, ctx.form, fixed, *tensors)
-        call.more |= {"y": y, "den": den, "dy": inner(dy.float()), "end_s": None, "end_z": None}
+        call.more |= {"y": y, "den": den, "dy": inner(dy.float())}
         grads = _gradients(call, tensors, ctx.needs_input_grad[3:])
         cast = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
         return None, None, None, *cast
 
 
 def _call(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None) -> Call:
-    q, k, v, fq, fk, q_matrix, q_bias, k_matrix, k_bias, log_ratio, logit, sink_k, sink_v = tensors
+    *pairs, fq, fk, q_matrix, q_bias, k_matrix, k_bias, log_ratio, logit, sink_k, sink_v = tensors
+    q, k, v, sink_k, sink_v, target = alike(*pairs, sink_k, sink_v, fixed.get("target"))
     assert q is not None and k is not None and v is not None and log_ratio is not None  # noqa: PT018
     paired, floor = form
     maps = features = None
@@ -96,9 +98,9 @@ def _call(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor |
         )
     elif fq is not None and fk is not None:
         features = fq.detach().float(), fk.detach().float()
-    sinks = {} if sink_k is None or sink_v is None else {"sink_k": inner(sink_k), "sink_v": inner(sink_v)}
-    more = {"logit": None if logit is None else logit.detach().float(), **sinks, **fixed}
-    return Call(rule, q.detach(), k.detach(), v.detach(), features, maps, log_ratio.detach().float().exp(), more)
+    logit = None if logit is None else logit.detach().float()
+    more = {**fixed, "logit": logit, "sink_k": sink_k, "sink_v": sink_v, "target": target}
+    return Call(rule, q, k, v, features, maps, log_ratio.detach().float().exp(), more)
 
 
 def _gradients(call: Call, tensors: list[Tensor | None], needed: tuple[bool, ...]) -> list[Tensor | None]:
@@ -219,13 +221,13 @@ def transfer_error(
     form, parameters = _opened(maps if rule.far else None)
     learn = learn and parameters[0] is not None
     sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
-    fixed: Fixed = {"length": length_B}
+    fixed: Fixed = {"length": length_B, "target": y_BHTE}
     log_ratio, logit = rule.log_ratio(heads.mix_H), heads.sink_logit_H
     call = _call(rule, form, fixed, q, k, v, None, None, *parameters, log_ratio, logit, *sinks)
     call.error_scale = error_scale
     error = torch.zeros(q.shape[0], call.key_maps, dtype=torch.float64)
     dratio = torch.zeros(q.shape[:2], dtype=torch.float32) if learn else None
-    call.more |= {"target": inner(y_BHTE.to(q.dtype)), "error": error, "dratio": dratio}
+    call.more |= {"error": error, "dratio": dratio}
     if learn:
         call.map_grads = tuple(None if t is None else torch.zeros(q.shape[0], *t.shape) for t in parameters)
     call.run("transfer")

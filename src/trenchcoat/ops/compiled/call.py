@@ -58,8 +58,8 @@ class Arguments(ctypes.Structure):
 
 @dataclass
 class Call:
-    """Tensors and settings of one call; the first seven define its sizes. All others are float32 and contiguous in
-    their last axis, the counts and positions int64."""
+    """Tensors and settings of one call. q, k and v (with sinks and the target of a transfer) are of one type, bfloat16
+    or float32; all others are float32, counts and positions int64. Last axes are contiguous."""
 
     rule: Rule
     q_BHTD: Tensor
@@ -75,9 +75,6 @@ class Call:
     map_grads: tuple[Tensor | None, ...] = (None,) * 4
     """Query map [B, H, D, P] and bias [B, H, P], key map and bias; zeros at first."""
     error_scale: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.q_BHTD, self.k_BGTD, self.v_BGTE = map(inner, (self.q_BHTD, self.k_BGTD, self.v_BGTE))
 
     @property
     def far(self) -> bool:
@@ -141,6 +138,13 @@ class Call:
             parts = (phi.matrix.detach().contiguous(), bias, *grads)
             setattr(a, name, MapPointers(*(None if t is None else t.data_ptr() for t in parts)))
             kept += [t for t in parts if t is not None]
+
+
+def alike(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Detached, with a contiguous last axis, and of one type: float32 if they have several."""
+    types = {t.dtype for t in tensors if t is not None}
+    wide = len(types) > 1
+    return [None if t is None else inner(t.detach().float() if wide else t.detach()) for t in tensors]
 
 
 def inner(x: Tensor) -> Tensor:

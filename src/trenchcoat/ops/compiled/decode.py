@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trenchcoat.ops.compiled.attention import DTYPES, require
 from trenchcoat.ops.compiled.build import Unavailable, library
-from trenchcoat.ops.compiled.call import MapPointers, View, inner
+from trenchcoat.ops.compiled.call import MapPointers, View, alike
 from trenchcoat.ops.state import FusedMaps, HeadWeights, Rule, StudentState, Tokens
 
 _INTEGERS = (
@@ -83,7 +83,8 @@ def decode(
         ValueError: the kernels do not compute the call.
     """
     require(rule, tokens.q_BHTD)
-    q, k, v, mask = inner(tokens.q_BHTD), inner(tokens.k_BGTD), inner(tokens.v_BGTE), tokens.mask_BT
+    (q, k, v), mask = alike(tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE), tokens.mask_BT
+    assert q is not None and k is not None and v is not None  # noqa: PT018
     rows, count, length, _ = q.shape
     shape = (rows, count, length, v.shape[3])
     y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
@@ -99,7 +100,7 @@ def decode(
     _kernels().decode(ctypes.byref(step))
     for state in states:
         state.counted(length if mask is None else None)
-    return y if y.dtype == q.dtype else y.to(q.dtype)
+    return y if y.dtype == tokens.q_BHTD.dtype else y.to(tokens.q_BHTD.dtype)
 
 
 def _point_to_kept(step: Step, kept: Kept) -> int:

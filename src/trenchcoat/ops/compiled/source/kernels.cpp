@@ -11,6 +11,7 @@ static Scratch &scratch() {
 }
 
 template <class Work> static void in_parallel(Int tasks, Int threads, Work work) {
+  if (tasks < 1) return;
 #pragma omp parallel num_threads((int)(tasks < threads ? tasks : threads))
   {
 #pragma omp for schedule(dynamic, 1)
@@ -69,6 +70,7 @@ static void walk_forward(const Call *call) {
 static void decode_token(const Step *step, Int t) {
   const Int tasks = step->rows * step->key_maps, shared = step->heads / step->kv_heads;
   const Int kept = step->rows * step->kept * shared, most = tasks + kept;
+  if (most < 1) return;
   bool any = false;
   for (Int b = 0; b < step->rows; ++b) any = any || Decoding::due(*step, b);
 #pragma omp parallel num_threads((int)(most < step->threads ? most : step->threads))
