@@ -289,6 +289,8 @@ def test_rows_are_cut_where_there_are_more_threads_than_heads(mask: str | None, 
     for one, other in zip(*found, strict=True):
         assert error(other, one) <= budget(0.0, case.tokens * case.dim)
     assert not all(map(torch.equal, *found))
+    y, _ = student(q[:0], k[:0], v[:0], scale=SCALE)
+    assert y.shape == (0, 1, 131, case.dim)
 
 
 def test_only_requested_gradients_are_computed() -> None:

@@ -61,6 +61,7 @@ static void walk_parts(const Call *call, Int parts) {
 
 static void walk_forward(const Call *call) {
   const Int tasks = call->rows * call->key_maps, chunks = (call->tokens + call->window - 1) / call->window;
+  if (tasks < 1) return;
   Int parts = (call->threads + tasks - 1) / tasks;
   if (parts > chunks / SHORTEST) parts = chunks / SHORTEST;
   if (parts > 1) return walk_parts(call, parts);
