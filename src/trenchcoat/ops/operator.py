@@ -66,7 +66,7 @@ def linear_window_attention(
         return _in_chunks(tokens, features, heads, rule, state, chunkwise.aligned_attention)
     from trenchcoat.ops.compiled.attention import aligned_attention, require
 
-    require(rule, tokens.q_BHTD)
+    require(rule, tokens.q_BHTD.dtype, tokens.q_BHTD.device)
     return _in_chunks(tokens, features, heads, rule, state, aligned_attention)
 
 

@@ -41,6 +41,7 @@ class SumAttention(StudentAttention):
             raise ValueError(f"student.mix_init is {cfg.mix_init}; it must be strictly between 0 and 1")
         self._chosen: tuple[tuple[torch.dtype, str, bool], str] | None = None
         """The implementation on CPUs, and what it was chosen for."""
+        self._known_maps: fused.FusedMaps | None = None
         self.mix_H: nn.Parameter | None = None
         if self.has_far and self.kind != "linear":
             self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
@@ -78,7 +79,6 @@ class SumAttention(StudentAttention):
         features = self._features(q_BHTD, k_BGTD, rule)
         return linear_window_attention(tokens, features, heads, rule, state=state, impl=impl)
 
-    @torch.no_grad()
     def decode(
         self,
         q_BHTD: Tensor,
@@ -92,21 +92,21 @@ class SumAttention(StudentAttention):
         """See :meth:`StudentAttention.decode`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
         impl = self._impl(q_BHTD)
-        if impl == "triton":
-            from trenchcoat.ops.triton.decode import decode as fused_decode
-
-            return fused_decode(tokens, self._fused(rule), heads, state, rule)
         if impl == "compiled" and fused.decodes(state):
-            return compiled_decode(tokens, self._fused(rule), heads, [state], rule)
-        return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
+            return compiled_decode(tokens, self._decoding_maps(rule), heads, [state], rule)
+        with torch.no_grad():
+            if impl == "triton":
+                from trenchcoat.ops.triton.decode import decode as fused_decode
 
-    @torch.no_grad()
+                return fused_decode(tokens, self._fused(rule), heads, state, rule)
+            return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
+
     def decode_with_kept(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: StudentState, kept: Kept, **scores: Any
     ) -> Tensor:
         """See :meth:`StudentAttention.decode_with_kept`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, **scores)
-        return compiled_decode(tokens, self._fused(rule), heads, [state], rule, kept)
+        return compiled_decode(tokens, self._decoding_maps(rule), heads, [state], rule, kept)
 
     def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
         """See :meth:`StudentAttention.decodes_kept`."""
@@ -122,7 +122,7 @@ class SumAttention(StudentAttention):
             return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, scale=scale)
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, scale=scale)
         if impl == "compiled" and all(map(fused.decodes, states)):
-            return compiled_decode(tokens, self._fused(rule), heads, states, rule)
+            return compiled_decode(tokens, self._decoding_maps(rule), heads, states, rule)
         return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
 
     def _decoding_features(self, tokens: Tokens, rule: Rule) -> Features | None:
@@ -230,6 +230,15 @@ class SumAttention(StudentAttention):
 
     def _fused(self, rule: Rule) -> fused.FusedMaps | None:
         return fused.fused_maps(self.query_map, self.keys_phi, rule)
+
+    def _decoding_maps(self, rule: Rule) -> fused.FusedMaps | None:
+        """As `_fused`, made once where the maps are the parameters themselves."""
+        query, key, known = self.query_map, self.keys_phi, self._known_maps
+        if not rule.far or query is None or key is None or query.cfg.skip:
+            return self._fused(rule)
+        if known is None or known[0].matrix is not query.weight or known[1].matrix is not key.weight:
+            known = self._known_maps = self._fused(rule)
+        return known
 
     def _learners(self, rule: Rule, learns: bool) -> Learners[Weights] | None:
         if not rule.far or self.query_map is None or self.keys_phi is None:

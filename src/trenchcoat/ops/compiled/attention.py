@@ -45,9 +45,9 @@ def refusal(rule: Rule, dtype: torch.dtype, device: torch.device, kernel: str | 
     return None
 
 
-def require(rule: Rule, q: Tensor) -> None:
+def require(rule: Rule, dtype: torch.dtype, device: torch.device) -> None:
     """ValueError with the reason if the kernels do not compute a call."""
-    reason = refusal(rule, q.dtype, q.device)
+    reason = refusal(rule, dtype, device)
     if reason is not None:
         raise ValueError(f"impl is 'compiled', but {reason}; use impl='chunkwise'")
 
@@ -160,7 +160,7 @@ def attend(
     Raises:
         ValueError: the kernels do not compute the call.
     """
-    require(rule, tokens.q_BHTD)
+    require(rule, tokens.q_BHTD.dtype, tokens.q_BHTD.device)
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     rows = Rows.plan(q.shape[0], q.shape[2], rule, tokens.mask_BT, state)
     q = rows.align(q, None if state is None else q.new_zeros(*q.shape[:2], rule.slots, q.shape[3]))
@@ -217,7 +217,7 @@ def transfer_error(
     no padding between tokens; `length_B` int64 is their token count (None: all L).
     """
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
-    require(rule, q)
+    require(rule, q.dtype, q.device)
     form, parameters = _opened(maps if rule.far else None)
     learn = learn and parameters[0] is not None
     sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]

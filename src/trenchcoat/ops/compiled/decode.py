@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trenchcoat.ops.compiled.attention import DTYPES, require
 from trenchcoat.ops.compiled.build import Unavailable, library
-from trenchcoat.ops.compiled.call import MapPointers, View, alike
+from trenchcoat.ops.compiled.call import MapPointers, View, inner
 from trenchcoat.ops.state import FusedMaps, HeadWeights, Rule, StudentState, Tokens
 
 _INTEGERS = (
@@ -62,18 +62,17 @@ def refusal(state: StudentState) -> str | None:
         return f"far sums in {state.far_s_BKFE.dtype}"
     if state.k_BGND.dtype not in DTYPES:
         return f"buffers in {state.k_BGND.dtype}"
-    if not all(map(Tensor.is_contiguous, map(state.__getattribute__, _FIELDS))):
+    if not all(map(Tensor.is_contiguous, _tensors(state))):
         return "a state that is not contiguous"
     return None
 
 
-@torch.no_grad()
 def decode(
     tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule,
     kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
-    """y [B, H, T, E] in q's dtype; the states are updated in place. A token with mask False changes nothing and
-    outputs 0.
+    """y [B, H, T, E] in q's dtype, without gradients; the states are updated in place. A token with mask False changes
+    nothing and outputs 0.
 
     Args:
         tokens: a few tokens. maps: as for :func:`trenchcoat.ops.compiled.attention.attend`. states: one of B rows, or B
@@ -82,15 +81,16 @@ def decode(
     Raises:
         ValueError: the kernels do not compute the call.
     """
-    require(rule, tokens.q_BHTD)
-    (q, k, v), mask = alike(tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE), tokens.mask_BT
-    assert q is not None and k is not None and v is not None  # noqa: PT018
+    q, k, v, mask = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, tokens.mask_BT
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = inner(q), inner(k), inner(v)
     rows, count, length, _ = q.shape
     shape = (rows, count, length, v.shape[3])
     y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
-    mix, logit = heads.mix_H.float(), None if heads.sink_logit_H is None else heads.sink_logit_H.float()
-    fixed = [mix, logit, *((None,) * 4 if maps is None or not rule.far else _parameters(maps))]
-    key = _Key.of((q, k, v, y), fixed, maps if rule.far else None, states, rule)
+    maps = maps if rule.far else None
+    fixed = _parameters(heads, maps)
+    key = _Key.of((q, k, v, y), fixed, maps, states, rule)
     step = _prepared(key, states, heads.mix_H.shape[0])
     step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
     mask = None if mask is None else mask.to("cpu", torch.uint8).contiguous()
@@ -111,9 +111,14 @@ def _point_to_kept(step: Step, kept: Kept) -> int:
     return kept.keys.shape[1]
 
 
-def _parameters(maps: FusedMaps) -> list[Tensor | None]:
-    """Matrix and bias of both maps."""
-    return [None if t is None else t.contiguous() for phi in maps for t in (phi.matrix, phi.bias)]
+def _parameters(heads: HeadWeights, maps: FusedMaps | None) -> list[Tensor | None]:
+    """Mix, sink logit, matrix and bias of both maps."""
+    mix, logit = heads.mix_H.float(), None if heads.sink_logit_H is None else heads.sink_logit_H.float()
+    if maps is None:
+        return [mix, logit, None, None, None, None]
+    query, key = maps
+    four = (query.matrix, query.bias, key.matrix, key.bias)
+    return [mix, logit, *(t if t is None or t.is_contiguous() else t.contiguous() for t in four)]
 
 
 class _Key(NamedTuple):
@@ -135,7 +140,8 @@ class _Key(NamedTuple):
         buffer, (q, _, v, _) = states[0].k_BGND, tokens
         shapes = (q.shape, v.shape, *(t.stride() for t in tokens), q.dtype, buffer.dtype, buffer.shape[1])
         held = [None if t is None else t.data_ptr() for t in fixed]
-        held += [getattr(state, name).data_ptr() for state in states for name in _FIELDS]
+        for state in states:
+            held += [t.data_ptr() for t in _tensors(state)]
         sizes = None
         if maps is not None:
             query, key = maps
@@ -163,6 +169,7 @@ def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, 
     maps = key.maps or (heads, 0, 0, False, 0.0)
     mix, logit, *parameters = key.addresses[:6]
     rule = key.rule
+    require(rule, dtype, torch.device("cpu"))
     integers = (
         rows, length, heads, kv_heads, maps[0], dim, v_shape[3], maps[1], maps[2], rule.window, rule.sinks,
         key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, maps[3], rule.affine, 1,
@@ -173,6 +180,12 @@ def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, 
         MapPointers(*parameters[:2]), MapPointers(*parameters[2:]), mix, logit, None, *map(ctypes.addressof, pointers),
     )  # fmt: skip
     return step, pointers
+
+
+def _tensors(state: StudentState) -> tuple[Tensor, ...]:
+    """Those of :data:`_FIELDS`."""
+    s = state
+    return s.k_BGND, s.v_BGNE, s.sink_k_BGSD, s.sink_v_BGSE, s.far_s_BKFE, s.far_z_BKF, s.seen_B
 
 
 def _rows(states: Sequence[StudentState], name: str, rows: int) -> ctypes.Array[ctypes.c_void_p]:
