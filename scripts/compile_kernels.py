@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from trenchcoat.ops import HeadWeights, Rule, StateSizes, StudentState, Tokens
+from trenchcoat.ops.state import FusedMap
 from trenchcoat.ops.triton import attention, crossent_launch, decode, launch
 
 HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
@@ -92,7 +93,7 @@ class Layer:
             return torch.empty(1, heads, TOKENS, dim, dtype=dtype).requires_grad_()
 
         self.tokens = Tokens(empty(HEADS), empty(KV_HEADS), empty(KV_HEADS))
-        maps = [launch.FusedMap("softmax", True, torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
+        maps = [FusedMap("softmax", True, torch.empty(HEADS, dim, columns).requires_grad_()) for _ in range(2)]
         self.maps, self.heads = (maps[0], maps[1]), HeadWeights(torch.empty(HEADS).requires_grad_())
         self.rule = Rule(kind=kind, window=window, scale=dim**-0.5)  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed; pip install trito
 from low_precision import DRAWS, LowPrecision, Product, features, tolerances
 from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Features, HeadWeights, Rule, Tokens, linear_window_attention
+from trenchcoat.ops.state import FusedMap, FusedMaps
 from trenchcoat.ops.triton import attention, launch, passes
 from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
 
@@ -134,13 +135,13 @@ class KernelCase:
         """Mix and sink logit."""
         return HeadWeights(leaves["mix"], leaves["sink_logit"] if self.sink_logit else None)
 
-    def maps(self, leaves: dict[str, Tensor]) -> launch.FusedMaps | None:
+    def maps(self, leaves: dict[str, Tensor]) -> FusedMaps | None:
         """Query and key map in the kernels' format."""
         if not self.rule.far:
             return None
         act = ACTIVATIONS[self.map]
         query, key = (
-            launch.FusedMap(
+            FusedMap(
                 str(act.kernel), act.paired, leaves[f"{s}_matrix"].float(),
                 leaves[f"{s}_bias"].float() if self.bias else None,
             )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trenchcoat.ops import Features, HeadWeights, Rule, StateSizes, StudentState, Tokens, linear_window_attention
 
+EXACT = ("chunkwise", "reference")
+"""The implementations that compute in float64."""
 NAMES = ("q", "k", "v", "fq", "fk", "mix", "sink_logit")
 
 
@@ -170,3 +172,20 @@ def budget(independent: float, terms: int) -> float:
     or that of `terms` random roundings, whichever is larger."""
     rounding = float(torch.finfo(torch.float32).eps)
     return max(8 * independent, 4 * rounding * terms**0.5)
+
+
+def compare(case: Case, impl: str, *, double: bool = True, single: bool = True) -> None:
+    """Outputs and every gradient of `impl` equal those of the reference: to 1e-10 in float64, in float32 within the
+    budget of an independent run."""
+    exact = case.results("reference", torch.float64)
+    if double:
+        found = case.results(impl, torch.float64)
+        for name, value in exact.items():
+            assert error(found[name], value) < 1e-10, (name, label(case))
+    if not single:
+        return
+    independent = case.results("reference", torch.float32)
+    found = case.results(impl, torch.float32)
+    for name, value in exact.items():
+        allowed = budget(error(independent[name], value), case.terms)
+        assert error(found[name], value) <= allowed, (name, label(case))

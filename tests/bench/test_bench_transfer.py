@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from trenchcoat.bench import transfer
+from trenchcoat.bench.ops import implementations
 from trenchcoat.bench.registry import run_benchmark
 
 
@@ -38,6 +39,6 @@ def test_a_quick_run_writes_json_and_a_table(tmp_path: Path) -> None:
     ratio = row["step"]["wall"] / row["teacher"]["wall"]
     assert f"{ratio:.4g}" in text
     assert row["step"]["processor"] > 0
-    assert result["environment"]["implementation"] == "chunkwise"
+    assert result["environment"]["implementation"] == implementations("cpu")[0]
     assert f"{growth['measured']:.4g}" in text
     assert "the naive implementation" in text

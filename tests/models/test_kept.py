@@ -6,6 +6,7 @@ of `generate()` in test_cache.py, state files in tests/generation/test_statefile
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from operator_kit import budget, error
 from tiny_families import WINDOW, logits, make, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+from trenchcoat.models import interface
 from trenchcoat.models.attach import attach_students, detach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.cache import cache_nbytes, state_layer
 from trenchcoat.models.kept import KeptKeys
+from trenchcoat.ops.compiled.build import compiler
 from trenchcoat.students.heads import KeptHeads
 
 LENGTH = 21
@@ -193,3 +197,41 @@ def test_a_kept_group_needs_the_mask_of_its_cache() -> None:
     hidden, angles = torch.zeros(1, 3, 32), (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
     with pytest.raises(ValueError, match="gives its layers no mask"):
         attention(hidden_states=hidden, position_embeddings=angles, attention_mask=None, past_key_values=cache)
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("family", "padded", "layers"),
+    [("llama", False, 2), ("llama", True, 0), ("granite", False, 2), ("gemma2", False, 1), ("mistral", False, 0)],
+)
+def test_one_call_of_the_kernels_decodes_both_parts(
+    family: str, padded: bool, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`layers` of the two decode the student and its kept groups together (not those with padding or with a sliding
+    window of the model's own); all give what PyTorch gives in two calls."""
+    together: list[bool] = []
+    original = interface._in_one_call
+
+    def counted(*given: Any) -> Tensor | None:
+        y = original(*given)
+        together.append(y is not None)
+        return y
+
+    monkeypatch.setattr(interface, "_in_one_call", counted)
+    ids, mask = tokens(2, 61), torch.ones(2, 61, dtype=torch.int64)
+    mask[0, : 3 if padded else 0] = 0
+    found = {}
+    for impl in ("exact", "chunkwise", "compiled"):
+        model = tiny_model(family).to(torch.float64 if impl == "exact" else torch.float32)
+        attach_students(model, replace(STUDENT, impl=impl.replace("exact", "reference"), keep=("0.1", "1.0")))
+        set_mode(model, "student")
+        together.clear()
+        past, pieces = DynamicCache(config=model.config), []
+        for start, stop in ((0, 9), (9, 12), *((t, t + 1) for t in range(12, 61))):
+            options = {"past_key_values": past, "use_cache": True, "attention_mask": mask[:, :stop]}
+            pieces.append(logits(model, ids[:, start:stop], **options))
+        found[impl] = torch.cat(pieces, 1)[mask.bool()]
+        assert sum(together) == (50 * layers if impl == "compiled" else 0)
+    exact = found["exact"]
+    assert exact.dtype == torch.float64
+    assert error(found["compiled"], exact) <= budget(error(found["chunkwise"], exact), terms=61 * 12)

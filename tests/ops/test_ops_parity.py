@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from operator_kit import Case, budget, error, label, variants
-from trenchcoat.ops import IMPLEMENTATIONS, Features, HeadWeights, Rule, Tokens, linear_window_attention
+from operator_kit import EXACT, Case, compare, error, label, variants
+from trenchcoat.ops import Features, HeadWeights, Rule, Tokens, linear_window_attention
 from trenchcoat.ops.chunked import chunkwise, layout
 
 KINDS = ("terrace", "sliding", "linear")
@@ -23,41 +23,27 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunkwise, "TILE_TOKENS", 16)
 
 
-def _compare(case: Case, *, single: bool = True) -> None:
-    exact = case.results("reference", torch.float64)
-    found = case.results("chunkwise", torch.float64)
-    for name, value in exact.items():
-        assert error(found[name], value) < 1e-10, (name, label(case))
-    if not single:
-        return
-    independent = case.results("reference", torch.float32)
-    found = case.results("chunkwise", torch.float32)
-    for name, value in exact.items():
-        allowed = budget(error(independent[name], value), case.terms)
-        assert error(found[name], value) <= allowed, (name, label(case))
-
-
 @pytest.mark.parametrize("case", ALL, ids=label)
 def test_outputs_and_gradients(case: Case) -> None:
-    _compare(case)
+    compare(case, "chunkwise")
 
 
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_lengths(kind: str, tokens: int) -> None:
-    _compare(Case(kind=kind, tokens=tokens))
+    compare(Case(kind=kind, tokens=tokens), "chunkwise")
 
 
 @pytest.mark.parametrize("case", ALL, ids=label)
 @pytest.mark.usefixtures("small_tiles")
 def test_rows_split_into_tiles(case: Case) -> None:
-    _compare(replace(case, tokens=40), single=False)
+    compare(replace(case, tokens=40), "chunkwise", single=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_tokens(kind: str) -> None:
     case = Case(kind=kind, tokens=1000, window=64, batch=1, heads=2, kv_heads=1, key_maps=2, dim=16, values=16)
-    _compare(case)
+    compare(case, "chunkwise")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +73,7 @@ def test_nothing_uninitialised_is_read(kind: str, monkeypatch: pytest.MonkeyPatc
         assert error(found[name], value) < 1e-10, name
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prefix_does_not_see_what_follows(kind: str, impl: str) -> None:
     case = Case(kind=kind, tokens=41)
@@ -98,7 +84,7 @@ def test_a_prefix_does_not_see_what_follows(kind: str, impl: str) -> None:
         torch.testing.assert_close(part, whole[:, :, :cut], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 @pytest.mark.parametrize("mask", ["left", "right", "odd"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_is_invisible(kind: str, mask: str, impl: str) -> None:

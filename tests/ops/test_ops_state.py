@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from operator_kit import Case, error, label
-from trenchcoat.ops import IMPLEMENTATIONS, Rule, StudentState
+from operator_kit import EXACT, Case, error, label
+from trenchcoat.ops import Rule, StudentState
 from trenchcoat.ops.decode import Places, decode, step
 
 KINDS = ("terrace", "sliding", "linear")
@@ -52,7 +52,7 @@ def _visible(state: StudentState, case: Case) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("case", _cases(), ids=label)
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", EXACT)
 def test_any_split_gives_the_same(case: Case, impl: str) -> None:
     tensors = case.tensors()
     whole, _ = case.call(tensors, impl=impl)
@@ -95,7 +95,7 @@ def test_decoding_continues_prefill(case: Case, step: int, prefill: int) -> None
 def test_gradients_flow_through_the_new_tokens_only(kind: str) -> None:
     case = Case(kind=kind, tokens=31)
     found = {}
-    for impl in IMPLEMENTATIONS:
+    for impl in EXACT:
         tensors = case.tensors()
         _, state = case.call(tensors, impl=impl, span=slice(13), return_state=True)
         leaves = [t[:, :, 13:].clone().requires_grad_() if t.ndim == 4 else t.requires_grad_() for t in tensors]

@@ -22,10 +22,11 @@ from operator_kit import budget, error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.ops import Features, HeadWeights, Rule, crossent
 from trenchcoat.ops.crossent import attention_cross_entropy
+from trenchcoat.ops.state import FusedMap
 from trenchcoat.ops.triton import check, crossent_launch
 from trenchcoat.ops.triton.crossent import key_range, query_range
 from trenchcoat.ops.triton.crossent_launch import Tiles, cross_entropy, tiles_of
-from trenchcoat.ops.triton.launch import INTERPRETED, Call, FusedMap, Spans, refusal
+from trenchcoat.ops.triton.launch import INTERPRETED, Call, Spans, refusal
 from trenchcoat.ops.triton.parts import Constants
 from trenchcoat.students import TransferRequest, build_student
 from trenchcoat.students.feature_maps import FeatureMap

@@ -141,10 +141,10 @@ class StudentConfig(_Section):
     chosen by measurement (`trenchcoat select`)."""
     keep_softmax: tuple[NonNegativeInt, ...] = ()
     """Indices of whole layers that keep their softmax attention."""
-    impl: Literal["chunkwise", "reference", "triton", "auto"] = "auto"
-    """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
-    devices, checked at their first use), or auto (triton on CUDA devices where the kernels support the student, else
-    chunkwise; the log says which and why)."""
+    impl: Literal["chunkwise", "compiled", "reference", "triton", "auto"] = "auto"
+    """Implementation of the operator: chunkwise (PyTorch), compiled (kernels for CPUs, built by the machine's C++
+    compiler at their first use), triton (kernels for CUDA devices), reference (quadratic, for tests), or auto (compiled
+    on CPUs and triton on CUDA devices where the kernels can run, else chunkwise; the log says which and why)."""
 
 
 @dataclass(frozen=True, kw_only=True)

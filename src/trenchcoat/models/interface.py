@@ -39,6 +39,7 @@ from trenchcoat.models.transformers_internals import (
     remember_recording,
     score_options,
 )
+from trenchcoat.ops.compiled.decode import Kept
 from trenchcoat.students import RowState, StudentAttention
 from trenchcoat.students.heads import KeptHeads
 
@@ -142,6 +143,9 @@ def linearized_attention(
     if student.mode == "student":
         if kept is None:
             return _student(student, query, key, value, layer, options).transpose(1, 2), None
+        y = _in_one_call(student, kept, (query, key, value), layer, options, own)
+        if y is not None:
+            return y.transpose(1, 2), None
         y_free = _student(student, kept.free(query), kept.free(key), kept.free(value), layer, options)
         y_kept = _kept(module, kept, (query, key, value), attention_mask, layer, own)
         return kept.join(y_kept, y_free.transpose(1, 2)), None
@@ -161,6 +165,38 @@ def student_of(module: nn.Module) -> StudentAttention | None:
     """The student attached to an attention module, if any."""
     student = getattr(module, "student", None)
     return student if isinstance(student, StudentAttention) else None
+
+
+def _in_one_call(
+    student: StudentAttention,
+    kept: KeptHeads,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    layer: StateLayer | None,
+    options: dict[str, Any],
+    own: dict[str, Any],
+) -> Tensor | None:
+    """A decode step of the student and the kept groups together, y [B, H, T, E]; None where it has to be two: before
+    the first token, with padding, a window of the model's own, sink logits, tokens that may be taken back, or no kernels
+    for it."""
+    query, key, value = qkv
+    tokens, plain = query.shape[2], options["mask_BT"] is None and options["sink_logit"] is None
+    if layer is None or layer.state is None or not plain or own.get("sliding_window") is not None or layer.record_past:
+        return None
+    learning = torch.is_grad_enabled() and any(t.requires_grad for t in qkv)
+    if learning or tokens > student.cfg.window or not student.decodes_kept(query, layer.state):
+        return None
+    layer.forget()
+    held = layer.kept_keys(None)
+    if held.padded or key.dtype != query.dtype:
+        return None
+    number = len(kept.groups)
+    keys, values = held.with_room(key[:, :number], value[:, :number])
+    pairs = Kept(keys, values, len(held), kept.places())
+    scores = {"scale": options["scale"], "softcap": options["softcap"]}
+    y = student.decode_with_kept(query, key, value, state=layer.state, kept=pairs, **scores)
+    held.filled(tokens)
+    layer.advance(layer.state, tokens)
+    return y
 
 
 def _kept(

@@ -105,6 +105,23 @@ class KeptKeys:
             self._real = self._real[:, : self._real.shape[1] - tokens]
         self._drop()
 
+    @property
+    def padded(self) -> bool:
+        """Whether some column is padding."""
+        return self._real is not None
+
+    def with_room(self, k_BGTD: Tensor, v_BGTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values held, followed by room for as many as these: [B, G, N + T, D] and [B, G, N + T, E]; views."""
+        self._reserve(k_BGTD, v_BGTE)
+        assert self._keys is not None
+        assert self._values is not None
+        span = slice(self._start, self._stop + k_BGTD.shape[2])
+        return self._keys[:, :, span], self._values[:, :, span]
+
+    def filled(self, tokens: int) -> None:
+        """Count tokens that were written into :meth:`with_room`."""
+        self._stop += tokens
+
     def _note_padding(self, real_BT: Tensor | None, before: int, like: Tensor) -> None:
         if real_BT is None and self._real is None:
             return

@@ -1,4 +1,5 @@
-"""The attention operator: its definition (`reference`), its O(T) form (`chunked`), its kernels (`triton`), decoding."""
+"""The attention operator: its definition (`reference`), its O(T) form (`chunked`), its kernels (`compiled` for CPUs,
+`triton` for GPUs), decoding."""
 
 from trenchcoat.ops.operator import IMPLEMENTATIONS, linear_window_attention
 from trenchcoat.ops.state import Features, HeadWeights, Kind, RowState, Rule, StateSizes, StudentState, Tokens

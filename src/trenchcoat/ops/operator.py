@@ -8,6 +8,7 @@ dim, F features, S sinks, W window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -18,11 +19,12 @@ from trenchcoat.ops.chunked import chunkwise, closed_form
 from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs
 from trenchcoat.ops.chunked.maps import Learners
 from trenchcoat.ops.chunked.rows import Rows, far_keys, sink_pairs, state_after
+from trenchcoat.ops.short import is_softmax, softmax_attention
 from trenchcoat.ops.state import Features, HeadWeights, Rule, StudentState, Tokens
 
 W = TypeVar("W")
 Result = tuple[Tensor, StudentState | None]
-IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "reference")
+IMPLEMENTATIONS: tuple[str, ...] = ("chunkwise", "compiled", "reference")
 
 
 def linear_window_attention(
@@ -57,8 +59,15 @@ def linear_window_attention(
         _check_features(tokens, features)
     if state is not None and rule.far and rule.slots and (features is None or features.phi_k is None):
         raise ValueError("state is given but phi_k is not; buffered keys need the key feature map to become far")
-    run = _chunkwise if impl == "chunkwise" else _reference
-    return run(tokens, features if rule.far else None, heads, rule, state)
+    features = features if rule.far else None
+    if impl == "reference":
+        return _reference(tokens, features, heads, rule, state)
+    if impl == "chunkwise":
+        return _in_chunks(tokens, features, heads, rule, state, chunkwise.aligned_attention)
+    from trenchcoat.ops.compiled.attention import aligned_attention, require
+
+    require(rule, tokens.q_BHTD.dtype, tokens.q_BHTD.device)
+    return _in_chunks(tokens, features, heads, rule, state, aligned_attention)
 
 
 def _reference(
@@ -68,15 +77,25 @@ def _reference(
     return y, None if state is None else reference.next_state(tokens, features, rule, state)
 
 
-def _chunkwise(
-    tokens: Tokens, features: Features | None, heads: HeadWeights, rule: Rule, state: StudentState | None
+def _in_chunks(
+    tokens: Tokens,
+    features: Features | None,
+    heads: HeadWeights,
+    rule: Rule,
+    state: StudentState | None,
+    aligned_attention: Callable[[Inputs, Rule], Tensor],
 ) -> Result:
+    """Aligns rows to chunks and continues the state, around an implementation for aligned rows."""
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     rows = Rows.plan(q.shape[0], q.shape[2], rule, tokens.mask_BT, state)
     before = None if state is None or not rule.slots else state
     q = rows.align(q, None if before is None else q.new_zeros(*q.shape[:2], rule.slots, q.shape[3]))
     k = rows.align(k, None if before is None else before.k_BGND)
     v = rows.align(v, None if before is None else before.v_BGNE)
+    if is_softmax(q.shape[2], rule, heads, state):
+        unused = (heads.mix_H,) if features is None else (heads.mix_H, features.q_BHTF, features.k_BKTF)
+        y = rows.restore(softmax_attention(q, k, v, rule, unused))
+        return y, None if state is None else state_after(k.detach(), v.detach(), None, rows, rule, state)
     fq = fk = start = None
     if features is not None and features.k_BKTF is not None:
         fq, phi_k = features.q_BHTF, features.phi_k
@@ -88,7 +107,7 @@ def _chunkwise(
     sink_k, sink_v = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
     log_ratio_H = rule.log_ratio(heads.mix_H)
     inputs = Inputs(q, k, v, fq, fk, log_ratio_H, heads.sink_logit_H, sink_k, sink_v, rows.first_B, start)
-    y = rows.restore(chunkwise.aligned_attention(inputs, rule))
+    y = rows.restore(aligned_attention(inputs, rule))
     return y, None if state is None else state_after(k.detach(), v.detach(), fk, rows, rule, state)
 
 
@@ -102,6 +121,8 @@ def attend_with_maps(tokens: Tokens, maps: Learners[W], heads: HeadWeights, rule
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     rows = Rows.plan(q.shape[0], q.shape[2], rule, tokens.mask_BT, None)
     q, k, v = rows.align(q), rows.align(k), rows.align(v)
+    if is_softmax(q.shape[2], rule, heads, None):
+        return rows.restore(softmax_attention(q, k, v, rule))
     sink_k, sink_v = sink_pairs(k, v, rows, rule, None) if rule.sinks else (None, None)
     log_ratio_H = rule.log_ratio(heads.mix_H)
     x = Inputs(q, k, v, None, None, log_ratio_H, heads.sink_logit_H, sink_k, sink_v, rows.first_B, None)

@@ -64,6 +64,29 @@ class Features:
 
 
 @dataclass(frozen=True)
+class FusedMap:
+    """phi(x) = act(x matrix + bias) for M heads: matrix [M, D, P], bias [M, P] or None, float32.
+
+    `act` is softmax, exp, relu or elu; `paired`: of u and of -u. Features below `floor` are raised to it.
+    """
+
+    act: str
+    paired: bool
+    matrix: Tensor
+    bias: Tensor | None = None
+    floor: float = 1e-12
+
+    @property
+    def features(self) -> int:
+        """F."""
+        return int(self.matrix.shape[2]) * (2 if self.paired else 1)
+
+
+FusedMaps = tuple[FusedMap, FusedMap]
+"""The maps of queries and keys."""
+
+
+@dataclass(frozen=True)
 class HeadWeights:
     """One number per query head: the raw mix (g = sigmoid(mix) weights the near part) and a learned sink's logit."""
 

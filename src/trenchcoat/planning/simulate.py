@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -122,7 +122,7 @@ def _build(config: Any, student: StudentConfig, stage: TransferConfig | LoraConf
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except ValueError as error:
             raise UserError(f"--simulate needs a family with fused attention (sdpa): {error}") from error
-        attach_students(model, student)
+        attach_students(model, replace(student, impl="chunkwise"))  # kernels need tensors with data
         if isinstance(stage, LoraConfig):
             begin_stage_2(model, stage)
             freeze_for_stage_2(model, stage)

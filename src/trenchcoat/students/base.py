@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import Kind, RowState, Tokens
+from trenchcoat.ops.compiled.decode import Kept
 from trenchcoat.students.feature_maps import FeatureMap
 from trenchcoat.students.heads import KeptHeads
 
@@ -206,6 +207,17 @@ class StudentAttention(nn.Module):
         y, after = self(q_BHTD, k_BGTD, v_BGTE, state=state, mask_BT=mask_BT, **scores)
         state.copy_(after)
         return y
+
+    def decode_with_kept(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: Any, kept: Kept, scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`decode` of all heads of the layer together with its kept groups, where :meth:`decodes_kept`."""
+        raise NotImplementedError
+
+    def decodes_kept(self, like: Tensor, state: Any) -> bool:
+        """Whether :meth:`decode_with_kept` can continue `state` with queries like `like`."""
+        return False
 
     def decode_rows(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[Any], scale: float

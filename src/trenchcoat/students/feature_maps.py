@@ -34,7 +34,7 @@ class Activation:
     says that act(u) can be below eps: features that were raised to it then have no gradient.
 
     `paired` applies it to u and to -u and concatenates the two. `kernel` is its name in the Triton kernels
-    (:class:`trenchcoat.ops.triton.launch.FusedMap`); None if they do not support it.
+    (:class:`trenchcoat.ops.state.FusedMap`); None if they do not support it.
     """
 
     forward: Callable[[Tensor, Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Students on the Triton kernels: choice of the implementation, and feature maps in the kernels' format.
+"""Students on kernels (Triton, C++): choice of the implementation, and feature maps in the kernels' format.
 
 Shape legend: B rows, H query heads, G key/value heads, T tokens, D head dim, E value dim.
 """
@@ -9,17 +9,16 @@ import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig
 from trenchcoat.ops import Rule
+from trenchcoat.ops.compiled.decode import refusal as refusal_to_decode
+from trenchcoat.ops.state import FusedMap, FusedMaps, StudentState
 from trenchcoat.students.feature_maps import ACTIVATIONS, FeatureMap
-
-if TYPE_CHECKING:
-    from trenchcoat.ops.triton.launch import FusedMaps
 
 _log = logging.getLogger("trenchcoat")
 OLDEST, NOT_YET = (8, 0), (10, 0)
@@ -41,26 +40,23 @@ class LayerShape:
 def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape) -> str:
     """The implementation that `student.impl` chooses on `device`.
 
-    `auto` is `triton` on CUDA devices if the kernels support `feature_map` and `shape`, else `chunkwise`. The choice is
-    logged once, with the reason. The kernels are checked before their first use on a device.
+    `auto` is `triton` on CUDA devices and `compiled` on CPUs if the kernels support `feature_map` and `shape` there,
+    else `chunkwise`. The choice is logged once, with the reason. Kernels are checked before their first use on a
+    device.
 
     Raises:
-        ValueError: `triton` cannot run here.
+        ValueError: the implementation asked for cannot run here.
         RuntimeError: the kernels failed their self-check.
     """
-    if impl not in ("auto", "triton"):
+    if impl not in ("auto", "compiled", "triton"):
         return impl
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if impl == "auto" and device.type != "cuda":
-        reason: str | None = f"{device} is not a CUDA device"
-    else:
-        reason = _obstacle(device, feature_map)
-        if impl == "auto":
-            reason = reason or _unfit(device, shape, None if feature_map is None else feature_map.cfg)
-        elif reason is not None:
-            raise ValueError(f"student.impl is triton, but {reason}; use student.impl=chunkwise")
-    chosen = "triton" if reason is None else "chunkwise"
+    kernels = impl if impl != "auto" else "compiled" if device.type == "cpu" else "triton"
+    reason = _obstacle(kernels, device, feature_map, shape, automatic=impl == "auto")
+    if impl != "auto" and reason is not None:
+        raise ValueError(f"student.impl is {impl}, but {reason}; use student.impl=chunkwise")
+    chosen = kernels if reason is None else "chunkwise"
     choice = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
     if choice not in _reported:
         _reported.add(choice)
@@ -72,33 +68,61 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
     return chosen
 
 
+def _obstacle(
+    kernels: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape, *, automatic: bool
+) -> str | None:
+    """Why `kernels` cannot run, or (if `automatic`) should not; None if they can."""
+    act = None if feature_map is None else feature_map.act
+    if act is not None and act.kernel is None:
+        return f"the kernels do not support the feature map {feature_map.cfg.name!r}"  # type: ignore[union-attr]
+    if feature_map is not None and feature_map.down is not None:
+        return "the kernels do not support an adapter (student.feature_map.adapter_dim)"
+    if kernels == "compiled":
+        return _compiled_obstacle(shape, device, None if act is None else act.kernel)
+    reason = _triton_obstacle(device)
+    if reason is None and automatic:
+        reason = _unfit(device, shape, None if feature_map is None else feature_map.cfg)
+    return reason
+
+
+@lru_cache
+def _compiled_obstacle(shape: LayerShape, device: torch.device, kernel: str | None) -> str | None:
+    """Why the C++ kernels cannot run; they are built and checked if nothing else stands in the way."""
+    from trenchcoat.ops.compiled.attention import refusal
+    from trenchcoat.ops.compiled.build import Unavailable
+    from trenchcoat.ops.compiled.check import check
+
+    reason = refusal(shape.rule, shape.dtype, device, kernel)
+    if reason is None:
+        try:
+            check()
+        except Unavailable as error:
+            reason = str(error)
+    return reason
+
+
 @lru_cache
 def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-def _obstacle(device: torch.device, feature_map: FeatureMap | None) -> str | None:
-    """Why the kernels cannot run, as far as known before a call; None if they can."""
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on `device`; None if they can."""
     if not _installed():
         return "triton is not installed (pip install triton)"
     if device.type != "cuda":
         from trenchcoat.ops.triton.launch import INTERPRETED
 
-        if not INTERPRETED:
-            return f"{device} is not a CUDA device"
-    elif torch.cuda.get_device_capability(device) < OLDEST:
+        return None if INTERPRETED else f"{device} is not a CUDA device"
+    if torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if feature_map is not None and feature_map.act.kernel is None:
-        return f"the kernels do not support the feature map {feature_map.cfg.name!r}"
-    if feature_map is not None and feature_map.down is not None:
-        return "the kernels do not support an adapter (student.feature_map.adapter_dim)"
     return None
 
 
 @lru_cache
 def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None) -> str | None:
     """Why the kernels cannot or should not run on tensors of this shape, or None."""
-    from trenchcoat.ops.triton.launch import Call, FusedMap, refusal
+    from trenchcoat.ops.triton.launch import Call, refusal
 
     if torch.cuda.get_device_capability(device) >= NOT_YET:
         return f"{torch.cuda.get_device_name(device)} is newer than the GPUs the kernels are written for"
@@ -112,12 +136,33 @@ def _unfit(device: torch.device, shape: LayerShape, cfg: FeatureMapConfig | None
     return refusal(Call(shape.rule, q, q, v, phi, phi, q))
 
 
+def kernels_of(impl: str) -> ModuleType | None:
+    """The module with `attend` and `transfer_error` on kernels that compute the feature maps too; None if `impl` has
+    none."""
+    if impl == "triton":
+        from trenchcoat.ops.triton import attention as on_gpu
+
+        return on_gpu
+    if impl == "compiled":
+        from trenchcoat.ops.compiled import attention as on_cpu
+
+        return on_cpu
+    return None
+
+
+def decodes(state: StudentState) -> bool:
+    """Whether the C++ kernels decode from `state`; if not, PyTorch does, and the reason is logged once."""
+    reason = refusal_to_decode(state)
+    if reason is not None and reason not in _reported:
+        _reported.add(reason)
+        _log.info("decoding in PyTorch: the compiled kernels do not read %s", reason)
+    return reason is None
+
+
 def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> FusedMaps | None:
     """Feature maps in the kernels' format, or None without a far part; gradients flow to their parameters."""
     if query is None or key is None or not rule.far:
         return None
-    from trenchcoat.ops.triton.launch import FusedMap
-
     q, k = (FusedMap(str(phi.act.kernel), phi.act.paired, phi.matrix(), phi.bias, phi.cfg.eps) for phi in (query, key))
     return q, k
 

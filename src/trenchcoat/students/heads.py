@@ -34,6 +34,12 @@ class KeptHeads:
             self._indices[key, device] = torch.tensor(self._lists[key], device=device)
         return self._indices[key, device]
 
+    def places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Among all heads and groups: the student's heads, the student's groups, the kept groups; int64, on the CPU."""
+        keys = ((self.num_heads, False), (self.num_kv_heads, False), (self.num_kv_heads, True))
+        free_heads, free_groups, kept_groups = (self._index(key, torch.device("cpu")) for key in keys)
+        return free_heads, free_groups, kept_groups
+
     def kept(self, x: Tensor, dim: int = 1) -> Tensor:
         """The kept heads of a tensor with H or G entries along `dim`, in order."""
         return x.index_select(dim, self._index((x.shape[dim], True), x.device))

@@ -20,6 +20,8 @@ from trenchcoat.ops import Features, HeadWeights, Kind, Rule, StateSizes, Studen
 from trenchcoat.ops.chunked.closed_form import transfer_error
 from trenchcoat.ops.chunked.maps import Learners
 from trenchcoat.ops.chunked.rows import Rows
+from trenchcoat.ops.compiled.decode import Kept
+from trenchcoat.ops.compiled.decode import decode as compiled_decode
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.decode import decode, decode_rows
 from trenchcoat.ops.operator import attend_with_maps, linear_window_attention
@@ -37,6 +39,9 @@ class SumAttention(StudentAttention):
         super().__init__(cfg, **sizes)
         if not 0.0 < cfg.mix_init < 1.0:
             raise ValueError(f"student.mix_init is {cfg.mix_init}; it must be strictly between 0 and 1")
+        self._chosen: tuple[tuple[torch.dtype, str, bool], str] | None = None
+        """The implementation on CPUs, and what it was chosen for."""
+        self._known_maps: fused.FusedMaps | None = None
         self.mix_H: nn.Parameter | None = None
         if self.has_far and self.kind != "linear":
             self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
@@ -63,10 +68,10 @@ class SumAttention(StudentAttention):
         """See :meth:`StudentAttention.forward`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
         impl = self._impl(q_BHTD)
-        if impl == "triton":
-            from trenchcoat.ops.triton.attention import attend
-
-            return attend(tokens, self._fused(rule), heads, rule, state=state)
+        kernels = fused.kernels_of(impl)
+        if kernels is not None:
+            y, after = kernels.attend(tokens, self._fused(rule), heads, rule, state=state)
+            return y, after
         if state is None and rule.far and impl == "chunkwise" and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
             learners = self._learners(rule, False)
             assert learners is not None
@@ -74,7 +79,6 @@ class SumAttention(StudentAttention):
         features = self._features(q_BHTD, k_BGTD, rule)
         return linear_window_attention(tokens, features, heads, rule, state=state, impl=impl)
 
-    @torch.no_grad()
     def decode(
         self,
         q_BHTD: Tensor,
@@ -87,20 +91,38 @@ class SumAttention(StudentAttention):
     ) -> Tensor:
         """See :meth:`StudentAttention.decode`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
-        if self._impl(q_BHTD) == "triton":
-            from trenchcoat.ops.triton.decode import decode as fused_decode
+        impl = self._impl(q_BHTD)
+        if impl == "compiled" and fused.decodes(state):
+            return compiled_decode(tokens, self._decoding_maps(rule), heads, [state], rule)
+        with torch.no_grad():
+            if impl == "triton":
+                from trenchcoat.ops.triton.decode import decode as fused_decode
 
-            return fused_decode(tokens, self._fused(rule), heads, state, rule)
-        return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
+                return fused_decode(tokens, self._fused(rule), heads, state, rule)
+            return decode(tokens, self._decoding_features(tokens, rule), heads, state, rule)
+
+    def decode_with_kept(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: StudentState, kept: Kept, **scores: Any
+    ) -> Tensor:
+        """See :meth:`StudentAttention.decode_with_kept`."""
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, **scores)
+        return compiled_decode(tokens, self._decoding_maps(rule), heads, [state], rule, kept)
+
+    def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
+        """See :meth:`StudentAttention.decodes_kept`."""
+        return self._impl(like) == "compiled" and fused.decodes(state)
 
     @torch.no_grad()
     def decode_rows(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], scale: float
     ) -> Tensor:
         """See :meth:`StudentAttention.decode_rows`; the features of all rows are computed together."""
-        if self._impl(q_BHTD) == "triton":
+        impl = self._impl(q_BHTD)
+        if impl == "triton":
             return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, scale=scale)
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, scale=scale)
+        if impl == "compiled" and all(map(fused.decodes, states)):
+            return compiled_decode(tokens, self._decoding_maps(rule), heads, states, rule)
         return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
 
     def _decoding_features(self, tokens: Tokens, rule: Rule) -> Features | None:
@@ -160,10 +182,10 @@ class SumAttention(StudentAttention):
         gradients."""
         learns, dlog_ratio = weight is not None, torch.zeros_like(heads.mix_H)
         options: dict[str, Any] = {"length_B": length_B, "error_scale": weight or 0.0}
-        if self._impl(tokens.q_BHTD) == "triton":
-            from trenchcoat.ops.triton.attention import transfer_error as fused_error
-
-            total, found = fused_error(tokens, y_BHTE, self._fused(rule), heads, rule, learn=learns, **options)
+        kernels = fused.kernels_of(self._impl(tokens.q_BHTD))
+        if kernels is not None:
+            maps = self._fused(rule)
+            total, found = kernels.transfer_error(tokens, y_BHTE, maps, heads, rule, learn=learns, **options)
             dlog = fused.add_gradients(self.query_map, self.keys_phi, found)
             return total, dlog_ratio if dlog is None else dlog
         wanted = dlog_ratio if learns else None
@@ -209,6 +231,15 @@ class SumAttention(StudentAttention):
     def _fused(self, rule: Rule) -> fused.FusedMaps | None:
         return fused.fused_maps(self.query_map, self.keys_phi, rule)
 
+    def _decoding_maps(self, rule: Rule) -> fused.FusedMaps | None:
+        """As `_fused`, made once where the maps are the parameters themselves."""
+        query, key, known = self.query_map, self.keys_phi, self._known_maps
+        if not rule.far or query is None or key is None or query.cfg.skip:
+            return self._fused(rule)
+        if known is None or known[0].matrix is not query.weight or known[1].matrix is not key.weight:
+            known = self._known_maps = self._fused(rule)
+        return known
+
     def _learners(self, rule: Rule, learns: bool) -> Learners[Weights] | None:
         if not rule.far or self.query_map is None or self.keys_phi is None:
             return None
@@ -235,7 +266,12 @@ class SumAttention(StudentAttention):
         return fused.implementation(self.cfg.impl, device, self.query_map, shape)
 
     def _impl(self, like: Tensor) -> str:
-        return self.implementation(like.dtype, like.device)
+        if like.device.type != "cpu":
+            return self.implementation(like.dtype, like.device)
+        asked = (like.dtype, self.cfg.impl, self.far_enabled)
+        if self._chosen is None or self._chosen[0] != asked:
+            self._chosen = (asked, self.implementation(like.dtype, like.device))
+        return self._chosen[1]
 
     def _only_reads(self, *inputs: Tensor) -> bool:
         """Whether nothing needs a gradient, so that features can be discarded with their tile."""

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
-from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
-from trenchcoat.ops.triton.launch import Call, FusedMap, FusedMaps, Spans, accepted, inner, launch_kernel
+from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
+from trenchcoat.ops.triton.launch import Call, Spans, accepted, inner, launch_kernel
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
 

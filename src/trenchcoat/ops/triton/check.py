@@ -12,11 +12,20 @@ from triton.errors import TritonError
 
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.reference import attention_outputs
-from trenchcoat.ops.state import Features, HeadWeights, Kind, Rule, StateSizes, StudentState, Tokens
+from trenchcoat.ops.state import (
+    Features,
+    FusedMap,
+    FusedMaps,
+    HeadWeights,
+    Kind,
+    Rule,
+    StateSizes,
+    StudentState,
+    Tokens,
+)
 from trenchcoat.ops.triton.attention import attend, transfer_error
 from trenchcoat.ops.triton.crossent_launch import cross_entropy
 from trenchcoat.ops.triton.decode import decode
-from trenchcoat.ops.triton.launch import FusedMap, FusedMaps
 
 TOKENS, WINDOW, DIM, PREFILLED = 200, 64, 64, 191
 """Sizes of the case: two heads that share keys. Decoding runs from a prefill to the first token of a new chunk."""

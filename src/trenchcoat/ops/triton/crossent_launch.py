@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from trenchcoat.ops.crossent import NEEDS_FAR, SMALLEST
-from trenchcoat.ops.state import HeadWeights, Rule, Tokens
+from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, Tokens
 from trenchcoat.ops.triton.crossent import key_side, query_side
 from trenchcoat.ops.triton.features import stored_features
 from trenchcoat.ops.triton.launch import (
     INTERPRETED,
     Call,
-    FusedMap,
-    FusedMaps,
     Spans,
     accepted,
     inner,

@@ -17,12 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trenchcoat.ops.state import HeadWeights, Rule, StudentState, Tokens
+from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens
 from trenchcoat.ops.triton.features import load_phi, load_sum
 from trenchcoat.ops.triton.launch import (
     Call,
-    FusedMap,
-    FusedMaps,
     accepted,
     block,
     inner,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from trenchcoat.ops.state import Rule
+from trenchcoat.ops.state import FusedMap, Rule
 from trenchcoat.ops.triton.forward import outputs
 from trenchcoat.ops.triton.parts import Constants, features_of, shared_bytes
 from trenchcoat.ops.triton.tiles import Choices, Tile, choices
@@ -37,29 +37,6 @@ LARGEST_SUM = 1 << 15
 """Entries of the far sum on chip, F x E: 128 KiB, half of a multiprocessor's registers. Wider values are split."""
 PIECE = 32
 """Rows of a map read at a time if maps do not fit whole in shared memory."""
-
-
-@dataclass(frozen=True)
-class FusedMap:
-    """phi(x) = act(x matrix + bias) for M heads: matrix [M, D, P], bias [M, P] or None, float32.
-
-    `act` is softmax, exp, relu or elu (:func:`trenchcoat.ops.triton.maps.activate`); `paired`: of u and of -u.
-    """
-
-    act: str
-    paired: bool
-    matrix: Tensor
-    bias: Tensor | None = None
-    floor: float = 1e-12
-
-    @property
-    def features(self) -> int:
-        """F."""
-        return int(self.matrix.shape[2]) * (2 if self.paired else 1)
-
-
-FusedMaps = tuple[FusedMap, FusedMap]
-"""The maps of queries and keys."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The operator in C++ for CPUs, compiled at its first use."""

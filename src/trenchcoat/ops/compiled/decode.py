@@ -1,0 +1,206 @@
+"""Generation on CPUs: one call of the kernels per layer and token, from q, k, v to y and the state after it.
+
+Shape legend: as in :mod:`trenchcoat.ops.decode`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from trenchcoat.ops.compiled.attention import DTYPES, require
+from trenchcoat.ops.compiled.build import Unavailable, library
+from trenchcoat.ops.compiled.call import MapPointers, View, inner
+from trenchcoat.ops.state import FusedMaps, HeadWeights, Rule, StudentState, Tokens
+
+_INTEGERS = (
+    "rows", "tokens", "heads", "kv_heads", "key_maps", "dim", "values", "features", "columns", "window", "sinks",
+    "far", "narrow", "narrow_slots", "paired", "affine", "threads",
+)  # fmt: skip
+_FIELDS = ("k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE", "far_s_BKFE", "far_z_BKF", "seen_B")
+
+
+class Step(ctypes.Structure):
+    """The structure ``Step`` of ``source/decode.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _INTEGERS),
+        *((name, ctypes.c_double) for name in ("scale", "softcap", "eps")),
+        *((name, View) for name in ("q", "k", "v", "y")),
+        ("query", MapPointers),
+        ("key", MapPointers),
+        *((name, ctypes.c_void_p) for name in ("mix", "logit", "mask", *_FIELDS)),
+        *((name, ctypes.c_int64) for name in ("kept", "held")),
+        *((name, View) for name in ("kept_k", "kept_v")),
+        *((name, ctypes.c_void_p) for name in ("free_heads", "free_groups", "kept_groups")),
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Groups of the layer that keep softmax attention, in the same call: its q, k, v and y then have all H heads and G
+    groups of the layer, a student's and these."""
+
+    keys: Tensor
+    """[B, kept groups, N, D] in q's dtype: `held` keys, then room for the new ones, which are written there."""
+    values: Tensor
+    """[B, kept groups, N, E]."""
+    held: int
+    places: tuple[Tensor, Tensor, Tensor]
+    """Among the layer's: the student's heads, the student's groups, the kept groups; int64."""
+
+
+def refusal(state: StudentState) -> str | None:
+    """Why a state is not decoded by the kernels, or None."""
+    if state.far_s_BKFE.dtype != torch.float32 or state.far_z_BKF.dtype != torch.float32:
+        return f"far sums in {state.far_s_BKFE.dtype}"
+    if state.k_BGND.dtype not in DTYPES:
+        return f"buffers in {state.k_BGND.dtype}"
+    if not all(map(Tensor.is_contiguous, _tensors(state))):
+        return "a state that is not contiguous"
+    return None
+
+
+def decode(
+    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule,
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
+    """y [B, H, T, E] in q's dtype, without gradients; the states are updated in place. A token with mask False changes
+    nothing and outputs 0.
+
+    Args:
+        tokens: a few tokens. maps: as for :func:`trenchcoat.ops.compiled.attention.attend`. states: one of B rows, or B
+        of one row. kept: groups that keep softmax attention; without padding only.
+
+    Raises:
+        ValueError: the kernels do not compute the call.
+    """
+    q, k, v, mask = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, tokens.mask_BT
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = inner(q), inner(k), inner(v)
+    rows, count, length, _ = q.shape
+    shape = (rows, count, length, v.shape[3])
+    y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
+    maps = maps if rule.far else None
+    fixed = _parameters(heads, maps)
+    key = _Key.of((q, k, v, y), fixed, maps, states, rule)
+    step = _prepared(key, states, heads.mix_H.shape[0])
+    step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
+    mask = None if mask is None else mask.to("cpu", torch.uint8).contiguous()
+    step.mask = None if mask is None else mask.data_ptr()
+    step.threads = torch.get_num_threads()
+    step.kept = 0 if kept is None else _point_to_kept(step, kept)
+    _kernels().decode(ctypes.byref(step))
+    for state in states:
+        state.counted(length if mask is None else None)
+    return y if y.dtype == tokens.q_BHTD.dtype else y.to(tokens.q_BHTD.dtype)
+
+
+def _point_to_kept(step: Step, kept: Kept) -> int:
+    """Number of kept groups."""
+    step.held = kept.held
+    step.kept_k, step.kept_v = (View(t.data_ptr(), *t.stride()[:3]) for t in (kept.keys, kept.values))
+    step.free_heads, step.free_groups, step.kept_groups = (t.data_ptr() for t in kept.places)
+    return kept.keys.shape[1]
+
+
+def _parameters(heads: HeadWeights, maps: FusedMaps | None) -> list[Tensor | None]:
+    """Mix, sink logit, matrix and bias of both maps."""
+    mix, logit = heads.mix_H.float(), None if heads.sink_logit_H is None else heads.sink_logit_H.float()
+    if maps is None:
+        return [mix, logit, None, None, None, None]
+    query, key = maps
+    four = (query.matrix, query.bias, key.matrix, key.bias)
+    return [mix, logit, *(t if t is None or t.is_contiguous() else t.contiguous() for t in four)]
+
+
+class _Key(NamedTuple):
+    """Everything that a step's structure is made of, but for the addresses of the tokens and outputs."""
+
+    shapes: tuple[Any, ...]
+    addresses: tuple[int | None, ...]
+    """Of the parameters, then of the states' tensors."""
+    maps: tuple[int, int, int, bool, float] | None
+    """K, F, P, paired, eps."""
+    rule: Rule
+
+    @classmethod
+    def of(
+        cls, tokens: tuple[Tensor, ...], fixed: list[Tensor | None], maps: FusedMaps | None,
+        states: Sequence[StudentState], rule: Rule,
+    ) -> _Key:  # fmt: skip
+        """The key of a call with q, k, v, y."""
+        buffer, (q, _, v, _) = states[0].k_BGND, tokens
+        shapes = (q.shape, v.shape, *(t.stride() for t in tokens), q.dtype, buffer.dtype, buffer.shape[1])
+        held = [None if t is None else t.data_ptr() for t in fixed]
+        for state in states:
+            held += [t.data_ptr() for t in _tensors(state)]
+        sizes = None
+        if maps is not None:
+            query, key = maps
+            sizes = (key.matrix.shape[0], query.features, query.matrix.shape[2], query.paired, query.floor)
+        return cls(shapes, tuple(held), sizes, rule)
+
+
+_RECENT = 4096
+_recent: dict[_Key, tuple[Step, list[Any]]] = {}
+"""The latest steps, with the arrays they point to; the oldest first. Their keys hold all that they depend on."""
+
+
+def _prepared(key: _Key, states: Sequence[StudentState], heads: int) -> Step:
+    known = _recent.get(key)
+    if known is None:
+        known = _recent[key] = _made(key, states, heads)
+        if len(_recent) > _RECENT:
+            del _recent[next(iter(_recent))]
+    return known[0]
+
+
+def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, list[Any]]:
+    q_shape, v_shape, *strides, dtype, buffers, kv_heads = key.shapes
+    rows, _, length, dim = q_shape
+    maps = key.maps or (heads, 0, 0, False, 0.0)
+    mix, logit, *parameters = key.addresses[:6]
+    rule = key.rule
+    require(rule, dtype, torch.device("cpu"))
+    integers = (
+        rows, length, heads, kv_heads, maps[0], dim, v_shape[3], maps[1], maps[2], rule.window, rule.sinks,
+        key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, maps[3], rule.affine, 1,
+    )  # fmt: skip
+    pointers = [_rows(states, name, rows) for name in _FIELDS]
+    step = Step(
+        *integers, rule.scale, rule.softcap or 0.0, maps[4], *(View(None, *stride[:3]) for stride in strides),
+        MapPointers(*parameters[:2]), MapPointers(*parameters[2:]), mix, logit, None, *map(ctypes.addressof, pointers),
+    )  # fmt: skip
+    return step, pointers
+
+
+def _tensors(state: StudentState) -> tuple[Tensor, ...]:
+    """Those of :data:`_FIELDS`."""
+    s = state
+    return s.k_BGND, s.v_BGNE, s.sink_k_BGSD, s.sink_v_BGSE, s.far_s_BKFE, s.far_z_BKF, s.seen_B
+
+
+def _rows(states: Sequence[StudentState], name: str, rows: int) -> ctypes.Array[ctypes.c_void_p]:
+    """The address of each row of a state's tensor."""
+    tensors = [getattr(state, name) for state in states]
+    addresses = [t.data_ptr() for t in tensors]
+    if len(tensors) == 1:
+        stride = tensors[0].stride(0) * tensors[0].itemsize
+        addresses = [addresses[0] + b * stride for b in range(rows)]
+    return (ctypes.c_void_p * rows)(*addresses)
+
+
+@lru_cache
+def _kernels() -> ctypes.CDLL:
+    found = library()
+    if found.step_bytes() != ctypes.sizeof(Step):
+        raise Unavailable(f"the kernels expect steps of {found.step_bytes()} bytes, not {ctypes.sizeof(Step)}")
+    return found

@@ -1,0 +1,237 @@
+// Generation: a few tokens of each row against its state, which is updated in place (ops/state.py describes it).
+#pragma once
+#include "maps.h"
+
+struct Step {
+  Int rows, tokens, heads, kv_heads, key_maps, dim, values, features, columns, window, sinks;
+  Int far, narrow, narrow_slots, paired, affine, threads;  // narrow: q, k, v are bfloat16; narrow_slots: the buffers are
+  double scale, softcap, eps;
+  View q, k, v, y;  // y is float32
+  Map query, key;
+  const float *mix, *logit;
+  const uint8_t *mask;  // [B, T], or null: all tokens are real
+  // One pointer for each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums [K, F, E] and
+  // [K, F], tokens seen.
+  void **slots_k, **slots_v, **sink_k, **sink_v;
+  float **far_s, **far_z;
+  Int **seen;
+  // Groups that keep softmax attention: q, k, v and y then hold the heads of all groups, `free_heads` and `free_groups`
+  // are the places of the student's heads and groups in them, `kept_groups` those of the others, whose `held` keys and
+  // values [B, kept, ...] are followed by room for the new ones. Null where there are none.
+  Int kept, held;
+  View kept_k, kept_v;
+  const Int *free_heads, *free_groups, *kept_groups;
+};
+
+class Decoding {
+ public:
+  Decoding(const Step &step, Scratch &scratch) : a(step), d(spaced(a.dim)), e(spaced(a.values)), w(spaced(a.window)) {
+    scratch.lay([&] { lay_out(scratch); });
+  }
+
+  // The chunk that leaves the window with this token becomes far.
+  static bool due(const Step &a, Int b) {
+    const Int n = *a.seen[b];
+    return a.far && n % a.window == 0 && n >= 2 * a.window && n - a.window > a.sinks;
+  }
+
+  void fold(Int b, Int map) {
+    const Int n = *a.seen[b], kv = map * a.kv_heads / a.key_maps, slot = n % (2 * a.window), old = n - 2 * a.window;
+    rows(a.slots_k[b], a.narrow_slots, kv * 2 * a.window + slot, a.window, a.dim, keys, d);
+    rows(a.slots_v[b], a.narrow_slots, kv * 2 * a.window + slot, a.window, a.values, values, e);
+    std::memset(turned, 0, a.dim * w * sizeof(float));
+    transpose(keys, d, turned, w, a.window, a.dim);
+    HeadMap phi = map_of(a.key, map);
+    phi.features(turned, f, a.window, w);
+    for (Int r = 0; r < a.features; ++r)
+      for (Int i = 0; old + i < a.sinks; ++i) f[r * w + i] = 0;
+    product<ALL>({f, w, 1}, values, e, sums, e, a.features, a.values, a.window, false);
+    float *s = a.far_s[b] + map * a.features * a.values, *z = a.far_z[b] + map * a.features;
+    for (Int r = 0; r < a.features; ++r) {
+      for (Int c = 0; c < a.values; ++c) s[r * a.values + c] += sums[r * e + c];
+      z[r] += summed(f + r * w, nullptr, a.window);
+    }
+  }
+
+  // Stores the token's keys and values.
+  static void keep(const Step &a, Int b, Int t) {
+    const Int n = *a.seen[b], slot = n % (2 * a.window);
+    for (Int g = 0; g < a.kv_heads; ++g) {
+      const Int from = a.free_groups ? a.free_groups[g] : g;
+      put(a, a.k, b, from, t, a.dim, a.slots_k[b], (g * 2 * a.window + slot) * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.slots_v[b], (g * 2 * a.window + slot) * a.values, a.narrow_slots);
+      if (n >= a.sinks) continue;
+      put(a, a.k, b, from, t, a.dim, a.sink_k[b], (g * a.sinks + n) * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.sink_v[b], (g * a.sinks + n) * a.values, a.narrow_slots);
+    }
+    for (Int i = 0; i < a.kept; ++i) {
+      const Int k = b * a.kept_k.row + i * a.kept_k.head + (a.held + t) * a.kept_k.token;
+      const Int v = b * a.kept_v.row + i * a.kept_v.head + (a.held + t) * a.kept_v.token;
+      put(a, a.k, b, a.kept_groups[i], t, a.dim, a.kept_k.data, k, a.narrow);
+      put(a, a.v, b, a.kept_groups[i], t, a.values, a.kept_v.data, v, a.narrow);
+    }
+  }
+
+  // Outputs of the student's heads of a key map.
+  void look(Int b, Int map, Int t) {
+    const Int heads = a.heads / a.key_maps;
+    gather(b, map * a.kv_heads / a.key_maps);
+    for (Int h = map * heads; h < (map + 1) * heads; ++h) {
+      const Int place = a.free_heads ? a.free_heads[h] : h;
+      read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
+      float ratio = 1.0f;
+      if (a.far) ratio = a.affine ? expf(a.mix[h]) : 1.0f / (1.0f + expf(-a.mix[h]));
+      float den = softmax_part(ratio, a.logit ? a.logit + h : nullptr);
+      if (a.far) {
+        query_features(h);
+        gathered(f, a.far_s[b] + map * a.features * a.values, a.values, a.features);
+        den += summed(f, a.far_z[b] + map * a.features, a.features);
+      }
+      divided(den, at(a.y, b, place, t));
+    }
+  }
+
+  // Output of one head of a kept group: query head `h` of kept group `i`.
+  void look_at_all(Int b, Int i, Int h, Int t) {
+    const Int place = a.kept_groups[i] * (a.heads / a.kv_heads) + h, count = a.held + t + 1;
+    read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
+    near = near_counts[0] = count, near_counts[1] = near_counts[2] = 0;
+    if (a.narrow) {
+      read(a.kept_k, true, b, i, 0, count, a.dim, keys, d);
+      read(a.kept_v, true, b, i, 0, count, a.values, values, e);
+      near_keys[0] = keys, near_values[0] = values, key_stride = d, value_stride = e;
+    } else {
+      near_keys[0] = at(a.kept_k, b, i, 0), near_values[0] = at(a.kept_v, b, i, 0);
+      key_stride = a.kept_k.token, value_stride = a.kept_v.token;
+    }
+    divided(softmax_part(1.0f, nullptr), at(a.y, b, place, t));
+  }
+
+ private:
+  const Step &a;
+  const Int d, e, w;
+  Int near = 0, key_stride = 0, value_stride = 0;  // keys the query sees, and lengths of their rows
+  const float *near_keys[3], *near_values[3];
+  Int near_counts[3];
+  float *q, *keys, *values, *turned, *f, *sums, *p, *num;
+
+  void lay_out(Scratch &m) {
+    const Int window = 2 * a.window + a.sinks, held = a.kept ? a.held + a.tokens : 0;
+    const Int widened_rows = a.kept && a.narrow && held > window ? held : window, all = held > window ? held : window;
+    q = m.take(d), keys = m.take(widened_rows * d), values = m.take(widened_rows * e), turned = m.take(a.dim * w);
+    f = m.take(a.features * w + 2 * LANES), sums = m.take(a.features * e), p = m.take(all), num = m.take(e);
+  }
+
+  HeadMap map_of(const Map &m, Int head) const {
+    return {m.weight + head * a.dim * a.columns, m.bias ? m.bias + head * a.columns : nullptr, nullptr, nullptr, nullptr,
+            a.dim, a.columns, d, a.paired != 0, (float)a.eps};
+  }
+
+  // Rows of a buffer as floats.
+  static void rows(const void *buffer, bool narrow, Int from, Int count, Int width, float *out, Int stride) {
+    View view = {(void *)buffer, 0, 0, width};
+    read(view, narrow, 0, 0, from, count, width, out, stride);
+  }
+
+  static void put(const Step &a, const View &x, Int b, Int g, Int t, Int width, void *buffer, Int place, bool narrow) {
+    const Int from = b * x.row + g * x.head + t * x.token;
+    for (Int i = 0; i < width; ++i) {
+      if (a.narrow && narrow) {
+        ((uint16_t *)buffer)[place + i] = ((const uint16_t *)x.data)[from + i];
+        continue;
+      }
+      float value = a.narrow ? widened(((const uint16_t *)x.data)[from + i]) : ((const float *)x.data)[from + i];
+      if (narrow) {
+        ((uint16_t *)buffer)[place + i] = narrowed(value);
+      } else {
+        ((float *)buffer)[place + i] = value;
+      }
+    }
+  }
+
+  // To the nearest bfloat16, ties to even; NaN stays NaN.
+  static uint16_t narrowed(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+
+  // Where the near keys lie: sinks, and the window in at most two pieces of the ring.
+  void gather(Int b, Int g) {
+    const Int n = *a.seen[b], ring = 2 * a.window, chunk = n / a.window;
+    const Int from = chunk > 0 ? (chunk - 1) * a.window : 0, slot = from % ring;
+    const Int first = n + 1 - from < ring - slot ? n + 1 - from : ring - slot;
+    const Int sinks = from < a.sinks ? from : a.sinks;
+    const Int starts[3] = {g * a.sinks, g * ring + slot, g * ring}, counts[3] = {sinks, first, n + 1 - from - first};
+    near = 0, key_stride = a.narrow_slots ? d : a.dim, value_stride = a.narrow_slots ? e : a.values;
+    for (int i = 0; i < 3; ++i) {
+      const void *k = i ? a.slots_k[b] : a.sink_k[b], *v = i ? a.slots_v[b] : a.sink_v[b];
+      near_counts[i] = counts[i];
+      if (a.narrow_slots && counts[i]) {
+        rows(k, true, starts[i], counts[i], a.dim, keys + near * d, d);
+        rows(v, true, starts[i], counts[i], a.values, values + near * e, e);
+        near_keys[i] = keys + near * d, near_values[i] = values + near * e;
+      } else {
+        near_keys[i] = (const float *)k + starts[i] * a.dim, near_values[i] = (const float *)v + starts[i] * a.values;
+      }
+      near += counts[i];
+    }
+  }
+
+  // num = sum of r exp(s - max) v over the near keys; returns the sum of the weights, with the sink's.
+  float softmax_part(float ratio, const float *logit) {
+    const float scale = (float)a.scale, cap = (float)a.softcap;
+    float top = -FLT_MAX;
+    for (Int i = 0, j = 0; i < 3; ++i)
+      for (Int r = 0; r < near_counts[i]; ++r, ++j) {
+        p[j] = scale * summed(q, near_keys[i] + r * key_stride, a.dim);
+        if (cap) p[j] = cap * hyperbolic_tangent(splat(p[j] / cap))[0];
+        top = p[j] > top || p[j] != p[j] ? p[j] : top;
+      }
+    if (logit && *logit > top) top = *logit;
+    for (Int j = 0; j < near; j += LANES) store(p + j, exp_negative(load(p + j) - top) * ratio);
+    for (Int c = 0; c < a.values; ++c) num[c] = 0;
+    for (Int i = 0, j = 0; i < 3; j += near_counts[i++]) gathered(p + j, near_values[i], value_stride, near_counts[i]);
+    float den = summed(p, nullptr, near);
+    return logit ? den + ratio * exp_negative(splat(*logit - top))[0] : den;
+  }
+
+  void divided(float den, float *y) const {
+    for (Int c = 0; c < a.values; ++c) y[c] = num[c] / den;
+  }
+
+  // num += sum of weights times rows.
+  void gathered(const float *weights, const float *x, Int stride, Int count) {
+    Int j = 0;
+    for (; j + 4 <= count; j += 4, x += 4 * stride)
+      for (Int c = 0; c < a.values; ++c)
+        num[c] += (weights[j] * x[c] + weights[j + 1] * x[stride + c]) +
+                  (weights[j + 2] * x[2 * stride + c] + weights[j + 3] * x[3 * stride + c]);
+    for (; j < count; ++j, x += stride)
+      for (Int c = 0; c < a.values; ++c) num[c] += weights[j] * x[c];
+  }
+
+  // f [F] of the query.
+  void query_features(Int h) {
+    const float *weight = a.query.weight + h * a.dim * a.columns;
+    const Int columns = a.columns;
+    for (Int c = 0; c < columns; ++c) f[c] = a.query.bias ? a.query.bias[h * columns + c] : 0.0f;
+    for (Int i = 0; i < a.dim; ++i)
+      for (Int c = 0; c < columns; ++c) f[c] += q[i] * weight[i * columns + c];
+    float top = f[0], low = f[0], sum = 0, sum_low = 0;
+    for (Int c = 1; c < columns; ++c) top = f[c] > top ? f[c] : top, low = f[c] < low ? f[c] : low;
+    float *u = sums;  // free outside of `fold`
+    std::memcpy(u, f, columns * sizeof(float));
+    for (Int c = 0; c < columns; c += LANES) store(f + c, exp_negative(load(u + c) - top));
+    sum = summed(f, nullptr, columns);
+    if (a.paired) {
+      for (Int c = 0; c < columns; c += LANES) store(f + columns + c, exp_negative(low - load(u + c)));
+      sum_low = summed(f + columns, nullptr, columns);
+    }
+    for (Int c = 0; c < a.features; ++c) {
+      float x = f[c] / (c < columns ? sum : sum_low);
+      f[c] = x < (float)a.eps ? (float)a.eps : x;
+    }
+  }
+};
