@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import torch
 
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.students.base import StudentAttention
 from trenchcoat.students.linear import LinearAttention
+from trenchcoat.students.terrace_gated import TerraceGatedAttention
 from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
 
 STUDENTS: dict[str, type[StudentAttention]] = {
@@ -16,6 +18,7 @@ STUDENTS: dict[str, type[StudentAttention]] = {
     "sliding": SlidingAttention,
     "linear": LinearAttention,
     "window_sinks": WindowSinksAttention,
+    "terrace_gated": TerraceGatedAttention,
 }
 """Name in a recipe (`student.name`) -> class."""
 
@@ -50,13 +53,20 @@ def check_used(cfg: StudentConfig) -> None:
 def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """The implementation that `cfg.impl` selects for layers of this head size, dtype and device."""
     with torch.device("meta"):
-        student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
+        student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim, hidden_size=1)
     return student.implementation(dtype, device)
 
 
 def build_student(
-    cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
+    cfg: StudentConfig,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    hidden_size: int | None = None,
 ) -> StudentAttention:
-    """The student `cfg.name` for one layer."""
-    cls = student_class(cfg.name)
-    return cls(cfg, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+    """The student `cfg.name` for one layer. `hidden_size` is the width of the layer's input, which gated students
+    read."""
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "hidden_size": hidden_size}
+    return student_class(cfg.name)(cfg, num_heads=num_heads, num_kv_heads=num_kv_heads, **sizes)
