@@ -63,7 +63,31 @@ def _gated_far(student: Any, given: Given, real_BT: Tensor, rule: Rule) -> Tenso
     return recurrences.gated_far(student.query_map(given["q_BHTD"]), fk, v, forget, write, real_BT, rule)
 
 
-FAR: dict[str, Callable[[Any, Given, Tensor, Rule], Tensor]] = {"terrace_gated": _gated_far}
+def _memory_far(student: Any, given: Given, real_BT: Tensor, rule: Rule) -> Tensor:
+    """The read of the memory, normed, sized and gated."""
+    x = given["x_BTM"] / given["x_BTM"].norm(dim=-1, keepdim=True)
+    k, v = (given[key].repeat_interleave(HEADS // KV, 1) for key in ("k_BGTD", "v_BGTE"))
+    q, k = given["q_BHTD"] + given["q_BHTD"] @ student.query_HDD, k + k @ student.key_HDD
+    start = torch.zeros(len(q), HEADS, DIM, DIM, dtype=q.dtype)
+    if student.cfg.name == "gdn":
+        q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
+        forget = -student.log_rate_H.exp()[:, None] * (1.0 + student.forget_gate(x).exp()).log()
+        read, _ = recurrences.gated_delta(q, k, v, forget, student.write_gate(x).sigmoid(), real_BT, start)
+    else:
+        q, k = (y / y.square().mean(-1, keepdim=True).sqrt() for y in (q, k))
+        forget = torch.tensor([-(2.0 ** (-8.0 * h / HEADS)) for h in range(1, HEADS + 1)], dtype=q.dtype)
+        read, _ = recurrences.gated_sums(q, k, v, forget[:, None].expand(q.shape[:3]), real_BT, start)
+        read = read / math.sqrt(DIM)
+    read = read / (read.square().mean(-1, keepdim=True) + 1e-8).sqrt()
+    gate = (x @ student.gate_RM.T @ student.gate_XR.T).sigmoid().view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+    return read * gate * student.size_HE[:, None]
+
+
+FAR: dict[str, Callable[[Any, Given, Tensor, Rule], Tensor]] = {
+    "terrace_gated": _gated_far,
+    "gdn": _memory_far,
+    "lightning": _memory_far,
+}
 """The definition of each student's far part, from its parameters."""
 
 
@@ -109,8 +133,13 @@ def test_outputs_and_gradients_match_the_definition(
         torch.testing.assert_close(grad / size, want / size, **TOLERANCE[name])
 
 
-TOLERANCE: dict[str, dict[str, float]] = {"terrace_gated": {"rtol": 1e-10, "atol": 1e-11}}
-"""Against values of order 1: about a thousand roundings of float64."""
+TOLERANCE: dict[str, dict[str, float]] = {
+    "terrace_gated": {"rtol": 1e-10, "atol": 1e-11},
+    "lightning": {"rtol": 1e-10, "atol": 1e-11},
+    "gdn": {"rtol": 0.0, "atol": 2e-5},
+}
+"""Against values of order 1: about a thousand roundings of float64; two hundred of float32 for gdn, which Transformers
+computes in float32."""
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -252,7 +281,7 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
         student(**given, scale=SCALE)
     with pytest.raises(ValueError, match="hidden_size"):
         build_student(student.cfg, num_heads=HEADS, num_kv_heads=KV, head_dim=DIM)
-    for impl in ("triton", "reference"):
+    for impl in ("triton", "reference", "fla"):
         student.cfg = replace(student.cfg, impl=impl)
         with pytest.raises(ValueError, match=rf"student\.impl is {impl}.*use"):
             student.implementation(torch.float32, torch.device("cpu"))

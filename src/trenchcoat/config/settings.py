@@ -134,7 +134,8 @@ class StudentConfig(_Section):
     """The attention that replaces softmax."""
 
     name: Text = "terrace"
-    """Name in the STUDENTS registry: `terrace`, `sliding`, `linear`, `window_sinks`, or one that you registered."""
+    """Name in the STUDENTS registry: `terrace`, `sliding`, `linear`, `window_sinks`, `terrace_gated`, `gdn`,
+    `lightning`, or one that you registered."""
     window: PositiveInt = 64
     """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W."""
     feature_map: FeatureMapConfig = field(default_factory=FeatureMapConfig)
@@ -155,10 +156,11 @@ class StudentConfig(_Section):
     chosen by measurement (`trenchcoat select`)."""
     keep_softmax: tuple[NonNegativeInt, ...] = ()
     """Indices of whole layers that keep their softmax attention."""
-    impl: Literal["chunkwise", "reference", "triton", "auto"] = "auto"
+    impl: Literal["chunkwise", "reference", "triton", "fla", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), reference (quadratic, for tests), triton (kernels for CUDA
-    devices, checked at their first use), or auto (triton on CUDA devices where the kernels support the student, else
-    chunkwise; the log says which and why)."""
+    devices, checked at their first use), fla (gdn and lightning: the kernels of flash-linear-attention), or auto
+    (triton or fla on CUDA devices where the kernels support the student, else chunkwise; the log says which and why).
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,9 +45,11 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
     logged once, with the reason. The kernels are checked before their first use on a device.
 
     Raises:
-        ValueError: `triton` cannot run here.
+        ValueError: `triton` cannot run here, or `fla` was asked for.
         RuntimeError: the kernels failed their self-check.
     """
+    if impl == "fla":
+        raise ValueError("student.impl is fla, whose kernels are for gdn and lightning; use triton, chunkwise or auto")
     if impl not in ("auto", "triton"):
         return impl
     if device.type == "cuda" and device.index is None:

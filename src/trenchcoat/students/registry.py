@@ -9,6 +9,8 @@ import torch
 
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.students.base import StudentAttention
+from trenchcoat.students.gdn import GatedDeltaAttention
+from trenchcoat.students.lightning import LightningAttention
 from trenchcoat.students.linear import LinearAttention
 from trenchcoat.students.terrace_gated import TerraceGatedAttention
 from trenchcoat.students.window import SlidingAttention, TerraceAttention, WindowSinksAttention
@@ -19,6 +21,8 @@ STUDENTS: dict[str, type[StudentAttention]] = {
     "linear": LinearAttention,
     "window_sinks": WindowSinksAttention,
     "terrace_gated": TerraceGatedAttention,
+    "gdn": GatedDeltaAttention,
+    "lightning": LightningAttention,
 }
 """Name in a recipe (`student.name`) -> class."""
 
