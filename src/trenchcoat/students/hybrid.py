@@ -28,7 +28,10 @@ from trenchcoat.students.base import Flops, StudentAttention
 LEAST_MIX, MOST_MIX = 0.02, 0.98
 """Range of a fitted o: at its ends its gradient nearly vanishes."""
 
-_log = logging.getLogger(__name__)
+FEW = 8
+"""Tokens that are decoded one after the other."""
+
+_log = logging.getLogger("trenchcoat")
 
 
 class InputGate(nn.Module):
@@ -137,7 +140,10 @@ class HybridAttention(StudentAttention):
         sink_logit: Tensor | None = None,
         **scores: Any,
     ) -> Tensor:
-        """See :meth:`StudentAttention.decode`."""
+        """See :meth:`StudentAttention.decode`; more than `FEW` tokens go through `forward`."""
+        if q_BHTD.shape[2] > FEW:
+            given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
+            return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
         tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(**scores)
         heads, outputs = self._weights(q_BHTD, sink_logit), []
         x = self._direction(x_BTM, q_BHTD) if self.far_enabled else None

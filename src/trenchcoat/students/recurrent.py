@@ -46,6 +46,7 @@ class RecurrentState(StudentState):
 class RecurrentAttention(HybridAttention):
     """A subclass writes `recur`, and `reset_parameters` for its gates."""
 
+    has_maps = False
     unused: ClassVar[tuple[str, ...]] = ("affine", "tied", "key_maps")
 
     def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
@@ -60,9 +61,6 @@ class RecurrentAttention(HybridAttention):
         self.query_HDD, self.key_HDD = parameter(heads, dim, dim), parameter(heads, dim, dim)
         self.size_HE = parameter(heads, values)
         self.gate_RM, self.gate_XR = parameter(dim, self.hidden_size), parameter(heads * values, dim)
-
-    def _build_maps(self) -> None:
-        """There are no feature maps."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -184,6 +182,11 @@ class RecurrentAttention(HybridAttention):
             _reported.add(choice)
             _log.info("%s on %s", self.cfg.name, choice)
         return chosen
+
+    @property
+    def graph_numbers(self) -> float:
+        """Copies of q, k, v a query head, the memory after each chunk, gates and outputs (counted in a real graph)."""
+        return 24.0 * self.num_heads * self.head_dim
 
     def flops(self, seq_len: int) -> Flops:
         """As :meth:`HybridAttention.flops`, where every token is written."""

@@ -158,6 +158,13 @@ class TerraceGatedAttention(HybridAttention):
         z = keys.fk_BKLF.new_zeros(batch, maps, self.features)
         return FarSums(z.new_zeros(*z.shape, values), z)
 
+    @property
+    def graph_numbers(self) -> float:
+        """Aligned and weighted features, the sums after each chunk, outputs and their mix (counted in a real graph)."""
+        maps, features = self.key_heads, self.features
+        sums = 2.0 * maps * features * self.value_dim / self.cfg.window
+        return 1.5 * (self.num_heads + maps) * features + sums + 10.0 * self.num_heads * self.head_dim
+
     def fit(
         self, tokens: Tokens, x_BTM: Tensor, rule: Rule, near_BHTE: Tensor, y_BHTE: Tensor, open_BT: Tensor
     ) -> None:
