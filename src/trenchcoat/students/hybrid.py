@@ -28,6 +28,8 @@ from trenchcoat.students.base import Flops, StudentAttention
 LEAST_MIX, MOST_MIX = 0.02, 0.98
 """Range of a fitted o: at its ends its gradient nearly vanishes."""
 
+FIT_TOKENS = 4096
+"""Tokens that the start is fitted to (one row at least), so that memory does not grow with the number of rows."""
 FEW = 8
 """Tokens that are decoded one after the other."""
 
@@ -160,17 +162,23 @@ class HybridAttention(StudentAttention):
         self, tokens: Tokens, y_BHTE: Tensor, *, scale: float, softcap: float | None = None,
         sink_logit: Tensor | None = None, **input: Tensor,
     ) -> None:  # fmt: skip
-        """Landmarks, if `init` says so, then :meth:`fit`. Rows without anything outside the window change nothing."""
+        """Landmarks, if `init` says so, then :meth:`fit` on the rows with the most tokens outside the window, of about
+        `FIT_TOKENS` together. Rows without any change nothing."""
         super().initialise(tokens, y_BHTE, scale=scale)
         rule = self._rule(scale, softcap)
+        count_B = _open(tokens, rule, None).sum(1)
+        rows = count_B.argsort(descending=True, stable=True)[: max(1, FIT_TOKENS // tokens.q_BHTD.shape[2])]
+        parts = (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, tokens.mask_BT, y_BHTE, input.get("x_BTM"))
+        q, k, v, mask, y, x = (None if part is None else part[rows.to(part.device)] for part in parts)
+        assert q is not None and k is not None and v is not None and y is not None  # noqa: PT018
+        tokens = Tokens(q, k, v, mask)
         open_BT = _open(tokens, rule, None)
         if not bool(open_BT.any()):
             _log.warning("layer %d: the first rows end within the window; the mix is not fitted", self.layer_idx)
             return
         near, _ = linear_window_attention(tokens, None, self._weights(tokens.q_BHTD, sink_logit), rule)
         wide, at = self.mix_bias_H.dtype, open_BT[:, None, :, None]
-        x = self._direction(input.get("x_BTM"), tokens.q_BHTD)
-        self.fit(tokens, x, rule, near.to(wide) * at, y_BHTE.to(wide) * at, open_BT)
+        self.fit(tokens, self._direction(x, q), rule, near.to(wide) * at, y.to(wide) * at, open_BT)
 
     @torch.no_grad()
     def set_mix(self, mix_H: Tensor) -> None:
