@@ -110,7 +110,7 @@ def _definition(student: Any, given: Given) -> Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("options", [{}, {"key_maps": "per_kv_head", "sinks": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"key_maps": "per_kv_head", "sinks": 5}], ids=str)
 @pytest.mark.parametrize("length", [1, WINDOW, 2 * WINDOW + 1, 23])
 @pytest.mark.parametrize("name", HYBRID)
 def test_outputs_and_gradients_match_the_definition(
