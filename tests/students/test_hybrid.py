@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+import trenchcoat
+from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
+from trenchcoat.models.attach import students_of
 from trenchcoat.ops import HeadWeights, Rule, Tokens, linear_window_attention, recurrences
 from trenchcoat.runtime.memory import live_tensor_memory
+from trenchcoat.runtime.runlog import read_metrics
 from trenchcoat.students import STUDENTS, TransferRequest, build_student
 from trenchcoat.students.hybrid import LEAST_MIX, HybridAttention
+from trenchcoat.students.lightning import LightningAttention
 from trenchcoat.students.registry import check_used
 from trenchcoat.students.terrace_gated import HALF_LIVES, TerraceGatedAttention
 
@@ -303,6 +310,20 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
         student.transfer(**_inputs(5), y_BHTE=given["q_BHTD"], scale=SCALE)
     with pytest.raises(UserError, match=f"student.name={name} does not use student.affine=True"):
         check_used(StudentConfig(name=name, affine=True))
+
+
+def test_both_stages_train_one(tiny_overrides: list[str]) -> None:
+    folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
+    more = ["student.name=lightning", "student.sinks=2", "student.keep=[0.1]", "student.feature_map.init=landmarks"]
+    for stage in ("transfer", "finetune"):
+        assert cli.main([stage, "demo", *tiny_overrides, *more]) == 0
+    assert json.loads((folder / "environment.json").read_text())["implementation"] == "chunkwise"
+    losses = [line["loss"] for line in read_metrics(folder) if line["kind"] == "eval" and line["stage"] == "transfer"]
+    assert losses[-1] < losses[0]
+    model, _ = trenchcoat.load(folder / "adapter", device="cpu")
+    for student in students_of(model).values():
+        assert isinstance(student, LightningAttention)
+        assert all(bool(p.any()) for p in (student.query_HDD, student.key_HDD, student.gate_XR, student.mix_HX))
 
 
 # terrace_gated
