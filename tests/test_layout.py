@@ -29,6 +29,7 @@ PACKAGES = (
 
 ALLOWED: dict[str, tuple[str, ...]] = {
     "triton": ("ops/triton",),
+    "fla": ("ops/fla_kernels.py",),
     "omegaconf": ("config",),
     "torch.distributed": ("runtime", "training/checkpoints.py", "planning/simulate.py", "conversion/blocks"),
     "peft": ("models/lora.py",),

@@ -52,6 +52,13 @@ def test_families_that_scale_embeddings_or_merge_experts(family: str, overrides:
     require_same(learned(tmp_path / "blocks"), learned(tmp_path / "joint"))
 
 
+def test_a_student_that_reads_the_layers_input_and_starts_from_text(overrides: list[str], tmp_path: Path) -> None:
+    more = ["student.name=gdn", "student.sinks=2"]
+    stages.transfer(recipe(overrides, tmp_path / "joint", *more))
+    blockstages.run_blocks(recipe(overrides, tmp_path / "blocks", *more))
+    require_same(learned(tmp_path / "blocks"), learned(tmp_path / "joint"))
+
+
 @pytest.mark.filterwarnings("ignore:.*_check_is_size.*", "ignore::FutureWarning")
 def test_lora_continues_on_a_four_bit_base(overrides: list[str], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -350,11 +351,14 @@ def test_what_stage_two_trains() -> None:
     assert all(".student." in name for name in trainable(model))
 
 
-@pytest.mark.parametrize("maps", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(maps: bool) -> None:
+@pytest.mark.parametrize(
+    ("maps", "student"),
+    [(False, "terrace"), *((True, name) for name in ("terrace", "terrace_gated", "gdn", "lightning"))],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(maps: bool, student: str) -> None:
     ids, found = tokens(2, 24), []
     for checkpointing in (False, True):
-        model = make()
+        model = make(cfg=dataclasses.replace(SMALL, name=student))
         cfg = LoraConfig(rank=2, train_feature_maps=maps, gradient_checkpointing=checkpointing)
         torch.manual_seed(0)
         add_lora(model, cfg)

@@ -53,12 +53,12 @@ def _model(student: StudentConfig) -> tuple[torch.nn.Module, Shapes]:
 def _uncounted_near(shapes: Shapes, student: StudentConfig) -> float:
     """What the operator computes of the window beyond what is near: two whole chunks a query."""
     layers = shapes.layers - len(student.keep_softmax)
-    seen = {"terrace": 1.5, "sliding": 1.0, "linear": 0.0}[student.name] * student.window
+    seen = {"terrace": 1.5, "terrace_gated": 1.5, "sliding": 1.0, "linear": 0.0}[student.name] * student.window
     computed = (0 if student.name == "linear" else 2) * student.window
     return layers * 4.0 * shapes.heads * shapes.head_dim * (computed - seen)
 
 
-@pytest.mark.parametrize("name", ["terrace", "linear"])
+@pytest.mark.parametrize("name", ["terrace", "linear", "terrace_gated"])
 @pytest.mark.parametrize("key_maps", ["per_query_head", "per_kv_head"])
 def test_a_transfer_step_costs_what_is_counted(name: str, key_maps: str) -> None:
     student = replace(STUDENT, name=name, key_maps=key_maps)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -461,6 +462,14 @@ def test_a_lora_that_is_not_merged_is_refused() -> None:
     with_lora.architectures = config.architectures
     with pytest.raises(UserError, match="LoRA is not merged"):
         check_model(with_lora, MODELS)
+
+
+def test_students_that_read_the_layers_input_are_refused() -> None:
+    gated = dataclasses.replace(STUDENTS["terrace"], name="terrace_gated")
+    config = auto.linearized_config(tiny_model().config, gated)
+    config.architectures = ["LinearizedLlamaForCausalLM"]
+    with pytest.raises(UserError, match=r"terrace_gated reads the layer's input.*--engine embedded"):
+        check_model(config, MODELS)
 
 
 def test_states_of_half_the_size(glue: Any) -> None:

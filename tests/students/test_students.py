@@ -26,8 +26,10 @@ from trenchcoat.students import (
 )
 
 HEADS, KV, DIM, SCALE = 4, 2, 6, 0.4
-SIZES = {"num_heads": HEADS, "num_kv_heads": KV, "head_dim": DIM}
-LEARNING = [name for name in STUDENTS if name != "window_sinks"]
+WIDTH = 10
+SIZES = {"num_heads": HEADS, "num_kv_heads": KV, "head_dim": DIM, "hidden_size": WIDTH}
+LEARNING = [name for name, student in STUDENTS.items() if issubclass(student, SumAttention) and student.has_far]
+"""Those whose far part is the sum of the operator; `test_hybrid.py` tests what the others compute."""
 
 
 def _student(name: str = "terrace", *, feature: dict[str, Any] | None = None, **options: Any) -> StudentAttention:
@@ -41,6 +43,15 @@ def _student(name: str = "terrace", *, feature: dict[str, Any] | None = None, **
 
 def _inputs(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 3) -> list[Tensor]:
     return [torch.randn(batch, heads, tokens, DIM, dtype=dtype) for heads in (HEADS, KV, KV, HEADS)]
+
+
+def _layer_input(student: StudentAttention, tokens: int, batch: int = 3) -> dict[str, Tensor]:
+    """The layer's input, for a student that reads it."""
+    return {"x_BTM": torch.randn(batch, tokens, WIDTH)} if student.uses_input else {}
+
+
+def _span(given: dict[str, Tensor], span: slice) -> dict[str, Tensor]:
+    return {name: x[:, span] for name, x in given.items()}
 
 
 def _mask(kind: str | None, tokens: int, batch: int = 3) -> Tensor | None:
@@ -217,15 +228,16 @@ def test_transfer_in_low_precision_models_keeps_float32_students() -> None:
 @pytest.mark.parametrize("key_maps", ["per_query_head", "per_kv_head"])
 def test_forward_then_decode_equals_forward(name: str, key_maps: Any) -> None:
     student = _student(name, key_maps=key_maps, sinks=0 if name == "linear" else 2)
-    q, k, v, _ = _inputs(31, torch.float32)
-    whole, _ = student(q, k, v, scale=SCALE)
+    (q, k, v, _), more = _inputs(31, torch.float32), _layer_input(student, 31)
+    whole, _ = student(q, k, v, scale=SCALE, **more)
     empty = student.empty_state(3, dtype=torch.float32)
-    y, state = student(q[:, :, :13], k[:, :, :13], v[:, :, :13], scale=SCALE, state=empty)
+    begun = _span(more, slice(0, 13))
+    y, state = student(q[:, :, :13], k[:, :, :13], v[:, :, :13], scale=SCALE, state=empty, **begun)
     size = state.nbytes()
     outputs = [y]
     for t in range(13, 31):
         step = (x[:, :, t : t + 1] for x in (q, k, v))
-        outputs.append(student.decode(*step, state=state, scale=SCALE))
+        outputs.append(student.decode(*step, state=state, scale=SCALE, **_span(more, slice(t, t + 1))))
     torch.testing.assert_close(torch.cat(outputs, 2), whole, rtol=1e-4, atol=1e-5)
     assert state.nbytes() == size == student.empty_state(3, dtype=torch.float32).nbytes()
 
@@ -240,19 +252,25 @@ def test_forward_then_decode_equals_forward(name: str, key_maps: Any) -> None:
 def test_a_token_for_each_of_several_states(name: str, options: dict[str, Any], together: bool) -> None:
     """As for the rows of one state, at positions that differ, computed together or one by one."""
     student = _student(name, **options).float()
-    lengths, decode_rows = (1, 7, 8, 11), SumAttention.decode_rows if together else StudentAttention.decode_rows
+    lengths, decode_rows = (1, 7, 8, 11), type(student).decode_rows if together else StudentAttention.decode_rows
     states = []
     for length in lengths:
         before = student.empty_state(1, dtype=torch.float32)
-        states.append(student(*_inputs(length, torch.float32, 1)[:3], scale=SCALE, state=before)[1])
+        more = _layer_input(student, length, 1)
+        states.append(student(*_inputs(length, torch.float32, 1)[:3], scale=SCALE, state=before, **more)[1])
     for _ in range(6):
-        token = _inputs(1, torch.float32, len(lengths))[:3]
+        token, more = _inputs(1, torch.float32, len(lengths))[:3], _layer_input(student, 1, len(lengths))
         copies = [state.clone() for state in states]
         expected = [
-            student.decode(*(x[row : row + 1] for x in token), state=copies[row], scale=SCALE)
+            student.decode(
+                *(x[row : row + 1] for x in token),
+                state=copies[row],
+                scale=SCALE,
+                **{name: x[row : row + 1] for name, x in more.items()},
+            )
             for row in range(len(lengths))
         ]
-        found = decode_rows(student, *token, states=states, scale=SCALE)
+        found = decode_rows(student, *token, states=states, scale=SCALE, **more)
         torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=2e-6)
         for state, copy in zip(states, copies, strict=True):
             torch.testing.assert_close(state.tensors(), copy.tensors(), rtol=0, atol=2e-6)

@@ -118,7 +118,8 @@ class StudentConfig(_Section):
 
     name: Annotated[str, STUDENT_NAMES] = "terrace"
     """Near and far part: `terrace` and `sliding`, softmax over a window and linear attention over what is older;
-    `linear`, linear attention alone; `window_sinks`, softmax over the window and sinks alone; or one that you
+    `linear`, linear attention alone; `window_sinks`, softmax over the window and sinks alone; `terrace_gated`, a
+    terrace whose far part forgets; `gdn` and `lightning`, a memory of all tokens beside the window; or one that you
     registered. A setting that it does not use is refused."""
     window: PositiveInt = 64
     """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W. The
@@ -141,10 +142,11 @@ class StudentConfig(_Section):
     chosen by measurement (`trenchcoat select`)."""
     keep_softmax: tuple[NonNegativeInt, ...] = ()
     """Indices of whole layers that keep their softmax attention."""
-    impl: Literal["chunkwise", "compiled", "reference", "triton", "auto"] = "auto"
+    impl: Literal["chunkwise", "compiled", "reference", "triton", "fla", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), compiled (kernels for CPUs, built by the machine's C++
-    compiler at their first use), triton (kernels for CUDA devices), reference (quadratic, for tests), or auto (compiled
-    on CPUs and triton on CUDA devices where the kernels can run, else chunkwise; the log says which and why)."""
+    compiler at their first use), triton (kernels for CUDA devices), fla (gdn and lightning: the kernels of
+    flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla on CUDA devices
+    where they support the student, else chunkwise; the log says which and why)."""
 
 
 @dataclass(frozen=True, kw_only=True)

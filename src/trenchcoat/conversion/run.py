@@ -27,7 +27,7 @@ from trenchcoat.students.registry import student_class
 from trenchcoat.training.losses import check_loss
 
 LANDMARK_ROWS = 4
-"""Training rows whose keys are the landmarks of ``init: landmarks``."""
+"""Training rows from which students are initialised (`StudentAttention.initialise`)."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -47,6 +47,7 @@ from trenchcoat.runtime.runfolder import (
     RunFolder,
 )
 from trenchcoat.runtime.runlog import show_line, show_progress
+from trenchcoat.students import student_class
 
 _TITLES = {
     TRANSFER: "attention transfer: feature maps learn to reproduce the softmax attention, layer by layer",
@@ -153,9 +154,11 @@ def _open(variants: ModelVariants, opening: Sequence[str] = ()) -> None:
     variants.log.write_recipe(dump_recipe(recipe))
     for sentence in opening:
         variants.log.info(sentence)
+    cls = student_class(recipe.student.name)
+    maps = f"{recipe.student.feature_map.name} maps, " if cls.has_far and cls.has_maps else ""
     variants.log.info(
         f"run folder {recipe.run.dir}; model {recipe.model.path}; student {recipe.student.name} "
-        f"(window {recipe.student.window}, {recipe.student.feature_map.name} maps, {recipe.student.impl} operator)"
+        f"(window {recipe.student.window}, {maps}{recipe.student.impl} operator)"
     )
 
 

@@ -154,7 +154,7 @@ class ModelVariants:
         end_stage_2(self.model)
         torch.manual_seed(self.recipe.run.seed)
         students = replace_students(self.model, student if student is not None else self.recipe.student)
-        if weights is None and any(one.starts_from_text for one in students.values()):
+        if weights is None and any(one.starts_from_text(one.cfg) for one in students.values()):
             set_mode(self.model, "transfer")
             batch = self.batches(LANDMARK_ROWS).train_batch(0)
             device = compute_device(self.model)

@@ -247,6 +247,7 @@ def _build(site: AttentionSite, cfg: StudentConfig, kept: tuple[int, ...]) -> St
     heads = {"num_heads": site.num_heads, "num_kv_heads": site.num_kv_heads}
     free = site.num_kv_heads - len(kept)
     sizes = {"num_heads": site.num_heads // site.num_kv_heads * free, "num_kv_heads": free, "head_dim": site.head_dim}
+    sizes["hidden_size"] = site.hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hash((torch.initial_seed(), site.index)) % (1 << 62))
         try:

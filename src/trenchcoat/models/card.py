@@ -17,6 +17,7 @@ from trenchcoat.config.package import INSTALL
 from trenchcoat.models import auto
 from trenchcoat.models.licence import CARD, base_source, card_licence, hub_licence, licence_files
 from trenchcoat.runtime.files import write_text
+from trenchcoat.students import student_class
 
 _MEASURED = "## What was measured"
 MODULE = "modeling_trenchcoat"
@@ -124,7 +125,8 @@ def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any], files:
     student = auto.student_settings(ours["student"])
     revision = f", revision {base['revision']}" if "revision" in base else ""
     linked = f"[{base['hub']}](https://huggingface.co/{base['hub']})" if "hub" in base else base["name"]
-    maps, licence = student.feature_map, dict(base.get("licence") or {})
+    maps, cls, licence = student.feature_map, student_class(student.name), dict(base.get("licence") or {})
+    made = f"`{maps.name}`, feature dimension {maps.feature_dim}, {student.key_maps.replace('_', ' ')}"
     inside = ", ".join(f"[{name}]({name})" for name in files)
     named = licence.get("license_name") or licence.get("license")
     if named is None:
@@ -135,7 +137,7 @@ def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any], files:
         "base model": f"{linked}{revision}",
         "licence of the base model": f"{named}; it applies to these weights too",
         "attention": f"`{student.name}`, window {student.window}, sinks {student.sinks}",
-        "feature maps": f"`{maps.name}`, feature dimension {maps.feature_dim}, {student.key_maps.replace('_', ' ')}",
+        "feature maps": made if cls.has_far and cls.has_maps else "none",
         "keeps softmax attention": _kept(config, student),
         "LoRA": f"rank {ours['lora']['rank']}, not merged" if ours.get("lora") else "none, or merged into the weights",
         "all settings": "`config.json`, under `trenchcoat`",

@@ -97,6 +97,8 @@ class AttentionSite:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    hidden_size: int
+    """Width of the layer's input."""
 
 
 def attention_sites(model: nn.Module) -> list[AttentionSite]:
@@ -237,4 +239,5 @@ def _site(name: str, module: Any) -> AttentionSite:
         num_heads=heads,
         num_kv_heads=heads // int(module.num_key_value_groups),
         head_dim=int(module.head_dim),
+        hidden_size=int(module.config.hidden_size),
     )

@@ -84,7 +84,13 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float, devices: 
 def layer_student(shapes: Shapes, cfg: StudentConfig) -> StudentAttention:
     """The student of one layer on the meta device; its parameters can be counted. ValueError when it does not fit."""
     with torch.device("meta"):
-        return build_student(cfg, num_heads=shapes.heads, num_kv_heads=shapes.kv_heads, head_dim=shapes.head_dim)
+        return build_student(
+            cfg,
+            num_heads=shapes.heads,
+            num_kv_heads=shapes.kv_heads,
+            head_dim=shapes.head_dim,
+            hidden_size=shapes.hidden,
+        )
 
 
 def student_parameters(shapes: Shapes, cfg: StudentConfig) -> int:

@@ -49,8 +49,9 @@ ATTENTION_NAME = "trenchcoat"
 CALL_NAME = "trenchcoat_call"
 """Name of the attention that calls the attribute `attention_call` of its layer; see `attach.attention_through`."""
 
-_CACHE = "trenchcoat_state"
-"""Keyword that carries a layer's state from the hook, through `self_attn`, to the attention function."""
+_CACHE, _INPUT = "trenchcoat_state", "trenchcoat_input"
+"""Keywords that carry a layer's state, and its input for a student that reads it, from the hook, through `self_attn`,
+to the attention function."""
 
 Output = tuple[Tensor, Tensor | None]
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -126,6 +127,7 @@ def linearized_attention(
 ) -> Output:
     """The registered attention function: q [B, H, T, D], k [B, G, T, D], v [B, G, T, E] -> (y [B, T, H, E], None)."""
     layer: StateLayer | None = kwargs.pop(_CACHE, None)
+    hidden: Tensor | None = kwargs.pop(_INPUT, None)
     student = student_of(module)
     if student is None or student.mode == "teacher":
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -136,6 +138,8 @@ def linearized_attention(
         **score_options(kwargs),
         "mask_BT": _padding(attention_mask, query),
     }
+    if hidden is not None:
+        options["x_BTM"] = hidden
     own = {"scaling": scaling, "dropout": dropout, **kwargs}
     kept = student.kept
     if kept is not None and options["sink_logit"] is not None:
@@ -176,8 +180,8 @@ def _in_one_call(
     own: dict[str, Any],
 ) -> Tensor | None:
     """A decode step of the student and the kept groups together, y [B, H, T, E]; None where it has to be two: before
-    the first token, with padding, a window of the model's own, sink logits, tokens that may be taken back, or no kernels
-    for it."""
+    the first token, with padding, a window of the model's own, sink logits or tokens that may be taken back, or without
+    kernels for it."""
     query, key, value = qkv
     tokens, plain = query.shape[2], options["mask_BT"] is None and options["sink_logit"] is None
     if layer is None or layer.state is None or not plain or own.get("sliding_window") is not None or layer.record_past:
@@ -327,7 +331,10 @@ def _span(qkv: QKV, options: dict[str, Any], span: slice) -> tuple[QKV, dict[str
 
 
 def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of `self_attn`: in student mode the attention function gets the layer's state, not its cache."""
+    """Forward pre-hook of `self_attn`: in student mode the attention function gets the layer's state, not its cache.
+
+    A student that reads the layer's input gets it too.
+    """
     student = student_of(module)
     if student is None or student.mode == "teacher":
         return None
@@ -337,10 +344,11 @@ def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             f"the model's attention implementation was changed to {chosen!r} while its students are in "
             f"{student.mode!r} mode; use trenchcoat's set_mode to change what runs"
         )
+    changed = {_INPUT: args[0] if args else kwargs["hidden_states"]} if student.uses_input else {}
     cache = kwargs.get("past_key_values")
-    if cache is None or student.mode != "student":
-        return None
-    return args, {**kwargs, "past_key_values": None, _CACHE: state_layer(cache, student.layer_idx)}
+    if cache is not None and student.mode == "student":
+        changed |= {"past_key_values": None, _CACHE: state_layer(cache, student.layer_idx)}
+    return (args, {**kwargs, **changed}) if changed else None
 
 
 def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ D key dim, E value dim, F features, S sinks, A rows that fold now, Q keys they f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -174,24 +174,27 @@ def _real(token: Tokens, state: StudentState) -> Tensor | None:
 
 def _fold_chunks(state: StudentState, rule: Rule, phi_k: PhiK | None, real_B: Tensor | None) -> None:
     """Kind ``terrace``: at the first token of a chunk, the second to last chunk becomes far."""
-    window = rule.window
-    position = state.positions()
+    for half, index in chunks_due(state, rule, real_B):
+        span = slice(half * rule.window, (half + 1) * rule.window)
+        k, v, start = state.k_BGND[:, :, span], state.v_BGNE[:, :, span], state.seen_B
+        if index is not None:
+            k, v, start = k[index], v[index], start[index]
+        far = start[:, None] - 2 * rule.window + torch.arange(rule.window, device=start.device) >= rule.sinks
+        _fold(state, k, v, far if rule.sinks else None, phi_k, index)
+
+
+def chunks_due(state: StudentState, rule: Rule, real_B: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
+    """Chunks that become far with the next token (those where `real_B` is True): (half of the buffer, rows that have
+    theirs there; None for all)."""
+    window, position = rule.window, state.positions()
     due = [b for b, n in enumerate(position) if n % window == 0 and n >= 2 * window and n - window > rule.sinks]
     if due and real_B is not None:
         real = real_B.tolist()
         due = [b for b in due if real[b]]
     for half in (0, 1):
         rows = [b for b in due if position[b] // window % 2 == half]
-        if not rows:
-            continue
-        span = slice(half * window, (half + 1) * window)
-        k, v, start = state.k_BGND[:, :, span], state.v_BGNE[:, :, span], state.seen_B
-        index = None
-        if len(rows) < len(position):
-            index = torch.tensor(rows, device=start.device)
-            k, v, start = k[index], v[index], start[index]
-        far = start[:, None] - 2 * window + torch.arange(window, device=start.device) >= rule.sinks
-        _fold(state, k, v, far if rule.sinks else None, phi_k, index)
+        if rows:
+            yield half, None if len(rows) == len(position) else torch.tensor(rows, device=state.seen_B.device)
 
 
 def _fold_oldest(state: StudentState, rule: Rule, phi_k: PhiK | None, real_B: Tensor | None) -> None:

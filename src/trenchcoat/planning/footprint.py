@@ -244,12 +244,16 @@ class _Moments:
         heads = size * (s.heads + 2 * s.kv_heads) * s.head_dim
         output = 4.0 * s.heads * (s.head_dim + 1)
         mlp = 3.0 * size * s.mlp_width
-        return self.step.tokens * (adapted + norms + heads + self._features() + output + mlp)
+        graph = 4.0 * self.student.graph_numbers
+        return self.step.tokens * (adapted + norms + heads + self._features() + graph + output + mlp)
 
     def _student_transfer(self, stage: TransferConfig) -> float:
-        """q, k, v, both outputs, the residual, a tile; with cross-entropy also all features and their gradients."""
+        """q, k, v, both outputs, the residual, a tile; with cross-entropy also all features and their gradients; the
+        graph of a student that learns by autograd."""
         s = self.step.shapes
         features = 2.0 * self._features() if stage.xent_weight > 0 else 0.0
+        if self.student.graph_numbers:
+            features += self._features() + 4.0 * self.student.graph_numbers
         rows = self.step.dtype_bytes * (2 * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + 2 * s.hidden)
         whole_rows = s.heads // s.kv_heads * self.step.seq_len
         return self.step.tokens * (rows + features) + self._tile(max(closed_form.TILE_TOKENS, whole_rows), 3, 2, 4, 1)

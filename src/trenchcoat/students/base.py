@@ -76,25 +76,38 @@ class StudentAttention(nn.Module):
     (default: autograd through `forward`), `flops`, `features` and `key_heads` (default: those of feature maps and of a
     state of F x E numbers per head) and `implementation` (default: a single one, in PyTorch).
 
-    For a gate that depends on the layer's input: `models.interface.hand_over_cache` is called with the hidden states of
-    `self_attn` and could pass them to `attention` as it passes the cache, as one more keyword argument of `forward`,
-    `decode` and `transfer`.
+    A subclass with `uses_input = True` (gates that depend on the layer's input) gets the hidden states that the layer's
+    `self_attn` was called with as the keyword `x_BTM` of `forward`, `decode`, `decode_rows` and `transfer`.
     """
 
     kind: ClassVar[Kind] = "linear"
     """Which keys the softmax part sees; `linear`: no softmax part."""
     has_far: ClassVar[bool] = True
-    """Whether there is a far part, with feature maps."""
+    """Whether there is a far part."""
+    has_maps: ClassVar[bool] = True
+    """Whether the far part has feature maps."""
+    uses_input: ClassVar[bool] = False
+    """Whether the calls below are given `x_BTM`, the layer's input."""
 
     def __init__(
-        self, cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
+        self,
+        cfg: StudentConfig,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        hidden_size: int | None = None,
     ) -> None:
         super().__init__()
+        if self.uses_input and hidden_size is None:
+            raise ValueError(f"{cfg.name!r} reads the layer's input; give hidden_size, its width")
         if num_heads % num_kv_heads:
             raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} key/value heads")
         self.cfg = cfg
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, head_dim if value_dim is None else value_dim
+        self.hidden_size = hidden_size
         self.mode: Mode = "teacher"
         self.layer_idx = -1
         self.kept: KeptHeads | None = None
@@ -105,7 +118,7 @@ class StudentAttention(nn.Module):
         self.metrics: dict[str, Tensor] = {}
         self.query_map: FeatureMap | None = None
         self.key_map: FeatureMap | None = None
-        if self.has_far:
+        if self.has_far and self.has_maps:
             self._build_maps()
 
     def _build_maps(self) -> None:
@@ -140,10 +153,10 @@ class StudentAttention(nn.Module):
             if feature_map is not None:
                 feature_map.reset_parameters()
 
-    @property
-    def starts_from_text(self) -> bool:
+    @classmethod
+    def starts_from_text(cls, cfg: StudentConfig) -> bool:
         """Whether initial values depend on real text (`init: landmarks`)."""
-        return self.has_far and self.cfg.feature_map.init == "landmarks"
+        return cls.has_far and cls.has_maps and cfg.feature_map.init == "landmarks"
 
     @property
     def keys_phi(self) -> FeatureMap | None:
@@ -173,12 +186,14 @@ class StudentAttention(nn.Module):
         sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
         state: Any = None,
+        **input: Any,
     ) -> tuple[Tensor, Any]:
         """y [B, H, T, E] in q's dtype with autograd, and the state after it if one was given (else None).
 
         `scale`, `softcap` and `sink_logit` are those of the teacher's scores. `mask_BT` is True at real tokens, in any
         pattern; other tokens are ignored, and their outputs are 0. `state` is the state before these tokens,
-        :meth:`empty_state` at the start of a row; it is not modified.
+        :meth:`empty_state` at the start of a row; it is not modified. `input` is `x_BTM`, the layer's input, for a
+        student with `uses_input`, and empty for others.
         """
         raise NotImplementedError
 
@@ -201,10 +216,11 @@ class StudentAttention(nn.Module):
         softcap: float | None = None,
         sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        **input: Any,
     ) -> Tensor:
         """y [B, H, T, E] for a few new tokens; `state` is updated in place."""
         scores = {"scale": scale, "softcap": softcap, "sink_logit": sink_logit}
-        y, after = self(q_BHTD, k_BGTD, v_BGTE, state=state, mask_BT=mask_BT, **scores)
+        y, after = self(q_BHTD, k_BGTD, v_BGTE, state=state, mask_BT=mask_BT, **scores, **input)
         state.copy_(after)
         return y
 
@@ -220,11 +236,15 @@ class StudentAttention(nn.Module):
         return False
 
     def decode_rows(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[Any], scale: float
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[Any], scale: float, **input: Any
     ) -> Tensor:
         """`decode` of one token for each of several states of one row, each updated in place; y [B, H, 1, E]."""
-        rows = zip(q_BHTD.split(1), k_BGTD.split(1), v_BGTE.split(1), states, strict=True)
-        return torch.cat([self.decode(q, k, v, state=state, scale=scale) for q, k, v, state in rows])
+        outputs = []
+        for row, state in enumerate(states):
+            q, k, v = (x[row : row + 1] for x in (q_BHTD, k_BGTD, v_BGTE))
+            own: dict[str, Any] = {name: x[row : row + 1] for name, x in input.items()}
+            outputs.append(self.decode(q, k, v, state=state, scale=scale, **own))
+        return torch.cat(outputs)
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""
@@ -247,19 +267,21 @@ class StudentAttention(nn.Module):
         softcap: float | None = None,
         sink_logit: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        **input: Any,
     ) -> None:
         """Learn from the teacher's outputs y (before the output projection); see :class:`TransferRequest`.
 
         Adds the gradients to the parameters' `.grad` (if requested) and fills `metrics`. Works under an outer
-        `torch.no_grad()`; q, k, v, y are constants.
+        `torch.no_grad()`; q, k, v, y and the layer's input are constants.
         """
         request = self.request if self.request is not None else TransferRequest()
-        if request.initialise:
-            self._set_landmarks(k_BGTD, scale, mask_BT)
-            return
         q, k, v, y = (x.detach() for x in (q_BHTD, k_BGTD, v_BGTE, y_BHTE))
-        tokens = Tokens(q, k, v, mask_BT)
-        self.metrics = self.learn(request, tokens, y, scale=scale, softcap=softcap, sink_logit=sink_logit)
+        tokens, given = Tokens(q, k, v, mask_BT), {name: x.detach() for name, x in input.items()}
+        scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logit": sink_logit}
+        if request.initialise:
+            self.initialise(tokens, y, **scores, **given)
+        else:
+            self.metrics = self.learn(request, tokens, y, **scores, **given)
 
     def learn(
         self,
@@ -270,6 +292,7 @@ class StudentAttention(nn.Module):
         scale: float,
         softcap: float | None = None,
         sink_logit: Tensor | None = None,
+        **input: Any,
     ) -> dict[str, Tensor]:
         """Loss, mse, xent and mean squared target, 0-d and detached; gradients go to the parameters' `.grad`."""
         if request.xent_weight:
@@ -280,7 +303,7 @@ class StudentAttention(nn.Module):
         count, power, weight = self._loss_scale(request, y, number)
         with torch.set_grad_enabled(request.backward):
             scores = {"scale": scale, "softcap": softcap, "sink_logit": sink_logit}
-            y_hat, _ = self(tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, mask_BT=mask_BT, **scores)
+            y_hat, _ = self(tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, mask_BT=mask_BT, **scores, **input)
             mse = (y_hat.to(power.dtype) - y).square().sum() / count
             if mse.requires_grad:
                 (weight * mse).backward()
@@ -295,7 +318,13 @@ class StudentAttention(nn.Module):
         divisor = power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0
         return count, power, request.mse_weight / divisor
 
-    def _set_landmarks(self, k_BGTD: Tensor, scale: float, mask_BT: Tensor | None) -> None:
+    @torch.no_grad()
+    def initialise(self, tokens: Tokens, y_BHTE: Tensor, *, scale: float, **more: Any) -> None:
+        """Set the initial values that depend on text, from a batch and the teacher's outputs of it; arguments as in
+        :meth:`learn`. Called before the first step if :meth:`starts_from_text`."""
+        k_BGTD, mask_BT = tokens.k_BGTD, tokens.mask_BT
+        if self.cfg.feature_map.init != "landmarks":
+            return
         real_BT = torch.ones_like(k_BGTD[:, 0, :, 0], dtype=torch.bool) if mask_BT is None else mask_BT.bool()
         for feature_map in (self.query_map, self.key_map):
             if feature_map is not None:
@@ -316,6 +345,14 @@ class StudentAttention(nn.Module):
             maps=2.0 * sum(p.numel() for phi in maps for p in phi.parameters() if p.ndim == 3),
             near=near, write=each * self.key_heads, read=each * self.num_heads,
         )  # fmt: skip
+
+    @property
+    def graph_numbers(self) -> float:
+        """float32 numbers a token that `forward` keeps for its backward besides features; 0 if that recomputes them.
+
+        Stage 1 by autograd holds as many for one layer at a time.
+        """
+        return 0.0
 
     def extra_repr(self) -> str:
         """One line for printing the module."""

@@ -48,6 +48,8 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
         ValueError: the implementation asked for cannot run here.
         RuntimeError: the kernels failed their self-check.
     """
+    if impl == "fla":
+        raise ValueError("student.impl is fla, whose kernels are for gdn and lightning; use triton, chunkwise or auto")
     if impl not in ("auto", "compiled", "triton"):
         return impl
     if device.type == "cuda" and device.index is None:

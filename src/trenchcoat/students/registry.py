@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.config.registries import resolved
@@ -29,6 +29,8 @@ class StudentEntry:
     """Fields of `StudentConfig` without a meaning for it: a recipe that sets them for it is refused."""
 
 
+_NO_MAPS = ("feature_map", "tied", "key_maps", "affine")
+
 STUDENTS: dict[str, StudentEntry] = {
     "terrace": StudentEntry("trenchcoat.students.window.TerraceAttention"),
     "sliding": StudentEntry("trenchcoat.students.window.SlidingAttention"),
@@ -36,6 +38,9 @@ STUDENTS: dict[str, StudentEntry] = {
     "window_sinks": StudentEntry(
         "trenchcoat.students.window.WindowSinksAttention", ("feature_map", "tied", "key_maps", "affine", "mix_init")
     ),
+    "terrace_gated": StudentEntry("trenchcoat.students.terrace_gated.TerraceGatedAttention", ("affine",)),
+    "gdn": StudentEntry("trenchcoat.students.gdn.GatedDeltaAttention", _NO_MAPS),
+    "lightning": StudentEntry("trenchcoat.students.lightning.LightningAttention", _NO_MAPS),
 }
 """Name in a recipe (`student.name`) -> its class and the settings that it does not use."""
 
@@ -68,13 +73,20 @@ def operator_of(cfg: StudentConfig, *, head_dim: int, dtype: torch.dtype, device
     import torch
 
     with torch.device("meta"):
-        student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim)
+        student = build_student(cfg, num_heads=1, num_kv_heads=1, head_dim=head_dim, hidden_size=1)
     return student.implementation(dtype, device)
 
 
 def build_student(
-    cfg: StudentConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None
+    cfg: StudentConfig,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    hidden_size: int | None = None,
 ) -> StudentAttention:
-    """The student `cfg.name` for one layer."""
-    cls = student_class(cfg.name)
-    return cls(cfg, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+    """The student `cfg.name` for one layer. `hidden_size` is the width of the layer's input, which gated students
+    read."""
+    sizes: dict[str, Any] = {"head_dim": head_dim, "value_dim": value_dim, "hidden_size": hidden_size}
+    return student_class(cfg.name)(cfg, num_heads=num_heads, num_kv_heads=num_kv_heads, **sizes)

@@ -114,7 +114,14 @@ class SumAttention(StudentAttention):
 
     @torch.no_grad()
     def decode_rows(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], scale: float
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        states: Sequence[StudentState],
+        scale: float,
+        **input: Any,
     ) -> Tensor:
         """See :meth:`StudentAttention.decode_rows`; the features of all rows are computed together."""
         impl = self._impl(q_BHTD)

@@ -84,12 +84,12 @@ def transfer_objective(cfg: TransferConfig, outputs: Callable[[Batch, Tensor], N
 
 
 def initialise_from_text(model: nn.Module, batch: Batch) -> None:
-    """Initialise students from real text: from the keys of `batch`, for ``init: landmarks``.
+    """Initialise from `batch` those students whose initial values depend on text (`StudentAttention.initialise`).
 
-    The students of ``model`` must be in ``transfer`` mode; students with another ``init`` are not changed.
+    The students of ``model`` must be in ``transfer`` mode.
     """
     students = [m for m in model.modules() if isinstance(m, StudentAttention) and m.mode == "transfer"]
-    students = [student for student in students if student.starts_from_text]
+    students = [student for student in students if student.starts_from_text(student.cfg)]
     if students:
         _forward_transfer(model, batch, students, TransferRequest(initialise=True))
 

@@ -203,7 +203,7 @@ def open_blocks(
             tokenizer = load_tokenizer(recipe.model, folder, embeddings_of(source.plain))
             text = run.load_batches(tokenizer, batch_size=transfer.batch_size)
             start = None
-            if recipe.student.feature_map.init == "landmarks" and student_class(recipe.student.name).has_far:
+            if student_class(recipe.student.name).starts_from_text(recipe.student):
                 start = run.load_batches(tokenizer, batch_size=LANDMARK_ROWS).train_batch(0)
             scored = partial(_evaluation_text, run, tokenizer, text)
             if block is None:

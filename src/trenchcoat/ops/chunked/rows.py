@@ -136,11 +136,14 @@ def state_after(
 
 def _fill_buffer(after: StudentState, k_BGLD: Tensor, v_BGLE: Tensor, rows: Rows) -> None:
     """Write to every slot the newest pair that maps to it; slots without one keep their content."""
+    for name, x in (("k_BGND", k_BGLD), ("v_BGNE", v_BGLE)):
+        setattr(after, name, newest(getattr(after, name), x, after, rows))
+
+
+def newest(old_BXN: Tensor, aligned_BXL: Tensor, after: StudentState, rows: Rows) -> Tensor:
+    """A buffer [B, heads, N, dim] of `after` with what the aligned tokens [B, heads, L, dim] put into its slots."""
     held_BN = after.slot_positions()
     place = held_BN - rows.first_B[:, None].to(held_BN.device)
-    fresh = (place >= 0)[:, None, :, None]
-    index = place.clamp(0, k_BGLD.shape[2] - 1)[:, None, :, None]
-    for name, x in (("k_BGND", k_BGLD), ("v_BGNE", v_BGLE)):
-        old = getattr(after, name)
-        new = x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])).to(old.dtype)
-        setattr(after, name, torch.where(fresh, new, old))
+    index = place.clamp(0, aligned_BXL.shape[2] - 1)[:, None, :, None]
+    new = aligned_BXL.gather(2, index.expand(-1, old_BXN.shape[1], -1, old_BXN.shape[3])).to(old_BXN.dtype)
+    return torch.where((place >= 0)[:, None, :, None], new, old_BXN)

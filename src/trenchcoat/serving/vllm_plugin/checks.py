@@ -8,19 +8,29 @@ from typing import Any
 import torch
 
 from trenchcoat.config import UserError
+from trenchcoat.models.auto import student_settings
+from trenchcoat.students import student_class
 
 _STATE_DTYPES = ("auto", "float32", "bfloat16")
 
 
 def check_model(config: Any, known: Iterable[str]) -> None:
-    """UserError for a model whose architecture is not among the `known` ones, or whose LoRA is not merged."""
+    """UserError for a model whose architecture is not among the `known` ones, that has a LoRA which is not merged, or
+    students that read the layer's input."""
     names = [str(name) for name in config.architectures or ()]
     if not set(names) & set(known):
         raise UserError(
             f"models of type {config.model_type} ({', '.join(names)}) have no class for vLLM; there are "
             f"{', '.join(known)}. Serve this one with `trenchcoat serve --engine embedded`"
         )
-    if (getattr(config, "trenchcoat", None) or {}).get("lora") is not None:
+    own = getattr(config, "trenchcoat", None) or {}
+    student = student_settings(own.get("student", {})).name
+    if student_class(student).uses_input:
+        raise UserError(
+            f"student.name={student} reads the layer's input, which vLLM's attention layers are not given; serve this "
+            "model with `trenchcoat serve --engine embedded`"
+        )
+    if own.get("lora") is not None:
         raise UserError("the folder's LoRA is not merged: write a merged one with `trenchcoat export FOLDER --merge`")
 
 
