@@ -99,12 +99,6 @@ FORMATS: dict[str, RowFormat] = {"alpaca": AlpacaFormat(), "text": TextFormat(),
 """Value of ``data.format`` -> format; ``auto`` takes the first that matches a row. Add yours here."""
 
 
-def check_format(name: str) -> None:
-    """Raise ``UserError`` for a ``data.format`` that is not registered."""
-    if name not in ("auto", *FORMATS):
-        raise UserError(f"data.format={name!r} is not known; expected auto, {', '.join(FORMATS)}")
-
-
 def segments(row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:
     """The segments of one row, by ``cfg.format``; ``auto`` looks at the columns that have a value.
 
