@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from trenchcoat.config import DataConfig, UserError
+from trenchcoat.config import DataConfig
 from trenchcoat.data.chat import history_pairs, read_turns, rendered
 from trenchcoat.data.samples import BadSample, Segment, column_names, column_text
 
