@@ -75,5 +75,5 @@ def test_its_columns_are_named_when_no_format_matches(tmp_path: Path, tokenizer:
 
 
 def test_a_format_that_is_not_registered_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"data.format='qa' is not known; expected auto, alpaca, text, chat"):
+    with pytest.raises(UserError, match=r"data.format must be one of auto, alpaca, text, chat, got 'qa'"):
         batches(tmp_path / "rows.jsonl", tmp_path, tokenizer, format="qa")

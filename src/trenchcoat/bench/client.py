@@ -84,7 +84,9 @@ def ask(server: Endpoint, prompt: Sequence[int], tokens: int) -> Timed:
     }  # fmt: skip
     if server.banned:
         body["logit_bias"] = {str(token): -100 for token in server.banned}
-    began, first, usage = time.perf_counter(), None, {}
+    began = time.perf_counter()
+    first: float | None = None
+    usage: dict[str, Any] = {}
     with _request(f"{server.address}/completions", body) as answer:
         for line in answer:
             text = line.decode("utf-8").strip().removeprefix("data:").strip()

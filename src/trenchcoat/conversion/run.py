@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig
+from trenchcoat.config.recipe_io import check_section
 from trenchcoat.data.batches import Batches
-from trenchcoat.data.formats import check_format
 from trenchcoat.data.load import load_batches
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.models.attach import student_implementation
@@ -108,7 +108,7 @@ def idle_warning(cfg: StageConfig) -> str | None:
 def check_names(recipe: Recipe) -> None:
     """Raise ``UserError`` when the student, objective or data format of a recipe made in Python does not exist."""
     student_class(recipe.student.name)
-    check_format(recipe.data.format)
+    check_section(recipe.data, "data")
     if recipe.lora is not None:
         check_loss(recipe.lora.loss)
 

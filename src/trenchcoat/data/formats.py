@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from trenchcoat.config import DataConfig, UserError
+from trenchcoat.config import DataConfig
 from trenchcoat.data.chat import history_pairs, read_turns, rendered
 from trenchcoat.data.samples import BadSample, Segment, column_names, column_text
 
@@ -97,12 +97,6 @@ class ChatFormat:
 
 FORMATS: dict[str, RowFormat] = {"alpaca": AlpacaFormat(), "text": TextFormat(), "chat": ChatFormat()}
 """Value of ``data.format`` -> format; ``auto`` takes the first that matches a row. Add yours here."""
-
-
-def check_format(name: str) -> None:
-    """Raise ``UserError`` for a ``data.format`` that is not registered."""
-    if name not in ("auto", *FORMATS):
-        raise UserError(f"data.format={name!r} is not known; expected auto, {', '.join(FORMATS)}")
 
 
 def segments(row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Segment]:

@@ -20,7 +20,6 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batches
-from trenchcoat.data.formats import check_format
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
     Source,
@@ -65,7 +64,6 @@ def load_batches(
     for name, value, least in (("batch_size", batch_size, 1), ("run.seed", seed, 0)):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
-    check_format(cfg.format)
     known = known_embeddings(tokenizer) or len(tokenizer)
     marks = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((mark for mark in marks if mark is not None and mark < known), 0)  # any will do: padding is masked

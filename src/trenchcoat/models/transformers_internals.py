@@ -181,7 +181,7 @@ def remember_recording() -> None:
         activate(self)
         setattr(self, _RECORDS, True)
 
-    Cache.activate_past_recording = remembering  # type: ignore[method-assign]
+    Cache.activate_past_recording = remembering
 
 
 def is_filled(layer: Any) -> bool:
