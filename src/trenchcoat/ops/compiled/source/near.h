@@ -42,18 +42,33 @@ static void cap_scores(const Near &n, float *s, float *capped) {
     }
 }
 
+// The rows of vector i: `every` for keys that all its queries see, `some` with a mask, `none`.
+template <class Every, class Some, class None>
+static inline __attribute__((always_inline)) void for_rows(const Near &n, Int i, Every every, Some some, None none) {
+  Int j = 0;
+  if (!n.slides)
+    for (; j < n.lead; ++j) every(j);
+  for (; j < n.keys(); ++j) {
+    const Range seen = n.seen(j);
+    if (seen.none(i)) {
+      none(j);
+    } else if (seen.all(i)) {
+      every(j);
+    } else {
+      some(j, seen.of(i));
+    }
+  }
+}
+
 // Replaces scores s by weights r exp(s - max), zero where a query does not see the key. Adds up the weights of each query
 // in `sum`, with the sink's, which go to `sink` (if there is a logit).
 static void near_weights(const Near &n, float *s, float *sum, float *sink) {
   const float scale = n.softcap ? 1.0f : n.scale;
   for (Int i = 0; i < whole(n.window); i += LANES) {
     Vec top = splat(-FLT_MAX), added = {}, below = {};
-    for (Int j = 0; j < n.keys(); ++j) {
-      const Range seen = n.seen(j);
-      if (seen.none(i)) continue;
-      Vec x = load(s + j * n.stride + i);
-      top = larger(seen.all(i) ? x : (seen.of(i) ? x : splat(-FLT_MAX)), top);
-    }
+    auto at = [&](Int j) { return s + j * n.stride + i; };
+    for_rows(n, i, [&](Int j) { top = larger(load(at(j)), top); },
+             [&](Int j, Mask seen) { top = larger(seen ? load(at(j)) : splat(-FLT_MAX), top); }, [](Int) {});
     if (n.logit) {
       Vec all = larger(top * scale, splat(*n.logit));
       below = top * scale - all;
@@ -61,18 +76,13 @@ static void near_weights(const Near &n, float *s, float *sum, float *sink) {
       store(sink + i, w);
       added = w;
     }
-    for (Int j = 0; j < n.keys(); ++j) {
-      float *p = s + j * n.stride + i;
-      const Range seen = n.seen(j);
-      if (seen.none(i)) {
-        store(p, Vec{});
-        continue;
-      }
-      Vec w = exp_negative((load(p) - top) * scale + below) * n.ratio;
-      if (!seen.all(i)) w = seen.of(i) ? w : splat(0.0f);
-      store(p, w);
+    auto weigh = [&](Int j) { return exp_negative((load(at(j)) - top) * scale + below) * n.ratio; };
+    auto put = [&](Int j, Vec w) {
+      store(at(j), w);
       added += w;
-    }
+    };
+    for_rows(n, i, [&](Int j) { put(j, weigh(j)); },
+             [&](Int j, Mask seen) { put(j, seen ? weigh(j) : splat(0.0f)); }, [&](Int j) { store(at(j), Vec{}); });
     store(sum + i, added);
   }
 }
@@ -90,13 +100,8 @@ static float score_gradients(const Near &n, const float *w, float *dw, const flo
       dlogit += ws * bias + (ws > top ? left : splat(0.0f));
       left = ws > top ? splat(0.0f) : left;
     }
-    for (Int j = 0; j < n.keys(); ++j) {
+    auto gradient = [&](Int j) {
       const Int at = j * n.stride + i;
-      const Range seen = n.seen(j);
-      if (seen.none(i)) {
-        store(dw + at, Vec{});
-        continue;
-      }
       Vec x = load(w + at), d = x * (load(dw + at) + bias);
       Mask here = x == top;
       d += here ? left : splat(0.0f);
@@ -105,10 +110,11 @@ static float score_gradients(const Near &n, const float *w, float *dw, const flo
         Vec bent = load(capped + at) * (1.0f / n.softcap);
         d *= 1.0f - bent * bent;
       }
-      d *= n.scale;
-      if (!seen.all(i)) d = seen.of(i) ? d : splat(0.0f);
-      store(dw + at, d);
-    }
+      return d * n.scale;
+    };
+    auto put = [&](Int j, Vec d) { store(dw + j * n.stride + i, d); };
+    for_rows(n, i, [&](Int j) { put(j, gradient(j)); },
+             [&](Int j, Mask seen) { put(j, seen ? gradient(j) : splat(0.0f)); }, [&](Int j) { put(j, Vec{}); });
   }
   return total(dlogit);
 }
