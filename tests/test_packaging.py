@@ -50,6 +50,7 @@ def test_the_wheel_holds_what_runs_need(wheel: Path) -> None:
             "*.py",
             "config/recipes/*.yaml",
             "models/embedded_teacher/*",
+            "ops/compiled/source/*",
             "evaluation/harness_tasks/*/*",
             "py.typed",
         )

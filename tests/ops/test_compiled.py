@@ -18,7 +18,8 @@ from trenchcoat.ops.compiled.build import compiler
 from trenchcoat.students import StudentAttention, TransferRequest, build_student
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-CASES = variants("terrace")
+KINDS = ("terrace", "sliding", "linear")
+CASES = [case for kind in KINDS for case in variants(kind)]
 SCALE = 0.6
 
 
@@ -29,17 +30,20 @@ def test_given_features(case: Case) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 12, 13])
-def test_odd_lengths(tokens: int) -> None:
-    compare(Case(tokens=tokens), "compiled", double=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_lengths(kind: str, tokens: int) -> None:
+    compare(Case(kind=kind, tokens=tokens), "compiled", double=False)
 
 
-def test_a_thousand_tokens() -> None:
-    case = Case(tokens=1000, window=64, batch=1, heads=2, kv_heads=1, key_maps=2, dim=20, values=36, features=24)
-    compare(case, "compiled", double=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hundreds_of_tokens(kind: str) -> None:
+    case = Case(kind=kind, tokens=500, window=64, batch=1, heads=2, kv_heads=1, dim=20, values=36, features=24)
+    compare(replace(case, key_maps=2), "compiled", double=False)
 
 
-def test_low_precision_inputs_are_accumulated_in_float32() -> None:
-    case = Case(tokens=100)
+@pytest.mark.parametrize("kind", KINDS)
+def test_low_precision_inputs_are_accumulated_in_float32(kind: str) -> None:
+    case = Case(kind=kind, tokens=100)
     rounded = [t.to(torch.bfloat16) for t in case.tensors()[:3]] + [t.float() for t in case.tensors()[3:]]
     y, _ = case.call(rounded, impl="compiled")
     exact, _ = case.call([t.double() for t in rounded], impl="reference")
@@ -98,6 +102,7 @@ def test_extreme_scores_stay_finite_and_nan_stays_visible() -> None:
 class Student:
     """A student whose maps the kernels compute, and one call of it."""
 
+    name: str = "terrace"
     heads: int = 4
     kv_heads: int = 2
     dim: int = 6
@@ -113,6 +118,7 @@ class Student:
     def made(self, impl: str, dtype: torch.dtype = torch.float32) -> StudentAttention:
         """The student with fixed random parameters."""
         cfg = StudentConfig(
+            name=self.name,
             window=self.window,
             feature_map=FeatureMapConfig(**self.feature),
             impl=impl,
@@ -163,10 +169,17 @@ STUDENTS = [
     Student(feature={"name": "hedgehog_half", "feature_dim": 9}, options={"tied": True}, sink_logit=True, mask="right"),
     Student(kv_heads=1, options={"key_maps": "per_kv_head", "sinks": 2}, softcap=2.0, sink_logit=True),
     Student(kv_heads=4, dim=17, window=16, tokens=70, batch=1, feature={"feature_dim": 24}),
+    Student(name="sliding"),
+    Student(name="sliding", options={"sinks": 3}, mask="odd", sink_logit=True, softcap=2.0),
+    Student(name="sliding", options={"sinks": 6, "key_maps": "per_kv_head"}, window=5, mask="left"),
+    Student(name="sliding", tokens=70, window=16, dim=17, options={"tied": True}, feature={"feature_dim": 24}),
+    Student(name="linear", mask="right"),
+    Student(name="linear", options={"key_maps": "per_kv_head"}, window=5, feature={"feature_dim": 5, "bias": True}),
+    Student(name="window_sinks", options={"sinks": 3}, mask="left"),
 ]
 
 
-@pytest.mark.parametrize("case", STUDENTS, ids=lambda case: f"{case.feature}{case.options}{case.mask}")
+@pytest.mark.parametrize("case", STUDENTS, ids=lambda case: f"{case.name},{case.feature}{case.options}{case.mask}")
 def test_maps_inside_the_kernels(case: Student) -> None:
     exact = case.results("chunkwise", torch.float64)
     independent = case.results("reference", torch.float32)
@@ -177,7 +190,7 @@ def test_maps_inside_the_kernels(case: Student) -> None:
         assert error(found[name], value) <= budget(error(independent[name], value), terms), name
 
 
-@pytest.mark.parametrize("case", STUDENTS, ids=lambda case: f"{case.feature}{case.options}{case.mask}")
+@pytest.mark.parametrize("case", STUDENTS, ids=lambda case: f"{case.name},{case.feature}{case.options}{case.mask}")
 def test_pieces_and_decode_steps_continue_a_row(case: Student) -> None:
     """Prefill in pieces of any length, then token by token: outputs of the whole row, and the state of a prefill."""
     exact, student = case.made("chunkwise", torch.float64), case.made("compiled")
@@ -303,8 +316,8 @@ def test_only_requested_gradients_are_computed() -> None:
 @pytest.mark.parametrize(
     ("case", "dtype", "message"),
     [
-        (Case(kind="sliding"), torch.float32, "kind 'terrace', not 'sliding'"),
         (Case(), torch.float64, "float32 and bfloat16 inputs, not torch.float64"),
+        (Case(), torch.float16, "float32 and bfloat16 inputs, not torch.float16"),
     ],
 )
 def test_what_the_kernels_do_not_compute_is_an_error(case: Case, dtype: torch.dtype, message: str) -> None:

@@ -161,8 +161,8 @@ class TransferBenchmark(Benchmark[TransferSizes]):
     quick = TransferSizes(depths=(2, 4), lengths=(128,), naive_length=128, layers=2, repeats=1)
     targets = (
         at_most(1.1, "memory of a step, the deepest model over the shallowest", memory_growth),
-        _time_target(1024, 1.35),
-        _time_target(4096, 1.2),
+        _time_target(1024, 1.25),
+        _time_target(4096, 1.1),
     )
 
     def run(self, sizes: TransferSizes, settings: Settings) -> dict[str, Any]:

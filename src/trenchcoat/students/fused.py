@@ -152,9 +152,9 @@ def kernels_of(impl: str) -> ModuleType | None:
     return None
 
 
-def decodes(state: StudentState) -> bool:
+def decodes(state: StudentState, rule: Rule) -> bool:
     """Whether the C++ kernels decode from `state`; if not, PyTorch does, and the reason is logged once."""
-    reason = refusal_to_decode(state)
+    reason = refusal_to_decode(state, rule)
     if reason is not None and reason not in _reported:
         _reported.add(reason)
         _log.info("decoding in PyTorch: the compiled kernels do not read %s", reason)

@@ -92,7 +92,7 @@ class SumAttention(StudentAttention):
         """See :meth:`StudentAttention.decode`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._settings(q_BHTD, **scores)
         impl = self._impl(q_BHTD)
-        if impl == "compiled" and fused.decodes(state):
+        if impl == "compiled" and fused.decodes(state, rule):
             return compiled_decode(tokens, self._decoding_maps(rule), heads, [state], rule)
         with torch.no_grad():
             if impl == "triton":
@@ -110,7 +110,7 @@ class SumAttention(StudentAttention):
 
     def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
         """See :meth:`StudentAttention.decodes_kept`."""
-        return self._impl(like) == "compiled" and fused.decodes(state)
+        return self._impl(like) == "compiled" and fused.decodes(state, self._rule(scale=1.0))
 
     @torch.no_grad()
     def decode_rows(
@@ -128,7 +128,7 @@ class SumAttention(StudentAttention):
         if impl == "triton":
             return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, scale=scale)
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, scale=scale)
-        if impl == "compiled" and all(map(fused.decodes, states)):
+        if impl == "compiled" and all(fused.decodes(state, rule) for state in states):
             return compiled_decode(tokens, self._decoding_maps(rule), heads, states, rule)
         return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
 

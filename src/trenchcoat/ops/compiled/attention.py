@@ -36,8 +36,6 @@ def refusal(rule: Rule, dtype: torch.dtype, device: torch.device, kernel: str | 
         return f"the compiled kernels run on CPUs, not on {device}"
     if dtype not in DTYPES:
         return f"the compiled kernels compute float32 and bfloat16 inputs, not {dtype}"
-    if rule.kind != "terrace":
-        return f"the compiled kernels compute kind 'terrace', not {rule.kind!r}"
     if rule.scale <= 0:
         return f"the compiled kernels need a positive scale, not {rule.scale}"
     if rule.far and kernel not in (None, "softmax"):

@@ -38,8 +38,9 @@ POINTERS = (
 )  # fmt: skip
 INTEGERS = (
     "rows", "heads", "kv_heads", "key_maps", "tokens", "dim", "values", "features", "columns", "window", "sinks",
-    "far", "narrow", "mapped", "paired", "threads",
+    "kind", "far", "narrow", "mapped", "paired", "threads",
 )  # fmt: skip
+KINDS = ("terrace", "sliding", "linear")
 NUMBERS = ("scale", "softcap", "eps", "error_scale")
 
 
@@ -108,7 +109,8 @@ class Call:
         a, kept = Arguments(), []
         integers = (
             rows, heads, self.k_BGTD.shape[1], self.key_maps, tokens, dim, self.v_BGTE.shape[3], self.feature_count,
-            maps[0].matrix.shape[2] if maps else 0, rule.window, rule.sinks, self.far, q.dtype == torch.bfloat16,
+            maps[0].matrix.shape[2] if maps else 0, rule.window, rule.sinks,
+            KINDS.index(rule.kind), self.far, q.dtype == torch.bfloat16,
             maps is not None, maps is not None and maps[0].paired, torch.get_num_threads(),
         )  # fmt: skip
         for name, number in zip(INTEGERS, integers, strict=True):

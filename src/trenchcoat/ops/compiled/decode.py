@@ -56,8 +56,10 @@ class Kept:
     """Among the layer's: the student's heads, the student's groups, the kept groups; int64."""
 
 
-def refusal(state: StudentState) -> str | None:
+def refusal(state: StudentState, rule: Rule) -> str | None:
     """Why a state is not decoded by the kernels, or None."""
+    if rule.kind != "terrace":
+        return f"states of kind {rule.kind!r}"
     if state.far_s_BKFE.dtype != torch.float32 or state.far_z_BKF.dtype != torch.float32:
         return f"far sums in {state.far_s_BKFE.dtype}"
     if state.k_BGND.dtype not in DTYPES:

@@ -11,6 +11,8 @@ struct View {
   Int row, head, token;
 };
 
+enum Kind { TERRACE, SLIDING, LINEAR };
+
 struct Map {
   const float *weight, *bias;  // [heads, D, P], [heads, P] or null
   float *dweight, *dbias;      // gradients are added; null for none
@@ -18,7 +20,7 @@ struct Map {
 
 struct Call {
   Int rows, heads, kv_heads, key_maps, tokens, dim, values, features, columns, window, sinks;
-  Int far, narrow, mapped, paired, threads;  // narrow: q, k, v are bfloat16
+  Int kind, far, narrow, mapped, paired, threads;  // kind: a Kind; narrow: q, k, v are bfloat16
   double scale, softcap, eps, error_scale;   // softcap 0: none
   View q, k, v, fq, fk, y, target, dy;       // fq, fk null where `mapped`; target: the teacher's y in transfer
   View sink_k, sink_v;                       // [B, G, S, width]

@@ -1,11 +1,16 @@
 // One row of one key map with its query heads, chunk by chunk: the window of a chunk, and the far sums of the chunks that
-// are at least two before it. A backward pass or a transfer walks through the row a second time, from its end, for the
+// are at least `lag` before it, two or (linear) one. Of the last chunk that is not in these sums yet, some keys may be far
+// for some queries: in a sliding window the chunk before, without a window the queries' own, key j for the queries from j
+// on. Here they are called local. A backward pass or a transfer walks through the row a second time, from its end, for the
 // gradients of the keys and values in the far sums.
 #pragma once
 #include "maps.h"
 #include "near.h"
 
 enum Pass { FORWARD, TRANSFER, BACKWARD };
+
+// Added to the denominator of kind linear, where all features can be zero.
+constexpr float LINEAR_EPS = 1e-12f;
 
 // The chunks of a row that a walk computes, and the far sums [F, E] and [F] before them (null: those before token 0).
 struct Span {
@@ -21,7 +26,7 @@ template <Pass pass> class Walk {
         first(call.first ? call.first[row] : 0), span{part.from, part.upto < chunks ? part.upto : chunks, part.s, part.z},
         features(call.features), w(spaced(call.window)), d(spaced(call.dim)),
         e(spaced(call.values)), wide(spaced(call.features)),
-        learns(pass == BACKWARD || (pass == TRANSFER && call.far && call.query.dweight)) {
+        lag(call.kind == LINEAR ? 1 : 2), has_local(call.far && call.kind != TERRACE), learns(pass == BACKWARD || (pass == TRANSFER && call.far && call.query.dweight)) {
     scratch.lay([&] { lay_out(scratch); });
   }
 
@@ -30,14 +35,15 @@ template <Pass pass> class Walk {
     start();
     if (span.from) read_keys(span.from - 1);
     for (Int c = span.from; c < span.upto; ++c) {
-      if (a.far && c >= 2) fold(c - 2);
+      if (a.far && c >= lag) fold(c - lag);
       read_keys(c);
+      if (has_local) find_local(c);
       for (Int h = 0; h < heads; ++h) queries(c, h);
     }
     if (a.error) a.error[b * a.key_maps + map] = squares;
     if (a.end_s && span.upto == chunks) finish();
     if (learns && a.far) {
-      for (Int c = chunks - 1; c >= 2; --c) later(c);
+      for (Int c = chunks - 1; c >= 0; --c) far_keys(c);
       give_map_gradients();
     }
   }
@@ -61,11 +67,14 @@ template <Pass pass> class Walk {
   const Int b, map, heads, kv, length, chunks, first;
   const Span span;
   const Int features, w, d, e, wide;  // w, d, e, wide: lengths of rows
-  const bool learns;
+  const Int lag;
+  const bool has_local, learns;
   Int lead = 0, sinks = 0, count = 0;  // of the current chunk: keys before it, sinks among them, tokens
+  Int locals = 0, local_row = 0;       // local keys, and the first one's row among the near keys
   double squares = 0;
   float *q, *qt, *k, *v, *p, *num, *sum, *sink, *kt, *fk, *fq, *natural, *s, *z;
   float *dnum, *dnumt, *dden, *pull, *dp, *capped, *df, *dx, *dpair, *vt, *g, *gz, *other;
+  float *local, *dlocal, *turned_local, *saved_dfk;
   float *saved_fk, *saved_fq, *saved_dnum, *saved_dden, *dquery, *dquery_bias, *dkey, *dkey_bias, *turned;
 
   void lay_out(Scratch &m) {
@@ -73,6 +82,7 @@ template <Pass pass> class Walk {
     q = m.take(window * d), qt = m.take(a.dim * w), k = m.take(keys * d), v = m.take(keys * e), p = m.take(keys * w);
     num = m.take(window * e), sum = m.take(w), sink = m.take(w), kt = m.take(a.dim * w);
     natural = m.take(a.mapped ? 0 : window * wide);
+    local = m.take(has_local ? window * w : 0);
     s = m.take(far * e), z = m.take(far), fk = m.take(far * w), fq = m.take(far * w);
     if (!learns && pass != TRANSFER) return;
     other = m.take(window * e);
@@ -82,6 +92,8 @@ template <Pass pass> class Walk {
     df = m.take(far * w), dx = m.take(window * d), vt = m.take(a.values * w), g = m.take(far * e), gz = m.take(far);
     dp = m.take(near ? keys * w : 0), capped = m.take(near && a.softcap ? keys * w : 0);
     dpair = m.take(near ? keys * (d > e ? d : e) : window * e);
+    dlocal = m.take(has_local ? window * w : 0), turned_local = m.take(has_local ? window * w : 0);
+    saved_dfk = m.take(has_local ? chunks * features * w : 0);
     if (!a.far) return;
     saved_fk = m.take(chunks * features * w), saved_fq = m.take(heads * chunks * features * w);
     saved_dnum = m.take(heads * chunks * window * e), saved_dden = m.take(heads * chunks * w);
@@ -92,13 +104,17 @@ template <Pass pass> class Walk {
   }
 
   Int tokens_of(Int c) const { return length - c * a.window < a.window ? length - c * a.window : a.window; }
-  bool far_at(Int c) const { return a.far && (c >= 2 || a.start_s); }
+  bool far_at(Int c) const { return a.far && (c >= lag - has_local || a.start_s); }
   Int head_of(Int h) const { return map * heads + h; }
 
   void start() {
     std::memset(qt, 0, a.dim * w * sizeof(float));
     std::memset(kt, 0, a.dim * w * sizeof(float));
     if (learns) std::memset(dnumt, 0, a.values * w * sizeof(float)), std::memset(vt, 0, a.values * w * sizeof(float));
+    if (has_local && learns) {
+      std::memset(turned_local, 0, a.window * w * sizeof(float));
+      std::memset(saved_dfk, 0, chunks * features * w * sizeof(float));
+    }
     if (!a.far) return;
     std::memset(s, 0, features * e * sizeof(float));
     std::memset(z, 0, features * sizeof(float));
@@ -147,30 +163,51 @@ template <Pass pass> class Walk {
       for (Int i = 0; i < (upto < a.window ? upto : a.window); ++i) f[r * w + i] = 0;
   }
 
+  float *features_at(Int c) const { return learns ? saved_fk + c * features * w : fk; }
+
   // Features [F, window] of the keys of chunk c, from the near keys where they lie.
   void key_features(Int c, const float *keys, float *f) {
+    const Int tokens = tokens_of(c);
     if (a.mapped) {
-      transpose(keys, d, kt, w, a.window, a.dim);
+      transpose(keys, d, kt, w, tokens, a.dim);
       key_map().features(kt, f, a.window, w);
     } else {
-      read(a.fk, false, b, map, c * a.window, a.window, features, natural, wide);
-      transpose(natural, wide, f, w, a.window, features);
+      read(a.fk, false, b, map, c * a.window, tokens, features, natural, wide);
+      transpose(natural, wide, f, w, tokens, features);
     }
     clear_sinks(c, f);
   }
 
-  // Adds chunk c to the far sums; it is the one before the previous one, whose near keys are still there.
+  // Adds chunk c to the far sums. Its keys and values are still there from the chunk before this one; its features too, if
+  // they were local.
   void fold(Int c) {
-    float *f = learns ? saved_fk + c * features * w : fk;
-    const Int before = lead - a.window;
-    key_features(c, k + before * d, f);
-    product<ALL>({f, w, 1}, v + before * e, e, s, e, features, a.values, a.window, true);
-    for (Int r = 0; r < features; ++r) z[r] += summed(f + r * w, nullptr, a.window);
+    const Int row = has_local ? local_row : lead - a.window;
+    if (!has_local) key_features(c, k + row * d, features_at(c));
+    add_to_sums(features_at(c), v + row * e, a.window);
+  }
+
+  void add_to_sums(const float *f, const float *values, Int tokens) {
+    product<ALL>({f, w, 1}, values, e, s, e, features, a.values, tokens, true);
+    for (Int r = 0; r < features; ++r) z[r] += summed(f + r * w, nullptr, tokens);
+  }
+
+  // The local keys of chunk c's queries, if there are any, and their features.
+  void find_local(Int c) {
+    locals = a.kind == LINEAR ? count : c ? a.window : 0;
+    local_row = a.kind == LINEAR ? lead : sinks;
+    if (locals) key_features(c - lag + 1, k + local_row * d, features_at(c - lag + 1));
+  }
+
+  // Weights of the local keys; adds them up in `sum` (if not null).
+  void weigh_local(Int c, const float *f, float *sums) {
+    product<QUERIES_FROM>({features_at(c - lag + 1), 1, w}, f, w, local, w, locals, a.window, features, false, 0);
+    keep_later_queries(local, locals, a.window, w, nullptr, sums);
   }
 
   void read_keys(Int c) {
     count = tokens_of(c);
-    Int old = first + (c - 1) * a.window;
+    Int old = first + (c - (a.kind == TERRACE)) * a.window;
+    if (a.kind == LINEAR) old = 0;
     sinks = old < 0 ? 0 : old < a.sinks ? old : a.sinks;
     read(a.sink_k, a.narrow, b, kv, 0, sinks, a.dim, k, d);
     read(a.sink_v, a.narrow, b, kv, 0, sinks, a.values, v, e);
@@ -186,20 +223,22 @@ template <Pass pass> class Walk {
     read(a.q, a.narrow, b, head, t, count, a.dim, q, d);
     for (Int i = count; i < a.window; ++i) std::memset(q + i * d, 0, d * sizeof(float));
     transpose(q, d, qt, w, a.window, a.dim);
-    Near near = {a.window, lead, count, w, (float)a.scale, (float)a.softcap, far ? a.ratio[head] : 1.0f,
+    Near near = {a.window, lead, count, w, sinks, a.window - first - t, a.kind == SLIDING, (float)a.scale, (float)a.softcap, far ? a.ratio[head] : 1.0f,
                  a.logit ? a.logit + head : nullptr};
-    product<QUERIES_FROM>({k, d, 1}, qt, w, p, w, lead + count, a.window, a.dim, false, lead);
-    if (a.softcap) cap_scores(near, p, pass == BACKWARD ? capped : nullptr);
-    near_weights(near, p, sum, sink);
+    if (a.kind != LINEAR) {
+      product<QUERIES_FROM>({k, d, 1}, qt, w, p, w, lead + count, a.window, a.dim, false, lead);
+      if (a.softcap) cap_scores(near, p, pass == BACKWARD ? capped : nullptr);
+      near_weights(near, p, sum, sink);
+    }
     float *f = learns && far ? saved_fq + (h * chunks + c) * features * w : fq;
     if (far) query_features(t, h, f);
-    if (pass != BACKWARD) outputs(head, t, far, f);
+    if (pass != BACKWARD) outputs(c, head, far, f);
     if (!learns || (pass == TRANSFER && !far)) return;
     float *dn = a.far ? saved_dnum + (h * chunks + c) * a.window * e : dnum;
     float *dd = a.far ? saved_dden + (h * chunks + c) * w : dden;
     output_gradients(head, t, dn, dd);
     std::memset(pull, 0, w * sizeof(float));
-    if (far) far_gradients(h, t, f, dd);
+    if (far) far_gradients(c, h, f, dn, dd);
     if (pass == BACKWARD) near_gradients(near, c, h, far, dn, dd);
   }
 
@@ -210,8 +249,18 @@ template <Pass pass> class Walk {
   }
 
   // y of the chunk in `num`, and what becomes of it.
-  void outputs(Int head, Int t, bool far, const float *f) {
-    product<KEYS_UPTO>({p, 1, w}, v, e, num, e, count, a.values, lead + count, false, lead);
+  void outputs(Int c, Int head, bool far, const float *f) {
+    const Int t = c * a.window;
+    if (a.kind != LINEAR) {
+      product<KEYS_UPTO>({p, 1, w}, v, e, num, e, count, a.values, lead + count, false, lead);
+    } else {
+      std::memset(num, 0, a.window * e * sizeof(float));
+      for (Int i = 0; i < w; ++i) sum[i] = LINEAR_EPS;
+    }
+    if (far && locals) {
+      weigh_local(c, f, sum);
+      product<KEYS_UPTO>({local, 1, w}, v + local_row * e, e, num, e, count, a.values, locals, true, 0);
+    }
     if (far) {
       product<ALL>({f, 1, w}, s, e, num, e, count, a.values, features, true);
       for (Int i = 0; i < whole(a.window); i += LANES) {
@@ -264,9 +313,11 @@ template <Pass pass> class Walk {
     transpose(dn, e, dnumt, w, a.window, a.values);
   }
 
-  void far_gradients(Int h, Int t, const float *f, const float *dd) {
-    const Int head = head_of(h);
+  void far_gradients(Int c, Int h, const float *f, const float *dn, const float *dd) {
+    const Int head = head_of(h), t = c * a.window;
     product<ALL>({s, e, 1}, dnumt, w, df, w, features, a.window, a.values, false);
+    // What the sums lack: z times the gradient of the denominator. Local keys bring their own, before it.
+    if (locals) local_gradients(c, f, dn, dd);
     if (a.mapped) {
       query_map(h).backward(f, df, {z, dd}, pull, q, count, w);
     } else {
@@ -274,15 +325,35 @@ template <Pass pass> class Walk {
     }
     // Lanes after the last token have gradients 0, but features may be anything.
     for (Int i = count; i < w; ++i) pull[i] = 0;
-    if (a.dratio) a.dratio[b * a.heads + head] -= summed(pull, nullptr, count);
+    if (a.dratio && a.kind != LINEAR) a.dratio[b * a.heads + head] -= summed(pull, nullptr, count);
     if (a.mapped) return;
     if (!a.dfq.data) return;
     transpose(df, w, natural, wide, features, count);
     add(a.dfq, b, head, t, count, features, natural, wide);
   }
 
+  // Adds those of the local keys' weights to df and to the gradients of their features and values.
+  void local_gradients(Int c, const float *f, const float *dn, const float *dd) {
+    const Int chunk = c - lag + 1;
+    const float *keys = features_at(chunk);
+    product<QUERIES_FROM>({v + local_row * e, e, 1}, dnumt, w, dlocal, w, locals, a.window, a.values, false, 0);
+    keep_later_queries(dlocal, locals, a.window, w, dd, nullptr);
+    product<ALL>({keys, w, 1}, dlocal, w, df, w, features, a.window, locals, true);
+    transpose(dlocal, w, turned_local, w, locals, a.window);
+    product<ALL>({f, w, 1}, turned_local, w, saved_dfk + chunk * features * w, w, features, a.window, count, true);
+    if (pass != BACKWARD || !a.dv.data) return;
+    weigh_local(c, f, nullptr);
+    product<QUERIES_SUM>({local, w, 1}, dn, e, dpair, e, locals, a.values, count, false, 0);
+    add(a.dv, b, map, chunk * a.window, locals, a.values, dpair, e);
+  }
+
   void near_gradients(const Near &near, Int c, Int h, bool far, const float *dn, const float *dd) {
     const Int head = head_of(h), keys = lead + count, stride = d > e ? d : e;
+    if (a.kind == LINEAR) {
+      if (!a.dq.data || !far || !a.mapped) return;
+      query_map(h).inputs(df, dx, count, w, false);
+      return add(a.dq, b, head, c * a.window, count, a.dim, dx, d);
+    }
     if (a.dv.data) {
       product<QUERIES_SUM>({p, w, 1}, dn, e, dpair, stride, keys, a.values, count, false, lead);
       spread(a.dsink_v, a.dv, c, a.values, stride);
@@ -310,39 +381,48 @@ template <Pass pass> class Walk {
     add(dtokens, b, map, from, lead - sinks + count, width, dpair + sinks * stride, stride);
   }
 
-  // Gradients of the far sums that chunk c's queries read, and with them those of the keys and values of chunk c - 2.
-  void later(Int c) {
-    const Int tokens = tokens_of(c), before = c - 2, t = before * a.window;
+  // Gradients of the keys and values of chunk c in the far sums, once the queries that read it there are added up.
+  void far_keys(Int c) {
+    const Int t = c * a.window, tokens = tokens_of(c), last = chunks - (has_local ? lag - 1 : lag);
+    if (c >= last) return;
+    if (c + lag < chunks) add_up_queries(c + lag);
+    const float *f = features_at(c);
+    if (a.mapped || a.dfk.data) {
+      read(a.v, a.narrow, b, kv, t, tokens, a.values, v, e);
+      transpose(v, e, vt, w, tokens, a.values);
+      product<ALL>({g, e, 1}, vt, w, df, w, features, a.window, a.values, false);
+      const float *more = has_local ? saved_dfk + c * features * w : nullptr;
+      for (Int i = 0; more && i < features * w; i += LANES) store(df + i, load(df + i) + load(more + i));
+    }
+    if (a.mapped) {
+      // Features of sinks are 0, so their gradients count for nothing.
+      read(a.k, a.narrow, b, kv, t, tokens, a.dim, k, d);
+      key_map().backward(f, df, {gz, nullptr}, nullptr, k, tokens, w);
+      if (a.dk.data) {
+        key_map().inputs(df, dx, tokens, w, false);
+        add(a.dk, b, map, t, tokens, a.dim, dx, d);
+      }
+    } else if (a.dfk.data) {
+      for (Int r = 0; r < features; ++r)
+        for (Int i = 0; i < whole(a.window); i += LANES) store(df + r * w + i, load(df + r * w + i) + gz[r]);
+      clear_sinks(c, df);
+      transpose(df, w, natural, wide, features, tokens);
+      add(a.dfk, b, map, t, tokens, features, natural, wide);
+    }
+    if (!a.dv.data) return;
+    product<ALL>({f, 1, w}, g, e, dpair, e, tokens, a.values, features, false);
+    add(a.dv, b, map, t, tokens, a.values, dpair, e);
+  }
+
+  // Adds the gradients of the far sums that chunk c's queries read.
+  void add_up_queries(Int c) {
+    const Int tokens = tokens_of(c);
     for (Int h = 0; h < heads; ++h) {
       const Int at = h * chunks + c;
       const float *f = saved_fq + at * features * w, *dd = saved_dden + at * w;
       product<ALL>({f, w, 1}, saved_dnum + at * a.window * e, e, g, e, features, a.values, tokens, true);
       for (Int r = 0; r < features; ++r) gz[r] += summed(f + r * w, dd, tokens);
     }
-    float *f = saved_fk + before * features * w;
-    if (a.mapped || a.dfk.data) {
-      read(a.v, a.narrow, b, kv, t, a.window, a.values, v, e);
-      transpose(v, e, vt, w, a.window, a.values);
-      product<ALL>({g, e, 1}, vt, w, df, w, features, a.window, a.values, false);
-    }
-    if (a.mapped) {
-      // Features of sinks are 0, so their gradients count for nothing.
-      read(a.k, a.narrow, b, kv, t, a.window, a.dim, k, d);
-      key_map().backward(f, df, {gz, nullptr}, nullptr, k, a.window, w);
-      if (a.dk.data) {
-        key_map().inputs(df, dx, a.window, w, false);
-        add(a.dk, b, map, t, a.window, a.dim, dx, d);
-      }
-    } else if (a.dfk.data) {
-      for (Int r = 0; r < features; ++r)
-        for (Int i = 0; i < whole(a.window); i += LANES) store(df + r * w + i, load(df + r * w + i) + gz[r]);
-      clear_sinks(before, df);
-      transpose(df, w, natural, wide, features, a.window);
-      add(a.dfk, b, map, t, a.window, features, natural, wide);
-    }
-    if (!a.dv.data) return;
-    product<ALL>({f, 1, w}, g, e, dpair, e, a.window, a.values, features, false);
-    add(a.dv, b, map, t, a.window, a.values, dpair, e);
   }
 
   void give_map_gradients() {
@@ -359,8 +439,9 @@ template <Pass pass> class Walk {
     if (m.dbias) std::memcpy(m.dbias + (b * of + head) * a.columns, dbias, a.columns * sizeof(float));
   }
 
-  // Far sums after the row: as the queries of its last chunk read them.
+  // Far sums after the row: as its last query reads them, with the local keys up to its place in the chunk.
   void finish() {
+    if (has_local && locals) add_to_sums(features_at(chunks - lag), v + local_row * e, count);
     for (Int f = 0; f < features; ++f) {
       Int at = (b * a.key_maps + map) * features + f;
       std::memcpy(a.end_s + at * a.values, s + f * e, a.values * sizeof(float));
