@@ -90,6 +90,9 @@ def gated_sums(
 ) -> tuple[Tensor, Tensor]:
     """:func:`recurrences.gated_sums` of real tokens. (Log gate 0 and k = 0 at other tokens leave S as it is.)"""
     length, state, outputs = q_BHLD.shape[2], start_BHDE, []
+    if length == 1:
+        state = state * log_forget_BHL.exp()[..., None] + k_BHLD.mT @ v_BHLE
+        return q_BHLD @ state, state
     for start in range(0, length, CHUNK):
         span = slice(start, start + CHUNK)
         q, k, v = q_BHLD[:, :, span], k_BHLD[:, :, span], v_BHLE[:, :, span]
