@@ -310,6 +310,9 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
         student.transfer(**_inputs(5), y_BHTE=given["q_BHTD"], scale=SCALE)
     with pytest.raises(UserError, match=f"student.name={name} does not use student.affine=True"):
         check_used(StudentConfig(name=name, affine=True))
+    with pytest.raises(UserError, match=r"no attention rows.*transfer\.xent_weight=0"):
+        check_used(StudentConfig(name=name), 0.5)
+    check_used(StudentConfig(name="terrace"), 0.5)
 
 
 def test_both_stages_train_one(tiny_overrides: list[str]) -> None:

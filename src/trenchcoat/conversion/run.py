@@ -108,7 +108,7 @@ def idle_warning(cfg: StageConfig) -> str | None:
 def check_names(recipe: Recipe) -> None:
     """Raise ``UserError`` when the recipe's student, objective or data format does not exist, or the student
     has no use for a setting that differs from its default."""
-    check_used(recipe.student)
+    check_used(recipe.student, 0.0 if recipe.transfer is None else recipe.transfer.xent_weight)
     check_format(recipe.data.format)
     if recipe.lora is not None:
         check_loss(recipe.lora.loss)

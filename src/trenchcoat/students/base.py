@@ -87,6 +87,8 @@ class StudentAttention(nn.Module):
     """Whether the far part has feature maps."""
     uses_input: ClassVar[bool] = False
     """Whether the calls below are given `x_BTM`, the layer's input."""
+    attention_rows: ClassVar[bool] = False
+    """Whether `learn` can compare attention rows (`transfer.xent_weight`)."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Fields of `StudentConfig` without a meaning here: a recipe that changes them is refused."""
 

@@ -44,8 +44,11 @@ def student_class(name: str) -> type[StudentAttention]:
     raise UserError(f"student.name is {name!r}; known students: {', '.join(sorted(STUDENTS))}{hint}")
 
 
-def check_used(cfg: StudentConfig) -> None:
-    """UserError for a student that does not exist, or that does not use a setting that differs from its default."""
+def check_used(cfg: StudentConfig, xent_weight: float = 0.0) -> None:
+    """UserError for a student that does not exist, that does not use a setting that differs from its default, or that
+    has no attention rows to compare (`transfer.xent_weight`)."""
+    if xent_weight and not student_class(cfg.name).attention_rows:
+        raise UserError(f"student.name={cfg.name} has no attention rows to compare; use transfer.xent_weight=0")
     default = StudentConfig()
     set_ = [name for name in student_class(cfg.name).unused if getattr(cfg, name) != getattr(default, name)]
     if set_:
