@@ -68,7 +68,7 @@ def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
     listed = itertools.chain(project["dependencies"], *extras.values())
     declared = {re.split("[>=;]", one)[0] for one in listed}
-    names = {"pyyaml": "yaml", "markdown-it-py": "markdown_it"}
+    names = {"pyyaml": "yaml", "markdown-it-py": "markdown_it", "fla-core": "fla"}
     known = {names.get(name, name.replace("-", "_")) for name in declared} | {"trenchcoat"} | sys.stdlib_module_names
     for path in (REPOSITORY / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

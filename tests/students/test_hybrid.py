@@ -18,6 +18,7 @@ import trenchcoat
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
+from trenchcoat.conversion.run import check_names
 from trenchcoat.models.attach import students_of
 from trenchcoat.ops import HeadWeights, Rule, Tokens, linear_window_attention, recurrences
 from trenchcoat.runtime.memory import live_tensor_memory
@@ -310,6 +311,9 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
         student.transfer(**_inputs(5), y_BHTE=given["q_BHTD"], scale=SCALE)
     with pytest.raises(UserError, match=f"student.name={name} does not use student.affine=true"):
         load_recipe("demo", [f"student.name={name}", "student.affine=true"])
+    with pytest.raises(UserError, match=r"no attention rows.*transfer\.xent_weight=0"):
+        check_names(load_recipe("demo", [f"student.name={name}", "transfer.xent_weight=0.5"]))
+    check_names(load_recipe("demo", ["transfer.xent_weight=0.5"]))
 
 
 def test_both_stages_train_one(tiny_overrides: list[str]) -> None:

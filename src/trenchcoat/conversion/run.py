@@ -106,8 +106,13 @@ def idle_warning(cfg: StageConfig) -> str | None:
 
 
 def check_names(recipe: Recipe) -> None:
-    """Raise ``UserError`` when the student, objective or data format of a recipe made in Python does not exist."""
-    student_class(recipe.student.name)
+    """Raise ``UserError`` when the student, objective or data format of a recipe made in Python does not exist, or the
+    student has no attention rows for ``transfer.xent_weight``."""
+    student = student_class(recipe.student.name)
+    if recipe.transfer is not None and recipe.transfer.xent_weight and not student.attention_rows:
+        raise UserError(
+            f"student.name={recipe.student.name} has no attention rows to compare; use transfer.xent_weight=0"
+        )
     check_section(recipe.data, "data")
     if recipe.lora is not None:
         check_loss(recipe.lora.loss)

@@ -1,7 +1,7 @@
 """The gated delta rule in chunks of tokens: the functions that Transformers has for it, in PyTorch, on any device.
 
 :func:`trenchcoat.ops.recurrences.gated_delta` is the definition. This file holds all that this package uses of the
-inside of Transformers; `tests/ops/test_delta_rule.py` states what is expected of it.
+inside of Transformers; `tests/ops/test_recurrences.py` states what is expected of it.
 
 Shape legend: B rows, H heads, T tokens, D key dim, E value dim.
 """

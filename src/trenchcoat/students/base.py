@@ -88,6 +88,8 @@ class StudentAttention(nn.Module):
     """Whether the far part has feature maps."""
     uses_input: ClassVar[bool] = False
     """Whether the calls below are given `x_BTM`, the layer's input."""
+    attention_rows: ClassVar[bool] = False
+    """Whether `learn` can compare attention rows (`transfer.xent_weight`)."""
 
     def __init__(
         self,

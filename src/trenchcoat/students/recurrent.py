@@ -14,6 +14,7 @@ Shape legend: as in :mod:`trenchcoat.students.hybrid`, and R rank of the output 
 
 from __future__ import annotations
 
+import functools
 import logging
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -33,7 +34,6 @@ EPS = 1e-8
 """Added to the mean square of a read."""
 
 _log = logging.getLogger("trenchcoat")
-_reported: set[str] = set()
 
 
 @dataclass
@@ -165,22 +165,7 @@ class RecurrentAttention(HybridAttention):
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """`fla` or `chunkwise` (PyTorch); `auto` is `fla` where its kernels can run, and the log says why not."""
-        if self.cfg.impl not in ("auto", "chunkwise", "fla"):
-            raise ValueError(
-                f"student.impl is {self.cfg.impl}, but {self.cfg.name!r} runs on the kernels of flash-linear-attention "
-                "(fla) or in PyTorch (chunkwise); use one of these, or auto"
-            )
-        if self.cfg.impl == "chunkwise":
-            return "chunkwise"
-        reason = fla_kernels.obstacle(dtype, device)
-        if self.cfg.impl == "fla" and reason is not None:
-            raise ValueError(f"student.impl is fla, but {reason}; use student.impl=chunkwise")
-        chosen = "fla" if reason is None else "chunkwise"
-        choice = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
-        if choice not in _reported:
-            _reported.add(choice)
-            _log.info("%s on %s", self.cfg.name, choice)
-        return chosen
+        return _implementation(self.cfg.name, self.cfg.impl, dtype, device)
 
     @property
     def graph_numbers(self) -> float:
@@ -192,3 +177,20 @@ class RecurrentAttention(HybridAttention):
         own = super().flops(seq_len)
         each = 2.0 * self.head_dim * self.value_dim * self.num_heads
         return Flops(maps=own.maps + 4.0 * self.num_heads * self.head_dim**2, near=own.near, write=each, read=each)
+
+
+@functools.cache
+def _implementation(name: str, impl: str, dtype: torch.dtype, device: torch.device) -> str:
+    if impl not in ("auto", "chunkwise", "fla"):
+        raise ValueError(
+            f"student.impl is {impl}, but {name!r} runs on the kernels of flash-linear-attention (fla) or in PyTorch "
+            "(chunkwise); use one of these, or auto"
+        )
+    if impl == "chunkwise":
+        return impl
+    reason = fla_kernels.obstacle(dtype, device)
+    if impl == "fla" and reason is not None:
+        raise ValueError(f"student.impl is fla, but {reason}; use student.impl=chunkwise")
+    chosen = "fla" if reason is None else "chunkwise"
+    _log.info("%s on %s", name, f"{device}: {chosen}" + ("" if reason is None else f" ({reason})"))
+    return chosen

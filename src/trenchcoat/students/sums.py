@@ -34,6 +34,7 @@ class SumAttention(StudentAttention):
     """A subclass sets `kind`, and `has_far = False` if it has no far part."""
 
     kind: ClassVar[Kind] = "terrace"
+    attention_rows = True
 
     def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
         super().__init__(cfg, **sizes)

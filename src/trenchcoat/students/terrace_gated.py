@@ -109,8 +109,8 @@ class TerraceGatedAttention(HybridAttention):
         v = v.to(fk.dtype).repeat_interleave(share, 1) if share > 1 else v.to(fk.dtype)
         keys = GatedKeys(far_keys(fk, rows, rule), v, log_forget[..., 0], log_input[..., 0])
         start = self._sums(state, keys)
-        first_B = rows.first_B.to(v.device)
-        folded_B = torch.zeros_like(first_B) if after is None else _folded(after.seen_B.to(v.device), first_B, rule)
+        seen_B = None if after is None else after.seen_B.to(v.device)
+        folded_B = None if seen_B is None else _folded(seen_B, rows.first_B.to(v.device), rule)
         y, sums = gated_far(fq, keys, rule.window, start, folded_B)
         if after is not None:
             with torch.no_grad():

@@ -56,11 +56,11 @@ def read_far(fq_BHLF: Tensor, sums: FarSums) -> Tensor:
 
 
 def gated_far(
-    fq_BHLF: Tensor, keys: GatedKeys, window: int, start: FarSums, folded_B: Tensor
+    fq_BHLF: Tensor, keys: GatedKeys, window: int, start: FarSums, folded_B: Tensor | None
 ) -> tuple[Tensor, FarSums]:
     """(y [B, H, L, E], the sums after the first `folded_B` chunks of each row) of :func:`recurrences.gated_far`.
 
-    The queries of chunk c read the sums after chunk c - 2, or `start` if there is no such chunk.
+    The queries of chunk c read the sums after chunk c - 2, or `start` if there is no such chunk; None folds no chunk.
     """
     length = fq_BHLF.shape[2]
     chunks = -(-length // window)
@@ -68,7 +68,8 @@ def gated_far(
     fq = pad(fq_BHLF, (0, 0, 0, extra))
     fk, v = pad(keys.fk_BKLF, (0, 0, 0, extra)), pad(keys.v_BKLE, (0, 0, 0, extra))
     forget, write = pad(keys.log_forget_BKL, (0, extra)), pad(keys.log_input_BKL, (0, extra))
-    reading, newest, after, outputs, folded = start, start, start, [], int(folded_B.max())
+    reading, newest, after, outputs = start, start, start, []
+    folded = 0 if folded_B is None else int(folded_B.max())
     for c in range(chunks):
         span = slice(c * window, (c + 1) * window)
         outputs.append(read_far(fq[:, :, span], reading))
@@ -76,7 +77,7 @@ def gated_far(
         if c + 2 < chunks or c < folded:
             part = GatedKeys(fk[:, :, span], v[:, :, span], forget[:, :, span], write[:, :, span])
             newest = after_chunk(newest, part)
-            after = _where(folded_B > c, newest, after)
+            after = after if folded_B is None else _where(folded_B > c, newest, after)
     return torch.cat(outputs, 2)[:, :, :length], after
 
 
@@ -90,6 +91,9 @@ def gated_sums(
 ) -> tuple[Tensor, Tensor]:
     """:func:`recurrences.gated_sums` of real tokens. (Log gate 0 and k = 0 at other tokens leave S as it is.)"""
     length, state, outputs = q_BHLD.shape[2], start_BHDE, []
+    if length == 1:
+        state = state * log_forget_BHL.exp()[..., None] + k_BHLD.mT @ v_BHLE
+        return q_BHLD @ state, state
     for start in range(0, length, CHUNK):
         span = slice(start, start + CHUNK)
         q, k, v = q_BHLD[:, :, span], k_BHLD[:, :, span], v_BHLE[:, :, span]
