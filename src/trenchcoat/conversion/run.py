@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig
+from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig, UserError
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.load import load_batches
