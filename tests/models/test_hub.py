@@ -141,7 +141,7 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"version": None}, "version None"),
         ({"base": None}, "lacks `base`"),
         ({"student": {"name": "terrace", "magic": 1}}, "another version.*magic"),
-        ({"student": {"name": "terrase"}}, "did you mean 'terrace'"),
+        ({"student": {"name": "terrase"}}, "did you mean terrace"),
         ({"student": {"name": "terrace", "window": 4}}, "does not belong to this model and its settings"),
         ({"lora": None}, "not of this model, e.g. .*lora_A"),
     ],
