@@ -29,5 +29,5 @@ def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
     assert short["state_bytes"] == long["state_bytes"]
     assert long["peak_bytes"] < 1.05 * short["peak_bytes"]
     assert "same memory" in text
-    assert "<= 1.3" in text
+    assert "<= 1 " in text
     assert {row["met"] for row in load_benchmark("decode").judged(result)} <= {True, False}

@@ -23,13 +23,13 @@ from trenchcoat.models.attach import students_of
 from trenchcoat.ops import HeadWeights, Rule, Tokens, linear_window_attention, recurrences
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import read_metrics
-from trenchcoat.students import STUDENTS, TransferRequest, build_student
+from trenchcoat.students import STUDENTS, TransferRequest, build_student, student_class
 from trenchcoat.students.hybrid import LEAST_MIX, HybridAttention
 from trenchcoat.students.lightning import LightningAttention
 from trenchcoat.students.terrace_gated import HALF_LIVES, TerraceGatedAttention
 
 HEADS, KV, DIM, WIDTH, WINDOW, SCALE = 4, 2, 6, 10, 4, 0.4
-HYBRID = [name for name, student in STUDENTS.items() if issubclass(student, HybridAttention)]
+HYBRID = [name for name in STUDENTS if issubclass(student_class(name), HybridAttention)]
 Given = dict[str, Tensor]
 
 

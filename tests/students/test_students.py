@@ -28,7 +28,7 @@ from trenchcoat.students import (
 HEADS, KV, DIM, SCALE = 4, 2, 6, 0.4
 WIDTH = 10
 SIZES = {"num_heads": HEADS, "num_kv_heads": KV, "head_dim": DIM, "hidden_size": WIDTH}
-LEARNING = [name for name, student in STUDENTS.items() if issubclass(student, SumAttention) and student.has_far]
+LEARNING = [n for n in STUDENTS if issubclass(student_class(n), SumAttention) and student_class(n).has_far]
 """Those whose far part is the sum of the operator; `test_hybrid.py` tests what the others compute."""
 
 

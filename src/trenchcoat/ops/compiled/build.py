@@ -23,15 +23,9 @@ from filelock import FileLock, Timeout
 _log = logging.getLogger("trenchcoat")
 SOURCE = Path(__file__).parent / "source"
 FLAGS = (
-    "-O2",
-    "-ftree-vectorize",
-    "-march=native",
-    "-std=c++17",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fopenmp",
+    "-O2", "-ftree-vectorize", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-fPIC",
-)
+)  # fmt: skip
 """No flag here changes the order of a sum, or assumes that numbers are finite."""
 COMPILERS = ("g++", "clang++", "c++")
 BUILD_SECONDS = 300.0
