@@ -148,13 +148,17 @@ class HybridAttention(StudentAttention):
         tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(**scores)
         heads, outputs = self._weights(q_BHTD, sink_logit), []
         x = self._direction(x_BTM, q_BHTD) if self.far_enabled else None
-        for t in range(q_BHTD.shape[2]):
-            one, far, open_BT = tokens[t : t + 1], None, _open(tokens[t : t + 1], rule, state.seen_B)
+        count = q_BHTD.shape[2]
+        for t in range(count):
+            one, far = tokens if count == 1 else tokens[t : t + 1], None
+            first = min(state.positions())  # known on the host: usually every row is open, without looking
+            surely = mask_BT is None and (first // rule.window - 1) * rule.window > rule.sinks
+            open_BT = None if surely else _open(one, rule, state.seen_B)
             if x is not None:
                 far = self.far_step(one, x[:, t : t + 1], rule, state)
             near = decode(one, None, heads, state, rule)
             outputs.append(near if far is None else self._mixed(one, near, far, open_BT))
-        return torch.cat(outputs, 2)
+        return outputs[0] if count == 1 else torch.cat(outputs, 2)
 
     @torch.no_grad()
     def initialise(
@@ -200,13 +204,13 @@ class HybridAttention(StudentAttention):
         gates = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2)
         return Flops(maps=own.maps + 2.0 * gates, near=own.near, write=own.write, read=own.read)
 
-    def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor) -> Tensor:
+    def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
         parts = [
             self.to_heads(normalize(x.to(far.dtype), dim=-1)) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE)
         ]
         logit_BHT = torch.einsum("bhtx,hx->bht", torch.cat(parts, -1), self.mix_HX) + self.mix_bias_H[:, None]
-        mix_BHT1 = (logit_BHT.sigmoid() * open_BT[:, None])[..., None]
-        return (near + mix_BHT1 * (far - near)).to(near.dtype)
+        mix_BHT = logit_BHT.sigmoid() if open_BT is None else logit_BHT.sigmoid() * open_BT[:, None]
+        return torch.lerp(near.to(far.dtype), far, mix_BHT[..., None]).to(near.dtype)
 
     def to_heads(self, x_BGTD: Tensor) -> Tensor:
         """Repeat key/value heads (or key maps) for the query heads that share them."""
