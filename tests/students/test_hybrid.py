@@ -319,8 +319,9 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
 def test_both_stages_train_one(tiny_overrides: list[str]) -> None:
     folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
     more = ["student.name=lightning", "student.sinks=2", "student.keep=[0.1]"]
+    tiny = [one for one in tiny_overrides if not one.startswith("student.feature_map")]
     for stage in ("transfer", "finetune"):
-        assert cli.main([stage, "demo", *tiny_overrides, *more]) == 0
+        assert cli.main([stage, "demo", *tiny, *more]) == 0
     assert json.loads((folder / "environment.json").read_text())["implementation"] == "chunkwise"
     losses = [line["loss"] for line in read_metrics(folder) if line["kind"] == "eval" and line["stage"] == "transfer"]
     assert losses[-1] < losses[0]
