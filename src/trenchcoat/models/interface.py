@@ -326,8 +326,8 @@ def _replay(student: StudentAttention, qkv: QKV, options: dict[str, Any]) -> Rep
 def _span(qkv: QKV, options: dict[str, Any], span: slice) -> tuple[QKV, dict[str, Any]]:
     """Some of the tokens of a call."""
     query, key, value = (x[:, :, span] for x in qkv)
-    mask = options["mask_BT"]
-    return (query, key, value), {**options, "mask_BT": None if mask is None else mask[:, span]}
+    by_token = {name: options[name] for name in ("mask_BT", "x_BTM") if options.get(name) is not None}
+    return (query, key, value), {**options, **{name: x[:, span] for name, x in by_token.items()}}
 
 
 def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
