@@ -34,6 +34,7 @@ from trenchcoat.serving.server import ServeSettings
 
 ENGINES = ("embedded", "vllm")
 KINDS = ("student", "teacher")
+_COLOURS = {"student": "#0072B2", "teacher": "#000000"}
 _TOKENS = range(10, 250)
 """Ids of prompts: characters and pieces of words in every tokenizer."""
 
@@ -116,7 +117,7 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         }
         with page(path, (3.4 * len(shown), 3.2), columns=len(shown)) as (_, axes):
             for place, (name, title) in zip(axes, shown.items(), strict=True):
-                for kind, colour in zip(KINDS, ("#0072B2", "#000000"), strict=True):
+                for kind, colour in _COLOURS.items():
                     found = {int(n): kinds[kind][name] for n, kinds in by_context.items() if kind in kinds}
                     points = [point for point in found.items() if point[1] is not None]
                     if points:
