@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullLocator
+
 from trenchcoat.bench.benchmark import Benchmark, Settings, grid
 from trenchcoat.bench.client import Endpoint, Timed, ask, endpoint, started
 from trenchcoat.config import FeatureMapConfig, ModelConfig, StudentConfig, UserError
@@ -123,6 +125,8 @@ class ServeBenchmark(Benchmark[ServeSizes]):
                     if points:
                         place.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
                 place.set(xscale="log", yscale="log", title=title, xlabel="tokens of the prompt")
+                place.set_xticks([int(n) for n in by_context], [f"{int(n):,}" for n in by_context])
+                place.xaxis.set_minor_locator(NullLocator())
             axes[0].legend(frameon=False)
         return True
 
