@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullLocator
+
 from trenchcoat.bench.benchmark import Benchmark, Settings, grid
 from trenchcoat.bench.client import Endpoint, Timed, ask, endpoint, started
 from trenchcoat.config import FeatureMapConfig, ModelConfig, StudentConfig, UserError
@@ -34,6 +36,7 @@ from trenchcoat.serving.server import ServeSettings
 
 ENGINES = ("embedded", "vllm")
 KINDS = ("student", "teacher")
+_COLOURS = {"student": "#0072B2", "teacher": "#000000"}
 _TOKENS = range(10, 250)
 """Ids of prompts: characters and pieces of words in every tokenizer."""
 
@@ -116,12 +119,14 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         }
         with page(path, (3.4 * len(shown), 3.2), columns=len(shown)) as (_, axes):
             for place, (name, title) in zip(axes, shown.items(), strict=True):
-                for kind, colour in zip(KINDS, ("#0072B2", "#000000"), strict=True):
+                for kind, colour in _COLOURS.items():
                     found = {int(n): kinds[kind][name] for n, kinds in by_context.items() if kind in kinds}
                     points = [point for point in found.items() if point[1] is not None]
                     if points:
                         place.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
                 place.set(xscale="log", yscale="log", title=title, xlabel="tokens of the prompt")
+                place.set_xticks([int(n) for n in by_context], [f"{int(n):,}" for n in by_context])
+                place.xaxis.set_minor_locator(NullLocator())
             axes[0].legend(frameon=False)
         return True
 
