@@ -279,6 +279,18 @@ def test_results_do_not_depend_on_threads_or_on_what_memory_held() -> None:
         torch.set_num_threads(before)
 
 
+def test_frozen_maps_pass_gradients_on() -> None:
+    """As when LoRA trains and the maps do not."""
+    case, found = Student(tokens=30, options={"sinks": 2}), []
+    for frozen in (False, True):
+        student = case.made("compiled").requires_grad_(not frozen)
+        *leaves, _, dy = case.inputs(torch.float32)
+        leaves = [t.requires_grad_() for t in leaves]
+        y, _ = student(*leaves, scale=SCALE)
+        found.append(torch.autograd.grad((y * dy).sum(), leaves))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("mask", [None, "right"])
 @pytest.mark.parametrize("sinks", [0, 5])
 def test_rows_are_cut_where_there_are_more_threads_than_heads(mask: str | None, sinks: int) -> None:

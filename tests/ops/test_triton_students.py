@@ -12,6 +12,7 @@ from torch import Tensor
 from kernel_kit import DEVICE
 from operator_kit import error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.ops.compiled.build import compiler
 from trenchcoat.ops.triton import check
 from trenchcoat.ops.triton.launch import INTERPRETED
 from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused, operator_of
@@ -137,11 +138,13 @@ def test_auto_uses_what_can_run_and_logs_why(
     assert reason is None or reason in caplog.text
 
 
-def test_auto_is_chunkwise_on_cpus_even_where_kernels_are_interpreted() -> None:
+def test_auto_is_not_triton_on_cpus_even_where_its_kernels_are_interpreted() -> None:
+    chosen = "chunkwise" if compiler() is None else "compiled"
     student = build_student(StudentConfig(), num_heads=2, num_kv_heads=1, head_dim=6)
-    assert student.implementation(torch.float32, torch.device("cpu")) == "chunkwise"
+    assert student.implementation(torch.float32, torch.device("cpu")) == chosen
+    assert student.implementation(torch.float64, torch.device("cpu")) == "chunkwise"
     settings: dict[str, Any] = {"head_dim": 6, "dtype": torch.float32, "device": torch.device("cpu")}
-    assert operator_of(StudentConfig(), **settings) == "chunkwise"
+    assert operator_of(StudentConfig(), **settings) == chosen
     assert operator_of(StudentConfig(impl="reference"), **settings) == "reference"
 
 

@@ -57,12 +57,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None) -> Tensor:
         """Outputs [B, H, L, E] in q's dtype."""
         call = _call(rule, form, fixed, *tensors)
-        q = call.q_BHTD
-        y = torch.empty(*q.shape[:3], call.v_BGTE.shape[3], dtype=torch.float32)
         keep = any(ctx.needs_input_grad)
-        den = torch.empty(q.shape[:3], dtype=torch.float32) if keep else None
-        call.more |= {"y": y, "den": den}
-        call.run("forward")
+        den = torch.empty(call.q_BHTD.shape[:3], dtype=torch.float32) if keep else None
+        y = _outputs(call, den)
         if keep:
             inputs = {name: t for name, t in fixed.items() if not name.startswith("end")}
             ctx.rule, ctx.form, ctx.names = rule, form, list(inputs)
@@ -81,6 +78,24 @@ class _Attention(torch.autograd.Function):
         grads = _gradients(call, tensors, ctx.needs_input_grad[3:])
         cast = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
         return None, None, None, *cast
+
+
+def _attention(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None) -> Tensor:
+    """y [B, H, L, E] in q's dtype, differentiable where gradients are enabled; tensors as for :func:`_call`."""
+    q = tensors[0]
+    assert q is not None
+    if torch.is_grad_enabled():
+        y: Tensor = _Attention.apply(rule, form, fixed, *tensors)
+        return y
+    return _outputs(_call(rule, form, fixed, *tensors)).to(q.dtype)
+
+
+def _outputs(call: Call, den: Tensor | None = None) -> Tensor:
+    """y [B, H, L, E] in float32; fills the denominators `den` [B, H, L] for a backward pass."""
+    y = torch.empty(*call.q_BHTD.shape[:3], call.v_BGTE.shape[3], dtype=torch.float32)
+    call.more |= {"y": y, "den": den}
+    call.run("forward")
+    return y
 
 
 def _call(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None) -> Call:
@@ -136,8 +151,7 @@ def aligned_attention(x: Inputs, rule: Rule) -> Tensor:
     fixed = {"first": x.first_B, "length": None, **_start(s0, z0)}
     tensors = (x.q_BHTD, x.k_BGTD, x.v_BGTE, x.fq_BHTF, x.fk_BKTF, None, None, None, None)
     last = (x.log_ratio_H, x.sink_logit_H, x.sink_k_BGSD, x.sink_v_BGSE)
-    y: Tensor = _Attention.apply(rule, (False, 0.0), fixed, *tensors, *last)
-    return y
+    return _attention(rule, (False, 0.0), fixed, *tensors, *last)
 
 
 def _start(s0: Tensor | None, z0: Tensor | None) -> Fixed:
@@ -175,7 +189,7 @@ def attend(
             fixed |= {**_start(s, z), "end_s": torch.empty_like(s), "end_z": torch.empty_like(z)}
         sinks = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
         tensors = (q, k, v, None, None, *parameters, log_ratio, heads.sink_logit_H, *sinks)
-        y = _Attention.apply(rule, form, fixed, *tensors)
+        y = _attention(rule, form, fixed, *tensors)
     return rows.restore(y), None if state is None else _state_after(k, v, rows, rule, state, fixed)
 
 

@@ -81,7 +81,7 @@ def _built(compiler_path: str, openmp: str | None, target: Path) -> ctypes.CDLL:
 
 def _cache() -> Path:
     named = os.environ.get("XDG_CACHE_HOME")
-    return (Path(named) if named else Path.home() / ".cache") / "trenchcoat"
+    return Path(named or os.path.expanduser("~/.cache")) / "trenchcoat"
 
 
 def _openmp_in_use() -> str | None:

@@ -147,7 +147,7 @@ template <Pass pass> class Walk {
 
   HeadMap map_of(const Map &m, Int head, float *dweight, float *dbias, const float *back) const {
     return {m.weight + head * a.dim * a.columns, m.bias ? m.bias + head * a.columns : nullptr,
-            learns ? dweight : nullptr, learns && m.bias ? dbias : nullptr, back, a.dim, a.columns, d, a.paired != 0,
+            learns && m.dweight ? dweight : nullptr, learns && m.dbias ? dbias : nullptr, back, a.dim, a.columns, d, a.paired != 0,
             (float)a.eps};
   }
   HeadMap query_map(Int h) const {
