@@ -134,6 +134,14 @@ def tiny_overrides(tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkey
     ]  # fmt: skip
 
 
+def with_student(name: str, overrides: list[str]) -> list[str]:
+    """The overrides for another student, without those that it does not use."""
+    from trenchcoat.config.registries import unused_settings
+
+    unused = tuple(f"student.{each}" for each in unused_settings(name))
+    return [*(one for one in overrides if not one.startswith(unused)), f"student.name={name}"]
+
+
 @contextmanager
 def small_file_system(folder: Path, size: str) -> Iterator[Path]:
     """A real file system of ``size`` (as mount takes it) at ``folder``, which is created; skips where not possible."""

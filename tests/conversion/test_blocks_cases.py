@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blocks_kit import LAYERS, block_overrides, learned, recipe, require_same
-from conftest import byte_tokenizer, save_tiny_model, small_file_system
+from conftest import byte_tokenizer, save_tiny_model, small_file_system, with_student
 from tiny_families import tiny_model
 from trenchcoat.config import UserError
 from trenchcoat.conversion import stages
@@ -53,9 +53,9 @@ def test_families_that_scale_embeddings_or_merge_experts(family: str, overrides:
 
 
 def test_a_student_that_reads_the_layers_input_and_starts_from_text(overrides: list[str], tmp_path: Path) -> None:
-    more = ["student.name=gdn", "student.sinks=2"]
-    stages.transfer(recipe(overrides, tmp_path / "joint", *more))
-    blockstages.run_blocks(recipe(overrides, tmp_path / "blocks", *more))
+    own = [*with_student("gdn", overrides), "student.sinks=2"]
+    stages.transfer(recipe(own, tmp_path / "joint"))
+    blockstages.run_blocks(recipe(own, tmp_path / "blocks"))
     require_same(learned(tmp_path / "blocks"), learned(tmp_path / "joint"))
 
 

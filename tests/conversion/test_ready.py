@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 from transformers import PhiConfig, PhiForCausalLM
 
-from conftest import byte_tokenizer, save_tiny_model
+from conftest import byte_tokenizer, save_tiny_model, with_student
 from tiny_families import BASE
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.recipe_io import load_recipe
@@ -26,7 +26,8 @@ Make = Callable[..., Recipe]
 @pytest.fixture
 def make(tiny_overrides: list[str]) -> Make:
     def recipe(*more: str) -> Recipe:
-        return load_recipe("demo", [*tiny_overrides, *more])
+        names = [one.removeprefix("student.name=") for one in more if one.startswith("student.name=")]
+        return load_recipe("demo", [*(with_student(names[0], tiny_overrides) if names else tiny_overrides), *more])
 
     return recipe
 

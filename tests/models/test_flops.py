@@ -28,7 +28,7 @@ from trenchcoat.training.logits import own_teacher
 
 TOKENS = 512
 WIDE = {"hidden_size": 96, "intermediate_size": 256, "head_dim": 16}
-STUDENT = StudentConfig(window=16, feature_map=FeatureMapConfig(feature_dim=12))
+STUDENT = StudentConfig(window=16, feature_map=FeatureMapConfig(feature_dim=12), impl="chunkwise")
 LORA = LoraConfig(rank=4, loss="ce", train_feature_maps=False)
 
 

@@ -26,7 +26,7 @@ from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.training import objectives
 from trenchcoat.training.logits import own_teacher
 
-STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32))
+STUDENT = StudentConfig(window=32, feature_map=FeatureMapConfig(feature_dim=32), impl="chunkwise")
 TOKENS = 256
 LORA = LoraConfig(rank=4, gradient_checkpointing=True, train_feature_maps=False)
 BY_TEXT = replace(LORA, loss="ce")

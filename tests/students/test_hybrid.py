@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 import trenchcoat
+from conftest import with_student
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
@@ -318,10 +319,9 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
 
 def test_both_stages_train_one(tiny_overrides: list[str]) -> None:
     folder = Path(tiny_overrides[-1].removeprefix("run.dir="))
-    more = ["student.name=lightning", "student.sinks=2", "student.keep=[0.1]"]
-    tiny = [one for one in tiny_overrides if not one.startswith("student.feature_map")]
+    own = [*with_student("lightning", tiny_overrides), "student.sinks=2", "student.keep=[0.1]"]
     for stage in ("transfer", "finetune"):
-        assert cli.main([stage, "demo", *tiny, *more]) == 0
+        assert cli.main([stage, "demo", *own]) == 0
     assert json.loads((folder / "environment.json").read_text())["implementation"] == "chunkwise"
     losses = [line["loss"] for line in read_metrics(folder) if line["kind"] == "eval" and line["stage"] == "transfer"]
     assert losses[-1] < losses[0]

@@ -322,6 +322,7 @@ class SilentLog(RunLog):
 
     def __init__(self, directory: Path | str) -> None:
         self.directory, self.display, self.label = Path(directory), "off", ""
+        self.console = Console(quiet=True)
 
     def log(self, kind: str, **content: Any) -> None:
         """No-op."""
