@@ -110,7 +110,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 def test_local_jobs_stopped_and_killed(overrides: list[str], tmp_path: Path) -> None:
     """Ctrl-C ends a launcher and its jobs, which save; then one job is killed and retried. Bit-identical result."""
-    run, overrides = tmp_path / "run", [*overrides, "transfer.epochs=10"]  # time enough to stop it
+    run, overrides = tmp_path / "run", [*overrides, "transfer.epochs=20"]  # time enough to stop it
     blockstages.run_blocks(recipe(overrides, tmp_path / "streamed", "blocks.hidden=memory"))
     command = [sys.executable, "-m", "trenchcoat", "blocks", "run", "lolcats_llama3_1_8b", "--parallel"]
     words = [*overrides, f"run.dir={run}", "blocks.jobs=1", "run.progress=plain"]

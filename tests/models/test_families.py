@@ -35,7 +35,12 @@ near part is that of the other students."""
 
 pairs = pytest.mark.parametrize(
     ("family", "student"),
-    [(f, s) for f in FAMILIES for s in (*STUDENTS, KEPT) if s == KEPT or not student_class(s).uses_input or f in OF_INPUT],
+    [
+        (f, s)
+        for f in FAMILIES
+        for s in (*STUDENTS, KEPT)
+        if s == KEPT or not student_class(s).uses_input or f in OF_INPUT
+    ],
 )
 
 

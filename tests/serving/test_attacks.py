@@ -45,7 +45,7 @@ def post(server: Running, body: Any, path: str = "/v1/completions", **headers: s
 
 @contextmanager
 def healthy(server: Running) -> Iterator[list[float]]:
-    """Asks for `/health` all the time; fails if it ever took more than a second."""
+    """Asks for `/health` all the time; fails if it ever took more than three seconds."""
     seconds: list[float] = []
     done = threading.Event()
 
@@ -62,7 +62,7 @@ def healthy(server: Running) -> Iterator[list[float]]:
         finally:
             done.set()
             probing.result()
-    assert max(seconds) < 1, f"/health took {max(seconds):.1f} s"
+    assert max(seconds) < 3, f"/health took {max(seconds):.1f} s"
 
 
 def raw(server: Running, *pieces: bytes, timeout: float = 20) -> socket.socket:
