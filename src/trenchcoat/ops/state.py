@@ -319,6 +319,11 @@ def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tens
         far_s_BKFE.copy_(round_to_bfloat16(s, seen_B))
 
 
+def rounded(sums_BX: Tensor, dtype: torch.dtype, seen_B: Tensor) -> Tensor:
+    """Sums in the dtype that a state holds them in; bfloat16 by :func:`round_to_bfloat16`."""
+    return round_to_bfloat16(sums_BX, seen_B) if dtype == torch.bfloat16 else sums_BX.to(dtype)
+
+
 def round_to_bfloat16(x_BX: Tensor, seen_B: Tensor) -> Tensor:
     """float32 -> bfloat16, up or down in proportion to the distance, by a threshold that varies with the position.
 

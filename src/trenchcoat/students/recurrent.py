@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import Rule, StateSizes, StudentState, Tokens, fla_kernels
-from trenchcoat.ops.state import round_to_bfloat16
+from trenchcoat.ops.state import rounded
 from trenchcoat.students.base import Flops
 from trenchcoat.students.hybrid import LEAST_MIX, MOST_MIX, HybridAttention
 
@@ -126,8 +126,7 @@ class RecurrentAttention(HybridAttention):
         return read_BHTE * gate_BHTE
 
     def _kept(self, memory: Tensor, state: RecurrentState) -> Tensor:
-        short = state.memory_BHDE.dtype == torch.bfloat16
-        return round_to_bfloat16(memory, state.seen_B) if short else memory.to(state.memory_BHDE.dtype)
+        return rounded(memory, state.memory_BHDE.dtype, state.seen_B)
 
     def empty_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str | None = None

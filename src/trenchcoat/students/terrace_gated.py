@@ -33,7 +33,7 @@ from trenchcoat.ops import Rule, StateSizes, StudentState, Tokens
 from trenchcoat.ops.chunked.decayed import FarSums, GatedKeys, after_chunk, gated_far, read_far
 from trenchcoat.ops.chunked.rows import Rows, far_keys, newest
 from trenchcoat.ops.decode import chunks_due
-from trenchcoat.ops.state import round_to_bfloat16
+from trenchcoat.ops.state import rounded
 from trenchcoat.students.hybrid import LEAST_MIX, MOST_MIX, HybridAttention, InputGate
 
 CAP = 15.0
@@ -145,10 +145,8 @@ class TerraceGatedAttention(HybridAttention):
         gates = [x[rows, :, span, 0].to(fk.dtype) for x in (state.log_forget_BKN1, state.log_input_BKN1)]
         before = FarSums(state.far_s_BKFE[rows].to(fk.dtype), state.far_z_BKF[rows].to(fk.dtype))
         sums = after_chunk(before, GatedKeys(fk, v, *gates))
-        s = sums.s
-        if state.far_s_BKFE.dtype == torch.bfloat16:
-            s = round_to_bfloat16(s, state.seen_B[rows])
-        state.far_s_BKFE[rows], state.far_z_BKF[rows] = s.to(state.far_s_BKFE.dtype), sums.z.to(state.far_z_BKF.dtype)
+        state.far_s_BKFE[rows] = rounded(sums.s, state.far_s_BKFE.dtype, state.seen_B[rows])
+        state.far_z_BKF[rows] = sums.z.to(state.far_z_BKF.dtype)
 
     def _sums(self, state: GatedState | None, keys: GatedKeys) -> FarSums:
         """The sums of a state, or empty ones."""
@@ -200,7 +198,5 @@ def _folded(seen_B: Tensor, first_B: Tensor, rule: Rule) -> Tensor:
 
 
 def _store(after: GatedState, sums: FarSums) -> None:
-    s = sums.s.detach()
-    if after.far_s_BKFE.dtype == torch.bfloat16:
-        s = round_to_bfloat16(s, after.seen_B)
-    after.far_s_BKFE, after.far_z_BKF = s.to(after.far_s_BKFE.dtype), sums.z.detach().to(after.far_z_BKF.dtype)
+    after.far_s_BKFE = rounded(sums.s.detach(), after.far_s_BKFE.dtype, after.seen_B)
+    after.far_z_BKF = sums.z.detach().to(after.far_z_BKF.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trenchcoat.ops.chunked.layout import TILE_TOKENS, Inputs, TilePart, TileWork, parts
 from trenchcoat.ops.chunked.maps import Learner, Learners, by_group, clear_sinks, fill, picked
+from trenchcoat.ops.chunked.rows import first_tokens
 from trenchcoat.ops.chunked.tiles import Scratch, Tile, bmm_shared, run_tiles
 from trenchcoat.ops.state import HeadWeights, Rule, Tokens
 
@@ -46,7 +47,7 @@ def transfer_error(
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     wide = torch.promote_types(q.dtype, torch.float32)
     first_B = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    sinks = _sinks(k, rule), _sinks(v, rule)
+    sinks = first_tokens(k, rule), first_tokens(v, rule)
     x = Inputs(q, k, v, None, None, rule.log_ratio(heads.mix_H), heads.sink_logit_H, *sinks, first_B, None)
 
     def work(part: TilePart, scratch: Scratch) -> Tensor:
@@ -110,13 +111,6 @@ class _Far(Generic[W]):
     fk: Tensor
     sums: tuple[Tensor, Tensor]
     den: Tensor
-
-
-def _sinks(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
-    """The first S tokens (zeros where a row is shorter; no query sees those)."""
-    if not rule.sinks:
-        return None
-    return torch.nn.functional.pad(x_BGTD[:, :, : rule.sinks], (0, 0, 0, max(0, rule.sinks - x_BGTD.shape[2])))
 
 
 def _forward(work: TileWork, maps: Learners[W] | None, y_hat: Tensor) -> _Far[W] | None:

@@ -101,6 +101,13 @@ def sink_pairs(
     return torch.where(known, state.sink_k_BGSD.to(k.dtype), k), torch.where(known, state.sink_v_BGSE.to(v.dtype), v)
 
 
+def first_tokens(x_BGTD: Tensor, rule: Rule) -> Tensor | None:
+    """The first S tokens of rows without a state (zeros where a row is shorter; no query sees those), or None."""
+    if not rule.sinks:
+        return None
+    return torch.nn.functional.pad(x_BGTD[:, :, : rule.sinks], (0, 0, 0, max(0, rule.sinks - x_BGTD.shape[2])))
+
+
 @torch.no_grad()
 def state_after(
     k_BGLD: Tensor,

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.layout import Inputs
-from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
+from trenchcoat.ops.chunked.rows import Rows, first_tokens, sink_pairs, state_after
 from trenchcoat.ops.compiled.call import Call, alike, inner
 from trenchcoat.ops.short import is_softmax, softmax_attention
-from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
+from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, rounded
 
 Fixed = dict[str, Tensor | None]
 """Tensors without gradients: first, length, start_s, start_z, end_s, end_z, target."""
@@ -207,7 +207,7 @@ def _state_after(k: Tensor, v: Tensor, rows: Rows, rule: Rule, state: StudentSta
     s, z = fixed.get("end_s"), fixed.get("end_z")
     if s is not None and z is not None:
         after.far_z_BKF = z
-        after.far_s_BKFE = round_to_bfloat16(s, after.seen_B) if state.far_s_BKFE.dtype == torch.bfloat16 else s
+        after.far_s_BKFE = rounded(s, state.far_s_BKFE.dtype, after.seen_B)
     return after
 
 
@@ -232,7 +232,7 @@ def transfer_error(
     require(rule, q.dtype, q.device)
     form, parameters = _opened(maps if rule.far else None)
     learn = learn and parameters[0] is not None
-    sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
+    sinks = [None if x is None else x.contiguous() for x in (first_tokens(k, rule), first_tokens(v, rule))]
     fixed: Fixed = {"length": length_B, "target": y_BHTE}
     log_ratio, logit = rule.log_ratio(heads.mix_H), heads.sink_logit_H
     call = _call(rule, form, fixed, q, k, v, None, None, *parameters, log_ratio, logit, *sinks)
@@ -246,8 +246,3 @@ def transfer_error(
     if dratio is None:
         return error.sum().float(), [None] * 5
     return error.sum().float(), [None if t is None else t.sum(0) for t in (*call.map_grads, dratio)]
-
-
-def _first_tokens(x_BGTD: Tensor, sinks: int) -> Tensor:
-    """The first S tokens, zeros where a row is shorter."""
-    return torch.nn.functional.pad(x_BGTD[:, :, :sinks], (0, 0, 0, max(0, sinks - x_BGTD.shape[2]))).contiguous()

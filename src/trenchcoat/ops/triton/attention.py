@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trenchcoat.ops.chunked.rows import Rows, sink_pairs, state_after
-from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, round_to_bfloat16
+from trenchcoat.ops.chunked.rows import Rows, first_tokens, sink_pairs, state_after
+from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, rounded
 from trenchcoat.ops.triton.launch import Call, Spans, accepted, inner, launch_kernel
 from trenchcoat.ops.triton.near import near_key_gradients, near_query_gradients
 from trenchcoat.ops.triton.passes import FarGradients, Transfer, final_sums, run_outputs
@@ -202,7 +202,7 @@ def _state_after(call: Call, rows: Rows, state: StudentState) -> StudentState:
         old = seen if call.rule.kind == "linear" else torch.minimum(call.rule.near_start(seen - 1), seen)
         far = (old - rows.first_B.to(old.device)).clamp_min(0).to(torch.int32)
         s, after.far_z_BKF = final_sums(call, far)
-        after.far_s_BKFE = round_to_bfloat16(s, seen) if state.far_s_BKFE.dtype == torch.bfloat16 else s
+        after.far_s_BKFE = rounded(s, state.far_s_BKFE.dtype, seen)
     return after
 
 
@@ -225,7 +225,7 @@ def transfer_error(
     """
     q, k, v, y = (inner(x) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, y_BHTE))
     spans = Spans.of_lengths(length_B, q.device)
-    sinks = [None, None] if not rule.sinks else [_first_tokens(x, rule.sinks) for x in (k, v)]
+    sinks = [None if x is None else x.contiguous() for x in (first_tokens(k, rule), first_tokens(v, rule))]
     form, parameters = _opened(maps if rule.far else None)
     log_ratio_H, logit_H = rule.log_ratio(heads.mix_H), heads.sink_logit_H
     call = accepted(_call(rule, spans, form, q, k, v, *parameters, log_ratio_H, logit_H, *sinks, None, None))
@@ -240,11 +240,6 @@ def transfer_error(
 def _added(tensors: tuple[Tensor | None, ...]) -> Tensor | None:
     there = [t for t in tensors if t is not None]
     return None if not there else there[0] if len(there) == 1 else torch.stack(there).sum(0)
-
-
-def _first_tokens(x_BGTD: Tensor, sinks: int) -> Tensor:
-    """The first S tokens, zeros where a row is shorter."""
-    return torch.nn.functional.pad(x_BGTD[:, :, :sinks], (0, 0, 0, max(0, sinks - x_BGTD.shape[2]))).contiguous()
 
 
 def _transfer(call: Call, y: Tensor, weight: float, learn: bool) -> tuple[Tensor, list[Tensor | None]]:
