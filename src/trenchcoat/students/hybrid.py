@@ -216,10 +216,12 @@ class HybridAttention(StudentAttention):
         return linear_window_attention(tokens, None, self._weights(like, sink_logit), rule, state=state, impl=impl)
 
     def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
-        parts = [
-            self.to_heads(normalize(x.to(far.dtype), dim=-1)) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE)
-        ]
-        logit_BHT = torch.einsum("bhtx,hx->bht", torch.cat(parts, -1), self.mix_HX) + self.mix_bias_H[:, None]
+        logit_BHT = self.mix_bias_H[:, None]
+        parts = (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE)
+        for x, weight_HD in zip(parts, self.mix_HX.split([x.shape[-1] for x in parts], 1), strict=True):
+            of_heads = weight_HD.unflatten(0, (x.shape[1], -1))  # [G, query heads of a group, D]
+            found = normalize(x.to(far.dtype), dim=-1) @ of_heads.mT
+            logit_BHT = logit_BHT + found.transpose(2, 3).flatten(1, 2)
         mix_BHT = logit_BHT.sigmoid() if open_BT is None else logit_BHT.sigmoid() * open_BT[:, None]
         return torch.lerp(near.to(far.dtype), far, mix_BHT[..., None]).to(near.dtype)
 
