@@ -97,3 +97,13 @@ def test_mistakes_are_named_before_anything_is_trained(tiny_model_dir: Path, tmp
         api.linearize(model, tokenizer, ["text"], out=tmp_path / "run", transfer={"steps": 3})
     with pytest.raises(UserError, match="no such folder or file"):
         api.linearize("nowhere")
+    with pytest.raises(UserError, match="model must be a Transformers model, a path or a hub id, got int"):
+        api.linearize(3, tokenizer, ["text"])
+    with pytest.raises(UserError, match="data is a int; expected a path"):
+        api.linearize(model, tokenizer, 3, out=tmp_path / "run")
+    with pytest.raises(UserError, match="row 2 of data is a int; expected a text"):
+        api.linearize(model, tokenizer, ["text", 3], out=tmp_path / "run")
+    for rows in (["text"], [{"a": 1}]):
+        with pytest.raises(UserError):
+            api.transfer(model, tokenizer, rows, out=tmp_path / "run", **SETTINGS)
+    assert not (tmp_path / "run").exists()
