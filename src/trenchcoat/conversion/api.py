@@ -24,9 +24,10 @@ from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import own_stages
 from trenchcoat.evaluation.selection import Selection
 from trenchcoat.models import hub
-from trenchcoat.models.attach import students_of
+from trenchcoat.models.attach import detach_students, students_of
 from trenchcoat.models.basefolder import base_folder, read_config
 from trenchcoat.models.identity import file_fingerprint, fingerprint
+from trenchcoat.models.lora import remove_lora
 from trenchcoat.models.saving import remember_tokenizer
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.planning.choose import recipe_for, run_folder
@@ -157,8 +158,11 @@ def _prepared(
     recipe: str | Path | None,
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[Recipe, GivenModel | None]]:
-    """The recipe of a call, and the model if it is in memory. If the block fails before anything was learned, a folder
-    that was made for the run is removed."""
+    """The recipe of a call, and the model if it is in memory.
+
+    If the block fails, a model in memory is again what it was, so that the call can be repeated; where nothing was
+    learned before, a folder that was made for the run is removed.
+    """
     overrides = _overrides(settings)
     if keep is not None:
         overrides.append(f"student.keep={_written(keep)}")
@@ -172,6 +176,7 @@ def _prepared(
                 raise UserError(f"model={path!r}: no such folder or file, and not a hub id")
         else:
             given = _usable(model, tokenizer)
+            stack.push(lambda kind, *_: _restore(model) if kind is not None else None)
             path = _path_of(model, tokenizer, out)
             overrides += [f"model.device={model.device}", f"model.dtype={str(model.dtype).removeprefix('torch.')}"]
         folder = str(out) if out is not None else run_folder(path)
@@ -191,6 +196,11 @@ def _removed_on_failure(stack: ExitStack, folder: Path) -> None:
     place = folder.expanduser().absolute()
     created = first_missing(place)
     stack.push(lambda kind, *_: remove_start(place, created, (_TEXT, _BASE)) if kind is not None else None)
+
+
+def _restore(model: Any) -> None:
+    remove_lora(model)
+    detach_students(model)
 
 
 def _overrides(settings: Mapping[str, Any], path: str = "") -> list[str]:
