@@ -1,21 +1,24 @@
 """Launch every Triton kernel once on small shapes, for memory and race checkers.
 
     compute-sanitizer --tool racecheck python scripts/launch_kernels.py [--device cuda]
+    python scripts/launch_kernels.py --selfcheck
 
 Runs forward, backward, transfer, cross-entropy and decoding of every kind, in one group of chunks and in two, and
-checks that results are finite.
+checks that results are finite. `--selfcheck` prints instead how far the results of the package's own check are from the
+reference, kind by kind, and fails where one is beyond its tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Sequence
 
 import torch
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.ops.triton import launch
+from trenchcoat.ops.triton import check, launch
 from trenchcoat.students import StudentAttention, TransferRequest, build_student
 
 HEADS, KV_HEADS = 2, 1
@@ -78,11 +81,34 @@ def run_all(size: dict[str, int], kinds: Sequence[str], dtypes: Sequence[torch.d
         print(f"{kind:<8} {groups} group(s) {dtype}: done", flush=True)
 
 
+def selfcheck(device: str) -> None:
+    """The check of `ops.triton.check`, with its figures."""
+    beyond = []
+    for kind in check.KINDS:
+        began = time.perf_counter()
+        shares = {
+            name: deviation / allowed if allowed else (torch.inf if deviation else 0.0)
+            for name, deviation, allowed in zip(
+                check.NAMES, check.deviations(kind, torch.device(device)), check.ALLOWED[kind], strict=True
+            )
+        }
+        worst = max(shares, key=lambda name: shares[name])
+        taken = time.perf_counter() - began
+        print(f"{kind:<8} {shares[worst]:.2f} of the tolerance ({worst}), {taken:.0f} s", flush=True)
+        beyond += [f"{name} of {kind}: {share:.2f}" for name, share in shares.items() if not share <= 1.0]
+    if beyond:
+        raise SystemExit("beyond the tolerance: " + "; ".join(beyond))
+
+
 def main() -> None:
     """Run all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--selfcheck", action="store_true")
+    args = parser.parse_args()
+    device = args.device
+    if args.selfcheck:
+        return selfcheck(device)
     dtypes = [torch.bfloat16] if launch.INTERPRETED else [torch.bfloat16, torch.float16]
     for size in [SMALL] if launch.INTERPRETED else LARGER:
         run_all(size, ["terrace", "sliding", "linear"], dtypes, device)

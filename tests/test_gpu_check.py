@@ -16,65 +16,147 @@ import torch
 
 from kernel_kit import DEVICE
 from trenchcoat.cli import app as cli
+from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.ops.triton import check, launch
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "scripts" / "gpu_check.sh"
-TOOLS = ["memcheck", "racecheck", "initcheck"]
-PARTS = ["operator", "model", "decode"]
+PARTS = ["operator", "layer", "decode"]
+ALL = "selfcheck tests memcheck operator layer decode reference racecheck initcheck model"
 
 
 def _check(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    ours = ("STEPS", "OUT", "PYTHON", "SANITIZER", "DRY_RUN")
+    ours = (
+        "STEPS",
+        "OUT",
+        "PYTHON",
+        "SANITIZER",
+        "DRY_RUN",
+        "DEVICE",
+        "LIMIT",
+        "MODEL",
+        "DATA",
+        "VALIDATION",
+        "WHEELS",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(
-        command, cwd="/", env={**kept, **settings}, capture_output=True, text=True, timeout=60, check=False
+        command, cwd="/", env={**kept, **settings}, capture_output=True, text=True, timeout=300, check=False
     )
 
 
-def test_the_commands_are_accepted() -> None:
-    done = _check("--quick", "--layers", "2", DRY_RUN="1", OUT="somewhere")
+def _commands(*arguments: str, **settings: str) -> list[list[str]]:
+    done = _check(*arguments, DRY_RUN="1", OUT="somewhere", **settings)
     assert done.returncode == 0, done.stderr
-    tests, *rest = (shlex.split(line) for line in done.stdout.splitlines())
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_the_commands_are_accepted() -> None:
+    selfcheck, tests, memcheck, *measured = _commands("--quick", "--layers", "2")
+    assert selfcheck == ["python3", "scripts/launch_kernels.py", "--device", "cuda", "--selfcheck"]
     assert tests[:3] == ["python3", "-m", "pytest"]
     assert {"tests/ops/test_triton_gpu.py", "tests/ops/test_triton_model.py", "tests/ops/test_triton.py"} <= set(tests)
-    checks, measured = rest[:3], rest[3:]
-    for words, tool in zip(checks, TOOLS, strict=True):
-        assert words[2:5] == ["compute-sanitizer", "--tool", tool]
-        assert (REPOSITORY / words[-1]).is_file()
+    assert memcheck[2:5] == ["compute-sanitizer", "--tool", "memcheck"]
     for words, part in zip(measured, PARTS, strict=True):
         args = cli._parse(words[words.index("trenchcoat") + 1 :])
         assert (args.what, args.only, args.device, args.quick, args.layers) == ("kernels", part, "cuda", True, 2)
         assert args.out == f"somewhere/kernels_{part}.json"
 
 
+def test_the_reference_is_a_recipe_that_is_accepted(tiny_model_dir: Path, text_file: Path) -> None:
+    given = {"MODEL": str(tiny_model_dir), "DATA": str(text_file), "STEPS": "reference"}
+    for device in ("cuda", "cpu"):
+        [words] = _commands(**given, DEVICE=device)
+        recipe = load_recipe(words[4], words[5:])
+        assert (recipe.model.path, recipe.data.path, recipe.model.device) == (
+            *map(str, (tiny_model_dir, text_file)),
+            device,
+        )
+    [words] = _commands(**given, VALIDATION=str(text_file))
+    recipe, ours = load_recipe(words[4], words[5:]), load_recipe("smollm2_135m")
+    assert recipe.data.validation_path == str(text_file)
+    for stage in ("transfer", "lora"):
+        ten, one = getattr(recipe, stage), getattr(ours, stage)
+        assert (ten.max_steps, ten.batch_size) == (one.max_steps, 10 * one.batch_size)
+
+
+def test_a_rehearsal_needs_no_sanitizer() -> None:
+    commands = _commands(DEVICE="cpu", STEPS="memcheck operator")
+    assert commands[0] == ["python3", "scripts/launch_kernels.py", "--device", "cpu"]
+    assert commands[1][4:7] == ["kernels", "--device", "cpu"]
+
+
+def test_kernels_need_neither_omegaconf_nor_datasets() -> None:
+    """What is imported for the kernels, their tests and their benchmark, on a machine that lacks both."""
+    code = """
+import sys
+for name in ("omegaconf", "datasets", "matplotlib", "pyarrow"):
+    sys.modules[name] = None
+sys.path[:0] = ["scripts", "tests"]
+import launch_kernels, conftest, kernel_kit, operator_kit, low_precision
+from trenchcoat.cli.app import main
+sys.exit(main(["bench", "kernels", "--only", "everything"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "its parts are operator, layer, model, decode" in done.stderr
+
+
 @pytest.fixture
 def fakes(tmp_path: Path) -> dict[str, str]:
-    """A fake Python that finds a GPU and whose decoding benchmark fails; a fake sanitizer that finds races."""
+    """A fake Python that finds a GPU, whose tests hang and whose decoding benchmark fails; a fake sanitizer."""
     python, sanitizer = tmp_path / "python", tmp_path / "sanitizer"
-    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *--only\\ decode*) exit 3;; esac\n')
-    sanitizer.write_text('#!/bin/sh\ntest "$2" != racecheck\n')
+    record = {"parts": {"operator": {"forward 8": {"seconds": 0.001, "share": 0.5, "others": {"sdpa": 0.002}}}}}
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *gpu_summary.py*) exec {shlex.quote(sys.executable)} "$@" ;;
+esac
+echo "ran $*"
+case "$*" in
+  *selfcheck) echo "terrace  0.50 of the tolerance (the output), 1 s" ;;
+  *pytest*) echo "tests/a.py::one PASSED"; sleep 60 ;;
+  *--only\\ operator*) echo {shlex.quote(json.dumps(record))} > {tmp_path}/out/kernels_operator.json ;;
+  *--only\\ decode*) exit 3 ;;
+esac
+"""
+    )
+    sanitizer.write_text('#!/bin/sh\necho "========= ERROR SUMMARY: 0 errors"\n')
     for script in (python, sanitizer):
         script.chmod(0o755)
     return {"PYTHON": str(python), "SANITIZER": str(sanitizer), "OUT": str(tmp_path / "out")}
 
 
-def test_results_are_reported_and_one_failure_does_not_stop_the_rest(fakes: dict[str, str]) -> None:
-    done = _check(**fakes)
+def test_one_table_says_how_each_step_ended(fakes: dict[str, str]) -> None:
+    done = _check(**fakes, STEPS=ALL.replace("tests ", ""))
     assert done.returncode == 1
     out = Path(fakes["OUT"])
-    lines = (out / "summary.txt").read_text().splitlines()
-    assert lines == done.stdout.splitlines()[-7:]
-    steps = ["tests", *TOOLS, *PARTS]
-    failed = {"racecheck", "decode"}
-    wanted = [f"{step}: FAILED, see {out}/{step}.log" if step in failed else f"{step}: passed" for step in steps]
-    assert lines == wanted
+    text = (out / "summary.txt").read_text()
+    assert done.stdout.endswith(text)
+    lines = text.splitlines()
+    results = {line.split()[0]: " ".join(line.split()[2:]) for line in lines[1:] if not line.startswith(" ")}
+    assert list(results) == ALL.replace("tests ", "").split()
+    passed = {"selfcheck", "memcheck", "operator", "layer", "racecheck", "initcheck", "model"}
+    assert {step for step, result in results.items() if result == "passed"} == passed
+    assert results["decode"] == f"FAILED ({out}/decode.log)"
+    assert results["reference"].startswith("not run: MODEL and DATA were not given")
+    figures = {line.strip() for line in lines if line.startswith(" ")}
+    assert {"terrace  0.50 of the tolerance (the output), 1 s", "ERROR SUMMARY: 0 errors"} <= figures
+    assert "forward 8: 1 ms, 50% of the roofline, sdpa 2 ms (2.00x)" in figures
     assert "bench kernels --device cuda --only operator" in (out / "operator.log").read_text()
-    assert _check(**fakes, STEPS="tests model").returncode == 0
+
+
+def test_a_step_ends_at_its_limit_and_keeps_its_figures(fakes: dict[str, str]) -> None:
+    done = _check(**fakes, LIMIT="3", STEPS="tests operator")
+    assert done.returncode == 1
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert any(line.startswith("tests 2 stopped at its limit") for line in lines)
+    assert "1 passed" in lines
+    assert any("not run: no time left" in line for line in lines)
     absent = _check(**{**fakes, "SANITIZER": "no-such-sanitizer"}, STEPS="memcheck")
     assert absent.returncode == 1
-    assert "no-such-sanitizer" in (out / "memcheck.log").read_text()
+    assert "no-such-sanitizer" in (Path(fakes["OUT"]) / "memcheck.log").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trenchcoat.config import UserError
-from trenchcoat.conversion import api
+from trenchcoat.conversion import api, stages
+from trenchcoat.models.attach import students_of
 from trenchcoat.models.hub import load
+from trenchcoat.models.lora import has_lora
 
 SETTINGS: dict[str, Any] = {
     "student": {"window": 8, "feature_map": {"feature_dim": 8}},
@@ -97,3 +99,36 @@ def test_mistakes_are_named_before_anything_is_trained(tiny_model_dir: Path, tmp
         api.linearize(model, tokenizer, ["text"], out=tmp_path / "run", transfer={"steps": 3})
     with pytest.raises(UserError, match="no such folder or file"):
         api.linearize("nowhere")
+    with pytest.raises(UserError, match="model must be a Transformers model, a path or a hub id, got int"):
+        api.linearize(3, tokenizer, ["text"])
+    with pytest.raises(UserError, match="data is a int; expected a path"):
+        api.linearize(model, tokenizer, 3, out=tmp_path / "run")
+    with pytest.raises(UserError, match="row 2 of data is a int; expected a text"):
+        api.linearize(model, tokenizer, ["text", 3], out=tmp_path / "run")
+    for rows in (["text"], [{"a": 1}]):
+        with pytest.raises(UserError):
+            api.transfer(model, tokenizer, rows, out=tmp_path / "run", **SETTINGS)
+    assert not (tmp_path / "run").exists()
+    assert not students_of(model)
+
+
+def test_a_call_that_was_stopped_gives_the_model_back_and_continues_when_repeated(
+    tiny_model_dir: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = _model(tiny_model_dir)
+    ids = torch.arange(30)[None] % 50
+    before = model(ids).logits
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    own = stages.ModelVariants.export
+    monkeypatch.setattr(stages.ModelVariants, "export", stopped)  # after stage 2
+    with pytest.raises(KeyboardInterrupt):
+        api.finetune(model, tokenizer, texts, keep=[0.1], out=tmp_path / "run", **{**SETTINGS, "transfer": None})
+    monkeypatch.setattr(stages.ModelVariants, "export", own)
+    assert torch.equal(model(ids).logits, before)
+    assert not students_of(model)
+    assert not has_lora(model)
+    api.finetune(model, tokenizer, texts, keep=[0.1], out=tmp_path / "run", **{**SETTINGS, "transfer": None})
+    assert has_lora(model)

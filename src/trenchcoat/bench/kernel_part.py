@@ -18,6 +18,8 @@ class KernelPart(ABC, Generic[SizesT]):
 
     full: SizesT
     quick: SizesT
+    toy: SizesT
+    """For Triton's interpreter on a CPU."""
     depths: ClassVar[tuple[str, ...]] = ()
     """Fields of the sizes that ``--layers`` sets."""
     targets: ClassVar[tuple[Target, ...]]

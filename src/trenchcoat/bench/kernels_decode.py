@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from trenchcoat.bench.benchmark import Target, at_least, at_most
 from trenchcoat.bench.kernel_part import KernelPart, Measurement
-from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, LlamaShape, random_llama
+from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, TOY_LLAMA, LlamaShape, random_llama
 from trenchcoat.bench.timing import Ceilings, Timer, attempt, captured, repeated
 from trenchcoat.models.attach import set_mode, students_of
 from trenchcoat.models.cache import state_layer
@@ -184,6 +184,7 @@ class DecodePart(KernelPart[DecodePartSizes]):
 
     full = DecodePartSizes()
     quick = DecodePartSizes(TINY_LLAMA, layers=2, context=512, batches=(1,), same_batch=2, filled=0.02)
+    toy = DecodePartSizes(TOY_LLAMA, layers=1, context=9, batches=(1,), same_batch=2, filled=0.5, memory=5000)
     depths = ("layers",)
     targets = (
         _roofline_target(1), _roofline_target(64),

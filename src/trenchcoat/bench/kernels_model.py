@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from trenchcoat.bench.benchmark import Target, at_least, at_most
 from trenchcoat.bench.kernel_part import KernelPart, Measurement
 from trenchcoat.bench.layer import Layer
-from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, LlamaShape, TimedTrainingStep, random_llama
+from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, TOY_LLAMA, LlamaShape, TimedTrainingStep, random_llama
 from trenchcoat.bench.timing import Ceilings, Timer
 from trenchcoat.bench.transfer import TransferStep
 from trenchcoat.config import LoraConfig
@@ -124,6 +124,24 @@ def _prefill_target(tokens: int, factor: float) -> Target:
     return at_least(factor, f"prefill at {tokens}: times as fast as the softmax model", _ratio, f"prefill {tokens}")
 
 
+class LayerPart(KernelPart[ModelSizes]):
+    """``bench kernels --only layer``: seconds, where ``model`` takes minutes."""
+
+    full = ModelSizes()
+    quick = ModelSizes(TINY_LLAMA, transfer=(1, 256))
+    toy = ModelSizes(TOY_LLAMA, transfer=(1, 5))
+    targets = (at_most(1.0, "one layer's transfer over its attention and projections", _ratio, "layer"),)
+
+    def memory(self, sizes: ModelSizes) -> float:
+        """Weights of the layer, and q, k, v and outputs of the student and the teacher."""
+        shape, (rows, tokens) = sizes.shape, sizes.transfer
+        return shape.bytes(1) + 2.0 * rows * tokens * (2 * shape.hidden + 8 * shape.heads * shape.dim)
+
+    def measurements(self, sizes: ModelSizes, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:
+        """The one."""
+        yield "layer", partial(_layer, sizes, timer)
+
+
 class ModelPart(KernelPart[ModelSizes]):
     """``bench kernels --only model``."""
 
@@ -131,9 +149,9 @@ class ModelPart(KernelPart[ModelSizes]):
     quick = ModelSizes(
         TINY_LLAMA, prefill_layers=2, step_layers=2, transfer=(1, 256), steps=((1, 256),), prompts=(512,)
     )
+    toy = ModelSizes(TOY_LLAMA, prefill_layers=1, step_layers=1, transfer=(1, 5), steps=((1, 5),), prompts=(7,))
     depths = ("prefill_layers", "step_layers")
     targets = (
-        at_most(1.0, "one layer's transfer over its attention and projections", _ratio, "layer"),
         at_most(1.25, "stage 1 step over the bare teacher forward", _ratio, "transfer"),
         _lora_target(1024, 1.1), _lora_target(8192, 1.0),
         _prefill_target(8192, 1.1), _prefill_target(32768, 1.5), _prefill_target(131072, 3.0),
@@ -149,8 +167,7 @@ class ModelPart(KernelPart[ModelSizes]):
         return max(step, shape.bytes(sizes.prefill_layers) + max(sizes.prompts) * 2.0 * widths)
 
     def measurements(self, sizes: ModelSizes, timer: Timer, limits: Ceilings) -> Iterator[Measurement]:
-        """One layer, stage 1, stage 2, prefill."""
-        yield "layer", partial(_layer, sizes, timer)
+        """Stage 1, stage 2, prefill."""
         yield "transfer", partial(_transfer, sizes, timer)
         for rows, tokens in sizes.steps:
             yield f"lora {tokens}", partial(_lora, sizes, timer, rows, tokens)

@@ -157,6 +157,10 @@ class OperatorPart(KernelPart[OperatorPartSizes]):
 
     full = OperatorPartSizes()
     quick = OperatorPartSizes(heads=4, kv_heads=2, dim=64, lengths=(512,), transfer=(1, 256), batches=(1,))
+    toy = OperatorPartSizes(
+        heads=2, kv_heads=1, dim=8, columns=4, window=3, lengths=(8, 9), chunkwise_to=8, backward_to=8,
+        transfer=(1, 5), batches=(1,),
+    )  # fmt: skip
     targets = (
         _faster(2048, 1.0), _faster(8192, 4.0), _faster(32768, 16.0), _faster(131072, 60.0),
         _share(8192, 0.35), _share(32768, 0.45),

@@ -54,6 +54,8 @@ class LlamaShape(LayerSizes):
 LLAMA_8B = LlamaShape()
 TINY_LLAMA = LlamaShape(hidden=256, heads=4, kv_heads=2, dim=64, inner=512, vocab=1024)
 """For quick runs of benchmarks of :data:`LLAMA_8B`."""
+TOY_LLAMA = LlamaShape(hidden=16, heads=2, kv_heads=1, dim=8, inner=16, vocab=31, window=3, columns=4)
+"""For Triton's interpreter."""
 SMALL_LLAMA = LlamaShape(hidden=512, heads=8, kv_heads=4, dim=64, inner=1408, vocab=4096, impl="auto")
 """For CPUs."""
 

@@ -13,7 +13,15 @@ from typing import Any
 from trenchcoat.cli.terminal import warn
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.paths import expanded, require_writable
-from trenchcoat.config.recipe_io import builtin_recipes, check_overrides, field_paths, load_recipe, names_model
+from trenchcoat.config.recipe_io import (
+    builtin_recipes,
+    check_overrides,
+    field_paths,
+    load_recipe,
+    names_model,
+    require_there,
+)
+from trenchcoat.data.files import check_file, data_files, is_file_path, split_sample
 
 TARGET_HELP = "a run's folder, an adapter folder or a merged folder"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 (auto)"
@@ -127,6 +135,9 @@ def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
     args.named = shlex.join([args.recipe, *typed, *args.overrides])
     overrides = list(args.overrides)
     overrides += [f"{path}={value}" for path, value in (("student.keep", keep), ("run.dir", out)) if value is not None]
+    require_there(args.recipe)
+    if here:
+        _require_typed_text(overrides if data is None else [*overrides, f"data.path={data}"])
     if not names_model(args.recipe):
         return load_recipe(args.recipe, overrides if data is None else [*overrides, f"data.path={data}"])
     check_overrides(overrides)
@@ -136,6 +147,16 @@ def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
     for reason in chosen.reasons:
         warn(reason)
     return chosen.recipe
+
+
+def _require_typed_text(overrides: Sequence[str]) -> None:
+    """Raise ``UserError`` for a file of text that was typed and is not there."""
+    for item in overrides:
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name in ("data.path", "data.validation_path"):
+            path = split_sample(expanded(value))[0]
+            for file in data_files(path) if is_file_path(path) else ():
+                check_file(file, name)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from trenchcoat.config import UsageError, UserError
@@ -58,9 +59,11 @@ def show(outcome: Any) -> None:
 
 def quiet_libraries() -> None:
     """Silence the libraries' own notices and progress bars."""
-    from datasets import disable_progress_bars
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    disable_progress_bars()
+    if find_spec("datasets") is not None:  # benchmarks do without
+        from datasets import disable_progress_bars
+
+        disable_progress_bars()

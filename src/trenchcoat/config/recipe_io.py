@@ -87,6 +87,13 @@ def names_model(name: str) -> bool:
     return place.suffix == ".gguf" or (not place.exists() and _HUB_ID.fullmatch(name) is not None)
 
 
+def require_there(name: str) -> None:
+    """Raise ``UserError`` where ``name`` can only be a path, by how it is written, and nothing is there."""
+    place = Path(expanded(name))
+    if not place.exists() and (place.suffix == ".gguf" or place.is_absolute() or name.startswith(".")):
+        raise UserError(f"there is no file or folder {name}; give a model's folder, a `.gguf` file, or a YAML file")
+
+
 def _find(path: str) -> Path:
     place = Path(path)
     if place.is_dir():
@@ -100,8 +107,10 @@ def _find(path: str) -> Path:
     if stem in known:
         return RECIPES / f"{stem}.yaml"
     near = difflib.get_close_matches(Path(stem).name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "give the path of a YAML file or one of these names."
-    raise UserError(f"there is no recipe or model folder {path!r}; the built-in recipes are {', '.join(known)}; {hint}")
+    start = f"there is no recipe or model folder {path!r}; "
+    if near:
+        raise UserError(f"{start}did you mean {near[0]!r}? `trenchcoat recipes` lists all")
+    raise UserError(f"{start}give the path of a YAML file, or a built-in recipe: {', '.join(known)}")
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from trenchcoat.config import Recipe, UserError
 from trenchcoat.config.paths import absolute_if_here
-from trenchcoat.config.recipe_io import load_recipe, names_model
+from trenchcoat.config.recipe_io import check_overrides, load_recipe, names_model
 from trenchcoat.conversion import stages
 from trenchcoat.conversion.variants import GivenModel, open_variants
 from trenchcoat.evaluation.results import Results
 from trenchcoat.evaluation.rows import own_stages
 from trenchcoat.evaluation.selection import Selection
 from trenchcoat.models import hub
-from trenchcoat.models.attach import students_of
+from trenchcoat.models.attach import detach_students, students_of
 from trenchcoat.models.basefolder import base_folder, read_config
 from trenchcoat.models.identity import file_fingerprint, fingerprint
+from trenchcoat.models.lora import remove_lora
 from trenchcoat.models.saving import remember_tokenizer
 from trenchcoat.models.shapes import meta_model
 from trenchcoat.planning.choose import recipe_for, run_folder
 from trenchcoat.runtime.files import atomic_directory, write_text
+from trenchcoat.runtime.runfolder import first_missing, remove_start
 
 Text = str | Path | Iterable[Any]
+_TEXT, _BASE = "data.jsonl", "base"
+"""In the run's folder: rows that were given in memory, and weights that no folder has."""
 
 
 def linearize(
@@ -56,7 +62,7 @@ def linearize(
         out: the run's folder. Default: `runs/` and the model's name.
         recipe: a recipe (built-in name or YAML file) to start from instead of settings chosen for the model.
         **settings: sections of a recipe: `transfer={"max_steps": 100}, student={"window": 128}, lora=None`; or single
-            settings by their path: `**{"data.seq_len": 4096}`.
+            settings by their path, as for the section whose name is that of an argument: `**{"data.seq_len": 4096}`.
 
     Returns:
         (the linearized model in mode `student` and on the model's device, the results of the report).
@@ -64,8 +70,8 @@ def linearize(
     Raises:
         UserError: settings, data or a model that cannot be used; before anything is trained.
     """
-    made, given = _prepared(model, tokenizer, data, keep, out, recipe, settings)
-    results = stages.linearize(made, given=given).results
+    with _prepared(model, tokenizer, data, keep, out, recipe, settings) as (made, given):
+        results = stages.linearize(made, given=given).results
     assert isinstance(results, Results)
     return _converted(made, given), results
 
@@ -85,8 +91,8 @@ def select(
 
     ``reach``: choose the fewest groups that close this share (0 to 1) of both gaps, instead of ``keep``.
     """
-    made, given = _prepared(model, tokenizer, data, keep, out, recipe, settings)
-    found = stages.select(made, reach, given).results
+    with _prepared(model, tokenizer, data, keep, out, recipe, settings) as (made, given):
+        found = stages.select(made, reach, given).results
     assert isinstance(found, Selection)
     return found
 
@@ -105,8 +111,8 @@ def transfer(
 
     Returns the model with the students that it trained, in mode `student`.
     """
-    made, given = _prepared(model, tokenizer, data, keep, out, recipe, settings)
-    stages.transfer(made, given)
+    with _prepared(model, tokenizer, data, keep, out, recipe, settings) as (made, given):
+        stages.transfer(made, given)
     return _converted(dataclasses.replace(made, lora=None), given)
 
 
@@ -124,8 +130,8 @@ def finetune(
 
     Returns the model with everything that was learned, in mode `student`.
     """
-    made, given = _prepared(model, tokenizer, data, keep, out, recipe, settings)
-    stages.finetune(made, given)
+    with _prepared(model, tokenizer, data, keep, out, recipe, settings) as (made, given):
+        stages.finetune(made, given)
     return _converted(made, given)
 
 
@@ -142,6 +148,7 @@ def evaluate(run: str | Path, **settings: Any) -> Results:
 # From arguments to a recipe
 
 
+@contextmanager
 def _prepared(
     model: Any,
     tokenizer: Any,
@@ -150,26 +157,50 @@ def _prepared(
     out: str | Path | None,
     recipe: str | Path | None,
     settings: Mapping[str, Any],
-) -> tuple[Recipe, GivenModel | None]:
-    """The recipe of a call, and the model if it is in memory."""
+) -> Iterator[tuple[Recipe, GivenModel | None]]:
+    """The recipe of a call, and the model if it is in memory.
+
+    If the block fails, a model in memory is again what it was, so that the call can be repeated; where nothing was
+    learned before, a folder that was made for the run is removed.
+    """
     overrides = _overrides(settings)
     if keep is not None:
         overrides.append(f"student.keep={_written(keep)}")
-    if isinstance(model, str | Path):
-        path, given = str(model), None
-        if path != "embedded" and not Path(path).expanduser().exists() and not names_model(path):
-            raise UserError(f"model={path!r}: no such folder or file, and not a hub id")
-    else:
-        given = _usable(model, tokenizer)
-        path = _path_of(model, tokenizer, out)
-        overrides += [f"model.device={model.device}", f"model.dtype={str(model.dtype).removeprefix('torch.')}"]
-    folder = str(out) if out is not None else run_folder(path)
-    text = None if data is None else _text_file(data, Path(folder))
-    overrides.append(f"run.dir={folder}")
-    if recipe is None:
-        return recipe_for(path, overrides, data=text).recipe, given
-    overrides.append(f"model.path={path}")
-    return load_recipe(recipe, overrides if text is None else [*overrides, f"data.path={text}"]), given
+    check_overrides(overrides)
+    with ExitStack() as stack:
+        if out is not None:
+            _removed_on_failure(stack, Path(out))
+        if isinstance(model, str | Path):
+            path, given = str(model), None
+            if path != "embedded" and not Path(path).expanduser().exists() and not names_model(path):
+                raise UserError(f"model={path!r}: no such folder or file, and not a hub id")
+        else:
+            given = _usable(model, tokenizer)
+            stack.push(lambda kind, *_: _restore(model) if kind is not None else None)
+            path = _path_of(model, tokenizer, out)
+            overrides += [f"model.device={model.device}", f"model.dtype={str(model.dtype).removeprefix('torch.')}"]
+        folder = str(out) if out is not None else run_folder(path)
+        if out is None:
+            _removed_on_failure(stack, Path(folder))
+        text = None if data is None else _text_file(data, Path(folder))
+        overrides.append(f"run.dir={folder}")
+        if recipe is None:
+            yield recipe_for(path, overrides, data=text).recipe, given
+        else:
+            overrides.append(f"model.path={path}")
+            yield load_recipe(recipe, overrides if text is None else [*overrides, f"data.path={text}"]), given
+
+
+def _removed_on_failure(stack: ExitStack, folder: Path) -> None:
+    """Remove the run's folder when the block of ``stack`` fails, if it is new and nothing in it was learned."""
+    place = folder.expanduser().absolute()
+    created = first_missing(place)
+    stack.push(lambda kind, *_: remove_start(place, created, (_TEXT, _BASE)) if kind is not None else None)
+
+
+def _restore(model: Any) -> None:
+    remove_lora(model)
+    detach_students(model)
 
 
 def _overrides(settings: Mapping[str, Any], path: str = "") -> list[str]:
@@ -186,6 +217,8 @@ def _written(value: Any) -> str:
 
 
 def _usable(model: Any, tokenizer: Any) -> GivenModel:
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"model must be a Transformers model, a path or a hub id, got {type(model).__name__}")
     if tokenizer is None:
         raise UserError("a model in memory needs its tokenizer: linearize(model, tokenizer, ...)")
     if students_of(model):
@@ -212,7 +245,7 @@ def _path_of(model: Any, tokenizer: Any, out: str | Path | None) -> str:
         raise UserError(
             "the model's weights are not those of a hub id or folder, so they are saved with the run: give out=..."
         )
-    folder = Path(out).expanduser().resolve() / "base"
+    folder = Path(out).expanduser().resolve() / _BASE
     with atomic_directory(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -223,10 +256,17 @@ def _text_file(data: Text, folder: Path) -> str:
     """The path or hub id of the text; rows in memory are written to a file in the run's folder."""
     if isinstance(data, str | Path):
         return str(data)
-    lines = [json.dumps({"text": row} if isinstance(row, str) else dict(row), ensure_ascii=False) for row in data]
+    expected = "expected a path, a hub id, texts, rows or a Dataset"
+    if not isinstance(data, Iterable) or isinstance(data, Mapping):
+        raise UserError(f"data is a {type(data).__name__}; {expected}")
+    lines = []
+    for number, row in enumerate(data, 1):
+        if not isinstance(row, str | Mapping):
+            raise UserError(f"row {number} of data is a {type(row).__name__}; expected a text or a mapping of columns")
+        lines.append(json.dumps({"text": row} if isinstance(row, str) else dict(row), ensure_ascii=False))
     if not lines:
-        raise UserError("data has no rows; expected texts, rows or a Dataset")
-    path = folder.expanduser() / "data.jsonl"
+        raise UserError(f"data has no rows; {expected}")
+    path = folder.expanduser() / _TEXT
     write_text(path, "".join(f"{line}\n" for line in lines))
     return str(path)
 

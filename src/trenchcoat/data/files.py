@@ -62,6 +62,40 @@ def data_files(path: str) -> list[Path]:
     return found
 
 
+def is_file_path(path: str) -> bool:
+    """Whether ``path`` is meant as local files: it exists, is a pattern, or has a supported suffix."""
+    return Path(path).is_file() or is_pattern(path) or data_kind(path) in FILE_KINDS
+
+
+def is_text_path(path: str) -> bool:
+    """Whether ``path`` is one plain-text document."""
+    return data_kind(path) == ".txt" and not is_pattern(path)
+
+
+def split_sample(path: str) -> tuple[str, int | None]:
+    """``file.json[5000]`` as ``("file.json", 5000)``; a path without such a suffix, or that exists as it is, unchanged.
+
+    Raises ``UserError`` for a number below 1, and for a ``.txt`` file, which is one document.
+    """
+    found = re.fullmatch(r"(.+)\[(\d+)\]", path)
+    if found is None or Path(path).exists():
+        return path, None
+    file, rows = found.group(1), int(found.group(2))
+    if rows < 1:
+        raise UserError(f"{path}: [{rows}] takes no row; give a number of at least 1")
+    if is_text_path(file):
+        raise UserError(f"{path}: a .txt file is one document, so [{rows}] cannot choose rows of it; give {file} alone")
+    return file, rows
+
+
+def check_file(file: Path, setting: str = "data.path") -> None:
+    """Raise ``UserError`` for a data file that is missing or empty; ``setting`` names it."""
+    if not file.is_file():
+        raise UserError(f"there is no data file {file}; check {setting} (relative to the current folder)")
+    if file.stat().st_size == 0:
+        raise UserError(f"the data file {file} is empty")
+
+
 def _decompression_errors() -> tuple[type[Exception], ...]:
     arrow = sys.modules.get("pyarrow")  # imported where a .zst file is opened
     return (OSError, EOFError, zlib.error, lzma.LZMAError, *(() if arrow is None else (arrow.ArrowException,)))

@@ -20,6 +20,7 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batches
+from trenchcoat.data.files import is_file_path, is_text_path, split_sample
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
     Source,
@@ -27,9 +28,6 @@ from trenchcoat.data.sources import (
     dataset_splits,
     embedded_source,
     file_source,
-    is_file_path,
-    is_text_path,
-    split_sample,
     split_text_source,
     subsampled,
 )

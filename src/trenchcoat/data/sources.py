@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from trenchcoat.config import UserError
-from trenchcoat.data.files import FILE_KINDS, csv_rows, data_files, data_kind, is_compressed, is_pattern, open_data
+from trenchcoat.data.files import FILE_KINDS, check_file, csv_rows, data_files, data_kind, is_compressed, open_data
 from trenchcoat.models.embedded import Split, stdlib_documents
 
 SAMPLE_SEED = 42
@@ -41,22 +40,6 @@ class Source:
     """A fresh pass over all rows."""
     count: Callable[[], int] | None = None
     """Number of rows, where it is known without a pass."""
-
-
-def split_sample(path: str) -> tuple[str, int | None]:
-    """``file.json[5000]`` as ``("file.json", 5000)``; a path without such a suffix, or that exists as it is, unchanged.
-
-    Raises ``UserError`` for a number below 1, and for a ``.txt`` file, which is one document.
-    """
-    found = re.fullmatch(r"(.+)\[(\d+)\]", path)
-    if found is None or Path(path).exists():
-        return path, None
-    file, rows = found.group(1), int(found.group(2))
-    if rows < 1:
-        raise UserError(f"{path}: [{rows}] takes no row; give a number of at least 1")
-    if is_text_path(file):
-        raise UserError(f"{path}: a .txt file is one document, so [{rows}] cannot choose rows of it; give {file} alone")
-    return file, rows
 
 
 def subsampled(source: Source, rows: int | None) -> Source:
@@ -98,16 +81,6 @@ def embedded_source(split: Split) -> Source:
         digest.hexdigest(),
         lambda: ((f"document {i}", {"text": text}) for i, text in enumerate(documents, 1)),
     )
-
-
-def is_file_path(path: str) -> bool:
-    """Whether ``path`` is meant as local files: it exists, is a pattern, or has a supported suffix."""
-    return Path(path).is_file() or is_pattern(path) or data_kind(path) in FILE_KINDS
-
-
-def is_text_path(path: str) -> bool:
-    """Whether ``path`` is one plain-text document."""
-    return data_kind(path) == ".txt" and not is_pattern(path)
 
 
 def file_source(path: str) -> Source:
@@ -212,14 +185,6 @@ def _numbered(path: str, rows: Any) -> Iterator[tuple[str, Row]]:
     with dataset_errors(path):
         for number, row in enumerate(rows, 1):
             yield f"row {number}", row
-
-
-def check_file(file: Path) -> None:
-    """Raise ``UserError`` for a data file that is missing or empty."""
-    if not file.is_file():
-        raise UserError(f"there is no data file {file}; check data.path (relative to the current folder)")
-    if file.stat().st_size == 0:
-        raise UserError(f"the data file {file} is empty")
 
 
 def _sha256(file: Path) -> str:

@@ -23,20 +23,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trenchcoat.config import DataConfig, UserError
-from trenchcoat.data.files import data_files
+from trenchcoat.data.files import check_file, data_files, is_file_path, split_sample
 from trenchcoat.data.sources import (
     Row,
     Source,
     batch_rows,
-    check_file,
     dataset_errors,
     dataset_splits,
-    is_file_path,
     is_saved,
     json_line,
     parquet_errors,
     split_of,
-    split_sample,
 )
 
 SHARD_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192)

@@ -70,10 +70,12 @@ def recipe_for(
         chosen.append(f"lora.gradient_checkpointing={str(shapes.parameters >= CHECKPOINTED).lower()}")
     recipe = load_recipe(GPU_RECIPE if gpu else CPU_RECIPE, overrides, chosen=chosen)
     place = "a CPU" if not gpu else f"a GPU ({torch.cuda.get_device_name()})" if here else "a GPU"
+    typed = {item.partition("=")[0].strip() for item in overrides}
+    shown = [item for item in chosen[1:] if item.partition("=")[0] not in typed]
     reasons = (
         f"{model}: {shapes.family}, {_billions(shapes.parameters)} parameters, {shapes.layers} layers with "
         f"{shapes.kv_heads} key/value groups each",
-        f"settings for {place}, from the recipe {GPU_RECIPE if gpu else CPU_RECIPE}: {' '.join(chosen[1:])}",
+        f"settings for {place}, from the recipe {GPU_RECIPE if gpu else CPU_RECIPE}: {' '.join(shown)}",
         why,
     )
     return ChosenRecipe(recipe, reasons)

@@ -90,7 +90,8 @@ def saving(target: Path) -> Iterator[None]:
         raise SaveError(f"cannot save {target}: {error}; what was saved before is intact") from error
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -114,7 +115,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             os.replace(partial, target)
             sync(target.parent)
         finally:
-            _remove(partial)
+            remove(partial)
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             yield partial
             publish_directory(partial, target)
         finally:
-            _remove(partial)
+            remove(partial)
 
 
 def publish_directory(partial: Path, target: Path) -> None:
@@ -139,7 +140,7 @@ def publish_directory(partial: Path, target: Path) -> None:
             sync(path)
     sync(partial)
     if target.exists():
-        _remove(target)
+        remove(target)
     os.replace(partial, target)
     sync(target.parent)
 
@@ -158,7 +159,7 @@ def remove_abandoned(directory: Path, name: str | None = None) -> None:
         if found is not None and name in (None, found["name"]) and found["host"] == _HOST:
             pid = int(found["pid"])
             if found["start"] != _START if pid == os.getpid() else not _alive(pid):
-                _remove(path)
+                remove(path)
 
 
 def _alive(pid: int) -> bool:
@@ -179,7 +180,7 @@ def remove_partials(directory: Path) -> list[str]:
         return []
     names = [path.name for path in sorted(directory.iterdir()) if path.name.startswith(PARTIAL_PREFIX)]
     for name in names:
-        _remove(directory / name)
+        remove(directory / name)
     return names
 
 

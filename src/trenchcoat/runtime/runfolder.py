@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from trenchcoat.runtime.files import (
     LOCK_FILE,
     CorruptFileError,
     read_tensors,
+    remove,
     save_tensors,
     sha256,
 )
@@ -255,15 +256,17 @@ def first_missing(directory: Path) -> Path | None:
     return missing[-1] if missing else None
 
 
-def remove_start(directory: Path, created: Path | None) -> None:
+def remove_start(directory: Path, created: Path | None, more: Sequence[str] = ()) -> None:
     """Remove what a failed start left in ``directory``, and the folders from ``created`` down to it.
 
-    Nothing is removed where ``created`` is None, or where the folder holds anything that is worth keeping.
+    Nothing is removed where ``created`` is None, or where the folder holds anything that is worth keeping. ``more``:
+    names of further files and folders that are not.
     """
-    if created is None or not {path.name for path in directory.iterdir()} <= set(_START):
+    start = {*_START, *more}
+    if created is None or not directory.is_dir() or not {path.name for path in directory.iterdir()} <= start:
         return
-    for name in _START:
-        (directory / name).unlink(missing_ok=True)
+    for name in start:
+        remove(directory / name)
     for folder in (directory, *directory.parents):
         with suppress(OSError):  # another command has begun to use it
             folder.rmdir()

@@ -63,7 +63,7 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
     if choice not in _reported:
         _reported.add(choice)
         _log.info("attention on %s", choice)
-    if chosen == "triton":
+    if chosen == "triton" and device.type == "cuda":  # on a CPU it is Triton's interpreter, which needs minutes
         from trenchcoat.ops.triton.check import check
 
         check(device)

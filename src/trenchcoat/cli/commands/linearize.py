@@ -9,11 +9,11 @@ from trenchcoat.cli.command import recipe_command
 
 
 def _run(args: argparse.Namespace) -> Any:
-    """Transfer, LoRA, evaluation, export and report of one recipe.
+    """Convert a model: selection, both stages, evaluation, report.
 
-    Run a whole recipe: attention transfer, LoRA, evaluation, export of the adapter, report. Everything goes into the
-    run's folder (run.dir). Run the same command again after a crash or Ctrl-C and it continues; finished stages are
-    skipped.
+    Choose the key/value groups to keep, then attention transfer, LoRA, evaluation, export of the adapter, report.
+    Everything goes into the run's folder (run.dir). Run the same command again after a crash or Ctrl-C and it
+    continues; finished stages are skipped.
     """
     from trenchcoat.conversion import stages
 

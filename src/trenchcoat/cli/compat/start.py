@@ -16,7 +16,8 @@ from typing import Any
 
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.data.sources import file_source, is_file_path, is_text_path, split_sample
+from trenchcoat.data.files import is_file_path, is_text_path, split_sample
+from trenchcoat.data.sources import file_source
 from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.hub import find_adapter, read_adapter
