@@ -25,7 +25,8 @@ from tiny_families import tiny_model
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.models import auto, hub
 from trenchcoat.models.attach import attach_students, set_mode
-from trenchcoat.serving.vllm_plugin import MODELS, OPERATOR, register
+from trenchcoat.models.families import KNOWN_FAMILIES
+from trenchcoat.serving.vllm_plugin import BASES, MODELS, OPERATOR, register
 from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype, state_dtype
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
 from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free
@@ -99,9 +100,9 @@ def plan() -> Engine:
     return Engine([14, 18, 15], pieces)
 
 
-def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, **scores: Any) -> Tensor:
     heads = [x.unflatten(-1, (-1, DIM)).transpose(0, 1)[None] for x in (q, k, v)]
-    y, _ = student(*heads, scale=scale)
+    y, _ = student(*heads, **scores)
     return y[0].transpose(0, 1).flatten(1)
 
 
@@ -112,7 +113,7 @@ def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bo
     student = random_student(STUDENTS[name])
     layout = PageLayout.of(student, torch.float32)
     raw, engine = raw_pages(layout.nbytes, 5, padding=16), plan()
-    pages = Pages(student, layout, layout.cut(raw), torch.float32, in_place)
+    pages = Pages(student, layout, raw, torch.float32, in_place)
     slot = [3, 1, 4]
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
@@ -122,7 +123,7 @@ def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bo
     untouched = raw[[0, 2]].clone()
     outputs = engine.run(step)
     for request, y in enumerate(outputs):
-        expected = whole(student, engine.q[request], engine.k[request], engine.v[request], 0.3)
+        expected = whole(student, engine.q[request], engine.k[request], engine.v[request], scale=0.3)
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
     assert raw[[0, 2]].equal(untouched), "another request's page was written"
 
@@ -208,6 +209,8 @@ class FakeKept(nn.Module):
     def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, **options: Any) -> None:
         super().__init__()
         self.sizes, self.options = (num_heads, head_size, num_kv_heads), options
+        self.head_size, self.layer_name = head_size, options["prefix"]
+        self.impl = SimpleNamespace(scale=scale, logits_soft_cap=options.get("logits_soft_cap") or 0)
         CONTEXT.no_compile_layers[options["prefix"]] = self
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -216,30 +219,34 @@ class FakeKept(nn.Module):
 
 
 class FakeAttention(nn.Module):
-    """The attributes of `LlamaAttention` that are used."""
+    """The attribute of vLLM's attention modules that is used."""
 
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
-        self.total_num_heads, self.total_num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
-        sizes = (self.total_num_heads, self.head_dim, self.scaling, self.total_num_kv_heads)
-        self.attn: Any = FakeKept(*sizes, prefix=f"{prefix}.attn")
+        sizes = (config.num_attention_heads, config.head_dim, config.head_dim**-0.5, config.num_key_value_heads)
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        self.attn: Any = FakeKept(*sizes, logits_soft_cap=softcap, prefix=f"{prefix}.attn")
 
 
 class FakeLayer(nn.Module):
-    def __init__(self, *, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
+    def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
-        self.self_attn = FakeAttention(vllm_config.model_config.hf_config, f"{prefix}.self_attn")
+        self.self_attn = FakeAttention(config, f"{prefix}.self_attn")
 
 
 class FakeModel(nn.Module):
-    def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = FakeLayer) -> None:
+    """A model of a pipeline's process that computes the layers of `PRESENT`."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         CONTEXT.no_compile_layers = vllm_config.compilation_config.static_forward_context
+        config = vllm_config.model_config.hf_config
+        layers = [
+            FakeLayer(config, f"model.layers.{index}") if index in PRESENT else nn.Identity()
+            for index in range(config.num_hidden_layers)
+        ]
         self.model = nn.Module()
-        layers = vllm_config.model_config.hf_config.num_hidden_layers
-        made = [layer_type(vllm_config=vllm_config, prefix=f"model.layers.{index}") for index in range(layers)]
-        self.model.layers = nn.ModuleList(made)
+        self.model.layers = nn.ModuleList(layers)
 
 
 class FakeMambaBase:
@@ -269,6 +276,7 @@ class FakeMambaConfig:
 
 
 CONTEXT = SimpleNamespace(attn_metadata=None, no_compile_layers={})
+PRESENT: set[int] = {0, 1}
 REGISTERED: dict[str, Any] = {}
 CONFIGS: dict[str, Any] = {}
 OPERATORS: list[str] = []
@@ -303,9 +311,7 @@ def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
             "HasInnerState": type("A", (), {"has_inner_state": True}), "IsHybrid": type("B", (), {"is_hybrid": True}),
             "SupportsMambaPrefixCaching": type("C", (), {"supports_mamba_prefix_caching": True}),
         },
-        "vllm.model_executor.models.llama": {"LlamaDecoderLayer": FakeLayer, "LlamaForCausalLM": FakeModel},
-        "vllm.model_executor.models.mistral": {"MistralDecoderLayer": FakeLayer,
-                                               "MistralForCausalLM": FakeModel},
+        **{f"vllm.model_executor.models.{module}": {name: FakeModel} for module, name in BASES.values()},
         "vllm.model_executor.models.utils": {"extract_layer_index": lambda prefix: int(prefix.split(".")[2])},
         "vllm.utils": {}, "vllm.utils.torch_utils": {"direct_register_custom_op": register_operator},
         "vllm.v1": {}, "vllm.v1.attention": {}, "vllm.v1.attention.backends": {},
@@ -353,7 +359,7 @@ def vllm_config(config: Any, **changes: Any) -> Any:
     return SimpleNamespace(**{name: SimpleNamespace(**section) for name, section in sections.items()}, **whole)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @torch.no_grad()
 def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: Path) -> None:
     """Weights load by their names in the folder, and each layer computes the same as in our own model."""
@@ -371,6 +377,7 @@ def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: P
     layer = model.model.layers[1].self_attn.attn
     assert kind.get_mamba_state_shape_from_config(settings) == layer.get_state_shape()
     assert kind.get_mamba_state_dtype_from_config(settings) == layer.get_state_dtype()
+    assert layer.scores == {"scale": DIM**-0.5, "softcap": 3.0 if family == "gemma2" else None}
     check_layer(layer, layer, ours.model.layers[1].self_attn.student, slice(None))
 
 
@@ -406,7 +413,7 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
         q, k, v = (x[request].unflatten(-1, (-1, DIM)) for x in (engine.q, engine.k, engine.v))
         expected = q.clone()
         inputs = (q[:, list(free)], k[:, list(groups)], v[:, list(groups)])
-        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), DIM**-0.5).unflatten(-1, (-1, DIM))
+        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), **layer.scores).unflatten(-1, (-1, DIM))
         torch.testing.assert_close(y, expected.flatten(1), rtol=0, atol=2e-5)
 
 
@@ -494,11 +501,10 @@ def test_the_entry_point_registers_every_model(glue: Any) -> None:
     assert MODELS.items() <= REGISTERED.items()
     assert OPERATORS == [OPERATOR]
     assert CONFIGS.keys() == REGISTERED.keys()
+    assert MODELS.keys() <= {auto.model_class(family).__name__ for family in KNOWN_FAMILIES}
     for architecture, place in MODELS.items():
         module, name = place.split(":")
         assert getattr(import_module(module), name)
-        family = architecture.removeprefix("Linearized").removesuffix("ForCausalLM").lower()
-        assert auto.model_class(family).__name__ == architecture
         settings = vllm_config(None)
         CONFIGS[architecture].verify_and_update_model_config(
             SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
@@ -511,9 +517,9 @@ def test_the_entry_point_registers_every_model(glue: Any) -> None:
 
 def test_a_family_without_a_class_is_refused_with_what_to_do(glue: Any) -> None:
     register()
-    config = auto.linearized_config(tiny_model("qwen3").config, STUDENTS["terrace"])
-    config.architectures = ["LinearizedQwen3ForCausalLM"]
-    module, name = REGISTERED["LinearizedQwen3ForCausalLM"].split(":")
+    config = auto.linearized_config(tiny_model("olmo2").config, STUDENTS["terrace"])
+    config.architectures = ["LinearizedOlmo2ForCausalLM"]
+    module, name = REGISTERED["LinearizedOlmo2ForCausalLM"].split(":")
     assert getattr(import_module(module), name)
-    with pytest.raises(UserError, match=r"linearized_qwen3.*no class for vLLM.*--engine embedded"):
-        CONFIGS["LinearizedQwen3ForCausalLM"].verify_and_update_model_config(SimpleNamespace(hf_config=config))
+    with pytest.raises(UserError, match=r"linearized_olmo2.*no class for vLLM.*--engine embedded"):
+        CONFIGS["LinearizedOlmo2ForCausalLM"].verify_and_update_model_config(SimpleNamespace(hf_config=config))

@@ -62,10 +62,13 @@ class StudentLayer(nn.Module, MambaBase):
     kv_cache: tuple[Tensor, ...]
     pages: Pages | None = None
 
-    def __init__(self, student: StudentAttention, scale: float, page_bytes: int, vllm_config: Any, prefix: str) -> None:
+    def __init__(
+        self, student: StudentAttention, scores: dict[str, Any], page_bytes: int, vllm_config: Any, prefix: str
+    ) -> None:
+        """`scores` are `scale` and `softcap` of the layer's attention."""
         super().__init__()
         self.__dict__["student"] = student  # its parameters belong to `self_attn.student`, as in the checkpoint
-        self.scale, self.prefix, self.page_bytes = scale, prefix, page_bytes
+        self.scores, self.prefix, self.page_bytes = scores, prefix, page_bytes
         self.dtype = vllm_config.model_config.dtype
         self.layout = PageLayout.of(student, self.dtype)
         vllm_config.compilation_config.static_forward_context[prefix] = self
@@ -91,7 +94,7 @@ class StudentLayer(nn.Module, MambaBase):
         """Cut the pages into the tensors of the state."""
         super().bind_kv_cache(kv_cache)
         raw = self.kv_cache[0]
-        self.pages = Pages(self.student, self.layout, self.layout.cut(raw), self.dtype, in_place=raw.is_cpu)
+        self.pages = Pages(self.student, self.layout, raw, self.dtype, in_place=raw.is_cpu)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
@@ -104,13 +107,13 @@ class StudentLayer(nn.Module, MambaBase):
         every = get_forward_context().attn_metadata
         if every is None or self.pages is None:  # vLLM measures the memory of a step before there is a cache
             rows = (x.unflatten(-1, (-1, self.student.head_dim)).transpose(0, 1)[None] for x in qkv)
-            y, _ = self.student(*rows, scale=self.scale)
+            y, _ = self.student(*rows, **self.scores)
             output.copy_(y[0].transpose(0, 1).flatten(1))
             return
         step: StepRequests = every[self.prefix].step
         tokens = step.starts[-1]
         q, k, v = (x[:tokens] for x in qkv)
-        output[:tokens] = self.pages.attend((q, k, v), step, scale=self.scale)
+        output[:tokens] = self.pages.attend((q, k, v), step, **self.scores)
         output[tokens:] = 0
 
 
@@ -147,9 +150,10 @@ class MixedAttention(nn.Module):
         outputs = []
         for number, part in enumerate(self.parts):
             heads, groups = getattr(self, f"heads_{number}"), getattr(self, f"groups_{number}")
-            y = part(q[:, heads].flatten(1), k[:, groups].flatten(1), v[:, groups].flatten(1))
+            own = (x.index_select(1, index).flatten(1) for x, index in ((q, heads), (k, groups), (v, groups)))
+            y = part(*own)
             outputs.append(y.unflatten(-1, (-1, self.head_dim)))
-        return torch.cat(outputs, 1)[:, self.order].flatten(1)
+        return torch.cat(outputs, 1).index_select(1, self.order).flatten(1)
 
 
 def every_share_of(vllm_config: Any) -> list[Share]:
@@ -182,29 +186,38 @@ def page_bytes(vllm_config: Any) -> int:
     return PageLayout.of(student, vllm_config.model_config.dtype).nbytes
 
 
-def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
-    """Replace `attn.attn` by what computes a layer's share; a student's parameters load by their names in a merged
-    folder."""
+def insert_students(model: nn.Module, vllm_config: Any) -> None:
+    """Replace every attention of a model's layers by what computes a process's share of it; the students' parameters
+    load by their names in a merged folder."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "attn", None), Attention):
+            _insert_student(module, vllm_config)
+
+
+def _insert_student(attn: Any, vllm_config: Any) -> None:
+    """Replace `attn.attn`, which gets q, k and v after norms and RoPE in every class of vLLM."""
+    own, config = attn.attn, vllm_config.model_config.hf_config
+    prefix = own.layer_name.removesuffix(".attn")
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    cfg = student_settings(vllm_config.model_config.hf_config.trenchcoat["student"])
-    sizes = {"num_heads": attn.total_num_heads, "num_kv_heads": attn.total_num_kv_heads}
+    cfg = student_settings(config.trenchcoat["student"])
+    sizes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
     share = share_of(cfg, extract_layer_index(prefix), rank=rank, ranks=ranks, **sizes)
     at_once = kept_at_once(every_share_of(vllm_config))
     if len(share.kept) == at_once == len(share.groups):
         return
-    own = attn.attn
-    del vllm_config.compilation_config.static_forward_context[f"{prefix}.attn"]
+    del vllm_config.compilation_config.static_forward_context[own.layer_name]
     parts: list[tuple[nn.Module, list[int], list[int]]] = []
     if len(share.kept_all) < share.num_kv_heads:
-        attn.student = _loaded(student_for(vllm_config, share, attn.head_dim), share)
+        attn.student = _loaded(student_for(vllm_config, share, own.head_size), share)
+    scores = {"scale": own.impl.scale, "softcap": own.impl.logits_soft_cap or None}
     if share.free:
-        layer = StudentLayer(attn.student, attn.scaling, page_bytes(vllm_config), vllm_config, f"{prefix}.attn")
+        layer = StudentLayer(attn.student, scores, page_bytes(vllm_config), vllm_config, f"{prefix}.attn")
         parts.append((layer, share.query_heads(share.free), list(share.free)))
     for number in range(0, len(share.kept), at_once or 1):
         groups = list(share.kept[number : number + at_once])
-        kept = _kept(attn, own, share, groups, vllm_config, f"{prefix}.attn_kept{share.groups[groups[0]]}")
+        kept = _kept(own, scores, share, groups, vllm_config, f"{prefix}.attn_kept{share.groups[groups[0]]}")
         parts.append((kept, share.query_heads(groups), groups))
-    attn.attn = parts[0][0] if len(parts) == 1 else MixedAttention(parts, attn.head_dim)
+    attn.attn = parts[0][0] if len(parts) == 1 else MixedAttention(parts, own.head_size)
 
 
 def _loaded(student: StudentAttention, share: Share) -> StudentAttention:
@@ -219,14 +232,17 @@ def _loaded(student: StudentAttention, share: Share) -> StudentAttention:
     return student
 
 
-def _kept(attn: Any, own: Any, share: Share, groups: list[int], vllm_config: Any, prefix: str) -> nn.Module:
-    """vLLM's attention for some groups of a layer."""
+def _kept(
+    own: Any, scores: dict[str, Any], share: Share, groups: list[int], vllm_config: Any, prefix: str
+) -> nn.Module:
+    """vLLM's attention for some groups of a layer whose whole attention was `own`."""
     made: nn.Module = Attention(
         len(groups) * share.heads,
-        attn.head_dim,
-        attn.scaling,
+        own.head_size,
+        scores["scale"],
         num_kv_heads=len(groups),
         cache_config=vllm_config.cache_config,
+        logits_soft_cap=scores["softcap"],
         per_layer_sliding_window=own.sliding_window,
         prefix=prefix,
     )

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trenchcoat.ops.compiled.decode import STATE_FIELDS, StatePages
 from trenchcoat.students import RowState, StudentAttention
 
 _SEEN = "seen_B"
@@ -54,6 +58,12 @@ class PageLayout:
         used = sum(prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True))
         return -(-used // _ALIGNMENT) * _ALIGNMENT
 
+    def places(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Byte offsets of tensors in a page; 0 for those that it does not have."""
+        sizes = [prod(shape) * dtype.itemsize for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+        offsets = dict(zip(self.names, accumulate(sizes, initial=0), strict=False))
+        return tuple(offsets.get(name, 0) for name in names)
+
     def cut(self, raw: Tensor) -> tuple[Tensor, ...]:
         """The tensors [P, *shape] of pages given as bytes, int8 [P, `nbytes` or more]: views."""
         offset, pages = 0, []
@@ -76,6 +86,12 @@ class StepRequests:
     """Page of each request. A page's content before a request's first token is ignored."""
     decodes: int
 
+    @cached_property
+    def decoding(self) -> tuple[Tensor, Tensor]:
+        """Pages of the requests that decode, and their tokens before this step; int64, on the CPU."""
+        slots, lengths = torch.tensor((self.slots[: self.decodes], self.lengths[: self.decodes]))
+        return slots, lengths - 1
+
 
 @dataclass(frozen=True)
 class Pages:
@@ -83,7 +99,8 @@ class Pages:
 
     student: StudentAttention
     layout: PageLayout
-    tensors: tuple[Tensor, ...]
+    raw: Tensor
+    """int8 [P, `layout.nbytes` or more]."""
     dtype: torch.dtype
     """The model's."""
     in_place: bool
@@ -91,7 +108,18 @@ class Pages:
     write them back, which takes one call for all (GPU)."""
     _empties: dict[int, RowState] = field(default_factory=dict, repr=False, compare=False)
 
-    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], requests: StepRequests, *, scale: float) -> Tensor:
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those of the state, over the pages."""
+        return self.layout.cut(self.raw)
+
+    @cached_property
+    def _states(self) -> StatePages:
+        return StatePages(self.raw, self._empty(1), self.layout.places(STATE_FIELDS[:-1]))
+
+    def attend(
+        self, qkv: tuple[Tensor, Tensor, Tensor], requests: StepRequests, *, scale: float, softcap: float | None = None
+    ) -> Tensor:
         """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
 
         ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D].
@@ -99,25 +127,34 @@ class Pages:
         dim, kv_heads = self.student.head_dim, self.student.num_kv_heads
         q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in zip(qkv, (-1, kv_heads, kv_heads), strict=True))
         y, decodes = torch.empty_like(q), requests.decodes
+        scores = {"scale": scale, "softcap": softcap}
         if decodes:
             decode = self._decode_in_place if self.in_place else self._decode_gathered
-            y[:decodes] = decode((q[:decodes], k[:decodes], v[:decodes]), requests, scale)
+            y[:decodes] = decode((q[:decodes], k[:decodes], v[:decodes]), requests, scores)
         for request in range(decodes, len(requests.lengths)):
             tokens = slice(requests.starts[request], requests.starts[request + 1])
             row = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
             before = requests.lengths[request] - (tokens.stop - tokens.start)
             state = self._in_page(requests.slots[request], before)
-            y_row, after = self.student(*row, scale=scale, state=state)
+            y_row, after = self.student(*row, **scores, state=state)
             state.copy_(after)
             y[tokens] = y_row[0].transpose(0, 1)
         return y.flatten(1)
 
-    def _decode_in_place(self, qkv: tuple[Tensor, ...], requests: StepRequests, scale: float) -> Tensor:
-        places = zip(requests.slots, requests.lengths[: requests.decodes], strict=False)
-        states = [self._in_page(slot, length - 1) for slot, length in places]
-        return self.student.decode_rows(*(x[:, :, None] for x in qkv), states=states, scale=scale)[:, :, 0]
+    def _decode_in_place(self, qkv: tuple[Tensor, ...], requests: StepRequests, scores: dict[str, Any]) -> Tensor:
+        places, token = list(zip(requests.slots, requests.lengths, strict=True)), [x[:, :, None] for x in qkv]
+        if self.student.decodes_pages(qkv[0], self._empty(1)):
+            for slot, length in places[: requests.decodes]:
+                if length == 1:
+                    self._in_page(slot, 0)
+            slots, seen = requests.decoding
+            y = self.student.decode_pages(*token, states=self._states, slots_B=slots, seen_B=seen, **scores)
+        else:
+            states = [self._in_page(slot, length - 1) for slot, length in places[: requests.decodes]]
+            y = self.student.decode_rows(*token, states=states, **scores)
+        return y[:, :, 0]
 
-    def _decode_gathered(self, qkv: tuple[Tensor, ...], requests: StepRequests, scale: float) -> Tensor:
+    def _decode_gathered(self, qkv: tuple[Tensor, ...], requests: StepRequests, scores: dict[str, Any]) -> Tensor:
         before = [length - 1 for length in requests.lengths[: requests.decodes]]
         device = qkv[0].device
         slots = torch.tensor(requests.slots[: requests.decodes], device=device)
@@ -126,7 +163,7 @@ class Pages:
         for tensor in held:
             tensor[first] = 0
         state = self._state(held, before)
-        y = self.student.decode(*(x[:, :, None] for x in qkv), state=state, scale=scale)
+        y = self.student.decode(*(x[:, :, None] for x in qkv), state=state, **scores)
         for page, tensor in zip(self.tensors, held, strict=True):
             page[slots] = tensor
         return y[:, :, 0]

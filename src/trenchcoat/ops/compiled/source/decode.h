@@ -4,7 +4,8 @@
 
 struct Step {
   Int rows, tokens, heads, kv_heads, key_maps, dim, values, features, columns, window, sinks;
-  Int far, narrow, narrow_slots, paired, affine, threads;  // narrow: q, k, v are bfloat16; narrow_slots: the buffers are
+  // Which are bfloat16: q, k, v (narrow), the buffers and sinks (narrow_slots), the far sums of F x E (narrow_sums).
+  Int far, narrow, narrow_slots, narrow_sums, paired, affine, threads;
   double scale, softcap, eps;
   View q, k, v, y;  // y is float32
   Map query, key;
@@ -12,8 +13,8 @@ struct Step {
   const uint8_t *mask;  // [B, T], or null: all tokens are real
   // One pointer for each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums [K, F, E] and
   // [K, F], tokens seen.
-  void **slots_k, **slots_v, **sink_k, **sink_v;
-  float **far_s, **far_z;
+  void **slots_k, **slots_v, **sink_k, **sink_v, **far_s;
+  float **far_z;
   Int **seen;
   // Groups that keep softmax attention: q, k, v and y then hold the heads of all groups, `free_heads` and `free_groups`
   // are the places of the student's heads and groups in them, `kept_groups` those of the others, whose `held` keys and
@@ -21,6 +22,14 @@ struct Step {
   Int kept, held;
   View kept_k, kept_v;
   const Int *free_heads, *free_groups, *kept_groups;
+};
+
+// The states of the rows of a step in pages of a server's cache, in place of their pointers.
+struct Pages {
+  char *base;                // page 0
+  Int size;                  // bytes from a page to the next
+  Int places[6];             // in a page: k, v, their sinks, the far sums
+  const Int *slots, *seen;   // of each row: its page, tokens before this step
 };
 
 class Decoding {
@@ -46,9 +55,10 @@ class Decoding {
     for (Int r = 0; r < a.features; ++r)
       for (Int i = 0; old + i < a.sinks; ++i) f[r * w + i] = 0;
     product<ALL>({f, w, 1}, values, e, sums, e, a.features, a.values, a.window, false);
-    float *s = a.far_s[b] + map * a.features * a.values, *z = a.far_z[b] + map * a.features;
+    const Int from = map * a.features * a.values;
+    float *z = a.far_z[b] + map * a.features;
     for (Int r = 0; r < a.features; ++r) {
-      for (Int c = 0; c < a.values; ++c) s[r * a.values + c] += sums[r * e + c];
+      add(b, from + r * a.values, sums + r * e, n);
       z[r] += summed(f + r * w, nullptr, a.window);
     }
   }
@@ -84,7 +94,7 @@ class Decoding {
       float den = softmax_part(ratio, a.logit ? a.logit + h : nullptr);
       if (a.far) {
         query_features(h);
-        gathered(f, a.far_s[b] + map * a.features * a.values, a.values, a.features);
+        gathered_sums(b, map);
         den += summed(f, a.far_z[b] + map * a.features, a.features);
       }
       divided(den, at(a.y, b, place, t));
@@ -120,6 +130,34 @@ class Decoding {
     const Int widened_rows = a.kept && a.narrow && held > window ? held : window, all = held > window ? held : window;
     q = m.take(d), keys = m.take(widened_rows * d), values = m.take(widened_rows * e), turned = m.take(a.dim * w);
     f = m.take(a.features * w + 2 * LANES), sums = m.take(a.features * e), p = m.take(all), num = m.take(e);
+  }
+
+  // Adds E numbers to the far sums from the number `at` on, `n` tokens after the row's start.
+  void add(Int b, Int at, const float *x, Int n) const {
+    if (!a.narrow_sums) {
+      float *s = (float *)a.far_s[b] + at;
+      for (Int c = 0; c < a.values; ++c) s[c] += x[c];
+      return;
+    }
+    uint16_t *s = (uint16_t *)a.far_s[b] + at;
+    for (Int c = 0; c < a.values; ++c) s[c] = rounded_at(widened(s[c]) + x[c], at + c, n);
+  }
+
+  // To bfloat16, up or down by a threshold that varies with element and position (ops/state.py, round_to_bfloat16).
+  static uint16_t rounded_at(float x, Int element, Int n) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + (uint32_t)(((element * 2654435761 >> 8) + n * 40503) & 0xFFFF)) >> 16);
+  }
+
+  // num += features of the query times the far sums of a key map.
+  void gathered_sums(Int b, Int map) {
+    const Int from = map * a.features * a.values;
+    if (!a.narrow_sums) return gathered(f, (const float *)a.far_s[b] + from, a.values, a.features);
+    const uint16_t *s = (const uint16_t *)a.far_s[b] + from;
+    for (Int r = 0; r < a.features; ++r)
+      for (Int c = 0; c < a.values; ++c) sums[r * e + c] = widened(s[r * a.values + c]);
+    gathered(f, sums, e, a.features);
   }
 
   HeadMap map_of(const Map &m, Int head) const {

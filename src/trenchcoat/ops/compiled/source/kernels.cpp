@@ -113,4 +113,20 @@ void backward(const Call *call) { walk<BACKWARD>(call); }
 void decode(const Step *step) {
   for (Int t = 0; t < step->tokens; ++t) decode_token(step, t);
 }
+void decode_pages(const Step *step, const Pages *pages) {
+  Step own = *step;
+  std::vector<void *> at(6 * step->rows);
+  std::vector<Int> counts(pages->seen, pages->seen + step->rows);
+  std::vector<Int *> seen(step->rows);
+  for (Int b = 0; b < step->rows; ++b) {
+    char *page = pages->base + pages->slots[b] * pages->size;
+    for (Int i = 0; i < 6; ++i) at[i * step->rows + b] = page + pages->places[i];
+    seen[b] = &counts[b];
+  }
+  void **rows = at.data();
+  own.slots_k = rows, own.slots_v = rows + step->rows, own.sink_k = rows + 2 * step->rows;
+  own.sink_v = rows + 3 * step->rows, own.far_s = rows + 4 * step->rows, own.far_z = (float **)(rows + 5 * step->rows);
+  own.seen = seen.data();
+  decode(&own);
+}
 }
