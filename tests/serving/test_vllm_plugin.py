@@ -29,7 +29,7 @@ from trenchcoat.models.families import KNOWN_FAMILIES
 from trenchcoat.serving.vllm_plugin import BASES, MODELS, OPERATOR, register
 from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype, state_dtype
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
-from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free
+from trenchcoat.serving.vllm_plugin.shares import Share, every_share, free_at_once, kept_at_once, settle_heads
 from trenchcoat.students import StudentAttention, build_student
 
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -41,6 +41,7 @@ STUDENTS = {
     "sinks": StudentConfig(window=4, sinks=2, feature_map=SMALL),
     "window_sinks": StudentConfig(name="window_sinks", window=4, sinks=2),
     "per_kv_head": StudentConfig(window=4, feature_map=SMALL, key_maps="per_kv_head"),
+    "hedgehog": StudentConfig(window=4, sinks=2, feature_map=FeatureMapConfig(name="hedgehog", feature_dim=6)),
 }
 
 
@@ -95,7 +96,9 @@ class Engine:
 
 
 def plan() -> Engine:
-    """Three requests: one chunk, then token by token; several chunks; one that starts with a single token."""
+    """Three requests: one chunk, then token by token; several chunks; one that starts with a single token. The same
+    tokens at each call."""
+    torch.manual_seed(4)
     pieces = [[9, 0, 0], [1, 6, 0], [1, 7, 0], [1, 1, 1], [1, 1, 1], [1, 1, 4], [0, 1, 1], [0, 1, 1], [0, 0, 7]]
     return Engine([14, 18, 15], pieces)
 
@@ -106,26 +109,57 @@ def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, **scores: 
     return y[0].transpose(0, 1).flatten(1)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("name", STUDENTS)
 @torch.no_grad()
-def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bool) -> None:
+def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bool, parts: int) -> None:
+    """Also where a state is in a page of each of two caches."""
     student = random_student(STUDENTS[name])
-    layout = PageLayout.of(student, torch.float32)
-    raw, engine = raw_pages(layout.nbytes, 5, padding=16), plan()
-    pages = Pages(student, layout, raw, torch.float32, in_place)
-    slot = [3, 1, 4]
-
-    def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
-        slots = [slot[request] for request in requests]
-        return pages.attend((q, k, v), StepRequests(starts, lengths, slots, decodes), scale=0.3)
-
-    untouched = raw[[0, 2]].clone()
-    outputs = engine.run(step)
-    for request, y in enumerate(outputs):
+    raw, slots = raws(student, parts), ([3, 1, 4], [0, 4, 2])[:parts]
+    found = page_outputs(student, raw, slots, in_place)
+    engine = plan()
+    for request, y in enumerate(found):
         expected = whole(student, engine.q[request], engine.k[request], engine.v[request], scale=0.3)
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
-    assert raw[[0, 2]].equal(untouched), "another request's page was written"
+
+
+@torch.no_grad()
+def test_kernels_decode_states_of_half_the_size_in_pages() -> None:
+    """As PyTorch does, whose sums are rounded by the same thresholds."""
+    found = {}
+    for impl in ("chunkwise", "compiled"):
+        for parts in (1, 2):
+            torch.manual_seed(5)
+            student = random_student(dataclasses.replace(STUDENTS["hedgehog"], impl=impl))
+            student.state_dtype = torch.bfloat16
+            found[impl, parts] = page_outputs(student, raws(student, parts), ([3, 1, 4], [0, 4, 2])[:parts], True)
+    for others in (("compiled", 1), ("compiled", 2), ("chunkwise", 2)):
+        for y, want in zip(found[others], found["chunkwise", 1], strict=True):
+            torch.testing.assert_close(y, want, rtol=0, atol=2 * torch.finfo(torch.bfloat16).eps)
+    assert all(map(torch.equal, found["compiled", 1], found["compiled", 2]))
+
+
+def raws(student: StudentAttention, parts: int) -> list[Tensor]:
+    nbytes = PageLayout.of(student, torch.float32, parts).nbytes
+    return [raw_pages(nbytes, 5, padding=16) for _ in range(parts)]
+
+
+def page_outputs(student: StudentAttention, raw: list[Tensor], slots: Any, in_place: bool) -> list[Tensor]:
+    """The outputs of the requests of `plan`, whose states are in the pages `slots` of each cache."""
+    layout, engine = PageLayout.of(student, torch.float32, len(raw)), plan()
+    pages = Pages(student, layout, tuple(raw), torch.float32, in_place)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
+        steps = [StepRequests(starts, lengths, [slot[r] for r in requests], decodes) for slot in slots]
+        return pages.attend((q, k, v), steps, scale=0.3)
+
+    others = [[page for page in range(5) if page not in slot] for slot in slots]
+    untouched = [each[other].clone() for each, other in zip(raw, others, strict=True)]
+    outputs = engine.run(step)
+    for each, other, before in zip(raw, others, untouched, strict=True):
+        assert each[other].equal(before), "another request's page was written"
+    return outputs
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -188,14 +222,14 @@ def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int
 
 @pytest.mark.parametrize(
     ("keep", "ranks", "at_once", "free"),
-    [((), 1, 0, 4), (("1",), 1, 4, 4), (("0.1", "2"), 1, 1, 4), (("0.0", "0.1", "1.2", "1.3"), 1, 2, 4),
-     (("1",), 2, 2, 2), (("0.0", "0.3"), 2, 1, 2), (("0.0", "1.0", "2.0"), 1, 1, 3)],
+    [((), 1, 0, 4), (("1",), 1, 4, 4), (("0.1", "2"), 1, 1, 1), (("0.0", "0.1", "1.2", "1.3"), 1, 2, 2),
+     (("1",), 2, 2, 2), (("0.0", "0.3"), 2, 1, 1), (("0.0", "1.0", "2.0"), 1, 1, 3)],
 )  # fmt: skip
-def test_attentions_for_kept_groups_are_of_one_size(keep: tuple[str, ...], ranks: int, at_once: int, free: int) -> None:
+def test_pages_and_attentions_for_kept_groups_are_of_one_size(keep: tuple[str, ...], ranks: int, at_once: int, free: int) -> None:
     shares = every_share(StudentConfig(keep=keep), 3, num_heads=8, num_kv_heads=4, ranks=ranks)
     assert len(shares) == 3 * ranks
     assert kept_at_once(shares) == at_once
-    assert len(most_free(shares).free) == free
+    assert free_at_once(shares) == free
 
 
 # The classes for vLLM, with fakes
@@ -251,8 +285,6 @@ class FakeModel(nn.Module):
 
 class FakeMambaBase:
     """Only the part that is used: the pages as bytes."""
-
-    kv_cache: tuple[Tensor, ...]
 
     def bind_kv_cache(self, pages: Tensor) -> None:
         self.kv_cache = (pages,)
@@ -348,7 +380,8 @@ def merged(family: str, folder: Path, cfg: StudentConfig) -> tuple[Any, Path]:
 def vllm_config(config: Any, **changes: Any) -> Any:
     """vLLM's configuration: `changes` are options of any of its sections."""
     sections: dict[str, dict[str, Any]] = {
-        "model_config": {"hf_config": config, "dtype": torch.float32, "quantization": None},
+        "model_config": {"hf_config": config, "dtype": torch.float32, "quantization": None,
+                         "model_arch_config": SimpleNamespace(total_num_kv_heads=GROUPS)},
         "cache_config": {"cache_dtype": "auto", "mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"},
         "parallel_config": {"tensor_parallel_size": 1, "decode_context_parallel_size": 1},
         "compilation_config": {"static_forward_context": {}},
@@ -373,10 +406,11 @@ def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: P
     stored = {name: t for name, t in load_file(folder / "model.safetensors").items() if ".student." in name}
     load(model, stored)
     context = settings.compilation_config.static_forward_context
-    assert list(context) == [f"model.layers.{index}.self_attn.attn" for index in range(2)]
+    names = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
+    assert sorted(context) == sorted([*names, *(f"{name}_state0" for name in names)])
     layer = model.model.layers[1].self_attn.attn
-    assert kind.get_mamba_state_shape_from_config(settings) == layer.get_state_shape()
-    assert kind.get_mamba_state_dtype_from_config(settings) == layer.get_state_dtype()
+    assert kind.get_mamba_state_shape_from_config(settings) == layer.caches[0].get_state_shape()
+    assert kind.get_mamba_state_dtype_from_config(settings) == layer.caches[0].get_state_dtype()
     assert layer.scores == {"scale": DIM**-0.5, "softcap": 3.0 if family == "gemma2" else None}
     check_layer(layer, layer, ours.model.layers[1].self_attn.student, slice(None))
 
@@ -394,15 +428,18 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
     engine, free, groups = plan(), range(HEADS)[heads], range(GROUPS)
     if student.kept is not None:
         groups = [group for group in range(GROUPS) if group not in student.kept.groups]
-    layer.bind_kv_cache(raw_pages(layer.get_state_shape()[0][0], 5))
-    builder = layer.get_attn_backend().get_builder_cls()()
+    for cache in layer.caches:
+        cache.bind_kv_cache(raw_pages(cache.get_state_shape()[0][0], 8))
+    builder = layer.caches[0].get_attn_backend().get_builder_cls()()
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
-        common = SimpleNamespace(
-            decodes=decodes, lengths=lengths, slots=[request + 1 for request in requests],
-            query_start_loc_cpu=torch.tensor([*starts, starts[-1]]),
-        )  # fmt: skip
-        CONTEXT.attn_metadata = {layer.prefix: builder.build(0, common)}
+        CONTEXT.attn_metadata = {}
+        for number, cache in enumerate(layer.caches):
+            common = SimpleNamespace(
+                decodes=decodes, lengths=lengths, slots=[(request + 1) * (number + 1) for request in requests],
+                query_start_loc_cpu=torch.tensor([*starts, starts[-1]]),
+            )  # fmt: skip
+            CONTEXT.attn_metadata[cache.prefix] = builder.build(0, common)
         padded = [torch.cat([x, x.new_ones(3, x.shape[1])]) for x in (q, k, v)]
         return attention(*padded)[: q.shape[0]]
 
@@ -425,17 +462,38 @@ def test_kept_groups_and_layers_are_attentions_of_vllm(glue: Any, tmp_path: Path
     model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
     load(model, {name: t for name, t in load_file(folder / "model.safetensors").items() if ".student." in name})
     context = settings.compilation_config.static_forward_context
-    names = [f"model.layers.{name}" for name in ("0.self_attn.attn", "0.self_attn.attn_kept0", "1.self_attn.attn")]
-    assert list(context) == names
-    mixed, kept = model.model.layers[0].self_attn.attn, context[names[1]]
-    assert kept.sizes == (2, DIM, 1)
-    assert len({layer.get_state_shape() for layer in (context[names[0]], context[names[2]])}) == 1, "pages of one size"
-    check_layer(mixed, context[names[0]], ours.model.layers[0].self_attn.student, slice(2, 4))
+    first, second = "model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"
+    states = [f"{first}_state0", f"{second}_state0", f"{second}_state1"]
+    assert sorted(context) == sorted([first, f"{first}_kept0", second, *states])
+    assert context[f"{first}_kept0"].sizes == (2, DIM, 1)
+    assert len({context[name].get_state_shape() for name in states}) == 1, "pages of one size"
+    attentions, students = ([layer.self_attn for layer in m.model.layers] for m in (model, ours))
+    check_layer(attentions[0].attn, context[first], students[0].student, slice(2, 4))
+    check_layer(attentions[1].attn, context[second], students[1].student, slice(None))
+    settle_heads(settings)
+    assert settings.model_config.model_arch_config.total_num_kv_heads == 1
 
     whole_layer = StudentConfig(window=4, feature_map=SMALL, keep_softmax=(1,))
     settings = vllm_config(auto.linearized_config(ours.config, whole_layer))
     model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
     assert model.model.layers[1].self_attn.attn.sizes == (HEADS, DIM, GROUPS)
+
+
+def test_a_process_of_a_pipeline_has_the_states_of_its_layers(glue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pages of the size that all processes agree on, also where its own layers keep nothing."""
+    config = auto.linearized_config(tiny_model().config, StudentConfig(window=4, feature_map=SMALL, keep=("0.0",)))
+    found = {}
+    for layer in (0, 1):
+        monkeypatch.setitem(globals(), "PRESENT", {layer})
+        settings = vllm_config(config)
+        model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
+        assert {name.split(".")[2] for name, _ in model.named_parameters() if ".student." in name} == {str(layer)}
+        found[layer] = settings.compilation_config.static_forward_context
+        assert {name.split(".")[2] for name in found[layer]} == {str(layer)}
+        assert glue.LinearizedLlamaForCausalLM.get_mamba_state_shape_from_config(settings) == next(
+            cache.get_state_shape() for name, cache in found[layer].items() if "state" in name
+        )
+    assert len(found[0]) == len(found[1]) == 3, "a student, with a state and a kept group or with two states"
 
 
 REFUSED = {
@@ -502,10 +560,11 @@ def test_the_entry_point_registers_every_model(glue: Any) -> None:
     assert OPERATORS == [OPERATOR]
     assert CONFIGS.keys() == REGISTERED.keys()
     assert MODELS.keys() <= {auto.model_class(family).__name__ for family in KNOWN_FAMILIES}
+    config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])
     for architecture, place in MODELS.items():
         module, name = place.split(":")
         assert getattr(import_module(module), name)
-        settings = vllm_config(None)
+        settings = vllm_config(config)
         CONFIGS[architecture].verify_and_update_model_config(
             SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
         )

@@ -250,8 +250,8 @@ class StudentAttention(nn.Module):
         return torch.cat(outputs)
 
     def decode_pages(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots_B: Tensor, seen_B: Tensor,
-        scale: float, softcap: float | None = None,
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
+        seen_B: Tensor, scale: float, softcap: float | None = None,
     ) -> Tensor:  # fmt: skip
         """`decode_rows` of states in a server's pages, where :meth:`decodes_pages`: one call for all rows."""
         raise NotImplementedError

@@ -133,12 +133,12 @@ class SumAttention(StudentAttention):
         return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
 
     def decode_pages(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots_B: Tensor, seen_B: Tensor,
-        **scores: Any,
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
+        seen_B: Tensor, **scores: Any,
     ) -> Tensor:  # fmt: skip
         """See :meth:`StudentAttention.decode_pages`."""
         tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, **scores)
-        return decode_pages(tokens, self._decoding_maps(rule), heads, rule, states, slots_B, seen_B)
+        return decode_pages(tokens, self._decoding_maps(rule), heads, rule, states, slots, seen_B)
 
     def decodes_pages(self, like: Tensor, state: StudentState) -> bool:
         """See :meth:`StudentAttention.decodes_pages`."""

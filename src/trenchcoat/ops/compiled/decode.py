@@ -21,7 +21,7 @@ from trenchcoat.ops.state import FusedMaps, HeadWeights, Rule, StudentState, Tok
 
 _INTEGERS = (
     "rows", "tokens", "heads", "kv_heads", "key_maps", "dim", "values", "features", "columns", "window", "sinks",
-    "far", "narrow", "narrow_slots", "narrow_sums", "paired", "affine", "threads",
+    "far", "narrow", "narrow_slots", "narrow_sums", "paired", "affine", "threads", "parts",
 )  # fmt: skip
 STATE_FIELDS = ("k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE", "far_s_BKFE", "far_z_BKF", "seen_B")
 
@@ -46,7 +46,7 @@ class Pages(ctypes.Structure):
     """The structure ``Pages``."""
 
     _fields_ = (
-        ("base", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * 6), ("slots", ctypes.c_void_p),
+        ("bases", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * 6), ("slots", ctypes.c_void_p),
         ("seen", ctypes.c_void_p),
     )  # fmt: skip
 
@@ -115,21 +115,22 @@ def decode(
 
 @dataclass(frozen=True)
 class StatePages:
-    """States of one row each in a server's cache: `pages` is int8 [P, bytes]."""
+    """States of one row each in a server's caches. Each is in as many pages as there are caches, int8 [P, bytes] with the
+    same strides, and each page has as many neighbouring groups."""
 
-    pages: Tensor
+    caches: tuple[Tensor, ...]
     like: StudentState
-    """A state with the shapes and dtypes of theirs."""
+    """A state with the shapes and dtypes of theirs, of all groups."""
     places: tuple[int, ...]
     """Byte offset in a page of each of :data:`STATE_FIELDS` but the last."""
 
 
 def decode_pages(
-    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, rule: Rule, states: StatePages, slots_B: Tensor,
-    seen_B: Tensor,
+    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, rule: Rule, states: StatePages,
+    slots: Sequence[Tensor], seen_B: Tensor,
 ) -> Tensor:  # fmt: skip
-    """:func:`decode` of one token for each of B rows, whose state is in page `slots_B` and has seen `seen_B` tokens
-    before; int64, on the CPU. The pages are updated, `seen_B` is not."""
+    """:func:`decode` of one token for each of B rows, whose state is in the pages `slots`, [B] for each cache, and has
+    seen `seen_B` tokens before; int64, on the CPU. The pages are updated, `seen_B` is not."""
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     if not q.dtype == k.dtype == v.dtype:
         q, k, v = q.float(), k.float(), v.float()
@@ -139,12 +140,16 @@ def decode_pages(
     key = _Key.of((q, k, v, y), _parameters(heads, maps), maps, states.like, rule, ())
     step = _prepared(key, (), heads.mix_H.shape[0])
     _point_to_tokens(step, q, k, v, y)
-    step.mask, step.kept = None, 0
-    pages = states.pages
-    place = Pages(pages.data_ptr(), pages.stride(0), (ctypes.c_int64 * 6)(*states.places), slots_B.data_ptr(),
-                  seen_B.data_ptr())  # fmt: skip
+    step.mask, step.kept, step.parts = None, 0, len(states.caches)
+    bases, rows, places = _pointers(states.caches), _pointers(slots), (ctypes.c_int64 * 6)(*states.places)
+    size = states.caches[0].stride(0)
+    place = Pages(ctypes.addressof(bases), size, places, ctypes.addressof(rows), seen_B.data_ptr())
     _kernels().decode_pages(ctypes.byref(step), ctypes.byref(place))
     return y if y.dtype == tokens.q_BHTD.dtype else y.to(tokens.q_BHTD.dtype)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
 def _point_to_tokens(step: Step, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
@@ -223,7 +228,7 @@ def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, 
     integers = (
         rows, length, heads, kv_heads, maps[0], dim, v_shape[3], maps[1], maps[2], rule.window, rule.sinks,
         key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, sums == torch.bfloat16, maps[3],
-        rule.affine, 1,
+        rule.affine, 1, 1,
     )  # fmt: skip
     pointers = [_rows(states, name, rows) for name in STATE_FIELDS]
     step = Step(

@@ -41,6 +41,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 
     from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype
+    from trenchcoat.serving.vllm_plugin.shares import settle_heads
 
     class LinearizedConfig(MambaModelConfig):
         """Refuses families and options, then prepares the cache as for vLLM's Mamba models."""
@@ -55,6 +56,7 @@ def register() -> None:
             """Called by vLLM once its own configuration is complete."""
             check_options(vllm_config)
             settle_state_dtype(vllm_config)
+            settle_heads(vllm_config)
             super().verify_and_update_config(vllm_config)
 
     for architecture, place in {**dict.fromkeys(_other_families(), WITHOUT_CLASS), **MODELS}.items():

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from trenchcoat.models.auto import student_settings
 from trenchcoat.serving.vllm_plugin.checks import state_dtype
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
-from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free, share_of
+from trenchcoat.serving.vllm_plugin.shares import Share, every_share_of, free_at_once, kept_at_once, share_of
 from trenchcoat.students import StudentAttention, build_student
 
 
@@ -55,22 +55,14 @@ class StudentBackend(LinearAttentionBackend):
         return StudentMetadataBuilder
 
 
-class StudentLayer(nn.Module, MambaBase):
-    """A student: q, k, v of a step's tokens in, its outputs out."""
+class StateCache(nn.Module, MambaBase):
+    """Pages for the states of some of a layer's groups."""
 
-    student: StudentAttention
-    kv_cache: tuple[Tensor, ...]
-    pages: Pages | None = None
+    kv_cache: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
 
-    def __init__(
-        self, student: StudentAttention, scores: dict[str, Any], page_bytes: int, vllm_config: Any, prefix: str
-    ) -> None:
-        """`scores` are `scale` and `softcap` of the layer's attention."""
+    def __init__(self, page_bytes: int, vllm_config: Any, prefix: str) -> None:
         super().__init__()
-        self.__dict__["student"] = student  # its parameters belong to `self_attn.student`, as in the checkpoint
-        self.scores, self.prefix, self.page_bytes = scores, prefix, page_bytes
-        self.dtype = vllm_config.model_config.dtype
-        self.layout = PageLayout.of(student, self.dtype)
+        self.prefix, self.page_bytes = prefix, page_bytes
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     @property
@@ -90,11 +82,34 @@ class StudentLayer(nn.Module, MambaBase):
         """See `get_state_shape`."""
         return (torch.int8,)
 
-    def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Cut the pages into the tensors of the state."""
-        super().bind_kv_cache(kv_cache)
-        raw = self.kv_cache[0]
-        self.pages = Pages(self.student, self.layout, raw, self.dtype, in_place=raw.is_cpu)
+
+class StudentLayer(nn.Module):
+    """A student: q, k, v of a step's tokens in, its outputs out."""
+
+    student: StudentAttention
+    pages: Pages | None = None
+
+    def __init__(
+        self, student: StudentAttention, scores: dict[str, Any], parts: int, vllm_config: Any, prefix: str
+    ) -> None:
+        """`scores` are `scale` and `softcap` of the layer's attention; `parts` is the number of pages of a state."""
+        super().__init__()
+        self.__dict__["student"] = student  # its parameters belong to `self_attn.student`, as in the checkpoint
+        self.scores, self.prefix = scores, prefix
+        self.dtype = vllm_config.model_config.dtype
+        self.layout = PageLayout.of(student, self.dtype, parts)
+        size = self.layout.nbytes
+        self.caches = nn.ModuleList(StateCache(size, vllm_config, f"{prefix}_state{part}") for part in range(parts))
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def _pages(self) -> Pages | None:
+        """Of the caches that vLLM has allocated; None as long as it has not."""
+        if any(cache.kv_cache is None for cache in self.caches):
+            return None
+        raw = tuple(cache.kv_cache[0] for cache in self.caches)
+        if self.pages is None or self.pages.caches[0] is not raw[0]:
+            self.pages = Pages(self.student, self.layout, raw, self.dtype, in_place=raw[0].is_cpu)
+        return self.pages
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
@@ -105,15 +120,16 @@ class StudentLayer(nn.Module, MambaBase):
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         """Write the outputs of a step's tokens into `output` [T, H * D]."""
         every = get_forward_context().attn_metadata
-        if every is None or self.pages is None:  # vLLM measures the memory of a step before there is a cache
+        pages = None if every is None else self._pages()
+        if pages is None:  # vLLM measures the memory of a step before there is a cache
             rows = (x.unflatten(-1, (-1, self.student.head_dim)).transpose(0, 1)[None] for x in qkv)
             y, _ = self.student(*rows, **self.scores)
             output.copy_(y[0].transpose(0, 1).flatten(1))
             return
-        step: StepRequests = every[self.prefix].step
-        tokens = step.starts[-1]
+        steps: list[StepRequests] = [every[cache.prefix].step for cache in self.caches]
+        tokens = steps[0].starts[-1]
         q, k, v = (x[:tokens] for x in qkv)
-        output[:tokens] = self.pages.attend((q, k, v), step, **self.scores)
+        output[:tokens] = pages.attend((q, k, v), steps, **self.scores)
         output[tokens:] = 0
 
 
@@ -156,18 +172,6 @@ class MixedAttention(nn.Module):
         return torch.cat(outputs, 1).index_select(1, self.order).flatten(1)
 
 
-def every_share_of(vllm_config: Any) -> list[Share]:
-    """The shares of every process in every layer of a model."""
-    config = vllm_config.model_config.hf_config
-    return every_share(
-        student_settings(config.trenchcoat["student"]),
-        config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        ranks=vllm_config.parallel_config.tensor_parallel_size,
-    )
-
-
 def student_for(vllm_config: Any, share: Share, head_dim: int) -> StudentAttention:
     """The student of one layer with this process's share of the heads."""
     cfg = student_settings(vllm_config.model_config.hf_config.trenchcoat["student"])
@@ -179,11 +183,12 @@ def student_for(vllm_config: Any, share: Share, head_dim: int) -> StudentAttenti
 
 def page_bytes(vllm_config: Any) -> int:
     """Size of a page, the same in all layers and processes."""
-    config = vllm_config.model_config.hf_config
+    config, shares = vllm_config.model_config.hf_config, every_share_of(vllm_config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    share = max(shares, key=lambda share: len(share.free))
     with torch.device("meta"):
-        student = student_for(vllm_config, most_free(every_share_of(vllm_config)), head_dim)
-    return PageLayout.of(student, vllm_config.model_config.dtype).nbytes
+        student = student_for(vllm_config, share, head_dim)
+    return PageLayout.of(student, vllm_config.model_config.dtype, len(share.free) // free_at_once(shares)).nbytes
 
 
 def insert_students(model: nn.Module, vllm_config: Any) -> None:
@@ -202,7 +207,8 @@ def _insert_student(attn: Any, vllm_config: Any) -> None:
     cfg = student_settings(config.trenchcoat["student"])
     sizes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
     share = share_of(cfg, extract_layer_index(prefix), rank=rank, ranks=ranks, **sizes)
-    at_once = kept_at_once(every_share_of(vllm_config))
+    shares = every_share_of(vllm_config)
+    at_once = kept_at_once(shares)
     if len(share.kept) == at_once == len(share.groups):
         return
     del vllm_config.compilation_config.static_forward_context[own.layer_name]
@@ -211,7 +217,8 @@ def _insert_student(attn: Any, vllm_config: Any) -> None:
         attn.student = _loaded(student_for(vllm_config, share, own.head_size), share)
     scores = {"scale": own.impl.scale, "softcap": own.impl.logits_soft_cap or None}
     if share.free:
-        layer = StudentLayer(attn.student, scores, page_bytes(vllm_config), vllm_config, f"{prefix}.attn")
+        parts_of_state = len(share.free) // free_at_once(shares)
+        layer = StudentLayer(attn.student, scores, parts_of_state, vllm_config, f"{prefix}.attn")
         parts.append((layer, share.query_heads(share.free), list(share.free)))
     for number in range(0, len(share.kept), at_once or 1):
         groups = list(share.kept[number : number + at_once])

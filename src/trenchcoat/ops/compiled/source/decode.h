@@ -6,13 +6,14 @@ struct Step {
   Int rows, tokens, heads, kv_heads, key_maps, dim, values, features, columns, window, sinks;
   // Which are bfloat16: q, k, v (narrow), the buffers and sinks (narrow_slots), the far sums of F x E (narrow_sums).
   Int far, narrow, narrow_slots, narrow_sums, paired, affine, threads;
+  Int parts;  // of a row's state, each with as many neighbouring groups and their key maps
   double scale, softcap, eps;
   View q, k, v, y;  // y is float32
   Map query, key;
   const float *mix, *logit;
   const uint8_t *mask;  // [B, T], or null: all tokens are real
-  // One pointer for each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums [K, F, E] and
-  // [K, F], tokens seen.
+  // One pointer for each part of each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums
+  // [K, F, E] and [K, F]; and one for each row: tokens seen.
   void **slots_k, **slots_v, **sink_k, **sink_v, **far_s;
   float **far_z;
   Int **seen;
@@ -24,18 +25,28 @@ struct Step {
   const Int *free_heads, *free_groups, *kept_groups;
 };
 
-// The states of the rows of a step in pages of a server's cache, in place of their pointers.
+// The states of the rows of a step in pages of a server's caches, in place of their pointers.
 struct Pages {
-  char *base;                // page 0
-  Int size;                  // bytes from a page to the next
-  Int places[6];             // in a page: k, v, their sinks, the far sums
-  const Int *slots, *seen;   // of each row: its page, tokens before this step
+  char **bases;         // page 0 of each part's cache
+  Int size;             // bytes from a page to the next
+  Int places[6];        // in a page: k, v, their sinks, the far sums
+  const Int **slots;    // of each part: the page of each row
+  const Int *seen;      // tokens of each row before this step
 };
 
 class Decoding {
  public:
   Decoding(const Step &step, Scratch &scratch) : a(step), d(spaced(a.dim)), e(spaced(a.values)), w(spaced(a.window)) {
     scratch.lay([&] { lay_out(scratch); });
+  }
+
+  // Where the state of a row has a group or key map: the part's pointer, and the number in the part.
+  struct Place {
+    Int part, inside;
+  };
+  static Place place_of(const Step &a, Int b, Int index, Int all) {
+    const Int each = all / a.parts;
+    return {b * a.parts + index / each, index % each};
   }
 
   // The chunk that leaves the window with this token becomes far.
@@ -46,8 +57,9 @@ class Decoding {
 
   void fold(Int b, Int map) {
     const Int n = *a.seen[b], kv = map * a.kv_heads / a.key_maps, slot = n % (2 * a.window), old = n - 2 * a.window;
-    rows(a.slots_k[b], a.narrow_slots, kv * 2 * a.window + slot, a.window, a.dim, keys, d);
-    rows(a.slots_v[b], a.narrow_slots, kv * 2 * a.window + slot, a.window, a.values, values, e);
+    const Place group = place_of(a, b, kv, a.kv_heads), sum = place_of(a, b, map, a.key_maps);
+    rows(a.slots_k[group.part], a.narrow_slots, group.inside * 2 * a.window + slot, a.window, a.dim, keys, d);
+    rows(a.slots_v[group.part], a.narrow_slots, group.inside * 2 * a.window + slot, a.window, a.values, values, e);
     std::memset(turned, 0, a.dim * w * sizeof(float));
     transpose(keys, d, turned, w, a.window, a.dim);
     HeadMap phi = map_of(a.key, map);
@@ -55,10 +67,9 @@ class Decoding {
     for (Int r = 0; r < a.features; ++r)
       for (Int i = 0; old + i < a.sinks; ++i) f[r * w + i] = 0;
     product<ALL>({f, w, 1}, values, e, sums, e, a.features, a.values, a.window, false);
-    const Int from = map * a.features * a.values;
-    float *z = a.far_z[b] + map * a.features;
+    float *z = a.far_z[sum.part] + sum.inside * a.features;
     for (Int r = 0; r < a.features; ++r) {
-      add(b, from + r * a.values, sums + r * e, n);
+      add(sum, map, r, sums + r * e, n);
       z[r] += summed(f + r * w, nullptr, a.window);
     }
   }
@@ -68,11 +79,13 @@ class Decoding {
     const Int n = *a.seen[b], slot = n % (2 * a.window);
     for (Int g = 0; g < a.kv_heads; ++g) {
       const Int from = a.free_groups ? a.free_groups[g] : g;
-      put(a, a.k, b, from, t, a.dim, a.slots_k[b], (g * 2 * a.window + slot) * a.dim, a.narrow_slots);
-      put(a, a.v, b, from, t, a.values, a.slots_v[b], (g * 2 * a.window + slot) * a.values, a.narrow_slots);
+      const Place at = place_of(a, b, g, a.kv_heads);
+      const Int row = at.inside * 2 * a.window + slot, sink = at.inside * a.sinks + n;
+      put(a, a.k, b, from, t, a.dim, a.slots_k[at.part], row * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.slots_v[at.part], row * a.values, a.narrow_slots);
       if (n >= a.sinks) continue;
-      put(a, a.k, b, from, t, a.dim, a.sink_k[b], (g * a.sinks + n) * a.dim, a.narrow_slots);
-      put(a, a.v, b, from, t, a.values, a.sink_v[b], (g * a.sinks + n) * a.values, a.narrow_slots);
+      put(a, a.k, b, from, t, a.dim, a.sink_k[at.part], sink * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.sink_v[at.part], sink * a.values, a.narrow_slots);
     }
     for (Int i = 0; i < a.kept; ++i) {
       const Int k = b * a.kept_k.row + i * a.kept_k.head + (a.held + t) * a.kept_k.token;
@@ -95,7 +108,8 @@ class Decoding {
       if (a.far) {
         query_features(h);
         gathered_sums(b, map);
-        den += summed(f, a.far_z[b] + map * a.features, a.features);
+        const Place sum = place_of(a, b, map, a.key_maps);
+        den += summed(f, a.far_z[sum.part] + sum.inside * a.features, a.features);
       }
       divided(den, at(a.y, b, place, t));
     }
@@ -132,15 +146,16 @@ class Decoding {
     f = m.take(a.features * w + 2 * LANES), sums = m.take(a.features * e), p = m.take(all), num = m.take(e);
   }
 
-  // Adds E numbers to the far sums from the number `at` on, `n` tokens after the row's start.
-  void add(Int b, Int at, const float *x, Int n) const {
+  // Adds E numbers to the far sums of feature r, `n` tokens after the row's start.
+  void add(Place sum, Int map, Int r, const float *x, Int n) const {
+    const Int at = (sum.inside * a.features + r) * a.values, element = (map * a.features + r) * a.values;
     if (!a.narrow_sums) {
-      float *s = (float *)a.far_s[b] + at;
+      float *s = (float *)a.far_s[sum.part] + at;
       for (Int c = 0; c < a.values; ++c) s[c] += x[c];
       return;
     }
-    uint16_t *s = (uint16_t *)a.far_s[b] + at;
-    for (Int c = 0; c < a.values; ++c) s[c] = rounded_at(widened(s[c]) + x[c], at + c, n);
+    uint16_t *s = (uint16_t *)a.far_s[sum.part] + at;
+    for (Int c = 0; c < a.values; ++c) s[c] = rounded_at(widened(s[c]) + x[c], element + c, n);
   }
 
   // To bfloat16, up or down by a threshold that varies with element and position (ops/state.py, round_to_bfloat16).
@@ -152,9 +167,10 @@ class Decoding {
 
   // num += features of the query times the far sums of a key map.
   void gathered_sums(Int b, Int map) {
-    const Int from = map * a.features * a.values;
-    if (!a.narrow_sums) return gathered(f, (const float *)a.far_s[b] + from, a.values, a.features);
-    const uint16_t *s = (const uint16_t *)a.far_s[b] + from;
+    const Place sum = place_of(a, b, map, a.key_maps);
+    const Int from = sum.inside * a.features * a.values;
+    if (!a.narrow_sums) return gathered(f, (const float *)a.far_s[sum.part] + from, a.values, a.features);
+    const uint16_t *s = (const uint16_t *)a.far_s[sum.part] + from;
     for (Int r = 0; r < a.features; ++r)
       for (Int c = 0; c < a.values; ++c) sums[r * e + c] = widened(s[r * a.values + c]);
     gathered(f, sums, e, a.features);
@@ -201,10 +217,11 @@ class Decoding {
     const Int from = chunk > 0 ? (chunk - 1) * a.window : 0, slot = from % ring;
     const Int first = n + 1 - from < ring - slot ? n + 1 - from : ring - slot;
     const Int sinks = from < a.sinks ? from : a.sinks;
-    const Int starts[3] = {g * a.sinks, g * ring + slot, g * ring}, counts[3] = {sinks, first, n + 1 - from - first};
+    const Place at = place_of(a, b, g, a.kv_heads);
+    const Int starts[3] = {at.inside * a.sinks, at.inside * ring + slot, at.inside * ring}, counts[3] = {sinks, first, n + 1 - from - first};
     near = 0, key_stride = a.narrow_slots ? d : a.dim, value_stride = a.narrow_slots ? e : a.values;
     for (int i = 0; i < 3; ++i) {
-      const void *k = i ? a.slots_k[b] : a.sink_k[b], *v = i ? a.slots_v[b] : a.sink_v[b];
+      const void *k = i ? a.slots_k[at.part] : a.sink_k[at.part], *v = i ? a.slots_v[at.part] : a.sink_v[at.part];
       near_counts[i] = counts[i];
       if (a.narrow_slots && counts[i]) {
         rows(k, true, starts[i], counts[i], a.dim, keys + near * d, d);

@@ -115,17 +115,20 @@ void decode(const Step *step) {
 }
 void decode_pages(const Step *step, const Pages *pages) {
   Step own = *step;
-  std::vector<void *> at(6 * step->rows);
+  const Int count = step->rows * step->parts;
+  std::vector<void *> at(6 * count);
   std::vector<Int> counts(pages->seen, pages->seen + step->rows);
   std::vector<Int *> seen(step->rows);
   for (Int b = 0; b < step->rows; ++b) {
-    char *page = pages->base + pages->slots[b] * pages->size;
-    for (Int i = 0; i < 6; ++i) at[i * step->rows + b] = page + pages->places[i];
+    for (Int part = 0; part < step->parts; ++part) {
+      char *page = pages->bases[part] + pages->slots[part][b] * pages->size;
+      for (Int i = 0; i < 6; ++i) at[i * count + b * step->parts + part] = page + pages->places[i];
+    }
     seen[b] = &counts[b];
   }
   void **rows = at.data();
-  own.slots_k = rows, own.slots_v = rows + step->rows, own.sink_k = rows + 2 * step->rows;
-  own.sink_v = rows + 3 * step->rows, own.far_s = rows + 4 * step->rows, own.far_z = (float **)(rows + 5 * step->rows);
+  own.slots_k = rows, own.slots_v = rows + count, own.sink_k = rows + 2 * count, own.sink_v = rows + 3 * count;
+  own.far_s = rows + 4 * count, own.far_z = (float **)(rows + 5 * count);
   own.seen = seen.data();
   decode(&own);
 }
