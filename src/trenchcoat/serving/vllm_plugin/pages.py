@@ -117,6 +117,12 @@ class Pages:
     def _states(self) -> StatePages:
         return StatePages(self.caches, self._empty(1), self.layout.places(STATE_FIELDS[:-1]))
 
+    @cached_property
+    def _in_kernels(self) -> bool:
+        """Whether the kernels decode in the pages."""
+        like = torch.empty(0, dtype=self.dtype, device=self.caches[0].device)
+        return self.student.decodes_pages(like, self._empty(1))
+
     def attend(
         self, qkv: tuple[Tensor, Tensor, Tensor], steps: Sequence[StepRequests], *, scale: float,
         softcap: float | None = None,
@@ -150,7 +156,7 @@ class Pages:
         token = [x[:, :, None] for x in qkv]
         if not self.in_place:
             return self._decode_gathered(token, steps, before, scores)
-        if self.student.decodes_pages(qkv[0], self._empty(1)):
+        if self._in_kernels:
             for request, seen in enumerate(before):
                 if not seen:
                     self._held([step.slots[request] for step in steps], seen)

@@ -119,6 +119,7 @@ class Decoding {
   void look_at_all(Int b, Int i, Int h, Int t) {
     const Int place = a.kept_groups[i] * (a.heads / a.kv_heads) + h, count = a.held + t + 1;
     read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
+    gathered_row = -1;
     near = near_counts[0] = count, near_counts[1] = near_counts[2] = 0;
     if (a.narrow) {
       read(a.kept_k, true, b, i, 0, count, a.dim, keys, d);
@@ -137,6 +138,7 @@ class Decoding {
   Int near = 0, key_stride = 0, value_stride = 0;  // keys the query sees, and lengths of their rows
   const float *near_keys[3], *near_values[3];
   Int near_counts[3];
+  Int gathered_row = -1, gathered_group = -1;  // whose keys these are
   float *q, *keys, *values, *turned, *f, *sums, *p, *num;
 
   void lay_out(Scratch &m) {
@@ -213,6 +215,8 @@ class Decoding {
 
   // Where the near keys lie: sinks, and the window in at most two pieces of the ring.
   void gather(Int b, Int g) {
+    if (b == gathered_row && g == gathered_group) return;
+    gathered_row = b, gathered_group = g;
     const Int n = *a.seen[b], ring = 2 * a.window, chunk = n / a.window;
     const Int from = chunk > 0 ? (chunk - 1) * a.window : 0, slot = from % ring;
     const Int first = n + 1 - from < ring - slot ? n + 1 - from : ring - slot;
@@ -238,12 +242,14 @@ class Decoding {
   float softmax_part(float ratio, const float *logit) {
     const float scale = (float)a.scale, cap = (float)a.softcap;
     float top = -FLT_MAX;
-    for (Int i = 0, j = 0; i < 3; ++i)
+    for (Int i = 0, j = 0; i < 3; ++i) {
+      products_with(q, near_keys[i], key_stride, a.dim, near_counts[i], p + j);
       for (Int r = 0; r < near_counts[i]; ++r, ++j) {
-        p[j] = scale * summed(q, near_keys[i] + r * key_stride, a.dim);
+        p[j] *= scale;
         if (cap) p[j] = cap * hyperbolic_tangent(splat(p[j] / cap))[0];
         top = p[j] > top || p[j] != p[j] ? p[j] : top;
       }
+    }
     if (logit && *logit > top) top = *logit;
     for (Int j = 0; j < near; j += LANES) store(p + j, exp_negative(load(p + j) - top) * ratio);
     for (Int c = 0; c < a.values; ++c) num[c] = 0;
