@@ -48,8 +48,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
     "gemma": ("Gemma", {"tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", {"tie_word_embeddings": True, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 50,
-                          "sliding_window": 1024}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "tie_word_embeddings": True,
+            "attn_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 50,
+            "sliding_window": 1024,
+        },
+    ),
     "granite": ("Granite", {"attention_multiplier": 0.1, "residual_multiplier": 0.5}),
     "mixtral": ("Mixtral", EXPERTS),
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "moe_intermediate_size": 64}),

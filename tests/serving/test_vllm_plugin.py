@@ -225,7 +225,9 @@ def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int
     [((), 1, 0, 4), (("1",), 1, 4, 4), (("0.1", "2"), 1, 1, 1), (("0.0", "0.1", "1.2", "1.3"), 1, 2, 2),
      (("1",), 2, 2, 2), (("0.0", "0.3"), 2, 1, 1), (("0.0", "1.0", "2.0"), 1, 1, 3)],
 )  # fmt: skip
-def test_pages_and_attentions_for_kept_groups_are_of_one_size(keep: tuple[str, ...], ranks: int, at_once: int, free: int) -> None:
+def test_pages_and_attentions_for_kept_groups_are_of_one_size(
+    keep: tuple[str, ...], ranks: int, at_once: int, free: int
+) -> None:
     shares = every_share(StudentConfig(keep=keep), 3, num_heads=8, num_kv_heads=4, ranks=ranks)
     assert len(shares) == 3 * ranks
     assert kept_at_once(shares) == at_once
@@ -380,8 +382,12 @@ def merged(family: str, folder: Path, cfg: StudentConfig) -> tuple[Any, Path]:
 def vllm_config(config: Any, **changes: Any) -> Any:
     """vLLM's configuration: `changes` are options of any of its sections."""
     sections: dict[str, dict[str, Any]] = {
-        "model_config": {"hf_config": config, "dtype": torch.float32, "quantization": None,
-                         "model_arch_config": SimpleNamespace(total_num_kv_heads=GROUPS)},
+        "model_config": {
+            "hf_config": config,
+            "dtype": torch.float32,
+            "quantization": None,
+            "model_arch_config": SimpleNamespace(total_num_kv_heads=GROUPS),
+        },
         "cache_config": {"cache_dtype": "auto", "mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"},
         "parallel_config": {"tensor_parallel_size": 1, "decode_context_parallel_size": 1},
         "compilation_config": {"static_forward_context": {}},
@@ -450,7 +456,9 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
         q, k, v = (x[request].unflatten(-1, (-1, DIM)) for x in (engine.q, engine.k, engine.v))
         expected = q.clone()
         inputs = (q[:, list(free)], k[:, list(groups)], v[:, list(groups)])
-        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), **layer.scores).unflatten(-1, (-1, DIM))
+        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), **layer.scores).unflatten(
+            -1, (-1, DIM)
+        )
         torch.testing.assert_close(y, expected.flatten(1), rtol=0, atol=2e-5)
 
 

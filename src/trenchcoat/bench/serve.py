@@ -196,7 +196,9 @@ def _capacities(kind: str, settings: Settings, sizes: ServeSizes, folder: Path) 
     for context in sorted(sizes.contexts)[:-1]:
         settings.say(f"{context} tokens: requests in vLLM's cache, {kind}")
         cfg = replace(_server_settings(settings, context + sizes.tokens), device="auto")
-        command = partial(_vllm, Path(str(place)).expanduser(), replace(cfg, vllm_option=("--enforce-eager",)), settings)
+        command = partial(
+            _vllm, Path(str(place)).expanduser(), replace(cfg, vllm_option=("--enforce-eager",)), settings
+        )
         with started(command, folder / f"{kind}.{context}.log", threads=settings.threads) as server:
             held = server.ready().capacity()
         found += [] if held is None else [held]
@@ -205,7 +207,13 @@ def _capacities(kind: str, settings: Settings, sizes: ServeSizes, folder: Path) 
 
 def _embedded(model: Path, cfg: ServeSettings, port: int) -> list[str]:
     """The command of the embedded server."""
-    options = {"--port": port, "--context": cfg.context, "--name": cfg.name, "--device": cfg.device, "--dtype": cfg.dtype}
+    options = {
+        "--port": port,
+        "--context": cfg.context,
+        "--name": cfg.name,
+        "--device": cfg.device,
+        "--dtype": cfg.dtype,
+    }
     given = [str(part) for item in options.items() for part in item]
     softmax = ["--softmax"] if cfg.softmax else []
     return [sys.executable, "-m", "trenchcoat", "serve", str(model), "--engine", "embedded", *given, *softmax]

@@ -80,9 +80,7 @@ class _Attention(torch.autograd.Function):
         return None, None, None, *cast
 
 
-def _attention(
-    rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None, skip: int = 0
-) -> Tensor:
+def _attention(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None, skip: int = 0) -> Tensor:
     """y [B, H, L, E] in q's dtype, differentiable where gradients are enabled; tensors as for :func:`_call`. Without
     gradients q may begin `skip` tokens after k, and y does so then."""
     q = tensors[0]

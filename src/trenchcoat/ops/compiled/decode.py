@@ -46,8 +46,8 @@ class Pages(ctypes.Structure):
     """The structure ``Pages``."""
 
     _fields_ = (
-        ("bases", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * 6), ("slots", ctypes.c_void_p),
-        ("seen", ctypes.c_void_p),
+        ("bases", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * 6),
+        ("slots", ctypes.c_void_p), ("seen", ctypes.c_void_p),
     )  # fmt: skip
 
 
@@ -115,8 +115,8 @@ def decode(
 
 @dataclass(frozen=True)
 class StatePages:
-    """States of one row each in a server's caches. Each is in as many pages as there are caches, int8 [P, bytes] with the
-    same strides, and each page has as many neighbouring groups."""
+    """States of one row each in a server's caches. Each is in as many pages as there are caches, int8 [P, bytes] with
+    the same strides, and each page has as many neighbouring groups."""
 
     caches: tuple[Tensor, ...]
     like: StudentState

@@ -1,7 +1,7 @@
 """Model classes for vLLM: its own classes with students in place of attention. Imported by vLLM only.
 
-vLLM's classes do everything else (weights, projections, norms, RoPE, sampling, scheduling). A layer's state is a page of
-vLLM's Mamba cache; kept groups and layers are attention layers of vLLM, so every model is one of its hybrids.
+vLLM's classes do everything else (weights, projections, norms, RoPE, sampling, scheduling). A layer's state is in pages
+of vLLM's Mamba cache; kept groups and layers are attention layers of vLLM, so every model is one of its hybrids.
 
 `Linearized<Family>ForCausalLM` is an attribute of this module for every family of :data:`BASES`, made on first use.
 """

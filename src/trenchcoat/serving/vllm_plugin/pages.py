@@ -41,8 +41,8 @@ class PageLayout:
 
     @classmethod
     def of(cls, student: StudentAttention, dtype: torch.dtype, parts: int = 1) -> PageLayout:
-        """For a student in a model of `dtype`, whose state is in `parts` pages, each with as many heads: far sums float32,
-        keys and values `dtype`, unless `state_dtype` says otherwise."""
+        """For a student in a model of `dtype`, whose state is in `parts` pages, each with as many heads: far sums
+        float32, keys and values `dtype`, unless `state_dtype` says otherwise."""
         state = student.empty_state(1, dtype=dtype, device="meta").tensors()
         kept = [(name, t) for name, t in state.items() if t.numel() and name != _SEEN]
         kept.sort(key=lambda item: -item[1].element_size())
@@ -129,8 +129,8 @@ class Pages:
     ) -> Tensor:  # fmt: skip
         """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
 
-        ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D]; ``steps`` are the same requests with their pages in each
-        of the caches.
+        ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D]; ``steps`` are the same requests with their pages in
+        each of the caches.
         """
         dim, kv_heads, requests = self.student.head_dim, self.student.num_kv_heads, steps[0]
         q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in zip(qkv, (-1, kv_heads, kv_heads), strict=True))
@@ -148,9 +148,7 @@ class Pages:
             y[tokens] = y_row[0].transpose(0, 1)
         return y.flatten(1)
 
-    def _decode(
-        self, qkv: tuple[Tensor, ...], steps: Sequence[StepRequests], scores: dict[str, Any]
-    ) -> Tensor:
+    def _decode(self, qkv: tuple[Tensor, ...], steps: Sequence[StepRequests], scores: dict[str, Any]) -> Tensor:
         """y [B, H, D] of one token of each request that decodes."""
         before = [length - 1 for length in steps[0].lengths[: steps[0].decodes]]
         token = [x[:, :, None] for x in qkv]

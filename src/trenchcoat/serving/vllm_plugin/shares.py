@@ -95,8 +95,8 @@ def every_share_of(vllm_config: Any) -> list[Share]:
 
 
 def settle_heads(vllm_config: Any) -> None:
-    """Tell vLLM how many key/value heads its attentions of kept groups have, in place of the model's: pages of states are
-    rounded up to blocks of theirs."""
+    """Tell vLLM how many key/value heads its attentions of kept groups have, in place of the model's: pages of states
+    are rounded up to blocks of theirs."""
     at_once = kept_at_once(every_share_of(vllm_config))
     if at_once:
         heads = at_once * vllm_config.parallel_config.tensor_parallel_size
@@ -114,6 +114,6 @@ def kept_at_once(shares: Iterable[Share]) -> int:
 
 
 def free_at_once(shares: Iterable[Share]) -> int:
-    """Groups whose state is one page: as for :func:`kept_at_once`, so that no part of a page is empty; 0 if all groups are
-    kept."""
+    """Groups whose state is one page: as for :func:`kept_at_once`, so that no part of a page is empty; 0 if all groups
+    are kept."""
     return math.gcd(*(len(share.free) for share in shares))
