@@ -2,6 +2,7 @@
 #   make demo    linearize the embedded language model, minutes on two CPU cores
 #   make test    the whole test suite
 # `make test-vllm` runs linearized models in vLLM's CPU build, in an environment of its own.
+# `make bench-serve STUDENT=merged_folder TEACHER=folder` compares both in that vLLM: benchmarks/serve_cpu2.json, docs/serve.png.
 # `make reference` converts SmolLM2-135M-Instruct (half an hour on two cores) and writes docs/results/smollm2_135m.
 # ARGS="student.window=16" make demo   overrides settings; PYTHON=python3.12 picks another interpreter; VENV=... another
 # folder for the environment.
@@ -12,12 +13,14 @@ STAMP := $(VENV)/.installed-with-constraints
 WORKERS ?= 2
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed-with-constraints
+STUDENT ?= runs/smollm2_135m/merged
+TEACHER ?= SmolLM2-135M-Instruct
 
 # Idle threads look out for work for about half a millisecond, then sleep: waking one costs as much as a small operation,
 # and threads that never sleep starve whatever else the machine is doing.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test test-vllm reference lint bench docs wheel clean
+.PHONY: demo test test-vllm bench-serve reference lint bench docs wheel clean
 
 demo: $(STAMP)
 	$(BIN)/trenchcoat demo $(ARGS)
@@ -28,6 +31,14 @@ test: $(STAMP)
 
 test-vllm: $(VLLM_STAMP)
 	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/in_vllm -o filterwarnings=default $(PYTEST_ARGS)
+
+# Eight requests at once. Prefix caching is off, since it holds a second state a request and no prompt repeats another.
+bench-serve: $(VLLM_STAMP)
+	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=4 HF_HUB_OFFLINE=1 $(VLLM_VENV)/bin/trenchcoat bench serve \
+	  --engine vllm --model $(STUDENT) --teacher $(TEACHER) --dtype float32 --contexts 4096,8128 --clients 8 --tokens 48 \
+	  --repeats 0 --threads 2 --out benchmarks/serve_cpu2.json $(addprefix --vllm-option=,--no-enable-prefix-caching \
+	  --max-num-batched-tokens=8192 --max-num-seqs=8 --mamba-cache-dtype=bfloat16)
+	mv benchmarks/serve_cpu2.png docs/serve.png
 
 reference: $(STAMP)
 	$(BIN)/trenchcoat linearize smollm2_135m run.dir=runs/smollm2_135m $(ARGS)

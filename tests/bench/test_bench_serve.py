@@ -41,6 +41,7 @@ def test_a_running_server_is_asked_by_its_address(server: Running, tmp_path: Pat
             assert figures["first_token_seconds"] > 0
             assert figures["tokens_per_second"] > 0
             assert figures["tokens_per_second_of_all"] > 0
+            assert figures["prompt_tokens_per_second"] > 0
             assert figures["requests_per_gib"] == pytest.approx(2**30 / figures["state_bytes"])
     assert "64, teacher" in text
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -55,7 +56,7 @@ def test_a_running_server_is_asked_by_its_address(server: Running, tmp_path: Pat
     [
         ({"url": "127.0.0.1:8000"}, "is no address"),
         ({"url": "http://127.0.0.1:9"}, "does not answer"),
-        ({"url": "http://127.0.0.1:9", "engine": "embedded"}, "leave out --model, --teacher and --engine"),
+        ({"url": "http://127.0.0.1:9", "engine": "embedded"}, "leave out --engine$"),
         ({"url": "a,b,c"}, "expected the student's address"),
         ({"engine": "sglang"}, "known: embedded, vllm"),
         ({"engine": "embedded", "model": "x", "teacher": "y"}, "--teacher is for --engine vllm"),

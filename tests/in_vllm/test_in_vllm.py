@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_kit import LENGTHS, NEW, STUDENTS, expected, prompts, save_merged  # isort: skip - first, as it sets vLLM up
+from vllm_kit import FAMILIES, LENGTHS, NEW, STUDENTS, expected, prompts, save_merged  # isort: skip - first, as it sets vLLM up
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
@@ -66,8 +66,9 @@ def test_every_student_and_kept_groups_and_layers(student: str, folder: Folder) 
     check(folder(student))
 
 
-def test_mistral(folder: Folder) -> None:
-    check(folder("groups", "mistral"))
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_families(family: str, folder: Folder) -> None:
+    check(folder("groups", family))
 
 
 @pytest.mark.parametrize(

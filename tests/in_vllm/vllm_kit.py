@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+import transformers
 
 from conftest import byte_tokenizer
 from trenchcoat.config import FeatureMapConfig, StudentConfig
@@ -40,11 +40,36 @@ STUDENTS = {
 }
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
+    "gemma": ("Gemma", {"tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "tie_word_embeddings": True,
+            "attn_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 50,
+            "sliding_window": 1024,
+        },
+    ),
+    "granite": ("Granite", {"attention_multiplier": 0.1, "residual_multiplier": 0.5}),
+    "mixtral": ("Mixtral", EXPERTS),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "moe_intermediate_size": 64}),
+}
+"""Family -> prefix of its classes in Transformers, settings."""
+
+
 def base_model(family: str) -> Any:
     """A random model, in float32, whose logits are far from flat."""
     torch.manual_seed(0)
-    kind = LlamaForCausalLM(LlamaConfig(**SIZES)) if family == "llama" else None
-    model: Any = kind or MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
+    prefix, settings = FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **settings})
+    model: Any = getattr(transformers, f"{prefix}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

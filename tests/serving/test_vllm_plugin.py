@@ -25,10 +25,11 @@ from tiny_families import tiny_model
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.models import auto, hub
 from trenchcoat.models.attach import attach_students, set_mode
-from trenchcoat.serving.vllm_plugin import MODELS, OPERATOR, register
+from trenchcoat.models.families import KNOWN_FAMILIES
+from trenchcoat.serving.vllm_plugin import BASES, MODELS, OPERATOR, register
 from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype, state_dtype
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
-from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free
+from trenchcoat.serving.vllm_plugin.shares import Share, every_share, free_at_once, kept_at_once, settle_heads
 from trenchcoat.students import StudentAttention, build_student
 
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -40,6 +41,7 @@ STUDENTS = {
     "sinks": StudentConfig(window=4, sinks=2, feature_map=SMALL),
     "window_sinks": StudentConfig(name="window_sinks", window=4, sinks=2),
     "per_kv_head": StudentConfig(window=4, feature_map=SMALL, key_maps="per_kv_head"),
+    "hedgehog": StudentConfig(window=4, sinks=2, feature_map=FeatureMapConfig(name="hedgehog", feature_dim=6)),
 }
 
 
@@ -94,37 +96,70 @@ class Engine:
 
 
 def plan() -> Engine:
-    """Three requests: one chunk, then token by token; several chunks; one that starts with a single token."""
+    """Three requests: one chunk, then token by token; several chunks; one that starts with a single token. The same
+    tokens at each call."""
+    torch.manual_seed(4)
     pieces = [[9, 0, 0], [1, 6, 0], [1, 7, 0], [1, 1, 1], [1, 1, 1], [1, 1, 4], [0, 1, 1], [0, 1, 1], [0, 0, 7]]
     return Engine([14, 18, 15], pieces)
 
 
-def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, **scores: Any) -> Tensor:
     heads = [x.unflatten(-1, (-1, DIM)).transpose(0, 1)[None] for x in (q, k, v)]
-    y, _ = student(*heads, scale=scale)
+    y, _ = student(*heads, **scores)
     return y[0].transpose(0, 1).flatten(1)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("name", STUDENTS)
 @torch.no_grad()
-def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bool) -> None:
+def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bool, parts: int) -> None:
+    """Also where a state is in a page of each of two caches."""
     student = random_student(STUDENTS[name])
-    layout = PageLayout.of(student, torch.float32)
-    raw, engine = raw_pages(layout.nbytes, 5, padding=16), plan()
-    pages = Pages(student, layout, layout.cut(raw), torch.float32, in_place)
-    slot = [3, 1, 4]
+    raw, slots = raws(student, parts), ([3, 1, 4], [0, 4, 2])[:parts]
+    found = page_outputs(student, raw, slots, in_place)
+    engine = plan()
+    for request, y in enumerate(found):
+        expected = whole(student, engine.q[request], engine.k[request], engine.v[request], scale=0.3)
+        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_kernels_decode_states_of_half_the_size_in_pages() -> None:
+    """As PyTorch does, whose sums are rounded by the same thresholds."""
+    found = {}
+    for impl in ("chunkwise", "compiled"):
+        for parts in (1, 2):
+            torch.manual_seed(5)
+            student = random_student(dataclasses.replace(STUDENTS["hedgehog"], impl=impl))
+            student.state_dtype = torch.bfloat16
+            found[impl, parts] = page_outputs(student, raws(student, parts), ([3, 1, 4], [0, 4, 2])[:parts], True)
+    for others in (("compiled", 1), ("compiled", 2), ("chunkwise", 2)):
+        for y, want in zip(found[others], found["chunkwise", 1], strict=True):
+            torch.testing.assert_close(y, want, rtol=0, atol=2 * torch.finfo(torch.bfloat16).eps)
+    assert all(map(torch.equal, found["compiled", 1], found["compiled", 2]))
+
+
+def raws(student: StudentAttention, parts: int) -> list[Tensor]:
+    nbytes = PageLayout.of(student, torch.float32, parts).nbytes
+    return [raw_pages(nbytes, 5, padding=16) for _ in range(parts)]
+
+
+def page_outputs(student: StudentAttention, raw: list[Tensor], slots: Any, in_place: bool) -> list[Tensor]:
+    """The outputs of the requests of `plan`, whose states are in the pages `slots` of each cache."""
+    layout, engine = PageLayout.of(student, torch.float32, len(raw)), plan()
+    pages = Pages(student, layout, tuple(raw), torch.float32, in_place)
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
-        slots = [slot[request] for request in requests]
-        return pages.attend((q, k, v), StepRequests(starts, lengths, slots, decodes), scale=0.3)
+        steps = [StepRequests(starts, lengths, [slot[r] for r in requests], decodes) for slot in slots]
+        return pages.attend((q, k, v), steps, scale=0.3)
 
-    untouched = raw[[0, 2]].clone()
+    others = [[page for page in range(5) if page not in slot] for slot in slots]
+    untouched = [each[other].clone() for each, other in zip(raw, others, strict=True)]
     outputs = engine.run(step)
-    for request, y in enumerate(outputs):
-        expected = whole(student, engine.q[request], engine.k[request], engine.v[request], 0.3)
-        torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
-    assert raw[[0, 2]].equal(untouched), "another request's page was written"
+    for each, other, before in zip(raw, others, untouched, strict=True):
+        assert each[other].equal(before), "another request's page was written"
+    return outputs
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -187,14 +222,16 @@ def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int
 
 @pytest.mark.parametrize(
     ("keep", "ranks", "at_once", "free"),
-    [((), 1, 0, 4), (("1",), 1, 4, 4), (("0.1", "2"), 1, 1, 4), (("0.0", "0.1", "1.2", "1.3"), 1, 2, 4),
-     (("1",), 2, 2, 2), (("0.0", "0.3"), 2, 1, 2), (("0.0", "1.0", "2.0"), 1, 1, 3)],
+    [((), 1, 0, 4), (("1",), 1, 4, 4), (("0.1", "2"), 1, 1, 1), (("0.0", "0.1", "1.2", "1.3"), 1, 2, 2),
+     (("1",), 2, 2, 2), (("0.0", "0.3"), 2, 1, 1), (("0.0", "1.0", "2.0"), 1, 1, 3)],
 )  # fmt: skip
-def test_attentions_for_kept_groups_are_of_one_size(keep: tuple[str, ...], ranks: int, at_once: int, free: int) -> None:
+def test_pages_and_attentions_for_kept_groups_are_of_one_size(
+    keep: tuple[str, ...], ranks: int, at_once: int, free: int
+) -> None:
     shares = every_share(StudentConfig(keep=keep), 3, num_heads=8, num_kv_heads=4, ranks=ranks)
     assert len(shares) == 3 * ranks
     assert kept_at_once(shares) == at_once
-    assert len(most_free(shares).free) == free
+    assert free_at_once(shares) == free
 
 
 # The classes for vLLM, with fakes
@@ -208,6 +245,8 @@ class FakeKept(nn.Module):
     def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, **options: Any) -> None:
         super().__init__()
         self.sizes, self.options = (num_heads, head_size, num_kv_heads), options
+        self.head_size, self.layer_name = head_size, options["prefix"]
+        self.impl = SimpleNamespace(scale=scale, logits_soft_cap=options.get("logits_soft_cap") or 0)
         CONTEXT.no_compile_layers[options["prefix"]] = self
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -216,36 +255,38 @@ class FakeKept(nn.Module):
 
 
 class FakeAttention(nn.Module):
-    """The attributes of `LlamaAttention` that are used."""
+    """The attribute of vLLM's attention modules that is used."""
 
     def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
-        self.total_num_heads, self.total_num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
-        sizes = (self.total_num_heads, self.head_dim, self.scaling, self.total_num_kv_heads)
-        self.attn: Any = FakeKept(*sizes, prefix=f"{prefix}.attn")
+        sizes = (config.num_attention_heads, config.head_dim, config.head_dim**-0.5, config.num_key_value_heads)
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        self.attn: Any = FakeKept(*sizes, logits_soft_cap=softcap, prefix=f"{prefix}.attn")
 
 
 class FakeLayer(nn.Module):
-    def __init__(self, *, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
+    def __init__(self, config: Any, prefix: str) -> None:
         super().__init__()
-        self.self_attn = FakeAttention(vllm_config.model_config.hf_config, f"{prefix}.self_attn")
+        self.self_attn = FakeAttention(config, f"{prefix}.self_attn")
 
 
 class FakeModel(nn.Module):
-    def __init__(self, *, vllm_config: Any, prefix: str = "", layer_type: Any = FakeLayer) -> None:
+    """A model of a pipeline's process that computes the layers of `PRESENT`."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         CONTEXT.no_compile_layers = vllm_config.compilation_config.static_forward_context
+        config = vllm_config.model_config.hf_config
+        layers = [
+            FakeLayer(config, f"model.layers.{index}") if index in PRESENT else nn.Identity()
+            for index in range(config.num_hidden_layers)
+        ]
         self.model = nn.Module()
-        layers = vllm_config.model_config.hf_config.num_hidden_layers
-        made = [layer_type(vllm_config=vllm_config, prefix=f"model.layers.{index}") for index in range(layers)]
-        self.model.layers = nn.ModuleList(made)
+        self.model.layers = nn.ModuleList(layers)
 
 
 class FakeMambaBase:
     """Only the part that is used: the pages as bytes."""
-
-    kv_cache: tuple[Tensor, ...]
 
     def bind_kv_cache(self, pages: Tensor) -> None:
         self.kv_cache = (pages,)
@@ -269,6 +310,7 @@ class FakeMambaConfig:
 
 
 CONTEXT = SimpleNamespace(attn_metadata=None, no_compile_layers={})
+PRESENT: set[int] = {0, 1}
 REGISTERED: dict[str, Any] = {}
 CONFIGS: dict[str, Any] = {}
 OPERATORS: list[str] = []
@@ -303,9 +345,7 @@ def glue(monkeypatch: pytest.MonkeyPatch) -> Any:
             "HasInnerState": type("A", (), {"has_inner_state": True}), "IsHybrid": type("B", (), {"is_hybrid": True}),
             "SupportsMambaPrefixCaching": type("C", (), {"supports_mamba_prefix_caching": True}),
         },
-        "vllm.model_executor.models.llama": {"LlamaDecoderLayer": FakeLayer, "LlamaForCausalLM": FakeModel},
-        "vllm.model_executor.models.mistral": {"MistralDecoderLayer": FakeLayer,
-                                               "MistralForCausalLM": FakeModel},
+        **{f"vllm.model_executor.models.{module}": {name: FakeModel} for module, name in BASES.values()},
         "vllm.model_executor.models.utils": {"extract_layer_index": lambda prefix: int(prefix.split(".")[2])},
         "vllm.utils": {}, "vllm.utils.torch_utils": {"direct_register_custom_op": register_operator},
         "vllm.v1": {}, "vllm.v1.attention": {}, "vllm.v1.attention.backends": {},
@@ -342,7 +382,12 @@ def merged(family: str, folder: Path, cfg: StudentConfig) -> tuple[Any, Path]:
 def vllm_config(config: Any, **changes: Any) -> Any:
     """vLLM's configuration: `changes` are options of any of its sections."""
     sections: dict[str, dict[str, Any]] = {
-        "model_config": {"hf_config": config, "dtype": torch.float32, "quantization": None},
+        "model_config": {
+            "hf_config": config,
+            "dtype": torch.float32,
+            "quantization": None,
+            "model_arch_config": SimpleNamespace(total_num_kv_heads=GROUPS),
+        },
         "cache_config": {"cache_dtype": "auto", "mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"},
         "parallel_config": {"tensor_parallel_size": 1, "decode_context_parallel_size": 1},
         "compilation_config": {"static_forward_context": {}},
@@ -353,7 +398,7 @@ def vllm_config(config: Any, **changes: Any) -> Any:
     return SimpleNamespace(**{name: SimpleNamespace(**section) for name, section in sections.items()}, **whole)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @torch.no_grad()
 def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: Path) -> None:
     """Weights load by their names in the folder, and each layer computes the same as in our own model."""
@@ -367,10 +412,12 @@ def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: P
     stored = {name: t for name, t in load_file(folder / "model.safetensors").items() if ".student." in name}
     load(model, stored)
     context = settings.compilation_config.static_forward_context
-    assert list(context) == [f"model.layers.{index}.self_attn.attn" for index in range(2)]
+    names = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
+    assert sorted(context) == sorted([*names, *(f"{name}_state0" for name in names)])
     layer = model.model.layers[1].self_attn.attn
-    assert kind.get_mamba_state_shape_from_config(settings) == layer.get_state_shape()
-    assert kind.get_mamba_state_dtype_from_config(settings) == layer.get_state_dtype()
+    assert kind.get_mamba_state_shape_from_config(settings) == layer.caches[0].get_state_shape()
+    assert kind.get_mamba_state_dtype_from_config(settings) == layer.caches[0].get_state_dtype()
+    assert layer.scores == {"scale": DIM**-0.5, "softcap": 3.0 if family == "gemma2" else None}
     check_layer(layer, layer, ours.model.layers[1].self_attn.student, slice(None))
 
 
@@ -387,15 +434,18 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
     engine, free, groups = plan(), range(HEADS)[heads], range(GROUPS)
     if student.kept is not None:
         groups = [group for group in range(GROUPS) if group not in student.kept.groups]
-    layer.bind_kv_cache(raw_pages(layer.get_state_shape()[0][0], 5))
-    builder = layer.get_attn_backend().get_builder_cls()()
+    for cache in layer.caches:
+        cache.bind_kv_cache(raw_pages(cache.get_state_shape()[0][0], 8))
+    builder = layer.caches[0].get_attn_backend().get_builder_cls()()
 
     def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
-        common = SimpleNamespace(
-            decodes=decodes, lengths=lengths, slots=[request + 1 for request in requests],
-            query_start_loc_cpu=torch.tensor([*starts, starts[-1]]),
-        )  # fmt: skip
-        CONTEXT.attn_metadata = {layer.prefix: builder.build(0, common)}
+        CONTEXT.attn_metadata = {}
+        for number, cache in enumerate(layer.caches):
+            common = SimpleNamespace(
+                decodes=decodes, lengths=lengths, slots=[(request + 1) * (number + 1) for request in requests],
+                query_start_loc_cpu=torch.tensor([*starts, starts[-1]]),
+            )  # fmt: skip
+            CONTEXT.attn_metadata[cache.prefix] = builder.build(0, common)
         padded = [torch.cat([x, x.new_ones(3, x.shape[1])]) for x in (q, k, v)]
         return attention(*padded)[: q.shape[0]]
 
@@ -406,7 +456,9 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
         q, k, v = (x[request].unflatten(-1, (-1, DIM)) for x in (engine.q, engine.k, engine.v))
         expected = q.clone()
         inputs = (q[:, list(free)], k[:, list(groups)], v[:, list(groups)])
-        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), DIM**-0.5).unflatten(-1, (-1, DIM))
+        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), **layer.scores).unflatten(
+            -1, (-1, DIM)
+        )
         torch.testing.assert_close(y, expected.flatten(1), rtol=0, atol=2e-5)
 
 
@@ -418,17 +470,38 @@ def test_kept_groups_and_layers_are_attentions_of_vllm(glue: Any, tmp_path: Path
     model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
     load(model, {name: t for name, t in load_file(folder / "model.safetensors").items() if ".student." in name})
     context = settings.compilation_config.static_forward_context
-    names = [f"model.layers.{name}" for name in ("0.self_attn.attn", "0.self_attn.attn_kept0", "1.self_attn.attn")]
-    assert list(context) == names
-    mixed, kept = model.model.layers[0].self_attn.attn, context[names[1]]
-    assert kept.sizes == (2, DIM, 1)
-    assert len({layer.get_state_shape() for layer in (context[names[0]], context[names[2]])}) == 1, "pages of one size"
-    check_layer(mixed, context[names[0]], ours.model.layers[0].self_attn.student, slice(2, 4))
+    first, second = "model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"
+    states = [f"{first}_state0", f"{second}_state0", f"{second}_state1"]
+    assert sorted(context) == sorted([first, f"{first}_kept0", second, *states])
+    assert context[f"{first}_kept0"].sizes == (2, DIM, 1)
+    assert len({context[name].get_state_shape() for name in states}) == 1, "pages of one size"
+    attentions, students = ([layer.self_attn for layer in m.model.layers] for m in (model, ours))
+    check_layer(attentions[0].attn, context[first], students[0].student, slice(2, 4))
+    check_layer(attentions[1].attn, context[second], students[1].student, slice(None))
+    settle_heads(settings)
+    assert settings.model_config.model_arch_config.total_num_kv_heads == 1
 
     whole_layer = StudentConfig(window=4, feature_map=SMALL, keep_softmax=(1,))
     settings = vllm_config(auto.linearized_config(ours.config, whole_layer))
     model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
     assert model.model.layers[1].self_attn.attn.sizes == (HEADS, DIM, GROUPS)
+
+
+def test_a_process_of_a_pipeline_has_the_states_of_its_layers(glue: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And pages of the size that all processes agree on, also where its own layers keep nothing."""
+    config = auto.linearized_config(tiny_model().config, StudentConfig(window=4, feature_map=SMALL, keep=("0.0",)))
+    found = {}
+    for layer in (0, 1):
+        monkeypatch.setitem(globals(), "PRESENT", {layer})
+        settings = vllm_config(config)
+        model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
+        assert {name.split(".")[2] for name, _ in model.named_parameters() if ".student." in name} == {str(layer)}
+        found[layer] = settings.compilation_config.static_forward_context
+        assert {name.split(".")[2] for name in found[layer]} == {str(layer)}
+        assert glue.LinearizedLlamaForCausalLM.get_mamba_state_shape_from_config(settings) == next(
+            cache.get_state_shape() for name, cache in found[layer].items() if "state" in name
+        )
+    assert len(found[0]) == len(found[1]) == 3, "a student, with a state and a kept group or with two states"
 
 
 REFUSED = {
@@ -494,12 +567,12 @@ def test_the_entry_point_registers_every_model(glue: Any) -> None:
     assert MODELS.items() <= REGISTERED.items()
     assert OPERATORS == [OPERATOR]
     assert CONFIGS.keys() == REGISTERED.keys()
+    assert MODELS.keys() <= {auto.model_class(family).__name__ for family in KNOWN_FAMILIES}
+    config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])
     for architecture, place in MODELS.items():
         module, name = place.split(":")
         assert getattr(import_module(module), name)
-        family = architecture.removeprefix("Linearized").removesuffix("ForCausalLM").lower()
-        assert auto.model_class(family).__name__ == architecture
-        settings = vllm_config(None)
+        settings = vllm_config(config)
         CONFIGS[architecture].verify_and_update_model_config(
             SimpleNamespace(hf_config=SimpleNamespace(architectures=[architecture]))
         )
@@ -511,9 +584,9 @@ def test_the_entry_point_registers_every_model(glue: Any) -> None:
 
 def test_a_family_without_a_class_is_refused_with_what_to_do(glue: Any) -> None:
     register()
-    config = auto.linearized_config(tiny_model("qwen3").config, STUDENTS["terrace"])
-    config.architectures = ["LinearizedQwen3ForCausalLM"]
-    module, name = REGISTERED["LinearizedQwen3ForCausalLM"].split(":")
+    config = auto.linearized_config(tiny_model("olmo2").config, STUDENTS["terrace"])
+    config.architectures = ["LinearizedOlmo2ForCausalLM"]
+    module, name = REGISTERED["LinearizedOlmo2ForCausalLM"].split(":")
     assert getattr(import_module(module), name)
-    with pytest.raises(UserError, match=r"linearized_qwen3.*no class for vLLM.*--engine embedded"):
-        CONFIGS["LinearizedQwen3ForCausalLM"].verify_and_update_model_config(SimpleNamespace(hf_config=config))
+    with pytest.raises(UserError, match=r"linearized_olmo2.*no class for vLLM.*--engine embedded"):
+        CONFIGS["LinearizedOlmo2ForCausalLM"].verify_and_update_model_config(SimpleNamespace(hf_config=config))

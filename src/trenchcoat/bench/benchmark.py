@@ -15,7 +15,9 @@ from trenchcoat.runtime.runlog import environment
 from trenchcoat.students import operator_of
 
 RECORD_VERSION = 2
-OPTIONS = ("only", "layers", "model", "teacher", "engine", "url")
+OPTIONS = (
+    "only", "layers", "model", "teacher", "engine", "url", "contexts", "clients", "tokens", "dtype", "vllm_option",
+)  # fmt: skip
 """Settings that a benchmark has only where its `options` name them."""
 
 
@@ -37,6 +39,11 @@ class Settings:
     teacher: str | None = None
     engine: str | None = None
     url: str | None = None
+    contexts: Sequence[int] = ()
+    clients: int | None = None
+    tokens: int | None = None
+    dtype: str | None = None
+    vllm_option: Sequence[str] = ()
     keep: Callable[[dict[str, Any]], None] = _ignore
     say: Callable[[str], None] = _ignore
 

@@ -54,6 +54,10 @@ class Timed:
     seconds: float
     """Seconds to the end."""
     tokens: int
+    began: float
+    """By the clock of `time.perf_counter`."""
+    arrivals: tuple[float, ...]
+    """Seconds after `began` at which pieces of text arrived; usually one for each token."""
     state_bytes: int | None
     """Size of the state after it, if the server says (the embedded one does)."""
 
@@ -62,6 +66,11 @@ class Timed:
         """Tokens a second after the first; None for a single one."""
         after = self.seconds - self.first
         return (self.tokens - 1) / after if self.tokens > 1 and after > 0 else None
+
+    def tokens_between(self, start: float, stop: float) -> float:
+        """Tokens that arrived between two times of the clock, where each piece has as many as the others."""
+        pieces = sum(start < self.began + arrival <= stop for arrival in self.arrivals)
+        return pieces * self.tokens / len(self.arrivals) if self.arrivals else 0.0
 
 
 def endpoint(address: str, log: Path | None = None) -> Endpoint:
@@ -85,7 +94,7 @@ def ask(server: Endpoint, prompt: Sequence[int], tokens: int) -> Timed:
     if server.banned:
         body["logit_bias"] = {str(token): -100 for token in server.banned}
     began = time.perf_counter()
-    first: float | None = None
+    arrivals: list[float] = []
     usage: dict[str, Any] = {}
     with _request(f"{server.address}/completions", body) as answer:
         for line in answer:
@@ -95,13 +104,14 @@ def ask(server: Endpoint, prompt: Sequence[int], tokens: int) -> Timed:
             event = json.loads(text)
             if "error" in event:
                 raise UserError(f"{server.address}: {event['error'].get('message', event['error'])}")
-            if first is None and event.get("choices"):
-                first = time.perf_counter() - began
+            if event.get("choices"):
+                arrivals.append(time.perf_counter() - began)
             usage = event.get("usage") or usage
     seconds, written = time.perf_counter() - began, int(usage.get("completion_tokens") or 0)
     if not written:
         raise UserError(f"{server.address} answered {len(prompt)} tokens with none, or does not say how many")
-    return Timed(seconds if first is None else first, seconds, written, usage.get("state_bytes"))
+    first = arrivals[0] if arrivals else seconds
+    return Timed(first, seconds, written, began, tuple(arrivals), usage.get("state_bytes"))
 
 
 @contextmanager

@@ -46,7 +46,11 @@ def run_benchmark(name: str, *, out: str | None = None, say: Callable[[str], Non
     from trenchcoat.runtime.files import write_json
 
     benchmark = load_benchmark(name)
-    refused = [f"--{option}" for option in OPTIONS if settings.get(option) and option not in benchmark.options]
+    refused = [
+        f"--{option.replace('_', '-')}"
+        for option in OPTIONS
+        if settings.get(option) and option not in benchmark.options
+    ]
     if refused:
         raise UsageError(f"bench {name} does not have {' and '.join(refused)}")
 

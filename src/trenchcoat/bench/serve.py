@@ -37,6 +37,8 @@ from trenchcoat.serving.server import ServeSettings
 ENGINES = ("embedded", "vllm")
 KINDS = ("student", "teacher")
 _COLOURS = {"student": "#0072B2", "teacher": "#000000"}
+SHORT = 256
+"""Tokens of a prompt that only warms a server up."""
 _TOKENS = range(10, 250)
 """Ids of prompts: characters and pieces of words in every tokenizer."""
 
@@ -51,6 +53,7 @@ class ServeSizes:
     clients: int = 4
     """Requests at once, for the throughput."""
     repeats: int = 3
+    """Requests alone; 0 for none."""
 
 
 class Prompts:
@@ -69,8 +72,17 @@ class ServeBenchmark(Benchmark[ServeSizes]):
 
     full = ServeSizes()
     quick = ServeSizes(contexts=(16, 64), tokens=6, clients=2, repeats=1)
-    options = ("model", "teacher", "engine", "url")
+    options = ("model", "teacher", "engine", "url", "contexts", "clients", "tokens", "dtype", "vllm_option")
     implementation = None
+
+    def sizes(self, settings: Settings) -> ServeSizes:
+        """The command's, where it names some."""
+        sizes: ServeSizes = super().sizes(settings)
+        given = {"contexts": tuple(settings.contexts), "clients": settings.clients, "tokens": settings.tokens}
+        sizes = replace(sizes, **{name: value for name, value in given.items() if value})
+        if sizes.repeats < 0:
+            raise UserError(f"--repeats is {sizes.repeats}; expected 0 or more")
+        return sizes
 
     def run(self, sizes: ServeSizes, settings: Settings) -> dict[str, Any]:
         """First token, tokens a second and memory of a request, by context."""
@@ -84,11 +96,13 @@ class ServeBenchmark(Benchmark[ServeSizes]):
                         settings.say(f"{context} tokens: {' and '.join(servers)}")
                         figures = _asked(servers, context, sizes, prompts)
                         found.setdefault(str(context), {}).update(figures)
-                    facts |= {
-                        f"{kind}_requests_in_cache": served.capacity()
-                        for kind, served in servers.items()
-                        if served.capacity() is not None
-                    }
+                    for kind, served in servers.items():
+                        longest = served.capacity()
+                        if longest is not None:
+                            facts.setdefault("requests_in_cache", {}).setdefault(kind, []).append(longest)
+                settings.keep({**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found})
+            for kind, lengths in facts.get("requests_in_cache", {}).items():
+                lengths += _capacities(kind, settings, sizes, Path(name))
         return {**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found}
 
     def table(self, record: dict[str, Any]) -> list[str]:
@@ -97,9 +111,9 @@ class ServeBenchmark(Benchmark[ServeSizes]):
             f"{context}, {kind}": row for context, kinds in record["by_context"].items() for kind, row in kinds.items()
         }
         capacity = [
-            f"vLLM's cache holds {record[key]['requests']:g} requests of {record[key]['tokens']} tokens: {kind}"
-            for kind in KINDS
-            if (key := f"{kind}_requests_in_cache") in record
+            f"vLLM's cache holds {each['requests']:g} requests of {each['tokens']} tokens: {kind}"
+            for kind, lengths in record.get("requests_in_cache", {}).items()
+            for each in lengths
         ]
         head = f"serving by {record['engine']}: {record['tokens']} tokens after a prompt, {record['clients']} clients"
         return [head, *grid("context", rows), *capacity]
@@ -109,18 +123,20 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         figures = {
             "first_token_seconds": "seconds to the first token",
             "tokens_per_second": "tokens a second, one request",
+            "prompt_tokens_per_second": f"prompts' tokens a second, {record['clients']} requests",
+            "decode_tokens_per_second": f"tokens a second, {record['clients']} requests",
             "state_bytes": "bytes of a request's state",
         }
         by_context = record["by_context"]
         shown = {
             name: title
             for name, title in figures.items()
-            if any(row.get(name) for kinds in by_context.values() for row in kinds.values())
+            if any(row.get(name) is not None for kinds in by_context.values() for row in kinds.values())
         }
         with page(path, (3.4 * len(shown), 3.2), columns=len(shown)) as (_, axes):
             for place, (name, title) in zip(axes, shown.items(), strict=True):
                 for kind, colour in _COLOURS.items():
-                    found = {int(n): kinds[kind][name] for n, kinds in by_context.items() if kind in kinds}
+                    found = {int(n): kinds[kind].get(name) for n, kinds in by_context.items() if kind in kinds}
                     points = [point for point in found.items() if point[1] is not None]
                     if points:
                         place.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
@@ -136,8 +152,10 @@ def _servers(
 ) -> Iterator[AbstractContextManager[dict[str, Endpoint]]]:
     """Context managers that give the servers to measure together, by kind."""
     if settings.url is not None:
-        if settings.model or settings.teacher or settings.engine:
-            raise UserError("--url is a running server: leave out --model, --teacher and --engine")
+        given = [name for name in ("model", "teacher", "engine", "dtype", "vllm_option") if getattr(settings, name)]
+        if given:
+            named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"--url is a running server: leave out {named}")
         addresses = settings.url.split(",")
         if len(addresses) > len(KINDS):
             raise UserError(f"--url {settings.url}: expected the student's address, or the student's and the teacher's")
@@ -148,8 +166,10 @@ def _servers(
         raise UserError(f"--engine is {engine!r}; known: {', '.join(ENGINES)}")
     context = max(sizes.contexts) + sizes.tokens
     model = Path(settings.model).expanduser() if settings.model is not None else _untrained(folder / "embedded")
-    cfg = ServeSettings(context=context, name="bench", device=settings.device, log_level="warning")
+    cfg = _server_settings(settings, context)
     if engine == "embedded":
+        if settings.vllm_option:
+            raise UserError("--vllm-option is for --engine vllm")
         if settings.teacher is not None:
             raise UserError("--teacher is for --engine vllm; the embedded server serves the model's own softmax")
         both = {kind: partial(_embedded, model, replace(cfg, softmax=kind == "teacher")) for kind in KINDS}
@@ -162,20 +182,47 @@ def _servers(
     if settings.teacher is None:
         raise UserError("--engine vllm serves the teacher from its own folder: give --teacher DIR")
     for kind, place in zip(KINDS, (model, Path(settings.teacher).expanduser()), strict=True):
-        yield _started({kind: partial(_vllm, place, cfg)}, {kind: place}, settings, folder)
+        yield _started({kind: partial(_vllm, place, cfg, settings)}, {kind: place}, settings, folder)
+
+
+def _server_settings(settings: Settings, context: int) -> ServeSettings:
+    dtype = {} if settings.dtype is None else {"dtype": settings.dtype}
+    return ServeSettings(context=context, name="bench", device=settings.device, log_level="warning", **dtype)
+
+
+def _capacities(kind: str, settings: Settings, sizes: ServeSizes, folder: Path) -> list[dict[str, float]]:
+    """What vLLM's cache holds of requests of the other contexts, by its log: it says so of the longest it may get."""
+    place, found = {"student": settings.model, "teacher": settings.teacher}[kind], []
+    for context in sorted(sizes.contexts)[:-1]:
+        settings.say(f"{context} tokens: requests in vLLM's cache, {kind}")
+        cfg = replace(_server_settings(settings, context + sizes.tokens), device="auto")
+        command = partial(
+            _vllm, Path(str(place)).expanduser(), replace(cfg, vllm_option=("--enforce-eager",)), settings
+        )
+        with started(command, folder / f"{kind}.{context}.log", threads=settings.threads) as server:
+            held = server.ready().capacity()
+        found += [] if held is None else [held]
+    return found
 
 
 def _embedded(model: Path, cfg: ServeSettings, port: int) -> list[str]:
     """The command of the embedded server."""
-    options = {"--port": port, "--context": cfg.context, "--name": cfg.name, "--device": cfg.device}
+    options = {
+        "--port": port,
+        "--context": cfg.context,
+        "--name": cfg.name,
+        "--device": cfg.device,
+        "--dtype": cfg.dtype,
+    }
     given = [str(part) for item in options.items() for part in item]
     softmax = ["--softmax"] if cfg.softmax else []
     return [sys.executable, "-m", "trenchcoat", "serve", str(model), "--engine", "embedded", *given, *softmax]
 
 
-def _vllm(model: Path, cfg: ServeSettings, port: int) -> list[str]:
+def _vllm(model: Path, cfg: ServeSettings, settings: Settings, port: int) -> list[str]:
     """The command of vLLM's server."""
-    return vllm_server.command_line(model, replace(cfg, port=port))
+    options = (*cfg.vllm_option, *settings.vllm_option)
+    return vllm_server.command_line(model, replace(cfg, port=port, vllm_option=options))
 
 
 @contextmanager
@@ -218,18 +265,20 @@ def _untrained(folder: Path) -> Path:
 
 
 def _asked(servers: Mapping[str, Endpoint], context: int, sizes: ServeSizes, prompts: Prompts) -> dict[str, Any]:
-    """The figures of each server; they are asked in turn, and their first answer is not counted."""
+    """The figures of each server; they are asked in turn, after a short prompt that is not counted."""
     alone: dict[str, list[Timed]] = {kind: [] for kind in servers}
-    for turn in range(sizes.repeats + 1):
+    for server in servers.values():
+        ask(server, prompts(min(context, SHORT)), sizes.tokens)
+    for _ in range(sizes.repeats):
         for kind, server in servers.items():
-            answer = ask(server, prompts(context), sizes.tokens)
-            if turn:
-                alone[kind].append(answer)
+            alone[kind].append(ask(server, prompts(context), sizes.tokens))
     together = {kind: _together(server, context, sizes, prompts) for kind, server in servers.items()}
     return {kind: _figures(alone[kind]) | together[kind] for kind in servers}
 
 
 def _figures(answers: list[Timed]) -> dict[str, Any]:
+    if not answers:
+        return {}
     rates = [answer.rate for answer in answers if answer.rate is not None]
     held = answers[-1].state_bytes
     return {
@@ -240,14 +289,19 @@ def _figures(answers: list[Timed]) -> dict[str, Any]:
     }
 
 
-def _together(server: Endpoint, context: int, sizes: ServeSizes, prompts: Prompts) -> dict[str, float]:
-    """All clients at once: tokens a second of all, and the median time to the first token."""
+def _together(server: Endpoint, context: int, sizes: ServeSizes, prompts: Prompts) -> dict[str, float | None]:
+    """All clients at once: tokens a second of all, and the median time to the first token; the prompts' tokens a second
+    until the last answer begins; and the answers' tokens a second from then until the first one ends."""
     given = [prompts(context) for _ in range(sizes.clients)]
     began = time.perf_counter()
     with ThreadPoolExecutor(sizes.clients) as pool:
         answers = list(pool.map(lambda prompt: ask(server, prompt, sizes.tokens), given))
     seconds = time.perf_counter() - began
+    all_write, one_ends = max(a.began + a.first for a in answers), min(a.began + a.seconds for a in answers)
+    written = sum(answer.tokens_between(all_write, one_ends) for answer in answers)
     return {
+        "prompt_tokens_per_second": sizes.clients * context / (all_write - began),
+        "decode_tokens_per_second": written / (one_ends - all_write) if one_ends > all_write else None,
         "tokens_per_second_of_all": sum(answer.tokens for answer in answers) / seconds,
         "first_token_seconds_of_all": statistics.median(answer.first for answer in answers),
     }

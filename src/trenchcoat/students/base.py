@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import Kind, RowState, Tokens
-from trenchcoat.ops.compiled.decode import Kept
+from trenchcoat.ops.compiled.decode import Kept, StatePages
 from trenchcoat.students.feature_maps import FeatureMap
 from trenchcoat.students.heads import KeptHeads
 
@@ -238,15 +238,27 @@ class StudentAttention(nn.Module):
         return False
 
     def decode_rows(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[Any], scale: float, **input: Any
-    ) -> Tensor:
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[Any], scale: float,
+        softcap: float | None = None, **input: Any,
+    ) -> Tensor:  # fmt: skip
         """`decode` of one token for each of several states of one row, each updated in place; y [B, H, 1, E]."""
         outputs = []
         for row, state in enumerate(states):
             q, k, v = (x[row : row + 1] for x in (q_BHTD, k_BGTD, v_BGTE))
             own: dict[str, Any] = {name: x[row : row + 1] for name, x in input.items()}
-            outputs.append(self.decode(q, k, v, state=state, scale=scale, **own))
+            outputs.append(self.decode(q, k, v, state=state, scale=scale, softcap=softcap, **own))
         return torch.cat(outputs)
+
+    def decode_pages(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
+        seen_B: Tensor, scale: float, softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`decode_rows` of states in a server's pages, where :meth:`decodes_pages`: one call for all rows."""
+        raise NotImplementedError
+
+    def decodes_pages(self, like: Tensor, state: Any) -> bool:
+        """Whether :meth:`decode_pages` can continue states like `state` with queries like `like`."""
+        return False
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""

@@ -20,7 +20,7 @@ from trenchcoat.ops import Features, HeadWeights, Kind, Rule, StateSizes, Studen
 from trenchcoat.ops.chunked.closed_form import transfer_error
 from trenchcoat.ops.chunked.maps import Learners
 from trenchcoat.ops.chunked.rows import Rows
-from trenchcoat.ops.compiled.decode import Kept
+from trenchcoat.ops.compiled.decode import Kept, StatePages, decode_pages
 from trenchcoat.ops.compiled.decode import decode as compiled_decode
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.decode import decode, decode_rows
@@ -121,17 +121,28 @@ class SumAttention(StudentAttention):
         v_BGTE: Tensor,
         *,
         states: Sequence[StudentState],
-        scale: float,
-        **input: Any,
+        **scores: Any,
     ) -> Tensor:
         """See :meth:`StudentAttention.decode_rows`; the features of all rows are computed together."""
         impl = self._impl(q_BHTD)
         if impl == "triton":
-            return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, scale=scale)
-        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, scale=scale)
+            return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, **scores)
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, **scores)
         if impl == "compiled" and all(fused.decodes(state, rule) for state in states):
             return compiled_decode(tokens, self._decoding_maps(rule), heads, states, rule)
         return decode_rows(tokens, self._decoding_features(tokens, rule), heads, states, rule)
+
+    def decode_pages(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
+        seen_B: Tensor, **scores: Any,
+    ) -> Tensor:  # fmt: skip
+        """See :meth:`StudentAttention.decode_pages`."""
+        tokens, (heads, rule) = Tokens(q_BHTD, k_BGTD, v_BGTE), self._settings(q_BHTD, **scores)
+        return decode_pages(tokens, self._decoding_maps(rule), heads, rule, states, slots, seen_B)
+
+    def decodes_pages(self, like: Tensor, state: StudentState) -> bool:
+        """See :meth:`StudentAttention.decodes_pages`."""
+        return self.decodes_kept(like, state)
 
     def _decoding_features(self, tokens: Tokens, rule: Rule) -> Features | None:
         query, key = self.query_map, self.keys_phi

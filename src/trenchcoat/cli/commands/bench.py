@@ -8,7 +8,12 @@ import sys
 from typing import Any
 
 from trenchcoat.bench.registry import BENCHMARKS, run_benchmark
-from trenchcoat.cli.command import Command, values
+from trenchcoat.cli.command import Command, values, whole_number
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """A type for ``add_argument``: whole numbers above 0, separated by commas."""
+    return tuple(map(whole_number(1), text.split(",")))
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,17 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--teacher", metavar="DIR", help="serve with vLLM: the folder of the softmax model")
     add("--engine", metavar="NAME", help="serve: embedded or vllm (embedded)")
     add("--url", metavar="A[,B]", help="serve: running servers instead, of the student and of the teacher")
+    add(
+        "--contexts",
+        type=_lengths,
+        default=(),
+        metavar="N[,N]",
+        help="serve: tokens of the prompts (256,1024,4096,16384)",
+    )
+    add("--clients", type=whole_number(1), metavar="N", help="serve: requests at once (4)")
+    add("--tokens", type=whole_number(1), metavar="N", help="serve: tokens of an answer (64)")
+    add("--dtype", metavar="NAME", help="serve: of the model, such as float32 (the folder's)")
+    add("--vllm-option", metavar="OPTION", action="append", default=[], help="serve with vLLM: an option of its own")
     add("--layers", type=int, metavar="N", help="kernels: depth of the models (4 for prefill, else 32)")
 
 
@@ -34,7 +50,23 @@ def _run(args: argparse.Namespace) -> Any:
     Measure on this machine: print a table, and with --out write all figures as JSON (for kernels, after each
     measurement; for serve, with a picture beside it).
     """
-    names = ("out", "threads", "quick", "repeats", "device", "layers", "model", "teacher", "engine", "url")
+    names = (
+        "out",
+        "threads",
+        "quick",
+        "repeats",
+        "device",
+        "layers",
+        "model",
+        "teacher",
+        "engine",
+        "url",
+        "contexts",
+        "clients",
+        "tokens",
+        "dtype",
+        "vllm_option",
+    )
     settings = values(args, *names)
     only = () if args.only is None else args.only.split(",")
     say = functools.partial(print, file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from trenchcoat.ops.state import Rule, StudentState, add_far
 class Rows:
     """Where every token goes. `source_BL` indexes cat(buffer, new tokens); `target_BT` is a new token's aligned index.
 
-    Both are None if the tokens can be used as they are.
+    Both are None if the tokens can be used as they are, after the keys in `slots`.
     """
 
     real_BT: Tensor | None
@@ -32,6 +32,9 @@ class Rows:
     """Position of aligned token 0."""
     source_BL: Tensor | None
     target_BT: Tensor | None
+    slots: tuple[slice, ...] | None = None
+    """Where the buffered keys are that come first, in order, when all rows continue from one position and none has
+    padding; else None."""
 
     @classmethod
     def plan(cls, batch: int, tokens: int, rule: Rule, mask_BT: Tensor | None, state: StudentState | None) -> Rows:
@@ -41,6 +44,8 @@ class Rows:
         zero_B = torch.zeros(batch, dtype=torch.int64, device=device)
         if mask_BT is None and state is None:
             return cls(None, None, zero_B, None, None)
+        if mask_BT is None and state is not None and len(set(state.positions())) == 1:
+            return cls._continued(state, rule)
         real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if mask_BT is None else mask_BT.bool()
         count_B = real.sum(1)
         if state is None and bool((real == (torch.arange(tokens, device=device) < count_B[:, None])).all()):
@@ -60,8 +65,26 @@ class Rows:
             source = torch.where(place < ahead_B[:, None], (first_B[:, None] + place) % slots, source)
         return cls(real, ahead_B + count_B, first_B, source, target_BT)
 
+    @classmethod
+    def _continued(cls, state: StudentState, rule: Rule) -> Rows:
+        """For rows without padding that have seen the same number of tokens."""
+        seen = state.positions()[0]
+        first = min(seen, int(rule.near_start(torch.tensor(seen - 1))))
+        slots: tuple[slice, ...] = ()
+        if first < seen:
+            start, stop = first % rule.slots, (seen - 1) % rule.slots + 1
+            slots = (slice(start, stop),) if start < stop else (slice(start, rule.slots), slice(0, stop))
+        return cls(None, None, torch.full_like(state.seen_B, first), None, None, slots)
+
+    @property
+    def ahead(self) -> int:
+        """Buffered keys of `slots`."""
+        return sum(part.stop - part.start for part in self.slots or ())
+
     def align(self, new: Tensor, before: Tensor | None = None) -> Tensor:
         """[B, heads, T, dim] (after `before` [B, heads, N, dim]) -> [B, heads, L, dim]."""
+        if self.slots and before is not None:
+            return torch.cat([*(before[:, :, part].to(new.dtype) for part in self.slots), new], 2)
         if self.source_BL is None:
             return new
         both = new if before is None else torch.cat([before.to(new.dtype), new], 2)
@@ -73,6 +96,8 @@ class Rows:
         if self.target_BT is not None:
             index = self.target_BT.clamp_min(0)[:, None, :, None].expand(-1, aligned.shape[1], -1, aligned.shape[3])
             aligned = aligned.gather(2, index)
+        elif self.slots:
+            aligned = aligned[:, :, self.ahead :]
         return aligned if self.real_BT is None else aligned.masked_fill(~self.real_BT[:, None, :, None], 0.0)
 
     def positions(self, length: int) -> Tensor:
@@ -149,8 +174,22 @@ def _fill_buffer(after: StudentState, k_BGLD: Tensor, v_BGLE: Tensor, rows: Rows
 
 def newest(old_BXN: Tensor, aligned_BXL: Tensor, after: StudentState, rows: Rows) -> Tensor:
     """A buffer [B, heads, N, dim] of `after` with what the aligned tokens [B, heads, L, dim] put into its slots."""
+    if rows.slots is not None:
+        return _newest_of_continued(old_BXN, aligned_BXL, rows)
     held_BN = after.slot_positions()
     place = held_BN - rows.first_B[:, None].to(held_BN.device)
     index = place.clamp(0, aligned_BXL.shape[2] - 1)[:, None, :, None]
     new = aligned_BXL.gather(2, index.expand(-1, old_BXN.shape[1], -1, old_BXN.shape[3])).to(old_BXN.dtype)
     return torch.where((place >= 0)[:, None, :, None], new, old_BXN)
+
+
+def _newest_of_continued(old_BXN: Tensor, aligned_BXL: Tensor, rows: Rows) -> Tensor:
+    """:func:`newest` of rows that continue from one position, by copies of neighbouring tokens."""
+    new, slots, length = old_BXN.clone(), old_BXN.shape[2], aligned_BXL.shape[2]
+    first, at = int(rows.first_B[0]), max(0, length - slots)
+    while at < length:
+        slot = (first + at) % slots
+        count = min(length - at, slots - slot)
+        new[:, :, slot : slot + count] = aligned_BXL[:, :, at : at + count]
+        at += count
+    return new

@@ -80,19 +80,23 @@ class _Attention(torch.autograd.Function):
         return None, None, None, *cast
 
 
-def _attention(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None) -> Tensor:
-    """y [B, H, L, E] in q's dtype, differentiable where gradients are enabled; tensors as for :func:`_call`."""
+def _attention(rule: Rule, form: tuple[bool, float], fixed: Fixed, *tensors: Tensor | None, skip: int = 0) -> Tensor:
+    """y [B, H, L, E] in q's dtype, differentiable where gradients are enabled; tensors as for :func:`_call`. Without
+    gradients q may begin `skip` tokens after k, and y does so then."""
     q = tensors[0]
     assert q is not None
     if torch.is_grad_enabled():
         y: Tensor = _Attention.apply(rule, form, fixed, *tensors)
         return y
-    return _outputs(_call(rule, form, fixed, *tensors)).to(q.dtype)
+    call = _call(rule, form, fixed, *tensors)
+    call.skip = skip
+    return _outputs(call).to(q.dtype)
 
 
 def _outputs(call: Call, den: Tensor | None = None) -> Tensor:
     """y [B, H, L, E] in float32; fills the denominators `den` [B, H, L] for a backward pass."""
-    y = torch.empty(*call.q_BHTD.shape[:3], call.v_BGTE.shape[3], dtype=torch.float32)
+    batch, heads, tokens = call.q_BHTD.shape[:3]
+    y = torch.empty(batch, tokens, heads, call.v_BGTE.shape[3], dtype=torch.float32).transpose(1, 2)
     call.more |= {"y": y, "den": den}
     call.run("forward")
     return y
@@ -175,7 +179,7 @@ def attend(
     require(rule, tokens.q_BHTD.dtype, tokens.q_BHTD.device)
     q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
     rows = Rows.plan(q.shape[0], q.shape[2], rule, tokens.mask_BT, state)
-    q = rows.align(q, None if state is None else q.new_zeros(*q.shape[:2], rule.slots, q.shape[3]))
+    q, skip = _queries(q, rows, rule, state)
     k = rows.align(k, None if state is None else state.k_BGND)
     v = rows.align(v, None if state is None else state.v_BGNE)
     form, parameters = _opened(maps if rule.far else None)
@@ -189,8 +193,19 @@ def attend(
             fixed |= {**_start(s, z), "end_s": torch.empty_like(s), "end_z": torch.empty_like(z)}
         sinks = sink_pairs(k, v, rows, rule, state) if rule.sinks else (None, None)
         tensors = (q, k, v, None, None, *parameters, log_ratio, heads.sink_logit_H, *sinks)
-        y = _attention(rule, form, fixed, *tensors)
-    return rows.restore(y), None if state is None else _state_after(k, v, rows, rule, state, fixed)
+        y = _attention(rule, form, fixed, *tensors, skip=skip)
+    y = y[:, :, rows.ahead - skip :] if skip else rows.restore(y)
+    return y, None if state is None else _state_after(k, v, rows, rule, state, fixed)
+
+
+def _queries(q: Tensor, rows: Rows, rule: Rule, state: StudentState | None) -> tuple[Tensor, int]:
+    """Aligned queries, and the number of tokens before them: whole chunks of buffered keys, where no gradients are
+    wanted."""
+    skip = 0 if torch.is_grad_enabled() else rows.ahead // rule.window * rule.window
+    if skip:
+        before = rows.ahead - skip
+        return torch.cat([q.new_zeros(*q.shape[:2], before, q.shape[3]), q], 2) if before else q, skip
+    return rows.align(q, None if state is None else q.new_zeros(*q.shape[:2], rule.slots, q.shape[3])), 0
 
 
 def _opened(maps: FusedMaps | None) -> tuple[tuple[bool, float], tuple[Tensor | None, ...]]:

@@ -38,7 +38,7 @@ POINTERS = (
 )  # fmt: skip
 INTEGERS = (
     "rows", "heads", "kv_heads", "key_maps", "tokens", "dim", "values", "features", "columns", "window", "sinks",
-    "kind", "far", "narrow", "mapped", "paired", "threads",
+    "kind", "far", "narrow", "mapped", "paired", "threads", "skip",
 )  # fmt: skip
 KINDS = ("terrace", "sliding", "linear")
 NUMBERS = ("scale", "softcap", "eps", "error_scale")
@@ -76,6 +76,8 @@ class Call:
     map_grads: tuple[Tensor | None, ...] = (None,) * 4
     """Query map [B, H, D, P] and bias [B, H, P], key map and bias; zeros at first."""
     error_scale: float = 0.0
+    skip: int = 0
+    """Of a forward pass: q and y begin with this token, a multiple of the window."""
 
     @property
     def far(self) -> bool:
@@ -105,13 +107,14 @@ class Call:
     def _arguments(self) -> tuple[Arguments, list[Tensor]]:
         """The structure, and the tensors that it points to."""
         rule, q, maps = self.rule, self.q_BHTD, self.maps if self.far else None
-        rows, heads, tokens, dim = q.shape
+        rows, heads, _, dim = q.shape
+        tokens = self.k_BGTD.shape[2]
         a, kept = Arguments(), []
         integers = (
             rows, heads, self.k_BGTD.shape[1], self.key_maps, tokens, dim, self.v_BGTE.shape[3], self.feature_count,
             maps[0].matrix.shape[2] if maps else 0, rule.window, rule.sinks,
             KINDS.index(rule.kind), self.far, q.dtype == torch.bfloat16,
-            maps is not None, maps is not None and maps[0].paired, torch.get_num_threads(),
+            maps is not None, maps is not None and maps[0].paired, torch.get_num_threads(), self.skip,
         )  # fmt: skip
         for name, number in zip(INTEGERS, integers, strict=True):
             setattr(a, name, int(number))
@@ -127,7 +130,8 @@ class Call:
                 tensor = tensor.contiguous()
                 setattr(a, name, tensor.data_ptr())
             else:
-                setattr(a, name, View(tensor.data_ptr(), *tensor.stride()[:3]))
+                before = self.skip * tensor.stride(2) * tensor.itemsize if name in ("q", "y") else 0
+                setattr(a, name, View(tensor.data_ptr() - before, *tensor.stride()[:3]))
             kept.append(tensor)
         if maps is not None:
             a.eps = maps[0].floor

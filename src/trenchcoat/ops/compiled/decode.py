@@ -21,9 +21,9 @@ from trenchcoat.ops.state import FusedMaps, HeadWeights, Rule, StudentState, Tok
 
 _INTEGERS = (
     "rows", "tokens", "heads", "kv_heads", "key_maps", "dim", "values", "features", "columns", "window", "sinks",
-    "far", "narrow", "narrow_slots", "paired", "affine", "threads",
+    "far", "narrow", "narrow_slots", "narrow_sums", "paired", "affine", "threads", "parts",
 )  # fmt: skip
-_FIELDS = ("k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE", "far_s_BKFE", "far_z_BKF", "seen_B")
+STATE_FIELDS = ("k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE", "far_s_BKFE", "far_z_BKF", "seen_B")
 
 
 class Step(ctypes.Structure):
@@ -35,11 +35,20 @@ class Step(ctypes.Structure):
         *((name, View) for name in ("q", "k", "v", "y")),
         ("query", MapPointers),
         ("key", MapPointers),
-        *((name, ctypes.c_void_p) for name in ("mix", "logit", "mask", *_FIELDS)),
+        *((name, ctypes.c_void_p) for name in ("mix", "logit", "mask", *STATE_FIELDS)),
         *((name, ctypes.c_int64) for name in ("kept", "held")),
         *((name, View) for name in ("kept_k", "kept_v")),
         *((name, ctypes.c_void_p) for name in ("free_heads", "free_groups", "kept_groups")),
     )
+
+
+class Pages(ctypes.Structure):
+    """The structure ``Pages``."""
+
+    _fields_ = (
+        ("bases", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * 6),
+        ("slots", ctypes.c_void_p), ("seen", ctypes.c_void_p),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def refusal(state: StudentState, rule: Rule) -> str | None:
     """Why a state is not decoded by the kernels, or None."""
     if rule.kind != "terrace":
         return f"states of kind {rule.kind!r}"
-    if state.far_s_BKFE.dtype != torch.float32 or state.far_z_BKF.dtype != torch.float32:
+    if state.far_s_BKFE.dtype not in DTYPES or state.far_z_BKF.dtype != torch.float32:
         return f"far sums in {state.far_s_BKFE.dtype}"
     if state.k_BGND.dtype not in DTYPES:
         return f"buffers in {state.k_BGND.dtype}"
@@ -92,17 +101,60 @@ def decode(
     y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
     maps = maps if rule.far else None
     fixed = _parameters(heads, maps)
-    key = _Key.of((q, k, v, y), fixed, maps, states, rule)
+    key = _Key.of((q, k, v, y), fixed, maps, states[0], rule, tuple(map(_addresses, states)))
     step = _prepared(key, states, heads.mix_H.shape[0])
-    step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
+    _point_to_tokens(step, q, k, v, y)
     mask = None if mask is None else mask.to("cpu", torch.uint8).contiguous()
     step.mask = None if mask is None else mask.data_ptr()
-    step.threads = torch.get_num_threads()
     step.kept = 0 if kept is None else _point_to_kept(step, kept)
     _kernels().decode(ctypes.byref(step))
     for state in states:
         state.counted(length if mask is None else None)
     return y if y.dtype == tokens.q_BHTD.dtype else y.to(tokens.q_BHTD.dtype)
+
+
+@dataclass(frozen=True)
+class StatePages:
+    """States of one row each in a server's caches. Each is in as many pages as there are caches, int8 [P, bytes] with
+    the same strides, and each page has as many neighbouring groups."""
+
+    caches: tuple[Tensor, ...]
+    like: StudentState
+    """A state with the shapes and dtypes of theirs, of all groups."""
+    places: tuple[int, ...]
+    """Byte offset in a page of each of :data:`STATE_FIELDS` but the last."""
+
+
+def decode_pages(
+    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, rule: Rule, states: StatePages,
+    slots: Sequence[Tensor], seen_B: Tensor,
+) -> Tensor:  # fmt: skip
+    """:func:`decode` of one token for each of B rows, whose state is in the pages `slots`, [B] for each cache, and has
+    seen `seen_B` tokens before; int64, on the CPU. The pages are updated, `seen_B` is not."""
+    q, k, v = tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE
+    if not q.dtype == k.dtype == v.dtype:
+        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = inner(q), inner(k), inner(v)
+    y = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
+    maps = maps if rule.far else None
+    key = _Key.of((q, k, v, y), _parameters(heads, maps), maps, states.like, rule, ())
+    step = _prepared(key, (), heads.mix_H.shape[0])
+    _point_to_tokens(step, q, k, v, y)
+    step.mask, step.kept, step.parts = None, 0, len(states.caches)
+    bases, rows, places = _pointers(states.caches), _pointers(slots), (ctypes.c_int64 * 6)(*states.places)
+    size = states.caches[0].stride(0)
+    place = Pages(ctypes.addressof(bases), size, places, ctypes.addressof(rows), seen_B.data_ptr())
+    _kernels().decode_pages(ctypes.byref(step), ctypes.byref(place))
+    return y if y.dtype == tokens.q_BHTD.dtype else y.to(tokens.q_BHTD.dtype)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
+
+
+def _point_to_tokens(step: Step, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
+    step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
+    step.threads = torch.get_num_threads()
 
 
 def _point_to_kept(step: Step, kept: Kept) -> int:
@@ -136,14 +188,15 @@ class _Key(NamedTuple):
     @classmethod
     def of(
         cls, tokens: tuple[Tensor, ...], fixed: list[Tensor | None], maps: FusedMaps | None,
-        states: Sequence[StudentState], rule: Rule,
+        like: StudentState, rule: Rule, states: tuple[tuple[int, ...], ...],
     ) -> _Key:  # fmt: skip
-        """The key of a call with q, k, v, y."""
-        buffer, (q, _, v, _) = states[0].k_BGND, tokens
-        shapes = (q.shape, v.shape, *(t.stride() for t in tokens), q.dtype, buffer.dtype, buffer.shape[1])
+        """The key of a call with q, k, v, y; `states` are the addresses of those to be pointed to, all like `like`."""
+        buffer, (q, _, v, _) = like.k_BGND, tokens
+        types = (q.dtype, buffer.dtype, like.far_s_BKFE.dtype, buffer.shape[1])
+        shapes = (q.shape, v.shape, *(t.stride() for t in tokens), *types)
         held = [None if t is None else t.data_ptr() for t in fixed]
         for state in states:
-            held += [t.data_ptr() for t in _tensors(state)]
+            held += state
         sizes = None
         if maps is not None:
             query, key = maps
@@ -166,7 +219,7 @@ def _prepared(key: _Key, states: Sequence[StudentState], heads: int) -> Step:
 
 
 def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, list[Any]]:
-    q_shape, v_shape, *strides, dtype, buffers, kv_heads = key.shapes
+    q_shape, v_shape, *strides, dtype, buffers, sums, kv_heads = key.shapes
     rows, _, length, dim = q_shape
     maps = key.maps or (heads, 0, 0, False, 0.0)
     mix, logit, *parameters = key.addresses[:6]
@@ -174,9 +227,10 @@ def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, 
     require(rule, dtype, torch.device("cpu"))
     integers = (
         rows, length, heads, kv_heads, maps[0], dim, v_shape[3], maps[1], maps[2], rule.window, rule.sinks,
-        key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, maps[3], rule.affine, 1,
+        key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, sums == torch.bfloat16, maps[3],
+        rule.affine, 1, 1,
     )  # fmt: skip
-    pointers = [_rows(states, name, rows) for name in _FIELDS]
+    pointers = [_rows(states, name, rows) for name in STATE_FIELDS]
     step = Step(
         *integers, rule.scale, rule.softcap or 0.0, maps[4], *(View(None, *stride[:3]) for stride in strides),
         MapPointers(*parameters[:2]), MapPointers(*parameters[2:]), mix, logit, None, *map(ctypes.addressof, pointers),
@@ -185,13 +239,19 @@ def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, 
 
 
 def _tensors(state: StudentState) -> tuple[Tensor, ...]:
-    """Those of :data:`_FIELDS`."""
+    """Those of :data:`STATE_FIELDS`."""
     s = state
     return s.k_BGND, s.v_BGNE, s.sink_k_BGSD, s.sink_v_BGSE, s.far_s_BKFE, s.far_z_BKF, s.seen_B
 
 
+def _addresses(state: StudentState) -> tuple[int, ...]:
+    return tuple(t.data_ptr() for t in _tensors(state))
+
+
 def _rows(states: Sequence[StudentState], name: str, rows: int) -> ctypes.Array[ctypes.c_void_p]:
     """The address of each row of a state's tensor."""
+    if not states:  # they are in pages
+        return (ctypes.c_void_p * 0)()
     tensors = [getattr(state, name) for state in states]
     addresses = [t.data_ptr() for t in tensors]
     if len(tensors) == 1:

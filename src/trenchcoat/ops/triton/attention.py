@@ -186,7 +186,7 @@ def _lay_out(
 
 def _spans(rows: Rows, length: int) -> Spans:
     """Aligned rows as spans."""
-    if rows.length_B is None and rows.source_BL is None:
+    if rows.length_B is None and rows.source_BL is None and rows.slots is None:
         return Spans()
     first = rows.first_B.to(torch.int32)
     count = torch.full_like(first, length) if rows.length_B is None else rows.length_B.to(torch.int32)

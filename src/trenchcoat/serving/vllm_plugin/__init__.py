@@ -1,4 +1,4 @@
-"""The vLLM plugin: linearized Llama and Mistral models in vLLM (entry point `vllm.general_plugins`).
+"""The vLLM plugin: linearized models in vLLM (entry point `vllm.general_plugins`).
 
 `shares` says which process computes which heads, `pages` is the tensor code, `checks` refuses options; these are tested
 without vLLM. `layers` and `models` connect them to vLLM, which imports these. `docs/SERVE.md` says what has been run.
@@ -9,12 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 VLLM_VERSION = "0.32.0"
-"""The version that the comparison in `tests/vllm` was run with."""
+"""The version that the comparison in `tests/in_vllm` was run with."""
 
-MODELS = {
-    "LinearizedLlamaForCausalLM": "trenchcoat.serving.vllm_plugin.models:LinearizedLlamaForCausalLM",
-    "LinearizedMistralForCausalLM": "trenchcoat.serving.vllm_plugin.models:LinearizedMistralForCausalLM",
-}
+_FAMILIES = {
+    "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Phi3": "phi3", "Gemma": "gemma",
+    "Gemma2": "gemma2", "Granite": "granite", "Mixtral": "mixtral", "Qwen3Moe": "qwen3_moe",
+}  # fmt: skip
+"""Families whose classes in vLLM take students: name in Transformers' classes -> module of vLLM."""
+
+BASES = {f"Linearized{name}ForCausalLM": (module, f"{name}ForCausalLM") for name, module in _FAMILIES.items()}
+"""`architectures` of a merged folder's config -> module and class of vLLM that the class derives from."""
+
+MODELS = {name: f"trenchcoat.serving.vllm_plugin.models:{name}" for name in BASES}
 """`architectures` of a merged folder's config -> class path, imported by vLLM on demand."""
 
 WITHOUT_CLASS = "trenchcoat.serving.vllm_plugin.models:WithoutClass"
@@ -35,6 +41,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfig
 
     from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype
+    from trenchcoat.serving.vllm_plugin.shares import settle_heads
 
     class LinearizedConfig(MambaModelConfig):
         """Refuses families and options, then prepares the cache as for vLLM's Mamba models."""
@@ -49,6 +56,7 @@ def register() -> None:
             """Called by vLLM once its own configuration is complete."""
             check_options(vllm_config)
             settle_state_dtype(vllm_config)
+            settle_heads(vllm_config)
             super().verify_and_update_config(vllm_config)
 
     for architecture, place in {**dict.fromkeys(_other_families(), WITHOUT_CLASS), **MODELS}.items():

@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from trenchcoat.models.auto import student_settings
 from trenchcoat.serving.vllm_plugin.checks import state_dtype
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
-from trenchcoat.serving.vllm_plugin.shares import Share, every_share, kept_at_once, most_free, share_of
+from trenchcoat.serving.vllm_plugin.shares import Share, every_share_of, free_at_once, kept_at_once, share_of
 from trenchcoat.students import StudentAttention, build_student
 
 
@@ -55,19 +55,14 @@ class StudentBackend(LinearAttentionBackend):
         return StudentMetadataBuilder
 
 
-class StudentLayer(nn.Module, MambaBase):
-    """A student: q, k, v of a step's tokens in, its outputs out."""
+class StateCache(nn.Module, MambaBase):
+    """Pages for the states of some of a layer's groups."""
 
-    student: StudentAttention
-    kv_cache: tuple[Tensor, ...]
-    pages: Pages | None = None
+    kv_cache: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
 
-    def __init__(self, student: StudentAttention, scale: float, page_bytes: int, vllm_config: Any, prefix: str) -> None:
+    def __init__(self, page_bytes: int, vllm_config: Any, prefix: str) -> None:
         super().__init__()
-        self.__dict__["student"] = student  # its parameters belong to `self_attn.student`, as in the checkpoint
-        self.scale, self.prefix, self.page_bytes = scale, prefix, page_bytes
-        self.dtype = vllm_config.model_config.dtype
-        self.layout = PageLayout.of(student, self.dtype)
+        self.prefix, self.page_bytes = prefix, page_bytes
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     @property
@@ -87,11 +82,34 @@ class StudentLayer(nn.Module, MambaBase):
         """See `get_state_shape`."""
         return (torch.int8,)
 
-    def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Cut the pages into the tensors of the state."""
-        super().bind_kv_cache(kv_cache)
-        raw = self.kv_cache[0]
-        self.pages = Pages(self.student, self.layout, self.layout.cut(raw), self.dtype, in_place=raw.is_cpu)
+
+class StudentLayer(nn.Module):
+    """A student: q, k, v of a step's tokens in, its outputs out."""
+
+    student: StudentAttention
+    pages: Pages | None = None
+
+    def __init__(
+        self, student: StudentAttention, scores: dict[str, Any], parts: int, vllm_config: Any, prefix: str
+    ) -> None:
+        """`scores` are `scale` and `softcap` of the layer's attention; `parts` is the number of pages of a state."""
+        super().__init__()
+        self.__dict__["student"] = student  # its parameters belong to `self_attn.student`, as in the checkpoint
+        self.scores, self.prefix = scores, prefix
+        self.dtype = vllm_config.model_config.dtype
+        self.layout = PageLayout.of(student, self.dtype, parts)
+        size = self.layout.nbytes
+        self.caches = nn.ModuleList(StateCache(size, vllm_config, f"{prefix}_state{part}") for part in range(parts))
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def _pages(self) -> Pages | None:
+        """Of the caches that vLLM has allocated; None as long as it has not."""
+        if any(cache.kv_cache is None for cache in self.caches):
+            return None
+        raw = tuple(cache.kv_cache[0] for cache in self.caches)
+        if self.pages is None or self.pages.caches[0] is not raw[0]:
+            self.pages = Pages(self.student, self.layout, raw, self.dtype, in_place=raw[0].is_cpu)
+        return self.pages
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
@@ -102,15 +120,16 @@ class StudentLayer(nn.Module, MambaBase):
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         """Write the outputs of a step's tokens into `output` [T, H * D]."""
         every = get_forward_context().attn_metadata
-        if every is None or self.pages is None:  # vLLM measures the memory of a step before there is a cache
+        pages = None if every is None else self._pages()
+        if pages is None:  # vLLM measures the memory of a step before there is a cache
             rows = (x.unflatten(-1, (-1, self.student.head_dim)).transpose(0, 1)[None] for x in qkv)
-            y, _ = self.student(*rows, scale=self.scale)
+            y, _ = self.student(*rows, **self.scores)
             output.copy_(y[0].transpose(0, 1).flatten(1))
             return
-        step: StepRequests = every[self.prefix].step
-        tokens = step.starts[-1]
+        steps: list[StepRequests] = [every[cache.prefix].step for cache in self.caches]
+        tokens = steps[0].starts[-1]
         q, k, v = (x[:tokens] for x in qkv)
-        output[:tokens] = self.pages.attend((q, k, v), step, scale=self.scale)
+        output[:tokens] = pages.attend((q, k, v), steps, **self.scores)
         output[tokens:] = 0
 
 
@@ -147,21 +166,10 @@ class MixedAttention(nn.Module):
         outputs = []
         for number, part in enumerate(self.parts):
             heads, groups = getattr(self, f"heads_{number}"), getattr(self, f"groups_{number}")
-            y = part(q[:, heads].flatten(1), k[:, groups].flatten(1), v[:, groups].flatten(1))
+            own = (x.index_select(1, index).flatten(1) for x, index in ((q, heads), (k, groups), (v, groups)))
+            y = part(*own)
             outputs.append(y.unflatten(-1, (-1, self.head_dim)))
-        return torch.cat(outputs, 1)[:, self.order].flatten(1)
-
-
-def every_share_of(vllm_config: Any) -> list[Share]:
-    """The shares of every process in every layer of a model."""
-    config = vllm_config.model_config.hf_config
-    return every_share(
-        student_settings(config.trenchcoat["student"]),
-        config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        ranks=vllm_config.parallel_config.tensor_parallel_size,
-    )
+        return torch.cat(outputs, 1).index_select(1, self.order).flatten(1)
 
 
 def student_for(vllm_config: Any, share: Share, head_dim: int) -> StudentAttention:
@@ -175,36 +183,48 @@ def student_for(vllm_config: Any, share: Share, head_dim: int) -> StudentAttenti
 
 def page_bytes(vllm_config: Any) -> int:
     """Size of a page, the same in all layers and processes."""
-    config = vllm_config.model_config.hf_config
+    config, shares = vllm_config.model_config.hf_config, every_share_of(vllm_config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    share = max(shares, key=lambda share: len(share.free))
     with torch.device("meta"):
-        student = student_for(vllm_config, most_free(every_share_of(vllm_config)), head_dim)
-    return PageLayout.of(student, vllm_config.model_config.dtype).nbytes
+        student = student_for(vllm_config, share, head_dim)
+    return PageLayout.of(student, vllm_config.model_config.dtype, len(share.free) // free_at_once(shares)).nbytes
 
 
-def insert_student(attn: Any, vllm_config: Any, prefix: str) -> None:
-    """Replace `attn.attn` by what computes a layer's share; a student's parameters load by their names in a merged
-    folder."""
+def insert_students(model: nn.Module, vllm_config: Any) -> None:
+    """Replace every attention of a model's layers by what computes a process's share of it; the students' parameters
+    load by their names in a merged folder."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "attn", None), Attention):
+            _insert_student(module, vllm_config)
+
+
+def _insert_student(attn: Any, vllm_config: Any) -> None:
+    """Replace `attn.attn`, which gets q, k and v after norms and RoPE in every class of vLLM."""
+    own, config = attn.attn, vllm_config.model_config.hf_config
+    prefix = own.layer_name.removesuffix(".attn")
     rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    cfg = student_settings(vllm_config.model_config.hf_config.trenchcoat["student"])
-    sizes = {"num_heads": attn.total_num_heads, "num_kv_heads": attn.total_num_kv_heads}
+    cfg = student_settings(config.trenchcoat["student"])
+    sizes = {"num_heads": config.num_attention_heads, "num_kv_heads": config.num_key_value_heads}
     share = share_of(cfg, extract_layer_index(prefix), rank=rank, ranks=ranks, **sizes)
-    at_once = kept_at_once(every_share_of(vllm_config))
+    shares = every_share_of(vllm_config)
+    at_once = kept_at_once(shares)
     if len(share.kept) == at_once == len(share.groups):
         return
-    own = attn.attn
-    del vllm_config.compilation_config.static_forward_context[f"{prefix}.attn"]
+    del vllm_config.compilation_config.static_forward_context[own.layer_name]
     parts: list[tuple[nn.Module, list[int], list[int]]] = []
     if len(share.kept_all) < share.num_kv_heads:
-        attn.student = _loaded(student_for(vllm_config, share, attn.head_dim), share)
+        attn.student = _loaded(student_for(vllm_config, share, own.head_size), share)
+    scores = {"scale": own.impl.scale, "softcap": own.impl.logits_soft_cap or None}
     if share.free:
-        layer = StudentLayer(attn.student, attn.scaling, page_bytes(vllm_config), vllm_config, f"{prefix}.attn")
+        parts_of_state = len(share.free) // free_at_once(shares)
+        layer = StudentLayer(attn.student, scores, parts_of_state, vllm_config, f"{prefix}.attn")
         parts.append((layer, share.query_heads(share.free), list(share.free)))
     for number in range(0, len(share.kept), at_once or 1):
         groups = list(share.kept[number : number + at_once])
-        kept = _kept(attn, own, share, groups, vllm_config, f"{prefix}.attn_kept{share.groups[groups[0]]}")
+        kept = _kept(own, scores, share, groups, vllm_config, f"{prefix}.attn_kept{share.groups[groups[0]]}")
         parts.append((kept, share.query_heads(groups), groups))
-    attn.attn = parts[0][0] if len(parts) == 1 else MixedAttention(parts, attn.head_dim)
+    attn.attn = parts[0][0] if len(parts) == 1 else MixedAttention(parts, own.head_size)
 
 
 def _loaded(student: StudentAttention, share: Share) -> StudentAttention:
@@ -219,14 +239,17 @@ def _loaded(student: StudentAttention, share: Share) -> StudentAttention:
     return student
 
 
-def _kept(attn: Any, own: Any, share: Share, groups: list[int], vllm_config: Any, prefix: str) -> nn.Module:
-    """vLLM's attention for some groups of a layer."""
+def _kept(
+    own: Any, scores: dict[str, Any], share: Share, groups: list[int], vllm_config: Any, prefix: str
+) -> nn.Module:
+    """vLLM's attention for some groups of a layer whose whole attention was `own`."""
     made: nn.Module = Attention(
         len(groups) * share.heads,
-        attn.head_dim,
-        attn.scaling,
+        own.head_size,
+        scores["scale"],
         num_kv_heads=len(groups),
         cache_config=vllm_config.cache_config,
+        logits_soft_cap=scores["softcap"],
         per_layer_sliding_window=own.sliding_window,
         prefix=prefix,
     )

@@ -1,37 +1,23 @@
-"""Model classes for vLLM: its Llama and Mistral with students in place of attention. Imported by vLLM only.
+"""Model classes for vLLM: its own classes with students in place of attention. Imported by vLLM only.
 
-vLLM's classes do everything else (weights, projections, RoPE, sampling, scheduling). A layer's state is a page of
-vLLM's Mamba cache; kept groups and layers are attention layers of vLLM, so every model is one of its hybrids.
+vLLM's classes do everything else (weights, projections, norms, RoPE, sampling, scheduling). A layer's state is in pages
+of vLLM's Mamba cache; kept groups and layers are attention layers of vLLM, so every model is one of its hybrids.
+
+`Linearized<Family>ForCausalLM` is an attribute of this module for every family of :data:`BASES`, made on first use.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
-from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralDecoderLayer, MistralForCausalLM
+from vllm.model_executor.models.llama import LlamaForCausalLM
 
-from trenchcoat.serving.vllm_plugin.layers import insert_student, page_bytes
-
-
-class _WithStudent:
-    """Mixin that puts a student into a vLLM layer, the next class in the MRO."""
-
-    def __init__(self, vllm_config: Any, prefix: str = "", config: Any = None) -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, config=config)  # type: ignore[call-arg]
-        attention: Any = self.self_attn  # type: ignore[attr-defined]
-        insert_student(attention, vllm_config, f"{prefix}.self_attn")
-
-
-class LinearizedLlamaDecoderLayer(_WithStudent, LlamaDecoderLayer):
-    """vLLM's layer with a student."""
-
-
-class LinearizedMistralDecoderLayer(_WithStudent, MistralDecoderLayer):
-    """vLLM's layer with a student."""
+from trenchcoat.serving.vllm_plugin import BASES
+from trenchcoat.serving.vllm_plugin.layers import insert_students, page_bytes
 
 
 class _Linearized(HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
@@ -53,18 +39,24 @@ class _Linearized(HasInnerState, IsHybrid, SupportsMambaPrefixCaching):
         return (get_temporal_copy_spec,)
 
 
-class LinearizedLlamaForCausalLM(LlamaForCausalLM, _Linearized):
-    """A merged folder of family `linearized_llama`."""
+def __getattr__(name: str) -> type:
+    """The class of a merged folder's `architectures`."""
+    if name not in BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, kind = BASES[name]
+    base = getattr(import_module(f"vllm.model_executor.models.{module}"), kind)
+    made = globals()[name] = _linearized(name, base)
+    return made
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LinearizedLlamaDecoderLayer)
 
+def _linearized(name: str, base: Any) -> type:
+    def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
+        """vLLM's model, then students in its layers."""
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
+        insert_students(self, vllm_config)
 
-class LinearizedMistralForCausalLM(MistralForCausalLM, _Linearized):
-    """A merged folder of family `linearized_mistral`."""
-
-    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LinearizedMistralDecoderLayer)
+    members = {"__init__": __init__, "__module__": __name__, "__doc__": f"vLLM's {base.__name__} with students."}
+    return type(name, (base, _Linearized), members)
 
 
 class WithoutClass(LlamaForCausalLM):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from trenchcoat.config import StudentConfig
 from trenchcoat.config.keep import kept_groups
+from trenchcoat.models.auto import student_settings
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,27 @@ def every_share(cfg: StudentConfig, layers: int, *, num_heads: int, num_kv_heads
     return [share_of(cfg, layer, rank=rank, **sizes) for layer in range(layers) for rank in range(ranks)]
 
 
+def every_share_of(vllm_config: Any) -> list[Share]:
+    """:func:`every_share` of the model and processes of vLLM's configuration."""
+    config = vllm_config.model_config.hf_config
+    return every_share(
+        student_settings(config.trenchcoat["student"]),
+        config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
+    )
+
+
+def settle_heads(vllm_config: Any) -> None:
+    """Tell vLLM how many key/value heads its attentions of kept groups have, in place of the model's: pages of states
+    are rounded up to blocks of theirs."""
+    at_once = kept_at_once(every_share_of(vllm_config))
+    if at_once:
+        heads = at_once * vllm_config.parallel_config.tensor_parallel_size
+        vllm_config.model_config.model_arch_config.total_num_kv_heads = heads
+
+
 def kept_at_once(shares: Iterable[Share]) -> int:
     """Kept groups that one attention of vLLM computes; 0 if nothing is kept.
 
@@ -90,6 +113,7 @@ def kept_at_once(shares: Iterable[Share]) -> int:
     return math.gcd(*(len(share.kept) for share in shares))
 
 
-def most_free(shares: Iterable[Share]) -> Share:
-    """The share whose student has most heads: its state is the size of a page, since all pages are of one size."""
-    return max(shares, key=lambda share: len(share.free))
+def free_at_once(shares: Iterable[Share]) -> int:
+    """Groups whose state is one page: as for :func:`kept_at_once`, so that no part of a page is empty; 0 if all groups
+    are kept."""
+    return math.gcd(*(len(share.free) for share in shares))

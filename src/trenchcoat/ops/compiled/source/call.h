@@ -21,6 +21,7 @@ struct Map {
 struct Call {
   Int rows, heads, kv_heads, key_maps, tokens, dim, values, features, columns, window, sinks;
   Int kind, far, narrow, mapped, paired, threads;  // kind: a Kind; narrow: q, k, v are bfloat16
+  Int skip;                                  // a forward pass has no queries before this token, a multiple of `window`
   double scale, softcap, eps, error_scale;   // softcap 0: none
   View q, k, v, fq, fk, y, target, dy;       // fq, fk null where `mapped`; target: the teacher's y in transfer
   View sink_k, sink_v;                       // [B, G, S, width]

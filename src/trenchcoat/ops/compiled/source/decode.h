@@ -4,16 +4,18 @@
 
 struct Step {
   Int rows, tokens, heads, kv_heads, key_maps, dim, values, features, columns, window, sinks;
-  Int far, narrow, narrow_slots, paired, affine, threads;  // narrow: q, k, v are bfloat16; narrow_slots: the buffers are
+  // Which are bfloat16: q, k, v (narrow), the buffers and sinks (narrow_slots), the far sums of F x E (narrow_sums).
+  Int far, narrow, narrow_slots, narrow_sums, paired, affine, threads;
+  Int parts;  // of a row's state, each with as many neighbouring groups and their key maps
   double scale, softcap, eps;
   View q, k, v, y;  // y is float32
   Map query, key;
   const float *mix, *logit;
   const uint8_t *mask;  // [B, T], or null: all tokens are real
-  // One pointer for each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums [K, F, E] and
-  // [K, F], tokens seen.
-  void **slots_k, **slots_v, **sink_k, **sink_v;
-  float **far_s, **far_z;
+  // One pointer for each part of each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums
+  // [K, F, E] and [K, F]; and one for each row: tokens seen.
+  void **slots_k, **slots_v, **sink_k, **sink_v, **far_s;
+  float **far_z;
   Int **seen;
   // Groups that keep softmax attention: q, k, v and y then hold the heads of all groups, `free_heads` and `free_groups`
   // are the places of the student's heads and groups in them, `kept_groups` those of the others, whose `held` keys and
@@ -23,10 +25,28 @@ struct Step {
   const Int *free_heads, *free_groups, *kept_groups;
 };
 
+// The states of the rows of a step in pages of a server's caches, in place of their pointers.
+struct Pages {
+  char **bases;         // page 0 of each part's cache
+  Int size;             // bytes from a page to the next
+  Int places[6];        // in a page: k, v, their sinks, the far sums
+  const Int **slots;    // of each part: the page of each row
+  const Int *seen;      // tokens of each row before this step
+};
+
 class Decoding {
  public:
   Decoding(const Step &step, Scratch &scratch) : a(step), d(spaced(a.dim)), e(spaced(a.values)), w(spaced(a.window)) {
     scratch.lay([&] { lay_out(scratch); });
+  }
+
+  // Where the state of a row has a group or key map: the part's pointer, and the number in the part.
+  struct Place {
+    Int part, inside;
+  };
+  static Place place_of(const Step &a, Int b, Int index, Int all) {
+    const Int each = all / a.parts;
+    return {b * a.parts + index / each, index % each};
   }
 
   // The chunk that leaves the window with this token becomes far.
@@ -37,8 +57,9 @@ class Decoding {
 
   void fold(Int b, Int map) {
     const Int n = *a.seen[b], kv = map * a.kv_heads / a.key_maps, slot = n % (2 * a.window), old = n - 2 * a.window;
-    rows(a.slots_k[b], a.narrow_slots, kv * 2 * a.window + slot, a.window, a.dim, keys, d);
-    rows(a.slots_v[b], a.narrow_slots, kv * 2 * a.window + slot, a.window, a.values, values, e);
+    const Place group = place_of(a, b, kv, a.kv_heads), sum = place_of(a, b, map, a.key_maps);
+    rows(a.slots_k[group.part], a.narrow_slots, group.inside * 2 * a.window + slot, a.window, a.dim, keys, d);
+    rows(a.slots_v[group.part], a.narrow_slots, group.inside * 2 * a.window + slot, a.window, a.values, values, e);
     std::memset(turned, 0, a.dim * w * sizeof(float));
     transpose(keys, d, turned, w, a.window, a.dim);
     HeadMap phi = map_of(a.key, map);
@@ -46,9 +67,9 @@ class Decoding {
     for (Int r = 0; r < a.features; ++r)
       for (Int i = 0; old + i < a.sinks; ++i) f[r * w + i] = 0;
     product<ALL>({f, w, 1}, values, e, sums, e, a.features, a.values, a.window, false);
-    float *s = a.far_s[b] + map * a.features * a.values, *z = a.far_z[b] + map * a.features;
+    float *z = a.far_z[sum.part] + sum.inside * a.features;
     for (Int r = 0; r < a.features; ++r) {
-      for (Int c = 0; c < a.values; ++c) s[r * a.values + c] += sums[r * e + c];
+      add(sum, map, r, sums + r * e, n);
       z[r] += summed(f + r * w, nullptr, a.window);
     }
   }
@@ -58,11 +79,13 @@ class Decoding {
     const Int n = *a.seen[b], slot = n % (2 * a.window);
     for (Int g = 0; g < a.kv_heads; ++g) {
       const Int from = a.free_groups ? a.free_groups[g] : g;
-      put(a, a.k, b, from, t, a.dim, a.slots_k[b], (g * 2 * a.window + slot) * a.dim, a.narrow_slots);
-      put(a, a.v, b, from, t, a.values, a.slots_v[b], (g * 2 * a.window + slot) * a.values, a.narrow_slots);
+      const Place at = place_of(a, b, g, a.kv_heads);
+      const Int row = at.inside * 2 * a.window + slot, sink = at.inside * a.sinks + n;
+      put(a, a.k, b, from, t, a.dim, a.slots_k[at.part], row * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.slots_v[at.part], row * a.values, a.narrow_slots);
       if (n >= a.sinks) continue;
-      put(a, a.k, b, from, t, a.dim, a.sink_k[b], (g * a.sinks + n) * a.dim, a.narrow_slots);
-      put(a, a.v, b, from, t, a.values, a.sink_v[b], (g * a.sinks + n) * a.values, a.narrow_slots);
+      put(a, a.k, b, from, t, a.dim, a.sink_k[at.part], sink * a.dim, a.narrow_slots);
+      put(a, a.v, b, from, t, a.values, a.sink_v[at.part], sink * a.values, a.narrow_slots);
     }
     for (Int i = 0; i < a.kept; ++i) {
       const Int k = b * a.kept_k.row + i * a.kept_k.head + (a.held + t) * a.kept_k.token;
@@ -84,8 +107,9 @@ class Decoding {
       float den = softmax_part(ratio, a.logit ? a.logit + h : nullptr);
       if (a.far) {
         query_features(h);
-        gathered(f, a.far_s[b] + map * a.features * a.values, a.values, a.features);
-        den += summed(f, a.far_z[b] + map * a.features, a.features);
+        gathered_sums(b, map);
+        const Place sum = place_of(a, b, map, a.key_maps);
+        den += summed(f, a.far_z[sum.part] + sum.inside * a.features, a.features);
       }
       divided(den, at(a.y, b, place, t));
     }
@@ -95,6 +119,7 @@ class Decoding {
   void look_at_all(Int b, Int i, Int h, Int t) {
     const Int place = a.kept_groups[i] * (a.heads / a.kv_heads) + h, count = a.held + t + 1;
     read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
+    gathered_row = -1;
     near = near_counts[0] = count, near_counts[1] = near_counts[2] = 0;
     if (a.narrow) {
       read(a.kept_k, true, b, i, 0, count, a.dim, keys, d);
@@ -113,6 +138,7 @@ class Decoding {
   Int near = 0, key_stride = 0, value_stride = 0;  // keys the query sees, and lengths of their rows
   const float *near_keys[3], *near_values[3];
   Int near_counts[3];
+  Int gathered_row = -1, gathered_group = -1;  // whose keys these are
   float *q, *keys, *values, *turned, *f, *sums, *p, *num;
 
   void lay_out(Scratch &m) {
@@ -120,6 +146,36 @@ class Decoding {
     const Int widened_rows = a.kept && a.narrow && held > window ? held : window, all = held > window ? held : window;
     q = m.take(d), keys = m.take(widened_rows * d), values = m.take(widened_rows * e), turned = m.take(a.dim * w);
     f = m.take(a.features * w + 2 * LANES), sums = m.take(a.features * e), p = m.take(all), num = m.take(e);
+  }
+
+  // Adds E numbers to the far sums of feature r, `n` tokens after the row's start.
+  void add(Place sum, Int map, Int r, const float *x, Int n) const {
+    const Int at = (sum.inside * a.features + r) * a.values, element = (map * a.features + r) * a.values;
+    if (!a.narrow_sums) {
+      float *s = (float *)a.far_s[sum.part] + at;
+      for (Int c = 0; c < a.values; ++c) s[c] += x[c];
+      return;
+    }
+    uint16_t *s = (uint16_t *)a.far_s[sum.part] + at;
+    for (Int c = 0; c < a.values; ++c) s[c] = rounded_at(widened(s[c]) + x[c], element + c, n);
+  }
+
+  // To bfloat16, up or down by a threshold that varies with element and position (ops/state.py, round_to_bfloat16).
+  static uint16_t rounded_at(float x, Int element, Int n) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + (uint32_t)(((element * 2654435761 >> 8) + n * 40503) & 0xFFFF)) >> 16);
+  }
+
+  // num += features of the query times the far sums of a key map.
+  void gathered_sums(Int b, Int map) {
+    const Place sum = place_of(a, b, map, a.key_maps);
+    const Int from = sum.inside * a.features * a.values;
+    if (!a.narrow_sums) return gathered(f, (const float *)a.far_s[sum.part] + from, a.values, a.features);
+    const uint16_t *s = (const uint16_t *)a.far_s[sum.part] + from;
+    for (Int r = 0; r < a.features; ++r)
+      for (Int c = 0; c < a.values; ++c) sums[r * e + c] = widened(s[r * a.values + c]);
+    gathered(f, sums, e, a.features);
   }
 
   HeadMap map_of(const Map &m, Int head) const {
@@ -159,14 +215,17 @@ class Decoding {
 
   // Where the near keys lie: sinks, and the window in at most two pieces of the ring.
   void gather(Int b, Int g) {
+    if (b == gathered_row && g == gathered_group) return;
+    gathered_row = b, gathered_group = g;
     const Int n = *a.seen[b], ring = 2 * a.window, chunk = n / a.window;
     const Int from = chunk > 0 ? (chunk - 1) * a.window : 0, slot = from % ring;
     const Int first = n + 1 - from < ring - slot ? n + 1 - from : ring - slot;
     const Int sinks = from < a.sinks ? from : a.sinks;
-    const Int starts[3] = {g * a.sinks, g * ring + slot, g * ring}, counts[3] = {sinks, first, n + 1 - from - first};
+    const Place at = place_of(a, b, g, a.kv_heads);
+    const Int starts[3] = {at.inside * a.sinks, at.inside * ring + slot, at.inside * ring}, counts[3] = {sinks, first, n + 1 - from - first};
     near = 0, key_stride = a.narrow_slots ? d : a.dim, value_stride = a.narrow_slots ? e : a.values;
     for (int i = 0; i < 3; ++i) {
-      const void *k = i ? a.slots_k[b] : a.sink_k[b], *v = i ? a.slots_v[b] : a.sink_v[b];
+      const void *k = i ? a.slots_k[at.part] : a.sink_k[at.part], *v = i ? a.slots_v[at.part] : a.sink_v[at.part];
       near_counts[i] = counts[i];
       if (a.narrow_slots && counts[i]) {
         rows(k, true, starts[i], counts[i], a.dim, keys + near * d, d);
@@ -183,12 +242,14 @@ class Decoding {
   float softmax_part(float ratio, const float *logit) {
     const float scale = (float)a.scale, cap = (float)a.softcap;
     float top = -FLT_MAX;
-    for (Int i = 0, j = 0; i < 3; ++i)
+    for (Int i = 0, j = 0; i < 3; ++i) {
+      products_with(q, near_keys[i], key_stride, a.dim, near_counts[i], p + j);
       for (Int r = 0; r < near_counts[i]; ++r, ++j) {
-        p[j] = scale * summed(q, near_keys[i] + r * key_stride, a.dim);
+        p[j] *= scale;
         if (cap) p[j] = cap * hyperbolic_tangent(splat(p[j] / cap))[0];
         top = p[j] > top || p[j] != p[j] ? p[j] : top;
       }
+    }
     if (logit && *logit > top) top = *logit;
     for (Int j = 0; j < near; j += LANES) store(p + j, exp_negative(load(p + j) - top) * ratio);
     for (Int c = 0; c < a.values; ++c) num[c] = 0;

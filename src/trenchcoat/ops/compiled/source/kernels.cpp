@@ -113,4 +113,23 @@ void backward(const Call *call) { walk<BACKWARD>(call); }
 void decode(const Step *step) {
   for (Int t = 0; t < step->tokens; ++t) decode_token(step, t);
 }
+void decode_pages(const Step *step, const Pages *pages) {
+  Step own = *step;
+  const Int count = step->rows * step->parts;
+  std::vector<void *> at(6 * count);
+  std::vector<Int> counts(pages->seen, pages->seen + step->rows);
+  std::vector<Int *> seen(step->rows);
+  for (Int b = 0; b < step->rows; ++b) {
+    for (Int part = 0; part < step->parts; ++part) {
+      char *page = pages->bases[part] + pages->slots[part][b] * pages->size;
+      for (Int i = 0; i < 6; ++i) at[i * count + b * step->parts + part] = page + pages->places[i];
+    }
+    seen[b] = &counts[b];
+  }
+  void **rows = at.data();
+  own.slots_k = rows, own.slots_v = rows + count, own.sink_k = rows + 2 * count, own.sink_v = rows + 3 * count;
+  own.far_s = rows + 4 * count, own.far_z = (float **)(rows + 5 * count);
+  own.seen = seen.data();
+  decode(&own);
+}
 }

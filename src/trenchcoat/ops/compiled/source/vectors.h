@@ -48,6 +48,37 @@ static inline float summed(const float *x, const float *y, Int count) {
   return found;
 }
 
+// The sums of the lanes of four vectors.
+static inline Four totals(Vec a, Vec b, Vec c, Vec d) {
+  const Vec given[4] = {a, b, c, d};
+  Four x[4];
+  for (int i = 0; i < 4; ++i) {
+    x[i] = ((const Four *)&given[i])[0];
+    for (Int j = 1; j < LANES / 4; ++j) x[i] += ((const Four *)&given[i])[j];
+  }
+  const Four y = __builtin_shufflevector(x[0], x[1], 0, 4, 2, 6) + __builtin_shufflevector(x[0], x[1], 1, 5, 3, 7);
+  const Four z = __builtin_shufflevector(x[2], x[3], 0, 4, 2, 6) + __builtin_shufflevector(x[2], x[3], 1, 5, 3, 7);
+  return __builtin_shufflevector(y, z, 0, 1, 4, 5) + __builtin_shufflevector(y, z, 2, 3, 6, 7);
+}
+
+// found [count]: the products of x [width] with rows of y.
+static inline void products_with(const float *x, const float *y, Int stride, Int width, Int count, float *found) {
+  Int r = 0;
+  for (; r + 4 <= count; r += 4, y += 4 * stride) {
+    Vec a = {}, b = {}, c = {}, d = {};
+    Int i = 0;
+    for (; i + LANES <= width; i += LANES) {
+      const Vec part = load(x + i);
+      a += part * load(y + i), b += part * load(y + stride + i);
+      c += part * load(y + 2 * stride + i), d += part * load(y + 3 * stride + i);
+    }
+    *(Four *)(found + r) = totals(a, b, c, d);
+    for (; i < width; ++i)
+      for (Int row = 0; row < 4; ++row) found[r + row] += x[i] * y[row * stride + i];
+  }
+  for (; r < count; ++r, y += stride) found[r] = summed(x, y, width);
+}
+
 // exp(x) for x <= 0, relative error below 2e-7; the smallest result is exp(-87). NaN stays NaN.
 static inline Vec exp_negative(Vec x) {
   x = x < -87.0f ? splat(-87.0f) : x;

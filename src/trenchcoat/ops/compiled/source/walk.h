@@ -38,7 +38,7 @@ template <Pass pass> class Walk {
       if (a.far && c >= lag) fold(c - lag);
       read_keys(c);
       if (has_local) find_local(c);
-      for (Int h = 0; h < heads; ++h) queries(c, h);
+      for (Int h = 0; h < heads && c * a.window >= a.skip; ++h) queries(c, h);
     }
     if (a.error) a.error[b * a.key_maps + map] = squares;
     if (a.end_s && span.upto == chunks) finish();
