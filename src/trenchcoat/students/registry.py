@@ -41,6 +41,9 @@ STUDENTS: dict[str, StudentEntry] = {
     "terrace_gated": StudentEntry("trenchcoat.students.terrace_gated.TerraceGatedAttention", ("affine",)),
     "gdn": StudentEntry("trenchcoat.students.gdn.GatedDeltaAttention", _NO_MAPS),
     "lightning": StudentEntry("trenchcoat.students.lightning.LightningAttention", _NO_MAPS),
+    "gated_delta_layer": StudentEntry(
+        "trenchcoat.students.gated_delta_layer.GatedDeltaLayer", (*_NO_MAPS, "window", "mix_init", "sinks")
+    ),
 }
 """Name in a recipe (`student.name`) -> its class and the settings that it does not use."""
 
