@@ -11,7 +11,7 @@ No modelling file is touched: a student is a submodule `self_attn.student` of it
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ from trenchcoat.models.interface import (
 from trenchcoat.models.rotary import length_dependence, warn_of_pieces
 from trenchcoat.models.transformers_internals import attention_name, choose_attention
 from trenchcoat.runtime.sharding import compute_device, is_sharded, whole
-from trenchcoat.students import Mode, StudentAttention, build_student, operator_of, student_class
+from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 from trenchcoat.students.heads import KeptHeads
 
 UNSAVED = "(linearized in memory: save_pretrained, and load that folder)"
@@ -236,28 +236,17 @@ def teacher_implementation(model: nn.Module) -> str:
 
 def _kept_sites(sites: list[AttentionSite], cfg: StudentConfig) -> dict[int, tuple[int, ...]]:
     """The kept groups of every layer."""
+    cfg.check("student")
     indices = {site.index for site in sites}
     kept = {site.index: kept_groups(cfg, site.index, site.num_kv_heads) for site in sites}
     unknown = sorted(named_layers(cfg) - indices)
     if unknown:
         name = "keep_softmax" if unknown[0] in cfg.keep_softmax else "keep"
         raise UserError(f"student.{name} names layer {unknown[0]}, but the model's layers are 0..{max(indices)}")
-    if student_class(cfg.name).replaces_layer:
-        parts = [site for site in sites if 0 < len(kept[site.index]) < site.num_kv_heads]
-        require_whole_layers(cfg, [f"{site.index}.{kept[site.index][0]}" for site in parts])
     if all(len(kept[site.index]) == site.num_kv_heads for site in sites):
         name = "keep" if cfg.keep else "keep_softmax"
         raise UserError(f"student.{name} names all {len(sites)} layers; leave out the ones to linearize")
     return kept
-
-
-def require_whole_layers(cfg: StudentConfig, groups: Sequence[str]) -> None:
-    """UserError if the student takes the place of whole layers and only some `groups` of a layer would be kept."""
-    if groups and student_class(cfg.name).replaces_layer:
-        raise UserError(
-            f"student.name={cfg.name} takes the place of whole layers, so no layer can keep only some of its groups "
-            f"({', '.join(groups)}): name whole layers, such as student.keep_softmax=[0,7], and student.keep=none"
-        )
 
 
 def start_student(student: StudentAttention, module: Any) -> None:
