@@ -89,6 +89,7 @@ def native_model(model: Any) -> Any:
             f"this version of transformers has other tensors in Qwen3_5ForCausalLM than expected: "
             f"{', '.join([*lost, *result.unexpected_keys][:3])}; use one that trenchcoat supports"
         )
+    native.model.rotary_emb = type(native.model.rotary_emb)(config)  # its frequencies were not computed on meta
     native.config.dtype = dtype
     if getattr(model, "generation_config", None) is not None:
         native.generation_config = model.generation_config
