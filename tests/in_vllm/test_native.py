@@ -53,8 +53,8 @@ def save(folder: Path, family: str) -> Path:
 
 
 def know_the_class() -> None:
-    """vLLM's file of Qwen3.5 holds its vision model too, which imports torchvision: the index has none for this build of
-    torch, and text does not need it. vLLM would look at the class in a process of its own, which would not know this."""
+    """vLLM's file of Qwen3.5 holds its vision model too, which imports torchvision: there is none for this build of
+    torch, and text does not need it. vLLM would look at the class in a process of its own, which would not know it."""
     try:
         home = importlib.import_module("vllm.model_executor.models.qwen3_5")
     except ImportError:

@@ -22,7 +22,12 @@ GROUPS = ("0.1", "1.0")
 
 each_student = pytest.mark.parametrize(
     ("student", "keep"),
-    [(s, keep) for s in STUDENTS for keep in ((), (0,), GROUPS) if keep != GROUPS or not student_class(s).replaces_layer],
+    [
+        (s, keep)
+        for s in STUDENTS
+        for keep in ((), (0,), GROUPS)
+        if keep != GROUPS or not student_class(s).replaces_layer
+    ],
 )
 """A student that takes the place of whole layers leaves no groups."""
 

@@ -137,10 +137,12 @@ def test_lora_is_merged_and_weights_are_those_of_the_dtype() -> None:
             parameter.normal_(0.0, 0.1)
     wanted = logits(model, ids)
     torch.testing.assert_close(logits(native_model(model), ids), wanted, rtol=0.0, atol=tolerance(model, wanted))
+    with pytest.raises(UserError, match="too large for float16"):
+        native_model(linearized(*CASES["llama"]).to(torch.float16))
     half = native_model(model.to(torch.bfloat16))
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    # about 20 tensors a layer are rounded, each by at most 2^-9 of itself, with independent signs; norms and softmax pass
-    # that on without making it larger than some times its size
+    # about 20 tensors a layer are rounded, each by at most 2^-9 of itself, with independent signs; norms and softmax
+    # pass that on, at most some times larger
     off = (logits(half, ids).float() - wanted).square().mean().sqrt()
     assert off < 4 * 2.0**-9 * (20 * 3) ** 0.5 * wanted.square().mean().sqrt()
 
@@ -168,7 +170,10 @@ def test_what_the_class_cannot_hold_is_refused(case: str) -> None:
 
 
 def test_biases_that_the_class_lacks_are_refused_by_the_name_of_the_tensor() -> None:
-    for settings, part in (({"mlp_bias": True}, "mlp.up_proj.bias"), ({"attention_bias": True}, "self_attn.o_proj.bias")):
+    for settings, part in (
+        ({"mlp_bias": True}, "mlp.up_proj.bias"),
+        ({"attention_bias": True}, "self_attn.o_proj.bias"),
+    ):
         model = tiny_model("llama", **settings)
         attach_students(model, StudentConfig(name="gated_delta_layer", keep_softmax=(1,)))
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The layer of Qwen3.5 as a student: its definition token by token, Transformers' module, padding, copies, the start."""
+"""The layer of Qwen3.5 as a student: its definition token by token, Transformers' module, padding, copies, start."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def layer(*, disturbed: float = 0.3) -> Any:
-    student = build_student(
-        StudentConfig(name=NAME), num_heads=HEADS, num_kv_heads=KV, head_dim=DIM, hidden_size=WIDTH
-    )
+    student = build_student(StudentConfig(name=NAME), num_heads=HEADS, num_kv_heads=KV, head_dim=DIM, hidden_size=WIDTH)
     with torch.no_grad():
         for p in student.parameters():
             p.add_(disturbed * torch.randn_like(p))

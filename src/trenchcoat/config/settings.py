@@ -120,7 +120,8 @@ class StudentConfig(_Section):
     """Near and far part: `terrace` and `sliding`, softmax over a window and linear attention over what is older;
     `linear`, linear attention alone; `window_sinks`, softmax over the window and sinks alone; `terrace_gated`, a
     terrace whose far part forgets; `gdn` and `lightning`, a memory of all tokens beside the window;
-    `gated_delta_layer`, a layer of Qwen3.5 in place of the projections too; or one that you registered. A setting that it does not use is refused."""
+    `gated_delta_layer`, a layer of Qwen3.5 in place of the projections too; or one that you registered. A setting that
+    it does not use is refused."""
     window: PositiveInt = 64
     """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W. The
     report divides near from far tokens by it (linear: by the default)."""
@@ -145,8 +146,8 @@ class StudentConfig(_Section):
     impl: Literal["chunkwise", "compiled", "reference", "triton", "fla", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), compiled (kernels for CPUs, built by the machine's C++
     compiler at their first use), triton (kernels for CUDA devices), fla (gdn, lightning and gated_delta_layer: the
-    kernels of flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla on CUDA devices
-    where they support the student, else chunkwise; the log says which and why)."""
+    kernels of flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla on
+    CUDA devices where they support the student, else chunkwise; the log says which and why)."""
 
     def check(self, path: str = "student") -> None:
         """Raise ``UserError`` for kept groups of a layer whose student takes the place of the whole layer."""
@@ -310,8 +311,8 @@ class TransferConfig(StageConfig):
     normalize: Literal["none", "layer"] = "none"
     """`layer` divides the squared error by mean(y^2) of that layer."""
     copies_lr: PositiveFloat | None = None
-    """gated_delta_layer: peak learning rate of its copies of q, k, v and o; null: a tenth of lr. The schedule scales both
-    alike."""
+    """gated_delta_layer: peak learning rate of its copies of q, k, v and o; null: a tenth of lr. The schedule scales
+    both alike."""
 
     def check(self, path: str) -> None:
         """Raise ``UserError`` for a bad schedule, or when there is no loss."""

@@ -263,7 +263,9 @@ def _copy_projections(student: StudentAttention, module: Any) -> None:
     where, name = f"layer {student.layer_idx} ({type(module).__name__})", student.cfg.name
     lost = [f"{part}.weight" for part in _COPIED[:4] if f"{part}.weight" not in named]
     if lost:
-        raise UserError(f"student.name={name} starts from q_proj, k_proj, v_proj and o_proj, but {where} has no {lost[0]}")
+        raise UserError(
+            f"student.name={name} starts from q_proj, k_proj, v_proj and o_proj, but {where} has no {lost[0]}"
+        )
     if any(not p.is_floating_point() for p in named.values()):
         raise UserError(f"student.name={name} copies the projections, which are in 4 bits: use model.quantize=none")
     tensors = {name: whole(p.detach()) for name, p in named.items() if not p.is_meta}
@@ -271,7 +273,9 @@ def _copy_projections(student: StudentAttention, module: Any) -> None:
         return
     bias = tensors.get("o_proj.bias")
     if bias is not None and bool(bias.any()):
-        raise UserError(f"student.name={name} has no bias in its output projection, but o_proj.bias of {where} is not 0")
+        raise UserError(
+            f"student.name={name} has no bias in its output projection, but o_proj.bias of {where} is not 0"
+        )
     student.copy_projections({name: tensor.cpu() for name, tensor in tensors.items()})
 
 

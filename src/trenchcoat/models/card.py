@@ -114,8 +114,9 @@ def write_native_card(folder: Path, config: Any, base: Mapping[str, Any], *, rep
         *made, f"# Linearized: {base['name'].rpartition('/')[2]}", "",
         f"This is {base['name']} with gated delta rule layers in place of {linear} of its {len(config.layer_types)} "
         f"attention layers, made by the package trenchcoat and written as a model of Transformers' own class "
-        f"{type(config).__name__.removesuffix('TextConfig')}ForCausalLM. It opens without that package, in Transformers, "
-        "vLLM and whatever else knows the class. The licence of the base model applies to these weights too.", "",
+        f"{type(config).__name__.removesuffix('TextConfig')}ForCausalLM. It opens without that package, in "
+        "Transformers, vLLM, llama.cpp and whatever else knows the class. The licence of the base model applies to "
+        "these weights too.", "",
     ]  # fmt: skip
     write_text(folder / CARD, "\n".join(lines + ([_MEASURED, "", report, ""] if report else [])))
 

@@ -198,7 +198,7 @@ def layer_output(module: Any, *args: Any, **kwargs: Any) -> Output:
     """`self_attn` with a student that takes its place: (y [B, T, M], None); in other modes `self_attn`'s own output."""
     student = student_of(module)
     if student is None or student.mode == "teacher":
-        return module.own_forward(*args, **kwargs)  # type: ignore[no-any-return]
+        return module.own_forward(*args, **kwargs)
     _check_attention(module, student)
     x_BTM = args[0] if args else kwargs["hidden_states"]
     x = x_BTM[:, None]

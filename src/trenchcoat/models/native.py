@@ -69,13 +69,17 @@ def native_model(model: Any) -> Any:
 
     Raises UserError, naming the setting or tensor, for a model that this class cannot hold: another student or family,
     no kept layer, another activation, sliding windows or RoPE in kept layers, biases in the MLP or
-    behind the output projection.
+    behind the output projection, float16 where heads are widened.
     """
     student, sites = student_config(model), attention_sites(model)
     _check_settings(model, student, sites)
     state = {name: tensor.detach().float() for name, tensor in merged_state(model).items()}
     _check_tensors(state)
     config = _config(model, sites)
+    if model.dtype == torch.float16 and config.head_dim != sites[0].head_dim:
+        raise UserError(
+            "heads are widened by constants of 2^22, too large for float16: use --dtype bfloat16 or float32"
+        )
     made: Any = _class()
     with torch.device("meta"):
         native = made(config)
@@ -126,8 +130,8 @@ def _check_settings(model: Any, student: StudentConfig, sites: list[AttentionSit
     kept = [site for site in sites if site.index not in students_of(model)]
     if not kept:
         raise UserError(
-            "no layer keeps softmax attention, and Transformers cannot generate with a Qwen3.5 that has none: its cache "
-            "counts tokens there. Keep at least one: student.keep_softmax=[0]"
+            "no layer keeps softmax attention, and Transformers cannot generate with a Qwen3.5 that has none: its "
+            "cache counts tokens there. Keep at least one: student.keep_softmax=[0]"
         )
     _check_kept(config, family, kept)
 
@@ -142,10 +146,14 @@ def _check_kept(config: Any, family: str, kept: list[AttentionSite]) -> None:
                 "Qwen3.5 lacks: keep other layers, or none"
             )
         if abs(site.module.scaling * site.head_dim**0.5 - 1.0) > 1e-6:
-            raise UserError(f"the scale of the scores of layer {site.index} is not 1 / sqrt(head_dim): {site.module.scaling}")
+            raise UserError(
+                f"the scale of the scores of layer {site.index} is not 1 / sqrt(head_dim): {site.module.scaling}"
+            )
     rope = config.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES or "partial_rotary_factor" in config.rope_parameters:
-        raise UserError(f"kept layers have RoPE of type {rope!r}; --native writes {', '.join(ROPE_TYPES)}, of whole heads")
+        raise UserError(
+            f"kept layers have RoPE of type {rope!r}; --native writes {', '.join(ROPE_TYPES)}, of whole heads"
+        )
     if family != "qwen3":
         _widened(kept[0].head_dim)
 
@@ -153,7 +161,10 @@ def _check_kept(config: Any, family: str, kept: list[AttentionSite]) -> None:
 def _check_tensors(state: Mapping[str, Tensor]) -> None:
     """The class has no bias in its MLP or behind the output projection."""
     for name, tensor in state.items():
-        if name.endswith(("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias", "o_proj.bias")) and tensor.any():
+        if (
+            name.endswith(("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias", "o_proj.bias"))
+            and tensor.any()
+        ):
             raise UserError(f"{name} is not 0, and Qwen3.5 has no bias there")
 
 
@@ -232,7 +243,9 @@ def _tensors(model: Any, sites: list[AttentionSite], state: Mapping[str, Tensor]
         own = {name.removeprefix(at): tensor for name, tensor in state.items() if name.startswith(at)}
         if site.index in students:
             linear = {name.removeprefix("student."): t for name, t in own.items() if name.startswith("student.")}
-            found = {f"linear_attn.{name}": t * before if name.startswith("in_proj") else t for name, t in linear.items()}
+            found = {
+                f"linear_attn.{name}": t * before if name.startswith("in_proj") else t for name, t in linear.items()
+            }
         else:
             found = {f"self_attn.{name}": t for name, t in _attention(own, site, before, config).items()}
         for name in ("gate_proj", "up_proj"):

@@ -1,7 +1,8 @@
-"""A gated delta rule layer in place of the whole attention layer: the linear layer of Qwen3.5, with no window beside it.
+"""A gated delta rule layer in place of the whole attention layer: the linear layer of Qwen3.5, without a window.
 
-    q, k, v = silu(conv4(W_q x)), silu(conv4(W_k x)), silu(conv4(W_v x))        q and k then have length 1
-    S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,   log a_t = -exp(A) softplus(W_a x + c),   b_t = sigmoid(W_b x)
+    q, k, v = silu(conv4(W_q x)), silu(conv4(W_k x)), silu(conv4(W_v x)),   q and k then divided by their lengths
+    S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,   log a_t = -exp(A) softplus(W_a x_t + c)
+    b_t = sigmoid(W_b x_t)
     y = W_o [RMSNorm(q S) * silu(W_z x)]
 
 It has its own q, k, v and o projections, which start as copies of the layer's, and takes the layer's input to the
@@ -64,7 +65,6 @@ class LayerState(RowState):
 
     memory_BHDE: Tensor
     conv_BCK: Tensor
-    near_fields = frozenset({"conv_BCK"})
 
 
 class GatedDeltaLayer(StudentAttention):
@@ -83,17 +83,17 @@ class GatedDeltaLayer(StudentAttention):
 
         def matrix(inputs: int, outputs: int) -> nn.Linear:
             """A linear layer without bias, uninitialised."""
-            return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, dtype=torch.float32)
+            made: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False, dtype=torch.float32)
+            return made
 
         self.in_proj_qkv, self.in_proj_z = matrix(width, channels), matrix(width, values)
         self.in_proj_b, self.in_proj_a = matrix(width, heads), matrix(width, heads)
-        self.conv1d = nn.utils.skip_init(
+        self.conv1d: nn.Conv1d = nn.utils.skip_init(
             nn.Conv1d, channels, channels, KERNEL, groups=channels, bias=False, dtype=torch.float32
         )
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.empty(self.value_dim, dtype=torch.float32))
+        self.norm = _Scale(self.value_dim)
         self.out_proj = matrix(values, width)
         self._biases: Tensor | None = None
         self._teacher: tuple[Tensor, Tensor] | None = None
@@ -142,7 +142,7 @@ class GatedDeltaLayer(StudentAttention):
 
     def copied_parameters(self) -> list[nn.Parameter]:
         """The copies of q, k, v and o."""
-        return [self.in_proj_qkv.weight, self.out_proj.weight]
+        return [*self.in_proj_qkv.parameters(), *self.out_proj.parameters()]
 
     @property
     def features(self) -> int:
@@ -186,7 +186,7 @@ class GatedDeltaLayer(StudentAttention):
     def _read(
         self, x: Tensor, real_BT: Tensor | None, state: LayerState | None, like: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(what the output projection gets [B, T, H E], the inputs of the convolution with those before, the memory)."""
+        """(what the output projection gets [B, T, H E], the convolution's inputs with those before, the memory)."""
         heads, dim, values = self.num_heads, self.head_dim, self.value_dim
         q, k, v, conv_BCL = self._qkv(x, state)
         log_forget = -self.A_log.exp() * softplus(self.in_proj_a(x) + self.dt_bias)
@@ -196,8 +196,8 @@ class GatedDeltaLayer(StudentAttention):
         log_forget, write = log_forget.transpose(1, 2), write.transpose(1, 2)
         start = x.new_zeros(len(x), heads, dim, values) if state is None else state.memory_BHDE.to(x.dtype)
         if self.implementation(like.dtype, like.device) == "fla":
-            half = (part.to(like.dtype) for part in (q, k, v))
-            read, memory = fla_kernels.gated_delta(*half, log_forget, write, start)
+            half = like.dtype
+            read, memory = fla_kernels.gated_delta(q.to(half), k.to(half), v.to(half), log_forget, write, start)
         else:
             read, memory = delta_rule.gated_delta(q, k, v, log_forget, write, start)
         read = read.to(x.dtype).transpose(1, 2)
@@ -308,7 +308,10 @@ class GatedDeltaLayer(StudentAttention):
         """q, k and v of each head get the root mean squares `KEY_SIZE` and `VALUE_SIZE` before silu."""
         given = self.in_proj_qkv(x_NM)
         keys = 2 * self.num_heads * self.head_dim
-        for part, size, each in ((slice(keys), KEY_SIZE, self.head_dim), (slice(keys, None), VALUE_SIZE, self.value_dim)):
+        for part, size, each in (
+            (slice(keys), KEY_SIZE, self.head_dim),
+            (slice(keys, None), VALUE_SIZE, self.value_dim),
+        ):
             power = given[:, part].unflatten(1, (-1, each)).square().mean((0, 2))
             factor = size * power.clamp_min(1e-30).rsqrt()
             self.in_proj_qkv.weight[part] *= factor.repeat_interleave(each)[:, None]
@@ -344,6 +347,14 @@ class GatedDeltaLayer(StudentAttention):
     def extra_repr(self) -> str:
         """One line for printing the module."""
         return f"layer of width {self.hidden_size}, heads={self.num_heads}"
+
+
+class _Scale(nn.Module):
+    """The weight of a norm, for its name."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
 
 def _unit(x: Tensor) -> Tensor:
