@@ -15,10 +15,21 @@ from tiny_families import GREEDY, WINDOW, logits, make, tiny_model, tokens
 from trenchcoat.models import cache, interface
 from trenchcoat.models.attach import set_mode
 from trenchcoat.models.cache import StateLayer, cache_nbytes
-from trenchcoat.students import STUDENTS
+from trenchcoat.students import STUDENTS, student_class
 
 GROUPS = ("0.1", "1.0")
 """Kept groups: one of two in each layer."""
+
+each_student = pytest.mark.parametrize(
+    ("student", "keep"),
+    [
+        (s, keep)
+        for s in STUDENTS
+        for keep in ((), (0,), GROUPS)
+        if keep != GROUPS or not student_class(s).replaces_layer
+    ],
+)
+"""A student that takes the place of whole layers leaves no groups."""
 
 kept_or_not = pytest.mark.parametrize("keep", [(), GROUPS])
 
@@ -67,8 +78,7 @@ def test_several_samples_of_a_prompt(keep: tuple[int | str, ...]) -> None:
     assert torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("keep", [(), (0,), GROUPS])
+@each_student
 def test_a_left_padded_batch_is_its_rows_alone(student: str, keep: tuple[int | str, ...]) -> None:
     model, ids = make(student=student, keep=keep), tokens(3, 13)
     pads = (0, 5, 11)
@@ -210,8 +220,7 @@ def test_crop_is_possible_only_where_it_removes_nothing() -> None:
         past.crop(5)
 
 
-@pytest.mark.parametrize("keep", [(), GROUPS, (0,)])
-@pytest.mark.parametrize("student", STUDENTS)
+@each_student
 def test_recorded_tokens_are_taken_back(student: str, keep: tuple[int | str, ...]) -> None:
     model, ids = make(student=student, keep=keep), tokens(2, 40)
     wrong, whole = tokens(2, 40, seed=9), logits(model, ids)
@@ -262,8 +271,7 @@ def test_of_a_long_call_only_the_end_is_recorded(monkeypatch: pytest.MonkeyPatch
         past.crop(-9)
 
 
-@pytest.mark.parametrize("keep", [(), GROUPS, (0,)])
-@pytest.mark.parametrize("student", STUDENTS)
+@each_student
 def test_assisted_decoding_writes_what_greedy_decoding_writes(student: str, keep: tuple[int | str, ...]) -> None:
     model, ids = make(student=student, keep=keep), tokens(1, 9)
     expected = model.generate(ids, max_new_tokens=24, **GREEDY)

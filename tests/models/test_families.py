@@ -32,6 +32,9 @@ KEPT = "terrace and kept groups"
 OF_INPUT = ("olmo2", "gpt_oss")
 """Families for students that read the layer's input: olmo2's is not normed, gpt_oss has learned sinks and a window; the
 near part is that of the other students."""
+OF_LAYER = ("qwen2", "qwen3", "olmo2")
+"""Families for students that take the place of the layer, which start from its projections: with biases, with norms a
+head, and with one norm for all heads."""
 
 pairs = pytest.mark.parametrize(
     ("family", "student"),
@@ -39,7 +42,8 @@ pairs = pytest.mark.parametrize(
         (f, s)
         for f in FAMILIES
         for s in (*STUDENTS, KEPT)
-        if s == KEPT or not student_class(s).uses_input or f in OF_INPUT
+        if s == KEPT
+        or f in (OF_LAYER if student_class(s).replaces_layer else OF_INPUT if student_class(s).uses_input else FAMILIES)
     ],
 )
 
@@ -151,6 +155,8 @@ def test_padding_is_invisible(family: str, student: str) -> None:
 @pairs
 def test_saved_loaded_and_merged_agree(family: str, student: str, tmp_path: Path) -> None:
     ids, lora = tokens(2, LENGTH), LoraConfig(rank=2, alpha=4.0)
+    if student != KEPT and student_class(student).replaces_layer:  # no projections are left to adapt
+        lora = dataclasses.replace(lora, targets=("up_proj",))
     model = tiny_model(family)
     attach_students(model, student_config(student))
     add_lora(model, lora)

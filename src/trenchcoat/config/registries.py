@@ -54,6 +54,12 @@ def unused_settings(student: str) -> tuple[str, ...]:
     return entries[student].unused if student in entries else ()
 
 
+def takes_whole_layers(student: str) -> bool:
+    """Whether ``student`` takes the place of whole layers; False for an unknown name."""
+    entries = STUDENT_NAMES.entries
+    return student in entries and bool(entries[student].whole_layers)
+
+
 def without_unused(document: Mapping[str, Any], before: Mapping[str, Any], typed: Mapping[str, Any]) -> dict[str, Any]:
     """``document`` (a recipe ``before`` with the overrides ``typed``, all as nested plain values) without the settings
     that its student does not use, if they were set for another student, which an override replaced.

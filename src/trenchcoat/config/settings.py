@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from trenchcoat.config.errors import UserError
 from trenchcoat.config.keep import read_keep
 from trenchcoat.config.paths import absolute_if_here, expanded
-from trenchcoat.config.registries import STUDENT_NAMES, NameIn, unused_settings
+from trenchcoat.config.registries import STUDENT_NAMES, NameIn, takes_whole_layers, unused_settings
 from trenchcoat.config.units import parse_tokens
 
 Kind = Literal["terrace", "sliding", "linear"]
@@ -119,8 +119,9 @@ class StudentConfig(_Section):
     name: Annotated[str, STUDENT_NAMES] = "terrace"
     """Near and far part: `terrace` and `sliding`, softmax over a window and linear attention over what is older;
     `linear`, linear attention alone; `window_sinks`, softmax over the window and sinks alone; `terrace_gated`, a
-    terrace whose far part forgets; `gdn` and `lightning`, a memory of all tokens beside the window; or one that you
-    registered. A setting that it does not use is refused."""
+    terrace whose far part forgets; `gdn` and `lightning`, a memory of all tokens beside the window;
+    `gated_delta_layer`, a layer of Qwen3.5 in place of the projections too; or one that you registered. A setting that
+    it does not use is refused."""
     window: PositiveInt = 64
     """W, in tokens. terrace: the near set is the query's own chunk of W and the one before; sliding: the last W. The
     report divides near from far tokens by it (linear: by the default)."""
@@ -144,9 +145,19 @@ class StudentConfig(_Section):
     """Indices of whole layers that keep their softmax attention."""
     impl: Literal["chunkwise", "compiled", "reference", "triton", "fla", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), compiled (kernels for CPUs, built by the machine's C++
-    compiler at their first use), triton (kernels for CUDA devices), fla (gdn and lightning: the kernels of
-    flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla on CUDA devices
-    where they support the student, else chunkwise; the log says which and why)."""
+    compiler at their first use), triton (kernels for CUDA devices), fla (gdn, lightning and gated_delta_layer: the
+    kernels of flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla on
+    CUDA devices where they support the student, else chunkwise; the log says which and why)."""
+
+    def check(self, path: str = "student") -> None:
+        """Raise ``UserError`` for kept groups of a layer whose student takes the place of the whole layer."""
+        parts = [entry for entry in self.keep if not entry.isdigit()]
+        if parts and takes_whole_layers(self.name):
+            raise UserError(
+                f"{path}.name={self.name} takes the place of whole layers, so no layer can keep some of its groups "
+                f"({path}.keep={','.join(parts)}): name whole layers, such as {path}.keep_softmax=[0,7], and "
+                f"{path}.keep=none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +304,15 @@ class TransferConfig(StageConfig):
     """`layer`: clip each student by its own norm, and use its own loss for its schedule, best weights and early
     stopping (the layers are independent); `global`: one norm and the mean loss for all."""
     mse_weight: NonNegativeFloat = 1000.0
-    """Weight of the squared error of the attention outputs, before the output projection."""
+    """Weight of the squared error of the attention outputs, before the output projection (gated_delta_layer: behind
+    it)."""
     xent_weight: NonNegativeFloat = 0.0
     """Weight of the cross-entropy between the rows of the teacher's and the student's attention maps."""
     normalize: Literal["none", "layer"] = "none"
     """`layer` divides the squared error by mean(y^2) of that layer."""
+    copies_lr: PositiveFloat | None = None
+    """gated_delta_layer: peak learning rate of its copies of q, k, v and o; null: a tenth of lr. The schedule scales
+    both alike."""
 
     def check(self, path: str) -> None:
         """Raise ``UserError`` for a bad schedule, or when there is no loss."""

@@ -33,6 +33,7 @@ from trenchcoat.evaluation.selection import SELECTION_FILE
 from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 from trenchcoat.models.card import measured_in
+from trenchcoat.models.native import save_native
 from trenchcoat.models.saving import upload_folder
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
@@ -265,14 +266,33 @@ def export(path: Path, out: Path, *, merge: bool, dtype: str = "stored") -> Outc
     )
 
 
-def publish(path: Path, name: str, out: Path | None, *, dtype: str = "stored", private: bool = False) -> Outcome:
+def export_native(path: Path, out: Path, *, dtype: str = "stored") -> Outcome:
+    """Write the model of a run, adapter or complete folder to ``out`` as one of a class that Transformers ships.
+
+    ``dtype`` as for :func:`export`. Raises ``UserError`` for a model that the class cannot hold.
+    """
+    _require_empty(out)
+    model, tokenizer = hub.load(path, dtype=dtype, device="cpu")
+    save_native(model, out, tokenizer, report=_measured(path))
+    return Outcome(
+        (
+            f"the complete model is in {out} ({str(model.dtype).removeprefix('torch.')}), of Transformers' class "
+            "Qwen3_5ForCausalLM: it opens without trenchcoat, in Transformers and vLLM",
+        )
+    )
+
+
+def publish(
+    path: Path, name: str, out: Path | None, *, dtype: str = "stored", native: bool = False, private: bool = False
+) -> Outcome:
     """Upload the complete model of a run, adapter or complete folder to the hub as ``name``.
 
-    ``out``: a folder to keep it in, too. Raises ``UserError`` when the hub refuses.
+    ``native``: as :func:`export_native` writes it. ``out``: a folder to keep it in, too. Raises ``UserError`` when the
+    hub refuses.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = out or Path(temporary) / "model"
-        written = export(path, folder, merge=True, dtype=dtype)
+        written = export_native(path, folder, dtype=dtype) if native else export(path, folder, merge=True, dtype=dtype)
         address = upload_folder(folder, name, private=private or None)
     return Outcome((*(written.shown if out is not None else ()), f"uploaded: {address}"))
 

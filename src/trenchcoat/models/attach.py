@@ -27,11 +27,13 @@ from trenchcoat.models.interface import (
     Output,
     count_real_tokens,
     hand_over_cache,
+    replace_forward,
+    restore_forward,
     student_of,
 )
 from trenchcoat.models.rotary import length_dependence, warn_of_pieces
 from trenchcoat.models.transformers_internals import attention_name, choose_attention
-from trenchcoat.runtime.sharding import compute_device, is_sharded
+from trenchcoat.runtime.sharding import compute_device, is_sharded, whole
 from trenchcoat.students import Mode, StudentAttention, build_student, operator_of
 from trenchcoat.students.heads import KeptHeads
 
@@ -60,7 +62,10 @@ def attach_students(model: nn.Module, cfg: StudentConfig) -> dict[int, StudentAt
         site.module.teacher_attention = _implementation(site)
         if site.index in students:
             site.module.student = students[site.index]
-            site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
+            if students[site.index].replaces_layer:
+                replace_forward(site.module)
+            else:
+                site.module.register_forward_pre_hook(hand_over_cache, with_kwargs=True)
     model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
     _name(model, UNSAVED)
     decoder: Any = decoder_of(model)
@@ -81,6 +86,7 @@ def detach_students(model: nn.Module) -> None:
         if hasattr(site.module, "teacher_attention"):
             del site.module.teacher_attention
         _remove_hook(site.module, hand_over_cache)
+        restore_forward(site.module)
     _remove_hook(model, _refuse_labels)
     _name(model, getattr(getattr(model, "config", None), "name_or_path", ""))
     for hook in (count_real_tokens, warn_of_pieces):
@@ -230,6 +236,7 @@ def teacher_implementation(model: nn.Module) -> str:
 
 def _kept_sites(sites: list[AttentionSite], cfg: StudentConfig) -> dict[int, tuple[int, ...]]:
     """The kept groups of every layer."""
+    cfg.check("student")
     indices = {site.index for site in sites}
     kept = {site.index: kept_groups(cfg, site.index, site.num_kv_heads) for site in sites}
     unknown = sorted(named_layers(cfg) - indices)
@@ -240,6 +247,39 @@ def _kept_sites(sites: list[AttentionSite], cfg: StudentConfig) -> dict[int, tup
         name = "keep" if cfg.keep else "keep_softmax"
         raise UserError(f"student.{name} names all {len(sites)} layers; leave out the ones to linearize")
     return kept
+
+
+def start_student(student: StudentAttention, module: Any) -> None:
+    """Initial values of a student of the layer `module` (its `self_attn`), copies of its projections included."""
+    student.reset_parameters()
+    if student.replaces_layer:
+        _copy_projections(student, module)
+
+
+def _copy_projections(student: StudentAttention, module: Any) -> None:
+    """UserError for a layer whose projections the student cannot copy; they may be on the meta device, to be copied
+    later."""
+    named = {name: p for name, p in module.named_parameters() if name.split(".")[0] in _COPIED}
+    where, name = f"layer {student.layer_idx} ({type(module).__name__})", student.cfg.name
+    lost = [f"{part}.weight" for part in _COPIED[:4] if f"{part}.weight" not in named]
+    if lost:
+        raise UserError(
+            f"student.name={name} starts from q_proj, k_proj, v_proj and o_proj, but {where} has no {lost[0]}"
+        )
+    if any(not p.is_floating_point() for p in named.values()):
+        raise UserError(f"student.name={name} copies the projections, which are in 4 bits: use model.quantize=none")
+    tensors = {name: whole(p.detach()) for name, p in named.items() if not p.is_meta}
+    if len(tensors) < len(named) or any(p.is_meta for p in student.parameters()):
+        return
+    bias = tensors.get("o_proj.bias")
+    if bias is not None and bool(bias.any()):
+        raise UserError(
+            f"student.name={name} has no bias in its output projection, but o_proj.bias of {where} is not 0"
+        )
+    student.copy_projections({name: tensor.cpu() for name, tensor in tensors.items()})
+
+
+_COPIED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 def _build(site: AttentionSite, cfg: StudentConfig, kept: tuple[int, ...]) -> StudentAttention:
@@ -256,6 +296,9 @@ def _build(site: AttentionSite, cfg: StudentConfig, kept: tuple[int, ...]) -> St
             raise UserError(f"the student does not fit layer {site.index}: {error}") from error
     student.layer_idx = site.index
     student.kept = KeptHeads(kept, **heads) if kept else None
+    if student.replaces_layer:
+        student.norm_eps = float(getattr(site.module.config, "rms_norm_eps", student.norm_eps))
+        _copy_projections(student, site.module)
     student.train(site.module.training)
     return student
 

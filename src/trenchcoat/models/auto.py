@@ -259,9 +259,11 @@ def _attach(model: Any) -> None:
 
 def _initialize_students(model: Any) -> None:
     """Initialize students that were in no checkpoint (Transformers leaves them uninitialized)."""
-    from trenchcoat.models.attach import students_of
+    from trenchcoat.models.attach import start_student, students_of
+    from trenchcoat.models.families import attention_sites
     from trenchcoat.models.transformers_internals import was_loaded
 
-    for student in students_of(model).values():
+    modules = {site.index: site.module for site in attention_sites(model)}
+    for index, student in students_of(model).items():
         if not all(map(was_loaded, student.parameters())):
-            student.reset_parameters()
+            start_student(student, modules[index])

@@ -82,16 +82,9 @@ def card_text(config: Any, report: str = "", files: Sequence[str] = ()) -> str:
     of the base model's licences, notices and use policies."""
     ours = dict(config.trenchcoat)
     base = dict(ours["base"])
-    licence = dict(base.get("licence") or {})
-    if files and licence.get("license", "other") == "other" and "license_link" not in licence:
-        licence = {"license": "other", "license_name": "as-base-model", **licence, "license_link": files[0]}
-    head = ["library_name: transformers", "pipeline_tag: text-generation"]
-    head += [f"base_model: {base['hub']}"] if "hub" in base else []
-    head += [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
-    head += ["tags:", "- trenchcoat", "- linear-attention"]
     name = base["name"].rpartition("/")[2]
     lines = [
-        "---", *head, "---", "",
+        *_head(base, files),
         f"# Linearized: {name}", "",
         f"This is {base['name']} with its softmax attention replaced, by the package trenchcoat: a token attends "
         "exactly to a window of recent tokens, and to everything older through a state of constant size, except where "
@@ -112,12 +105,39 @@ def card_text(config: Any, report: str = "", files: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def write_native_card(folder: Path, config: Any, base: Mapping[str, Any], *, report: str = "") -> None:
+    """Write the model card of a folder of a class that Transformers ships, whose config is `config`, made from a
+    linearized `base` (as :func:`base_facts` says); `report`: what was measured, in Markdown."""
+    linear = sum(kind == "linear_attention" for kind in config.layer_types)
+    made = _head(base, [file.name for file in licence_files(folder)])
+    lines = [
+        *made, f"# Linearized: {base['name'].rpartition('/')[2]}", "",
+        f"This is {base['name']} with gated delta rule layers in place of {linear} of its {len(config.layer_types)} "
+        f"attention layers, made by the package trenchcoat and written as a model of Transformers' own class "
+        f"{type(config).__name__.removesuffix('TextConfig')}ForCausalLM. It opens without that package, in "
+        "Transformers, vLLM, llama.cpp and whatever else knows the class. The licence of the base model applies to "
+        "these weights too.", "",
+    ]  # fmt: skip
+    write_text(folder / CARD, "\n".join(lines + ([_MEASURED, "", report, ""] if report else [])))
+
+
 def measured_in(folder: Path) -> str:
     """The `report` that a complete folder's card was written with; empty where there is none."""
     try:
         return (folder / CARD).read_text(encoding="utf-8").partition(f"{_MEASURED}\n")[2].strip()
     except OSError:
         return ""
+
+
+def _head(base: Mapping[str, Any], files: Sequence[str]) -> list[str]:
+    """The lines of a card before its text: what the hub reads."""
+    licence = dict(base.get("licence") or {})
+    if files and licence.get("license", "other") == "other" and "license_link" not in licence:
+        licence = {"license": "other", "license_name": "as-base-model", **licence, "license_link": files[0]}
+    head = ["library_name: transformers", "pipeline_tag: text-generation"]
+    head += [f"base_model: {base['hub']}"] if "hub" in base else []
+    head += [f"{key}: {json.dumps(value)}" for key, value in licence.items()]
+    return ["---", *head, "tags:", "- trenchcoat", "- linear-attention", "---", ""]
 
 
 def _facts(config: Any, ours: Mapping[str, Any], base: Mapping[str, Any], files: Sequence[str]) -> dict[str, str]:

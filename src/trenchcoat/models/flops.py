@@ -62,17 +62,19 @@ def lora_flops_per_token(shapes: Shapes, student_cfg: StudentConfig, lora_cfg: L
     student = layer_student(shapes, student_cfg)
     kept = kept_layers(shapes, student_cfg)
     linear = shapes.layers - kept
-    base = 2.0 * (shapes.layers * shapes.used_parameters + shapes.vocab * shapes.hidden)
+    base = whole = 2.0 * (shapes.layers * shapes.used_parameters + shapes.vocab * shapes.hidden)
     lora = 2.0 * shapes.lora_parameters(lora_cfg)
     own = student.flops(seq_len)
     maps, near, far = own.maps, own.near, own.write + own.read
+    if student.replaces_layer:  # the layer's projections are not computed
+        base -= linear * sum(2.0 * inputs * outputs for _, inputs, outputs in shapes.projections)
     softmax = _softmax_forward(shapes, seq_len)
     forward = base + lora + linear * (maps + far + near) + kept * softmax
     learned_maps = maps if lora_cfg.train_feature_maps else 0.0
     # two products for each of the forward: gradients of features and values, of weights, values, queries and keys
     weights = base if lora_cfg.train == "all" else 0.0
     backward = base + weights + 2.0 * lora + linear * (maps + learned_maps + 2.0 * (far + near)) + kept * 2.0 * softmax
-    teacher = base + shapes.layers * softmax if lora_cfg.teacher_pass else 0.0
+    teacher = whole + shapes.layers * softmax if lora_cfg.teacher_pass else 0.0
     return Cost(forward + teacher, backward)
 
 

@@ -17,6 +17,7 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D key dim, E v
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -129,7 +130,9 @@ def linearized_attention(
     layer: StateLayer | None = kwargs.pop(_CACHE, None)
     hidden: Tensor | None = kwargs.pop(_INPUT, None)
     student = student_of(module)
-    if student is None or student.mode == "teacher":
+    if student is not None and student.replaces_layer:
+        _show_attention(student, query, key, value, attention_mask, scaling, kwargs)
+    if student is None or student.mode == "teacher" or student.replaces_layer:
         return own_attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if has_position_bias(kwargs):
         raise ValueError("this model adds position biases to its attention scores, which students do not support")
@@ -162,6 +165,53 @@ def linearized_attention(
         output = own_attention(module, query, key, value, attention_mask, **own)
         tensors = [t.detach() for t in (query, key, value, output[0].transpose(1, 2))]
         student.transfer(*(tensors if kept is None else map(kept.free, tensors)), **options)
+    return output
+
+
+def _show_attention(
+    student: StudentAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None,
+    kwargs: dict[str, Any],
+) -> None:  # fmt: skip
+    """Give a student in place of the layer the teacher's q, k, v, from which it starts."""
+    if student.mode == "transfer" and student.request is not None and student.request.initialise:
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        scores = {"scale": scale, **score_options(kwargs), "mask_BT": _padding(attention_mask, query)}
+        student.see_attention(*(t.detach() for t in (query, key, value)), **scores)
+
+
+def replace_forward(module: Any) -> None:
+    """Have a `self_attn` whose student takes its place call :func:`layer_output`, and be as before in other modes."""
+    module.own_forward = module.forward
+    module.forward = MethodType(layer_output, module)
+
+
+def restore_forward(module: Any) -> None:
+    """Undo :func:`replace_forward`. No-op where it was not called."""
+    own = module.__dict__.pop("own_forward", None)
+    if own is not None:
+        del module.forward
+        if own.__func__ is not type(module).forward:  # another library's, from before
+            module.forward = own
+
+
+def layer_output(module: Any, *args: Any, **kwargs: Any) -> Output:
+    """`self_attn` with a student that takes its place: (y [B, T, M], None); in other modes `self_attn`'s own output."""
+    student = student_of(module)
+    if student is None or student.mode == "teacher":
+        return module.own_forward(*args, **kwargs)
+    _check_attention(module, student)
+    x_BTM = args[0] if args else kwargs["hidden_states"]
+    x = x_BTM[:, None]
+    cache = kwargs.get("past_key_values")
+    options = {"scale": 1.0, "mask_BT": _padding(kwargs.get("attention_mask"), x), "x_BTM": x_BTM}
+    if student.mode == "student":
+        layer = None if cache is None else state_layer(cache, student.layer_idx)
+        return _student(student, x, x, x, layer, options)[:, 0], None
+    if cache is not None:
+        raise ValueError("attention transfer trains on whole rows: call the model without a cache (use_cache=False)")
+    with torch.no_grad():
+        output: Output = module.own_forward(*args, **kwargs)
+        student.transfer(x, x, x, output[0][:, None], **options)
     return output
 
 
@@ -338,17 +388,21 @@ def hand_over_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     student = student_of(module)
     if student is None or student.mode == "teacher":
         return None
+    _check_attention(module, student)
+    changed = {_INPUT: args[0] if args else kwargs["hidden_states"]} if student.uses_input else {}
+    cache = kwargs.get("past_key_values")
+    if cache is not None and student.mode == "student":
+        changed |= {"past_key_values": None, _CACHE: state_layer(cache, student.layer_idx)}
+    return (args, {**kwargs, **changed}) if changed else None
+
+
+def _check_attention(module: nn.Module, student: StudentAttention) -> None:
     chosen = attention_name(module.config)
     if chosen != ATTENTION_NAME:
         raise ValueError(
             f"the model's attention implementation was changed to {chosen!r} while its students are in "
             f"{student.mode!r} mode; use trenchcoat's set_mode to change what runs"
         )
-    changed = {_INPUT: args[0] if args else kwargs["hidden_states"]} if student.uses_input else {}
-    cache = kwargs.get("past_key_values")
-    if cache is not None and student.mode == "student":
-        changed |= {"past_key_values": None, _CACHE: state_layer(cache, student.layer_idx)}
-    return (args, {**kwargs, **changed}) if changed else None
 
 
 def count_real_tokens(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

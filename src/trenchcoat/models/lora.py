@@ -153,11 +153,22 @@ def _whole_weight(path: str, layer: Any) -> Tensor:
 
 
 def lora_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Paths of the linear layers that `lora.targets` names; UserError for one that the model does not have."""
-    paths = []
+    """Paths of the linear layers that `lora.targets` names; UserError for one that the model does not have.
+
+    A layer whose student takes the place of its projections has none in them: they are computed for the teacher alone.
+    """
+    paths, students = [], students_of(model)
     for site in attention_sites(model):
         known = linear_layers(model, site)
-        paths += [known[name][0] for name in choose_lora_targets(targets, known, f"layer {site.index}")]
+        chosen = [known[name][0] for name in choose_lora_targets(targets, known, f"layer {site.index}")]
+        if site.index in students and students[site.index].replaces_layer:
+            chosen = [path for path in chosen if not path.startswith(f"{site.name}.")]
+        paths += chosen
+    if not paths:
+        raise UserError(
+            f"lora.targets={','.join(targets)} are projections of layers that the students take the place of: use "
+            "lora.train=mixer or all, or name layers of the MLP (gate_proj, up_proj, down_proj)"
+        )
     return paths
 
 

@@ -10,7 +10,7 @@ F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -78,6 +78,10 @@ class StudentAttention(nn.Module):
 
     A subclass with `uses_input = True` (gates that depend on the layer's input) gets the hidden states that the layer's
     `self_attn` was called with as the keyword `x_BTM` of `forward`, `decode`, `decode_rows` and `transfer`.
+
+    One with `replaces_layer = True` takes the place of the whole `self_attn`, projections included: it has no kept
+    groups, reads `x_BTM` alone (x stands in for q, k and v too), and its outputs, as the teacher's in `transfer`, are
+    those of the layer, behind the output projection: y [B, 1, T, M]. It writes `copy_projections` as well.
     """
 
     kind: ClassVar[Kind] = "linear"
@@ -88,6 +92,8 @@ class StudentAttention(nn.Module):
     """Whether the far part has feature maps."""
     uses_input: ClassVar[bool] = False
     """Whether the calls below are given `x_BTM`, the layer's input."""
+    replaces_layer: ClassVar[bool] = False
+    """Whether it takes the place of the layer's `self_attn`, projections included."""
     attention_rows: ClassVar[bool] = False
     """Whether `learn` can compare attention rows (`transfer.xent_weight`)."""
 
@@ -110,6 +116,8 @@ class StudentAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, head_dim if value_dim is None else value_dim
         self.hidden_size = hidden_size
+        self.norm_eps = 1e-6
+        """Added to mean squares by a student with `replaces_layer`; that of the model's norms once it is attached."""
         self.mode: Mode = "teacher"
         self.layer_idx = -1
         self.kept: KeptHeads | None = None
@@ -155,6 +163,22 @@ class StudentAttention(nn.Module):
             if feature_map is not None:
                 feature_map.reset_parameters()
 
+    def copy_projections(self, tensors: Mapping[str, Tensor]) -> None:
+        """Start from the projections of the layer that a student with `replaces_layer` replaces.
+
+        `tensors`: `q_proj.weight` [H D, M] and likewise of k, v and o; `q_proj.bias` and likewise of k and v, if there
+        are; `q_norm.weight` and `k_norm.weight`, [D] or one for every head, if there are.
+        """
+        raise NotImplementedError
+
+    def copied_parameters(self) -> list[nn.Parameter]:
+        """Those that :meth:`copy_projections` sets; they may train at a rate of their own."""
+        return []
+
+    def see_attention(self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, **scores: Any) -> None:
+        """The teacher's q, k, v on the first rows of text, of a student with `replaces_layer`; called before
+        :meth:`initialise`. `scores` as the keywords of :meth:`forward`."""
+
     @classmethod
     def starts_from_text(cls, cfg: StudentConfig) -> bool:
         """Whether initial values depend on real text (`init: landmarks`)."""
@@ -169,6 +193,11 @@ class StudentAttention(nn.Module):
     def features(self) -> int:
         """F, 0 without a far part."""
         return 0 if self.query_map is None else self.query_map.features
+
+    @property
+    def outputs(self) -> int:
+        """Numbers of an output of a token: H E, or M for a student with `replaces_layer`."""
+        return int(self.hidden_size or 0) if self.replaces_layer else self.num_heads * self.value_dim
 
     @property
     def key_heads(self) -> int:
@@ -326,7 +355,7 @@ class StudentAttention(nn.Module):
 
     def _loss_scale(self, request: TransferRequest, y_BHTE: Tensor, tokens: int) -> tuple[int, Tensor, float]:
         """(numbers in `tokens` outputs, mean of y^2 over them, weight of the mean squared error); y is 0 elsewhere."""
-        count = max(1, tokens * self.num_heads * self.value_dim)
+        count = max(1, tokens * self.outputs)
         wide = torch.promote_types(y_BHTE.dtype, torch.float32)
         power = torch.linalg.vector_norm(y_BHTE, dtype=wide).square() / count
         divisor = power.clamp_min(TINY).item() if request.normalize == "layer" else 1.0

@@ -164,7 +164,7 @@ class RecurrentAttention(HybridAttention):
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """`fla` or `chunkwise` (PyTorch); `auto` is `fla` where its kernels can run, and the log says why not."""
-        return _implementation(self.cfg.name, self.cfg.impl, dtype, device)
+        return kernels_or_pytorch(self.cfg.name, self.cfg.impl, dtype, device)
 
     @property
     def graph_numbers(self) -> float:
@@ -179,7 +179,9 @@ class RecurrentAttention(HybridAttention):
 
 
 @functools.cache
-def _implementation(name: str, impl: str, dtype: torch.dtype, device: torch.device) -> str:
+def kernels_or_pytorch(name: str, impl: str, dtype: torch.dtype, device: torch.device) -> str:
+    """`fla` or `chunkwise`: what `student.impl` selects for the student `name`, whose `auto` is `fla` where its kernels
+    can run; ValueError if the one that is asked for cannot."""
     if impl not in ("auto", "chunkwise", "fla"):
         raise ValueError(
             f"student.impl is {impl}, but {name!r} runs on the kernels of flash-linear-attention (fla) or in PyTorch "

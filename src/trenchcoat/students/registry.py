@@ -27,6 +27,8 @@ class StudentEntry:
     """Its class, or the path of its class."""
     unused: tuple[str, ...] = ()
     """Fields of `StudentConfig` without a meaning for it: a recipe that sets them for it is refused."""
+    whole_layers: bool = False
+    """Whether it takes the place of whole layers, none of whose groups can then be kept alone."""
 
 
 _NO_MAPS = ("feature_map", "tied", "key_maps", "affine")
@@ -41,6 +43,11 @@ STUDENTS: dict[str, StudentEntry] = {
     "terrace_gated": StudentEntry("trenchcoat.students.terrace_gated.TerraceGatedAttention", ("affine",)),
     "gdn": StudentEntry("trenchcoat.students.gdn.GatedDeltaAttention", _NO_MAPS),
     "lightning": StudentEntry("trenchcoat.students.lightning.LightningAttention", _NO_MAPS),
+    "gated_delta_layer": StudentEntry(
+        "trenchcoat.students.gated_delta_layer.GatedDeltaLayer",
+        (*_NO_MAPS, "window", "mix_init", "sinks"),
+        whole_layers=True,
+    ),
 }
 """Name in a recipe (`student.name`) -> its class and the settings that it does not use."""
 
@@ -55,7 +62,7 @@ def register_student(name: str, cls: type[StudentAttention], *, unused: Sequence
         raise ValueError(f"student {name!r}: {', '.join(sorted(foreign))} is no field of StudentConfig")
     if name in STUDENTS and student_class(name) is not cls:
         raise ValueError(f"student {name!r} is already {student_class(name).__name__}; choose another name")
-    STUDENTS[name] = StudentEntry(cls, tuple(unused))
+    STUDENTS[name] = StudentEntry(cls, tuple(unused), cls.replaces_layer)
     return cls
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trenchcoat.config import LoraConfig, StageConfig
+from trenchcoat.config import LoraConfig, StageConfig, TransferConfig
 from trenchcoat.runtime.sharding import whole
 from trenchcoat.students import StudentAttention, layer_key
 from trenchcoat.training.schedules import build_schedule
 
+COPIES = 0.1
+"""Learning rate of copied projections where `transfer.copies_lr` is not given, relative to the stage's."""
 BEST = "best/"
 """Prefix of the names of the best weights in a checkpoint."""
 
@@ -68,11 +70,20 @@ def clip_groups(
 
 
 def rate_factors(model: nn.Module, trainable: Mapping[str, nn.Parameter], cfg: StageConfig) -> dict[str, float]:
-    """``lora.mixer_lr`` over ``lora.lr`` for the names of the students' parameters; empty where they are the same."""
-    if not isinstance(cfg, LoraConfig) or cfg.mixer_lr is None:
+    """Factors of the stage's learning rate by parameter name; those that are missing are 1.
+
+    Stage 1: ``transfer.copies_lr`` over ``transfer.lr`` for a layer's copied projections. Stage 2: ``lora.mixer_lr``
+    over ``lora.lr`` for the students' parameters.
+    """
+    students = [m for m in model.modules() if isinstance(m, StudentAttention)]
+    if isinstance(cfg, TransferConfig):
+        own = {id(p) for s in students for p in s.copied_parameters()}
+        factor = COPIES if cfg.copies_lr is None else cfg.copies_lr / cfg.lr
+    elif isinstance(cfg, LoraConfig) and cfg.mixer_lr is not None:
+        own, factor = {id(p) for s in students for p in s.parameters()}, cfg.mixer_lr / cfg.lr
+    else:
         return {}
-    own = {id(p) for m in model.modules() if isinstance(m, StudentAttention) for p in m.parameters()}
-    return {name: cfg.mixer_lr / cfg.lr for name, parameter in trainable.items() if id(parameter) in own}
+    return {name: factor for name, parameter in trainable.items() if id(parameter) in own}
 
 
 def average_and_clip(groups: Sequence[ParamGroup], micro_batches: int, clip: float | None) -> float:
