@@ -89,9 +89,14 @@ measured() {
 # SmolLM2's conversion (make reference) on ten times its tokens, in rows of ten
 reference() {
   local settings=(
-    "model.path=$MODEL" "data.path=$DATA" ${VALIDATION:+"data.validation_path=$VALIDATION"} "run.dir=$OUT/reference"
+    "model.path=$MODEL" "data.path=$DATA" "run.dir=$OUT/reference"
     "data.cache_dir=$OUT/cache" data.max_rows=null run.progress=plain
   )
+  if [[ -n ${VALIDATION:-} ]]; then
+    settings+=("data.validation_path=$VALIDATION")
+  else
+    settings+=(data.validation_fraction=0.1)
+  fi
   if [[ $DEVICE == cpu ]]; then
     settings+=(
       model.device=cpu student.keep='[]' student.window=8 data.max_rows=1 data.seq_len=32 lora.seq_len=32

@@ -116,7 +116,7 @@ esac
 echo "ran $*"
 case "$*" in
   *selfcheck) echo "terrace  0.50 of the tolerance (the output), 1 s" ;;
-  *pytest*) echo "tests/a.py::one PASSED"; sleep 60 ;;
+  *-m\\ pytest*) echo "tests/a.py::one PASSED"; sleep 60 ;;
   *--only\\ operator*) echo {shlex.quote(json.dumps(record))} > {tmp_path}/out/kernels_operator.json ;;
   *--only\\ decode*) exit 3 ;;
 esac

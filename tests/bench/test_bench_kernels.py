@@ -91,7 +91,7 @@ def test_every_measurement_runs_and_is_saved_immediately(tmp_path: Path, toy: ke
     assert kept == list(range(1, len(kept) + 1))
     assert len(said) == len(kept) + 1
     assert json.loads((tmp_path / "kept.json").read_text()) == json.loads(json.dumps(result))
-    forward, training = parts["operator"]["forward 8"], parts["operator"]["training 8"]
+    forward, training = parts["operator"]["forward 4"], parts["operator"]["training 4"]
     assert {"sdpa", "flash", "chunkwise"} <= set(forward["others"])
     assert forward["share"] == forward["least"] / forward["seconds"]
     assert training["backward"]["seconds"] < training["seconds"]

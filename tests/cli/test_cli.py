@@ -211,6 +211,7 @@ def test_linearize_and_generate_in_separate_processes(
     trenchcoat_cli: Callable[..., Any], tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
+    tiny_overrides += ["eval.baselines=false", "eval.decode_lengths=[]"]
     done = trenchcoat_cli("linearize", "demo", *tiny_overrides)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout

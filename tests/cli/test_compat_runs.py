@@ -79,10 +79,9 @@ def user_dir(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPat
 ARGUMENTS = "--model_config tiny --distill_config distill --finetune_config finetune --lk_zero_init --no_cuda".split()
 
 
-def _script(stage: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    name = {"transfer": "distill_llama.py", "finetune": "distill_llama_finetune.py"}[stage]
+def _script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(REPOSITORY / "llama_recipes" / name), *arguments]
+    command = [sys.executable, str(REPOSITORY / "llama_recipes" / "distill_llama.py"), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -95,7 +94,7 @@ def test_the_two_scripts_find_each_others_run(user_dir: Path, capsys: pytest.Cap
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "distill_llama.py" in line]
     assert line.startswith("trenchcoat: the attention transfer of these arguments has not been run")
 
-    first = _script("transfer", *ARGUMENTS, "--verbose", "--low_cpu_fsdp", cwd=user_dir)
+    first = _script(*ARGUMENTS, "--verbose", "--low_cpu_fsdp", cwd=user_dir)
     assert first.returncode == 0, first.stderr
     warnings = [line for line in first.stderr.splitlines() if line.startswith("trenchcoat: ")]
     assert warnings == ["trenchcoat: accepted, but without effect here: --low_cpu_fsdp, --verbose"]
@@ -103,8 +102,7 @@ def test_the_two_scripts_find_each_others_run(user_dir: Path, capsys: pytest.Cap
     assert run.name == "d=distill-f=finetune-lzi=1-s=0-r=0"
     learned = load_tensors(run / "stages" / "transfer" / "weights.safetensors")
 
-    second = _script("finetune", *ARGUMENTS, cwd=user_dir)
-    assert second.returncode == 0, second.stderr
+    assert _main("finetune") == 0
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     adapter, meta = (
         load_tensors(run / "adapter" / "adapter.safetensors"),

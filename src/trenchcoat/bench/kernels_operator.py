@@ -158,8 +158,8 @@ class OperatorPart(KernelPart[OperatorPartSizes]):
     full = OperatorPartSizes()
     quick = OperatorPartSizes(heads=4, kv_heads=2, dim=64, lengths=(512,), transfer=(1, 256), batches=(1,))
     toy = OperatorPartSizes(
-        heads=2, kv_heads=1, dim=8, columns=4, window=3, lengths=(8, 9), chunkwise_to=8, backward_to=8,
-        transfer=(1, 5), batches=(1,),
+        heads=2, kv_heads=1, dim=8, columns=4, window=3, lengths=(4, 7), chunkwise_to=4, backward_to=4,
+        transfer=(1, 4), batches=(1,),
     )  # fmt: skip
     targets = (
         _faster(2048, 1.0), _faster(8192, 4.0), _faster(32768, 16.0), _faster(131072, 60.0),
