@@ -123,8 +123,8 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         figures = {
             "first_token_seconds": "seconds to the first token",
             "tokens_per_second": "tokens a second, one request",
-            "prompt_tokens_per_second": f"prompts' tokens a second, {record['clients']} requests",
-            "decode_tokens_per_second": f"tokens a second, {record['clients']} requests",
+            "prompt_tokens_per_second": f"{record['clients']} prompts, tokens a second",
+            "decode_tokens_per_second": f"{record['clients']} answers, tokens a second",
             "state_bytes": "bytes of a request's state",
         }
         by_context = record["by_context"]

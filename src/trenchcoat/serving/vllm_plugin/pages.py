@@ -1,6 +1,7 @@
-"""A request's state as one page of a server's cache, and attention of many requests' tokens over such pages.
+"""A request's state as pages of a server's caches, and attention of many requests' tokens over such pages.
 
-A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes, one after the other.
+The pages of a request are what :class:`trenchcoat.ops.RowState` holds for one row, each for as many heads: a few
+tensors of fixed shapes, one after the other.
 The tokens of a step are concatenated: first those of requests that decode (one token each), then those of requests that
 prefill.
 
