@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trenchcoat.ops import StudentState
 from trenchcoat.ops.compiled.decode import STATE_FIELDS, StatePages
 from trenchcoat.students import RowState, StudentAttention
 
@@ -116,7 +117,9 @@ class Pages:
 
     @cached_property
     def _states(self) -> StatePages:
-        return StatePages(self.caches, self._empty(1), self.layout.places(STATE_FIELDS[:-1]))
+        like = self._empty(1)
+        assert isinstance(like, StudentState)
+        return StatePages(self.caches, like, self.layout.places(STATE_FIELDS[:-1]))
 
     @cached_property
     def _in_kernels(self) -> bool:
