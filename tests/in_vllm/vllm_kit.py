@@ -44,7 +44,7 @@ EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
-    "qwen2": ("Qwen2", {}),
+    "qwen2": ("Qwen2", {"hidden_size": 512}),
     "qwen3": ("Qwen3", {}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
     "gemma": ("Gemma", {"tie_word_embeddings": True}),

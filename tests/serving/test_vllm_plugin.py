@@ -26,8 +26,9 @@ from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
 from trenchcoat.models import auto, hub
 from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.models.families import KNOWN_FAMILIES
-from trenchcoat.serving.vllm_plugin import BASES, MODELS, OPERATOR, register
+from trenchcoat.serving.vllm_plugin import OPERATOR, register
 from trenchcoat.serving.vllm_plugin.checks import check_model, check_options, settle_state_dtype, state_dtype
+from trenchcoat.serving.vllm_plugin.families import BASES, MODELS
 from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
 from trenchcoat.serving.vllm_plugin.shares import Share, every_share, free_at_once, kept_at_once, settle_heads
 from trenchcoat.students import StudentAttention, build_student

@@ -116,7 +116,7 @@ def test_what_vllm_cannot_serve_is_said(folder: Path, installed: None, tmp_path:
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (tmp_path / "run", {}, "is an adapter or a run; `trenchcoat export"),
         (tmp_path, {}, "no merged folder"),
-        (merged("qwen2", tmp_path / "qwen2"), {}, "is LinearizedQwen2ForCausalLM"),
+        (merged("olmo2", tmp_path / "olmo2"), {}, "is LinearizedOlmo2ForCausalLM"),
         (folder, {"queue": 3}, "it has no --queue; leave it out"),
         (folder, {"allow_host": ("coat.example",)}, "it has no --allow-host"),
         (folder, {"device": "cpu"}, "it has no --device"),

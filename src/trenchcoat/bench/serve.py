@@ -78,7 +78,11 @@ class ServeBenchmark(Benchmark[ServeSizes]):
     def sizes(self, settings: Settings) -> ServeSizes:
         """The command's, where it names some."""
         sizes: ServeSizes = super().sizes(settings)
-        given = {"contexts": tuple(settings.contexts), "clients": settings.clients, "tokens": settings.tokens}
+        given: dict[str, Any] = {
+            "contexts": tuple(settings.contexts),
+            "clients": settings.clients,
+            "tokens": settings.tokens,
+        }
         sizes = replace(sizes, **{name: value for name, value in given.items() if value})
         if sizes.repeats < 0:
             raise UserError(f"--repeats is {sizes.repeats}; expected 0 or more")
@@ -123,8 +127,8 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         figures = {
             "first_token_seconds": "seconds to the first token",
             "tokens_per_second": "tokens a second, one request",
-            "prompt_tokens_per_second": f"prompts' tokens a second, {record['clients']} requests",
-            "decode_tokens_per_second": f"tokens a second, {record['clients']} requests",
+            "prompt_tokens_per_second": f"{record['clients']} prompts, tokens a second",
+            "decode_tokens_per_second": f"{record['clients']} answers, tokens a second",
             "state_bytes": "bytes of a request's state",
         }
         by_context = record["by_context"]
@@ -186,8 +190,8 @@ def _servers(
 
 
 def _server_settings(settings: Settings, context: int) -> ServeSettings:
-    dtype = {} if settings.dtype is None else {"dtype": settings.dtype}
-    return ServeSettings(context=context, name="bench", device=settings.device, log_level="warning", **dtype)
+    cfg = ServeSettings(context=context, name="bench", device=settings.device, log_level="warning")
+    return cfg if settings.dtype is None else replace(cfg, dtype=settings.dtype)
 
 
 def _capacities(kind: str, settings: Settings, sizes: ServeSizes, folder: Path) -> list[dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from trenchcoat.config import UserError
 from trenchcoat.models.loading import ADAPTER_META
 from trenchcoat.runtime.files import read_json
-from trenchcoat.serving.vllm_plugin import MODELS
+from trenchcoat.serving.vllm_plugin.families import MODELS
 
 if TYPE_CHECKING:
     from trenchcoat.serving.server import ServeSettings

@@ -1,27 +1,18 @@
 """The vLLM plugin: linearized models in vLLM (entry point `vllm.general_plugins`).
 
-`shares` says which process computes which heads, `pages` is the tensor code, `checks` refuses options; these are tested
-without vLLM. `layers` and `models` connect them to vLLM, which imports these. `docs/SERVE.md` says what has been run.
+`families` names the classes, `shares` says which process computes which heads, `pages` is the tensor code, `checks`
+refuses options; these are tested without vLLM. `layers` and `models` connect them to vLLM, which imports these.
+`docs/SERVE.md` says what has been run.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from trenchcoat.serving.vllm_plugin.families import MODELS
+
 VLLM_VERSION = "0.32.0"
 """The version that the comparison in `tests/in_vllm` was run with."""
-
-_FAMILIES = {
-    "Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Phi3": "phi3", "Gemma": "gemma",
-    "Gemma2": "gemma2", "Granite": "granite", "Mixtral": "mixtral", "Qwen3Moe": "qwen3_moe",
-}  # fmt: skip
-"""Families whose classes in vLLM take students: name in Transformers' classes -> module of vLLM."""
-
-BASES = {f"Linearized{name}ForCausalLM": (module, f"{name}ForCausalLM") for name, module in _FAMILIES.items()}
-"""`architectures` of a merged folder's config -> module and class of vLLM that the class derives from."""
-
-MODELS = {name: f"trenchcoat.serving.vllm_plugin.models:{name}" for name in BASES}
-"""`architectures` of a merged folder's config -> class path, imported by vLLM on demand."""
 
 WITHOUT_CLASS = "trenchcoat.serving.vllm_plugin.models:WithoutClass"
 """What vLLM is given for the other families, since it looks at a class before it lets anybody refuse a model."""

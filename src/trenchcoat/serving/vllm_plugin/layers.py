@@ -58,7 +58,7 @@ class StudentBackend(LinearAttentionBackend):
 class StateCache(nn.Module, MambaBase):
     """Pages for the states of some of a layer's groups."""
 
-    kv_cache: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
+    kv_cache: tuple[Tensor, ...] | None = None
 
     def __init__(self, page_bytes: int, vllm_config: Any, prefix: str) -> None:
         super().__init__()
@@ -104,9 +104,10 @@ class StudentLayer(nn.Module):
 
     def _pages(self) -> Pages | None:
         """Of the caches that vLLM has allocated; None as long as it has not."""
-        if any(cache.kv_cache is None for cache in self.caches):
+        caches: list[Any] = list(self.caches)
+        if any(cache.kv_cache is None for cache in caches):
             return None
-        raw = tuple(cache.kv_cache[0] for cache in self.caches)
+        raw = tuple(cache.kv_cache[0] for cache in caches)
         if self.pages is None or self.pages.caches[0] is not raw[0]:
             self.pages = Pages(self.student, self.layout, raw, self.dtype, in_place=raw[0].is_cpu)
         return self.pages

@@ -3,7 +3,7 @@
 vLLM's classes do everything else (weights, projections, norms, RoPE, sampling, scheduling). A layer's state is in pages
 of vLLM's Mamba cache; kept groups and layers are attention layers of vLLM, so every model is one of its hybrids.
 
-`Linearized<Family>ForCausalLM` is an attribute of this module for every family of :data:`BASES`, made on first use.
+`Linearized<Family>ForCausalLM` is an attribute of this module for every family of `families.BASES`, made on first use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsMambaPrefixCaching
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
-from trenchcoat.serving.vllm_plugin import BASES
+from trenchcoat.serving.vllm_plugin.families import BASES
 from trenchcoat.serving.vllm_plugin.layers import insert_students, page_bytes
 
 

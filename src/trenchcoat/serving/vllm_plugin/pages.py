@@ -1,6 +1,7 @@
-"""A request's state as one page of a server's cache, and attention of many requests' tokens over such pages.
+"""A request's state as pages of a server's caches, and attention of many requests' tokens over such pages.
 
-A page is what :class:`trenchcoat.ops.RowState` holds for one row: a few tensors of fixed shapes, one after the other.
+The pages of a request are what :class:`trenchcoat.ops.RowState` holds for one row, each for as many heads: a few
+tensors of fixed shapes, one after the other.
 The tokens of a step are concatenated: first those of requests that decode (one token each), then those of requests that
 prefill.
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trenchcoat.ops import StudentState
 from trenchcoat.ops.compiled.decode import STATE_FIELDS, StatePages
 from trenchcoat.students import RowState, StudentAttention
 
@@ -115,7 +117,9 @@ class Pages:
 
     @cached_property
     def _states(self) -> StatePages:
-        return StatePages(self.caches, self._empty(1), self.layout.places(STATE_FIELDS[:-1]))
+        like = self._empty(1)
+        assert isinstance(like, StudentState)
+        return StatePages(self.caches, like, self.layout.places(STATE_FIELDS[:-1]))
 
     @cached_property
     def _in_kernels(self) -> bool:
