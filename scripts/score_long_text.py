@@ -4,7 +4,8 @@
 
 Rows come from the middle of the first books that are long enough, one row a book: 8 of 512 tokens (scored past 256), 4
 of 2,048 (past 512), and copies: 4 texts of 256, 512 and 1,024 tokens, each followed by itself, scored on the second
-half. Every model reads the same rows; errors are jackknife errors over rows (trenchcoat.evaluation.statistics).
+half. `--long 8192` adds 4 rows of that many tokens, scored past a quarter of them. Every model reads the same rows;
+errors are jackknife errors over rows (trenchcoat.evaluation.statistics).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Losses:
     """Losses of one model by column of the table; those below 2W beside them."""
 
     columns: dict[str, RowSums]
-    below: RowSums
+    below: RowSums | None
 
 
 def main() -> None:
@@ -52,30 +53,46 @@ def main() -> None:
     parser.add_argument("--untrained", nargs="*", default=[], metavar="SELECTION.JSON", help="kept groups, untrained")
     parser.add_argument("--window", type=int, default=128, help="W of the untrained rows with kept groups")
     parser.add_argument("--below", type=int, default=256, help="tokens of a row that the shift is measured on: 2W")
+    parser.add_argument("--long", type=int, metavar="TOKENS", help="score rows of this length too")
+    parser.add_argument("--only", default="", metavar="TEXT", help="score columns whose name contains this alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = Rows(args.books, AutoTokenizer.from_pretrained(args.model), args.below)
+    texts = TEXTS if args.long is None else {**TEXTS, **_long(args.long)}
+    texts, copies = ({name: of[name] for name in of if args.only in name} for of in (texts, COPIES))
+    rows = Rows(args.books, AutoTokenizer.from_pretrained(args.model), args.below, texts, copies)
     teacher = rows.losses(_base(args.model))
     window = rows.losses(_untrained(args.model, BASELINE))
-    found = {}
+    columns, found = [*texts, *copies, *([SHIFT] if texts else [])], {}
     for name, model in _models(args):
         found[name] = _closed(rows.losses(model), window, teacher)
         del model
-        sys.stderr.write(f"{name}: {_line(found[name])}\n")
+        sys.stderr.write(f"{name}: {_line(found[name], columns)}\n")
     if args.out:
         write_json(args.out, {name: {column: vars(e) for column, e in row.items()} for name, row in found.items()})
-    columns = [*TEXTS, *COPIES, SHIFT]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    sys.stdout.write("\n".join([*lines, *(f"| {name} | {_line(row)} |" for name, row in found.items())]) + "\n")
+    sys.stdout.write(
+        "\n".join([*lines, *(f"| {name} | {_line(row, columns)} |" for name, row in found.items())]) + "\n"
+    )
+
+
+def _long(tokens: int) -> dict[str, tuple[int, int, int]]:
+    return {f"{tokens:,} tokens, past {tokens // 4:,}": (4, tokens, tokens // 4)}
 
 
 class Rows:
     """The rows of the protocol."""
 
-    def __init__(self, books: Path, tokenizer: Any, below: int) -> None:
+    def __init__(
+        self,
+        books: Path,
+        tokenizer: Any,
+        below: int,
+        columns: dict[str, tuple[int, int, int]] = TEXTS,
+        copies: dict[str, int] = COPIES,
+    ) -> None:
         texts = [json.loads(line)["text"] for line in books.read_text(encoding="utf-8").splitlines() if line.strip()]
         self.books: list[Tensor] = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
-        self.below = below
+        self.below, self.columns, self.copies = below, columns, copies
 
     def middle(self, rows: int, tokens: int) -> Tensor:
         """[rows, tokens] from the middle of that many books."""
@@ -87,14 +104,13 @@ class Rows:
     def losses(self, model: Any) -> Losses:
         """What one model loses on all rows."""
         columns, below = {}, None
-        for name, (count, tokens, first) in TEXTS.items():
+        for name, (count, tokens, first) in self.columns.items():
             scored = score(model, self.middle(count, tokens), window=first // 2, exact=self.below, batch_size=1)
             columns[name] = scored.far
             below = below or scored.near
-        for name, tokens in COPIES.items():
+        for name, tokens in self.copies.items():
             ids = self.middle(COPY_ROWS, tokens)
             columns[name] = score_copies(model, torch.cat([ids, ids], 1), batch_size=1)[0]
-        assert below is not None
         return Losses(columns, below)
 
 
@@ -122,14 +138,16 @@ def _closed(row: Losses, window: Losses, teacher: Losses) -> dict[str, Estimate]
     """Share of the gap closed by column, and the shift below 2W in nats."""
     found = {name: gap_closed(row.columns[name], window.columns[name], teacher.columns[name]) for name in row.columns}
     shares = {name: share for name, share in found.items() if share is not None}
+    if row.below is None or teacher.below is None:
+        return shares
     return {**shares, SHIFT: paired_difference(row.below, teacher.below)}
 
 
-def _line(row: dict[str, Estimate]) -> str:
-    shift = row[SHIFT]
-    found = [row.get(column) for column in (*TEXTS, *COPIES)]
-    shares = ["–" if e is None else f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for e in found]
-    return " | ".join([*shares, f"{shift.value:+.4f} ± {shift.error:.4f}"])
+def _line(row: dict[str, Estimate], columns: list[str]) -> str:
+    found = {name: f"{100 * e.value:.1f} ± {100 * e.error:.1f} %" for name, e in row.items()}
+    if SHIFT in row:
+        found[SHIFT] = f"{row[SHIFT].value:+.4f} ± {row[SHIFT].error:.4f}"
+    return " | ".join(found.get(name, "–") for name in columns)
 
 
 if __name__ == "__main__":

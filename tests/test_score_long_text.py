@@ -41,13 +41,15 @@ def test_the_whole_model_closes_everything_and_the_window_nothing(
     monkeypatch.setattr(script, "TEXTS", {"text": (ROWS, TOKENS, 2 * script.BASELINE.window)})
     monkeypatch.setattr(script, "COPIES", {"copy": TOKENS})
     arguments = [str(teacher_dir()), str(books), str(whole), "--untrained", str(nothing), "--window", "64"]
+    arguments += ["--long", "512"]
     monkeypatch.setattr(sys, "argv", ["score_long_text.py", *arguments, "--below", "64", "--out", str(out)])
     script.main()
 
     found, table = json.loads(out.read_text()), capsys.readouterr().out
     kept_all, kept_none = found[str(whole)], found[f"0 groups of {nothing}, window 64, untrained"]
-    assert set(kept_all) == set(kept_none) == {"text", "copy", script.SHIFT}
-    for column in ("text", "copy"):
+    long = "512 tokens, past 128"
+    assert set(kept_all) == set(kept_none) == {"text", long, "copy", script.SHIFT}
+    for column in ("text", long, "copy"):
         assert kept_all[column]["value"] == pytest.approx(1.0, abs=1e-3)
         assert kept_none[column]["value"] == pytest.approx(0.0, abs=1e-3)
         assert f" {column} |" in table

@@ -117,6 +117,29 @@ def test_the_simulated_step_needs_the_memory_of_a_real_one(stage: Any) -> None:
     assert found.parts["Activations and gradients"] == pytest.approx(memory.peak, rel=0.05)
 
 
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_rows_in_pieces_need_the_memory_that_is_counted(loss: str) -> None:
+    """Activations of a real step, whole and in pieces: what the arithmetic has beyond weights and optimizer."""
+    config, length, peaks, counts = _small(num_hidden_layers=2, vocab_size=500), 1024, [], []
+    for piece_len in (None, TOKENS):
+        stage = replace(LORA, loss=loss, gradient_checkpointing=False, train_feature_maps=True, piece_len=piece_len)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        attach_students(model, STUDENT)
+        add_lora(model, stage)
+        set_mode(model, "student")
+        ids = torch.randint(0, 500, (1, length))
+        objective = objectives.stage_2_objective(stage, own_teacher(as_teacher))
+        objective(model, {"input_ids": ids, "labels": ids})  # which leaves the operator's scratch memory
+        with live_tensor_memory() as memory:
+            objective(model, {"input_ids": ids, "labels": ids})
+        peaks.append(memory.peak)
+        parts = footprint(StepSizes(shapes_of(config), STUDENT, stage, length, dtype_bytes=4), Layout()).parts
+        counts.append(parts["activations"] + parts["logits"] + parts["gradients"])
+    assert counts[1] < counts[0] / 2
+    assert counts[1] == pytest.approx(peaks[1], rel=0.15)
+    assert counts[0] == pytest.approx(peaks[0], rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("path", "ranks", "known"),
     [
@@ -181,6 +204,8 @@ def test_the_state_during_generation() -> None:
 def test_simulation_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="10 processes do not divide into nodes of 4"):
         simulate(_small(), STUDENT, TRANSFER, seq_len=TOKENS, ranks=10, shard="node", node_size=4)
+    with pytest.raises(UserError, match=r"reads whole rows.*lora\.piece_len=null"):
+        simulate(_small(), STUDENT, LoraConfig(piece_len=64), seq_len=TOKENS)
     assert not dist.is_initialized()
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="without torchrun"):

@@ -24,7 +24,7 @@ from trenchcoat.models.attach import students_of
 from trenchcoat.ops import HeadWeights, Rule, Tokens, linear_window_attention, recurrences
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import read_metrics
-from trenchcoat.students import STUDENTS, TransferRequest, build_student, student_class
+from trenchcoat.students import STUDENTS, TransferRequest, build_student, hybrid, operator_of, student_class
 from trenchcoat.students.hybrid import LEAST_MIX, HybridAttention
 from trenchcoat.students.lightning import LightningAttention
 from trenchcoat.students.terrace_gated import HALF_LIVES, TerraceGatedAttention
@@ -198,6 +198,34 @@ def test_up_to_two_windows_it_is_softmax_attention(name: str) -> None:
     student.far_enabled = False
     window, _ = student(**given, scale=SCALE)
     assert (y - window)[:, :, 2 * WINDOW].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", HYBRID)
+def test_the_compiled_window_is_that_of_pytorch(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the window runs on the compiled kernels: outputs, gradients and the state after a row are the same."""
+    if operator_of(StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device("cpu")) != "compiled":
+        pytest.skip("no C++ compiler here")
+    given = {key: x.float() for key, x in _inputs(23).items()} | ({"mask_BT": _mask(23)} if padded else {})
+    found, used = [], []
+
+    def near(*args: Any, **kwargs: Any) -> Any:
+        """The operator, noting its implementation."""
+        used.append(kwargs["impl"])
+        return linear_window_attention(*args, **kwargs)
+
+    monkeypatch.setattr(hybrid, "linear_window_attention", near)
+    for impl in ("chunkwise", "auto"):
+        torch.manual_seed(5)
+        student = _student(name, sinks=2, impl=impl).float()
+        inputs = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in given.items()}
+        y, state = student(**inputs, scale=SCALE, state=student.empty_state(3, dtype=torch.float32))
+        y.square().sum().backward()
+        gradients = [x.grad for x in inputs.values() if x.requires_grad] + [p.grad for p in student.parameters()]
+        found.append([y.detach(), *state.tensors().values(), *(g for g in gradients if g is not None)])
+    assert used == ["chunkwise", "compiled"]
+    for slow, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * max([1.0, *slow.abs().flatten().tolist()]))
 
 
 @pytest.mark.parametrize("normalize_by", ["none", "layer"])

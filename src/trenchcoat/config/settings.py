@@ -342,6 +342,10 @@ class LoraConfig(StageConfig):
     seq_len: RowLength | None = None
     """Tokens of one training row of this stage; null is data.seq_len. Feature maps need rows as long as the use, a
     correction of the projections does not."""
+    piece_len: RowLength | None = None
+    """Tokens of a row that a step reads and differentiates at once, for rows of 8,192 tokens and more: the students'
+    states and the kept groups' keys and values are carried from one piece to the next, gradients are not (truncated
+    backpropagation). Null: whole rows."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of AdamW."""
     mixer_lr: PositiveFloat | None = None
@@ -366,6 +370,12 @@ class LoraConfig(StageConfig):
         if self.train == "mixer" and not self.train_feature_maps:
             raise UserError(
                 f"{path}.train=mixer with {path}.train_feature_maps=false leaves nothing to train: remove one of them"
+            )
+        if self.piece_len is not None and self.gradient_checkpointing:
+            raise UserError(
+                f"{path}.piece_len={self.piece_len} with {path}.gradient_checkpointing=true: a piece changes the state "
+                f"that it starts from, so it cannot be computed again. Remove {path}.gradient_checkpointing; a smaller "
+                f"{path}.piece_len saves memory too"
             )
 
     @property

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from trenchcoat.config import UserError
 from trenchcoat.generation.statefile import load_state, save_state
 from trenchcoat.models.attach import set_mode
-from trenchcoat.models.cache import cache_nbytes
+from trenchcoat.models.cache import cache_nbytes, new_cache
 from trenchcoat.models.lora import remove_lora
 from trenchcoat.models.rotary import length_dependence
 from trenchcoat.models.text import clean_text, embeddings_of, tokenize, without_embedding
@@ -329,7 +328,7 @@ class Session:
     @classmethod
     def new(cls, model: Any) -> Session:
         """An empty session."""
-        return cls(model, DynamicCache(config=model.config))
+        return cls(model, new_cache(model))
 
     @classmethod
     def load(cls, path: Path | str, model: Any) -> Session:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from trenchcoat.config import UserError
 from trenchcoat.models.attach import student_config, students_of
-from trenchcoat.models.cache import StateLayer, state_layer
+from trenchcoat.models.cache import StateLayer, new_cache, state_layer
 from trenchcoat.models.families import attention_sites
 from trenchcoat.models.transformers_internals import cache_layer, keys_and_values, restore_keys_and_values
 from trenchcoat.ops import RowState
@@ -104,7 +104,7 @@ def load_state(path: Path | str, model: nn.Module) -> tuple[Cache, list[int]]:
     except (KeyError, ValueError, TypeError) as error:
         raise CorruptFileError(f"{where} is damaged: its record of tokens cannot be read ({error})") from error
     _check_counts(where, tokens, pending, int(model.config.get_text_config().vocab_size))  # type: ignore[operator, union-attr]
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     students, used = students_of(model), 0
     for site in attention_sites(model):
         index, prefix = site.index, f"layers.{site.index}."

@@ -13,13 +13,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from trenchcoat.models.kept import KeptKeys
 from trenchcoat.models.transformers_internals import (
     FixedSizeLayer,
     allocated_length,
     cache_layer,
+    detach_keys_and_values,
     is_filled,
     keys_and_values,
     records_past,
@@ -166,6 +167,14 @@ class StateLayer(FixedSizeLayer):
         if self.kept is not None:
             self.kept.index_select(index)
 
+    def detach(self) -> None:
+        """Gradients of later tokens end here."""
+        self.forget()
+        if self.state is not None:
+            self.state = self.state.detach()
+        if self.kept is not None:
+            self.kept.detach()
+
     def offload(self) -> None:
         """Move everything to the CPU."""
         if self.state is not None:
@@ -201,6 +210,20 @@ def state_layer(cache: Cache, index: int) -> StateLayer:
     fresh.record_past = records_past(cache)
     cache.layers[index] = fresh
     return fresh
+
+
+def new_cache(model: Any) -> Cache:
+    """An empty cache for `model`, which grows as far as its layers' own attention does."""
+    return DynamicCache(config=model.config)
+
+
+def detach_cache(cache: Cache) -> None:
+    """Cut what a cache holds off the computation that made it: gradients of later tokens end there."""
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            layer.detach()
+        else:
+            detach_keys_and_values(layer)
 
 
 def cache_nbytes(cache: Cache) -> int:

@@ -165,6 +165,10 @@ class KeptKeys:
         """Every row n times, copies of a row adjacent."""
         self._each(lambda t: t.repeat_interleave(n, dim=0))
 
+    def detach(self) -> None:
+        """Gradients of later tokens end here."""
+        self._each(Tensor.detach)
+
     def to(self, device: torch.device) -> None:
         """Move to `device`."""
         self._each(lambda t: t.to(device))

@@ -206,6 +206,14 @@ def keys_and_values(layer: Any) -> list[Tensor]:
     return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
 
 
+def detach_keys_and_values(layer: Any) -> None:
+    """Cut the tensors of a softmax layer off the computation that made them."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name, None)
+        if isinstance(held, Tensor):
+            setattr(layer, name, held.detach())
+
+
 def restore_keys_and_values(layer: Any, keys: Tensor, values: Tensor, tokens: int) -> None:
     """Fill an empty softmax layer with what :func:`keys_and_values` gave after ``tokens`` columns."""
     layer.update(keys, values)

@@ -198,6 +198,10 @@ class RowState:
         """A copy that shares no memory."""
         return self.replaced({name: t.clone() for name, t in self.tensors().items()})
 
+    def detach(self) -> Self:
+        """The same numbers, without the computation that made them."""
+        return self.replaced({name: t.detach() for name, t in self.tensors().items()})
+
     def to(self, device: torch.device) -> Self:
         """The state on `device`."""
         return self.replaced({name: t.to(device) for name, t in self.tensors().items()})

@@ -54,8 +54,23 @@ class StepSizes:
 
     @property
     def tokens(self) -> int:
-        """n: tokens of the micro-batch."""
+        """n: tokens of the micro-batch that are differentiated at once."""
+        pieces = self.stage.piece_len if isinstance(self.stage, LoraConfig) else None
+        return self.stage.batch_size * min(self.seq_len, pieces or self.seq_len)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the micro-batch, in rows read whole or in pieces."""
         return self.stage.batch_size * self.seq_len
+
+    @property
+    def carried(self) -> float:
+        """Bytes that the next piece reads: states and kept keys and values; 0 for rows read whole."""
+        if self.tokens == self.row_tokens:
+            return 0.0
+        state = sum(state_bytes(self.shapes, self.student, self.dtype_bytes))
+        kept = kept_bytes_per_token(self.shapes, self.student, self.dtype_bytes)
+        return self.stage.batch_size * state + self.row_tokens * kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +204,14 @@ class _Moments:
         inner = saved if checkpointed else 0.0
         mlp = 3.0 * size * s.mlp_width
         hidden = float(size * s.hidden * n)
-        kept += hidden * stage.teacher_pass  # the teacher's hidden states
+        kept += size * s.hidden * self.step.row_tokens * stage.teacher_pass  # the teacher's hidden states
+        kept += 2.0 * self.step.carried  # and what a piece makes of it
         final = 3.0 * hidden
         backward_mlp = kept + inner + n * (mlp + size * s.hidden)
         backward_student = kept + inner - n * mlp + self._student_backward()
+        taught = self.step.row_tokens * (mlp + 4.0 * size * s.hidden) * stage.teacher_pass
         return {
+            "MLP of the teacher": _parts(self._gathered(layers=2), taught),
             "embedding": _parts(self._gathered(embeddings=2), final),
             "a layer gathered": _parts(self._gathered(layers=3), kept),
             "head gathered": _parts(self._gathered(layers=1, heads=2), kept + final),
@@ -245,7 +263,10 @@ class _Moments:
         output = 4.0 * s.heads * (s.head_dim + 1)
         mlp = 3.0 * size * s.mlp_width
         graph = 4.0 * self.student.graph_numbers
-        return self.step.tokens * (adapted + norms + heads + self._features() + graph + output + mlp)
+        again = 0.0  # a piece's student has its window's tokens before it, beside copies of its own
+        if self.step.carried:
+            again = (self.step.tokens + 3.0 * self.student.cfg.window) * (heads + self._features() + output)
+        return again + self.step.tokens * (adapted + norms + heads + self._features() + graph + output + mlp)
 
     def _student_transfer(self, stage: TransferConfig) -> float:
         """q, k, v, both outputs, the residual, a tile; with cross-entropy also all features and their gradients; the

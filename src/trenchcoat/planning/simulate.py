@@ -97,6 +97,8 @@ def simulate(
     began = time.monotonic()
     if isinstance(stage, LoraConfig) and stage.train == "all":
         raise UserError("--simulate knows lora.train=lora and mixer, not all; leave it out: `plan` counts all three")
+    if isinstance(stage, LoraConfig) and stage.piece_len is not None:
+        raise UserError("--simulate reads whole rows: leave it out, or set lora.piece_len=null; `plan` counts pieces")
     if dist.is_initialized():
         raise UserError("--simulate creates its own process group: run `trenchcoat plan` without torchrun")
     model = _build(config, student, stage, dtype)

@@ -23,6 +23,7 @@ from torch.nn.functional import linear, normalize
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import HeadWeights, Rule, StudentState, Tokens, linear_window_attention
 from trenchcoat.ops.decode import decode
+from trenchcoat.students import fused
 from trenchcoat.students.base import Flops, StudentAttention
 
 LEAST_MIX, MOST_MIX = 0.02, 0.98
@@ -121,7 +122,7 @@ class HybridAttention(StudentAttention):
     ) -> tuple[Tensor, Any]:
         """See :meth:`StudentAttention.forward`."""
         tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(**scores)
-        near, after = linear_window_attention(tokens, None, self._weights(q_BHTD, sink_logit), rule, state=state)
+        near, after = self._near(tokens, sink_logit, rule, state)
         if not self.far_enabled:
             return near, after
         far, after = self.far(tokens, self._direction(x_BTM, q_BHTD), rule, state, after)
@@ -179,7 +180,7 @@ class HybridAttention(StudentAttention):
         if not bool(open_BT.any()):
             _log.warning("layer %d: the first rows end within the window; the mix is not fitted", self.layer_idx)
             return
-        near, _ = linear_window_attention(tokens, None, self._weights(tokens.q_BHTD, sink_logit), rule)
+        near, _ = self._near(tokens, sink_logit, rule, None)
         wide, at = self.mix_bias_H.dtype, open_BT[:, None, :, None]
         self.fit(tokens, self._direction(x, q), rule, near.to(wide) * at, y.to(wide) * at, open_BT)
 
@@ -204,11 +205,23 @@ class HybridAttention(StudentAttention):
         gates = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2)
         return Flops(maps=own.maps + 2.0 * gates, near=own.near, write=own.write, read=own.read)
 
+    def _near(
+        self, tokens: Tokens, sink_logit: Tensor | None, rule: Rule, state: StudentState | None
+    ) -> tuple[Tensor, Any]:
+        """The window's outputs and the state after them: on CPUs by the compiled kernels, if `student.impl` is auto."""
+        like, impl = tokens.q_BHTD, "chunkwise"
+        if self.cfg.impl == "auto" and like.device.type == "cpu":
+            shape = fused.LayerShape(like.dtype, rule, self.head_dim, self.value_dim)
+            impl = fused.implementation("auto", like.device, None, shape)
+        return linear_window_attention(tokens, None, self._weights(like, sink_logit), rule, state=state, impl=impl)
+
     def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
-        parts = [
-            self.to_heads(normalize(x.to(far.dtype), dim=-1)) for x in (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE)
-        ]
-        logit_BHT = torch.einsum("bhtx,hx->bht", torch.cat(parts, -1), self.mix_HX) + self.mix_bias_H[:, None]
+        logit_BHT = self.mix_bias_H[:, None]
+        parts = (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE)
+        for x, weight_HD in zip(parts, self.mix_HX.split([x.shape[-1] for x in parts], 1), strict=True):
+            of_heads = weight_HD.unflatten(0, (x.shape[1], -1))  # [G, query heads of a group, D]
+            found = normalize(x.to(far.dtype), dim=-1) @ of_heads.mT
+            logit_BHT = logit_BHT + found.transpose(2, 3).flatten(1, 2)
         mix_BHT = logit_BHT.sigmoid() if open_BT is None else logit_BHT.sigmoid() * open_BT[:, None]
         return torch.lerp(near.to(far.dtype), far, mix_BHT[..., None]).to(near.dtype)
 

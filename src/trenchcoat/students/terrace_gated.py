@@ -158,10 +158,10 @@ class TerraceGatedAttention(HybridAttention):
 
     @property
     def graph_numbers(self) -> float:
-        """Aligned and weighted features, the sums after each chunk, outputs and their mix (counted in a real graph)."""
+        """Weighted features, the sums after each chunk, outputs and their mix (counted in a real graph)."""
         maps, features = self.key_heads, self.features
-        sums = 2.0 * maps * features * self.value_dim / self.cfg.window
-        return 1.5 * (self.num_heads + maps) * features + sums + 10.0 * self.num_heads * self.head_dim
+        sums = maps * features * self.value_dim / self.cfg.window
+        return 0.5 * (self.num_heads + maps) * features + sums + 11.0 * self.num_heads * self.head_dim
 
     def fit(
         self, tokens: Tokens, x_BTM: Tensor, rule: Rule, near_BHTE: Tensor, y_BHTE: Tensor, open_BT: Tensor

@@ -8,7 +8,7 @@ Shapes: b rows, T tokens, n tokens of a piece, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -39,6 +39,23 @@ def forward_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     mask = batch.get("attention_mask")
     padded = mask is not None and not bool(mask.all())
     return {"input_ids": batch["input_ids"], "attention_mask": mask if padded else None, "use_cache": False}
+
+
+def in_pieces(inputs: Mapping[str, Any], length: int, cache: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(first column, inputs) of pieces of ``length`` columns; ``cache`` carries what came before."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for start in range(0, ids.shape[1], length):
+        stop = start + length
+        seen = None if mask is None else mask[:, :stop]
+        yield (
+            start,
+            {
+                "input_ids": ids[:, start:stop],
+                "attention_mask": seen,
+                "past_key_values": cache,
+                "use_cache": True,
+            },
+        )
 
 
 def own_teacher(as_teacher: Callable[[nn.Module], AbstractContextManager[None]]) -> Teacher:
@@ -88,24 +105,32 @@ class LogitLoss:
         real_n = None if mask is None or bool(mask.all()) else mask.flatten() != 0
         return cls(kl_weight, taught, targets_n, real_n)
 
-    def over(self, head: VocabularyHead, hidden_bTd: Tensor) -> Tensor:
+    def __post_init__(self) -> None:
+        counted = self.targets_n != -100
+        self.labels = int(counted.sum())
+        self.tokens = len(counted) if self.real_n is None else int(self.real_n.sum())
+        if self.kl_weight == 0:
+            self._wanted = counted
+        elif self.real_n is None:
+            self._wanted = torch.ones_like(counted)
+        else:
+            self._wanted = self.real_n if self.kl_weight == 1 else self.real_n | counted
+
+    def over(self, head: VocabularyHead, hidden_bTd: Tensor, first: int = 0) -> Tensor:
         """Sum the losses of the student's hidden states; returns their gradient [b, T, d], or zeros without gradients.
 
-        The loss is a mean over tokens. Call it once.
+        The loss is a mean over the tokens of the batch. Call it once for each column: with all of them, or with spans
+        of them that begin at column ``first``.
         """
+        rows, columns = hidden_bTd.shape[:2]
+        place_n = torch.arange(len(self._wanted), device=hidden_bTd.device).view(rows, -1)[:, first : first + columns]
+        place_n = place_n.flatten()
+        inside_n = self._wanted[place_n].nonzero()[:, 0]
+        at_n = place_n[inside_n]
         flat_nd = hidden_bTd.detach().flatten(0, 1)
-        counted = self.targets_n != -100
-        self.labels, self.tokens = int(counted.sum()), len(flat_nd) if self.real_n is None else int(self.real_n.sum())
-        if self.kl_weight == 0:
-            wanted = counted
-        elif self.real_n is None:
-            wanted = torch.ones_like(counted)
-        else:
-            wanted = self.real_n if self.kl_weight == 1 else self.real_n | counted
-        at_n = wanted.nonzero()[:, 0]
         found_nd = torch.zeros_like(flat_nd)
-        found_nd[at_n] = head.backward(
-            flat_nd[at_n], lambda where, logits_nV: self._piece(head, at_n[where], logits_nV)
+        found_nd[inside_n] = head.backward(
+            flat_nd[inside_n], lambda where, logits_nV: self._piece(head, at_n[where], logits_nV)
         )
         return found_nd.view_as(hidden_bTd)
 

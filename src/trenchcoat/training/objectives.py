@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from trenchcoat.config import LoraConfig, TransferConfig, UserError
 from trenchcoat.config.registries import resolved
+from trenchcoat.models.cache import detach_cache, new_cache
 from trenchcoat.runtime.head import VocabularyHead, run_to_head
 from trenchcoat.runtime.sharding import run_decoder
 from trenchcoat.students import StudentAttention, TransferRequest, layer_key
-from trenchcoat.training.logits import LogitLoss, Teacher, forward_inputs, next_tokens
+from trenchcoat.training.logits import LogitLoss, Teacher, forward_inputs, in_pieces, next_tokens
 from trenchcoat.training.losses import OBJECTIVES, check_loss
 
 if TYPE_CHECKING:
@@ -146,12 +147,15 @@ def next_token_objective() -> Objective:
     return logit_objective(kl_weight=0.0)
 
 
-def logit_objective(*, kl_weight: float, teacher: Teacher | None = None) -> Objective:
+def logit_objective(*, kl_weight: float, teacher: Teacher | None = None, piece_len: int | None = None) -> Objective:
     """``kl_weight`` KL(teacher || student) + (1 - ``kl_weight``) next-token cross-entropy, through the whole model.
 
     The divergence is averaged over all real tokens of the micro-batch (of the prompt too, never padding), the
     cross-entropy over the labels other than -100. Both are computed in float32 and in pieces of tokens: see
     :mod:`trenchcoat.runtime.head`. ``tokens`` counts real tokens, or labels where ``kl_weight`` is 0.
+
+    ``piece_len``: rows are read in pieces of so many tokens, each with the cache that the ones before have left. The
+    loss is that of whole rows; its gradients end where a piece begins (truncated backpropagation through time).
     """
     if teacher is None and kl_weight > 0:
         raise ValueError("a divergence needs a teacher")
@@ -162,30 +166,42 @@ def logit_objective(*, kl_weight: float, teacher: Teacher | None = None) -> Obje
         taught = teacher(model, batch) if teacher is not None and kl_weight > 0 else None
         if model.training != learning:
             model.train(learning)
-        hidden_bTd, further = run_to_head(model, **forward_inputs(batch))
         loss = LogitLoss.of(batch, kl_weight, taught)
-        gradient_bTd = loss.over(VocabularyHead(model), hidden_bTd)
-        if learning:
-            gradients = [gradient_bTd, *(torch.zeros_like(t) for t in further)]
-            torch.autograd.backward([hidden_bTd, *further], [g * 0.0 if IDLE in batch else g for g in gradients])
+        inputs = forward_inputs(batch)
+        if piece_len is None:
+            _add_gradients(model, loss, inputs, 0, idle=IDLE in batch)
+            return loss.metrics()
+        cache = new_cache(model)
+        for first, piece in in_pieces(inputs, piece_len, cache):
+            _add_gradients(model, loss, piece, first, idle=IDLE in batch)
+            detach_cache(cache)
         return loss.metrics()
 
     return objective
 
 
+def _add_gradients(model: nn.Module, loss: LogitLoss, inputs: dict[str, Any], first: int, *, idle: bool) -> None:
+    """Run the model on the columns from ``first`` on and, when gradients are enabled, add those of ``loss``."""
+    hidden_bTd, further = run_to_head(model, **inputs)
+    gradient_bTd = loss.over(VocabularyHead(model), hidden_bTd, first)
+    if torch.is_grad_enabled():
+        gradients = [gradient_bTd, *(torch.zeros_like(t) for t in further)]
+        torch.autograd.backward([hidden_bTd, *further], [g * 0.0 if idle else g for g in gradients])
+
+
 def kl(cfg: LoraConfig, teacher: Teacher) -> Objective:
     """The divergence from the teacher alone."""
-    return logit_objective(kl_weight=1.0, teacher=teacher)
+    return logit_objective(kl_weight=1.0, teacher=teacher, piece_len=cfg.piece_len)
 
 
 def ce(cfg: LoraConfig, teacher: Teacher) -> Objective:
     """Next-token prediction alone."""
-    return logit_objective(kl_weight=0.0)
+    return logit_objective(kl_weight=0.0, piece_len=cfg.piece_len)
 
 
 def mix(cfg: LoraConfig, teacher: Teacher) -> Objective:
     """Both, by ``lora.kl_weight``."""
-    return logit_objective(kl_weight=cfg.kl_weight, teacher=teacher)
+    return logit_objective(kl_weight=cfg.kl_weight, teacher=teacher, piece_len=cfg.piece_len)
 
 
 def stage_2_objective(cfg: LoraConfig, teacher: Teacher) -> Objective:

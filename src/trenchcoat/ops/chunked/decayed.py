@@ -9,11 +9,11 @@ C chunks of W tokens, D key dim, E value dim, F features.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 CHUNK = 64
 """Tokens of a chunk in :func:`gated_sums`."""
@@ -35,6 +35,11 @@ class GatedKeys:
     v_BKLE: Tensor
     log_forget_BKL: Tensor
     log_input_BKL: Tensor
+
+    def split(self, length: int) -> Iterator[GatedKeys]:
+        """Parts of ``length`` keys (the backward of `split` is one copy, that of slices one of the whole for each)."""
+        parts = (self.fk_BKLF, self.v_BKLE, self.log_forget_BKL, self.log_input_BKL)
+        return map(GatedKeys, *(part.split(length, 2) for part in parts))
 
 
 def after_chunk(before: FarSums, keys: GatedKeys) -> FarSums:
@@ -62,23 +67,16 @@ def gated_far(
 
     The queries of chunk c read the sums after chunk c - 2, or `start` if there is no such chunk; None folds no chunk.
     """
-    length = fq_BHLF.shape[2]
-    chunks = -(-length // window)
-    extra = chunks * window - length
-    fq = pad(fq_BHLF, (0, 0, 0, extra))
-    fk, v = pad(keys.fk_BKLF, (0, 0, 0, extra)), pad(keys.v_BKLE, (0, 0, 0, extra))
-    forget, write = pad(keys.log_forget_BKL, (0, extra)), pad(keys.log_input_BKL, (0, extra))
     reading, newest, after, outputs = start, start, start, []
     folded = 0 if folded_B is None else int(folded_B.max())
-    for c in range(chunks):
-        span = slice(c * window, (c + 1) * window)
-        outputs.append(read_far(fq[:, :, span], reading))
+    queries = fq_BHLF.split(window, 2)
+    for c, (fq, part) in enumerate(zip(queries, keys.split(window), strict=True)):
+        outputs.append(read_far(fq, reading))
         reading = newest  # the sums after chunk c - 1
-        if c + 2 < chunks or c < folded:
-            part = GatedKeys(fk[:, :, span], v[:, :, span], forget[:, :, span], write[:, :, span])
+        if c + 2 < len(queries) or c < folded:
             newest = after_chunk(newest, part)
             after = after if folded_B is None else _where(folded_B > c, newest, after)
-    return torch.cat(outputs, 2)[:, :, :length], after
+    return torch.cat(outputs, 2), after
 
 
 def _where(row_B: Tensor, new: FarSums, old: FarSums) -> FarSums:
@@ -90,14 +88,12 @@ def gated_sums(
     q_BHLD: Tensor, k_BHLD: Tensor, v_BHLE: Tensor, log_forget_BHL: Tensor, start_BHDE: Tensor
 ) -> tuple[Tensor, Tensor]:
     """:func:`recurrences.gated_sums` of real tokens. (Log gate 0 and k = 0 at other tokens leave S as it is.)"""
-    length, state, outputs = q_BHLD.shape[2], start_BHDE, []
-    if length == 1:
+    state, outputs = start_BHDE, []
+    if q_BHLD.shape[2] == 1:
         state = state * log_forget_BHL.exp()[..., None] + k_BHLD.mT @ v_BHLE
         return q_BHLD @ state, state
-    for start in range(0, length, CHUNK):
-        span = slice(start, start + CHUNK)
-        q, k, v = q_BHLD[:, :, span], k_BHLD[:, :, span], v_BHLE[:, :, span]
-        running_BHL = log_forget_BHL[:, :, span].cumsum(2)
+    for q, k, v, log_forget in zip(*(x.split(CHUNK, 2) for x in (q_BHLD, k_BHLD, v_BHLE, log_forget_BHL)), strict=True):
+        running_BHL = log_forget.cumsum(2)
         between = running_BHL[..., :, None] - running_BHL[..., None, :]
         later = torch.ones_like(between[0, 0], dtype=torch.bool).triu(1)
         weights = q @ k.mT * between.masked_fill(later, float("-inf")).exp()
