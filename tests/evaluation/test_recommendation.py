@@ -14,7 +14,9 @@ from trenchcoat.evaluation.statistics import NOTHING, RowSums
 
 def test_a_good_conversion_is_recommended_with_what_it_costs_and_recovers() -> None:
     text = recommendation(made_results())
-    assert text.startswith("Worth using for long texts, also to quote and look things up in them: 12 of 90 key/value")
+    assert text.startswith(
+        "Worth using for long texts of up to 2,048 tokens (the longest scored), also to quote and look things up"
+    )
     assert "(13.3 % of the cache)" in text
     assert "391 KiB + 3.0 KiB a token (the teacher's: 22.5 KiB a token; at 32,768 tokens 96.4 MiB against 720" in text
     assert "on rows of 2,048 tokens) of copying." in text
@@ -29,7 +31,7 @@ def test_a_good_conversion_is_recommended_with_what_it_costs_and_recovers() -> N
     ({"transfer_lora": (0.05, 0.02)}, "Not to be used as it is, since it lost some of what it knew"),
     ({"transfer_lora": (0.0, 0.2), "kept_window_sinks": (0.0, 0.25)},
      "Better than 'kept + window + sinks', which needs no training and no more memory, but hardly worth using"),
-    ({"transfer_lora": (0.0, 0.06)}, "Usable for long texts whose gist is enough, but not to quote"),
+    ({"transfer_lora": (0.0, 0.06)}, "Usable for long texts of up to 2,048 tokens (the longest scored) whose gist is enough"),
     ({"window_sinks": (0.0, 0.0)}, "Nothing can be said for or against it on this text"),
 ])  # fmt: skip
 def test_each_reason_against_it_is_given(changes: dict[str, tuple[float, float]], start: str) -> None:
@@ -50,7 +52,9 @@ def test_it_is_recommended_from_the_length_where_it_was_better() -> None:
     results = made_results()
     mine, rival = results.rows["transfer_lora"], results.rows["kept_window_sinks"]
     results.rows["transfer_lora"] = replace(mine, far=rival.far, near=rival.near)
-    assert recommendation(results).startswith("Worth using for long texts of 2,048 tokens and more, also to quote")
+    assert recommendation(results).startswith(
+        "Worth using for long texts of 2,048 tokens (the longest scored), also to quote"
+    )
     results.rows["transfer_lora"] = replace(mine, far=results.rows["window_sinks"].far, near=rival.near)
     assert recommendation(results).startswith("Not worth using, since past 2W")
 

@@ -94,10 +94,12 @@ def _text_gains(results: Results, name: str, rival: str) -> dict[int, Estimate]:
 
 
 def _limits(shown: list[int], scored: list[int]) -> str:
-    """The lengths at which it was shown to be better, of those ``scored``."""
-    if shown[-1] != scored[-1]:
-        return f" of up to {shown[-1]:,} tokens"
-    return "" if shown[0] == scored[0] else f" of {shown[0]:,} tokens and more"
+    """The lengths at which it was shown to be better, of those ``scored``: longer texts can be worse than no training
+    (docs/RESULTS.md), so nothing is said of them."""
+    ends = f"{shown[-1]:,} tokens" + (" (the longest scored)" if shown[-1] == scored[-1] else "")
+    if shown[0] == scored[0]:
+        return f" of up to {ends}"
+    return f" of {ends}" if len(shown) == 1 else f" of {shown[0]:,} to {ends}"
 
 
 def _kept(results: Results) -> str:
