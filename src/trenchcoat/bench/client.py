@@ -21,8 +21,8 @@ from trenchcoat.serving.server import KEY_VARIABLE
 
 START_SECONDS = 600.0
 """Time for a server to load its model and listen."""
-ANSWER_SECONDS = 600.0
-"""Time for one piece of an answer to arrive."""
+ANSWER_SECONDS = 3600.0
+"""Time for one piece of an answer to arrive: on a CPU the prompts of all clients are read first."""
 _CAPACITY = re.compile(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
 """What vLLM's log says of its cache."""
 

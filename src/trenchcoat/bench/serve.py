@@ -100,11 +100,11 @@ class ServeBenchmark(Benchmark[ServeSizes]):
                         settings.say(f"{context} tokens: {' and '.join(servers)}")
                         figures = _asked(servers, context, sizes, prompts)
                         found.setdefault(str(context), {}).update(figures)
+                        settings.keep({**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found})
                     for kind, served in servers.items():
                         longest = served.capacity()
                         if longest is not None:
                             facts.setdefault("requests_in_cache", {}).setdefault(kind, []).append(longest)
-                settings.keep({**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found})
             for kind, lengths in facts.get("requests_in_cache", {}).items():
                 lengths += _capacities(kind, settings, sizes, Path(name))
         return {**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found}
