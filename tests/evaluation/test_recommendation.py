@@ -31,7 +31,7 @@ def test_a_good_conversion_is_recommended_with_what_it_costs_and_recovers() -> N
     ({"transfer_lora": (0.05, 0.02)}, "Not to be used as it is, since it lost some of what it knew"),
     ({"transfer_lora": (0.0, 0.2), "kept_window_sinks": (0.0, 0.25)},
      "Better than 'kept + window + sinks', which needs no training and no more memory, but hardly worth using"),
-    ({"transfer_lora": (0.0, 0.06)}, "Usable for long texts of up to 2,048 tokens (the longest scored) whose gist is enough"),
+    ({"transfer_lora": (0.0, 0.06)}, "Usable for long texts of up to 2,048 tokens (the longest scored) whose gist"),
     ({"window_sinks": (0.0, 0.0)}, "Nothing can be said for or against it on this text"),
 ])  # fmt: skip
 def test_each_reason_against_it_is_given(changes: dict[str, tuple[float, float]], start: str) -> None:

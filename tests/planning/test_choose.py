@@ -37,6 +37,14 @@ def test_settings_fit_the_model(tmp_path: Path) -> None:
     assert any(choose.GPU_RECIPE in reason for reason in planned.reasons)
 
 
+def test_how_long_texts_may_be_is_said_where_the_model_reaches_further(tmp_path: Path) -> None:
+    short, long = (save_tiny_model(tmp_path / str(n), seed=0, max_position_embeddings=n) for n in (300, 9000))
+    sentence = "for texts of up to 2,048 tokens, the rows it is trained on"
+    assert any(sentence in reason for reason in recipe_for(str(long)).reasons)
+    for model, typed in ((short, []), (long, ["data.seq_len=9000"]), (long, ["student.name=terrace_gated"])):
+        assert not any("for texts of up to" in reason for reason in recipe_for(str(model), typed).reasons)
+
+
 def test_the_text_follows_the_model_unless_it_is_named(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     own = recipe_for(str(tiny_model_dir), data=str(text_file)).recipe.data
     assert (own.path, own.format, own.streaming, own.validation_fraction) == (str(text_file), "auto", False, 0.05)

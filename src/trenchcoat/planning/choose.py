@@ -30,6 +30,8 @@ INSTRUCT_DATA, BASE_DATA = "yahma/alpaca-cleaned", "emozilla/pg19"
 """Hub ids of the default text."""
 CHECKPOINTED = 1e9
 """Parameters from which stage 2 recomputes activations in the backward pass."""
+GROWING = ("terrace", "sliding", "linear")
+"""Students whose far part is a sum without forgetting or a denominator of its own."""
 ROOM = 1.25
 """Bytes that a conversion takes beside the weights, as a factor of them, at the least."""
 _INSTRUCT = re.compile(r"instruct|chat|[-_]it\b", re.IGNORECASE)
@@ -77,8 +79,20 @@ def recipe_for(
         f"{shapes.kv_heads} key/value groups each",
         f"settings for {place}, from the recipe {GPU_RECIPE if gpu else CPU_RECIPE}: {' '.join(shown)}",
         why,
+        *_reach(recipe, positions),
     )
     return ChosenRecipe(recipe, reasons)
+
+
+def _reach(recipe: Recipe, positions: int | None) -> list[str]:
+    """That a student whose far part grows with the text fails beyond the rows that it was trained on."""
+    trained = recipe.data.seq_len
+    if recipe.student.name not in GROWING or positions is None or positions <= trained:
+        return []
+    return [
+        f"for texts of up to {trained:,} tokens, the rows it is trained on; for longer ones set data.seq_len, or "
+        "student.name=terrace_gated, which holds beyond its rows (docs/STUDENTS.md)"
+    ]
 
 
 def run_folder(model: str) -> str:
