@@ -132,13 +132,17 @@ def test_an_unknown_recipe_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'llama3_1_8b'" in _fails(["linearize", "llama3_1"], 2, capsys)
 
 
-@pytest.mark.parametrize("content", ["", '{"text": "cut', '{"other": "column"}\n' * 30, "caf\xe9 \xff" * 50])
-def test_bad_data_files_exit_1(
-    content: str, tmp_path: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [("", 2), ('{"text": "cut', 1), ('{"other": "column"}\n' * 30, 1), ("caf\xe9 \xff" * 50, 1)],
+)
+def test_bad_data_files_are_named(
+    content: str, code: int, tmp_path: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One that is empty is a mistake of the command line."""
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content.encode("latin-1"))
-    assert str(path) in _fails(["transfer", "demo", *tiny_overrides, f"data.path={path}"], 1, capsys)
+    assert str(path) in _fails(["transfer", "demo", *tiny_overrides, f"data.path={path}"], code, capsys)
 
 
 def test_mistakes_that_show_later_exit_1(
