@@ -87,8 +87,8 @@ class Rows:
         books: Path,
         tokenizer: Any,
         below: int,
-        columns: dict[str, tuple[int, int, int]] = TEXTS,
-        copies: dict[str, int] = COPIES,
+        columns: dict[str, tuple[int, int, int]],
+        copies: dict[str, int],
     ) -> None:
         texts = [json.loads(line)["text"] for line in books.read_text(encoding="utf-8").splitlines() if line.strip()]
         self.books: list[Tensor] = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import LlamaForCausalLM, StaticCache
 
 from trenchcoat.bench.benchmark import Benchmark, Settings, at_least, at_most, grid, listed
 from trenchcoat.bench.llama import SMALL_LLAMA, random_llama
@@ -27,7 +27,7 @@ from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.generation.generate import PREFILL_TOKENS, Session
 from trenchcoat.models import embedded
 from trenchcoat.models.attach import attach_students, set_mode, set_state_dtype
-from trenchcoat.models.cache import cache_nbytes
+from trenchcoat.models.cache import cache_nbytes, new_cache
 from trenchcoat.runtime.memory import live_tensor_memory
 
 
@@ -66,7 +66,7 @@ class Decoder:
     def started(self, kind: str, context: int, rows: int = 1, room: int = 0) -> Any:
         """A cache filled with `context` random tokens, the same in each row; `kind`: student, dynamic or static."""
         set_mode(self.model, "student" if kind == "student" else "teacher")
-        cache: Any = DynamicCache(config=self.model.config)
+        cache: Any = new_cache(self.model)
         ids = torch.randint(SMALL_LLAMA.vocab, (1, context), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             for piece in ids.to(self.device).split(PREFILL_TOKENS, 1):
@@ -185,7 +185,7 @@ def _drift(sizes: DecodeSizes, device: str) -> dict[str, dict[str, dict[str, flo
     layers)."""
     models = {"float64": _embedded(device).double(), "float32": _embedded(device)}
     models["bfloat16"] = models["float32"]
-    caches: dict[str, Any] = {name: DynamicCache(config=model.config) for name, model in models.items()}
+    caches: dict[str, Any] = {name: new_cache(model) for name, model in models.items()}
     found: dict[str, dict[str, dict[str, float]]] = {"float32": {}, "bfloat16": {}}
     recent: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)

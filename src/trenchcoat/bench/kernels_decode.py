@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from trenchcoat.bench.benchmark import Target, at_least, at_most
@@ -25,7 +25,7 @@ from trenchcoat.bench.kernel_part import KernelPart, Measurement
 from trenchcoat.bench.llama import LLAMA_8B, TINY_LLAMA, TOY_LLAMA, LlamaShape, random_llama
 from trenchcoat.bench.timing import Ceilings, Timer, attempt, captured, repeated
 from trenchcoat.models.attach import set_mode, students_of
-from trenchcoat.models.cache import state_layer
+from trenchcoat.models.cache import new_cache, state_layer
 
 SOFTMAX_CACHE = "buffers of exactly the context, PyTorch's attention without a mask, CUDA graph"
 
@@ -76,7 +76,7 @@ def softmax_cache(model: Any, rows: int, context: int) -> Cache:
 
 def student_cache(model: Any, rows: int, context: int) -> Cache:
     """Random students' states after `context` tokens."""
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     for index, student in students_of(model).items():
         state = student.empty_state(rows, dtype=model.dtype, device=model.device)
         for name, tensor in state.tensors().items():

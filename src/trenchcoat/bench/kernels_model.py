@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from trenchcoat.bench.benchmark import Target, at_least, at_most
 from trenchcoat.bench.kernel_part import KernelPart, Measurement
@@ -25,6 +24,7 @@ from trenchcoat.bench.timing import Ceilings, Timer
 from trenchcoat.bench.transfer import TransferStep
 from trenchcoat.config import LoraConfig
 from trenchcoat.models.attach import set_mode
+from trenchcoat.models.cache import new_cache
 from trenchcoat.models.lora import add_lora
 from trenchcoat.students import Mode
 from trenchcoat.training.objectives import next_token_objective
@@ -98,7 +98,7 @@ def _lora(sizes: ModelSizes, timer: Timer, rows: int, tokens: int) -> dict[str, 
 def prefill(model: Any, ids: torch.Tensor, mode: Mode) -> torch.Tensor:
     """Prefill a new cache with tokens [B, T]; returns logits [B, 1, vocabulary] of the last."""
     set_mode(model, mode)
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     logits: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits
 

@@ -92,7 +92,12 @@ class ServeBenchmark(Benchmark[ServeSizes]):
         """First token, tokens a second and memory of a request, by context."""
         prompts = Prompts()
         found: dict[str, dict[str, Any]] = {}
-        facts: dict[str, Any] = {"engine": "a running server" if settings.url else settings.engine or ENGINES[0]}
+        facts: dict[str, Any] = {
+            "engine": "a running server" if settings.url else settings.engine or ENGINES[0],
+            "tokens": sizes.tokens,
+            "clients": sizes.clients,
+            "by_context": found,
+        }
         with tempfile.TemporaryDirectory() as name:
             for group in _servers(settings, sizes, Path(name)):
                 with group as servers:
@@ -100,14 +105,14 @@ class ServeBenchmark(Benchmark[ServeSizes]):
                         settings.say(f"{context} tokens: {' and '.join(servers)}")
                         figures = _asked(servers, context, sizes, prompts)
                         found.setdefault(str(context), {}).update(figures)
-                        settings.keep({**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found})
+                        settings.keep(facts)
                     for kind, served in servers.items():
                         longest = served.capacity()
                         if longest is not None:
                             facts.setdefault("requests_in_cache", {}).setdefault(kind, []).append(longest)
             for kind, lengths in facts.get("requests_in_cache", {}).items():
                 lengths += _capacities(kind, settings, sizes, Path(name))
-        return {**facts, "tokens": sizes.tokens, "clients": sizes.clients, "by_context": found}
+        return facts
 
     def table(self, record: dict[str, Any]) -> list[str]:
         """A row for each context and kind."""

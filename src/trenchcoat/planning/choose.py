@@ -23,6 +23,7 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.config.units import GIB
 from trenchcoat.models.shapes import Shapes, find_config, shapes_of
 from trenchcoat.runtime.machine import free_memory
+from trenchcoat.students import STUDENTS
 
 GPU_RECIPE, CPU_RECIPE = "llama3_1_8b", "smollm2_135m"
 """The built-in recipes that the settings come from."""
@@ -30,8 +31,6 @@ INSTRUCT_DATA, BASE_DATA = "yahma/alpaca-cleaned", "emozilla/pg19"
 """Hub ids of the default text."""
 CHECKPOINTED = 1e9
 """Parameters from which stage 2 recomputes activations in the backward pass."""
-GROWING = ("terrace", "sliding", "linear")
-"""Students whose far part is a sum without forgetting or a denominator of its own."""
 ROOM = 1.25
 """Bytes that a conversion takes beside the weights, as a factor of them, at the least."""
 _INSTRUCT = re.compile(r"instruct|chat|[-_]it\b", re.IGNORECASE)
@@ -87,7 +86,7 @@ def recipe_for(
 def _reach(recipe: Recipe, positions: int | None) -> list[str]:
     """That a student whose far part grows with the text fails beyond the rows that it was trained on."""
     trained = recipe.data.seq_len
-    if recipe.student.name not in GROWING or positions is None or positions <= trained:
+    if not STUDENTS[recipe.student.name].grows or positions is None or positions <= trained:
         return []
     return [
         f"for texts of up to {trained:,} tokens, the rows it is trained on; for longer ones set data.seq_len, or "

@@ -29,14 +29,18 @@ class StudentEntry:
     """Fields of `StudentConfig` without a meaning for it: a recipe that sets them for it is refused."""
     whole_layers: bool = False
     """Whether it takes the place of whole layers, none of whose groups can then be kept alone."""
+    grows: bool = False
+    """Whether its far part's share grows with the text, so that it fails beyond the rows that it was trained on."""
 
 
 _NO_MAPS = ("feature_map", "tied", "key_maps", "affine")
 
 STUDENTS: dict[str, StudentEntry] = {
-    "terrace": StudentEntry("trenchcoat.students.window.TerraceAttention"),
-    "sliding": StudentEntry("trenchcoat.students.window.SlidingAttention"),
-    "linear": StudentEntry("trenchcoat.students.linear.LinearAttention", ("window", "affine", "mix_init", "sinks")),
+    "terrace": StudentEntry("trenchcoat.students.window.TerraceAttention", grows=True),
+    "sliding": StudentEntry("trenchcoat.students.window.SlidingAttention", grows=True),
+    "linear": StudentEntry(
+        "trenchcoat.students.linear.LinearAttention", ("window", "affine", "mix_init", "sinks"), grows=True
+    ),
     "window_sinks": StudentEntry(
         "trenchcoat.students.window.WindowSinksAttention", ("feature_map", "tied", "key_maps", "affine", "mix_init")
     ),
