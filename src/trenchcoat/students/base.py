@@ -94,6 +94,8 @@ class StudentAttention(nn.Module):
     """Whether the calls below are given `x_BTM`, the layer's input."""
     replaces_layer: ClassVar[bool] = False
     """Whether it takes the place of the layer's `self_attn`, projections included."""
+    heads_apart: ClassVar[bool] = True
+    """Whether every parameter is one tensor a head, heads first, so that processes can share the heads."""
     attention_rows: ClassVar[bool] = False
     """Whether `learn` can compare attention rows (`transfer.xent_weight`)."""
 

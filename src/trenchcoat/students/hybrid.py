@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,6 +164,21 @@ class HybridAttention(StudentAttention):
         return outputs[0] if count == 1 else torch.cat(outputs, 2)
 
     @torch.no_grad()
+    def decode_rows(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], **given: Any
+    ) -> Tensor:
+        """See :meth:`StudentAttention.decode_rows`. All rows are one call on copies of the states: a copy takes less
+        time than a call's many small operations."""
+        if len(states) == 1:
+            return self.decode(q_BHTD, k_BGTD, v_BGTE, state=states[0], **given)
+        each = [state.tensors() for state in states]
+        whole = states[0].replaced({name: torch.cat([tensors[name] for tensors in each]) for name in each[0]})
+        y = self.decode(q_BHTD, k_BGTD, v_BGTE, state=whole, **given)
+        for row, state in enumerate(states):
+            state.copy_(whole.replaced({name: t[row : row + 1] for name, t in whole.tensors().items()}))
+        return y
+
+    @torch.no_grad()
     def initialise(
         self, tokens: Tokens, y_BHTE: Tensor, *, scale: float, softcap: float | None = None,
         sink_logit: Tensor | None = None, **input: Tensor,
@@ -193,12 +209,18 @@ class HybridAttention(StudentAttention):
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""
-        if self.cfg.impl not in ("auto", "chunkwise"):
+        if self.cfg.impl in ("reference", "fla"):
             raise ValueError(
-                f"student.impl is {self.cfg.impl}, but {self.cfg.name!r} runs in chunks in PyTorch only; use "
-                "student.impl=chunkwise, or auto"
+                f"student.impl is {self.cfg.impl}, but the far part of {self.cfg.name!r} runs in chunks in PyTorch; "
+                "use student.impl=chunkwise, or auto, triton or compiled for a window on kernels"
             )
+        self._near_impl(dtype, device)
         return "chunkwise"
+
+    def _near_impl(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The implementation of the window, by `student.impl` (`fla`: that of `auto`)."""
+        shape = fused.LayerShape(dtype, self._rule(1.0), self.head_dim, self.value_dim)
+        return fused.implementation("auto" if self.cfg.impl == "fla" else self.cfg.impl, device, None, shape)
 
     def flops(self, seq_len: int) -> Flops:
         """As :meth:`StudentAttention.flops`, with the gates among the maps."""
@@ -209,12 +231,14 @@ class HybridAttention(StudentAttention):
     def _near(
         self, tokens: Tokens, sink_logit: Tensor | None, rule: Rule, state: StudentState | None
     ) -> tuple[Tensor, Any]:
-        """The window's outputs and the state after them: on CPUs by the compiled kernels, if `student.impl` is auto."""
-        like, impl = tokens.q_BHTD, "chunkwise"
-        if self.cfg.impl == "auto" and like.device.type == "cpu":
-            shape = fused.LayerShape(like.dtype, rule, self.head_dim, self.value_dim)
-            impl = fused.implementation("auto", like.device, None, shape)
-        return linear_window_attention(tokens, None, self._weights(like, sink_logit), rule, state=state, impl=impl)
+        """The window's outputs and the state after them."""
+        like = tokens.q_BHTD
+        heads, impl = self._weights(like, sink_logit), self._near_impl(like.dtype, like.device)
+        if impl == "triton":
+            from trenchcoat.ops.triton.attention import attend
+
+            return attend(tokens, None, heads, rule, state=state)
+        return linear_window_attention(tokens, None, heads, rule, state=state, impl=impl)
 
     def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
         logit_BHT = self.mix_bias_H[:, None]
