@@ -158,7 +158,7 @@ def same_state(found: GatedState, wanted: GatedState, allowed: float) -> None:
         assert error(found.tensors()[name], value) <= allowed, name
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [1, 3, 20])
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_token_by_token_it_is_the_definition(case: Case, step: int, calls: list[int]) -> None:
     """And the state is that of PyTorch's steps, in float64."""

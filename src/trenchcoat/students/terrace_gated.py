@@ -36,7 +36,7 @@ from trenchcoat.ops.compiled.decode import Gates, Kept, StatePages, decode, deco
 from trenchcoat.ops.decode import chunks_due
 from trenchcoat.ops.state import rounded
 from trenchcoat.students import fused
-from trenchcoat.students.hybrid import FEW, LEAST_MIX, MOST_MIX, HybridAttention, InputGate
+from trenchcoat.students.hybrid import LEAST_MIX, MOST_MIX, HybridAttention, InputGate
 
 CAP = 15.0
 """Largest logarithm of an input gate."""
@@ -138,9 +138,8 @@ class TerraceGatedAttention(HybridAttention):
         sink_logit: Tensor | None = None,
         **scores: Any,
     ) -> Tensor:
-        """See :meth:`StudentAttention.decode`: by the compiled kernels where they can, else :class:`HybridAttention`'s.
-        More than `FEW` tokens go through `forward`."""
-        if q_BHTD.shape[2] > FEW or not self.decodes_kept(q_BHTD, state):
+        """See :meth:`StudentAttention.decode`: by the compiled kernels where they can, else as its base class does."""
+        if not self.decodes_kept(q_BHTD, state):
             given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
             return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
         maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, sink_logit, scores)
