@@ -472,9 +472,7 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
 
     found = engine.run(step)
     CONTEXT.attn_metadata = None
-    found.append(
-        attention((engine.q[0], engine.k[0], engine.v[0]), engine.x[0])
-    )  # before there is a cache
+    found.append(attention((engine.q[0], engine.k[0], engine.v[0]), engine.x[0]))  # before there is a cache
     for request, y in zip((0, 1, 2, 0), found, strict=True):
         q, k, v = (x[request].unflatten(-1, (-1, DIM)) for x in (engine.q, engine.k, engine.v))
         expected = q.clone()
