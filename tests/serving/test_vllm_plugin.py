@@ -131,14 +131,15 @@ def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bo
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["hedgehog", "terrace_gated"])
 @torch.no_grad()
-def test_kernels_decode_states_of_half_the_size_in_pages() -> None:
+def test_kernels_decode_states_of_half_the_size_in_pages(name: str) -> None:
     """As PyTorch does, whose sums are rounded by the same thresholds."""
     found = {}
     for impl in ("chunkwise", "compiled"):
         for parts in (1, 2):
             torch.manual_seed(5)
-            student = random_student(dataclasses.replace(STUDENTS["hedgehog"], impl=impl))
+            student = random_student(dataclasses.replace(STUDENTS[name], impl=impl))
             student.state_dtype = torch.bfloat16
             found[impl, parts] = page_outputs(student, raws(student, parts), ([3, 1, 4], [0, 4, 2])[:parts], True)
     for others in (("compiled", 1), ("compiled", 2), ("chunkwise", 2)):

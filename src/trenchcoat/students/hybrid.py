@@ -24,6 +24,7 @@ from torch.nn.functional import linear, normalize
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import HeadWeights, Rule, StudentState, Tokens, linear_window_attention
 from trenchcoat.ops.decode import decode
+from trenchcoat.ops.state import known_rule
 from trenchcoat.students import fused
 from trenchcoat.students.base import Flops, StudentAttention
 
@@ -254,19 +255,22 @@ class HybridAttention(StudentAttention):
         share = self.num_heads // x_BGTD.shape[1]
         return x_BGTD if share == 1 else x_BGTD.repeat_interleave(share, 1)
 
-    def _direction(self, x_BTM: Tensor | None, like: Tensor) -> Tensor:
+    def input_of(self, x_BTM: Tensor | None, like: Tensor) -> Tensor:
+        """The layer's input, where q (`like`) is; ValueError if there is none."""
         if x_BTM is None:
             raise ValueError(f"student {self.cfg.name!r} reads the layer's input: call it with x_BTM [B, T, M]")
-        return normalize(x_BTM.to(like.device, self.mix_bias_H.dtype), dim=-1)
+        return x_BTM if x_BTM.device == like.device else x_BTM.to(like.device)
+
+    def _direction(self, x_BTM: Tensor | None, like: Tensor) -> Tensor:
+        return normalize(self.input_of(x_BTM, like).to(self.mix_bias_H.dtype), dim=-1)
 
     def _weights(self, like: Tensor, sink_logit: Tensor | None) -> HeadWeights:
         return HeadWeights(torch.zeros(self.num_heads, dtype=torch.float32, device=like.device), sink_logit)
 
-    def _rule(self, scale: float, softcap: float | None = None) -> Rule:
-        """The near part alone."""
-        return Rule(
-            kind=self.kind, window=self.cfg.window, scale=scale, softcap=softcap, sinks=self.cfg.sinks, far=False
-        )
+    def _rule(self, scale: float, softcap: float | None = None, far: bool = False) -> Rule:
+        """By default that of the near part alone."""
+        cfg = self.cfg
+        return known_rule(kind=self.kind, window=cfg.window, scale=scale, softcap=softcap, sinks=cfg.sinks, far=far)
 
 
 def _open(tokens: Tokens, rule: Rule, seen_B: Tensor | None) -> Tensor:
