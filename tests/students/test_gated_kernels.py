@@ -396,3 +396,16 @@ def test_the_layers_input_is_needed_only_for_the_far_part() -> None:
         student.decode(**span(given, 0, 1), state=state, scale=SCALE)
     student.far_enabled = False
     student.decode(**span(given, 0, 1), state=state, scale=SCALE)
+
+
+def test_the_layers_input_may_be_of_any_type_and_order_in_memory() -> None:
+    case = Case()
+    student, given = case.made(), case.given()
+    x = given.pop("x_BTM").to(torch.bfloat16)
+    found = []
+    turned = (x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1))
+    for each in (x.float(), x, x.double(), *turned):
+        state = student.empty_state(case.batch, dtype=torch.float32)
+        found.append(student.decode(**given, x_BTM=each, state=state, scale=SCALE))
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0], rtol=0, atol=1e-6)
