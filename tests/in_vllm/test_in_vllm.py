@@ -153,7 +153,7 @@ def test_a_family_without_a_class_is_refused(tmp_path: Path) -> None:
 
     path = save_merged(tmp_path / "merged", "terrace")
     settings = json.loads((path / "config.json").read_text())
-    changes = {"architectures": ["LinearizedQwen3ForCausalLM"], "model_type": "linearized_qwen3"}
+    changes = {"architectures": ["LinearizedOlmo2ForCausalLM"], "model_type": "linearized_olmo2"}
     (path / "config.json").write_text(json.dumps({**settings, **changes}))
     with pytest.raises(ValueError, match="no class for vLLM"):
         engine(path)
