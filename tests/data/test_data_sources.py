@@ -185,7 +185,11 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
             r"schema.jsonl, line 1: found the columns question, label; expected instruction and output .*or text, or",
         ),
         ("number.jsonl", b'{"text": 5}\n', r"line 1: column 'text' holds int; expected a string"),
-        ("null.parquet", parquet([{"text": "a", "n": 1}, {"text": None, "n": 2}]), r"row 2: found the columns text, n"),
+        (
+            "null.parquet",
+            parquet([{"text": "a", "n": 1}, {"text": None, "n": 2}]),
+            r"row 2: found the columns text, n \(text: null\); expected",
+        ),
         ("empty_text.jsonl", b'{"text": " "}\n', r"line 1: column 'text' is empty"),
     ],
 )
