@@ -96,6 +96,15 @@ def test_wrong_usage(made: Path, options: list[str], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
+def test_a_complete_model_has_no_adapter_to_write(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(made / "adapter"), "--merge", "--out", str(tmp_path / "whole")]) == 0
+    assert cli.main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "adapter")]) == 1
+    assert "is a complete model, which holds no adapter to write: give --merge" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
 OPENS = """
 import torch
 from transformers import AutoModelForCausalLM
