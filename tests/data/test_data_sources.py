@@ -361,3 +361,19 @@ def test_values_that_cannot_be_read_are_bad_rows(load: Loader, tmp_path: Path) -
         batches = load("rows.parquet", content, streaming=streaming, on_bad_row="skip")
         read_all(batches)
         assert batches.counts["skipped/unreadable"] >= 1
+
+
+def test_each_text_file_of_a_folder_is_one_document(load: Loader) -> None:
+    folder = load.folder / "my [essays]"
+    folder.mkdir()
+    for name in ("b.txt", "a.TXT", "c.txt"):
+        (folder / name).write_text("".join(f"{name} line {i}\n" for i in range(5)))
+    (folder / "README.md").write_text("notes")
+    batches = load(folder.name, validation_rows=1)
+    assert batches.counts["rows_read"] == 3
+    held = "".join(load.tokenizer.decode(batch["input_ids"][0]) for batch in batches.validation())
+    assert held.startswith("a.TXT line 0\na.TXT")
+    split = load.folder / "split"
+    split.mkdir()
+    (split / "train.txt").write_text("some words\n" * 9)
+    assert load(split.name, validation_rows=1).counts["rows_read"] == 9

@@ -20,7 +20,7 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batches
-from trenchcoat.data.files import is_file_path, is_text_path, split_sample
+from trenchcoat.data.files import documents, is_file_path, is_text_path, split_sample
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
     Source,
@@ -179,6 +179,7 @@ def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:
     if cfg.path == "embedded":
         return embedded_source("train"), validation or embedded_source("validation"), 0
     path, rows = split_sample(cfg.path)
+    path = documents(path)
     if is_text_path(path) and validation is None:
         return split_text_source(path, cfg.validation_fraction or TEXT_HELD_OUT), None, 1
     hold = cfg.validation_rows if cfg.validation_fraction is None else cfg.validation_fraction
@@ -194,6 +195,7 @@ def _validation_source(path: str, cfg: DataConfig) -> Source:
     if path == "embedded":
         return embedded_source("validation")
     path, rows = split_sample(path)
+    path = documents(path)
     if is_file_path(path):
         return subsampled(file_source(path), rows)
     splits = dataset_splits(path, None)
