@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from trenchcoat.bench.registry import load_benchmark, run_benchmark
+from trenchcoat.config import UsageError
 
 
 def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
@@ -31,3 +34,13 @@ def test_quick_measurement_is_written_and_printed(tmp_path: Path) -> None:
     assert "same memory" in text
     assert "<= 1 " in text
     assert {row["met"] for row in load_benchmark("decode").judged(result)} <= {True, False}
+
+
+def test_some_parts_alone() -> None:
+    benchmark = load_benchmark("decode")
+    text = run_benchmark("decode", quick=True, only=["prompts"])
+    assert "prompt, in chunks" in text
+    assert "context" not in text.replace("longest context", "")
+    assert {row["why"] for row in benchmark.judged({"model": {}})} == {"not measured"}
+    with pytest.raises(UsageError, match="names 'speed'; its parts are contexts, batch, drift, prompts"):
+        run_benchmark("decode", quick=True, only=["speed"])

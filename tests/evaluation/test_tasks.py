@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from trenchcoat.cli import app as cli
 from trenchcoat.config import UserError
@@ -17,6 +19,18 @@ from trenchcoat.evaluation import tasks
 from trenchcoat.evaluation.task_results import TaskResults
 from trenchcoat.models import hub
 
+HYBRIDS = {
+    "Qwen3_5TextConfig": {"layer_types": ["linear_attention", "full_attention"]},
+    "Qwen3NextConfig": {
+        "layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    },
+    "OlmoHybridConfig": {"layer_types": ["linear_attention", "full_attention"]},
+}  # fmt: skip
+"""Models with linear layers that others publish, in classes of Transformers -> sizes."""
+LINEAR_HEADS = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2) | dict.fromkeys(
+    ("linear_key_head_dim", "linear_value_head_dim"), 8
+)
 PROBE_OPTIONS = ["--probe-lengths", "1,2", "--probe-rows", "2", "--trained-length", "64"]
 
 
@@ -101,6 +115,33 @@ def test_a_merged_folder_has_no_teacher(
     assert cli.main([*arguments, "--teacher", str(tiny_model_dir), "--out", str(out)]) == 0
     assert set(TaskResults.load(out).probes["recall"].shares) == {"student", "far_off", "teacher"}
     assert not (tmp_path / "merged" / "tasks.json").exists()
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_models_of_others_are_scored_and_compared(
+    name: str, tiny_model_dir: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "eos_token_id": None,
+    }
+    config = getattr(transformers, name)(**{**sizes, **LINEAR_HEADS, **HYBRIDS[name]})
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "other")
+    transformers.AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "other")
+    out = tmp_path / "found.json"
+    common = ["eval", str(tmp_path / "other"), "--tasks", "copy", *PROBE_OPTIONS, "--device", "cpu"]
+    text = [f"data.path={text_file}", "data.format=text", "data.validation_rows=10"]
+    assert cli.main([*common, "--teacher", str(tiny_model_dir), "--out", str(out), *text]) == 0
+    assert set(TaskResults.load(out).probes["copy"].shares) == {"student", "teacher"}
+    assert "so it holds no teacher" in _fails([*common, *text, "--teacher"], 1, capsys)
 
 
 def test_mistakes_are_one_line(

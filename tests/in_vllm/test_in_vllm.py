@@ -68,7 +68,8 @@ def test_every_student_and_kept_groups_and_layers(student: str, folder: Folder) 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_families(family: str, folder: Folder) -> None:
-    check(folder("groups", family))
+    """With a student that reads the layer's input, which every family's class has to hand over."""
+    check(folder("gated_groups", family))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_requests_that_are_preempted(folder: Folder) -> None:
     assert found == [tokens for tokens, _ in expected(path, asked)]
 
 
-@pytest.mark.parametrize("student", ["terrace", "layers", "groups"])
+@pytest.mark.parametrize("student", ["terrace", "layers", "groups", "gated_groups"])
 def test_a_cached_prefix_is_not_computed_again(student: str, folder: Folder) -> None:
     path, wanted = folder(student)
     llm = engine(path, enable_prefix_caching=True)
@@ -107,13 +108,15 @@ def test_a_cached_prefix_is_not_computed_again(student: str, folder: Folder) -> 
     gc.collect()
 
 
+@pytest.mark.parametrize("student", ["groups", "gated_groups"])
 @pytest.mark.parametrize("options", [{"compilation_config": {"mode": 3, "backend": "eager"}}, {}], ids=str)
-def test_compiled(options: dict[str, Any], folder: Folder) -> None:
-    check(folder("groups"), enforce_eager=False, **options)
+def test_compiled(options: dict[str, Any], student: str, folder: Folder) -> None:
+    check(folder(student), enforce_eager=False, **options)
 
 
-def test_two_processes_share_the_heads(folder: Folder) -> None:
-    check(folder("groups"), tensor_parallel_size=2, gpu_memory_utilization=0.2)
+@pytest.mark.parametrize("student", ["groups", "gated_groups"])
+def test_two_processes_share_the_heads(student: str, folder: Folder) -> None:
+    check(folder(student), tensor_parallel_size=2, gpu_memory_utilization=0.2)
 
 
 def test_states_of_half_the_size(folder: Folder) -> None:

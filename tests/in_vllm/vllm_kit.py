@@ -37,6 +37,10 @@ STUDENTS = {
     "layers": replace(TERRACE, keep_softmax=(1,)),
     "groups": replace(TERRACE, keep=("0.1", "2.0", "2.3")),
     "mixed": replace(TERRACE, keep=("0.1", "0.2", "1")),
+    "gated": replace(TERRACE, name="terrace_gated", sinks=4),
+    "gated_groups": replace(TERRACE, name="terrace_gated", sinks=4, keep=("0.1", "2.0", "2.3")),
+    "gdn": replace(TERRACE, name="gdn"),
+    "lightning": replace(TERRACE, name="lightning", sinks=4),
 }
 
 

@@ -201,11 +201,13 @@ def test_a_kept_group_needs_the_mask_of_its_cache() -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize(
-    ("family", "padded", "layers"),
-    [("llama", False, 2), ("llama", True, 0), ("granite", False, 2), ("gemma2", False, 1), ("mistral", False, 0)],
-)
+    ("name", "family", "padded", "layers"),
+    [("terrace", "llama", False, 2), ("terrace", "llama", True, 0), ("terrace", "granite", False, 2),
+     ("terrace", "gemma2", False, 1), ("terrace", "mistral", False, 0), ("terrace_gated", "llama", False, 2),
+     ("terrace_gated", "llama", True, 0), ("terrace_gated", "gemma2", False, 1)],
+)  # fmt: skip
 def test_one_call_of_the_kernels_decodes_both_parts(
-    family: str, padded: bool, layers: int, monkeypatch: pytest.MonkeyPatch
+    name: str, family: str, padded: bool, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`layers` of the two decode the student and its kept groups together (not those with padding or with a sliding
     window of the model's own); all give what PyTorch gives in two calls."""
@@ -221,9 +223,11 @@ def test_one_call_of_the_kernels_decodes_both_parts(
     ids, mask = tokens(2, 61), torch.ones(2, 61, dtype=torch.int64)
     mask[0, : 3 if padded else 0] = 0
     found = {}
-    for impl in ("exact", "chunkwise", "compiled"):
+    implementations = {"exact": "reference" if name == "terrace" else "chunkwise"}
+    implementations |= {"chunkwise": "chunkwise", "compiled": "auto"}
+    for impl, asked in implementations.items():
         model = tiny_model(family).to(torch.float64 if impl == "exact" else torch.float32)
-        attach_students(model, replace(STUDENT, impl=impl.replace("exact", "reference"), keep=("0.1", "1.0")))
+        attach_students(model, replace(STUDENT, name=name, impl=asked, keep=("0.1", "1.0")))
         set_mode(model, "student")
         together.clear()
         past, pieces = DynamicCache(config=model.config), []

@@ -33,7 +33,7 @@ from trenchcoat.serving.vllm_plugin.pages import PageLayout, Pages, StepRequests
 from trenchcoat.serving.vllm_plugin.shares import Share, every_share, free_at_once, kept_at_once, settle_heads
 from trenchcoat.students import StudentAttention, build_student
 
-HEADS, GROUPS, DIM = 4, 2, 8
+HEADS, GROUPS, DIM, WIDTH = 4, 2, 8, 32
 SMALL = FeatureMapConfig(feature_dim=6)
 STUDENTS = {
     "terrace": StudentConfig(window=4, feature_map=SMALL),
@@ -43,11 +43,15 @@ STUDENTS = {
     "window_sinks": StudentConfig(name="window_sinks", window=4, sinks=2),
     "per_kv_head": StudentConfig(window=4, feature_map=SMALL, key_maps="per_kv_head"),
     "hedgehog": StudentConfig(window=4, sinks=2, feature_map=FeatureMapConfig(name="hedgehog", feature_dim=6)),
+    "terrace_gated": StudentConfig(name="terrace_gated", window=4, sinks=2, feature_map=SMALL),
+    "gdn": StudentConfig(name="gdn", window=4, sinks=2),
+    "lightning": StudentConfig(name="lightning", window=4, sinks=2),
 }
 
 
 def random_student(cfg: StudentConfig, heads: int = HEADS, groups: int = GROUPS) -> StudentAttention:
-    student = build_student(cfg, num_heads=heads, num_kv_heads=groups, head_dim=DIM).eval().requires_grad_(False)
+    sizes = {"num_heads": heads, "num_kv_heads": groups, "head_dim": DIM, "hidden_size": WIDTH}
+    student = build_student(cfg, **sizes).eval().requires_grad_(False)
     for parameter in student.parameters():
         parameter.copy_(torch.randn_like(parameter))
     return student
@@ -62,8 +66,9 @@ class Engine:
     """Requests of several lengths that arrive, prefill in chunks, decode together and finish, as in a server."""
 
     def __init__(self, lengths: list[int], pieces: list[list[int]], dtype: torch.dtype = torch.float32) -> None:
-        self.q, self.k, self.v = (
-            [torch.randn(length, heads * DIM).to(dtype) for length in lengths] for heads in (HEADS, GROUPS, GROUPS)
+        self.q, self.k, self.v, self.x = (
+            [torch.randn(length, width).to(dtype) for length in lengths]
+            for width in (HEADS * DIM, GROUPS * DIM, GROUPS * DIM, WIDTH)
         )
         self.pieces, self.done = pieces, [0] * len(lengths)
         self.lengths = lengths
@@ -76,20 +81,20 @@ class Engine:
             yield [request for request, _ in now], [count for _, count in now]
 
     def run(self, step: Any) -> list[Tensor]:
-        """Every request's outputs, by `step(q, k, v, requests, starts, lengths, decodes)`."""
+        """Every request's outputs, by `step(q, k, v, x, requests, starts, lengths, decodes)`."""
         outputs: list[list[Tensor]] = [[] for _ in self.lengths]
         for requests, counts in self.steps():
             spans = [slice(self.done[r], self.done[r] + n) for r, n in zip(requests, counts, strict=True)]
-            q, k, v = (
-                torch.cat([x[r][span] for r, span in zip(requests, spans, strict=True)])
-                for x in (self.q, self.k, self.v)
+            streams = (
+                torch.cat([stream[r][span] for r, span in zip(requests, spans, strict=True)])
+                for stream in (self.q, self.k, self.v, self.x)
             )
             starts = [0]
             for request, count in zip(requests, counts, strict=True):
                 starts.append(starts[-1] + count)
                 self.done[request] += count
             lengths = [self.done[r] for r in requests]
-            y = step(q, k, v, requests, starts, lengths, sum(n == 1 for n in counts))
+            y = step(*streams, requests, starts, lengths, sum(n == 1 for n in counts))
             for request, begin, end in zip(requests, starts, starts[1:], strict=False):
                 outputs[request].append(y[begin:end])
         assert self.done == self.lengths
@@ -104,9 +109,9 @@ def plan() -> Engine:
     return Engine([14, 18, 15], pieces)
 
 
-def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, **scores: Any) -> Tensor:
-    heads = [x.unflatten(-1, (-1, DIM)).transpose(0, 1)[None] for x in (q, k, v)]
-    y, _ = student(*heads, **scores)
+def whole(student: StudentAttention, q: Tensor, k: Tensor, v: Tensor, x: Tensor, **scores: Any) -> Tensor:
+    heads = [each.unflatten(-1, (-1, DIM)).transpose(0, 1)[None] for each in (q, k, v)]
+    y, _ = student(*heads, **scores, **({"x_BTM": x[None]} if student.uses_input else {}))
     return y[0].transpose(0, 1).flatten(1)
 
 
@@ -121,18 +126,20 @@ def test_steps_over_pages_give_what_whole_sequences_give(name: str, in_place: bo
     found = page_outputs(student, raw, slots, in_place)
     engine = plan()
     for request, y in enumerate(found):
-        expected = whole(student, engine.q[request], engine.k[request], engine.v[request], scale=0.3)
+        streams = (stream[request] for stream in (engine.q, engine.k, engine.v, engine.x))
+        expected = whole(student, *streams, scale=0.3)
         torch.testing.assert_close(y, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["hedgehog", "terrace_gated"])
 @torch.no_grad()
-def test_kernels_decode_states_of_half_the_size_in_pages() -> None:
+def test_kernels_decode_states_of_half_the_size_in_pages(name: str) -> None:
     """As PyTorch does, whose sums are rounded by the same thresholds."""
     found = {}
     for impl in ("chunkwise", "compiled"):
         for parts in (1, 2):
             torch.manual_seed(5)
-            student = random_student(dataclasses.replace(STUDENTS["hedgehog"], impl=impl))
+            student = random_student(dataclasses.replace(STUDENTS[name], impl=impl))
             student.state_dtype = torch.bfloat16
             found[impl, parts] = page_outputs(student, raws(student, parts), ([3, 1, 4], [0, 4, 2])[:parts], True)
     for others in (("compiled", 1), ("compiled", 2), ("chunkwise", 2)):
@@ -151,9 +158,11 @@ def page_outputs(student: StudentAttention, raw: list[Tensor], slots: Any, in_pl
     layout, engine = PageLayout.of(student, torch.float32, len(raw)), plan()
     pages = Pages(student, layout, tuple(raw), torch.float32, in_place)
 
-    def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, x: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int
+    ) -> Tensor:
         steps = [StepRequests(starts, lengths, [slot[r] for r in requests], decodes) for slot in slots]
-        return pages.attend((q, k, v), steps, scale=0.3)
+        return pages.attend((q, k, v), steps, x if student.uses_input else None, scale=0.3)
 
     others = [[page for page in range(5) if page not in slot] for slot in slots]
     untouched = [each[other].clone() for each, other in zip(raw, others, strict=True)]
@@ -181,20 +190,21 @@ def test_pages_are_aligned_and_as_large_as_the_state(name: str, dtype: torch.dty
 
 def test_the_state_of_llama_3_1_8b() -> None:
     """The sizes given in docs/SERVE.md."""
-    cfg = StudentConfig()
     with torch.device("meta"):
-        student = build_student(cfg, num_heads=32, num_kv_heads=8, head_dim=128)
+        sizes = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "hidden_size": 4096}
+        student = build_student(StudentConfig(name="terrace_gated"), **sizes)
     layout = PageLayout.of(student, torch.bfloat16)
     assert dict(zip(layout.names, layout.shapes, strict=True)) == {
-        "far_s_BKFE": (32, 128, 128), "far_z_BKF": (32, 128), "k_BGND": (8, 128, 128), "v_BGNE": (8, 128, 128),
+        "far_s_BKFE": (32, 128, 128), "far_z_BKF": (32, 128), "log_forget_BKN1": (32, 128, 1),
+        "log_input_BKN1": (32, 128, 1), "k_BGND": (8, 128, 128), "v_BGNE": (8, 128, 128),
     }  # fmt: skip
-    assert layout.dtypes == (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)
-    assert layout.nbytes == 2637824
+    assert layout.dtypes == (*[torch.float32] * 4, torch.bfloat16, torch.bfloat16)
+    assert layout.nbytes == 2670592
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("kept", [(), (1,), (0, 3)])
-@pytest.mark.parametrize("name", ["terrace", "per_kv_head", "linear"])
+@pytest.mark.parametrize("name", ["terrace", "per_kv_head", "linear", "terrace_gated"])
 @torch.no_grad()
 def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int, ...], ranks: int) -> None:
     """With fewer processes than key/value heads, as many, and more, where neighbours share one."""
@@ -204,7 +214,8 @@ def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int
     q, k, v = (torch.randn(1, heads, 13, DIM) for heads in (groups * each, groups, groups))
     heads = [group * each + head for group in free for head in range(each)]
     expected = torch.zeros_like(q)
-    expected[:, heads], _ = full(q[:, heads], k[:, free], v[:, free], scale=0.3)
+    given: dict[str, Any] = {"scale": 0.3, **({"x_BTM": torch.randn(1, 13, WIDTH)} if full.uses_input else {})}
+    expected[:, heads], _ = full(q[:, heads], k[:, free], v[:, free], **given)
     found = torch.zeros_like(q)
     for rank in range(ranks):
         share = Share(kept, groups * each, groups, rank, ranks)
@@ -212,12 +223,12 @@ def test_each_process_computes_its_share_of_the_heads(name: str, kept: tuple[int
         if not share.free:
             continue
         mine = random_student(STUDENTS[name], heads=len(share.free) * share.heads, groups=len(share.free))
-        for (_, own), (_, given) in zip(mine.named_parameters(), full.named_parameters(), strict=True):
-            own.copy_(share.of_student(given))
+        for (_, own), (_, parameter) in zip(mine.named_parameters(), full.named_parameters(), strict=True):
+            own.copy_(share.of_student(parameter))
         first = rank * (groups * each // ranks)
         query = [first + head for head in share.query_heads(share.free)]
         keys = [share.groups[group] for group in share.free]
-        found[:, query], _ = mine(q[:, query], k[:, keys], v[:, keys], scale=0.3)
+        found[:, query], _ = mine(q[:, query], k[:, keys], v[:, keys], **given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -263,6 +274,11 @@ class FakeAttention(nn.Module):
         sizes = (config.num_attention_heads, config.head_dim, config.head_dim**-0.5, config.num_key_value_heads)
         softcap = getattr(config, "attn_logit_softcapping", None)
         self.attn: Any = FakeKept(*sizes, logits_soft_cap=softcap, prefix=f"{prefix}.attn")
+
+    def forward(self, qkv: tuple[Tensor, ...], hidden_states: Tensor) -> Tensor:
+        """`qkv` in place of positions: what the projections would make of the input."""
+        assert hidden_states.shape == (qkv[0].shape[0], WIDTH)
+        return self.attn(*qkv)
 
 
 class FakeLayer(nn.Module):
@@ -399,12 +415,14 @@ def vllm_config(config: Any, **changes: Any) -> Any:
     return SimpleNamespace(**{name: SimpleNamespace(**section) for name, section in sections.items()}, **whole)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "terrace"), ("gemma2", "terrace"), ("llama", "terrace_gated"), ("llama", "gdn")]
+)
 @torch.no_grad()
-def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: Path) -> None:
+def test_a_merged_folder_in_the_vllm_classes(family: str, name: str, glue: Any, tmp_path: Path) -> None:
     """Weights load by their names in the folder, and each layer computes the same as in our own model."""
-    ours, folder = merged(family, tmp_path / "merged", STUDENTS["terrace"])
-    settings = vllm_config(auto.linearized_config(ours.config, STUDENTS["terrace"]))
+    ours, folder = merged(family, tmp_path / "merged", STUDENTS[name])
+    settings = vllm_config(auto.linearized_config(ours.config, STUDENTS[name]))
     kind = getattr(glue, MODELS[f"Linearized{family.title()}ForCausalLM"].split(":")[1])
     model = kind(vllm_config=settings)
     assert (model.has_inner_state, model.is_hybrid, model.supports_mamba_prefix_caching) == (True, True, True)
@@ -419,7 +437,7 @@ def test_a_merged_folder_in_the_vllm_classes(family: str, glue: Any, tmp_path: P
     assert kind.get_mamba_state_shape_from_config(settings) == layer.caches[0].get_state_shape()
     assert kind.get_mamba_state_dtype_from_config(settings) == layer.caches[0].get_state_dtype()
     assert layer.scores == {"scale": DIM**-0.5, "softcap": 3.0 if family == "gemma2" else None}
-    check_layer(layer, layer, ours.model.layers[1].self_attn.student, slice(None))
+    check_layer(model.model.layers[1].self_attn, layer, ours.model.layers[1].self_attn.student, slice(None))
 
 
 def load(model: nn.Module, stored: dict[str, Tensor]) -> None:
@@ -431,7 +449,8 @@ def load(model: nn.Module, stored: dict[str, Tensor]) -> None:
 
 
 def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: Any) -> None:
-    """Several requests over pages in `attention`, whose `heads` are those of `layer`, a `StudentLayer`."""
+    """Several requests over pages in `attention`, a layer's `self_attn` whose `heads` are those of `layer`, a
+    `StudentLayer`."""
     engine, free, groups = plan(), range(HEADS)[heads], range(GROUPS)
     if student.kept is not None:
         groups = [group for group in range(GROUPS) if group not in student.kept.groups]
@@ -439,7 +458,9 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
         cache.bind_kv_cache(raw_pages(cache.get_state_shape()[0][0], 8))
     builder = layer.caches[0].get_attn_backend().get_builder_cls()()
 
-    def step(q: Tensor, k: Tensor, v: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int) -> Tensor:
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, x: Tensor, requests: list[int], starts: Any, lengths: Any, decodes: int
+    ) -> Tensor:
         CONTEXT.attn_metadata = {}
         for number, cache in enumerate(layer.caches):
             common = SimpleNamespace(
@@ -447,25 +468,26 @@ def check_layer(attention: Any, layer: Any, student: StudentAttention, heads: An
                 query_start_loc_cpu=torch.tensor([*starts, starts[-1]]),
             )  # fmt: skip
             CONTEXT.attn_metadata[cache.prefix] = builder.build(0, common)
-        padded = [torch.cat([x, x.new_ones(3, x.shape[1])]) for x in (q, k, v)]
-        return attention(*padded)[: q.shape[0]]
+        *qkv, x = (torch.cat([stream, stream.new_ones(3, stream.shape[1])]) for stream in (q, k, v, x))
+        return attention(qkv, hidden_states=x)[: q.shape[0]]
 
     found = engine.run(step)
     CONTEXT.attn_metadata = None
-    found.append(attention(engine.q[0], engine.k[0], engine.v[0]))  # before there is a cache: one request
+    found.append(attention((engine.q[0], engine.k[0], engine.v[0]), engine.x[0]))  # before there is a cache
     for request, y in zip((0, 1, 2, 0), found, strict=True):
         q, k, v = (x[request].unflatten(-1, (-1, DIM)) for x in (engine.q, engine.k, engine.v))
         expected = q.clone()
         inputs = (q[:, list(free)], k[:, list(groups)], v[:, list(groups)])
-        expected[:, list(free)] = whole(student, *(x.flatten(1) for x in inputs), **layer.scores).unflatten(
-            -1, (-1, DIM)
-        )
+        flat = (each.flatten(1) for each in inputs)
+        y_free = whole(student, *flat, engine.x[request], **layer.scores)
+        expected[:, list(free)] = y_free.unflatten(-1, (-1, DIM))
         torch.testing.assert_close(y, expected.flatten(1), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["terrace", "terrace_gated"])
 @torch.no_grad()
-def test_kept_groups_and_layers_are_attentions_of_vllm(glue: Any, tmp_path: Path) -> None:
-    cfg = StudentConfig(window=4, feature_map=SMALL, keep=("0.0",))
+def test_kept_groups_and_layers_are_attentions_of_vllm(name: str, glue: Any, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(STUDENTS[name], keep=("0.0",))
     ours, folder = merged("llama", tmp_path / "groups", cfg)
     settings = vllm_config(auto.linearized_config(ours.config, cfg))
     model = glue.LinearizedLlamaForCausalLM(vllm_config=settings)
@@ -477,8 +499,8 @@ def test_kept_groups_and_layers_are_attentions_of_vllm(glue: Any, tmp_path: Path
     assert context[f"{first}_kept0"].sizes == (2, DIM, 1)
     assert len({context[name].get_state_shape() for name in states}) == 1, "pages of one size"
     attentions, students = ([layer.self_attn for layer in m.model.layers] for m in (model, ours))
-    check_layer(attentions[0].attn, context[first], students[0].student, slice(2, 4))
-    check_layer(attentions[1].attn, context[second], students[1].student, slice(None))
+    check_layer(attentions[0], context[first], students[0].student, slice(2, 4))
+    check_layer(attentions[1], context[second], students[1].student, slice(None))
     settle_heads(settings)
     assert settings.model_config.model_arch_config.total_num_kv_heads == 1
 
@@ -527,6 +549,14 @@ def test_options_without_effect_are_refused_by_name(option: str) -> None:
         check_options(vllm_config(None, **REFUSED[option]))
 
 
+@pytest.mark.parametrize("name", ["gdn", "lightning"])
+def test_heads_that_processes_cannot_share_are_refused(name: str) -> None:
+    config = auto.linearized_config(tiny_model().config, STUDENTS[name])
+    check_options(vllm_config(config))
+    with pytest.raises(UserError, match=f"student.name={name} .*--tensor-parallel-size"):
+        check_options(vllm_config(config, tensor_parallel_size=2))
+
+
 def test_a_lora_that_is_not_merged_is_refused() -> None:
     config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])
     config.architectures = ["LinearizedLlamaForCausalLM"]
@@ -538,11 +568,10 @@ def test_a_lora_that_is_not_merged_is_refused() -> None:
         check_model(with_lora, MODELS)
 
 
-def test_students_that_read_the_layers_input_are_refused() -> None:
-    gated = dataclasses.replace(STUDENTS["terrace"], name="terrace_gated")
-    config = auto.linearized_config(tiny_model().config, gated)
+def test_students_in_place_of_whole_layers_are_refused() -> None:
+    config = auto.linearized_config(tiny_model().config, StudentConfig(name="gated_delta_layer"))
     config.architectures = ["LinearizedLlamaForCausalLM"]
-    with pytest.raises(UserError, match=r"terrace_gated reads the layer's input.*--engine embedded"):
+    with pytest.raises(UserError, match=r"gated_delta_layer takes the place of whole layers.*export FOLDER --native"):
         check_model(config, MODELS)
 
 

@@ -201,10 +201,18 @@ def test_up_to_two_windows_it_is_softmax_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("name", HYBRID)
-def test_the_compiled_window_is_that_of_pytorch(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 the window runs on the compiled kernels: outputs, gradients and the state after a row are the same."""
-    if operator_of(StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device("cpu")) != "compiled":
+@pytest.mark.parametrize(
+    ("name", "asked", "taken"),
+    [*((name, "auto", "compiled") for name in HYBRID), ("terrace_gated", "compiled", "compiled"),
+     ("terrace_gated", "triton", "triton")],
+)  # fmt: skip
+def test_the_window_on_kernels_is_that_of_pytorch(
+    name: str, asked: str, taken: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32: outputs, gradients and the state after a row are the same."""
+    if taken == "triton":
+        pytest.importorskip("triton", reason="triton is not installed; pip install triton")
+    elif operator_of(StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device("cpu")) != "compiled":
         pytest.skip("no C++ compiler here")
     given = {key: x.float() for key, x in _inputs(23).items()} | ({"mask_BT": _mask(23)} if padded else {})
     found, used = [], []
@@ -215,7 +223,7 @@ def test_the_compiled_window_is_that_of_pytorch(name: str, padded: bool, monkeyp
         return linear_window_attention(*args, **kwargs)
 
     monkeypatch.setattr(hybrid, "linear_window_attention", near)
-    for impl in ("chunkwise", "auto"):
+    for impl in ("chunkwise", asked):
         torch.manual_seed(5)
         student = _student(name, sinks=2, impl=impl).float()
         inputs = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in given.items()}
@@ -223,7 +231,7 @@ def test_the_compiled_window_is_that_of_pytorch(name: str, padded: bool, monkeyp
         y.square().sum().backward()
         gradients = [x.grad for x in inputs.values() if x.requires_grad] + [p.grad for p in student.parameters()]
         found.append([y.detach(), *state.tensors().values(), *(g for g in gradients if g is not None)])
-    assert used == ["chunkwise", "compiled"]
+    assert used == ["chunkwise", *([taken] if taken != "triton" else [])]
     for slow, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * max([1.0, *slow.abs().flatten().tolist()]))
 
@@ -331,7 +339,7 @@ def test_what_it_cannot_do_is_refused(name: str) -> None:
         student(**given, scale=SCALE)
     with pytest.raises(ValueError, match="hidden_size"):
         build_student(student.cfg, num_heads=HEADS, num_kv_heads=KV, head_dim=DIM)
-    for impl in ("triton", "reference", "fla"):
+    for impl in ("reference", "fla", *(() if name == "terrace_gated" else ("triton", "compiled"))):
         student.cfg = replace(student.cfg, impl=impl)
         with pytest.raises(ValueError, match=rf"student\.impl is {impl}.*use"):
             student.implementation(torch.float32, torch.device("cpu"))

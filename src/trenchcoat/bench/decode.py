@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, StaticCache
 from trenchcoat.bench.benchmark import Benchmark, Settings, at_least, at_most, grid, listed
 from trenchcoat.bench.llama import SMALL_LLAMA, random_llama
 from trenchcoat.bench.timing import wait
-from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.config import FeatureMapConfig, StudentConfig, UsageError
 from trenchcoat.generation.generate import PREFILL_TOKENS, Session
 from trenchcoat.models import embedded
 from trenchcoat.models.attach import attach_students, set_mode, set_state_dtype
@@ -148,10 +148,19 @@ def _kept_by_context(sizes: DecodeSizes, device: str) -> dict[str, dict[str, Any
     return found
 
 
-def _batch(decoder: Decoder) -> dict[str, Any]:
+def _contexts(sizes: DecodeSizes, device: str) -> dict[str, dict[str, Any]]:
+    """Context -> student, both caches of the teacher, one map a key/value head, kept groups and layers -> as
+    :func:`_by_context`."""
+    curves = _by_context(Decoder(sizes, device=device), ("student", "dynamic", "static"))
+    shared = _by_context(Decoder(sizes, key_maps="per_kv_head", device=device), ("student",))
+    kept = _kept_by_context(sizes, device)
+    return {n: {**row, "per_kv_head": shared[n]["student"], **kept[n]} for n, row in curves.items()}
+
+
+def _batch(sizes: DecodeSizes, device: str) -> dict[str, Any]:
     """Batches at a longer context: the student at the full batch, the teacher at the same batch and at the same
     memory."""
-    sizes = decoder.sizes
+    decoder = Decoder(sizes, device=device)
     context, steps = sizes.batch_length, sizes.batch_steps
     student = decoder.started("student", context, sizes.batch)
     fits = max(1, cache_nbytes(student) // cache_nbytes(decoder.started("dynamic", context)))
@@ -229,15 +238,28 @@ def _prompts(sizes: DecodeSizes, device: str) -> dict[str, Any]:
     return {"piece": PREFILL_TOKENS, "by_tokens": found}
 
 
-def _over(kind: str, figure: str, other: str, *, at: tuple[int, int] = (-1, -1)) -> Callable[[dict[str, Any]], float]:
+def _over(
+    kind: str, figure: str, other: str, *, at: tuple[int, int] = (-1, -1)
+) -> Callable[[dict[str, Any]], float | None]:
     """The ratio of a figure of `kind` to that of `other`; `at` are the indices of their contexts."""
 
-    def ratio(found: dict[str, Any]) -> float:
-        """Ratio of the median times or bytes."""
-        rows = list(found["milliseconds_by_context"].values())
+    def ratio(found: dict[str, Any]) -> float | None:
+        """Ratio of the median times or bytes; None if contexts were not measured."""
+        rows = list(found.get("milliseconds_by_context", {}).values())
+        if not rows:
+            return None
         return float(rows[at[0]][kind][figure] / rows[at[1]][other][figure])
 
     return ratio
+
+
+PARTS: dict[str, tuple[str, Callable[[DecodeSizes, str], dict[str, Any]]]] = {
+    "contexts": ("milliseconds_by_context", _contexts),
+    "batch": ("batch", _batch),
+    "drift": ("drift", _drift),
+    "prompts": ("prompts", _prompts),
+}
+"""Name -> (field of the record, what measures it)."""
 
 
 class DecodeBenchmark(Benchmark[DecodeSizes]):
@@ -259,38 +281,36 @@ class DecodeBenchmark(Benchmark[DecodeSizes]):
         at_most(1.0, "a token over the teacher's at the shortest", _over("student", "p50", "dynamic", at=(0, 0))),
     )
 
+    options = ("only",)
+
     def run(self, sizes: DecodeSizes, settings: Settings) -> dict[str, Any]:
-        """By context, by batch, drift of the state, prompts."""
-        device = settings.device
-        decoder = Decoder(sizes, device=device)
-        curves = _by_context(decoder, ("student", "dynamic", "static"))
-        shared = _by_context(Decoder(sizes, key_maps="per_kv_head", device=device), ("student",))
-        kept = _kept_by_context(sizes, device)
-        return {
-            "model": {**asdict(SMALL_LLAMA), "layers": sizes.layers, "dtype": "float32", "window": sizes.window},
-            "milliseconds_by_context": {
-                n: {**row, "per_kv_head": shared[n]["student"], **kept[n]} for n, row in curves.items()
-            },
-            "batch": _batch(decoder),
-            "drift": _drift(sizes, device),
-            "prompts": _prompts(sizes, device),
+        """By context, by batch, drift of the state, prompts; or those of them named in `only`."""
+        unknown = [name for name in settings.only if name not in PARTS]
+        if unknown:
+            raise UsageError(f"bench decode --only names {unknown[0]!r}; its parts are {', '.join(PARTS)}")
+        found: dict[str, Any] = {
+            "model": {**asdict(SMALL_LLAMA), "layers": sizes.layers, "dtype": "float32", "window": sizes.window}
         }
+        for name in settings.only or PARTS:
+            field, measure = PARTS[name]
+            settings.say(f"measuring {name}")
+            found[field] = measure(sizes, settings.device)
+            settings.keep(found)
+        return found
 
     def table(self, record: dict[str, Any]) -> list[str]:
         """A row for each context, each batch, each length of the drift and each prompt."""
-        contexts = {
-            f"{context}, {kind}": row
-            for context, kinds in record["milliseconds_by_context"].items()
-            for kind, row in kinds.items()
-        }
-        batch = {name: row for name, row in record["batch"].items() if name != "context"}
-        drift = {
-            f"{tokens}, {dtype}": row for dtype, points in record["drift"].items() for tokens, row in points.items()
-        }
-        return [
-            f"decoding, milliseconds per token and bytes of cache: {listed(record['model'])}",
-            *grid("context", contexts),
-            *grid(f"context {record['batch']['context']}, batches", batch),
-            *grid("drift after tokens, state", drift),
-            *grid(f"prompt, in chunks of {record['prompts']['piece']}", record["prompts"]["by_tokens"]),
-        ]
+        lines = [f"decoding, milliseconds per token and bytes of cache: {listed(record['model'])}"]
+        contexts, batch, drift, prompts = (record.get(field) for field, _ in PARTS.values())
+        if contexts:
+            rows = {f"{context}, {kind}": row for context, kinds in contexts.items() for kind, row in kinds.items()}
+            lines += grid("context", rows)
+        if batch:
+            rows = {name: row for name, row in batch.items() if name != "context"}
+            lines += grid(f"context {batch['context']}, batches", rows)
+        if drift:
+            rows = {f"{tokens}, {dtype}": row for dtype, points in drift.items() for tokens, row in points.items()}
+            lines += grid("drift after tokens, state", rows)
+        if prompts:
+            lines += grid(f"prompt, in chunks of {prompts['piece']}", prompts["by_tokens"])
+        return lines

@@ -16,6 +16,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "ops": ("trenchcoat.bench.ops:OpsBenchmark", "the operator against the quadratic reference and softmax attention"),
     "transfer": ("trenchcoat.bench.transfer:TransferBenchmark", "time and memory of an attention-transfer step"),
     "stage2": ("trenchcoat.bench.stage2:Stage2Benchmark", "stage 2 and selection against plain training steps"),
+    "students": ("trenchcoat.bench.students:StudentsBenchmark", "what each student costs against its softmax teacher"),
     "blocks": ("trenchcoat.bench.blocks:BlocksBenchmark", "block-wise transfer against the joint run"),
     "clip": ("trenchcoat.bench.clip:ClipBenchmark", "one gradient clip for all layers against one for each"),
     "decode": ("trenchcoat.bench.decode:DecodeBenchmark", "time per token and state size against the softmax teacher"),

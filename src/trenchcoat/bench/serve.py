@@ -149,7 +149,8 @@ class ServeBenchmark(Benchmark[ServeSizes]):
                     points = [point for point in found.items() if point[1] is not None]
                     if points:
                         place.plot(*zip(*points, strict=True), marker="o", color=colour, label=kind)
-                place.set(xscale="log", yscale="log", title=title, xlabel="tokens of the prompt")
+                place.set(xscale="log", title=title, xlabel="tokens of the prompt")
+                place.set_ylim(bottom=0)
                 place.set_xticks([int(n) for n in by_context], [f"{int(n):,}" for n in by_context])
                 place.xaxis.set_minor_locator(NullLocator())
             axes[0].legend(frameon=False)

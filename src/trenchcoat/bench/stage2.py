@@ -49,26 +49,26 @@ class Stage2Sizes:
     repeats: int = 3
 
 
-def _model(sizes: Stage2Sizes, device: str) -> Any:
-    """Random float32 weights."""
+def random_softmax(shape: LlamaShape, layers: int, device: str) -> Any:
+    """A Llama of random float32 weights, always the same."""
     torch.manual_seed(0)
-    config = sizes.shape.config(sizes.layers, tie_word_embeddings=True)
+    config = shape.config(layers, tie_word_embeddings=True)
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
-class _Step(TimedTrainingStep):
-    """A step of stage 2: the student's by the divergence, or a plain one of the softmax model."""
+class Stage2Step(TimedTrainingStep):
+    """A step of stage 2 on one row: by the divergence, or (`student` None) a plain LoRA step of the softmax model."""
 
-    def __init__(self, sizes: Stage2Sizes, device: str, *, plain: bool) -> None:
-        model, cfg = _model(sizes, device), LoraConfig(loss="ce" if plain else "kl")
-        if not plain:
-            attach_students(model, sizes.shape.student(keep=sizes.kept))
+    def __init__(self, model: Any, student: StudentConfig | None, tokens: int) -> None:
+        cfg = LoraConfig(loss="ce" if student is None else "kl")
+        if student is not None:
+            attach_students(model, student)
             set_mode(model, "student")
         add_lora(model, cfg)
         freeze_for_stage_2(model, cfg)
-        objective = next_token_objective() if plain else stage_2_objective(cfg, own_teacher(as_teacher))
-        super().__init__(model, cfg, objective, 1, sizes.tokens)
+        objective = next_token_objective() if student is None else stage_2_objective(cfg, own_teacher(as_teacher))
+        super().__init__(model, cfg, objective, 1, tokens)
 
     def __call__(self) -> None:
         """One step."""
@@ -78,14 +78,15 @@ class _Step(TimedTrainingStep):
 
 def _passes(sizes: Stage2Sizes, device: str, log: RunLog) -> dict[str, Callable[[], object]]:
     """The gradients of a selection's gates, and as many plain passes."""
-    model, cfg = _model(sizes, device), SelectConfig(rows=sizes.rows, seq_len=sizes.row_tokens)
+    cfg = SelectConfig(rows=sizes.rows, seq_len=sizes.row_tokens)
+    model = random_softmax(sizes.shape, sizes.layers, device)
     text = torch.randint(0, sizes.shape.vocab, (sizes.rows, sizes.row_tokens))
     near = StudentConfig(name="window_sinks", window=sizes.shape.window, sinks=4)
     probe = Probe(
         model=model, observe=observer_of(model), near=near, whole=(), text_NT=text, copy_NT=copied(text), cfg=cfg,
         seed=0, log=log,
     )  # fmt: skip
-    own, batch = _model(sizes, device), text[:1].to(device)
+    own, batch = random_softmax(sizes.shape, sizes.layers, device), text[:1].to(device)
 
     def plain() -> None:
         """A forward and a backward pass for each that the gates have."""
@@ -116,7 +117,11 @@ class Stage2Benchmark(Benchmark[Stage2Sizes]):
 
     def run(self, sizes: Stage2Sizes, settings: Settings) -> dict[str, Any]:
         """Time of both steps, and of a selection and its plain passes."""
-        steps = {name: _Step(sizes, settings.device, plain=name == "plain") for name in ("plain", "kl")}
+        students = {"plain": None, "kl": sizes.shape.student(keep=sizes.kept)}
+        steps = {
+            name: Stage2Step(random_softmax(sizes.shape, sizes.layers, settings.device), student, sizes.tokens)
+            for name, student in students.items()
+        }
         timed = seconds(steps, sizes.repeats, settings.device)
         del steps
         with tempfile.TemporaryDirectory() as folder, RunLog(folder, progress="off") as log:

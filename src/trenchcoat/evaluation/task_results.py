@@ -21,7 +21,7 @@ from trenchcoat.runtime.sealed import opened, write_sealed
 TASKS_FILE = "tasks.json"
 TASKS_FORMAT = 2
 STUDENT, TEACHER, FAR_OFF = "student", "teacher", "far_off"
-MODEL_LABELS = {STUDENT: "linear", FAR_OFF: "far part off", TEACHER: "teacher"}
+MODEL_LABELS = {STUDENT: "model", FAR_OFF: "far part off", TEACHER: "teacher"}
 """The models of a record, in order."""
 
 

@@ -32,7 +32,7 @@ from trenchcoat.evaluation.task_results import (
     TaskResults,
 )
 from trenchcoat.models import hub
-from trenchcoat.models.attach import set_far, set_mode, student_config
+from trenchcoat.models.attach import set_far, set_mode, student_config, students_of
 from trenchcoat.models.loading import load_model
 from trenchcoat.models.lora import remove_lora
 from trenchcoat.models.stage2 import holds_teacher
@@ -40,7 +40,8 @@ from trenchcoat.runtime.runlog import Tracker, environment, show_progress
 
 
 def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | None = None) -> Outcome:
-    """Score ``plan.tasks`` with the model in ``target``; ``recipe`` names the text for the probes.
+    """Score ``plan.tasks`` with the model in ``target``, a linearized one or any other causal language model that
+    Transformers opens by itself; ``recipe`` names the text for the probes.
 
     Results are merged into ``out``, by default ``tasks.json`` of a run's folder, and the run's report is rewritten.
     Raises ``UserError`` for unknown tasks, missing files, and a missing harness.
@@ -65,7 +66,7 @@ def evaluate_tasks(target: Path, plan: TaskPlan, recipe: Recipe, *, out: Path | 
 
         tasks.insert(0, HarnessTasks(str(target), others))
     for name, model, tokenizer in _models(target, plan):
-        if name == STUDENT:
+        if name == STUDENT and students_of(model):
             plan = dataclasses.replace(plan, window=student_config(model).window)
         for task in tasks:
             if (name != FAR_OFF or task.long_context) and (_is_first() or task.every_process):
@@ -112,6 +113,12 @@ def _trained(plan: TaskPlan, recipe: Recipe | None) -> int | None:
 def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
     """(name, model, tokenizer) of each model to score, one after the other, since they share weights."""
     device = _device(plan)
+    if hub.is_ordinary(target):
+        if plan.teacher == "":
+            raise UserError(f"{target} is no linearized model, so it holds no teacher: give --teacher DIR")
+        yield STUDENT, *load_model(ModelConfig(path=str(target), device=device))
+        yield from _other_teacher(plan, device)
+        return
     model, tokenizer = hub.load(target, device=device)
     if plan.teacher == "" and not holds_teacher(model):
         raise UserError(
@@ -127,9 +134,14 @@ def _models(target: Path, plan: TaskPlan) -> Iterator[tuple[str, Any, Any]]:
         remove_lora(model)
         set_mode(model, "teacher")
         yield TEACHER, model, tokenizer
-    elif plan.teacher is not None:
-        model, tokenizer = load_model(ModelConfig(path=plan.teacher, device=device))
-        yield TEACHER, model, tokenizer
+    else:
+        yield from _other_teacher(plan, device)
+
+
+def _other_teacher(plan: TaskPlan, device: str) -> Iterator[tuple[str, Any, Any]]:
+    """The teacher of a folder of its own, if there is one."""
+    if plan.teacher:
+        yield TEACHER, *load_model(ModelConfig(path=plan.teacher, device=device))
 
 
 def _device(plan: TaskPlan) -> str:

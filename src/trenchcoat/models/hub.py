@@ -179,6 +179,13 @@ class _Loading:
         return stored_dtype(source, revision) if self.dtype == "stored" else self.dtype
 
 
+def is_ordinary(folder: Path) -> bool:
+    """Whether a folder holds a model of Transformers' own classes: softmax, or linear layers of somebody else's."""
+    if find_adapter(folder) is not None or not (folder / "config.json").is_file():
+        return False
+    return not str(read_config(folder).model_type).startswith(auto.PREFIX)
+
+
 def load(
     path: Path | str,
     *,

@@ -246,8 +246,8 @@ def _in_one_call(
     number = len(kept.groups)
     keys, values = held.with_room(key[:, :number], value[:, :number])
     pairs = Kept(keys, values, len(held), kept.places())
-    scores = {"scale": options["scale"], "softcap": options["softcap"]}
-    y = student.decode_with_kept(query, key, value, state=layer.state, kept=pairs, **scores)
+    given = {name: x for name, x in options.items() if name in ("scale", "softcap", "x_BTM")}
+    y = student.decode_with_kept(query, key, value, state=layer.state, kept=pairs, **given)
     held.filled(tokens)
     layer.advance(layer.state, tokens)
     return y

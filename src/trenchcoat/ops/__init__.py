@@ -2,11 +2,22 @@
 `triton` for GPUs), decoding."""
 
 from trenchcoat.ops.operator import IMPLEMENTATIONS, linear_window_attention
-from trenchcoat.ops.state import Features, HeadWeights, Kind, RowState, Rule, StateSizes, StudentState, Tokens
+from trenchcoat.ops.state import (
+    Features,
+    GatedState,
+    HeadWeights,
+    Kind,
+    RowState,
+    Rule,
+    StateSizes,
+    StudentState,
+    Tokens,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Features",
+    "GatedState",
     "HeadWeights",
     "Kind",
     "RowState",

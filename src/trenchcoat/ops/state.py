@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from typing import ClassVar, Self
 
 import torch
@@ -147,6 +148,10 @@ class Rule:
     def is_far(self, query: Tensor, key: Tensor) -> Tensor:
         """Bool: the key belongs to R(n)."""
         return (key <= query) & ~self.is_near(query, key)
+
+
+known_rule = lru_cache(maxsize=256)(Rule)
+"""A rule that is made once, since there are few and every call of a layer needs one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,6 +307,22 @@ class StudentState(RowState):
         last = self.seen_B[:, None] - 1
         slot = torch.arange(slots, device=last.device)
         return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
+
+
+@dataclass
+class GatedState(StudentState):
+    """As `StudentState`, with the logarithms of the gates of the buffered keys, at least float32; S and z are as of the
+    last far key."""
+
+    log_forget_BKN1: Tensor
+    log_input_BKN1: Tensor
+
+    @classmethod
+    def beside(cls, window: StudentState) -> GatedState:
+        """The state before the first token, of these tensors and gates."""
+        z = window.far_z_BKF
+        gates = z.new_zeros(*z.shape[:2], window.k_BGND.shape[2], 1)
+        return cls(**window.tensors(), log_forget_BKN1=gates, log_input_BKN1=gates.clone())
 
 
 def add_far(far_s_BKFE: Tensor, far_z_BKF: Tensor, fk_BKQF: Tensor, v_BGQE: Tensor, seen_B: Tensor) -> None:

@@ -77,7 +77,7 @@ class StudentAttention(nn.Module):
     state of F x E numbers per head) and `implementation` (default: a single one, in PyTorch).
 
     A subclass with `uses_input = True` (gates that depend on the layer's input) gets the hidden states that the layer's
-    `self_attn` was called with as the keyword `x_BTM` of `forward`, `decode`, `decode_rows` and `transfer`.
+    `self_attn` was called with as the keyword `x_BTM` of `forward`, every `decode...` and `transfer`.
 
     One with `replaces_layer = True` takes the place of the whole `self_attn`, projections included: it has no kept
     groups, reads `x_BTM` alone (x stands in for q, k and v too), and its outputs, as the teacher's in `transfer`, are
@@ -94,6 +94,8 @@ class StudentAttention(nn.Module):
     """Whether the calls below are given `x_BTM`, the layer's input."""
     replaces_layer: ClassVar[bool] = False
     """Whether it takes the place of the layer's `self_attn`, projections included."""
+    heads_apart: ClassVar[bool] = True
+    """Whether every parameter is one tensor a head, heads first, so that processes can share the heads."""
     attention_rows: ClassVar[bool] = False
     """Whether `learn` can compare attention rows (`transfer.xent_weight`)."""
 
@@ -257,7 +259,7 @@ class StudentAttention(nn.Module):
 
     def decode_with_kept(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: Any, kept: Kept, scale: float,
-        softcap: float | None = None,
+        softcap: float | None = None, **input: Any,
     ) -> Tensor:  # fmt: skip
         """`decode` of all heads of the layer together with its kept groups, where :meth:`decodes_kept`."""
         raise NotImplementedError
@@ -280,7 +282,7 @@ class StudentAttention(nn.Module):
 
     def decode_pages(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
-        seen_B: Tensor, scale: float, softcap: float | None = None,
+        seen_B: Tensor, scale: float, softcap: float | None = None, **input: Any,
     ) -> Tensor:  # fmt: skip
         """`decode_rows` of states in a server's pages, where :meth:`decodes_pages`: one call for all rows."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ _log = logging.getLogger("trenchcoat")
 OLDEST, NOT_YET = (8, 0), (10, 0)
 """Compute capabilities: tensor cores before the first do not support bfloat16; from the second on, `auto` does not
 choose the kernels, which are not tuned for these."""
-_reported: set[str] = set()
+_reported: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class LayerShape:
     values: int
 
 
-def implementation(impl: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape) -> str:
-    """The implementation that `student.impl` chooses on `device`.
+def implementation(
+    impl: str, device: torch.device, feature_map: FeatureMap | None, shape: LayerShape, part: str = "attention"
+) -> str:
+    """The implementation that `student.impl` chooses on `device` (for a `part` of a student, named in the log).
 
     `auto` is `triton` on CUDA devices and `compiled` on CPUs if the kernels support `feature_map` and `shape` there,
     else `chunkwise`. The choice is logged once, with the reason. Kernels are checked before their first use on a
@@ -60,9 +62,9 @@ def implementation(impl: str, device: torch.device, feature_map: FeatureMap | No
         raise ValueError(f"student.impl is {impl}, but {reason}; use student.impl=chunkwise")
     chosen = kernels if reason is None else "chunkwise"
     choice = f"{device}: {chosen}" + ("" if reason is None else f" ({reason})")
-    if choice not in _reported:
-        _reported.add(choice)
-        _log.info("attention on %s", choice)
+    if (part, choice) not in _reported:
+        _reported.add((part, choice))
+        _log.info("%s on %s", part, choice)
     if chosen == "triton" and device.type == "cuda":  # on a CPU it is Triton's interpreter, which needs minutes
         from trenchcoat.ops.triton.check import check
 
@@ -155,8 +157,8 @@ def kernels_of(impl: str) -> ModuleType | None:
 def decodes(state: StudentState, rule: Rule) -> bool:
     """Whether the C++ kernels decode from `state`; if not, PyTorch does, and the reason is logged once."""
     reason = refusal_to_decode(state, rule)
-    if reason is not None and reason not in _reported:
-        _reported.add(reason)
+    if reason is not None and ("decoding", reason) not in _reported:
+        _reported.add(("decoding", reason))
         _log.info("decoding in PyTorch: the compiled kernels do not read %s", reason)
     return reason is None
 
@@ -167,6 +169,22 @@ def fused_maps(query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> 
         return None
     q, k = (FusedMap(str(phi.act.kernel), phi.act.paired, phi.matrix(), phi.bias, phi.cfg.eps) for phi in (query, key))
     return q, k
+
+
+class DecodingMaps:
+    """:func:`fused_maps` for a student that decodes, made once where the maps are the parameters themselves."""
+
+    def __init__(self) -> None:
+        self._known: FusedMaps | None = None
+
+    def of(self, query: FeatureMap | None, key: FeatureMap | None, rule: Rule) -> FusedMaps | None:
+        """The maps of a student's queries and keys."""
+        known = self._known
+        if not rule.far or query is None or key is None or query.cfg.skip:
+            return fused_maps(query, key, rule)
+        if known is None or known[0].matrix is not query.weight or known[1].matrix is not key.weight:
+            known = self._known = fused_maps(query, key, rule)
+        return known
 
 
 def add_gradients(

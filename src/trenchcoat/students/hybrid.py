@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.nn.functional import linear, normalize
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import HeadWeights, Rule, StudentState, Tokens, linear_window_attention
 from trenchcoat.ops.decode import decode
+from trenchcoat.ops.state import known_rule
 from trenchcoat.students import fused
 from trenchcoat.students.base import Flops, StudentAttention
 
@@ -162,6 +164,21 @@ class HybridAttention(StudentAttention):
         return outputs[0] if count == 1 else torch.cat(outputs, 2)
 
     @torch.no_grad()
+    def decode_rows(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], **given: Any
+    ) -> Tensor:
+        """See :meth:`StudentAttention.decode_rows`. All rows are one call on copies of the states: a copy takes less
+        time than a call's many small operations."""
+        if len(states) == 1:
+            return self.decode(q_BHTD, k_BGTD, v_BGTE, state=states[0], **given)
+        each = [state.tensors() for state in states]
+        whole = states[0].replaced({name: torch.cat([tensors[name] for tensors in each]) for name in each[0]})
+        y = self.decode(q_BHTD, k_BGTD, v_BGTE, state=whole, **given)
+        for row, state in enumerate(states):
+            state.copy_(whole.replaced({name: t[row : row + 1] for name, t in whole.tensors().items()}))
+        return y
+
+    @torch.no_grad()
     def initialise(
         self, tokens: Tokens, y_BHTE: Tensor, *, scale: float, softcap: float | None = None,
         sink_logit: Tensor | None = None, **input: Tensor,
@@ -192,12 +209,18 @@ class HybridAttention(StudentAttention):
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""
-        if self.cfg.impl not in ("auto", "chunkwise"):
+        if self.cfg.impl in ("reference", "fla"):
             raise ValueError(
-                f"student.impl is {self.cfg.impl}, but {self.cfg.name!r} runs in chunks in PyTorch only; use "
-                "student.impl=chunkwise, or auto"
+                f"student.impl is {self.cfg.impl}, but the far part of {self.cfg.name!r} runs in chunks in PyTorch; "
+                "use student.impl=chunkwise, or auto, triton or compiled for a window on kernels"
             )
+        self._near_impl(dtype, device)
         return "chunkwise"
+
+    def _near_impl(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The implementation of the window, by `student.impl` (`fla`: that of `auto`)."""
+        shape = fused.LayerShape(dtype, self._rule(1.0), self.head_dim, self.value_dim)
+        return fused.implementation("auto" if self.cfg.impl == "fla" else self.cfg.impl, device, None, shape)
 
     def flops(self, seq_len: int) -> Flops:
         """As :meth:`StudentAttention.flops`, with the gates among the maps."""
@@ -208,12 +231,14 @@ class HybridAttention(StudentAttention):
     def _near(
         self, tokens: Tokens, sink_logit: Tensor | None, rule: Rule, state: StudentState | None
     ) -> tuple[Tensor, Any]:
-        """The window's outputs and the state after them: on CPUs by the compiled kernels, if `student.impl` is auto."""
-        like, impl = tokens.q_BHTD, "chunkwise"
-        if self.cfg.impl == "auto" and like.device.type == "cpu":
-            shape = fused.LayerShape(like.dtype, rule, self.head_dim, self.value_dim)
-            impl = fused.implementation("auto", like.device, None, shape)
-        return linear_window_attention(tokens, None, self._weights(like, sink_logit), rule, state=state, impl=impl)
+        """The window's outputs and the state after them."""
+        like = tokens.q_BHTD
+        heads, impl = self._weights(like, sink_logit), self._near_impl(like.dtype, like.device)
+        if impl == "triton":
+            from trenchcoat.ops.triton.attention import attend
+
+            return attend(tokens, None, heads, rule, state=state)
+        return linear_window_attention(tokens, None, heads, rule, state=state, impl=impl)
 
     def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
         logit_BHT = self.mix_bias_H[:, None]
@@ -230,19 +255,22 @@ class HybridAttention(StudentAttention):
         share = self.num_heads // x_BGTD.shape[1]
         return x_BGTD if share == 1 else x_BGTD.repeat_interleave(share, 1)
 
-    def _direction(self, x_BTM: Tensor | None, like: Tensor) -> Tensor:
+    def input_of(self, x_BTM: Tensor | None, like: Tensor) -> Tensor:
+        """The layer's input, where q (`like`) is; ValueError if there is none."""
         if x_BTM is None:
             raise ValueError(f"student {self.cfg.name!r} reads the layer's input: call it with x_BTM [B, T, M]")
-        return normalize(x_BTM.to(like.device, self.mix_bias_H.dtype), dim=-1)
+        return x_BTM if x_BTM.device == like.device else x_BTM.to(like.device)
+
+    def _direction(self, x_BTM: Tensor | None, like: Tensor) -> Tensor:
+        return normalize(self.input_of(x_BTM, like).to(self.mix_bias_H.dtype), dim=-1)
 
     def _weights(self, like: Tensor, sink_logit: Tensor | None) -> HeadWeights:
         return HeadWeights(torch.zeros(self.num_heads, dtype=torch.float32, device=like.device), sink_logit)
 
-    def _rule(self, scale: float, softcap: float | None = None) -> Rule:
-        """The near part alone."""
-        return Rule(
-            kind=self.kind, window=self.cfg.window, scale=scale, softcap=softcap, sinks=self.cfg.sinks, far=False
-        )
+    def _rule(self, scale: float, softcap: float | None = None, far: bool = False) -> Rule:
+        """By default that of the near part alone."""
+        cfg = self.cfg
+        return known_rule(kind=self.kind, window=cfg.window, scale=scale, softcap=softcap, sinks=cfg.sinks, far=far)
 
 
 def _open(tokens: Tokens, rule: Rule, seen_B: Tensor | None) -> Tensor:

@@ -47,6 +47,7 @@ class RecurrentAttention(HybridAttention):
     """A subclass writes `recur`, and `reset_parameters` for its gates."""
 
     has_maps = False
+    heads_apart = False
 
     def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
         super().__init__(cfg, **sizes)

@@ -7,7 +7,6 @@ Shape legend: as in :mod:`trenchcoat.students.base`.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from trenchcoat.ops.compiled.decode import decode as compiled_decode
 from trenchcoat.ops.crossent import attention_cross_entropy
 from trenchcoat.ops.decode import decode, decode_rows
 from trenchcoat.ops.operator import attend_with_maps, linear_window_attention
+from trenchcoat.ops.state import known_rule
 from trenchcoat.students import fused
 from trenchcoat.students.base import StudentAttention, TransferRequest
 from trenchcoat.students.feature_maps import Weights
@@ -42,7 +42,7 @@ class SumAttention(StudentAttention):
             raise ValueError(f"student.mix_init is {cfg.mix_init}; it must be strictly between 0 and 1")
         self._chosen: tuple[tuple[torch.dtype, str, bool], str] | None = None
         """The implementation on CPUs, and what it was chosen for."""
-        self._known_maps: fused.FusedMaps | None = None
+        self._known_maps = fused.DecodingMaps()
         self.mix_H: nn.Parameter | None = None
         if self.has_far and self.kind != "linear":
             self.mix_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
@@ -251,13 +251,7 @@ class SumAttention(StudentAttention):
         return fused.fused_maps(self.query_map, self.keys_phi, rule)
 
     def _decoding_maps(self, rule: Rule) -> fused.FusedMaps | None:
-        """As `_fused`, made once where the maps are the parameters themselves."""
-        query, key, known = self.query_map, self.keys_phi, self._known_maps
-        if not rule.far or query is None or key is None or query.cfg.skip:
-            return self._fused(rule)
-        if known is None or known[0].matrix is not query.weight or known[1].matrix is not key.weight:
-            known = self._known_maps = self._fused(rule)
-        return known
+        return self._known_maps.of(self.query_map, self.keys_phi, rule)
 
     def _learners(self, rule: Rule, learns: bool) -> Learners[Weights] | None:
         if not rule.far or self.query_map is None or self.keys_phi is None:
@@ -277,7 +271,9 @@ class SumAttention(StudentAttention):
 
     def _rule(self, scale: float, softcap: float | None = None) -> Rule:
         far, cfg = self.has_far and self.far_enabled, self.cfg
-        return _known_rule(self.kind, cfg.window, scale, softcap, cfg.sinks, cfg.affine, far)
+        return known_rule(
+            kind=self.kind, window=cfg.window, scale=scale, softcap=softcap, sinks=cfg.sinks, affine=cfg.affine, far=far
+        )
 
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`."""
@@ -295,13 +291,6 @@ class SumAttention(StudentAttention):
     def _only_reads(self, *inputs: Tensor) -> bool:
         """Whether nothing needs a gradient, so that features can be discarded with their tile."""
         return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
-
-
-@functools.lru_cache(maxsize=256)
-def _known_rule(
-    kind: Kind, window: int, scale: float, softcap: float | None, sinks: int, affine: bool, far: bool
-) -> Rule:
-    return Rule(kind=kind, window=window, scale=scale, softcap=softcap, sinks=sinks, affine=affine, far=far)
 
 
 def _real(y_BHLE: Tensor, rows: Rows) -> Tensor:

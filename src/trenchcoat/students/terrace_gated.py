@@ -21,7 +21,7 @@ Shape legend: as in :mod:`trenchcoat.students.hybrid`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from trenchcoat.config import StudentConfig
-from trenchcoat.ops import Rule, StateSizes, StudentState, Tokens
+from trenchcoat.ops import GatedState, HeadWeights, Rule, StateSizes, StudentState, Tokens
 from trenchcoat.ops.chunked.decayed import FarSums, GatedKeys, after_chunk, gated_far, read_far
 from trenchcoat.ops.chunked.rows import Rows, far_keys, newest
+from trenchcoat.ops.compiled.decode import Gates, Kept, StatePages, decode, decode_pages
 from trenchcoat.ops.decode import chunks_due
 from trenchcoat.ops.state import rounded
+from trenchcoat.students import fused
 from trenchcoat.students.hybrid import LEAST_MIX, MOST_MIX, HybridAttention, InputGate
 
 CAP = 15.0
@@ -41,14 +43,6 @@ CAP = 15.0
 
 HALF_LIVES = (16384, 1024, 256, 64, 16)
 """Tokens after which a key counts half, of the forget gates that are tried on the first text."""
-
-
-@dataclass
-class GatedState(StudentState):
-    """As `StudentState`, with the logarithms of the gates of the buffered keys; S and z are as of the last far key."""
-
-    log_forget_BKN1: Tensor
-    log_input_BKN1: Tensor
 
 
 class TerraceGatedAttention(HybridAttention):
@@ -59,6 +53,9 @@ class TerraceGatedAttention(HybridAttention):
         assert self.hidden_size is not None
         self.forget_gate = InputGate(self.hidden_size, self.key_heads)
         self.input_gate = InputGate(self.hidden_size, self.key_heads)
+        self._decoded_by: tuple[Any, bool] | None = None
+        """Whether the kernels decode on CPUs, and what that was asked for."""
+        self._known_maps = fused.DecodingMaps()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -78,11 +75,7 @@ class TerraceGatedAttention(HybridAttention):
         )  # fmt: skip
         short = self.state_dtype == torch.bfloat16
         types = {"dtype": torch.bfloat16, "far_dtype": torch.bfloat16} if short else {"dtype": dtype}
-        rule = self._rule(1.0)
-        window = StudentState.empty(batch_size, rule, sizes, device=device, **types)
-        wide = torch.promote_types(dtype, torch.float32)
-        gates = torch.zeros(batch_size, self.key_heads, rule.slots, 1, dtype=wide, device=device)
-        return GatedState(**window.tensors(), log_forget_BKN1=gates, log_input_BKN1=gates.clone())
+        return GatedState.beside(StudentState.empty(batch_size, self._rule(1.0), sizes, device=device, **types))
 
     def gates(self, x_BTM: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of f and i, [B, K, T, 1], of directions of the layer's input."""
@@ -132,6 +125,78 @@ class TerraceGatedAttention(HybridAttention):
             buffer.scatter_(2, slot, kept.to(buffer.dtype))
         fq = self.query_map.rows(token.q_BHTD)
         return read_far(fq, FarSums(state.far_s_BKFE.to(fq.dtype), state.far_z_BKF.to(fq.dtype)))
+
+    def decode(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        state: StudentState,
+        x_BTM: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        sink_logit: Tensor | None = None,
+        **scores: Any,
+    ) -> Tensor:
+        """See :meth:`StudentAttention.decode`: by the compiled kernels where they can, else as its base class does."""
+        if not self.decodes_kept(q_BHTD, state):
+            given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
+            return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, sink_logit, scores)
+        return decode(Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), maps, heads, [state], rule, gates=gates)
+
+    def decode_with_kept(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: StudentState, kept: Kept,
+        x_BTM: Tensor | None = None, **scores: Any,
+    ) -> Tensor:  # fmt: skip
+        """See :meth:`StudentAttention.decode_with_kept`."""
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, None, scores)
+        return decode(Tokens(q_BHTD, k_BGTD, v_BGTE), maps, heads, [state], rule, kept, gates)
+
+    def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
+        """See :meth:`StudentAttention.decodes_kept`."""
+        if like.device.type != "cpu" or self.cfg.impl not in ("auto", "compiled"):
+            return False
+        rule, asked = self._rule(1.0, far=self.far_enabled), (like.dtype, self.far_enabled, self.mix_bias_H.dtype)
+        if self._decoded_by is None or self._decoded_by[0] != asked:
+            shape = fused.LayerShape(like.dtype, rule, self.head_dim, self.value_dim)
+            found = fused.implementation("auto", like.device, self.query_map, shape, f"decoding of {self.cfg.name}")
+            self._decoded_by = (asked, found == "compiled" and self.mix_bias_H.dtype == torch.float32)
+        return self._decoded_by[1] and fused.decodes(state, rule)
+
+    def decode_rows(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState],
+        x_BTM: Tensor | None = None, **scores: Any,
+    ) -> Tensor:  # fmt: skip
+        """See :meth:`StudentAttention.decode_rows`."""
+        if not all(self.decodes_kept(q_BHTD, state) for state in states):
+            return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, x_BTM=x_BTM, **scores)
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, scores.pop("sink_logit", None), scores)
+        return decode(Tokens(q_BHTD, k_BGTD, v_BGTE), maps, heads, states, rule, gates=gates)
+
+    def decode_pages(
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
+        seen_B: Tensor, x_BTM: Tensor | None = None, **scores: Any,
+    ) -> Tensor:  # fmt: skip
+        """See :meth:`StudentAttention.decode_pages`."""
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, None, scores)
+        return decode_pages(Tokens(q_BHTD, k_BGTD, v_BGTE), maps, heads, rule, states, slots, seen_B, gates)
+
+    def decodes_pages(self, like: Tensor, state: StudentState) -> bool:
+        """See :meth:`StudentAttention.decodes_pages`."""
+        return self.decodes_kept(like, state)
+
+    def _for_kernels(
+        self, like: Tensor, x_BTM: Tensor | None, sink_logit: Tensor | None, scores: dict[str, Any]
+    ) -> tuple[fused.FusedMaps | None, HeadWeights, Rule, Gates | None]:
+        """What the kernels' calls take beside the tokens, all but x as it is."""
+        rule, heads = self._rule(**scores, far=self.far_enabled), HeadWeights(self.mix_bias_H, sink_logit)
+        if not self.far_enabled:
+            return None, heads, rule, None
+        forget, write = self.forget_gate, self.input_gate
+        parameters = (self.mix_HX, forget.weight_NM, forget.bias_N, write.weight_NM, write.bias_N)
+        gates = Gates(self.input_of(x_BTM, like), *parameters, CAP)
+        return self._known_maps.of(self.query_map, self.keys_phi, rule), heads, rule, gates
 
     def _fold(self, state: GatedState, rule: Rule, half: int, index: Tensor | None) -> None:
         """The chunk in `half` of the buffer becomes far, in the rows `index`."""

@@ -25,7 +25,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="cpu or cuda (cpu)")
     add("--repeats", type=int, metavar="N", help="number of measurements; their median is reported")
     add("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
-    add("--only", metavar="PARTS", help="kernels: some of operator,layer,model,decode (all)")
+    add(
+        "--only",
+        metavar="PARTS",
+        help="kernels: some of operator,layer,model,decode; decode: of contexts,batch,drift,prompts (all)",
+    )
     add("--model", metavar="DIR", help="serve: a run, adapter or complete folder (the embedded teacher, untrained)")
     add("--teacher", metavar="DIR", help="serve with vLLM: the folder of the softmax model")
     add("--engine", metavar="NAME", help="serve: embedded or vllm (embedded)")

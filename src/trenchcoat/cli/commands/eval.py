@@ -60,7 +60,8 @@ def _run(args: argparse.Namespace) -> Any:
 
     Score a run again (with other eval.* settings, say) and write its report, or score an adapter or merged folder on
     the text named by data.path. With --tasks: benchmarks through lm-evaluation-harness (piqa, mmlu, ...; --data-dir for
-    local files), and those that do not need it: MMLU by its four letters, and the long-context probes.
+    local files), and those that do not need it: MMLU by its four letters, and the long-context probes; also of any
+    other model that Transformers opens.
     """
     if args.tasks is not None:
         return _score_tasks(args)

@@ -59,7 +59,7 @@ def _task_table(results: TaskResults) -> Table:
         for record in shown_tasks(results)
         for metric in record.metrics()
     ]
-    return Table(("task", "shots", "rows", "metric", "linear %", "teacher %", "difference"), cells)
+    return Table(("task", "shots", "rows", "metric", "model %", "teacher %", "difference"), cells)
 
 
 def _past_2w(record: TaskRecord) -> str:

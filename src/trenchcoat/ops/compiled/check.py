@@ -1,9 +1,10 @@
-"""The self-check at the first use in a process: small cases through every pass, against the reference in float64."""
+"""The self-check at the first use in a process: small cases through every pass, and through decoding, against the
+definitions in float64."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -11,8 +12,20 @@ from torch import Tensor
 
 from trenchcoat.ops.compiled.attention import attend, transfer_error
 from trenchcoat.ops.compiled.call import kernels
+from trenchcoat.ops.compiled.decode import Gates, decode
+from trenchcoat.ops.recurrences import gated_far
 from trenchcoat.ops.reference import attention_outputs
-from trenchcoat.ops.state import Features, FusedMap, FusedMaps, HeadWeights, Rule, Tokens
+from trenchcoat.ops.state import (
+    Features,
+    FusedMap,
+    FusedMaps,
+    GatedState,
+    HeadWeights,
+    Rule,
+    StateSizes,
+    StudentState,
+    Tokens,
+)
 
 NAMES = ("q", "k", "v", "the query map", "the key map", "the mix")
 TOKENS = 41
@@ -20,6 +33,10 @@ TOKENS = 41
 ALLOWED = 64 * float(torch.finfo(torch.float32).eps)
 """Relative to the largest number of a result: a sum of the cases has at most TOKENS x F = 1312 terms, whose random
 roundings add up to 36 units in the last place; a wrong term is thousands of times as large."""
+
+
+CAP = 2.0
+"""Of the logarithm of an input gate."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,20 @@ class _Case:
             *((1, self.heads, TOKENS, self.dim),) * 2,
         ]
         return [torch.randn(shape, generator=make, dtype=torch.float64, device="cpu") for shape in shapes]
+
+    def gates(self) -> list[Tensor]:
+        """The tensors of `Gates`, float64."""
+        make, maps, width = torch.Generator().manual_seed(self.columns), self.kv_heads, 2 * self.columns
+        shapes = ((1, TOKENS, width), (self.heads, 3 * self.dim), *((maps, width), (maps,)) * 2)
+        return [torch.randn(shape, generator=make, dtype=torch.float64, device="cpu") for shape in shapes]
+
+    def state(self) -> GatedState:
+        """That before the first token."""
+        sizes = StateSizes(
+            kv_heads=self.kv_heads, key_maps=self.kv_heads, key_dim=self.dim, value_dim=self.dim,
+            features=2 * self.columns,
+        )  # fmt: skip
+        return GatedState.beside(StudentState.empty(1, self.rule, sizes, device="cpu"))
 
 
 CASES = (
@@ -89,6 +120,13 @@ def deviations(case: _Case) -> dict[str, float]:
         want[f"transfer's gradient of {name}"] = exact_grad
         scale = torch.sigmoid(-exact[5]) if name == NAMES[5] else 1.0
         found[f"transfer's gradient of {name}"] = grad.double() * scale
+    found["decoding"] = decode(tokens, maps, heads, [case.state()], case.rule)
+    want["decoding"] = want["the output"]
+    gates = case.gates()
+    x, mix, forget, forget_bias, write, write_bias = (t.float() for t in gates)
+    given = Gates(x, mix, forget, forget_bias, write, write_bias, CAP)
+    found["gated decoding"] = decode(tokens, maps, heads, [case.state()], case.rule, gates=given)
+    want["gated decoding"] = _gated(exact, gates, case.rule)
     return {name: _deviation(found[name], value) for name, value in want.items()}
 
 
@@ -117,6 +155,21 @@ def _outputs(leaves: list[Tensor], rule: Rule, kernels: bool) -> Tensor:
 def _phi(x: Tensor, matrix: Tensor) -> Tensor:
     u = x @ matrix
     return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp_min(1e-12)
+
+
+def _gated(leaves: list[Tensor], gates: list[Tensor], rule: Rule) -> Tensor:
+    """The output of a gated far part and its window, by their definitions."""
+    (q, k, v, query, key, bias), (x, mix, *maps) = leaves[:6], gates
+    heads, unit = q.shape[1], x / x.norm(dim=-1, keepdim=True)
+    near = attention_outputs(Tokens(q, k, v), None, HeadWeights(bias), replace(rule, far=False))
+    forget, write = (weight @ unit.mT + offset[:, None] for weight, offset in (maps[:2], maps[2:]))
+    write, real = CAP * torch.tanh(write / CAP), torch.ones(1, TOKENS, dtype=torch.bool, device=x.device)
+    far = gated_far(_phi(q, query), _phi(k, key), v, forget.sigmoid().log(), write, real, rule)
+    parts = [q, *(t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))]
+    directions = torch.cat([t / t.norm(dim=-1, keepdim=True) for t in parts], -1)
+    o = ((directions * mix[:, None]).sum(-1) + bias[:, None]).sigmoid()
+    o[:, :, rule.near_start(torch.arange(TOKENS, device=x.device)) <= rule.sinks] = 0.0
+    return near + o[..., None] * (far - near)
 
 
 @torch.enable_grad()

@@ -17,13 +17,19 @@ from torch import Tensor
 from trenchcoat.ops.compiled.attention import DTYPES, require
 from trenchcoat.ops.compiled.build import Unavailable, library
 from trenchcoat.ops.compiled.call import MapPointers, View, inner
-from trenchcoat.ops.state import FusedMaps, HeadWeights, Rule, StudentState, Tokens
+from trenchcoat.ops.state import FusedMaps, GatedState, HeadWeights, Rule, StudentState, Tokens
 
 _INTEGERS = (
     "rows", "tokens", "heads", "kv_heads", "key_maps", "dim", "values", "features", "columns", "window", "sinks",
-    "far", "narrow", "narrow_slots", "narrow_sums", "paired", "affine", "threads", "parts",
+    "far", "narrow", "narrow_slots", "narrow_sums", "paired", "affine", "threads", "parts", "gated", "inputs",
+    "narrow_inputs",
 )  # fmt: skip
-STATE_FIELDS = ("k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE", "far_s_BKFE", "far_z_BKF", "seen_B")
+STATE_FIELDS = (
+    "k_BGND", "v_BGNE", "sink_k_BGSD", "sink_v_BGSE", "far_s_BKFE", "far_z_BKF", "log_forget_BKN1", "log_input_BKN1",
+    "seen_B",
+)  # fmt: skip
+"""Of a `GatedState`; a `StudentState` has no gates."""
+_PARAMETERS = ("mix", "logit", "mix_weight", "forget_weight", "forget_bias", "input_weight", "input_bias")
 
 
 class Step(ctypes.Structure):
@@ -31,11 +37,11 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_double) for name in ("scale", "softcap", "eps")),
-        *((name, View) for name in ("q", "k", "v", "y")),
+        *((name, ctypes.c_double) for name in ("scale", "softcap", "eps", "cap")),
+        *((name, View) for name in ("q", "k", "v", "y", "x")),
         ("query", MapPointers),
         ("key", MapPointers),
-        *((name, ctypes.c_void_p) for name in ("mix", "logit", "mask", *STATE_FIELDS)),
+        *((name, ctypes.c_void_p) for name in (*_PARAMETERS, "mask", *STATE_FIELDS)),
         *((name, ctypes.c_int64) for name in ("kept", "held")),
         *((name, View) for name in ("kept_k", "kept_v")),
         *((name, ctypes.c_void_p) for name in ("free_heads", "free_groups", "kept_groups")),
@@ -46,9 +52,24 @@ class Pages(ctypes.Structure):
     """The structure ``Pages``."""
 
     _fields_ = (
-        ("bases", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * 6),
+        ("bases", ctypes.c_void_p), ("size", ctypes.c_int64), ("places", ctypes.c_int64 * (len(STATE_FIELDS) - 1)),
         ("slots", ctypes.c_void_p), ("seen", ctypes.c_void_p),
     )  # fmt: skip
+
+
+class Gates(NamedTuple):
+    """A far part that forgets and has a denominator of its own (`terrace_gated`), whose states are `GatedState`. The
+    bias of its mix with the near part is the heads' `mix_H`. Parameters are float32."""
+
+    x_BTM: Tensor
+    """The layer's input, any length; taken as it is in float32 and bfloat16."""
+    mix_HX: Tensor
+    forget_KM: Tensor
+    forget_K: Tensor
+    input_KM: Tensor
+    input_K: Tensor
+    cap: float
+    """Largest logarithm of an input gate."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +101,15 @@ def refusal(state: StudentState, rule: Rule) -> str | None:
 
 def decode(
     tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, states: Sequence[StudentState], rule: Rule,
-    kept: Kept | None = None,
+    kept: Kept | None = None, gates: Gates | None = None,
 ) -> Tensor:  # fmt: skip
     """y [B, H, T, E] in q's dtype, without gradients; the states are updated in place. A token with mask False changes
     nothing and outputs 0.
 
     Args:
         tokens: a few tokens. maps: as for :func:`trenchcoat.ops.compiled.attention.attend`. states: one of B rows, or B
-        of one row. kept: groups that keep softmax attention; without padding only.
+        of one row. kept: groups that keep softmax attention; without padding only. gates: of a gated far part; without
+        maps it is not read.
 
     Raises:
         ValueError: the kernels do not compute the call.
@@ -99,11 +121,11 @@ def decode(
     rows, count, length, _ = q.shape
     shape = (rows, count, length, v.shape[3])
     y = torch.empty(shape, dtype=torch.float32) if mask is None else torch.zeros(shape, dtype=torch.float32)
-    maps = maps if rule.far else None
-    fixed = _parameters(heads, maps)
-    key = _Key.of((q, k, v, y), fixed, maps, states[0], rule, tuple(map(_addresses, states)))
+    maps, gates = _far_part(rule, maps, gates)
+    fixed = _parameters(heads, maps, gates)
+    key = _Key.of((q, k, v, y), fixed, maps, gates, states[0], rule, tuple(map(_addresses, states)))
     step = _prepared(key, states, heads.mix_H.shape[0])
-    _point_to_tokens(step, q, k, v, y)
+    _point_to_tokens(step, q, k, v, y, gates)
     mask = None if mask is None else mask.to("cpu", torch.uint8).contiguous()
     step.mask = None if mask is None else mask.data_ptr()
     step.kept = 0 if kept is None else _point_to_kept(step, kept)
@@ -127,7 +149,7 @@ class StatePages:
 
 def decode_pages(
     tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, rule: Rule, states: StatePages,
-    slots: Sequence[Tensor], seen_B: Tensor,
+    slots: Sequence[Tensor], seen_B: Tensor, gates: Gates | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`decode` of one token for each of B rows, whose state is in the pages `slots`, [B] for each cache, and has
     seen `seen_B` tokens before; int64, on the CPU. The pages are updated, `seen_B` is not."""
@@ -136,13 +158,14 @@ def decode_pages(
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = inner(q), inner(k), inner(v)
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=torch.float32)
-    maps = maps if rule.far else None
-    key = _Key.of((q, k, v, y), _parameters(heads, maps), maps, states.like, rule, ())
+    maps, gates = _far_part(rule, maps, gates)
+    fixed = _parameters(heads, maps, gates)
+    key = _Key.of((q, k, v, y), fixed, maps, gates, states.like, rule, ())
     step = _prepared(key, (), heads.mix_H.shape[0])
-    _point_to_tokens(step, q, k, v, y)
+    _point_to_tokens(step, q, k, v, y, gates)
     step.mask, step.kept, step.parts = None, 0, len(states.caches)
-    bases, rows, places = _pointers(states.caches), _pointers(slots), (ctypes.c_int64 * 6)(*states.places)
-    size = states.caches[0].stride(0)
+    bases, rows, size = _pointers(states.caches), _pointers(slots), states.caches[0].stride(0)
+    places = (ctypes.c_int64 * len(states.places))(*states.places)
     place = Pages(ctypes.addressof(bases), size, places, ctypes.addressof(rows), seen_B.data_ptr())
     _kernels().decode_pages(ctypes.byref(step), ctypes.byref(place))
     return y if y.dtype == tokens.q_BHTD.dtype else y.to(tokens.q_BHTD.dtype)
@@ -152,8 +175,19 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() for t in tensors))
 
 
-def _point_to_tokens(step: Step, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> None:
+def _far_part(rule: Rule, maps: FusedMaps | None, gates: Gates | None) -> tuple[FusedMaps | None, Gates | None]:
+    """Maps and gates as the kernels read them, None without a far part."""
+    if maps is None or not rule.far:
+        return None, None
+    if gates is None:
+        return maps, None
+    x = gates.x_BTM if gates.x_BTM.dtype in DTYPES else gates.x_BTM.float()
+    return maps, gates._replace(x_BTM=inner(x))
+
+
+def _point_to_tokens(step: Step, q: Tensor, k: Tensor, v: Tensor, y: Tensor, gates: Gates | None) -> None:
     step.q.data, step.k.data, step.v.data, step.y.data = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
+    step.x.data = None if gates is None else gates.x_BTM.data_ptr()
     step.threads = torch.get_num_threads()
 
 
@@ -165,14 +199,15 @@ def _point_to_kept(step: Step, kept: Kept) -> int:
     return kept.keys.shape[1]
 
 
-def _parameters(heads: HeadWeights, maps: FusedMaps | None) -> list[Tensor | None]:
-    """Mix, sink logit, matrix and bias of both maps."""
+def _parameters(heads: HeadWeights, maps: FusedMaps | None, gates: Gates | None) -> list[Tensor | None]:
+    """Those of :data:`_PARAMETERS`, then matrix and bias of both maps."""
     mix, logit = heads.mix_H.float(), None if heads.sink_logit_H is None else heads.sink_logit_H.float()
+    five = (None,) * 5 if gates is None else gates[1:6]
     if maps is None:
-        return [mix, logit, None, None, None, None]
+        return [mix, logit, *five, None, None, None, None]
     query, key = maps
-    four = (query.matrix, query.bias, key.matrix, key.bias)
-    return [mix, logit, *(t if t is None or t.is_contiguous() else t.contiguous() for t in four)]
+    nine = (*five, query.matrix, query.bias, key.matrix, key.bias)
+    return [mix, logit, *(t if t is None or t.is_contiguous() else t.contiguous() for t in nine)]
 
 
 class _Key(NamedTuple):
@@ -183,11 +218,13 @@ class _Key(NamedTuple):
     """Of the parameters, then of the states' tensors."""
     maps: tuple[int, int, int, bool, float] | None
     """K, F, P, paired, eps."""
+    gates: tuple[int, bool, float, int, int] | None
+    """M, bfloat16, cap, strides of rows and tokens of the layer's input."""
     rule: Rule
 
     @classmethod
     def of(
-        cls, tokens: tuple[Tensor, ...], fixed: list[Tensor | None], maps: FusedMaps | None,
+        cls, tokens: tuple[Tensor, ...], fixed: list[Tensor | None], maps: FusedMaps | None, gates: Gates | None,
         like: StudentState, rule: Rule, states: tuple[tuple[int, ...], ...],
     ) -> _Key:  # fmt: skip
         """The key of a call with q, k, v, y; `states` are the addresses of those to be pointed to, all like `like`."""
@@ -201,7 +238,11 @@ class _Key(NamedTuple):
         if maps is not None:
             query, key = maps
             sizes = (key.matrix.shape[0], query.features, query.matrix.shape[2], query.paired, query.floor)
-        return cls(shapes, tuple(held), sizes, rule)
+        given = None
+        if gates is not None:
+            x = gates.x_BTM
+            given = (x.shape[2], x.dtype == torch.bfloat16, gates.cap, x.stride(0), x.stride(1))
+        return cls(shapes, tuple(held), sizes, given, rule)
 
 
 _RECENT = 4096
@@ -221,27 +262,30 @@ def _prepared(key: _Key, states: Sequence[StudentState], heads: int) -> Step:
 def _made(key: _Key, states: Sequence[StudentState], heads: int) -> tuple[Step, list[Any]]:
     q_shape, v_shape, *strides, dtype, buffers, sums, kv_heads = key.shapes
     rows, _, length, dim = q_shape
-    maps = key.maps or (heads, 0, 0, False, 0.0)
-    mix, logit, *parameters = key.addresses[:6]
+    maps, gates = key.maps or (heads, 0, 0, False, 0.0), key.gates or (0, False, 0.0, 0, 0)
+    count = len(_PARAMETERS)
+    parameters, maps_at = key.addresses[:count], key.addresses[count : count + 4]
     rule = key.rule
     require(rule, dtype, torch.device("cpu"))
     integers = (
         rows, length, heads, kv_heads, maps[0], dim, v_shape[3], maps[1], maps[2], rule.window, rule.sinks,
         key.maps is not None, dtype == torch.bfloat16, buffers == torch.bfloat16, sums == torch.bfloat16, maps[3],
-        rule.affine, 1, 1,
+        rule.affine, 1, 1, key.gates is not None, gates[0], gates[1],
     )  # fmt: skip
     pointers = [_rows(states, name, rows) for name in STATE_FIELDS]
     step = Step(
-        *integers, rule.scale, rule.softcap or 0.0, maps[4], *(View(None, *stride[:3]) for stride in strides),
-        MapPointers(*parameters[:2]), MapPointers(*parameters[2:]), mix, logit, None, *map(ctypes.addressof, pointers),
+        *integers, rule.scale, rule.softcap or 0.0, maps[4], gates[2], *(View(None, *each[:3]) for each in strides),
+        View(None, gates[3], 0, gates[4]), MapPointers(*maps_at[:2]), MapPointers(*maps_at[2:]), *parameters, None,
+        *map(ctypes.addressof, pointers),
     )  # fmt: skip
     return step, pointers
 
 
 def _tensors(state: StudentState) -> tuple[Tensor, ...]:
-    """Those of :data:`STATE_FIELDS`."""
+    """Those of :data:`STATE_FIELDS` that it has."""
     s = state
-    return s.k_BGND, s.v_BGNE, s.sink_k_BGSD, s.sink_v_BGSE, s.far_s_BKFE, s.far_z_BKF, s.seen_B
+    gates = (s.log_forget_BKN1, s.log_input_BKN1) if isinstance(s, GatedState) else ()
+    return s.k_BGND, s.v_BGNE, s.sink_k_BGSD, s.sink_v_BGSE, s.far_s_BKFE, s.far_z_BKF, *gates, s.seen_B
 
 
 def _addresses(state: StudentState) -> tuple[int, ...]:
@@ -249,8 +293,8 @@ def _addresses(state: StudentState) -> tuple[int, ...]:
 
 
 def _rows(states: Sequence[StudentState], name: str, rows: int) -> ctypes.Array[ctypes.c_void_p]:
-    """The address of each row of a state's tensor."""
-    if not states:  # they are in pages
+    """The address of each row of a state's tensor; none where states are in pages, or have no such tensor."""
+    if not states or not hasattr(states[0], name):
         return (ctypes.c_void_p * 0)()
     tensors = [getattr(state, name) for state in states]
     addresses = [t.data_ptr() for t in tensors]

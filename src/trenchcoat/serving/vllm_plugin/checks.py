@@ -16,7 +16,7 @@ _STATE_DTYPES = ("auto", "float32", "bfloat16")
 
 def check_model(config: Any, known: Iterable[str]) -> None:
     """UserError for a model whose architecture is not among the `known` ones, that has a LoRA which is not merged, or
-    students that read the layer's input."""
+    students in place of whole layers."""
     names = [str(name) for name in config.architectures or ()]
     if not set(names) & set(known):
         raise UserError(
@@ -25,10 +25,10 @@ def check_model(config: Any, known: Iterable[str]) -> None:
         )
     own = getattr(config, "trenchcoat", None) or {}
     student = student_settings(own.get("student", {})).name
-    if student_class(student).uses_input:
+    if student_class(student).replaces_layer:
         raise UserError(
-            f"student.name={student} reads the layer's input, which vLLM's attention layers are not given; serve this "
-            "model with `trenchcoat serve --engine embedded`"
+            f"student.name={student} takes the place of whole layers, projections included: write what vLLM serves "
+            "without this package with `trenchcoat export FOLDER --native`, or use `trenchcoat serve --engine embedded`"
         )
     if own.get("lora") is not None:
         raise UserError("the folder's LoRA is not merged: write a merged one with `trenchcoat export FOLDER --merge`")
@@ -54,6 +54,10 @@ def state_dtype(vllm_config: Any) -> torch.dtype:
 
 def _refused(vllm_config: Any) -> Iterator[str]:
     parallel = vllm_config.parallel_config
+    own = getattr(vllm_config.model_config.hf_config, "trenchcoat", None) or {}
+    student = student_settings(own.get("student", {})).name
+    if parallel.tensor_parallel_size > 1 and not student_class(student).heads_apart:
+        yield f"student.name={student} has parameters of all heads together; leave out --tensor-parallel-size"
     if vllm_config.speculative_config is not None:
         yield "rejected drafts could not be taken back out of the state; leave out --speculative-config"
     if vllm_config.lora_config is not None:

@@ -88,6 +88,8 @@ class StudentLayer(nn.Module):
 
     student: StudentAttention
     pages: Pages | None = None
+    x_TM: Tensor | None = None
+    """The input of the layer's attention, from its call to that of this module; for students that read it."""
 
     def __init__(
         self, student: StudentAttention, scores: dict[str, Any], parts: int, vllm_config: Any, prefix: str
@@ -115,31 +117,40 @@ class StudentLayer(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[T, H * D], [T, G * D], [T, G * D] -> [T, H * D]."""
         output = torch.empty_like(query)
-        torch.ops.vllm.trenchcoat_student(query, key, value, output, self.prefix)
+        x_TM, self.x_TM = self.x_TM, None
+        torch.ops.vllm.trenchcoat_student(query, key, value, x_TM, output, self.prefix)
         return output
 
-    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def take_input(self, attn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before the layer's attention with its arguments: positions, x [T, M]."""
+        self.x_TM = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
+
+    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], x_TM: Tensor | None, output: Tensor) -> None:
         """Write the outputs of a step's tokens into `output` [T, H * D]."""
         every = get_forward_context().attn_metadata
         pages = None if every is None else self._pages()
         if pages is None:  # vLLM measures the memory of a step before there is a cache
             rows = (x.unflatten(-1, (-1, self.student.head_dim)).transpose(0, 1)[None] for x in qkv)
-            y, _ = self.student(*rows, **self.scores)
+            given = self.scores if x_TM is None else {**self.scores, "x_BTM": x_TM[None]}
+            y, _ = self.student(*rows, **given)
             output.copy_(y[0].transpose(0, 1).flatten(1))
             return
         steps: list[StepRequests] = [every[cache.prefix].step for cache in self.caches]
         tokens = steps[0].starts[-1]
         q, k, v = (x[:tokens] for x in qkv)
-        output[:tokens] = pages.attend((q, k, v), steps, **self.scores)
+        x_TM = None if x_TM is None else x_TM[:tokens]
+        output[:tokens] = pages.attend((q, k, v), steps, x_TM, **self.scores)
         output[tokens:] = 0
 
 
-def _student(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: str) -> None:
+def _student(query: Tensor, key: Tensor, value: Tensor, x_TM: Tensor | None, output: Tensor, layer_name: str) -> None:
     layer: StudentLayer = get_forward_context().no_compile_layers[layer_name]
-    layer.attend((query, key, value), output)
+    layer.attend((query, key, value), x_TM, output)
 
 
-def _student_fake(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: str) -> None:
+def _student_fake(
+    query: Tensor, key: Tensor, value: Tensor, x_TM: Tensor | None, output: Tensor, layer_name: str
+) -> None:
     """Nothing but the output changes."""
 
 
@@ -175,9 +186,10 @@ class MixedAttention(nn.Module):
 
 def student_for(vllm_config: Any, share: Share, head_dim: int) -> StudentAttention:
     """The student of one layer with this process's share of the heads."""
-    cfg = student_settings(vllm_config.model_config.hf_config.trenchcoat["student"])
-    groups = len(share.free)
-    student = build_student(cfg, num_heads=groups * share.heads, num_kv_heads=groups, head_dim=head_dim)
+    config, groups = vllm_config.model_config.hf_config, len(share.free)
+    sizes = {"num_kv_heads": groups, "head_dim": head_dim, "hidden_size": config.hidden_size}
+    cfg = student_settings(config.trenchcoat["student"])
+    student = build_student(cfg, num_heads=groups * share.heads, **sizes)
     student.state_dtype = state_dtype(vllm_config)
     return student.eval().requires_grad_(False)
 
@@ -220,6 +232,8 @@ def _insert_student(attn: Any, vllm_config: Any) -> None:
     if share.free:
         parts_of_state = len(share.free) // free_at_once(shares)
         layer = StudentLayer(attn.student, scores, parts_of_state, vllm_config, f"{prefix}.attn")
+        if attn.student.uses_input:
+            attn.register_forward_pre_hook(layer.take_input, with_kwargs=True)
         parts.append((layer, share.query_heads(share.free), list(share.free)))
     for number in range(0, len(share.kept), at_once or 1):
         groups = list(share.kept[number : number + at_once])

@@ -128,52 +128,54 @@ class Pages:
         return self.student.decodes_pages(like, self._empty(1))
 
     def attend(
-        self, qkv: tuple[Tensor, Tensor, Tensor], steps: Sequence[StepRequests], *, scale: float,
-        softcap: float | None = None,
+        self, qkv: tuple[Tensor, Tensor, Tensor], steps: Sequence[StepRequests], x_TM: Tensor | None = None, *,
+        scale: float, softcap: float | None = None,
     ) -> Tensor:  # fmt: skip
         """y [T, H * D] of a step's tokens, after RoPE; the requests' pages are updated.
 
         ``qkv`` are q [T, H * D], k [T, G * D] and v [T, G * D]; ``steps`` are the same requests with their pages in
-        each of the caches.
+        each of the caches; ``x`` is the layer's input, for a student that reads it.
         """
         dim, kv_heads, requests = self.student.head_dim, self.student.num_kv_heads, steps[0]
         q, k, v = (x.unflatten(-1, (heads, dim)) for x, heads in zip(qkv, (-1, kv_heads, kv_heads), strict=True))
         y, decodes = torch.empty_like(q), requests.decodes
-        scores = {"scale": scale, "softcap": softcap}
+        scores: dict[str, Any] = {"scale": scale, "softcap": softcap}
         if decodes:
-            y[:decodes] = self._decode((q[:decodes], k[:decodes], v[:decodes]), steps, scores)
+            given = scores if x_TM is None else {**scores, "x_BTM": x_TM[:decodes, None]}
+            y[:decodes] = self._decode((q[:decodes], k[:decodes], v[:decodes]), steps, given)
         for request in range(decodes, len(requests.lengths)):
             tokens = slice(requests.starts[request], requests.starts[request + 1])
             row = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
             before = requests.lengths[request] - (tokens.stop - tokens.start)
             held = self._held([step.slots[request] for step in steps], before)
-            y_row, after = self.student(*row, **scores, state=self._state(held, [before]))
+            given = scores if x_TM is None else {**scores, "x_BTM": x_TM[None, tokens]}
+            y_row, after = self.student(*row, **given, state=self._state(held, [before]))
             self._write(after, held)
             y[tokens] = y_row[0].transpose(0, 1)
         return y.flatten(1)
 
-    def _decode(self, qkv: tuple[Tensor, ...], steps: Sequence[StepRequests], scores: dict[str, Any]) -> Tensor:
-        """y [B, H, D] of one token of each request that decodes."""
+    def _decode(self, qkv: tuple[Tensor, ...], steps: Sequence[StepRequests], given: dict[str, Any]) -> Tensor:
+        """y [B, H, D] of one token of each request that decodes; `given` are the keywords of the student's calls."""
         before = [length - 1 for length in steps[0].lengths[: steps[0].decodes]]
         token = [x[:, :, None] for x in qkv]
         if not self.in_place:
-            return self._decode_gathered(token, steps, before, scores)
+            return self._decode_gathered(token, steps, before, given)
         if self._in_kernels:
             for request, seen in enumerate(before):
                 if not seen:
                     self._held([step.slots[request] for step in steps], seen)
             slots, seen_B = [step.decoding[0] for step in steps], steps[0].decoding[1]
-            y = self.student.decode_pages(*token, states=self._states, slots=slots, seen_B=seen_B, **scores)
+            y = self.student.decode_pages(*token, states=self._states, slots=slots, seen_B=seen_B, **given)
         elif len(steps) > 1:
-            return self._decode_gathered(token, steps, before, scores)
+            return self._decode_gathered(token, steps, before, given)
         else:
             held = [self._held([slot], seen) for slot, seen in zip(steps[0].slots, before, strict=False)]
             states = [self._state(tensors, [seen]) for tensors, seen in zip(held, before, strict=True)]
-            y = self.student.decode_rows(*token, states=states, **scores)
+            y = self.student.decode_rows(*token, states=states, **given)
         return y[:, :, 0]
 
     def _decode_gathered(
-        self, token: list[Tensor], steps: Sequence[StepRequests], before: list[int], scores: dict[str, Any]
+        self, token: list[Tensor], steps: Sequence[StepRequests], before: list[int], given: dict[str, Any]
     ) -> Tensor:
         device, count = token[0].device, len(before)
         slots = [torch.tensor(step.slots[:count], device=device) for step in steps]
@@ -182,7 +184,7 @@ class Pages:
         for tensor in chain(*held):
             tensor[first] = 0
         state = self._state(held, before)
-        y = self.student.decode(*token, state=state, **scores)
+        y = self.student.decode(*token, state=state, **given)
         self._write(state, held)
         for tensors, parts, at in zip(self.tensors, held, slots, strict=True):
             for page, tensor in zip(tensors, parts, strict=True):

@@ -7,15 +7,20 @@ struct Step {
   // Which are bfloat16: q, k, v (narrow), the buffers and sinks (narrow_slots), the far sums of F x E (narrow_sums).
   Int far, narrow, narrow_slots, narrow_sums, paired, affine, threads;
   Int parts;  // of a row's state, each with as many neighbouring groups and their key maps
-  double scale, softcap, eps;
-  View q, k, v, y;  // y is float32
+  // Whether the far part forgets and has a denominator of its own, the width of the layer's input, and whether it is
+  // bfloat16.
+  Int gated, inputs, narrow_inputs;
+  double scale, softcap, eps, cap;
+  View q, k, v, y, x;  // y is float32; x, the layer's input, has no heads
   Map query, key;
   const float *mix, *logit;
+  // The gated far part's: mix [H, 2 D + E] (`mix` is its bias), gates of keys [K, inputs] and [K].
+  const float *mix_weight, *forget_weight, *forget_bias, *input_weight, *input_bias;
   const uint8_t *mask;  // [B, T], or null: all tokens are real
   // One pointer for each part of each row: buffers [G, 2W, D] and [G, 2W, E], sinks [G, S, D] and [G, S, E], far sums
-  // [K, F, E] and [K, F]; and one for each row: tokens seen.
+  // [K, F, E] and [K, F], logarithms of the gates of buffered keys [K, 2W]; and one for each row: tokens seen.
   void **slots_k, **slots_v, **sink_k, **sink_v, **far_s;
-  float **far_z;
+  float **far_z, **log_forget, **log_input;
   Int **seen;
   // Groups that keep softmax attention: q, k, v and y then hold the heads of all groups, `free_heads` and `free_groups`
   // are the places of the student's heads and groups in them, `kept_groups` those of the others, whose `held` keys and
@@ -29,7 +34,7 @@ struct Step {
 struct Pages {
   char **bases;         // page 0 of each part's cache
   Int size;             // bytes from a page to the next
-  Int places[6];        // in a page: k, v, their sinks, the far sums
+  Int places[8];        // in a page: k, v, their sinks, the far sums, the gates
   const Int **slots;    // of each part: the page of each row
   const Int *seen;      // tokens of each row before this step
 };
@@ -66,11 +71,12 @@ class Decoding {
     phi.features(turned, f, a.window, w);
     for (Int r = 0; r < a.features; ++r)
       for (Int i = 0; old + i < a.sinks; ++i) f[r * w + i] = 0;
+    const float left = a.gated ? weigh_keys(sum, slot) : 1.0f;
     product<ALL>({f, w, 1}, values, e, sums, e, a.features, a.values, a.window, false);
     float *z = a.far_z[sum.part] + sum.inside * a.features;
     for (Int r = 0; r < a.features; ++r) {
-      add(sum, map, r, sums + r * e, n);
-      z[r] += summed(f + r * w, nullptr, a.window);
+      add(sum, map, r, left, sums + r * e, n);
+      z[r] = left * z[r] + summed(f + r * w, nullptr, a.window);
     }
   }
 
@@ -95,23 +101,41 @@ class Decoding {
     }
   }
 
+  // Stores the logarithms of the token's gates.
+  void keep_gates(Int b, Int map, Int t) {
+    const float *x = inputs_of(b, t), over = 1.0f / length(x, a.inputs);
+    const Place at = place_of(a, b, map, a.key_maps);
+    const Int slot = at.inside * 2 * a.window + *a.seen[b] % (2 * a.window);
+    const float forget = over * summed(x, a.forget_weight + map * a.inputs, a.inputs) + a.forget_bias[map];
+    const float write = over * summed(x, a.input_weight + map * a.inputs, a.inputs) + a.input_bias[map];
+    a.log_forget[at.part][slot] = (forget < 0 ? forget : 0.0f) - log1pf(expf(-fabsf(forget)));
+    a.log_input[at.part][slot] = (float)a.cap * tanhf(write / (float)a.cap);
+  }
+
   // Outputs of the student's heads of a key map.
   void look(Int b, Int map, Int t) {
-    const Int heads = a.heads / a.key_maps;
-    gather(b, map * a.kv_heads / a.key_maps);
+    const Int heads = a.heads / a.key_maps, kv = map * a.kv_heads / a.key_maps;
+    gather(b, kv);
+    const bool gated = a.gated && (*a.seen[b] / a.window - 1) * a.window > a.sinks;
+    if (gated) {
+      const Int from = a.free_groups ? a.free_groups[kv] : kv;
+      read(a.k, a.narrow, b, from, t, 1, a.dim, own_k, d);
+      read(a.v, a.narrow, b, from, t, 1, a.values, own_v, e);
+    }
     for (Int h = map * heads; h < (map + 1) * heads; ++h) {
       const Int place = a.free_heads ? a.free_heads[h] : h;
       read(a.q, a.narrow, b, place, t, 1, a.dim, q, d);
       float ratio = 1.0f;
-      if (a.far) ratio = a.affine ? expf(a.mix[h]) : 1.0f / (1.0f + expf(-a.mix[h]));
+      if (a.far && !a.gated) ratio = a.affine ? expf(a.mix[h]) : 1.0f / (1.0f + expf(-a.mix[h]));
       float den = softmax_part(ratio, a.logit ? a.logit + h : nullptr);
-      if (a.far) {
+      if (a.far && !a.gated) {
         query_features(h);
         gathered_sums(b, map);
         const Place sum = place_of(a, b, map, a.key_maps);
         den += summed(f, a.far_z[sum.part] + sum.inside * a.features, a.features);
       }
       divided(den, at(a.y, b, place, t));
+      if (gated) mix_far_part(b, map, h, at(a.y, b, place, t));
     }
   }
 
@@ -139,25 +163,68 @@ class Decoding {
   const float *near_keys[3], *near_values[3];
   Int near_counts[3];
   Int gathered_row = -1, gathered_group = -1;  // whose keys these are
-  float *q, *keys, *values, *turned, *f, *sums, *p, *num;
+  float *q, *keys, *values, *turned, *f, *sums, *p, *num, *own_k, *own_v, *weights, *input;
 
   void lay_out(Scratch &m) {
     const Int window = 2 * a.window + a.sinks, held = a.kept ? a.held + a.tokens : 0;
     const Int widened_rows = a.kept && a.narrow && held > window ? held : window, all = held > window ? held : window;
     q = m.take(d), keys = m.take(widened_rows * d), values = m.take(widened_rows * e), turned = m.take(a.dim * w);
     f = m.take(a.features * w + 2 * LANES), sums = m.take(a.features * e), p = m.take(all), num = m.take(e);
+    if (!a.gated) return;
+    own_k = m.take(d), own_v = m.take(e), weights = m.take(w), input = m.take(whole(a.inputs));
   }
 
-  // Adds E numbers to the far sums of feature r, `n` tokens after the row's start.
-  void add(Place sum, Int map, Int r, const float *x, Int n) const {
+  // |x|, at least 1e-12.
+  static float length(const float *x, Int count) {
+    const float found = sqrtf(summed(x, x, count));
+    return found < 1e-12f ? 1e-12f : found;
+  }
+
+  // The layer's input of a token.
+  const float *inputs_of(Int b, Int t) {
+    if (!a.narrow_inputs) return at(a.x, b, 0, t);
+    read(a.x, true, b, 0, t, 1, a.inputs, input, a.inputs);
+    return input;
+  }
+
+  // Multiplies the features of a chunk's keys by what is left of them at its end: their input gate and the forget gates
+  // after them. Returns what is left of the sums before.
+  float weigh_keys(Place sum, Int slot) {
+    const Int from = sum.inside * 2 * a.window + slot;
+    const float *forget = a.log_forget[sum.part] + from, *write = a.log_input[sum.part] + from;
+    float after = 0;
+    for (Int i = a.window - 1; i >= 0; after += forget[i--]) weights[i] = expf(write[i] + after);
+    for (Int r = 0; r < a.features; ++r)
+      for (Int i = 0; i < a.window; ++i) f[r * w + i] *= weights[i];
+    return expf(after);
+  }
+
+  // y = (1 - o) y + o far, where y is the near part and o depends on the directions of q, k and v.
+  void mix_far_part(Int b, Int map, Int h, float *y) {
+    const float *weight = a.mix_weight + h * (2 * a.dim + a.values);
+    const float logit = a.mix[h] + summed(q, weight, a.dim) / length(q, a.dim) +
+                        summed(own_k, weight + a.dim, a.dim) / length(own_k, a.dim) +
+                        summed(own_v, weight + 2 * a.dim, a.values) / length(own_v, a.values);
+    const float o = 1.0f / (1.0f + expf(-logit));
+    query_features(h);
+    for (Int c = 0; c < a.values; ++c) num[c] = 0;
+    gathered_sums(b, map);
+    const Place sum = place_of(a, b, map, a.key_maps);
+    const float den = summed(f, a.far_z[sum.part] + sum.inside * a.features, a.features);
+    const float over = o / (den > 0 ? den : 1.0f);
+    for (Int c = 0; c < a.values; ++c) y[c] = (1.0f - o) * y[c] + over * num[c];
+  }
+
+  // Adds E numbers to what is left of the far sums of feature r, `n` tokens after the row's start.
+  void add(Place sum, Int map, Int r, float left, const float *x, Int n) const {
     const Int at = (sum.inside * a.features + r) * a.values, element = (map * a.features + r) * a.values;
     if (!a.narrow_sums) {
       float *s = (float *)a.far_s[sum.part] + at;
-      for (Int c = 0; c < a.values; ++c) s[c] += x[c];
+      for (Int c = 0; c < a.values; ++c) s[c] = left * s[c] + x[c];
       return;
     }
     uint16_t *s = (uint16_t *)a.far_s[sum.part] + at;
-    for (Int c = 0; c < a.values; ++c) s[c] = rounded_at(widened(s[c]) + x[c], element + c, n);
+    for (Int c = 0; c < a.values; ++c) s[c] = rounded_at(left * widened(s[c]) + x[c], element + c, n);
   }
 
   // To bfloat16, up or down by a threshold that varies with element and position (ops/state.py, round_to_bfloat16).

@@ -95,7 +95,9 @@ static void decode_token(const Step *step, Int t) {
         continue;
       }
       const Int b = (task - kept) / step->key_maps;
-      if (real(b)) decoding.look(b, (task - kept) % step->key_maps, t);
+      if (!real(b)) continue;
+      decoding.look(b, (task - kept) % step->key_maps, t);
+      if (step->gated) decoding.keep_gates(b, (task - kept) % step->key_maps, t);
     }
 #pragma omp for schedule(static)
     for (Int b = 0; b < step->rows; ++b)
@@ -116,19 +118,21 @@ void decode(const Step *step) {
 void decode_pages(const Step *step, const Pages *pages) {
   Step own = *step;
   const Int count = step->rows * step->parts;
-  std::vector<void *> at(6 * count);
+  constexpr Int TENSORS = sizeof(pages->places) / sizeof(Int);
+  std::vector<void *> at(TENSORS * count);
   std::vector<Int> counts(pages->seen, pages->seen + step->rows);
   std::vector<Int *> seen(step->rows);
   for (Int b = 0; b < step->rows; ++b) {
     for (Int part = 0; part < step->parts; ++part) {
       char *page = pages->bases[part] + pages->slots[part][b] * pages->size;
-      for (Int i = 0; i < 6; ++i) at[i * count + b * step->parts + part] = page + pages->places[i];
+      for (Int i = 0; i < TENSORS; ++i) at[i * count + b * step->parts + part] = page + pages->places[i];
     }
     seen[b] = &counts[b];
   }
   void **rows = at.data();
   own.slots_k = rows, own.slots_v = rows + count, own.sink_k = rows + 2 * count, own.sink_v = rows + 3 * count;
   own.far_s = rows + 4 * count, own.far_z = (float **)(rows + 5 * count);
+  own.log_forget = (float **)(rows + 6 * count), own.log_input = (float **)(rows + 7 * count);
   own.seen = seen.data();
   decode(&own);
 }
