@@ -35,7 +35,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 from trenchcoat.models.card import measured_in
 from trenchcoat.models.native import save_native
-from trenchcoat.models.saving import upload_folder
+from trenchcoat.models.saving import require_uploadable, upload_folder
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import (
@@ -295,8 +295,9 @@ def publish(
     """Upload the complete model of a run, adapter or complete folder to the hub as ``name``.
 
     ``native``: as :func:`export_native` writes it. ``out``: a folder to keep it in, too. Raises ``UserError`` when the
-    hub refuses.
+    hub refuses; before anything is loaded where the name or the login shows it.
     """
+    require_uploadable(name)
     with tempfile.TemporaryDirectory() as temporary:
         folder = out or Path(temporary) / "model"
         written = export_native(path, folder, dtype=dtype) if native else export(path, folder, merge=True, dtype=dtype)
