@@ -291,6 +291,10 @@ class StudentAttention(nn.Module):
         """Whether :meth:`decode_pages` can continue states like `state` with queries like `like`."""
         return False
 
+    def only_reads(self, *inputs: Tensor) -> bool:
+        """Whether nothing needs a gradient, so that no intermediate result has to be kept."""
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
+
     def implementation(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation that runs for inputs of `dtype` on `device`; ValueError if the configured one cannot."""
         if self.cfg.impl != "auto":

@@ -128,7 +128,7 @@ class HybridAttention(StudentAttention):
         if not self.far_enabled:
             return near, after
         far, after = self.far(tokens, self._direction(x_BTM, q_BHTD), rule, state, after)
-        open_BT = _open(tokens, rule, None if state is None else state.seen_B)
+        open_BT = open_tokens(tokens, rule, None if state is None else state.seen_B)
         return self._mixed(tokens, near, far, open_BT), after
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class HybridAttention(StudentAttention):
             one, far = tokens if count == 1 else tokens[t : t + 1], None
             first = min(state.positions())  # known on the host: usually every row is open, without looking
             surely = mask_BT is None and (first // rule.window - 1) * rule.window > rule.sinks
-            open_BT = None if surely else _open(one, rule, state.seen_B)
+            open_BT = None if surely else open_tokens(one, rule, state.seen_B)
             if x is not None:
                 far = self.far_step(one, x[:, t : t + 1], rule, state)
             near = decode(one, None, heads, state, rule)
@@ -187,13 +187,13 @@ class HybridAttention(StudentAttention):
         `FIT_TOKENS` together. Rows without any change nothing."""
         super().initialise(tokens, y_BHTE, scale=scale)
         rule = self._rule(scale, softcap)
-        count_B = _open(tokens, rule, None).sum(1)
+        count_B = open_tokens(tokens, rule, None).sum(1)
         rows = count_B.argsort(descending=True, stable=True)[: max(1, FIT_TOKENS // tokens.q_BHTD.shape[2])]
         parts = (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE, tokens.mask_BT, y_BHTE, input.get("x_BTM"))
         q, k, v, mask, y, x = (None if part is None else part[rows.to(part.device)] for part in parts)
         assert q is not None and k is not None and v is not None and y is not None  # noqa: PT018
         tokens = Tokens(q, k, v, mask)
-        open_BT = _open(tokens, rule, None)
+        open_BT = open_tokens(tokens, rule, None)
         if not bool(open_BT.any()):
             _log.warning("layer %d: the first rows end within the window; the mix is not fitted", self.layer_idx)
             return
@@ -241,14 +241,18 @@ class HybridAttention(StudentAttention):
         return linear_window_attention(tokens, None, heads, rule, state=state, impl=impl)
 
     def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
+        mix_BHT = self.mix(tokens, open_BT, far.dtype)
+        return torch.lerp(near.to(far.dtype), far, mix_BHT[..., None]).to(near.dtype)
+
+    def mix(self, tokens: Tokens, open_BT: Tensor | None, wide: torch.dtype) -> Tensor:
+        """o [B, H, T]; 0 where not `open` (None: all are)."""
         logit_BHT = self.mix_bias_H[:, None]
         parts = (tokens.q_BHTD, tokens.k_BGTD, tokens.v_BGTE)
         for x, weight_HD in zip(parts, self.mix_HX.split([x.shape[-1] for x in parts], 1), strict=True):
             of_heads = weight_HD.unflatten(0, (x.shape[1], -1))  # [G, query heads of a group, D]
-            found = normalize(x.to(far.dtype), dim=-1) @ of_heads.mT
+            found = normalize(x.to(wide), dim=-1) @ of_heads.mT
             logit_BHT = logit_BHT + found.transpose(2, 3).flatten(1, 2)
-        mix_BHT = logit_BHT.sigmoid() if open_BT is None else logit_BHT.sigmoid() * open_BT[:, None]
-        return torch.lerp(near.to(far.dtype), far, mix_BHT[..., None]).to(near.dtype)
+        return logit_BHT.sigmoid() if open_BT is None else logit_BHT.sigmoid() * open_BT[:, None]
 
     def to_heads(self, x_BGTD: Tensor) -> Tensor:
         """Repeat key/value heads (or key maps) for the query heads that share them."""
@@ -273,7 +277,7 @@ class HybridAttention(StudentAttention):
         return known_rule(kind=self.kind, window=cfg.window, scale=scale, softcap=softcap, sinks=cfg.sinks, far=far)
 
 
-def _open(tokens: Tokens, rule: Rule, seen_B: Tensor | None) -> Tensor:
+def open_tokens(tokens: Tokens, rule: Rule, seen_B: Tensor | None) -> Tensor:
     """Whether a token has keys outside the window and the sinks, bool [B, T]; False where there is no token."""
     like = tokens.k_BGTD[:, 0, :, 0]
     real = torch.ones_like(like, dtype=torch.bool) if tokens.mask_BT is None else tokens.mask_BT.bool()

@@ -73,7 +73,7 @@ class SumAttention(StudentAttention):
         if kernels is not None:
             y, after = kernels.attend(tokens, self._fused(rule), heads, rule, state=state)
             return y, after
-        if state is None and rule.far and impl == "chunkwise" and self._only_reads(q_BHTD, k_BGTD, v_BGTE):
+        if state is None and rule.far and impl == "chunkwise" and self.only_reads(q_BHTD, k_BGTD, v_BGTE):
             learners = self._learners(rule, False)
             assert learners is not None
             return attend_with_maps(tokens, learners, heads, rule), None
@@ -287,10 +287,6 @@ class SumAttention(StudentAttention):
         if self._chosen is None or self._chosen[0] != asked:
             self._chosen = (asked, self.implementation(like.dtype, like.device))
         return self._chosen[1]
-
-    def _only_reads(self, *inputs: Tensor) -> bool:
-        """Whether nothing needs a gradient, so that features can be discarded with their tile."""
-        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *self.parameters()))
 
 
 def _real(y_BHLE: Tensor, rows: Rows) -> Tensor:

@@ -32,11 +32,12 @@ from trenchcoat.config import StudentConfig
 from trenchcoat.ops import GatedState, HeadWeights, Rule, StateSizes, StudentState, Tokens
 from trenchcoat.ops.chunked.decayed import FarSums, GatedKeys, after_chunk, gated_far, read_far
 from trenchcoat.ops.chunked.rows import Rows, far_keys, newest
+from trenchcoat.ops.compiled.attention import GatedRows, attend
 from trenchcoat.ops.compiled.decode import Gates, Kept, StatePages, decode, decode_pages
 from trenchcoat.ops.decode import chunks_due
 from trenchcoat.ops.state import rounded
 from trenchcoat.students import fused
-from trenchcoat.students.hybrid import LEAST_MIX, MOST_MIX, HybridAttention, InputGate
+from trenchcoat.students.hybrid import LEAST_MIX, MOST_MIX, HybridAttention, InputGate, open_tokens
 
 CAP = 15.0
 """Largest logarithm of an input gate."""
@@ -53,8 +54,8 @@ class TerraceGatedAttention(HybridAttention):
         assert self.hidden_size is not None
         self.forget_gate = InputGate(self.hidden_size, self.key_heads)
         self.input_gate = InputGate(self.hidden_size, self.key_heads)
-        self._decoded_by: tuple[Any, bool] | None = None
-        """Whether the kernels decode on CPUs, and what that was asked for."""
+        self._known_kernels: tuple[Any, bool] | None = None
+        """Whether the kernels compute the far part, and what that was asked for."""
         self._known_maps = fused.DecodingMaps()
         self.reset_parameters()
 
@@ -126,6 +127,31 @@ class TerraceGatedAttention(HybridAttention):
         fq = self.query_map.rows(token.q_BHTD)
         return read_far(fq, FarSums(state.far_s_BKFE.to(fq.dtype), state.far_z_BKF.to(fq.dtype)))
 
+    def forward(
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTE: Tensor,
+        *,
+        x_BTM: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        state: Any = None,
+        sink_logit: Tensor | None = None,
+        **scores: Any,
+    ) -> tuple[Tensor, Any]:
+        """See :meth:`StudentAttention.forward`; without gradients by the compiled kernels, where they can."""
+        tokens = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT)
+        by_kernels = self.far_enabled and self._on_kernels(q_BHTD)
+        if not by_kernels or not self.only_reads(q_BHTD, k_BGTD, v_BGTE, *(() if x_BTM is None else (x_BTM,))):
+            given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
+            return super().forward(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
+        with torch.no_grad():
+            rule, gates = self._rule(**scores, far=True), self.gates(self._direction(x_BTM, q_BHTD))
+            open_BT = open_tokens(tokens, rule, None if state is None else state.seen_B)
+            rows = GatedRows(*gates, self.mix(tokens, open_BT, torch.float32))
+            maps, heads = self._known_maps.of(self.query_map, self.keys_phi, rule), self._weights(q_BHTD, sink_logit)
+            return attend(tokens, maps, heads, rule, state=state, gated=rows)
+
     def decode(
         self,
         q_BHTD: Tensor,
@@ -155,14 +181,7 @@ class TerraceGatedAttention(HybridAttention):
 
     def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
         """See :meth:`StudentAttention.decodes_kept`."""
-        if like.device.type != "cpu" or self.cfg.impl not in ("auto", "compiled"):
-            return False
-        rule, asked = self._rule(1.0, far=self.far_enabled), (like.dtype, self.far_enabled, self.mix_bias_H.dtype)
-        if self._decoded_by is None or self._decoded_by[0] != asked:
-            shape = fused.LayerShape(like.dtype, rule, self.head_dim, self.value_dim)
-            found = fused.implementation("auto", like.device, self.query_map, shape, f"decoding of {self.cfg.name}")
-            self._decoded_by = (asked, found == "compiled" and self.mix_bias_H.dtype == torch.float32)
-        return self._decoded_by[1] and fused.decodes(state, rule)
+        return self._on_kernels(like) and fused.decodes(state, self._rule(1.0))
 
     def decode_rows(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState],
@@ -185,6 +204,18 @@ class TerraceGatedAttention(HybridAttention):
     def decodes_pages(self, like: Tensor, state: StudentState) -> bool:
         """See :meth:`StudentAttention.decodes_pages`."""
         return self.decodes_kept(like, state)
+
+    def _on_kernels(self, like: Tensor) -> bool:
+        """Whether the compiled kernels compute the far part too for queries like `like`."""
+        if like.device.type != "cpu" or self.cfg.impl not in ("auto", "compiled"):
+            return False
+        asked = (like.dtype, self.far_enabled, self.mix_bias_H.dtype)
+        if self._known_kernels is None or self._known_kernels[0] != asked:
+            rule = self._rule(1.0, far=self.far_enabled)
+            shape = fused.LayerShape(like.dtype, rule, self.head_dim, self.value_dim)
+            found = fused.implementation("auto", like.device, self.query_map, shape, f"{self.cfg.name}'s far part")
+            self._known_kernels = (asked, found == "compiled" and self.mix_bias_H.dtype == torch.float32)
+        return self._known_kernels[1]
 
     def _for_kernels(
         self, like: Tensor, x_BTM: Tensor | None, sink_logit: Tensor | None, scores: dict[str, Any]

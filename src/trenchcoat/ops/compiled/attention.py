@@ -6,20 +6,20 @@ dim, E value dim, F features, P columns of a map, S sinks.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trenchcoat.ops.chunked.layout import Inputs
-from trenchcoat.ops.chunked.rows import Rows, first_tokens, sink_pairs, state_after
+from trenchcoat.ops.chunked.rows import Rows, first_tokens, newest, sink_pairs, state_after
 from trenchcoat.ops.compiled.call import Call, alike, inner
 from trenchcoat.ops.short import is_softmax, softmax_attention
-from trenchcoat.ops.state import FusedMap, FusedMaps, HeadWeights, Rule, StudentState, Tokens, rounded
+from trenchcoat.ops.state import FusedMap, FusedMaps, GatedState, HeadWeights, Rule, StudentState, Tokens, rounded
 
 Fixed = dict[str, Tensor | None]
-"""Tensors without gradients: first, length, start_s, start_z, end_s, end_z, target."""
+"""Tensors without gradients: first, length, start_s, start_z, end_s, end_z, target, log_forget, log_input, far_mix."""
 DTYPES = (torch.float32, torch.bfloat16)
 _GRADIENTS = ("dq", "dk", "dv", "dfq", "dfk", "", "", "", "", "dratio", "dlogit", "dsink_k", "dsink_v")
 """Gradients of the tensors of :func:`_call`; those of the maps have names of their own."""
@@ -164,14 +164,25 @@ def _start(s0: Tensor | None, z0: Tensor | None) -> Fixed:
     return {"start_s": s0.float(), "start_z": z0.float()}
 
 
+class GatedRows(NamedTuple):
+    """A far part that forgets and has a denominator of its own (`terrace_gated`): logarithms of the gates of keys, and
+    the far part's weight o in y = (1 - o) near + o far, 0 where nothing is far."""
+
+    log_forget_BKT1: Tensor
+    log_input_BKT1: Tensor
+    mix_BHT: Tensor
+
+
 def attend(
-    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, rule: Rule, *, state: StudentState | None = None
-) -> tuple[Tensor, StudentState | None]:
+    tokens: Tokens, maps: FusedMaps | None, heads: HeadWeights, rule: Rule, *, state: StudentState | None = None,
+    gated: GatedRows | None = None,
+) -> tuple[Tensor, StudentState | None]:  # fmt: skip
     """y [B, H, T, E] in q's dtype, differentiable in everything but the state; and the state after the tokens.
 
     Args:
         tokens: float32 or bfloat16. maps: softmax feature maps of queries and keys; may be None if the rule has no far
-        part. heads, rule, state: as for :func:`trenchcoat.ops.linear_window_attention`.
+        part. heads, rule, state: as for :func:`trenchcoat.ops.linear_window_attention`. gated: without gradients only,
+        and with a `GatedState`, if with any; the heads' mix is not read then.
 
     Raises:
         ValueError: the kernels do not compute the call.
@@ -184,7 +195,7 @@ def attend(
     v = rows.align(v, None if state is None else state.v_BGNE)
     form, parameters = _opened(maps if rule.far else None)
     log_ratio = rule.log_ratio(heads.mix_H)
-    fixed: Fixed = {"first": rows.first_B, "length": rows.length_B}
+    fixed: Fixed = {"first": rows.first_B, "length": rows.length_B, **_aligned(gated, rows, state)}
     if is_softmax(q.shape[2], rule, heads, state):
         y = softmax_attention(q, k, v, rule, (*parameters, heads.mix_H))
     else:
@@ -196,6 +207,19 @@ def attend(
         y = _attention(rule, form, fixed, *tensors, skip=skip)
     y = y[:, :, rows.ahead - skip :] if skip else rows.restore(y)
     return y, None if state is None else _state_after(k, v, rows, rule, state, fixed)
+
+
+def _aligned(gated: GatedRows | None, rows: Rows, state: StudentState | None) -> Fixed:
+    """What the kernels read of a gated far part, [B, heads, L, 1]."""
+    if gated is None:
+        return {}
+    forget, write, mix = gated.log_forget_BKT1, gated.log_input_BKT1, gated.mix_BHT[..., None]
+    buffers: tuple[Tensor | None, ...] = (None,) * 3
+    if isinstance(state, GatedState):
+        buffers = (state.log_forget_BKN1, state.log_input_BKN1, mix.new_zeros(*mix.shape[:2], state.k_BGND.shape[2], 1))
+    names = ("log_forget", "log_input", "far_mix")
+    each = zip(names, (forget, write, mix), buffers, strict=True)
+    return {name: rows.align(x.float(), before) for name, x, before in each}
 
 
 def _queries(q: Tensor, rows: Rows, rule: Rule, state: StudentState | None) -> tuple[Tensor, int]:
@@ -223,6 +247,10 @@ def _state_after(k: Tensor, v: Tensor, rows: Rows, rule: Rule, state: StudentSta
     if s is not None and z is not None:
         after.far_z_BKF = z
         after.far_s_BKFE = rounded(s, state.far_s_BKFE.dtype, after.seen_B)
+    forget, write = fixed.get("log_forget"), fixed.get("log_input")
+    if isinstance(after, GatedState) and forget is not None and write is not None:
+        after.log_forget_BKN1 = newest(after.log_forget_BKN1, forget, after, rows)
+        after.log_input_BKN1 = newest(after.log_input_BKN1, write, after, rows)
     return after
 
 

@@ -35,6 +35,7 @@ VIEWS = (
 )  # fmt: skip
 POINTERS = (
     "ratio", "logit", "first", "length", "start_s", "start_z", "end_s", "end_z", "den", "dratio", "dlogit", "error",
+    "log_forget", "log_input", "far_mix",
 )  # fmt: skip
 INTEGERS = (
     "rows", "heads", "kv_heads", "key_maps", "tokens", "dim", "values", "features", "columns", "window", "sinks",

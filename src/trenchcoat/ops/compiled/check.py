@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from trenchcoat.ops.compiled.attention import attend, transfer_error
+from trenchcoat.ops.compiled.attention import GatedRows, attend, transfer_error
 from trenchcoat.ops.compiled.call import kernels
 from trenchcoat.ops.compiled.decode import Gates, decode
 from trenchcoat.ops.recurrences import gated_far
@@ -126,7 +126,10 @@ def deviations(case: _Case) -> dict[str, float]:
     x, mix, forget, forget_bias, write, write_bias = (t.float() for t in gates)
     given = Gates(x, mix, forget, forget_bias, write, write_bias, CAP)
     found["gated decoding"] = decode(tokens, maps, heads, [case.state()], case.rule, gates=given)
-    want["gated decoding"] = _gated(exact, gates, case.rule)
+    want["gated decoding"], rows = _gated(exact, gates, case.rule)
+    with torch.no_grad():
+        found["the gated output"], _ = attend(tokens, maps, heads, case.rule, gated=rows)
+    want["the gated output"] = want["gated decoding"]
     return {name: _deviation(found[name], value) for name, value in want.items()}
 
 
@@ -157,8 +160,8 @@ def _phi(x: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat([u.softmax(-1), (-u).softmax(-1)], -1).clamp_min(1e-12)
 
 
-def _gated(leaves: list[Tensor], gates: list[Tensor], rule: Rule) -> Tensor:
-    """The output of a gated far part and its window, by their definitions."""
+def _gated(leaves: list[Tensor], gates: list[Tensor], rule: Rule) -> tuple[Tensor, GatedRows]:
+    """The output of a gated far part and its window, by their definitions; what depends on `gates` in it."""
     (q, k, v, query, key, bias), (x, mix, *maps) = leaves[:6], gates
     heads, unit = q.shape[1], x / x.norm(dim=-1, keepdim=True)
     near = attention_outputs(Tokens(q, k, v), None, HeadWeights(bias), replace(rule, far=False))
@@ -169,7 +172,8 @@ def _gated(leaves: list[Tensor], gates: list[Tensor], rule: Rule) -> Tensor:
     directions = torch.cat([t / t.norm(dim=-1, keepdim=True) for t in parts], -1)
     o = ((directions * mix[:, None]).sum(-1) + bias[:, None]).sigmoid()
     o[:, :, rule.near_start(torch.arange(TOKENS, device=x.device)) <= rule.sinks] = 0.0
-    return near + o[..., None] * (far - near)
+    rows = GatedRows(forget.sigmoid().log()[..., None], write[..., None], o)
+    return near + o[..., None] * (far - near), rows
 
 
 @torch.enable_grad()

@@ -35,6 +35,9 @@ struct Call {
   float *den;                      // [B, H, T]: written by a forward pass if not null, read by a backward pass
   float *dratio, *dlogit;          // gradients of log(g / l) and of the sink's logit, [B, H], or null
   double *error;                   // squared error, [B, K]
+  // Of a forward pass with a far part that forgets and has a denominator of its own, else null: logarithms of the gates of
+  // keys [B, K, T], and the far part's weight in y, [B, H, T].
+  const float *log_forget, *log_input, *far_mix;
 };
 
 static inline float widened(uint16_t x) {

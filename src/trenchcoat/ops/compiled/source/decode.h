@@ -71,7 +71,10 @@ class Decoding {
     phi.features(turned, f, a.window, w);
     for (Int r = 0; r < a.features; ++r)
       for (Int i = 0; old + i < a.sinks; ++i) f[r * w + i] = 0;
-    const float left = a.gated ? weigh_keys(sum, slot) : 1.0f;
+    const Int gates = sum.inside * 2 * a.window + slot;
+    float left = 1.0f;
+    if (a.gated)
+      left = weigh_keys(a.log_forget[sum.part] + gates, a.log_input[sum.part] + gates, f, a.features, a.window, w, weights);
     product<ALL>({f, w, 1}, values, e, sums, e, a.features, a.values, a.window, false);
     float *z = a.far_z[sum.part] + sum.inside * a.features;
     for (Int r = 0; r < a.features; ++r) {
@@ -185,18 +188,6 @@ class Decoding {
     if (!a.narrow_inputs) return at(a.x, b, 0, t);
     read(a.x, true, b, 0, t, 1, a.inputs, input, a.inputs);
     return input;
-  }
-
-  // Multiplies the features of a chunk's keys by what is left of them at its end: their input gate and the forget gates
-  // after them. Returns what is left of the sums before.
-  float weigh_keys(Place sum, Int slot) {
-    const Int from = sum.inside * 2 * a.window + slot;
-    const float *forget = a.log_forget[sum.part] + from, *write = a.log_input[sum.part] + from;
-    float after = 0;
-    for (Int i = a.window - 1; i >= 0; after += forget[i--]) weights[i] = expf(write[i] + after);
-    for (Int r = 0; r < a.features; ++r)
-      for (Int i = 0; i < a.window; ++i) f[r * w + i] *= weights[i];
-    return expf(after);
   }
 
   // y = (1 - o) y + o far, where y is the near part and o depends on the directions of q, k and v.

@@ -64,7 +64,7 @@ static void walk_forward(const Call *call) {
   if (tasks < 1) return;
   Int parts = (call->threads + tasks - 1) / tasks;
   if (parts > chunks / SHORTEST) parts = chunks / SHORTEST;
-  if (parts > 1 && call->kind == TERRACE) return walk_parts(call, parts);
+  if (parts > 1 && call->kind == TERRACE && !call->far_mix) return walk_parts(call, parts);
   walk<FORWARD>(call);
 }
 

@@ -64,6 +64,17 @@ static void softmax_gradients(const float *f, float *df, Rest rest, float *pull,
   }
 }
 
+// Multiplies the features [F, tokens] of keys by what is left of each after the last: its input gate and the forget gates
+// of those after it, given as logarithms. Returns what is left of the sums before them. `weights` is [tokens], for use here.
+static float weigh_keys(const float *log_forget, const float *log_input, float *f, Int features, Int tokens, Int stride,
+                        float *weights) {
+  float after = 0;
+  for (Int i = tokens - 1; i >= 0; after += log_forget[i--]) weights[i] = expf(log_input[i] + after);
+  for (Int r = 0; r < features; ++r)
+    for (Int i = 0; i < tokens; ++i) f[r * stride + i] *= weights[i];
+  return expf(after);
+}
+
 // One head of a map, with the gradients it collects (transposed).
 struct HeadMap {
   const float *weight, *bias;  // [D, P], [P] or null

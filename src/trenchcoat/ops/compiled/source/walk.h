@@ -84,8 +84,7 @@ template <Pass pass> class Walk {
     natural = m.take(a.mapped ? 0 : window * wide);
     local = m.take(has_local ? window * w : 0);
     s = m.take(far * e), z = m.take(far), fk = m.take(far * w), fq = m.take(far * w);
-    if (!learns && pass != TRANSFER) return;
-    other = m.take(window * e);
+    other = m.take(pass == FORWARD && !a.far_mix ? 0 : window * e);
     if (!learns) return;
     const bool near = pass == BACKWARD;
     dnum = m.take(window * e), dnumt = m.take(a.values * w), dden = m.take(w), pull = m.take(w);
@@ -183,7 +182,16 @@ template <Pass pass> class Walk {
   void fold(Int c) {
     const Int row = has_local ? local_row : lead - a.window;
     if (!has_local) key_features(c, k + row * d, features_at(c));
+    if (a.far_mix) forget(c);
     add_to_sums(features_at(c), v + row * e, a.window);
+  }
+
+  // Weighs the features of chunk c's keys by their gates, and the sums before by the forget gates.
+  void forget(Int c) {
+    const Int from = (b * a.key_maps + map) * a.tokens + c * a.window;
+    const float left = weigh_keys(a.log_forget + from, a.log_input + from, features_at(c), features, a.window, w, sink);
+    for (Int i = 0; i < features * e; ++i) s[i] *= left;
+    for (Int r = 0; r < features; ++r) z[r] *= left;
   }
 
   void add_to_sums(const float *f, const float *values, Int tokens) {
@@ -261,16 +269,16 @@ template <Pass pass> class Walk {
       weigh_local(c, f, sum);
       product<KEYS_UPTO>({local, 1, w}, v + local_row * e, e, num, e, count, a.values, locals, true, 0);
     }
-    if (far) {
-      product<ALL>({f, 1, w}, s, e, num, e, count, a.values, features, true);
-      for (Int i = 0; i < whole(a.window); i += LANES) {
-        Vec x = load(sum + i);
-        for (Int r = 0; r < features; ++r) x += z[r] * load(f + r * w + i);
-        store(sum + i, x);
+    if (far && a.far_mix) {
+      mix_far_part(t, head, f);
+    } else {
+      if (far) {
+        product<ALL>({f, 1, w}, s, e, num, e, count, a.values, features, true);
+        add_far_weights(f, sum);
       }
+      for (Int i = 0; i < count; ++i)
+        for (Int c = 0; c < e; c += LANES) store(num + i * e + c, load(num + i * e + c) * (1.0f / sum[i]));
     }
-    for (Int i = 0; i < count; ++i)
-      for (Int c = 0; c < e; c += LANES) store(num + i * e + c, load(num + i * e + c) * (1.0f / sum[i]));
     if (pass == FORWARD) {
       for (Int i = 0; i < count; ++i)
         std::memcpy(at(a.y, b, head, t + i), num + i * e, a.values * sizeof(float));
@@ -289,6 +297,28 @@ template <Pass pass> class Walk {
       found += total(x);
     }
     squares += found;
+  }
+
+  // Adds phi(q) z of each query.
+  void add_far_weights(const float *f, float *sums) const {
+    for (Int i = 0; i < whole(a.window); i += LANES) {
+      Vec x = load(sums + i);
+      for (Int r = 0; r < features; ++r) x += z[r] * load(f + r * w + i);
+      store(sums + i, x);
+    }
+  }
+
+  // num = (1 - o) num / sum + o far, where the far part has a denominator of its own.
+  void mix_far_part(Int t, Int head, const float *f) {
+    const float *mix = a.far_mix + (b * a.heads + head) * a.tokens + t;
+    product<ALL>({f, 1, w}, s, e, other, e, count, a.values, features, false);
+    std::memset(sink, 0, w * sizeof(float));
+    add_far_weights(f, sink);
+    for (Int i = 0; i < count; ++i) {
+      const float near = (1.0f - mix[i]) / sum[i], far = mix[i] / (sink[i] > 0 ? sink[i] : 1.0f);
+      for (Int c = 0; c < whole(a.values); c += LANES)
+        store(num + i * e + c, near * load(num + i * e + c) + far * load(other + i * e + c));
+    }
   }
 
   // Gradients of numerator [window, E] and denominator, both over the denominator; zero after the last token.

@@ -1,7 +1,8 @@
-"""`terrace_gated` decoded by the compiled kernels: as its definition says, and as PyTorch does."""
+"""`terrace_gated` in the compiled kernels, decoding and whole rows: as its definition says, and as PyTorch does."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,7 +123,7 @@ def label(case: Case) -> str:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens of every call of the kernels."""
     found: list[int] = []
-    for name in ("decode", "decode_pages"):
+    for name in ("attend", "decode", "decode_pages"):
         original = getattr(terrace_gated, name)
 
         def counted(tokens: Tokens, *args: Any, call: Any = original, **kwargs: Any) -> Tensor:
@@ -185,9 +186,43 @@ def test_every_split_into_prefill_and_decode_gives_the_same_row(case: Case, call
         y = torch.cat([first, decoded(student, case, state, split, 1 + split % 3)], 2)
         assert error(y, wanted) <= case.allowed, split
         same_state(state, after, case.allowed)
-        again, _ = student(**span(given, 0, 5), **case.scores(), state=state)  # prefill after decoding
-        assert bool(again.isfinite().all())
-    assert calls
+    assert len(calls) > case.tokens
+
+
+@pytest.mark.parametrize("edges", [(0, None), (0, 7, 19, 20, None), (0, 1, None)], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_rows_in_pieces_without_gradients_are_the_definition(
+    case: Case, edges: tuple[int, ...], calls: list[int]
+) -> None:
+    """And the state is that of PyTorch's steps, in float64."""
+    student, exact, given = case.made(), case.made("chunkwise", torch.float64), case.given()
+    state, wanted = (s.empty_state(case.batch, dtype=student_dtype(s)) for s in (student, exact))
+    pieces = []
+    for start, stop in itertools.pairwise(edge if edge is not None else case.tokens for edge in edges):
+        y, state = student(**span(given, start, stop), **case.scores(), state=state)
+        pieces.append(y)
+    assert len(calls) == len(pieces)
+    assert error(torch.cat(pieces, 2), case.definition()) <= case.allowed
+    decoded(exact, case, wanted)
+    same_state(state, wanted, case.allowed)
+    if len(pieces) == 1:
+        alone, after = student(**given, **case.scores())
+        assert after is None
+        assert error(alone, y) <= case.allowed
+
+
+def test_rows_with_gradients_are_computed_in_pytorch(calls: list[int]) -> None:
+    case = CASES[1]
+    student, given = case.made().requires_grad_(), case.given()
+    y, _ = student(**given, **case.scores())
+    assert y.requires_grad
+    assert not calls
+    with torch.no_grad():
+        same, _ = student(**given, **case.scores())
+    assert calls == [case.tokens]
+    assert error(same, y) <= case.allowed
+    student.requires_grad_(False)
+    assert student(**given | {"x_BTM": given["x_BTM"].requires_grad_()}, **case.scores())[0].requires_grad
 
 
 def test_a_chunk_is_folded_when_it_leaves_the_window_and_not_a_token_sooner_or_later() -> None:
@@ -207,19 +242,23 @@ def test_a_chunk_is_folded_when_it_leaves_the_window_and_not_a_token_sooner_or_l
         torch.testing.assert_close(far[:, :, t], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefill", [False, True], ids=["steps", "row"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=label)
-def test_bfloat16_inputs_and_states(case: Case, state_dtype: torch.dtype, calls: list[int]) -> None:
+def test_bfloat16_inputs_and_states(case: Case, state_dtype: torch.dtype, prefill: bool, calls: list[int]) -> None:
     """As PyTorch, whose sums are rounded by the same thresholds."""
     found = []
     for impl in ("auto", "chunkwise"):
         student, given = case.made(impl), case.given(torch.bfloat16)
         student.state_dtype = state_dtype
         state = student.empty_state(case.batch, dtype=torch.bfloat16)
+        if prefill:
+            found.append(student(**given, **case.scores(), state=state))
+            continue
         steps = [student.decode(**span(given, t, t + 1), **case.scores(), state=state) for t in range(case.tokens)]
         found.append((torch.cat(steps, 2), state))
     (y, state), (wanted, other) = found
-    assert len(calls) == case.tokens
+    assert len(calls) == (1 if prefill else case.tokens)
     assert y.dtype == torch.bfloat16
     assert error(y, wanted) <= 2 * torch.finfo(torch.bfloat16).eps
     for name, value in other.tensors().items():
@@ -245,7 +284,7 @@ def test_several_states_of_one_row_at_different_positions(calls: list[int]) -> N
         y = student.decode_rows(**one, states=states, scale=SCALE)
         for row, length in enumerate(lengths):
             assert error(y[row], wanted[row, :, length + t, None]) <= case.allowed
-    assert calls == [1] * (case.tokens - max(lengths))
+    assert calls == [*lengths[1:], *[1] * (case.tokens - max(lengths))]
     assert [state.positions() for state in states] == [[length + case.tokens - max(lengths)] for length in lengths]
 
 
@@ -310,15 +349,16 @@ def test_states_in_pages(parts: int, state_dtype: torch.dtype) -> None:
 
 
 def test_results_do_not_depend_on_threads() -> None:
-    case, before, found = CASES[6], torch.get_num_threads(), []
+    case, before, found = replace(CASES[6], heads=2, kv_heads=1, tokens=300), torch.get_num_threads(), []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
             student = case.made()
-            found.append(decoded(student, case, student.empty_state(1, dtype=torch.float32)))
+            row, _ = student(**case.given(), **case.scores())
+            found.append((row, decoded(student, case, student.empty_state(1, dtype=torch.float32), step=50)))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize(
@@ -339,9 +379,11 @@ def test_what_the_kernels_refuse_is_decoded_in_pytorch(
     student = case.made(impl, dtype)
     with caplog.at_level(logging.INFO, "trenchcoat"):
         y = decoded(student, case, student.empty_state(case.batch, dtype=dtype))
+        row, _ = student(**case.given(dtype), **case.scores())
     assert not calls
     assert error(y, case.definition()) <= case.allowed
-    lines = [line for line in caplog.messages if line.startswith("decoding of terrace_gated on cpu: chunkwise")]
+    assert error(row, case.definition()) <= case.allowed
+    lines = [line for line in caplog.messages if line.startswith("terrace_gated's far part on cpu: chunkwise")]
     assert [reason in line for line in lines] == ([True] if reason else [])
 
 
@@ -354,3 +396,16 @@ def test_the_layers_input_is_needed_only_for_the_far_part() -> None:
         student.decode(**span(given, 0, 1), state=state, scale=SCALE)
     student.far_enabled = False
     student.decode(**span(given, 0, 1), state=state, scale=SCALE)
+
+
+def test_the_layers_input_may_be_of_any_type_and_order_in_memory() -> None:
+    case = Case()
+    student, given = case.made(), case.given()
+    x = given.pop("x_BTM").to(torch.bfloat16)
+    found = []
+    turned = (x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1))
+    for each in (x.float(), x, x.double(), *turned):
+        state = student.empty_state(case.batch, dtype=torch.float32)
+        found.append(student.decode(**given, x_BTM=each, state=state, scale=SCALE))
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0], rtol=0, atol=1e-6)
