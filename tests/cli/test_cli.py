@@ -199,6 +199,15 @@ def test_more_groups_than_the_model_has_are_refused_before_they_are_measured(
     assert "scoring" not in shown.out + shown.err
 
 
+def test_a_run_that_has_learned_nothing_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("lora: null")
+    for command in (["generate", str(run), "--prompt", "x"], ["export", str(run), "--out", str(tmp_path / "out")]):
+        said = _fails(command, 1, capsys)
+        assert f"no stage is finished; go on with: trenchcoat linearize '{run}'" in said
+
+
 def test_after_a_transfer_the_next_command_is_shown(
     tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
