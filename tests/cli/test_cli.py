@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -78,6 +79,30 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"torch {torch.__version__.partition('+')[0]}" in shown
 
 
+@pytest.mark.parametrize(("words", "said"), [
+    (["--verison"], "has no option --verison; did you mean --version?"),
+    (["--gpus", "8"], "has no option --gpus; options come behind the command"),
+])  # fmt: skip
+def test_a_mistyped_option_in_place_of_a_command(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in _fails(words, 2, capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "lm-eval"])
+def test_help_fits_a_terminal(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples, settings with their defaults, and lists of choices are not broken; something follows a heading."""
+    monkeypatch.setenv("COLUMNS", "80")
+    command = cli.load_commands([name])[name]
+    for action in command.actions or ("",):
+        with pytest.raises(SystemExit):
+            cli.main([*f"{name} {action}".split(), "--help"])
+        shown = capsys.readouterr().out
+        kept = r"  trenchcoat |      one of |  \w+(\.\w+)+="
+        assert not [line for line in shown.splitlines() if len(line) > 80 and not re.match(kept, line)]
+        assert ":\n\n" not in shown.split("\nexamples:")[-1]
+
+
 @pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "lm-eval"])
 def test_every_help_has_examples_that_parse(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = cli.load_commands([name])[name]
@@ -143,6 +168,54 @@ def test_bad_data_files_are_named(
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content.encode("latin-1"))
     assert str(path) in _fails(["transfer", "demo", *tiny_overrides, f"data.path={path}"], code, capsys)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--out", "{file}"], "run.dir: {file} is a file; give the path of a folder"),
+    (["--out", "{file}/run"], "run.dir: {file} is a file, so {file}/run cannot be written"),
+    (["--out", ""], "--out is empty"),
+    (["--keep", " "], "--keep is empty"),
+    (["--data", ""], "--data is empty"),
+    (["--keep", "-1"], "number of groups such as 12, got -1"),
+])  # fmt: skip
+def test_a_value_that_cannot_be_meant(
+    words: list[str], said: str, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    given = [word.format(file=file) for word in words]
+    assert cli.main(["transfer", "demo", *tiny_overrides, *given]) in (1, 2)
+    assert said.format(file=file) in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
+def test_more_groups_than_the_model_has_are_refused_before_they_are_measured(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["student.keep=99", "select.seq_len=40"]
+    assert cli.main(["transfer", "demo", *tiny_overrides, *more]) == 1
+    shown = capsys.readouterr()
+    assert "student.keep=99 must be below the number of key/value groups of the model" in shown.err
+    assert "scoring" not in shown.out + shown.err
+
+
+def test_a_run_that_has_learned_nothing_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "my run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("lora: null")
+    for command in (["generate", str(run), "--prompt", "x"], ["export", str(run), "--out", str(tmp_path / "out")]):
+        said = _fails(command, 1, capsys)
+        assert f"no stage is finished; go on with: trenchcoat linearize '{run}'" in said
+
+
+def test_after_a_transfer_the_next_command_is_shown(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "my run"
+    assert cli.main(["transfer", "demo", *tiny_overrides, "--out", str(run)]) == 0
+    command = f"trenchcoat finetune '{run}'"
+    assert f"the next stage is: {command}\n" in capsys.readouterr().out
+    assert cli.main([*shlex.split(command)[1:], "run.progress=off"]) == 0
 
 
 def test_mistakes_that_show_later_exit_1(

@@ -162,17 +162,6 @@ def test_the_baseline_trains_feature_maps(plan: Callable[..., ScriptPlan]) -> No
     assert any("stay as they begin" in remark for remark in plan("finetune", distill=none).remarks)
 
 
-@pytest.mark.parametrize(("rows", "fraction"), [(500, 0.1), (501, None)])
-def test_a_small_file_holds_out_a_tenth(
-    rows: int, fraction: float | None, plan: Callable[..., ScriptPlan], tmp_path: Path
-) -> None:
-    file = tmp_path / "alpaca.jsonl"
-    file.write_text('{"instruction": "a", "input": "", "output": "b"}\n' * rows)
-    made = plan("transfer", f"--data_dir {file}")
-    assert made.recipe.data.validation_fraction == fraction
-    assert any("a tenth of them is held out, not 500" in remark for remark in made.remarks) == (fraction is not None)
-
-
 def test_softmax_base_models_are_refused(plan: Callable[..., ScriptPlan]) -> None:
     for name in ("base_llama3_1_8b", "base_llama3_1_70b"):
         rope = read_config("model", name, [CONFIGS]).at("model.rope_scaling")

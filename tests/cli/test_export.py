@@ -18,7 +18,7 @@ from hub_stand_in import hub_stand_in, use_hub
 from tiny_families import logits, tokens
 from trenchcoat.cli import app as cli
 from trenchcoat.config import FeatureMapConfig, LoraConfig, ModelConfig, StudentConfig
-from trenchcoat.models import hub
+from trenchcoat.models import hub, saving
 from trenchcoat.models.attach import attach_students, set_mode
 from trenchcoat.models.card import base_facts
 from trenchcoat.models.hub import adapter_state
@@ -94,6 +94,15 @@ def test_a_complete_model_keeps_the_dtype_of_the_base(
 def test_wrong_usage(made: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["export", str(made / "adapter"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_complete_model_has_no_adapter_to_write(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(made / "adapter"), "--merge", "--out", str(tmp_path / "whole")]) == 0
+    assert cli.main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "adapter")]) == 1
+    assert "is a complete model, which holds no adapter to write: give --merge" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
 
 
 OPENS = """
@@ -194,6 +203,20 @@ def test_the_licences_of_a_base_of_the_hub_are_fetched_and_then_cached(
     for name in ("online", "cached"):
         assert licences_in(tmp_path / name) == LICENCES
         assert len(list((tmp_path / name).iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "said"),
+    [("not a name", "hf_any", "Repo id must use"), ("me/coat", None, "nobody is logged in")],
+)
+def test_what_cannot_be_uploaded_is_said_before_anything_is_loaded(
+    name: str, token: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(saving, "get_token", lambda: token)
+    assert cli.main(["export", "no-such-folder", "--push-to-hub", name]) == 1
+    shown = capsys.readouterr().err
+    assert f"cannot upload to {name!r}: {said}" in shown
+    assert "hf auth login" in shown
 
 
 def test_a_hub_that_refuses_is_said_in_a_line(

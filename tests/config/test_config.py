@@ -23,7 +23,7 @@ from trenchcoat.config import (
     UserError,
     dump_recipe,
 )
-from trenchcoat.config.paths import require_writable, same_place
+from trenchcoat.config.paths import require_writable, require_writable_folder, same_place
 from trenchcoat.config.recipe_io import (
     RECIPES,
     builtin_recipes,
@@ -375,3 +375,17 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for target, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "is a file"), ("/proc/x", "can be")):
         with pytest.raises(UserError, match=f"--out: .*{message}"):
             require_writable(target, "--out")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable_folder(tmp_path / "new" / "deep", "run.dir")
+    require_writable_folder(tmp_path, "run.dir")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+    for target, message in (
+        (tmp_path / "file", "is a file; give the path of a folder"),
+        (tmp_path / "file" / "x", "is a file"),
+        ("/proc/x", "nothing can be written in /proc"),
+    ):
+        with pytest.raises(UserError, match=f"run.dir: .*{message}"):
+            require_writable_folder(target, "run.dir")

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.data import sources
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.formats import PROMPT_WITHOUT_INPUT
-from trenchcoat.data.load import load_batches
+from trenchcoat.data.load import FEW_ROWS, load_batches
 from trenchcoat.data.packing import pack
 from trenchcoat.data.table import TokenTable
 from trenchcoat.models.embedded import stdlib_documents
@@ -101,6 +101,7 @@ def test_contiguous_rows_never_mix_samples_and_are_padded(load: Load) -> None:
     assert batches.counts["train/tokens_cut"] == 0
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     seq_len=st.integers(2, 17),
@@ -194,9 +195,18 @@ def test_first_rows_are_held_out_and_max_rows_counts_after_them(load: Load) -> N
     assert (limited_share.rows("validation"), limited_share.rows("train")) == (1, 4)
 
 
-def test_too_few_rows_to_hold_out_says_what_to_do(load: Load) -> None:
-    with pytest.raises(UserError, match=r"has 6 rows, too few to hold out 500 .*data.validation_fraction=0.1"):
-        load(texts(*[14] * 6), validation_rows=500)
+@pytest.mark.parametrize(("rows", "held"), [(2, 1), (6, 1), (20, 2), (21, 20)])
+def test_of_few_rows_a_tenth_is_held_out(rows: int, held: int, load: Load) -> None:
+    batches = load(texts(*[14] * rows), validation_rows=20)
+    assert (batches.rows("validation"), batches.rows("train")) == (held, rows - held)
+    assert batches.counts.get(FEW_ROWS) == (rows if rows <= 20 else None)
+    limited = load(texts(*[14] * rows), validation_rows=20, max_rows=1)
+    assert (limited.rows("validation"), limited.rows("train")) == (held, 1)
+
+
+def test_one_row_cannot_be_divided(load: Load) -> None:
+    with pytest.raises(UserError, match=r"has one row, .* give more rows, data.validation_path, or the text as a .txt"):
+        load(texts(14))
 
 
 def test_a_separate_validation_file(load: Load, tmp_path: Path) -> None:

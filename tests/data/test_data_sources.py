@@ -185,7 +185,11 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
             r"schema.jsonl, line 1: found the columns question, label; expected instruction and output .*or text, or",
         ),
         ("number.jsonl", b'{"text": 5}\n', r"line 1: column 'text' holds int; expected a string"),
-        ("null.parquet", parquet([{"text": "a", "n": 1}, {"text": None, "n": 2}]), r"row 2: found the columns text, n"),
+        (
+            "null.parquet",
+            parquet([{"text": "a", "n": 1}, {"text": None, "n": 2}]),
+            r"row 2: found the columns text, n \(text: null\); expected",
+        ),
         ("empty_text.jsonl", b'{"text": " "}\n', r"line 1: column 'text' is empty"),
     ],
 )
@@ -357,3 +361,19 @@ def test_values_that_cannot_be_read_are_bad_rows(load: Loader, tmp_path: Path) -
         batches = load("rows.parquet", content, streaming=streaming, on_bad_row="skip")
         read_all(batches)
         assert batches.counts["skipped/unreadable"] >= 1
+
+
+def test_each_text_file_of_a_folder_is_one_document(load: Loader) -> None:
+    folder = load.folder / "my [essays]"
+    folder.mkdir()
+    for name in ("b.txt", "a.TXT", "c.txt"):
+        (folder / name).write_text("".join(f"{name} line {i}\n" for i in range(5)))
+    (folder / "README.md").write_text("notes")
+    batches = load(folder.name, validation_rows=1)
+    assert batches.counts["rows_read"] == 3
+    held = "".join(load.tokenizer.decode(batch["input_ids"][0]) for batch in batches.validation())
+    assert held.startswith("a.TXT line 0\na.TXT")
+    split = load.folder / "split"
+    split.mkdir()
+    (split / "train.txt").write_text("some words\n" * 9)
+    assert load(split.name, validation_rows=1).counts["rows_read"] == 9

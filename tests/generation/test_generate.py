@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tiny_families import make, tiny_model
 from trenchcoat.config import UserError
-from trenchcoat.generation.generate import Generation, Sampling, Session, generate_text
+from trenchcoat.generation.generate import Generation, Sampling, Session, generate_rows, generate_text
 
 PROMPTS = ["w3 w4 w5", "w9", "w10 w11 w12 w13 w14 w15 w16", "w3 w4"]
 
@@ -171,3 +171,25 @@ def test_unknown_and_conflicting_options_are_errors(model: Any, tokenizer: Any) 
         write(model, tokenizer, ["w3"], num_return_sequences=3)
     with pytest.raises(UserError, match="nothing to"):
         Session.new(model).read([])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": float("nan")}, "temperature is nan; expected a number above 0"),
+        ({"temperature": "hot"}, "temperature is 'hot'; expected a number"),
+        ({"top_p": [1]}, r"top_p is \[1\]; expected a number"),
+        ({"num_beams": 2.5}, "num_beams is 2.5; expected a whole number"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many'; expected a whole number"),
+        ({"seed": True}, "seed is True; expected a whole number"),
+        ({"do_sample": 1}, "do_sample is 1; expected true or false"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Sampling.of(options)
+
+
+def test_rows_come_in_batches_of_at_least_one(student: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="batch_size is 0; expected a whole number of at least 1"):
+        list(generate_rows(student, tokenizer, PROMPTS, Sampling(), batch_size=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -181,3 +182,11 @@ def test_saving_takes_the_options_that_are_handed_on() -> None:
     upload = inspect.signature(inspect.unwrap(PreTrainedModel.push_to_hub)).parameters
     assert {"repo_id", "private", "token", "commit_message", "max_shard_size", "tags"} <= set(upload)
     assert PreTrainedModel.register_for_auto_class.__doc__, "our classes override it, so that no file of ours is copied"
+
+
+def test_activations_are_checkpointed_without_a_warning() -> None:
+    model = tiny_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        internals.checkpoint_activations(model)
+    assert model.is_gradient_checkpointing

@@ -195,7 +195,7 @@ def _shown(line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["plan", *line.split()]) == 0
     shown = capsys.readouterr().out
-    assert all(len(text) <= 80 for text in shown.splitlines() if not text.startswith(("  t", "- "))), shown
+    assert all(len(text) <= 80 for text in shown.splitlines() if not text.startswith("  t")), shown
     return shown
 
 
@@ -225,6 +225,35 @@ def test_the_verdict_and_the_command(
     shown = _shown(line, capsys, monkeypatch)
     assert sentence in " ".join(shown.split())
     assert f"\n  {command}" in shown
+
+
+def test_a_recipe_for_a_cpu_is_planned_for_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = _shown("demo", capsys, monkeypatch)
+    assert "trenchcoat linearize demo model.device=auto\n" in shown
+    assert "< 0.01 + < 0.01" in shown
+
+
+@pytest.mark.parametrize("line", ["plan lolcats_llama3_1_70b --gpus 8 --details",
+                                  "blocks plan lolcats_llama3_1_405b_blocks --gpus 16"])  # fmt: skip
+def test_the_large_tables_fit_a_terminal(
+    line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(line.split()) == 0
+    shown = capsys.readouterr().out
+    assert all(len(text) <= 80 for text in shown.splitlines() if not text.startswith("  t")), shown
+    assert "…" not in shown
+
+
+def test_stage_2_is_timed_by_its_own_rows() -> None:
+    """A quarter as many rows of four times the length are the same tokens."""
+    settings = (["400", "data.seq_len=1024"], ["100", "data.seq_len=1024", "lora.seq_len=4096"])
+    recipes = [load_recipe("lolcats_llama3_1_8b", [f"lora.max_steps={steps}", *more]) for steps, *more in settings]
+    shorter, longer = (make_plan(one, Machine())[1].ways[0].stages["lora"] for one in recipes)
+    assert shorter.tokens == longer.tokens
+    assert longer.hours == pytest.approx(shorter.hours)
 
 
 def test_nothing_fits_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +291,8 @@ def test_the_command_simulates_and_compares(
     ("words", "said"),
     [
         (["--gpu-memory", "lots"], "--gpu-memory must be a size"),
-        (["--tokens", "many"], "--tokens must be a size"),
+        (["--tokens", "many"], "--tokens must be a number such as 10M"),
+        (["--gpus", "12"], "--gpus 12 is not a whole number of nodes with 8 GPUs each: give --gpus 16"),
         (["--mfu", "40"], "--mfu must be above 0"),
         (["student.windw=3"], "did you mean student.window"),
     ],

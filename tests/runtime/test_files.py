@@ -1,4 +1,6 @@
-"""One command at a time in a folder: the lock names its holder, and is free again when the holder dies."""
+"""One command at a time in a folder: the lock names its holder, and is free again when the holder dies; what is
+written can be read.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trenchcoat.runtime import files
-from trenchcoat.runtime.files import InUse, SaveError, holder, locked
+from trenchcoat.runtime.files import InUse, SaveError, atomic_directory, holder, locked, save_tensors
 
 HOLD = """
 import sys, time
@@ -80,3 +84,16 @@ def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path: Path) -> N
     with files.locked(tmp_path):
         assert not [*tmp_path.rglob(f"{files.PARTIAL_PREFIX}*")]
     assert (tmp_path / "a.json").read_text() == "whole"
+
+
+def test_weights_can_be_read_by_whoever_may_read_other_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_UMASK", 0o027)
+    save_tensors(tmp_path / "weights.safetensors", {"a": torch.zeros(3)})
+    with atomic_directory(tmp_path / "model") as partial:
+        save_file({"a": torch.zeros(3)}, partial / "model.safetensors")
+        (partial / "config.json").write_text("{}")
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(made) == 3
+    assert {path.stat().st_mode & 0o777 for path in made} == {0o640}

@@ -7,8 +7,10 @@ import difflib
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
@@ -42,6 +44,9 @@ COMMANDS = {
     "completion": "trenchcoat.cli.commands.completion",
 }
 """Every command and the module that defines it, as ``COMMAND``; `--help` lists them in this order."""
+
+_OWN_OPTIONS = ("--help", "--version", "-h")
+"""The options, beside `--debug`, that may stand in place of a command."""
 
 DESCRIPTION = """\
 Turn a pretrained softmax Transformer into a linear-time, constant-memory model.
@@ -85,7 +90,19 @@ def _run(args: argparse.Namespace, debug: bool) -> None:
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, max_help_position=28, width=min(shutil.get_terminal_size().columns, 120), **options)
+        super().__init__(prog, max_help_position=28, width=_columns(), **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs filled to the terminal's width; one with an indented line stays as it is."""
+        return "\n\n".join(
+            part if re.search(r"^ ", part, re.MULTILINE) else textwrap.fill(" ".join(part.split()), width)
+            for part in text.split("\n\n")
+        )
+
+
+def _columns() -> int:
+    """The terminal's width, of which a help page uses at most 120."""
+    return min(shutil.get_terminal_size().columns, 120)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,7 +119,8 @@ class _Parser(argparse.ArgumentParser):
         if self.examples:
             parts.append("examples:\n" + "\n".join(f"  trenchcoat {line}" for line in self.examples))
         if self.sections is None or self.sections:
-            parts += [settings_summary(self.sections), "settings, section by section:\n" + settings_help(self.sections)]
+            parts.append(settings_summary(self.sections))
+            parts.append("settings, section by section:\n" + settings_help(self.sections, min(_columns(), 100)))
         own, self.epilog = self.epilog, "\n\n".join(part for part in parts if part)
         try:
             return super().format_help()
@@ -131,6 +149,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     name = next((word for word in arguments if word != "--debug"), "")
     if not name.startswith("-") and name not in COMMANDS:
         raise UsageError(f"there is no command {name!r}; {command_hint(name, COMMANDS)}")
+    if name.startswith("-") and name not in _OWN_OPTIONS:
+        near = difflib.get_close_matches(name, _OWN_OPTIONS, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else "options come behind the command; see trenchcoat --help"
+        raise UsageError(f"trenchcoat has no option {name.partition('=')[0]}; {hint}")
     commands = load_commands([name] if name in COMMANDS else COMMANDS)
     if name in commands and commands[name].raw:
         return argparse.Namespace(command=commands[name], rest=arguments[arguments.index(name) + 1 :])

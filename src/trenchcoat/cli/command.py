@@ -12,7 +12,7 @@ from typing import Any
 
 from trenchcoat.cli.terminal import warn
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.config.paths import expanded, require_writable
+from trenchcoat.config.paths import expanded, require_writable, require_writable_folder
 from trenchcoat.config.recipe_io import (
     builtin_recipes,
     check_overrides,
@@ -49,7 +49,7 @@ def output_folder(text: str) -> Path:
     """A type for ``add_argument``: the path of a folder that will be written to; whether it can be is checked here."""
     found = path(text)
     try:
-        require_writable(found / "file", "the folder to write")
+        require_writable_folder(found, "the folder to write")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return found
@@ -132,6 +132,11 @@ def _recipe_of(args: argparse.Namespace, here: bool) -> Recipe:
     data, keep, out = (getattr(args, f"shortcut_{name}", None) for name in ("data", "keep", "out"))
     options = (("--data", data), ("--keep", keep), ("--out", out))
     typed = [word for name, value in options if value is not None for word in (name, str(value))]
+    empty = next((name for name, value in options if value is not None and not value.strip()), None)
+    if empty is not None:
+        raise UserError(
+            f"{empty} is empty (a variable of the shell that is not set?); give it a value, or leave it out"
+        )
     args.named = shlex.join([args.recipe, *typed, *args.overrides])
     overrides = list(args.overrides)
     overrides += [f"{path}={value}" for path, value in (("student.keep", keep), ("run.dir", out)) if value is not None]

@@ -30,7 +30,7 @@ def read_keep(value: Any, path: str = "student.keep") -> tuple[str, ...]:
     """
     if value is None or value == "none":
         return ()
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         value = f"{value} groups"
     items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     texts = [str(item).strip() for item in items if not isinstance(item, bool)]

@@ -42,11 +42,23 @@ def require_writable(target: Path | str, name: str) -> None:
     ``name`` is the setting or option that names it. Call it before the work whose result goes there.
     """
     target = Path(target)
-    folder = target.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     if target.is_dir():
         raise UserError(f"{name}: {target} is a folder; give the path of a file")
+    _require_writable(target, target.parent, name)
+
+
+def require_writable_folder(target: Path | str, name: str) -> None:
+    """As :func:`require_writable`, for the folder ``target``, which is there or would be made."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{name}: {target} is a file; give the path of a folder")
+    _require_writable(target, target, name)
+
+
+def _require_writable(target: Path, folder: Path, name: str) -> None:
+    """Raise ``UserError`` when nothing can be written in ``folder``, or where it would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"{name}: {folder} is a file, so {target} cannot be written; choose another path")
     try:

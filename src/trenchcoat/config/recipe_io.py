@@ -393,7 +393,8 @@ COMMON = (
 
 
 def settings_summary(sections: Sequence[str] | None = None) -> str:
-    """Help text, one line each, for those of the `COMMON` settings that are in ``sections`` (None: all)."""
+    """Help text, one line each, for those of the `COMMON` settings that are in ``sections`` (None: all); empty without
+    any."""
     lines = []
     for path in COMMON:
         section, _, name = path.partition(".")
@@ -403,7 +404,7 @@ def settings_summary(sections: Sequence[str] | None = None) -> str:
         default = next(each.default for each in dataclasses.fields(cls) if each.name == name)
         text = textwrap.shorten(field_docs(cls)[name].partition(". ")[0].rstrip("."), 70, placeholder=" ...")
         lines.append(f"  {path}={_shown(default)}".ljust(30) + f" {text}")
-    return "settings that most people set first:\n" + "\n".join(lines)
+    return "settings that most people set first:\n" + "\n".join(lines) if lines else ""
 
 
 def _described(cls: type, field: dataclasses.Field[Any], path: str, width: int) -> list[str]:

@@ -175,7 +175,8 @@ class DataConfig(_Section):
     validation_path: str | None = field(default=None, metadata=SOURCE)
     """Separate validation file; without it the `validation` split, else rows held out from `split`."""
     validation_rows: PositiveInt = 500
-    """Rows held out from the front when there is no validation split."""
+    """Rows held out from the front when there is no validation split; a tenth of the rows where there are no more than
+    this (`streaming`: an error)."""
     validation_fraction: InnerShare | None = None
     """Hold out this fraction of the rows instead of `validation_rows`; for a `.txt` file, of the text, from its end
     (null: 0.05)."""

@@ -12,15 +12,17 @@ GIB = 1 << 30
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 
 
-def parse_size(text: str, what: str, *, binary: bool = False) -> float:
+def parse_size(
+    text: str, what: str, *, binary: bool = False, expected: str = "a size such as 80GB, 2TB or 3GB/s"
+) -> float:
     """`80GB`, `1.5 TB`, `3GB/s`, `640MiB`, `10M` as a number; ``binary`` takes GB as 2^30 (as GPU makers do).
 
-    ``UserError`` for anything else, naming the option ``what``.
+    ``UserError`` for anything else, naming the option ``what`` and what is ``expected``.
     """
     match = re.fullmatch(r"\s*([\d.]+)\s*([kmgtp]?)(i?)(?:b|bytes)?(?:/s)?\s*", text, flags=re.IGNORECASE)
     number = _number(match)
     if match is None or not number > 0:
-        raise UserError(f"{what} must be a size such as 80GB, 2TB or 3GB/s, got {text!r}")
+        raise UserError(f"{what} must be {expected}, got {text!r}")
     decimal = _UNITS[match.group(2).lower()]
     return number * (2.0 ** (10 * round(math.log10(decimal) / 3)) if binary or match.group(3) else decimal)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trenchcoat.config import DataConfig, LoraConfig, Recipe, StageConfig, UserError
+from trenchcoat.config.paths import require_writable_folder
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.load import load_batches
@@ -82,6 +83,7 @@ def open_run(recipe: Recipe, stages: list[str], directory: Path | None = None) -
         folder = RunFolder(recipe.run.dir)
         folder.refuse_other_recipe(recipe, stages)
         held = directory or folder.directory
+        distributed.from_main(lambda: require_writable_folder(held, "run.dir"))
         created = first_missing(held)
         distributed.from_main(lambda: stack.enter_context(locked(held)))
         if distributed.is_main():

@@ -8,6 +8,7 @@ it stopped: finished stages and scores are read from the run's folder.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from trenchcoat.models import hub
 from trenchcoat.models.attach import student_config
 from trenchcoat.models.card import measured_in
 from trenchcoat.models.native import save_native
-from trenchcoat.models.saving import upload_folder
+from trenchcoat.models.saving import require_uploadable, upload_folder
 from trenchcoat.runtime import distributed
 from trenchcoat.runtime.machine import check_machine
 from trenchcoat.runtime.runfolder import (
@@ -106,8 +107,12 @@ def transfer(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
         facts = _train(variants, TRANSFER)
         if variants.folder.result(variants.main_lora_stage) is None:
             variants.export(TRANSFER)
-        further = f"the adapter is in {variants.adapter}; the next stage is: trenchcoat finetune, same recipe"
-        return Outcome((_ended(facts), further))
+        return Outcome((_ended(facts), f"the adapter is in {variants.adapter}{next_stage(recipe)}"))
+
+
+def next_stage(recipe: Recipe) -> str:
+    """What to type after a transfer, as the end of a sentence; empty where the recipe has no stage 2."""
+    return "" if recipe.lora is None else f"; the next stage is: trenchcoat finetune {shlex.quote(recipe.run.dir)}"
 
 
 def finetune(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
@@ -118,7 +123,7 @@ def finetune(recipe: Recipe, given: GivenModel | None = None) -> Outcome:
         _open(variants)
         facts = _train(variants, variants.main_lora_stage)
         variants.export(variants.main_lora_stage)
-        further = f"the adapter is in {variants.adapter}; score it with: trenchcoat eval {recipe.run.dir}"
+        further = f"the adapter is in {variants.adapter}; score it with: trenchcoat eval {shlex.quote(recipe.run.dir)}"
         return Outcome((_ended(facts), further))
 
 
@@ -129,7 +134,7 @@ def evaluate_run(recipe: Recipe) -> Outcome:
         missing = [stage for stage in own_stages(recipe) if variants.folder.result(stage) is None]
         if missing:
             unfinished = f"{recipe.run.dir} is not finished ({missing[0]} is missing)"
-            raise UserError(f"{unfinished}: run `trenchcoat linearize` on it")
+            raise UserError(f"{unfinished}: run `trenchcoat linearize {shlex.quote(recipe.run.dir)}`")
         check_ready(variants, stages_of(recipe), scored=True)
         return _report(variants, {stage: variants.train(stage) for stage in own_stages(recipe)}, began)
 
@@ -254,6 +259,8 @@ def export(path: Path, out: Path, *, merge: bool, dtype: str = "stored") -> Outc
     """
     _require_empty(out)
     if not merge:
+        if (path / "config.json").is_file() and hub.find_adapter(path) is None:
+            raise UserError(f"{path} is a complete model, which holds no adapter to write: give --merge")
         hub.save_adapter(hub.load(path)[0], out)
         return Outcome((f"the adapter is in {out}",))
     model, tokenizer = hub.load(path, dtype=dtype, device="cpu")
@@ -288,8 +295,9 @@ def publish(
     """Upload the complete model of a run, adapter or complete folder to the hub as ``name``.
 
     ``native``: as :func:`export_native` writes it. ``out``: a folder to keep it in, too. Raises ``UserError`` when the
-    hub refuses.
+    hub refuses; before anything is loaded where the name or the login shows it.
     """
+    require_uploadable(name)
     with tempfile.TemporaryDirectory() as temporary:
         folder = out or Path(temporary) / "model"
         written = export_native(path, folder, dtype=dtype) if native else export(path, folder, merge=True, dtype=dtype)

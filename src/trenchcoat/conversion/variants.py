@@ -24,6 +24,7 @@ from trenchcoat.conversion.selection.run import select_groups, with_groups
 from trenchcoat.conversion.teacher_logits import TaughtBatches
 from trenchcoat.data.batches import Batches
 from trenchcoat.data.esl import EslRanking
+from trenchcoat.data.load import FEW_ROWS
 from trenchcoat.data.stream import StreamedBatches
 from trenchcoat.data.tokens import cache_folder
 from trenchcoat.evaluation.results import StageFacts
@@ -252,7 +253,11 @@ class ModelVariants:
         if "train/rows_selected" in counts:
             training += f" of {counts['train/rows_selected']} selected"
         text = f"text: {training}, {counts['validation/rows']} validation rows"
-        self.log.info(f"{text}; left out: {', '.join(left_out)}" if left_out else text)
+        text += f"; left out: {', '.join(left_out)}" if left_out else ""
+        if FEW_ROWS in counts:
+            asked = self.recipe.data.validation_rows
+            text += f"; of {counts[FEW_ROWS]} rows a tenth is held out, not data.validation_rows={asked}"
+        self.log.info(text)
 
     def stage_config(self, stage: str) -> StageConfig:
         """The settings that a stage trains with."""

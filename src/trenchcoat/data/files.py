@@ -62,6 +62,22 @@ def data_files(path: str) -> list[Path]:
     return found
 
 
+_SPLIT_NAME = re.compile(r"(?<![a-z])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![a-z])")
+
+
+def documents(path: str) -> str:
+    """A folder whose data are `.txt` files as the pattern of these, so that each is one document; else ``path``.
+
+    Folders with a file that is named after a split (`train.txt`) are left to ``datasets``, which reads line by line.
+    """
+    folder = Path(path)
+    files = [file for file in folder.iterdir() if data_kind(file) in FILE_KINDS] if folder.is_dir() else []
+    texts = {data_kind(file) for file in files} == {".txt"} and not any(map(is_compressed, files))
+    if not texts or any(_SPLIT_NAME.search(file.stem.lower()) for file in files):
+        return path
+    return f"{glob.escape(path)}/*.[tT][xX][tT]"
+
+
 def is_file_path(path: str) -> bool:
     """Whether ``path`` is meant as local files: it exists, is a pattern, or has a supported suffix."""
     return Path(path).is_file() or is_pattern(path) or data_kind(path) in FILE_KINDS

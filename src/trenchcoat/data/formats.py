@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from trenchcoat.config import DataConfig
 from trenchcoat.data.chat import history_pairs, read_turns, rendered
-from trenchcoat.data.samples import BadSample, Segment, column_names, column_text
+from trenchcoat.data.samples import BadSample, Segment, column_text, columns_with_values
 
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -114,6 +114,6 @@ def segments(row: Mapping[str, Any], cfg: DataConfig, tokenizer: Any) -> list[Se
             return each.segments(row, cfg, tokenizer)
     raise BadSample(
         "missing column",
-        f"found the columns {column_names(row)}; expected "
+        f"found {columns_with_values(row)}; expected "
         f"{', or '.join(each.columns(cfg) for each in FORMATS.values())}: set data.text_column, or rename the columns",
     )

@@ -20,7 +20,7 @@ from trenchcoat.config import DataConfig, UserError
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.config.settings import TEXT_HELD_OUT
 from trenchcoat.data.batches import Batches
-from trenchcoat.data.files import is_file_path, is_text_path, split_sample
+from trenchcoat.data.files import documents, is_file_path, is_text_path, split_sample
 from trenchcoat.data.packing import PackedRows, pack
 from trenchcoat.data.sources import (
     Source,
@@ -38,6 +38,11 @@ from trenchcoat.data.tokens import Say, content_hash, token_table, unwanted_leng
 from trenchcoat.models.embedded import Split
 from trenchcoat.models.text import known_embeddings
 
+FEW_HELD_OUT = 0.1
+"""Share of the rows that is held out where there are no more than ``data.validation_rows``."""
+FEW_ROWS = "few_rows"
+"""Count of the rows of such a source."""
+
 Rank = Callable[[str, TokenTable, NDArray[np.int64]], NDArray[np.float64]]
 """(content hash of the table, table, rows [r]) -> a score for each of those rows [r]; the largest are selected."""
 
@@ -54,9 +59,10 @@ def load_batches(
     """Batches of ``batch_size`` rows of ``cfg.seq_len`` tokens, tokenized now, read from the cache, or streamed.
 
     Validation rows are, in this order of preference: ``validation_path``; the ``validation`` split of a data set; the
-    first ``validation_rows`` rows, or the first ``validation_fraction`` of them; for a ``.txt`` file, its end. ``rank``
-    is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one); ``say`` is told how far tokenizing is. Raises
-    ``UserError`` for data that is missing, empty, broken, of another schema, or too small.
+    first ``validation_rows`` rows (a tenth, where there are no more than that), or the first ``validation_fraction`` of
+    them; for a ``.txt`` file, its end. ``rank`` is needed for ``cfg.select`` (``trenchcoat.data.esl`` has one); ``say``
+    is told how far tokenizing is. Raises ``UserError`` for data that is missing, empty, broken, of another schema, or
+    too small.
     """
     check_section(cfg, "data")
     for name, value, least in (("batch_size", batch_size, 1), ("run.seed", seed, 0)):
@@ -68,7 +74,7 @@ def load_batches(
     if cfg.streaming:
         return _stream(cfg, tokenizer, batch_size, seed, pad, say)
     train, validation, hold = _sources(cfg)
-    limit = cfg.max_rows
+    limit, few = cfg.max_rows, dict[str, int]()
     if validation is None and limit is not None:
         limit += hold if isinstance(hold, int) else max(1, round(limit * hold / (1 - hold)))
     key, table = token_table(train, cfg, tokenizer, limit, say)
@@ -76,14 +82,18 @@ def load_batches(
         other_key, other = token_table(validation, cfg, tokenizer, None, say)
         spans = {"train": _Span(table, 0, table.rows, cfg), "validation": _Span(other, 0, other.rows, cfg)}
     else:
-        held = hold if isinstance(hold, int) else max(1, round(table.rows * hold))
-        if table.rows <= held:
+        if isinstance(hold, int) and table.rows <= hold:
+            hold = FEW_HELD_OUT
+            few = {FEW_ROWS: table.rows}
+        held = hold if isinstance(hold, int) else min(max(1, round(table.rows * hold)), table.rows - 1)
+        if held == 0:
             raise UserError(
-                f"{train.name} has {table.rows} rows, too few to hold out {held} for validation and train on the "
-                "rest: set data.validation_fraction=0.1, a smaller data.validation_rows, or data.validation_path"
+                f"{train.name} has one row, which is not enough to hold one out for validation and train on the rest: "
+                "give more rows, data.validation_path, or the text as a .txt file, the end of which is held out"
             )
         other_key = str(held)
-        spans = {"train": _Span(table, held, table.rows, cfg), "validation": _Span(table, 0, held, cfg)}
+        stop = table.rows if cfg.max_rows is None else min(table.rows, held + cfg.max_rows)
+        spans = {"train": _Span(table, held, stop, cfg), "validation": _Span(table, 0, held, cfg)}
     if cfg.select != "none":
         spans["train"] = spans["train"].cut(cfg.seq_len)
     selected = spans["train"].select(rank, key, cfg)
@@ -96,7 +106,7 @@ def load_batches(
         fingerprint=content_hash(
             key, other_key, cfg.packing, cfg.seq_len, *(mark for span in spans.values() for mark in span.mark())
         ),
-        source_counts=_source_counts(tables, list(spans.values())) | selected,
+        source_counts=_source_counts(tables, list(spans.values())) | selected | few,
     )
 
 
@@ -169,6 +179,7 @@ def _sources(cfg: DataConfig) -> tuple[Source, Source | None, int | float]:
     if cfg.path == "embedded":
         return embedded_source("train"), validation or embedded_source("validation"), 0
     path, rows = split_sample(cfg.path)
+    path = documents(path)
     if is_text_path(path) and validation is None:
         return split_text_source(path, cfg.validation_fraction or TEXT_HELD_OUT), None, 1
     hold = cfg.validation_rows if cfg.validation_fraction is None else cfg.validation_fraction
@@ -184,6 +195,7 @@ def _validation_source(path: str, cfg: DataConfig) -> Source:
     if path == "embedded":
         return embedded_source("validation")
     path, rows = split_sample(path)
+    path = documents(path)
     if is_file_path(path):
         return subsampled(file_source(path), rows)
     splits = dataset_splits(path, None)

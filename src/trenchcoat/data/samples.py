@@ -38,6 +38,12 @@ def column_names(row: Mapping[str, Any]) -> str:
     return ", ".join(map(str, row)) or "(none)"
 
 
+def columns_with_values(row: Mapping[str, Any]) -> str:
+    """The columns of a row, and which of them are null, for messages."""
+    empty = [str(name) for name, value in row.items() if value is None]
+    return f"the columns {column_names(row)}" + (f" ({', '.join(empty)}: null)" if empty else "")
+
+
 def column_text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
     """A column's text; an ``optional`` one may be blank, absent or null."""
     value = row.get(column)

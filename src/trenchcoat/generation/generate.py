@@ -58,8 +58,13 @@ class Sampling:
     """Further options of Transformers' ``GenerationConfig``, by name."""
 
     def __post_init__(self) -> None:
+        for name, (kind, expected) in _KINDS.items():
+            value = getattr(self, name)
+            missing = value is None and name in ("top_k", "top_p")
+            if not missing and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+                raise UserError(f"{name} is {value!r}; expected {expected}")
         _require_positive("num_beams", self.num_beams)
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise UserError(
                 f"temperature is {self.temperature}; expected a number above 0 (for greedy text leave sampling off)"
             )
@@ -107,6 +112,14 @@ class Sampling:
         return made
 
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("max_new_tokens", "num_beams", "top_k", "seed"), (int, "a whole number")),
+    **dict.fromkeys(("temperature", "top_p"), (int | float, "a number")),
+    "do_sample": (bool, "true or false"),
+}
+"""Field of :class:`Sampling` -> its type, and what that is called; options of a command line can hold anything."""
+
+
 def _require_positive(name: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{name} is {value}; expected a whole number of at least 1")
@@ -152,6 +165,7 @@ def generate_rows(
     Raises ``UserError``.
     """
     prompts = [clean_text(prompt) for prompt in prompts]
+    _require_positive("batch_size", batch_size)
     if end is not None:
         if len(prompts) != 1 or compare:
             raise UserError(f"a state can be saved after one prompt, without comparison; got {len(prompts)} prompts")

@@ -47,6 +47,11 @@ def reason(error: BaseException, source: Path | str | None = None, limit: int = 
     return f"there is no such folder in {Path.cwd()}; {text}"
 
 
+def named(path: Path | str, revision: str | None) -> str:
+    """A base model in messages: its path as a setting, and its revision if it has one."""
+    return f"model.path={str(path)!r}" + ("" if revision is None else f" (revision {revision})")
+
+
 def read_config(source: Path | str, revision: str | None = None, **options: Any) -> Any:
     """The Transformers config of a folder or hub id; ``UserError`` when it cannot be read or needs code of its own."""
     try:
@@ -65,8 +70,8 @@ def base_config(cfg: ModelConfig, source: Path | str) -> Any:
         config = read_config(source, cfg.revision)
     except UserError as error:
         raise UserError(
-            f"cannot load model.path={cfg.path!r} (revision {cfg.revision}): {error}. Expected a hub id, a local "
-            "folder in Hugging Face format, or `embedded`"
+            f"cannot load {named(cfg.path, cfg.revision)}: {error}. Expected a hub id, a local folder in Hugging Face "
+            "format, or `embedded`"
         ) from error
     adapter = find_adapter_config_file(str(source), revision=cfg.revision)
     if adapter is not None:
@@ -100,4 +105,4 @@ def base_folder(source: str, revision: str | None) -> Path:
         names = weight_names(folder) or ()
         return folder if all((folder / name).is_file() for name in names) else fetch([*SMALL_FILES, *names])
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"cannot fetch model.path={source!r} (revision {revision}): {reason(error, source)}") from error
+        raise UserError(f"cannot fetch {named(source, revision)}: {reason(error, source)}") from error

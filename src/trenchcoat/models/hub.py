@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -229,6 +230,9 @@ def load(
     adapter = find_adapter(folder)
     if adapter is not None:
         return _load_adapter(adapter, how)
+    if (folder / "recipe.yaml").is_file():
+        command = f"trenchcoat linearize {shlex.quote(str(folder))}"
+        raise UserError(f"{path} is a run in which no stage is finished; go on with: {command}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(
             f"{path} holds no linearized model: expected {ADAPTER_META} (adapter), config.json (complete model), or an "

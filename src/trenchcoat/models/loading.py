@@ -23,7 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from trenchcoat.config import ModelConfig, ParallelConfig, UserError
 from trenchcoat.config.errors import refusals
-from trenchcoat.models.basefolder import LOAD_ERRORS, SMALL_FILES, base_config, base_folder, read_config, reason
+from trenchcoat.models.basefolder import (
+    LOAD_ERRORS,
+    SMALL_FILES,
+    base_config,
+    base_folder,
+    named,
+    read_config,
+    reason,
+)
 from trenchcoat.models.embedded import teacher_dir
 from trenchcoat.models.families import decoder_of
 from trenchcoat.models.gguf import gguf_folder, is_gguf
@@ -170,7 +178,7 @@ def model_source(cfg: ModelConfig) -> str:
 def require_hub_id(path: str, name: str) -> None:
     """Raise ``UserError`` for the ``path`` of a folder that is not there and cannot be a hub id; ``name`` begins it."""
     if Path(path).exists():
-        raise UserError(f"{name} is a file; give the folder that holds config.json")
+        raise UserError(f"{name}: it is a file; give the folder that holds config.json")
     if path.startswith((".", "/")) or not re.fullmatch(r"[\w.\-]+(/[\w.\-]+)?", path):
         raise UserError(f"{name}: no such folder. Give a local folder, a hub id, or `embedded`")
 
@@ -245,7 +253,7 @@ def load_model(cfg: ModelConfig, quantization_config: Any = None, device_map: An
         model, loading = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except LOAD_ERRORS as error:
         raise UserError(
-            f"cannot load model.path={cfg.path!r} (revision {cfg.revision}, attention {cfg.attention!r}): "
+            f"cannot load {named(cfg.path, cfg.revision)} with model.attention={cfg.attention}: "
             f"{reason(error, source)}. Expected a hub id, a local folder in Hugging Face format, or `embedded`"
         ) from error
     if loading["missing_keys"]:

@@ -13,6 +13,7 @@ from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models.attach import require_grad, students_of
 from trenchcoat.models.families import attention_sites, choose_lora_targets, linear_layers
+from trenchcoat.models.transformers_internals import checkpoint_activations
 from trenchcoat.runtime.sharding import compute_device, is_sharded, is_sharded_tensor
 
 _ADAPTER = "default"
@@ -46,7 +47,7 @@ def add_lora(model: Any, cfg: LoraConfig) -> list[str]:
         parameter.data = parameter.data.to(device, torch.float32)
     freeze_for_lora(model, cfg)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return paths
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from trenchcoat.config import UserError
@@ -123,6 +124,27 @@ def push_to_hub(model: Any, repo_id: str, *, max_shard_size: Any = None, tags: A
         return upload_folder(Path(folder), repo_id, tags=tags, **options)
 
 
+def require_uploadable(repo_id: str) -> None:
+    """Raise ``UserError`` for a name that no repository can have, and where nobody is logged in; the hub is not asked.
+
+    Call it before the work whose result goes there.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise _cannot_upload(repo_id, error) from error
+    if get_token() is None:
+        raise _cannot_upload(repo_id, "nobody is logged in")
+
+
+def _cannot_upload(repo_id: str, why: object) -> UserError:
+    said = " ".join(str(why).split())[:300].rstrip(".")
+    return UserError(
+        f"cannot upload to {repo_id!r}: {said}. Expected a name like you/model, and a token that may write there "
+        "(`hf auth login`, or HF_TOKEN)"
+    )
+
+
 def upload_folder(
     folder: Path,
     repo_id: str,
@@ -145,11 +167,7 @@ def upload_folder(
             repo_id=name, folder_path=folder, **{"commit_message": "Upload a linearized model", **commit}
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"cannot upload to {repo_id!r}: {said}. Expected a name like you/model, and a token that may write there "
-            "(`hf auth login`, or HF_TOKEN)"
-        ) from error
+        raise _cannot_upload(repo_id, error) from error
     return str(made.commit_url)
 
 

@@ -18,6 +18,7 @@ from trenchcoat.config import LoraConfig, UserError
 from trenchcoat.models.attach import own_outputs, require_grad, students_of
 from trenchcoat.models.identity import base_tensors, fingerprint
 from trenchcoat.models.lora import add_lora, freeze_for_lora, remove_lora, without_lora
+from trenchcoat.models.transformers_internals import checkpoint_activations
 from trenchcoat.runtime.sharding import is_sharded
 
 
@@ -33,7 +34,7 @@ def begin_stage_2(model: Any, cfg: LoraConfig) -> None:
     if cfg.train == "all":
         _open_weights(model)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
 
 
 def freeze_for_stage_2(model: nn.Module, cfg: LoraConfig) -> list[nn.Parameter]:

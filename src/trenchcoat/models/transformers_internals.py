@@ -138,6 +138,12 @@ def mask_rows(request: Mapping[str, Any], start: int, stop: int) -> Tensor:
 # Reading a model's folder
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Compute activations again in the backward pass; 5.17 has only the method's old name, of which 5.23 warns."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def wants_own_code(error: BaseException) -> bool:
     """Whether loading stopped because the folder brings Python code, which only `trust_remote_code=True` would run."""
     return "trust_remote_code" in str(error)

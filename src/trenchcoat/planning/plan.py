@@ -305,8 +305,8 @@ class Planner:
     def seconds(self, stage: Stage, layout: Layout) -> dict[str, float]:
         """Seconds per micro-batch, by resource; they overlap, so the longest counts."""
         passes = 2 + stage.teacher_pass if isinstance(stage, LoraConfig) else 1
-        rows = stage.batch_size * self.recipe.data.seq_len
-        found = {"arithmetic": rows * self.flops(stage) / self.flop_rate}
+        tokens = stage.batch_size * self.recipe.row_tokens(stage)
+        found = {"arithmetic": tokens * self.flops(stage) / self.flop_rate}
         if layout.shared_by > 1:
             base = base_bytes(self.shapes, self.dtype_bytes, nf4=layout.nf4)
             inside = layout.shared_by <= self.machine.gpus_per_node

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from trenchcoat.config import Recipe, UserError
@@ -37,6 +38,8 @@ from trenchcoat.planning.verdict import STAGE_TITLES, TRUST, command, verdict
 
 _WIDTH = 80
 """Columns of a terminal that a plan without details fits."""
+_NARROW: Any = {"box": SIMPLE_HEAD, "padding": 0, "show_edge": False}
+"""A table of many columns has no lines between them."""
 _TEXT_COLUMNS = ("way", "fits", "settings", "limit", "part", "stage")
 """Left-aligned columns."""
 
@@ -68,14 +71,16 @@ def report_plan(
     blocks = _blocks_plan(planner, plan)
     one_by_one = blocks if isinstance(blocks, BlocksPlan) else None
     notes, sentence = notes_on(planner, plan), verdict(planner, plan, one_by_one)
-    typed = command(plan, one_by_one, named)
-    shown: list[Any] = ["", textwrap.fill(sentence, _WIDTH), "", *([f"  {typed}", ""] if typed else [])]
-    shown += [_ways_table(plan), textwrap.fill(TRUST.format(mfu=machine.mfu), _WIDTH)]
+    typed = command(plan, one_by_one, f"{named} model.device=auto" if recipe.model.device == "cpu" else named)
+    shown: list[Any] = ["", _wrapped(sentence), "", *([f"  {typed}", ""] if typed else [])]
+    shown += [_ways_table(plan), _wrapped(TRUST.format(mfu=machine.mfu))]
     if details:
-        shown += ["", _headline(recipe, plan), _speeds_table(plan)]
+        shown += ["", _wrapped(_headline(recipe, plan)), _speeds_table(plan)]
         shown += [_parts_table(plan, stage) for stage in planner.stages]
-        shown += [] if blocks is None else [_side_by_side(blocks) if isinstance(blocks, BlocksPlan) else blocks]
-        shown += [_disk_line(plan), _state_line(plan)]
+        shown += (
+            [] if blocks is None else [_side_by_side(blocks) if isinstance(blocks, BlocksPlan) else _wrapped(blocks)]
+        )
+        shown += [_wrapped(_disk_line(plan)), _wrapped(_state_line(plan))]
     if details or plan.chosen is None:
         shown += _bullets(notes)
     document = plan.as_dict() | {"notes": notes, "verdict": sentence, "command": typed}
@@ -106,9 +111,9 @@ def report_blocks_plan(recipe: Recipe, machine: Machine, *, tokens: float | None
     plan = plan_blocks(recipe, machine, tokens)
     notes = notes_on_blocks(recipe, plan)
     memory = _block_ways("What it needs", _WHO + _MEMORY + _LIMIT, plan.ways)
-    time = _block_ways("How long it takes, at least", _WHO + _TIME + _LIMIT, plan.ways)
+    time = _block_ways("How long it takes, at least", _WHO + _TIME, plan.ways)
     time.caption = "* what `trenchcoat blocks run` does with this recipe"
-    shown = (_blocks_headline(recipe, plan), memory, time, *_bullets(notes))
+    shown = (_wrapped(_blocks_headline(recipe, plan)), memory, time, *_bullets(notes))
     return PlanReport(shown, asdict(plan) | {"chosen": plan.chosen.name, "notes": notes})
 
 
@@ -140,8 +145,14 @@ def notes_on_blocks(recipe: Recipe, plan: BlocksPlan) -> list[str]:
     return found
 
 
+def _wrapped(text: str, indent: str = "") -> str:
+    """``text`` line by line within ``_WIDTH`` columns."""
+    options: Any = {"subsequent_indent": indent, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, _WIDTH, **options) for line in text.splitlines())
+
+
 def _bullets(notes: Iterable[str]) -> list[str]:
-    return [f"- {note}" for note in notes]
+    return [_wrapped(f"- {note}", "  ") for note in notes]
 
 
 def _hardware(machine: Machine) -> str:
@@ -177,11 +188,12 @@ def _blocks_headline(recipe: Recipe, plan: BlocksPlan) -> str:
     )
 
 
-def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None]) -> Table:
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str] | None], **style: Any) -> Table:
     """A table of ``rows``; None draws a separator line."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", **style)
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in _TEXT_COLUMNS else "right")
+        justify: Any = "left" if heading in _TEXT_COLUMNS else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading in ("part", "limit"))
     for row in rows:
         if row is None:
             table.add_section()
@@ -213,12 +225,12 @@ def _speeds_table(plan: Plan) -> Table:
     """One row per way: tokens/s of all GPUs together, and the settings that select it."""
     rows = [[way.name, *(_speed(stage)[0] for stage in way.stages.values()), way.settings] for way in plan.ways]
     headings = [f"{name}\ntokens/s" for name in plan.ways[0].stages]
-    return _table("Tokens/s of all GPUs", ["way", *headings, "settings"], rows)
+    return _table("Tokens/s of all GPUs", ["way", *headings, "settings"], rows, **_NARROW)
 
 
 def _speed(stage: StagePlan) -> tuple[str, str]:
     waits = "" if stage.bound_by == "arithmetic" else f" ({stage.bound_by})"
-    hours = "?" if stage.hours is None else f"{stage.hours:.3g}"
+    hours = "?" if stage.hours is None else f"{stage.hours:.3g}" if stage.hours >= 0.01 else "< 0.01"
     return f"{stage.tokens_per_second:,.0f}{waits}", hours
 
 
@@ -235,6 +247,7 @@ def _parts_table(plan: Plan, stage: str) -> Table:
             ["total", *(f"{memory.total / GIB:.2f}" for memory in memories)],
             ["moment", *(memory.moment for memory in memories)],
         ],
+        **_NARROW,
     )
 
 
@@ -254,7 +267,7 @@ _MEMORY: list[_Column] = [
     ("fits", lambda way: "yes" if way.fits else "no"),
     ("one\nGPU", lambda way: gib(way.device_bytes)),
     ("host,\na node", lambda way: tera(way.host_bytes)),
-    ("hidden states\non disk", lambda way: tera(way.disk_bytes) if way.disk_bytes else "-"),
+    ("states\non disk", lambda way: tera(way.disk_bytes) if way.disk_bytes else "-"),
 ]
 _TIME: list[_Column] = [
     ("passes", lambda way: str(way.passes) if way.passes else "-"),
@@ -275,7 +288,7 @@ def _block_ways(title: str, columns: list[_Column], ways: list[BlockWay]) -> Tab
         if i and way.gpus != ways[i - 1].gpus:
             rows.append(None)
         rows.append([cell(way) for _, cell in columns])
-    return _table(title, [heading for heading, _ in columns], rows)
+    return _table(title, [heading for heading, _ in columns], rows, **_NARROW)
 
 
 def _side_by_side(plan: BlocksPlan) -> Table:

@@ -43,6 +43,10 @@ _PARTIAL_NAME = re.compile(
     rf"{re.escape(PARTIAL_PREFIX)}(?P<host>[0-9a-f]{{8}})-(?P<start>[0-9a-f]{{8}})-(?P<pid>\d+)-[0-9a-f]{{8}}-(?P<name>.+)"
 )
 
+_UMASK = os.umask(0)
+"""Permissions that new files of this process do not get."""
+os.umask(_UMASK)
+
 LOCK_FILE, HOLDER_FILE = ".lock", ".lock-holder"
 _PROBE_SECONDS = 0.05
 """Timeout when only probing a lock, as another process may be probing it too."""
@@ -67,6 +71,13 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def as_new_file(path: Path) -> None:
+    """Give a file the permissions of any new one, where the file system has them: safetensors makes its files
+    unreadable for everybody else."""
+    with suppress(OSError):
+        path.chmod(0o666 & ~_UMASK)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -111,6 +122,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_abandoned(target.parent, target.name)
             yield partial
+            as_new_file(partial)
             sync(partial)
             os.replace(partial, target)
             sync(target.parent)
@@ -137,6 +149,7 @@ def publish_directory(partial: Path, target: Path) -> None:
     """Flush the files of a finished folder and rename it to ``target``; an existing ``target`` is replaced."""
     for path in sorted(partial.rglob("*")):
         if path.is_file():
+            as_new_file(path)
             sync(path)
     sync(partial)
     if target.exists():

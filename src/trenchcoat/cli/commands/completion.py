@@ -17,9 +17,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Any:
     """Completion for bash, zsh or fish.
 
-    Print what your shell must read to complete commands, options, recipes and settings with the Tab key. In ~/.bashrc
-    or ~/.zshrc: eval "$(trenchcoat completion bash)", or zsh; in ~/.config/fish/config.fish: trenchcoat completion fish
-    | source
+    Print what your shell must read to complete commands, options, recipes and settings with the Tab key. Add this line:
+
+      bash, in ~/.bashrc                   eval "$(trenchcoat completion bash)"
+      zsh, in ~/.zshrc                     eval "$(trenchcoat completion zsh)"
+      fish, in ~/.config/fish/config.fish  trenchcoat completion fish | source
     """
     import argcomplete
 

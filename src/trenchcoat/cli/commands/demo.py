@@ -14,8 +14,7 @@ def _run(args: argparse.Namespace) -> Any:
 
     Linearize the small Llama that ships with trenchcoat, on text from the Python standard library: check the machine,
     attention transfer, LoRA, evaluation, texts of both models side by side, the report. Nothing is downloaded. After a
-    kill or Ctrl-C, the same command resumes. Any setting can be overridden, for example: trenchcoat demo
-    student.window=16
+    kill or Ctrl-C, the same command resumes. Any setting can be overridden, as in the second example.
     """
     from trenchcoat.conversion import stages
 

@@ -35,8 +35,8 @@ def _run(args: argparse.Namespace) -> None:
     """Write text with a linearized model.
 
     Continue one or more prompts with a linearized model: a run's folder, an adapter folder or a merged folder. The
-    state has a constant size during generation, and so has the file that --save-state writes: a long prefix is
-    processed once (--max-new-tokens 0) and continued with --load-state.
+    state, but for the keys and values of kept groups, has a constant size, and so has the file that --save-state
+    writes: a long prefix is processed once (--max-new-tokens 0) and continued with --load-state.
     """
     from trenchcoat.generation.generate import generate_rows
     from trenchcoat.runtime.files import atomic_file

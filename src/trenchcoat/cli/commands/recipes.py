@@ -17,8 +17,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> Any:
     """The recipes that ship with trenchcoat.
 
-    List the recipes that ship with trenchcoat, or show the file of one, to write your own from it: trenchcoat recipes
-    smollm2_135m > mine.yaml
+    List the recipes that ship with trenchcoat, or show the file of one, to write your own from it:
+
+      trenchcoat recipes smollm2_135m > mine.yaml
     """
     if args.name is not None:
         return ((RECIPES / f"{args.name}.yaml").read_text(encoding="utf-8").rstrip(),)

@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
     """Serve a linearized model over HTTP.
 
     Serve a linearized model to OpenAI clients (completions and chat, streamed or whole), with a chat page at / (extra
-    `serve`). Requests wait for one another; each holds a state of constant size. For many users at once, vLLM serves
+    `serve`). Requests wait for one another; each holds a state that hardly grows. For many users at once, vLLM serves
     merged folders (extra `vllm`, in an environment of its own). docs/SERVE.md lists the supported requests.
     """
     from trenchcoat.serving.server import ServeSettings, serve

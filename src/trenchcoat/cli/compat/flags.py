@@ -123,8 +123,9 @@ def parse(script: str, description: str, arguments: Sequence[str]) -> argparse.N
         parser.add_argument(f"--{flag.name}", help=flag.effect.replace("%", "%%"), **value)
     args, rest = parser.parse_known_args(arguments)
     if rest:
-        near = difflib.get_close_matches(rest[0].split("=")[0], [f"--{flag.name}" for flag in FLAGS], n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        name = rest[0].split("=")[0].lstrip("-")
+        near = difflib.get_close_matches(name, [flag.name for flag in FLAGS], n=1, cutoff=0.6)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
         raise UsageError(f"unknown argument {rest[0]!r}: {hint}")
     return args
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trenchcoat.cli.compat.flags import given_flags, parse
 from trenchcoat.cli.compat.plan import Script, ScriptPlan, ScriptStage, make_script_plan
-from trenchcoat.cli.compat.start import adopt_transfer, base_config, check_layers, check_rope, hold_out
+from trenchcoat.cli.compat.start import adopt_transfer, base_config, check_layers, check_rope
 from trenchcoat.cli.terminal import guarded, quiet_libraries, show, warn
 from trenchcoat.config import UsageError, UserError
 from trenchcoat.runtime.runfolder import TRANSFER, RunFolder
@@ -75,9 +75,6 @@ def _plan(stage: ScriptStage, args: argparse.Namespace, configs: Path) -> Script
     base = base_config(plan.recipe.model.path)
     check_layers(flags, base)
     remarks = check_rope(plan.model_config, base, overridden="pretrained_model_name_or_path" in flags)
-    recipe, held = hold_out(plan.recipe)
-    remarks += held
-    plan = replace(plan, recipe=recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         remarks.append(f"gradient_accumulation_steps counts micro-batches of all {processes} processes together")

@@ -6,18 +6,15 @@ the same base and student.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trenchcoat.cli.compat.configs import OldConfig
 from trenchcoat.config import Recipe, UserError
-from trenchcoat.data.files import is_file_path, is_text_path, split_sample
-from trenchcoat.data.sources import file_source
 from trenchcoat.evaluation.results import StageFacts
 from trenchcoat.models.basefolder import read_config
 from trenchcoat.models.hub import find_adapter, read_adapter
@@ -81,23 +78,6 @@ def check_rope(config: OldConfig, base: Any | None, *, overridden: bool) -> list
         f"{config.file} and the checkpoint it names disagree about RoPE: {shown}. The checkpoint's is "
         "used: correct the file, or change config.json in a local copy of the checkpoint"
     )
-
-
-def hold_out(recipe: Recipe) -> tuple[Recipe, list[str]]:
-    """The recipe, and a remark where its local file has too few rows to hold out as many as the configuration asks for:
-    then a tenth of them is. A file that cannot be read is left to loading, which says why."""
-    data = recipe.data
-    if data.validation_path is not None or data.validation_fraction is not None or not is_file_path(data.path):
-        return recipe, []
-    try:
-        path, sample = split_sample(data.path)
-        rows = sum(1 for _ in itertools.islice(file_source(path).rows(), data.validation_rows + 1))
-    except UserError:
-        return recipe, []
-    if is_text_path(path) or min(rows, sample or rows) > data.validation_rows:
-        return recipe, []
-    remark = f"{data.path} has {rows} rows: a tenth of them is held out, not {data.validation_rows}"
-    return replace(recipe, data=replace(data, validation_fraction=0.1)), [remark]
 
 
 def adopt_transfer(source: Path, recipe: Recipe) -> None:

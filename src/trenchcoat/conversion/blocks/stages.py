@@ -38,6 +38,7 @@ from trenchcoat.conversion.blocks.select import with_selection
 from trenchcoat.conversion.held_out import evaluation_length, evaluation_rows
 from trenchcoat.conversion.ready import check_settings
 from trenchcoat.conversion.run import LANDMARK_ROWS, OpenRun, check_names, idle_warning, open_run
+from trenchcoat.conversion.stages import next_stage
 from trenchcoat.conversion.variants import BASE_WEIGHTS
 from trenchcoat.data.batches import Batches
 from trenchcoat.evaluation.report import run as report
@@ -431,7 +432,7 @@ def _stitched(work: BlockRun) -> Outcome:
         (
             report.terminal_table(found),
             f"{len(work.blocks)} blocks stitched: {summary}",
-            f"the adapter is in {recipe.run.dir}/adapter; the next stage is: trenchcoat finetune, same recipe",
+            f"the adapter is in {recipe.run.dir}/adapter{next_stage(recipe)}",
         ),
         found,
     )

@@ -143,10 +143,15 @@ def probe_of(
     )
 
 
+def groups_of(model: Any) -> int:
+    """Number of key/value groups of a model."""
+    return sum(site.num_kv_heads for site in attention_sites(model))
+
+
 def scored(recipe: Recipe, probe: Probe, base: str) -> Selection:
     """The scores of all groups by the recipe's method, nothing chosen; ``base`` is the fingerprint of the weights."""
     cfg = recipe.select
-    groups = sum(site.num_kv_heads for site in attention_sites(probe.model))
+    groups = groups_of(probe.model)
     probe.log.info(
         f"selection: scoring {groups} key/value groups by {cfg.method}, on {cfg.rows} rows of text and {cfg.rows} of "
         f"copies ({probe.text_NT.shape[1]} tokens)"
@@ -165,7 +170,8 @@ class _Selecting:
     # Measuring
 
     def measure(self) -> Selection:
-        """Scores and frontier with the settings of the recipe."""
+        """Scores and frontier with the settings of the recipe; ``UserError`` at once for more groups than there are."""
+        requested_groups(self.recipe.student, groups_of(self.variants.model))
         found = scored(self.recipe, self.probe, self.variants.base_fingerprint)
         return self._with_frontier(found) if self.cfg.frontier else found
 
