@@ -3,7 +3,7 @@
 #   make test    the whole test suite
 # `make test-vllm` runs linearized models in vLLM's CPU build, in an environment of its own.
 # `make bench-serve STUDENT=merged_folder TEACHER=folder` compares both in that vLLM: benchmarks/serve_cpu2.json, docs/serve.png.
-# `make reference` converts SmolLM2-135M-Instruct (half an hour on two cores) and writes docs/results/smollm2_135m.
+# `make reference` converts SmolLM2-135M-Instruct (an hour or two on two cores) and writes docs/results/smollm2_135m.
 # ARGS="student.window=16" make demo   overrides settings; PYTHON=python3.12 picks another interpreter; VENV=... another
 # folder for the environment.
 PYTHON ?= python3

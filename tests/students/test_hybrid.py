@@ -214,7 +214,9 @@ def test_the_window_on_kernels_is_that_of_pytorch(
         pytest.importorskip("triton", reason="triton is not installed; pip install triton")
     elif operator_of(StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device("cpu")) != "compiled":
         pytest.skip("no C++ compiler here")
+    device = "cuda" if taken == "triton" and torch.cuda.is_available() else "cpu"
     given = {key: x.float() for key, x in _inputs(23).items()} | ({"mask_BT": _mask(23)} if padded else {})
+    given = {key: x.to(device) for key, x in given.items()}
     found, used = [], []
 
     def near(*args: Any, **kwargs: Any) -> Any:
@@ -225,9 +227,9 @@ def test_the_window_on_kernels_is_that_of_pytorch(
     monkeypatch.setattr(hybrid, "linear_window_attention", near)
     for impl in ("chunkwise", asked):
         torch.manual_seed(5)
-        student = _student(name, sinks=2, impl=impl).float()
+        student = _student(name, sinks=2, impl=impl).float().to(device)
         inputs = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in given.items()}
-        y, state = student(**inputs, scale=SCALE, state=student.empty_state(3, dtype=torch.float32))
+        y, state = student(**inputs, scale=SCALE, state=student.empty_state(3, dtype=torch.float32, device=device))
         y.square().sum().backward()
         gradients = [x.grad for x in inputs.values() if x.requires_grad] + [p.grad for p in student.parameters()]
         found.append([y.detach(), *state.tensors().values(), *(g for g in gradients if g is not None)])

@@ -33,11 +33,11 @@ class StudentsSizes:
     layers: int = 30
     kept: tuple[str, ...] = KEPT
     names: tuple[str, ...] = ("terrace", "terrace_gated", "gdn", "lightning")
-    context: int = 4096
+    context: int = 2048
     """Tokens read before others are generated."""
     generated: int = 128
     """Tokens a turn: a multiple of the window, so that every turn folds as many chunks."""
-    row: int = 2048
+    row: int = 1024
     """Tokens of a training step."""
     repeats: int = 3
 
