@@ -124,7 +124,7 @@ def test_an_unwritable_folder_is_reported(overrides: list[str], tmp_path: Path) 
     made = recipe(overrides, tmp_path / "run", "blocks.hidden=disk", f"blocks.hidden_dir={tmp_path / 'file'}/below")
     with pytest.raises(UserError, match=r"cannot save .*file/below"):
         blockstages.run_blocks(made)
-    with pytest.raises(UserError, match=r"cannot save .*file/run"):
+    with pytest.raises(UserError, match=r"run.dir: .*file is a file, so .*file/run cannot be written"):
         blockstages.run_blocks(recipe(overrides, tmp_path / "file" / "run"))
 
 
