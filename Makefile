@@ -52,7 +52,7 @@ bench: $(STAMP)
 	$(BIN)/trenchcoat bench ops --threads 2 --out benchmarks/ops_cpu2.json
 	$(BIN)/trenchcoat bench transfer --threads 2 --out benchmarks/transfer_cpu2.json
 	$(BIN)/trenchcoat bench stage2 --threads 2 --out benchmarks/stage2_cpu2.json
-	$(BIN)/trenchcoat bench students --threads 2 --out benchmarks/students_cpu2.json
+	$(BIN)/trenchcoat bench students --threads 1 --repeats 1 --out benchmarks/students_cpu1.json
 	$(BIN)/trenchcoat bench decode --threads 2 --out benchmarks/decode_cpu2.json
 
 # The documentation as a site, in an environment of its own.
