@@ -54,10 +54,10 @@ class StudentsSizes:
         return model.requires_grad_(False)
 
 
-def _session(model: Any, ids: list[int]) -> Session:
-    session = Session.new(model)
-    session.read(ids)
-    return session
+def _read(sessions: dict[str, Session], name: str, model: Any, ids: list[int]) -> None:
+    """Leave a new session that has read `ids` in `sessions`."""
+    sessions[name] = Session.new(model)
+    sessions[name].read(ids)
 
 
 def _generate(session: Session, number: int) -> None:
@@ -80,9 +80,9 @@ class StudentsBenchmark(Benchmark[StudentsSizes]):
         """Seconds and bytes by student and teacher."""
         models = {name: sizes.model(name, settings.device) for name in (TEACHER, *sizes.names)}
         ids = torch.randint(0, sizes.shape.vocab, (sizes.context,), generator=torch.Generator().manual_seed(1)).tolist()
-        reading: dict[str, Callable[[], object]] = {name: partial(_session, m, ids) for name, m in models.items()}
+        sessions: dict[str, Session] = {}
+        reading = {name: partial(_read, sessions, name, model, ids) for name, model in models.items()}
         read = seconds(reading, sizes.repeats, settings.device)
-        sessions = {name: _session(model, ids) for name, model in models.items()}
         held = {name: session.nbytes() for name, session in sessions.items()}
         generating: dict[str, Callable[[], object]] = {
             name: partial(_generate, session, sizes.generated) for name, session in sessions.items()

@@ -159,24 +159,20 @@ class TerraceGatedAttention(HybridAttention):
         v_BGTE: Tensor,
         *,
         state: StudentState,
-        x_BTM: Tensor | None = None,
         mask_BT: Tensor | None = None,
-        sink_logit: Tensor | None = None,
-        **scores: Any,
+        **given: Any,
     ) -> Tensor:
         """See :meth:`StudentAttention.decode`: by the compiled kernels where they can, else as its base class does."""
         if not self.decodes_kept(q_BHTD, state):
-            given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
-            return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
-        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, sink_logit, scores)
+            return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, mask_BT=mask_BT, **given)
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, **given)
         return decode(Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), maps, heads, [state], rule, gates=gates)
 
     def decode_with_kept(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: StudentState, kept: Kept,
-        x_BTM: Tensor | None = None, **scores: Any,
-    ) -> Tensor:  # fmt: skip
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, state: StudentState, kept: Kept, **given: Any
+    ) -> Tensor:
         """See :meth:`StudentAttention.decode_with_kept`."""
-        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, None, scores)
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, **given)
         return decode(Tokens(q_BHTD, k_BGTD, v_BGTE), maps, heads, [state], rule, kept, gates)
 
     def decodes_kept(self, like: Tensor, state: StudentState) -> bool:
@@ -184,21 +180,20 @@ class TerraceGatedAttention(HybridAttention):
         return self._on_kernels(like) and fused.decodes(state, self._rule(1.0))
 
     def decode_rows(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState],
-        x_BTM: Tensor | None = None, **scores: Any,
-    ) -> Tensor:  # fmt: skip
+        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: Sequence[StudentState], **given: Any
+    ) -> Tensor:
         """See :meth:`StudentAttention.decode_rows`."""
         if not all(self.decodes_kept(q_BHTD, state) for state in states):
-            return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, x_BTM=x_BTM, **scores)
-        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, scores.pop("sink_logit", None), scores)
+            return super().decode_rows(q_BHTD, k_BGTD, v_BGTE, states=states, **given)
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, **given)
         return decode(Tokens(q_BHTD, k_BGTD, v_BGTE), maps, heads, states, rule, gates=gates)
 
     def decode_pages(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *, states: StatePages, slots: Sequence[Tensor],
-        seen_B: Tensor, x_BTM: Tensor | None = None, **scores: Any,
+        seen_B: Tensor, **given: Any,
     ) -> Tensor:  # fmt: skip
         """See :meth:`StudentAttention.decode_pages`."""
-        maps, heads, rule, gates = self._for_kernels(q_BHTD, x_BTM, None, scores)
+        maps, heads, rule, gates = self._for_kernels(q_BHTD, **given)
         return decode_pages(Tokens(q_BHTD, k_BGTD, v_BGTE), maps, heads, rule, states, slots, seen_B, gates)
 
     def decodes_pages(self, like: Tensor, state: StudentState) -> bool:
@@ -218,7 +213,7 @@ class TerraceGatedAttention(HybridAttention):
         return self._known_kernels[1]
 
     def _for_kernels(
-        self, like: Tensor, x_BTM: Tensor | None, sink_logit: Tensor | None, scores: dict[str, Any]
+        self, like: Tensor, *, x_BTM: Tensor | None = None, sink_logit: Tensor | None = None, **scores: Any
     ) -> tuple[fused.FusedMaps | None, HeadWeights, Rule, Gates | None]:
         """What the kernels' calls take beside the tokens, all but x as it is."""
         rule, heads = self._rule(**scores, far=self.far_enabled), HeadWeights(self.mix_bias_H, sink_logit)
