@@ -44,15 +44,6 @@ SENTENCES = [
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Transformers 5.17 lacks what the student `kda` is computed by."""
-    if importlib.util.find_spec("transformers.models.kimi_linear") is None:
-        for item in items:
-            given = item.callspec.params if hasattr(item, "callspec") else {}
-            if any(isinstance(value, str) and value == "kda" for value in given.values()):
-                item.add_marker(pytest.mark.skip("needs transformers 5.18"))
-
-
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -282,7 +282,7 @@ def test_the_tested_families_are_the_known_ones() -> None:
     assert set(FAMILIES) == set(TESTED_FAMILIES) <= set(KNOWN_FAMILIES)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-def test_students_have_something_to_learn_but_the_baseline(student: str) -> None:
-    model = swapped("llama", student)
-    assert all(bool(list(s.parameters())) == s.has_far for s in students_of(model).values())
+def test_students_have_something_to_learn_but_the_baseline() -> None:
+    for student in STUDENTS:
+        model = swapped("llama", student)
+        assert all(bool(list(s.parameters())) == s.has_far for s in students_of(model).values())

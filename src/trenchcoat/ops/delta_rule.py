@@ -12,13 +12,11 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MODELS = "transformers.models"
 GATED_DELTA = ("qwen3_next", "torch_recurrent_gated_delta_rule", "torch_chunk_gated_delta_rule")
 KIMI_DELTA = ("kimi_linear", "recurrent_kimi_delta_attention", "chunk_kimi_delta_attention")
 """The model that has the functions of a rule, that for one token after the other, and that for chunks."""
@@ -33,12 +31,7 @@ _KIMI_CALL = 64
 @functools.cache
 def _function(model: str, name: str) -> Callable[..., Any]:
     """Transformers' function in PyTorch, without what would replace it by kernels of a library."""
-    return inspect.unwrap(getattr(importlib.import_module(f"{_MODELS}.{model}.modeling_{model}"), name))
-
-
-def has_kimi_delta() -> bool:
-    """Whether the installed Transformers has the functions of :func:`kimi_delta`."""
-    return find_spec(f"{_MODELS}.{KIMI_DELTA[0]}") is not None
+    return inspect.unwrap(getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name))
 
 
 def gated_delta(
@@ -54,7 +47,7 @@ def gated_delta(
 def kimi_delta(
     q_BHTD: Tensor, k_BHTD: Tensor, v_BHTE: Tensor, log_forget_BHTD: Tensor, beta_BHT: Tensor, start_BHDE: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`gated_delta`, with a gate a key channel; where :func:`has_kimi_delta`."""
+    """As :func:`gated_delta`, with a gate a key channel."""
     given, state, outputs = (q_BHTD, k_BHTD, v_BHTE, log_forget_BHTD, beta_BHT), start_BHDE, []
     for part in zip(*(x.split(_KIMI_CALL, 2) for x in given), strict=True):
         y, state = _run(KIMI_DELTA, _KIMI_CHUNK, part, state)

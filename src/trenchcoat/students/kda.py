@@ -14,13 +14,10 @@ Shape legend: as in :mod:`trenchcoat.students.gdn`, and R rank of the forget gat
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, softplus
 
-from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.ops import delta_rule, fla_kernels
 from trenchcoat.students.gdn import GatedDeltaAttention
 
@@ -51,11 +48,6 @@ class KimiDeltaAttention(GatedDeltaAttention):
     """Softmax over the terrace window and the sinks, and a memory that forgets by channel."""
 
     rules = (delta_rule.kimi_delta, fla_kernels.kimi_delta)
-
-    def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
-        if not delta_rule.has_kimi_delta():
-            raise UserError(f"student.name={cfg.name} needs transformers 5.18 or newer: pip install -U transformers")
-        super().__init__(cfg, **sizes)
 
     def new_forget_gate(self, hidden_size: int) -> ChannelGate:
         """See :meth:`GatedDeltaAttention.new_forget_gate`."""
