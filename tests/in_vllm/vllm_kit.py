@@ -40,6 +40,7 @@ STUDENTS = {
     "gated": replace(TERRACE, name="terrace_gated", sinks=4),
     "gated_groups": replace(TERRACE, name="terrace_gated", sinks=4, keep=("0.1", "2.0", "2.3")),
     "gdn": replace(TERRACE, name="gdn"),
+    "kda": replace(TERRACE, name="kda"),
     "lightning": replace(TERRACE, name="lightning", sinks=4),
 }
 

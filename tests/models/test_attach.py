@@ -353,7 +353,7 @@ def test_what_stage_two_trains() -> None:
 
 @pytest.mark.parametrize(
     ("maps", "student"),
-    [(False, "terrace"), *((True, name) for name in ("terrace", "terrace_gated", "gdn", "lightning"))],
+    [(False, "terrace"), *((True, name) for name in ("terrace", "terrace_gated", "gdn", "kda", "lightning"))],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(maps: bool, student: str) -> None:
     ids, found = tokens(2, 24), []

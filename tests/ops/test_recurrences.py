@@ -23,18 +23,22 @@ FLOAT32 = {"rtol": 0.0, "atol": 5e-5}
 
 
 def _inputs(length: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """q, k (of length 1), v, log gates, beta, a mask with gaps, and a memory to begin with."""
+    """q, k (of length 1), v, log gates (`channels`: one a key channel), beta, a mask with gaps, an initial memory."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(2, HEADS, *shape, dtype=torch.float64)
 
     real = torch.rand(2, length) > 0.2
     there = real[:, None].to(dtype)
-    shapes = {"q": (length, DIM), "k": (length, DIM), "v": (length, VALUES), "forget": (length,), "beta": (length,)}
+    shapes = {
+        "q": (length, DIM), "k": (length, DIM), "v": (length, VALUES), "forget": (length,), "beta": (length,),
+        "channels": (length, DIM),
+    }  # fmt: skip
     leaves = {name: random(*shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
     return {
         "q": leaves["q"], "k": normalize(leaves["k"], dim=-1) * there[..., None],
         "v": leaves["v"] * there[..., None], "forget": -leaves["forget"].square() * there,
+        "channels": -leaves["channels"].square() * there[..., None],
         "beta": leaves["beta"].sigmoid() * there, "start": random(DIM, VALUES).to(dtype).requires_grad_(),
         "real": real, **{f"leaf {name}": leaf for name, leaf in leaves.items()},
     }  # fmt: skip
@@ -74,10 +78,21 @@ def test_the_gated_delta_rule_of_transformers(length: int) -> None:
     _compared(found, wanted, x, **FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"])
-def test_transformers_functions_are_those_in_pytorch(name: str) -> None:
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_kimi_delta_rule_of_transformers(length: int) -> None:
+    x = _inputs(length, torch.float32)
+    found = delta_rule.kimi_delta(x["q"], x["k"], x["v"], x["channels"], x["beta"], x["start"])
+    wanted = recurrences.kimi_delta(x["q"], x["k"], x["v"], x["channels"], x["beta"], x["real"], x["start"])
+    _compared(found, wanted, x, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(model, name) for model, *names in (delta_rule.GATED_DELTA, delta_rule.KIMI_DELTA) for name in names],
+)
+def test_transformers_functions_are_those_in_pytorch(model: str, name: str) -> None:
     """Not a kernel that Transformers would put in their place, whatever is installed."""
-    function = delta_rule._function(name)
+    function = delta_rule._function(model, name)
     assert function.__code__.co_name == name
     assert "transformers" in function.__code__.co_filename
     wanted = ["query", "key", "value", "g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"]
@@ -109,7 +124,8 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             assert output_final_state
             real = torch.ones(q.shape[:2], dtype=torch.bool)
             parts = [first(x).float() for x in (q, k, v, g, beta)]
-            y, state = recurrences.gated_delta(*parts, real, initial_state)
+            rule = recurrences.gated_delta if g.ndim == 3 else recurrences.kimi_delta
+            y, state = rule(*parts, real, initial_state)
             return (y * scale * DIM**0.5).transpose(1, 2).to(v.dtype), state
 
         return run
@@ -129,6 +145,7 @@ def fla(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     kernels = {
         "fla.ops.gated_delta_rule": (delta, "chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+        "fla.ops.kda": (delta, "chunk_kda", "fused_recurrent_kda"),
         "fla.ops.simple_gla": (sums, "chunk_simple_gla", "fused_recurrent_simple_gla"),
     }
     for path, (make, *names) in kernels.items():
@@ -149,6 +166,7 @@ def test_kernels_get_their_arguments_as_they_expect_them(length: int, fla: list[
     exact = [t.float() for t in (q, k, v)]
     pairs: Any = (
         (fla_kernels.gated_delta, (x["forget"], x["beta"]), recurrences.gated_delta),
+        (fla_kernels.kimi_delta, (x["channels"], x["beta"]), recurrences.kimi_delta),
         (fla_kernels.gated_sums, (x["forget"],), recurrences.gated_sums),
     )
     for run, gates, definition in pairs:
@@ -158,8 +176,8 @@ def test_kernels_get_their_arguments_as_they_expect_them(length: int, fla: list[
         torch.testing.assert_close(y.float(), wanted, rtol=2**-8, atol=1e-6)  # one rounding to bfloat16
         torch.testing.assert_close(state, last)
         run(q, k, v, *gates, x["start"])
-    few = ["fused_recurrent_gated_delta_rule", "fused_recurrent_simple_gla"]
-    many = ["chunk_gated_delta_rule", "chunk_simple_gla"]
+    few = ["fused_recurrent_gated_delta_rule", "fused_recurrent_kda", "fused_recurrent_simple_gla"]
+    many = ["chunk_gated_delta_rule", "chunk_kda", "chunk_simple_gla"]
     assert fla[::2] == (few if length <= 16 else many)
     assert fla[1::2] == many
 

@@ -45,6 +45,7 @@ STUDENTS = {
     "hedgehog": StudentConfig(window=4, sinks=2, feature_map=FeatureMapConfig(name="hedgehog", feature_dim=6)),
     "terrace_gated": StudentConfig(name="terrace_gated", window=4, sinks=2, feature_map=SMALL),
     "gdn": StudentConfig(name="gdn", window=4, sinks=2),
+    "kda": StudentConfig(name="kda", window=4, sinks=2),
     "lightning": StudentConfig(name="lightning", window=4, sinks=2),
 }
 
@@ -549,7 +550,7 @@ def test_options_without_effect_are_refused_by_name(option: str) -> None:
         check_options(vllm_config(None, **REFUSED[option]))
 
 
-@pytest.mark.parametrize("name", ["gdn", "lightning"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "lightning"])
 def test_heads_that_processes_cannot_share_are_refused(name: str) -> None:
     config = auto.linearized_config(tiny_model().config, STUDENTS[name])
     check_options(vllm_config(config))

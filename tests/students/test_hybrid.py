@@ -78,10 +78,15 @@ def _memory_far(student: Any, given: Given, real_BT: Tensor, rule: Rule) -> Tens
     k, v = (given[key].repeat_interleave(HEADS // KV, 1) for key in ("k_BGTD", "v_BGTE"))
     q, k = given["q_BHTD"] + given["q_BHTD"] @ student.query_HDD, k + k @ student.key_HDD
     start = torch.zeros(len(q), HEADS, DIM, DIM, dtype=q.dtype)
-    if student.cfg.name == "gdn":
+    if student.cfg.name in ("gdn", "kda"):
         q, k = (y / y.norm(dim=-1, keepdim=True) for y in (q, k))
-        forget = -student.log_rate_H.exp()[:, None] * (1.0 + student.forget_gate(x).exp()).log()
-        read, _ = recurrences.gated_delta(q, k, v, forget, student.write_gate(x).sigmoid(), real_BT, start)
+        gate = student.forget_gate
+        if student.cfg.name == "gdn":
+            logit = gate(x)[..., None]
+        else:
+            logit = (x @ gate.down_RM.T @ gate.up_XR.T + gate.bias_X).view(*x.shape[:2], HEADS, DIM).transpose(1, 2)
+        forget = (-student.log_rate_H.exp()[:, None, None] * (1.0 + logit.exp()).log()).expand(k.shape)
+        read, _ = recurrences.kimi_delta(q, k, v, forget, student.write_gate(x).sigmoid(), real_BT, start)
     else:
         q, k = (y / y.square().mean(-1, keepdim=True).sqrt() for y in (q, k))
         forget = torch.tensor([-(2.0 ** (-8.0 * h / HEADS)) for h in range(1, HEADS + 1)], dtype=q.dtype)
@@ -95,6 +100,7 @@ def _memory_far(student: Any, given: Given, real_BT: Tensor, rule: Rule) -> Tens
 FAR: dict[str, Callable[[Any, Given, Tensor, Rule], Tensor]] = {
     "terrace_gated": _gated_far,
     "gdn": _memory_far,
+    "kda": _memory_far,
     "lightning": _memory_far,
 }
 """The definition of each student's far part, from its parameters."""
@@ -146,9 +152,10 @@ TOLERANCE: dict[str, dict[str, float]] = {
     "terrace_gated": {"rtol": 1e-10, "atol": 1e-11},
     "lightning": {"rtol": 1e-10, "atol": 1e-11},
     "gdn": {"rtol": 0.0, "atol": 2e-5},
+    "kda": {"rtol": 0.0, "atol": 2e-5},
 }
-"""Against values of order 1: about a thousand roundings of float64; two hundred of float32 for gdn, which Transformers
-computes in float32."""
+"""Against values of order 1: about a thousand roundings of float64; two hundred of float32 for gdn and kda, which
+Transformers computes in float32."""
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -367,6 +374,19 @@ def test_both_stages_train_one(tiny_overrides: list[str]) -> None:
     for student in students_of(model).values():
         assert isinstance(student, LightningAttention)
         assert all(bool(p.any()) for p in (student.query_HDD, student.key_HDD, student.gate_XR, student.mix_HX))
+
+
+def test_kda_starts_as_gdn() -> None:
+    """Every key channel of a head has the head's rate, before the first text and after it."""
+    given, y = _inputs(40), torch.randn(3, HEADS, 40, DIM, dtype=torch.float64)
+    found: list[Tensor] = []
+    for name in ("gdn", "kda"):
+        student = _student(name, disturbed=0.0, sinks=2)
+        outputs = [student(**given, scale=SCALE)[0]]
+        student.request = TransferRequest(initialise=True)
+        student.transfer(y_BHTE=y, scale=SCALE, **given)
+        found.append(torch.stack([*outputs, student(**given, scale=SCALE)[0]]))
+    torch.testing.assert_close(*found, rtol=0.0, atol=2e-5)
 
 
 # terrace_gated

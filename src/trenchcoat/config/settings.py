@@ -119,7 +119,7 @@ class StudentConfig(_Section):
     name: Annotated[str, STUDENT_NAMES] = "terrace"
     """Near and far part: `terrace` and `sliding`, softmax over a window and linear attention over what is older;
     `linear`, linear attention alone; `window_sinks`, softmax over the window and sinks alone; `terrace_gated`, a
-    terrace whose far part forgets; `gdn` and `lightning`, a memory of all tokens beside the window;
+    terrace whose far part forgets; `gdn`, `kda` and `lightning`, a memory of all tokens beside the window;
     `gated_delta_layer`, a layer of Qwen3.5 in place of the projections too; or one that you registered. A setting that
     it does not use is refused."""
     window: PositiveInt = 64
@@ -145,9 +145,9 @@ class StudentConfig(_Section):
     """Indices of whole layers that keep their softmax attention."""
     impl: Literal["chunkwise", "compiled", "reference", "triton", "fla", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), compiled (kernels for CPUs, built by the machine's C++
-    compiler at their first use), triton (kernels for CUDA devices), fla (gdn, lightning and gated_delta_layer: the
-    kernels of flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla on
-    CUDA devices where they support the student, else chunkwise; the log says which and why)."""
+    compiler at their first use), triton (kernels for CUDA devices), fla (gdn, kda, lightning and gated_delta_layer:
+    the kernels of flash-linear-attention), reference (quadratic, for tests), or auto (compiled on CPUs, triton or fla
+    on CUDA devices where they support the student, else chunkwise; the log says which and why)."""
 
     def check(self, path: str = "student") -> None:
         """Raise ``UserError`` for kept groups of a layer whose student takes the place of the whole layer."""

@@ -8,6 +8,7 @@ Shape legend: B rows, H heads, T tokens, D key dim, E value dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,11 +38,18 @@ def gated_delta(
     """As :func:`trenchcoat.ops.delta_rule.gated_delta`; q, k, v in half precision, gates and S in float32."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 
-    few = v_BHTE.shape[2] <= _FEW and not torch.is_grad_enabled()
-    run = fused_recurrent_gated_delta_rule if few else chunk_gated_delta_rule
-    q, k, v, g, beta = _tokens_first(q_BHTD, k_BHTD, v_BHTE, log_forget_BHT.float(), beta_BHT.float())
-    scale = q_BHTD.shape[3] ** -0.5
-    return _heads_first(run(q, k, v, g=g, beta=beta, scale=scale, **_state(start_BHDE)))
+    run = fused_recurrent_gated_delta_rule if _one_by_one(v_BHTE) else chunk_gated_delta_rule
+    return _delta(run, (q_BHTD, k_BHTD, v_BHTE, log_forget_BHT.float(), beta_BHT.float()), start_BHDE)
+
+
+def kimi_delta(
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTE: Tensor, log_forget_BHTD: Tensor, beta_BHT: Tensor, start_BHDE: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :func:`trenchcoat.ops.delta_rule.kimi_delta`; q, k, v in half precision, gates and S in float32."""
+    from fla.ops.kda import chunk_kda, fused_recurrent_kda
+
+    run = fused_recurrent_kda if _one_by_one(v_BHTE) else chunk_kda
+    return _delta(run, (q_BHTD, k_BHTD, v_BHTE, log_forget_BHTD.float(), beta_BHT.float()), start_BHDE)
 
 
 def gated_sums(
@@ -50,10 +58,18 @@ def gated_sums(
     """As :func:`trenchcoat.ops.chunked.decayed.gated_sums`; q, k, v in half precision, gates and S in float32."""
     from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
-    few = v_BHTE.shape[2] <= _FEW and not torch.is_grad_enabled()
-    run = fused_recurrent_simple_gla if few else chunk_simple_gla
+    run = fused_recurrent_simple_gla if _one_by_one(v_BHTE) else chunk_simple_gla
     q, k, v, g = _tokens_first(q_BHTD, k_BHTD, v_BHTE, log_forget_BHT.float())
     return _heads_first(run(q, k, v, g=g, scale=1.0, **_state(start_BHDE)))
+
+
+def _one_by_one(v_BHTE: Tensor) -> bool:
+    return v_BHTE.shape[2] <= _FEW and not torch.is_grad_enabled()
+
+
+def _delta(run: Callable[..., Any], given: tuple[Tensor, ...], start_BHDE: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v, g, beta = _tokens_first(*given)
+    return _heads_first(run(q, k, v, g=g, beta=beta, scale=q.shape[3] ** -0.5, **_state(start_BHDE)))
 
 
 def _tokens_first(*tensors: Tensor) -> list[Tensor]:

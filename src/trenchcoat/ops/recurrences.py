@@ -1,7 +1,8 @@
 """Definitions of the far parts that forget or correct, token by token: slow and simple; every test compares with them.
 
 Sources: gated sums, xLSTM (https://arxiv.org/abs/2405.04517, section 2.3); decayed sums, Lightning Attention-2
-(https://arxiv.org/abs/2401.04658); the gated delta rule (https://arxiv.org/abs/2412.06464, equation 10).
+(https://arxiv.org/abs/2401.04658); the gated delta rule (https://arxiv.org/abs/2412.06464, equation 10); Kimi delta
+attention (https://arxiv.org/abs/2510.26692, equation 1).
 
 Shape legend: B rows, H query heads, K heads of the key map (H or a divisor), T tokens, D key dim, E value dim,
 F features. Everything is computed in the inputs' dtype. A token where `real_BT` is False does not exist: it changes
@@ -81,9 +82,26 @@ def gated_delta(
 ) -> tuple[Tensor, Tensor]:
     """q_t S_t / sqrt(D) [B, H, T, E] and the last S, where S_t = f_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
     and S_0 = `start_BHDE`."""
+    log_forget_BHTD = log_forget_BHT[..., None].expand(k_BHTD.shape)
+    return kimi_delta(q_BHTD, k_BHTD, v_BHTE, log_forget_BHTD, beta_BHT, real_BT, start_BHDE)
+
+
+def kimi_delta(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTE: Tensor,
+    log_forget_BHTD: Tensor,
+    beta_BHT: Tensor,
+    real_BT: Tensor,
+    start_BHDE: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`gated_delta` with one forget gate a key channel,
+
+    S_t = (I - beta_t k_t k_t^T) diag(f_t) S_{t-1} + beta_t k_t v_t^T.
+    """
     s, outputs = start_BHDE, []
     for t in range(q_BHTD.shape[2]):
-        k, decayed = k_BHTD[:, :, t], log_forget_BHT[:, :, t, None, None].exp() * s
+        k, decayed = k_BHTD[:, :, t], log_forget_BHTD[:, :, t, :, None].exp() * s
         error = v_BHTE[:, :, t] - torch.einsum("bhd,bhde->bhe", k, decayed)
         new = decayed + (beta_BHT[:, :, t, None] * k)[..., None] * error[:, :, None]
         s, read = _where_real(real_BT[:, t], new, s, q_BHTD[:, :, t])

@@ -51,7 +51,7 @@ def implementation(
         RuntimeError: the kernels failed their self-check.
     """
     if impl == "fla":
-        raise ValueError("student.impl is fla, whose kernels are for gdn and lightning; use triton, chunkwise or auto")
+        raise ValueError("student.impl is fla, whose kernels are not for this student; use triton, chunkwise or auto")
     if impl not in ("auto", "compiled", "triton"):
         return impl
     if device.type == "cuda" and device.index is None:

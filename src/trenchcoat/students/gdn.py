@@ -18,7 +18,8 @@ Shape legend: as in :mod:`trenchcoat.students.hybrid`; J keys, N queries of a bl
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,17 +40,33 @@ FIRST_RATE = math.log(2.0) / 1024
 BLOCK_SCORES = 1 << 24
 """Scores that are held at once."""
 
+DeltaRule = Callable[..., tuple[Tensor, Tensor]]
+
 
 class GatedDeltaAttention(RecurrentAttention):
-    """Softmax over the terrace window and the sinks, and a memory under the gated delta rule."""
+    """Softmax over the terrace window and the sinks, and a memory under the gated delta rule.
+
+    A subclass may have a rule of its own, with `new_forget_gate` and `log_forget`.
+    """
+
+    rules: ClassVar[tuple[DeltaRule, DeltaRule]] = (delta_rule.gated_delta, fla_kernels.gated_delta)
+    """The rule in PyTorch and on the kernels of flash-linear-attention."""
 
     def __init__(self, cfg: StudentConfig, **sizes: Any) -> None:
         super().__init__(cfg, **sizes)
         assert self.hidden_size is not None
-        self.forget_gate = InputGate(self.hidden_size, self.num_heads)
+        self.forget_gate = self.new_forget_gate(self.hidden_size)
         self.write_gate = InputGate(self.hidden_size, self.num_heads)
         self.log_rate_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.reset_parameters()
+
+    def new_forget_gate(self, hidden_size: int) -> Any:
+        """A module of the directions x [B, T, M], with `start` for the same numbers [H] (or number) at every token."""
+        return InputGate(hidden_size, self.num_heads)
+
+    def log_forget(self, x_BTM: Tensor) -> Tensor:
+        """log a [B, H, T]; [B, H, T, D] if there is one a key channel."""
+        return -self.log_rate_H.exp()[:, None] * softplus(self.forget_gate(x_BTM))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -64,13 +81,14 @@ class GatedDeltaAttention(RecurrentAttention):
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`RecurrentAttention.recur`."""
         q, k, v = normalize(tokens.q_BHTD, dim=-1), normalize(tokens.k_BGTD, dim=-1), tokens.v_BGTE
-        forget_BHT = -self.log_rate_H.exp()[:, None] * softplus(self.forget_gate(x_BTM))
-        write_BHT = self.write_gate(x_BTM).sigmoid()
+        forget, write_BHT = self.log_forget(x_BTM), self.write_gate(x_BTM).sigmoid()
         if tokens.mask_BT is not None:
-            forget_BHT, write_BHT = (gate * tokens.mask_BT[:, None] for gate in (forget_BHT, write_BHT))
+            real_B1T = tokens.mask_BT[:, None]
+            forget, write_BHT = forget * (real_B1T if forget.ndim == 3 else real_B1T[..., None]), write_BHT * real_B1T
+        in_pytorch, on_kernels = self.rules
         if half is None:
-            return delta_rule.gated_delta(q, k, v, forget_BHT, write_BHT, memory_BHDE)
-        return fla_kernels.gated_delta(q.to(half), k.to(half), v.to(half), forget_BHT, write_BHT, memory_BHDE)
+            return in_pytorch(q, k, v, forget, write_BHT, memory_BHDE)
+        return on_kernels(q.to(half), k.to(half), v.to(half), forget, write_BHT, memory_BHDE)
 
     @torch.no_grad()
     def fit(self, tokens: Tokens, x_BTM: Tensor, rule: Rule, near_BHTE: Tensor, y_BHTE: Tensor, at_BT: Tensor) -> None:

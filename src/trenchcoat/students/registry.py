@@ -46,6 +46,7 @@ STUDENTS: dict[str, StudentEntry] = {
     ),
     "terrace_gated": StudentEntry("trenchcoat.students.terrace_gated.TerraceGatedAttention", ("affine",)),
     "gdn": StudentEntry("trenchcoat.students.gdn.GatedDeltaAttention", _NO_MAPS),
+    "kda": StudentEntry("trenchcoat.students.kda.KimiDeltaAttention", _NO_MAPS),
     "lightning": StudentEntry("trenchcoat.students.lightning.LightningAttention", _NO_MAPS),
     "gated_delta_layer": StudentEntry(
         "trenchcoat.students.gated_delta_layer.GatedDeltaLayer",
