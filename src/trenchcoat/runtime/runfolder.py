@@ -58,7 +58,8 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
     LORA_ONLY: ("model", "student", "data", "lora", "run"),
     WINDOW_SINKS_LORA: (
-        "model", "student.window", "student.keep", "student.keep_softmax", "data", "lora", "run", "eval.sinks",
+        "model", "student.window", "student.keep", "student.keep_softmax", "student.kept_log_scale", "data", "lora",
+        "run", "eval.sinks",
     ),
     TEACHER_LORA: ("model", "data", "lora", "run"),
     CONSTANT_TRANSFER: ("model", "student", "data", "transfer", "blocks.epochs", "run"),
@@ -87,7 +88,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 def constant_student(recipe: Recipe) -> StudentConfig:
     """The recipe's student with nothing kept of the softmax attention."""
-    return replace(recipe.student, keep=(), keep_softmax=())
+    return replace(recipe.student, keep=(), keep_softmax=(), kept_log_scale=None)
 
 
 def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
@@ -109,11 +110,12 @@ def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """{path: value} of every setting that decides the outcome of ``stage``."""
     chosen = _DEPENDS[stage]
+    free = _FREE | ({"student.kept_log_scale"} if stage in (TRANSFER, CONSTANT_TRANSFER) else set())
     recipe = stage_recipe(recipe, stage)
     return {
         path: value
         for path, value in flatten(recipe).items()
-        if path not in _FREE and any(path == part or path.startswith(f"{part}.") for part in chosen)
+        if path not in free and any(path == part or path.startswith(f"{part}.") for part in chosen)
     }
 
 
