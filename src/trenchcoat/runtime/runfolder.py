@@ -58,8 +58,7 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     LORA: ("model", "student", "data", "transfer", "blocks.epochs", "lora", "run"),
     LORA_ONLY: ("model", "student", "data", "lora", "run"),
     WINDOW_SINKS_LORA: (
-        "model", "student.window", "student.keep", "student.keep_softmax", "student.kept_log_scale", "data", "lora",
-        "run", "eval.sinks",
+        "model", "student.window", "student.keep", "student.keep_softmax", "data", "lora", "run", "eval.sinks",
     ),
     TEACHER_LORA: ("model", "data", "lora", "run"),
     CONSTANT_TRANSFER: ("model", "student", "data", "transfer", "blocks.epochs", "run"),
