@@ -4,13 +4,16 @@
 
 Rows come from the middle of the first books that are long enough, one row a book: 8 of 512 tokens (scored past 256), 4
 of 2,048 (past 512), and copies: 4 texts of 256, 512 and 1,024 tokens, each followed by itself, scored on the second
-half. `--long 8192` adds 4 rows of that many tokens, scored past a quarter of them. Every model reads the same rows;
-errors are jackknife errors over rows (trenchcoat.evaluation.statistics).
+half. `--long 8192` adds 4 rows of that many tokens, scored past a quarter of them. `--lengths 256 512 ...` takes other
+rows in place of all these: 4 of the longest length, of which shorter ones are the beginnings, each length scored past a
+quarter, and copies of half as many tokens. Every model reads the same rows; errors are jackknife errors over rows
+(trenchcoat.evaluation.statistics). `--log-scale 600` scores every model with student.kept_log_scale=600 too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -24,8 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trenchcoat
 from trenchcoat.config import FeatureMapConfig, StudentConfig
-from trenchcoat.evaluation.scoring import score, score_copies
+from trenchcoat.evaluation.scoring import score, score_copies, score_spans
 from trenchcoat.evaluation.statistics import Estimate, RowSums, gap_closed, paired_difference
+from trenchcoat.models.attach import set_kept_log_scale
 from trenchcoat.runtime.files import write_json
 
 BASELINE = StudentConfig(name="window_sinks", window=64, sinks=4, feature_map=FeatureMapConfig())
@@ -54,14 +58,23 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128, help="W of the untrained rows with kept groups")
     parser.add_argument("--below", type=int, default=256, help="tokens of a row that the shift is measured on: 2W")
     parser.add_argument("--long", type=int, metavar="TOKENS", help="score rows of this length too")
+    parser.add_argument("--lengths", type=int, nargs="*", metavar="TOKENS", help="score rows of these lengths instead")
+    parser.add_argument("--rows", type=int, default=COPY_ROWS, help="how many of them")
+    parser.add_argument("--baseline-window", type=int, default=BASELINE.window, help="W of the untrained window alone")
+    parser.add_argument("--log-scale", type=float, nargs="*", default=[], metavar="A", help="score with these as well")
     parser.add_argument("--only", default="", metavar="TEXT", help="score columns whose name contains this alone")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    texts = TEXTS if args.long is None else {**TEXTS, **_long(args.long)}
-    texts, copies = ({name: of[name] for name in of if args.only in name} for of in (texts, COPIES))
-    rows = Rows(args.books, AutoTokenizer.from_pretrained(args.model), args.below, texts, copies)
+    texts, copies = TEXTS if args.long is None else {**TEXTS, **_long(args.long, COPY_ROWS)}, COPIES
+    if args.lengths:
+        texts = {name: of for tokens in args.lengths for name, of in _long(tokens, args.rows).items()}
+        copies = {f"copy, {tokens // 2:,} + {tokens // 2:,}": tokens // 2 for tokens in args.lengths}
+    texts, copies = ({name: of[name] for name in of if args.only in name} for of in (texts, copies))
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = Rows(args.books, tokenizer, args.below, texts, copies, args.rows, together=bool(args.lengths))
     teacher = rows.losses(_base(args.model))
-    window = rows.losses(_untrained(args.model, BASELINE))
+    baseline = dataclasses.replace(BASELINE, window=args.baseline_window)
+    window = rows.losses(_untrained(args.model, baseline))
     columns, found = [*texts, *copies, *([SHIFT] if texts else [])], {}
     for name, model in _models(args):
         found[name] = _closed(rows.losses(model), window, teacher)
@@ -75,8 +88,8 @@ def main() -> None:
     )
 
 
-def _long(tokens: int) -> dict[str, tuple[int, int, int]]:
-    return {f"{tokens:,} tokens, past {tokens // 4:,}": (4, tokens, tokens // 4)}
+def _long(tokens: int, rows: int) -> dict[str, tuple[int, int, int]]:
+    return {f"{tokens:,} tokens, past {tokens // 4:,}": (rows, tokens, tokens // 4)}
 
 
 class Rows:
@@ -89,10 +102,15 @@ class Rows:
         below: int,
         columns: dict[str, tuple[int, int, int]],
         copies: dict[str, int],
+        copy_rows: int = COPY_ROWS,
+        *,
+        together: bool = False,
     ) -> None:
+        """`together`: shorter rows are the beginnings of the longest."""
         texts = [json.loads(line)["text"] for line in books.read_text(encoding="utf-8").splitlines() if line.strip()]
         self.books: list[Tensor] = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
         self.below, self.columns, self.copies = below, columns, copies
+        self.copy_rows, self.together = copy_rows, together
 
     def middle(self, rows: int, tokens: int) -> Tensor:
         """[rows, tokens] from the middle of that many books."""
@@ -103,24 +121,45 @@ class Rows:
 
     def losses(self, model: Any) -> Losses:
         """What one model loses on all rows."""
+        columns, below = self._texts_together(model) if self.together else self._texts(model)
+        for name, tokens in self.copies.items():
+            ids = self.middle(self.copy_rows, tokens)
+            columns[name] = score_copies(model, torch.cat([ids, ids], 1), batch_size=1)[0]
+        return Losses(columns, below)
+
+    def _texts(self, model: Any) -> tuple[dict[str, RowSums], RowSums | None]:
         columns, below = {}, None
         for name, (count, tokens, first) in self.columns.items():
             scored = score(model, self.middle(count, tokens), window=first // 2, exact=self.below, batch_size=1)
             columns[name] = scored.far
             below = below or scored.near
-        for name, tokens in self.copies.items():
-            ids = self.middle(COPY_ROWS, tokens)
-            columns[name] = score_copies(model, torch.cat([ids, ids], 1), batch_size=1)[0]
-        return Losses(columns, below)
+        return columns, below
+
+    def _texts_together(self, model: Any) -> tuple[dict[str, RowSums], RowSums | None]:
+        if not self.columns:
+            return {}, None
+        count, longest, _ = max(self.columns.values())
+        spans = [(first, tokens) for _, tokens, first in self.columns.values()]
+        below, *parts = score_spans(model, self.middle(count, longest), [(0, self.below + 1), *spans], batch_size=1)
+        return dict(zip(self.columns, parts, strict=True)), below
 
 
 def _models(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     for path in args.untrained:
         kept = tuple(json.loads(Path(path).read_text(encoding="utf-8"))["kept"])
         student = StudentConfig(name="window_sinks", window=args.window, sinks=4, keep=kept)
-        yield f"{len(kept)} groups of {path}, window {args.window}, untrained", _untrained(args.model, student)
+        name = f"{len(kept)} groups of {path}, window {args.window}, untrained"
+        yield from _scaled(name, _untrained(args.model, student), args.log_scale)
     for run in args.runs:
-        yield run, trenchcoat.load(run)[0]
+        yield from _scaled(run, trenchcoat.load(run)[0], args.log_scale)
+
+
+def _scaled(name: str, model: Any, bases: list[float]) -> Iterator[tuple[str, Any]]:
+    """The model as it is, then with each `student.kept_log_scale`."""
+    yield name, model
+    for base in bases:
+        set_kept_log_scale(model, base)
+        yield f"{name}, log scale {base:g}", model
 
 
 def _base(name: str) -> Any:

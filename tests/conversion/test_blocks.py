@@ -168,6 +168,10 @@ def test_each_block_has_its_epochs_and_stops_early_by_itself(overrides: list[str
         (["data.select=esl", "data.select_rows=3"], "scores the text with the whole model"),
         (["blocks.size=2", "blocks.epochs=[1,2]"], "blocks.epochs has 2 entries, but there are 3 blocks"),
         (["student.keep_softmax=[9]"], r"names layer 9, but the layers are 0\.\.4"),
+        (
+            ["student.keep_softmax=[1]", "student.kept_log_scale=600", "blocks.size=1"],
+            r"kept_log_scale=600: all layers of a block \(1 to 1\) are kept",
+        ),
         (["blocks.pass_tokens=many"], "pass_tokens"),
         (["blocks.size=0"], "blocks.size must be at least 1"),
         (["student.name=terace"], "did you mean terrace"),

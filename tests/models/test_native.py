@@ -151,6 +151,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "another student": ("llama", {}, {"name": "gdn", "window": 4}, "student.name=gdn"),
     "another family": ("granite", {}, {}, "granite.*llama, mistral, qwen2, qwen3"),
     "no kept layer": ("llama", {}, {"keep_softmax": ()}, r"no layer keeps softmax.*keep_softmax=\[0\]"),
+    "a scale by position": ("llama", {}, {"kept_log_scale": 600.0}, "kept_log_scale=600: Qwen3.5 has no scale"),
     "a sliding window": ("mistral", {"sliding_window": 9}, {}, "layer 1 is kept.*sliding_window=9"),
     "another activation": ("llama", {"hidden_act": "gelu"}, {}, "hidden_act.*'gelu'"),
     "wide heads without norms": ("llama", {"head_dim": 256, "num_attention_heads": 2}, {}, "heads of 256"),

@@ -576,6 +576,13 @@ def test_students_in_place_of_whole_layers_are_refused() -> None:
         check_model(config, MODELS)
 
 
+def test_a_scale_of_kept_groups_by_position_is_refused() -> None:
+    config = auto.linearized_config(tiny_model().config, StudentConfig(keep=("0.1",), kept_log_scale=600.0))
+    config.architectures = ["LinearizedLlamaForCausalLM"]
+    with pytest.raises(UserError, match=r"student\.kept_log_scale=600: vLLM's own attention .*--engine embedded"):
+        check_model(config, MODELS)
+
+
 def test_states_of_half_the_size(glue: Any) -> None:
     """The options act, also where vLLM resets one of them afterwards."""
     config = auto.linearized_config(tiny_model().config, STUDENTS["terrace"])

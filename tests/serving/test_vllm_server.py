@@ -24,9 +24,9 @@ VLLM = SimpleNamespace(origin="vllm/__init__.py")
 SHOWS_ITS_ARGUMENTS = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))"
 
 
-def merged(family: str, folder: Path) -> Path:
+def merged(family: str, folder: Path, **student: Any) -> Path:
     model = tiny_model(family)
-    attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6)))
+    attach_students(model, StudentConfig(window=4, feature_map=FeatureMapConfig(feature_dim=6), **student))
     set_mode(model, "student")
     hub.save_merged(model, folder)
     return folder
@@ -117,6 +117,7 @@ def test_what_vllm_cannot_serve_is_said(folder: Path, installed: None, tmp_path:
         (tmp_path / "run", {}, "is an adapter or a run; `trenchcoat export"),
         (tmp_path, {}, "no merged folder"),
         (merged("olmo2", tmp_path / "olmo2"), {}, "is LinearizedOlmo2ForCausalLM"),
+        (merged("llama", tmp_path / "scaled", keep=("0.1",), kept_log_scale=600.0), {}, "no scale by position"),
         (folder, {"queue": 3}, "it has no --queue; leave it out"),
         (folder, {"allow_host": ("coat.example",)}, "it has no --allow-host"),
         (folder, {"device": "cpu"}, "it has no --device"),

@@ -50,6 +50,7 @@ RowLength = Annotated[int, Constraint("at least 2", lambda value: value >= 2)]
 PositiveFloat = Annotated[float, Constraint("above 0 and finite", lambda value: 0 < value < math.inf)]
 NonNegativeFloat = Annotated[float, Constraint("at least 0 and finite", lambda value: 0 <= value < math.inf)]
 Share = Annotated[float, Constraint("at least 0 and below 1", lambda value: 0 <= value < 1)]
+LogBase = Annotated[float, Constraint("above 1 and finite", lambda value: 1 < value < math.inf)]
 InnerShare = Annotated[float, Constraint("above 0 and below 1", lambda value: 0 < value < 1)]
 Text = Annotated[str, Constraint("text that is not empty", lambda value: bool(value.strip()))]
 ScheduleName = Annotated[str, NameIn("trenchcoat.training.schedules", "SCHEDULES")]
@@ -143,6 +144,8 @@ class StudentConfig(_Section):
     chosen by measurement (`trenchcoat select`)."""
     keep_softmax: tuple[NonNegativeInt, ...] = ()
     """Indices of whole layers that keep their softmax attention."""
+    kept_log_scale: LogBase | None = None
+    """a: scores of kept heads are multiplied by ln(t + a) / ln(a), t being the tokens before the query; null: not."""
     impl: Literal["chunkwise", "compiled", "reference", "triton", "fla", "auto"] = "auto"
     """Implementation of the operator: chunkwise (PyTorch), compiled (kernels for CPUs, built by the machine's C++
     compiler at their first use), triton (kernels for CUDA devices), fla (gdn, kda, lightning and gated_delta_layer:

@@ -81,8 +81,9 @@ def own_stages(recipe: Recipe) -> list[str]:
 
 
 def window_sinks_student(recipe: Recipe) -> StudentConfig:
-    """Window and sinks beside what the recipe keeps of the softmax attention: no far part, nothing to train."""
-    return dataclasses.replace(recipe.student, name="window_sinks", sinks=recipe.eval.sinks)
+    """Window and sinks beside what the recipe keeps of the softmax attention, as the model computes it: no far part,
+    nothing to train."""
+    return dataclasses.replace(recipe.student, name="window_sinks", sinks=recipe.eval.sinks, kept_log_scale=None)
 
 
 def keeps_groups(recipe: Recipe) -> bool:

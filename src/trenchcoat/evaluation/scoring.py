@@ -199,6 +199,16 @@ def score(
     )
 
 
+def score_spans(
+    model: nn.Module, ids: Tensor, spans: Sequence[tuple[int, int]], *, batch_size: int = 4
+) -> list[RowSums]:
+    """Losses of ``model`` on parts of rows [N, T], all read at once: for (first, stop) those of the queries from
+    ``first`` on in the rows' beginnings of ``stop`` tokens."""
+    losses, _ = _all_losses(model, ids, batch_size)
+    parts = [losses[:, first : stop - 1] for first, stop in spans]
+    return [_row_sums(part, torch.ones_like(part, dtype=torch.bool)) for part in parts]
+
+
 def score_copies(model: nn.Module, ids: Tensor, *, batch_size: int = 4) -> tuple[RowSums, RowSums]:
     """(losses, right first choices) of ``model`` on the second halves of rows [N, 2 h] whose halves are equal."""
     losses, hits = _all_losses(model, ids, batch_size)

@@ -43,6 +43,8 @@ def function_identity(model: nn.Module) -> str:
     """
     settings = asdict(student_config(model))
     settings.pop("impl")
+    if settings["kept_log_scale"] is None:  # files of before this setting stay valid
+        del settings["kept_log_scale"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

@@ -10,6 +10,7 @@ No modelling file is touched: a student is a submodule `self_attn.student` of it
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ from torch import nn
 
 from trenchcoat.config import StudentConfig, UserError
 from trenchcoat.config.keep import kept_groups, named_layers
+from trenchcoat.config.recipe_io import check_section
 from trenchcoat.models.families import AttentionSite, attention_sites, decoder_of
 from trenchcoat.models.interface import (
     ATTENTION_NAME,
     CALL_NAME,
+    LOG_SCALE,
     Output,
     count_real_tokens,
     hand_over_cache,
@@ -83,8 +86,9 @@ def detach_students(model: nn.Module) -> None:
     for site in attention_sites(model):
         if student_of(site.module) is not None:
             del site.module.student
-        if hasattr(site.module, "teacher_attention"):
-            del site.module.teacher_attention
+        for name in ("teacher_attention", LOG_SCALE):
+            if hasattr(site.module, name):
+                delattr(site.module, name)
         _remove_hook(site.module, hand_over_cache)
         restore_forward(site.module)
     _remove_hook(model, _refuse_labels)
@@ -173,6 +177,17 @@ def _choose_outputs(model: nn.Module, mode: Mode) -> None:
     for student in students_of(model).values():
         student.mode = mode
     decoder_of(model).trenchcoat_mode = mode
+    base = student_config(model).kept_log_scale
+    if base is not None:
+        _scale_kept(model, base if mode == "student" else None)
+
+
+def _scale_kept(model: nn.Module, base: float | None) -> None:
+    """Have the scores of all heads that keep softmax attention multiplied by log_base(t + base); None: as they are."""
+    students = students_of(model)
+    for site in attention_sites(model):
+        student = students.get(site.index)
+        setattr(site.module, LOG_SCALE, base if student is None or student.kept is not None else None)
 
 
 @contextmanager
@@ -211,6 +226,15 @@ def set_far(model: nn.Module, enabled: bool) -> None:
     """Switch the far (linear) part of every student on or off; off shows what the window does alone."""
     for student in students_of(model).values():
         student.far_enabled = enabled
+
+
+def set_kept_log_scale(model: nn.Module, base: float | None) -> None:
+    """Set `student.kept_log_scale` of a model with students; UserError for a base that is not above 1."""
+    cfg = dataclasses.replace(student_config(model), kept_log_scale=base)
+    check_section(cfg, "student")
+    for student in students_of(model).values():
+        student.cfg = cfg
+    _scale_kept(model, base if mode_of(model) == "student" else None)
 
 
 def set_state_dtype(model: nn.Module, dtype: str) -> None:

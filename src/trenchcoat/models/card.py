@@ -172,4 +172,6 @@ def _kept(config: Any, student: Any) -> str:
     total = int(text.num_hidden_layers) * int(text.num_key_value_heads)
     parts = [f"{len(layers)} of {text.num_hidden_layers} layers ({', '.join(layers)})"] if layers else []
     parts += [f"{len(groups)} of {total} key/value groups ({', '.join(groups)}; layer.group)"] if groups else []
+    scale = student.kept_log_scale
+    parts += [f"scores times ln(t + {scale:g}) / ln({scale:g})"] if parts and scale is not None else []
     return "; ".join(parts) or "nowhere"

@@ -7,6 +7,7 @@ norms. What happens depends on the `student` submodule of that layer:
 * `transfer`: the same, and the student learns alongside it, layer by layer;
 * `student`: the student's output. Where some groups keep softmax attention, the student has the other heads only:
   the kept ones run the model's own implementation over the whole past, and both outputs are joined in head order.
+  With `student.kept_log_scale` queries of kept heads are multiplied first, in layers without a student too.
 
 The mask function returns a :class:`LazyMask`, which holds the 2-D padding (for students) and can still build exactly
 the mask that the model's own implementation would have received.
@@ -16,6 +17,7 @@ Shape legend: B rows, H query heads, G key/value heads, T tokens, D key dim, E v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -29,6 +31,7 @@ from trenchcoat.models.transformers_internals import (
     attention_function,
     attention_name,
     cached_request,
+    first_query,
     has_position_bias,
     kept_request,
     make_mask,
@@ -49,6 +52,9 @@ ATTENTION_NAME = "trenchcoat"
 
 CALL_NAME = "trenchcoat_call"
 """Name of the attention that calls the attribute `attention_call` of its layer; see `attach.attention_through`."""
+
+LOG_SCALE = "kept_log_scale"
+"""Attribute of a layer's attention module: `student.kept_log_scale` while softmax attention of its heads is scaled."""
 
 _CACHE, _INPUT = "trenchcoat_state", "trenchcoat_input"
 """Keywords that carry a layer's state, and its input for a student that reads it, from the hook, through `self_attn`,
@@ -71,6 +77,7 @@ class LazyMask:
         self._request = kept_request(request)
         self._teacher: dict[tuple[Any, ...], Any] = {}
         self._padding: dict[int, Tensor | None] = {}
+        self._log_scale: dict[tuple[float, int], Tensor] = {}
 
     @property
     def custom(self) -> bool:
@@ -84,6 +91,19 @@ class LazyMask:
             part = None if mask is None else mask[:, -tokens:].bool()
             self._padding[tokens] = None if part is None or bool(part.all()) else part
         return self._padding[tokens]
+
+    def log_scale(self, base: float, tokens: int) -> Tensor:
+        """ln(t + base) / ln(base) in the newest `tokens` columns, t being the number of real tokens before each:
+        float64 [1 or B, 1, tokens, 1]."""
+        if (base, tokens) not in self._log_scale:
+            mask, stop = padding_mask(self._request), first_query(self._request) + tokens
+            if mask is None:
+                places = torch.arange(stop - tokens, stop, device=self._request.get("device"))[None]
+            else:  # a mask of the newest columns alone: those before are real
+                places = (mask.long().cumsum(1)[:, -tokens:] + max(0, stop - mask.shape[1]) - 1).clamp_min(0)
+            scale = (places.double() + base).log() / math.log(base)
+            self._log_scale[base, tokens] = scale[:, None, :, None]
+        return self._log_scale[base, tokens]
 
     def teacher(self, implementation: str, columns: Columns | None = None) -> Any:
         """What `implementation` would have received; for a cache of kept groups, over its `columns`."""
@@ -130,6 +150,9 @@ def linearized_attention(
     layer: StateLayer | None = kwargs.pop(_CACHE, None)
     hidden: Tensor | None = kwargs.pop(_INPUT, None)
     student = student_of(module)
+    base: float | None = getattr(module, LOG_SCALE, None)
+    if base is not None:
+        query = _log_scaled(query, base, attention_mask, None if student is None else student.kept)
     if student is not None and student.replaces_layer:
         _show_attention(student, query, key, value, attention_mask, scaling, kwargs)
     if student is None or student.mode == "teacher" or student.replaces_layer:
@@ -166,6 +189,17 @@ def linearized_attention(
         tensors = [t.detach() for t in (query, key, value, output[0].transpose(1, 2))]
         student.transfer(*(tensors if kept is None else map(kept.free, tensors)), **options)
     return output
+
+
+def _log_scaled(query: Tensor, base: float, attention_mask: Any, kept: KeptHeads | None) -> Tensor:
+    """The queries [B, H, T, D], those of kept heads (all, without a student) multiplied by log_base(t + base), as their
+    scores then are."""
+    if not isinstance(attention_mask, LazyMask):
+        raise ValueError("this model gives its layers no mask, which says where student.kept_log_scale finds a token")
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = attention_mask.log_scale(base, query.shape[2]).to(query.device, wide)
+    scaled = (query.to(wide) * scale).to(query.dtype)
+    return scaled if kept is None else kept.with_kept(query, scaled)
 
 
 def _show_attention(

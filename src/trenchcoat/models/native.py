@@ -119,6 +119,8 @@ def _check_settings(model: Any, student: StudentConfig, sites: list[AttentionSit
             f"student.name={student.name} is no layer of a class that other programs know; linearize with "
             f"student.name={STUDENT} to export with --native"
         )
+    if student.kept_log_scale is not None:
+        raise UserError(f"student.kept_log_scale={student.kept_log_scale:g}: Qwen3.5 has no scale by position")
     if family not in FAMILIES:
         raise UserError(
             f"a {family} model has parts that Qwen3.5 lacks; --native writes models of {', '.join(FAMILIES)}"

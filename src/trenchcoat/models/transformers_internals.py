@@ -114,6 +114,11 @@ def padding_mask(request: Mapping[str, Any]) -> Any:
     return request.get("attention_mask")
 
 
+def first_query(request: Mapping[str, Any]) -> int:
+    """Columns before the first query."""
+    return int(request.get("q_offset", 0))
+
+
 def make_mask(implementation: str, request: Mapping[str, Any]) -> Any:
     """The mask that `implementation` expects."""
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**request)

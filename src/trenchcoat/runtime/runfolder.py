@@ -87,7 +87,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 def constant_student(recipe: Recipe) -> StudentConfig:
     """The recipe's student with nothing kept of the softmax attention."""
-    return replace(recipe.student, keep=(), keep_softmax=())
+    return replace(recipe.student, keep=(), keep_softmax=(), kept_log_scale=None)
 
 
 def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
@@ -109,11 +109,12 @@ def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """{path: value} of every setting that decides the outcome of ``stage``."""
     chosen = _DEPENDS[stage]
+    free = _FREE | ({"student.kept_log_scale"} if stage in (TRANSFER, CONSTANT_TRANSFER) else set())
     recipe = stage_recipe(recipe, stage)
     return {
         path: value
         for path, value in flatten(recipe).items()
-        if path not in _FREE and any(path == part or path.startswith(f"{part}.") for part in chosen)
+        if path not in free and any(path == part or path.startswith(f"{part}.") for part in chosen)
     }
 
 

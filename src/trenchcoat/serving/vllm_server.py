@@ -86,6 +86,9 @@ def why_not(path: Path, cfg: ServeSettings) -> str | None:
     names = content.get("architectures") if isinstance(content, dict) else None
     if not set(names or ()) & set(MODELS):
         return f"it has classes for {', '.join(MODELS)} only, {path} is {', '.join(names or ['no merged folder'])}"
+    settings = (content.get("trenchcoat") or {}).get("student") or {}
+    if settings.get("kept_log_scale") is not None:
+        return f"its attention has no scale by position (student.kept_log_scale={settings['kept_log_scale']:g})"
     default = type(cfg)()
     changed = [name for name in _OURS_ALONE if getattr(cfg, name) != getattr(default, name)]
     return f"it has no --{changed[0].replace('_', '-')}; leave it out" if changed else None

@@ -48,6 +48,10 @@ class KeptHeads:
         """The student's heads of a tensor with H or G entries along `dim`, in order."""
         return x.index_select(dim, self._index((x.shape[dim], False), x.device))
 
+    def with_kept(self, x_BHTD: Tensor, other_BHTD: Tensor) -> Tensor:
+        """`x`, [B, H, T, D], with `other` in the kept heads."""
+        return x_BHTD.index_copy(1, self._index((self.num_heads, True), x_BHTD.device), self.kept(other_BHTD))
+
     def join(self, kept_BTHD: Tensor, free_BTHD: Tensor) -> Tensor:
         """Outputs [B, T, H, D] in the order of the heads, from those of the kept and of the student's heads."""
         return torch.cat((kept_BTHD, free_BTHD), 2).index_select(2, self._index((0, True), kept_BTHD.device))

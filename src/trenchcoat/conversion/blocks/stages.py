@@ -301,6 +301,12 @@ def check_blocks(recipe: Recipe, source: BlockSource, blocks: list[LayerBlock]) 
         raise UserError(f"student.{setting} names layer {max(named)}, but the layers are 0..{source.layers - 1}")
     if len(whole) == source.layers:
         raise UserError(f"student.{setting} names all {source.layers} layers; leave out the ones to linearize")
+    alone = [block for block in blocks if whole.issuperset(range(block.first, block.stop))]
+    if alone and student.kept_log_scale is not None:
+        raise UserError(
+            f"student.kept_log_scale={student.kept_log_scale:g}: all layers of a block ({alone[0].first} to "
+            f"{alone[0].stop - 1}) are kept, and such a block is scored as the model's own: choose another blocks.size"
+        )
 
 
 def check_found(recipe: Recipe, blocks: list[LayerBlock], cut_for: str) -> None:

@@ -153,6 +153,8 @@ def check_exportable(student: StudentConfig, family: str) -> None:
         reason = f"it has no attention like student.name={student.name}"
     elif student.keep:
         reason = f"it keeps softmax attention in whole layers only (student.keep_softmax), not in {student.keep[0]}"
+    elif student.kept_log_scale is not None:
+        reason = f"its softmax layers have no scale by position (student.kept_log_scale={student.kept_log_scale:g})"
     elif student.sinks != defaults.sinks:
         reason = f"its windows have no sinks (student.sinks={student.sinks})"
     elif student.feature_map.adapter_dim is not None:

@@ -16,7 +16,7 @@ _STATE_DTYPES = ("auto", "float32", "bfloat16")
 
 def check_model(config: Any, known: Iterable[str]) -> None:
     """UserError for a model whose architecture is not among the `known` ones, that has a LoRA which is not merged, or
-    students in place of whole layers."""
+    students in place of whole layers, or kept groups with a scale by position."""
     names = [str(name) for name in config.architectures or ()]
     if not set(names) & set(known):
         raise UserError(
@@ -24,11 +24,17 @@ def check_model(config: Any, known: Iterable[str]) -> None:
             f"{', '.join(known)}. Serve this one with `trenchcoat serve --engine embedded`"
         )
     own = getattr(config, "trenchcoat", None) or {}
-    student = student_settings(own.get("student", {})).name
-    if student_class(student).replaces_layer:
+    student = student_settings(own.get("student", {}))
+    if student_class(student.name).replaces_layer:
         raise UserError(
-            f"student.name={student} takes the place of whole layers, projections included: write what vLLM serves "
-            "without this package with `trenchcoat export FOLDER --native`, or use `trenchcoat serve --engine embedded`"
+            f"student.name={student.name} takes the place of whole layers, projections included: write what vLLM "
+            "serves without this package with `trenchcoat export FOLDER --native`, or use `trenchcoat serve --engine "
+            "embedded`"
+        )
+    if student.kept_log_scale is not None:
+        raise UserError(
+            f"student.kept_log_scale={student.kept_log_scale:g}: vLLM's own attention computes kept groups and layers, "
+            "and has no scale by position. Use `trenchcoat serve --engine embedded`"
         )
     if own.get("lora") is not None:
         raise UserError("the folder's LoRA is not merged: write a merged one with `trenchcoat export FOLDER --merge`")
