@@ -9,7 +9,7 @@ import pytest
 
 from conftest import save_tiny_model
 from trenchcoat.config import UserError
-from trenchcoat.config.recipe_io import names_model
+from trenchcoat.config.recipe_io import load_recipe, names_model
 from trenchcoat.planning import choose
 from trenchcoat.planning.choose import instructed, recipe_for, run_folder
 
@@ -35,6 +35,24 @@ def test_settings_fit_the_model(tmp_path: Path) -> None:
     assert any(choose.CPU_RECIPE in reason and "data.seq_len=300" in reason for reason in found.reasons)
     planned = recipe_for(str(model), here=False)
     assert any(choose.GPU_RECIPE in reason for reason in planned.reasons)
+
+
+def test_wider_models_get_a_lower_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = load_recipe(choose.CPU_RECIPE).lora
+    assert reference is not None
+    monkeypatch.setattr(choose, "CPU_WIDTH", 64)
+    for width, rate in ((64, reference.lr), (128, reference.lr / 2)):
+        model = str(save_tiny_model(tmp_path / str(width), seed=0, hidden_size=width))
+        found = recipe_for(model)
+        assert found.recipe.lora is not None
+        assert found.recipe.lora.lr == pytest.approx(rate)
+        assert any(f"lora.lr={rate:.1e}" in reason for reason in found.reasons) == (width > 64)
+        chosen = recipe_for(model, ["lora.lr=0.3"]).recipe.lora
+        assert chosen is not None
+        assert chosen.lr == 0.3
+    shipped = load_recipe(choose.GPU_RECIPE).lora
+    assert shipped is not None
+    assert 0.5 < reference.lr * 576 / 4096 / shipped.lr < 2
 
 
 def test_how_long_texts_may_be_is_said_where_the_model_reaches_further(tmp_path: Path) -> None:

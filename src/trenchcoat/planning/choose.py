@@ -27,6 +27,8 @@ from trenchcoat.students import STUDENTS
 
 GPU_RECIPE, CPU_RECIPE = "llama3_1_8b", "smollm2_135m"
 """The built-in recipes that the settings come from."""
+CPU_WIDTH = 576
+"""Hidden size of the model that `CPU_RECIPE` is for."""
 INSTRUCT_DATA, BASE_DATA = "yahma/alpaca-cleaned", "emozilla/pg19"
 """Hub ids of the default text."""
 CHECKPOINTED = 1e9
@@ -66,6 +68,7 @@ def recipe_for(
         f"run.dir={run_folder(model)}",
         *text,
         *_lengths(template, positions),
+        *([] if gpu else _rate(template, shapes.hidden)),
     ]
     if gpu:
         chosen.append(f"lora.gradient_checkpointing={str(shapes.parameters >= CHECKPOINTED).lower()}")
@@ -119,6 +122,12 @@ def _lengths(template: Recipe, positions: int | None) -> list[str]:
     if positions < least:
         found.append(f"student.window={max(1, positions // 4)}")
     return found
+
+
+def _rate(template: Recipe, width: int) -> list[str]:
+    """A lower learning rate of stage 2 for a wider model, in proportion; at 4,096 about that of `GPU_RECIPE`."""
+    assert template.lora is not None
+    return [f"lora.lr={template.lora.lr * CPU_WIDTH / width:.1e}"] if width > CPU_WIDTH else []
 
 
 def _text(model: str, data: str | None) -> tuple[list[str], str]:
