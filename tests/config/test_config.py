@@ -287,6 +287,16 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
         load_recipe(tmp_path / "latin.yaml")
 
 
+def test_a_bad_value_in_a_file_names_the_file_and_one_of_an_override_does_not(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("transfer: {lr: null}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: transfer\.lr must be a number, got None"):
+        load_recipe(file)
+    assert load_recipe(file, ["transfer.lr=1e-3"]).transfer is not None
+    with pytest.raises(UserError, match=r"^student\.window must be at least 1"):
+        load_recipe(file, ["transfer.lr=1e-3", "student.window=0"])
+
+
 def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     recipe = load_recipe(tmp_path / "empty.yaml")

@@ -20,11 +20,13 @@ SETTINGS: dict[str, Any] = {
     "student": {"window": 8, "feature_map": {"feature_dim": 8}},
     "select": {"seq_len": 40, "rows": 1, "frontier_rows": 2},
     "transfer": {"max_steps": 2, "eval_every": 2, "eval_batches": 1, "warmup_steps": 0},
-    "lora": {"max_steps": 2, "seq_len": None, "eval_every": 2, "eval_batches": 1, "warmup_steps": 0, "rank": 2},
+    "lora": {
+        "max_steps": 2, "seq_len": None, "eval_every": 2, "eval_batches": 1, "warmup_steps": 0, "rank": 2, "lr": 5e-4,
+    },
     "data.seq_len": 48,
     "eval": {"seq_len": 40, "rows": 2, "copy_rows": 2, "length_factors": [1], "decode_lengths": []},
     "run": {"progress": "off"},
-}
+}  # fmt: skip
 
 
 @pytest.fixture

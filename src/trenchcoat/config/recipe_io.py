@@ -58,7 +58,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, chosen: Sequ
     if Path(path).is_dir() and not any(item.partition("=")[0].strip() == "run.dir" for item in overrides):
         run["dir"] = path
     run.setdefault("dir", f"runs/{file.stem}")
-    return recipe_from_dict({**document, "run": run})
+    try:
+        return recipe_from_dict({**document, "run": run})
+    except UserError as error:
+        if str(error) == _fault(before):  # the file's own, and not one of an override
+            raise UserError(f"{file}: {error}") from error
+        raise
+
+
+def _fault(document: Mapping[str, Any]) -> str | None:
+    """What is wrong with a recipe's plain values; None if nothing is."""
+    try:
+        recipe_from_dict(document)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def plain_recipe(overrides: Sequence[str] = ()) -> Recipe:

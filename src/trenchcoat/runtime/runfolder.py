@@ -109,13 +109,18 @@ def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """{path: value} of every setting that decides the outcome of ``stage``."""
     chosen = _DEPENDS[stage]
-    free = _FREE | ({"student.kept_log_scale"} if stage in (TRANSFER, CONSTANT_TRANSFER) else set())
+    free = _free(stage)
     recipe = stage_recipe(recipe, stage)
     return {
         path: value
         for path, value in flatten(recipe).items()
         if path not in free and any(path == part or path.startswith(f"{part}.") for part in chosen)
     }
+
+
+def _free(stage: str) -> set[str]:
+    """Fields that may change when ``stage`` is resumed; stage 1 does not read how kept heads are scaled."""
+    return _FREE | ({"student.kept_log_scale"} if stage in (TRANSFER, CONSTANT_TRANSFER) else set())
 
 
 def is_changed(name: str, before: Any, now: Any) -> bool:
@@ -157,7 +162,7 @@ class RunFolder:
         return f"restore it, or delete {self.stage_dir(stage)} to run the stage again"
 
     def _compare(self, stage: str, now: Mapping[str, Any]) -> None:
-        before = self.settings(stage)
+        before = {name: value for name, value in self.settings(stage).items() if name not in _free(stage)}
         changed = [name for name in now if name in before and is_changed(name, before[name], now[name])]
         changed += [name for name in before if name not in now and name.split(".")[0] in {n.split(".")[0] for n in now}]
         if stage == TRANSFER and self.result(stage) is not None:  # LoRA may continue on the same weights in 4 bits
