@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 
 from trenchcoat.config import FeatureMapConfig, StudentConfig
+from trenchcoat.models import interface
 from trenchcoat.models.attach import attach_students, set_mode
 
 VOCABULARY = 97
@@ -94,3 +96,17 @@ def make(family: str = "llama", student: str = "terrace", keep: tuple[int | str,
     attach_students(model, config)
     set_mode(model, "student")
     return model
+
+
+def decoded_together(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step of a layer with kept groups from now on, whether the student and they were decoded in one call."""
+    together: list[bool] = []
+    original = interface._in_one_call
+
+    def counted(*given: Any) -> Tensor | None:
+        y = original(*given)
+        together.append(y is not None)
+        return y
+
+    monkeypatch.setattr(interface, "_in_one_call", counted)
+    return together

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from operator_kit import budget, error
-from tiny_families import WINDOW, logits, make, tiny_model, tokens
+from tiny_families import WINDOW, decoded_together, logits, make, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, StudentConfig, UserError
-from trenchcoat.models import interface
 from trenchcoat.models.attach import attach_students, detach_students, freeze_for_transfer, set_mode, students_of
 from trenchcoat.models.cache import cache_nbytes, state_layer
 from trenchcoat.models.kept import KeptKeys
@@ -211,15 +210,7 @@ def test_one_call_of_the_kernels_decodes_both_parts(
 ) -> None:
     """`layers` of the two decode the student and its kept groups together (not those with padding or with a sliding
     window of the model's own); all give what PyTorch gives in two calls."""
-    together: list[bool] = []
-    original = interface._in_one_call
-
-    def counted(*given: Any) -> Tensor | None:
-        y = original(*given)
-        together.append(y is not None)
-        return y
-
-    monkeypatch.setattr(interface, "_in_one_call", counted)
+    together = decoded_together(monkeypatch)
     ids, mask = tokens(2, 61), torch.ones(2, 61, dtype=torch.int64)
     mask[0, : 3 if padded else 0] = 0
     found = {}

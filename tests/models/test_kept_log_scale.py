@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from operator_kit import budget, error
-from tiny_families import GREEDY, WINDOW, logits, make, tiny_model, tokens
+from tiny_families import GREEDY, WINDOW, decoded_together, logits, make, tiny_model, tokens
 from trenchcoat.config import FeatureMapConfig, Recipe, StudentConfig, UserError
 from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.generation.generate import Session
 from trenchcoat.generation.statefile import function_identity
-from trenchcoat.models import hub, interface
+from trenchcoat.models import hub
 from trenchcoat.models.attach import (
     attach_students,
     attention_through,
@@ -138,15 +138,7 @@ def test_every_split_and_padding_give_what_the_whole_text_gives(family: str, stu
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 @pytest.mark.parametrize("student", ["terrace", "terrace_gated"])
 def test_one_call_of_the_kernels_decodes_scaled_heads(student: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    together: list[bool] = []
-    original = interface._in_one_call
-
-    def counted(*given: Any) -> Tensor | None:
-        y = original(*given)
-        together.append(y is not None)
-        return y
-
-    monkeypatch.setattr(interface, "_in_one_call", counted)
+    together = decoded_together(monkeypatch)
     ids, found = tokens(2, 61), {}
     for name, dtype, impl in (
         ("exact", torch.float64, "chunkwise"), ("chunkwise", torch.float32, "chunkwise"),

@@ -71,18 +71,11 @@ def test_sums_with_a_forget_gate(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_gated_delta_rule_of_transformers(length: int) -> None:
+@pytest.mark.parametrize(("rule", "forget"), [("gated_delta", "forget"), ("kimi_delta", "channels")])
+def test_the_delta_rules_of_transformers(rule: str, forget: str, length: int) -> None:
     x = _inputs(length, torch.float32)
-    found = delta_rule.gated_delta(x["q"], x["k"], x["v"], x["forget"], x["beta"], x["start"])
-    wanted = recurrences.gated_delta(x["q"], x["k"], x["v"], x["forget"], x["beta"], x["real"], x["start"])
-    _compared(found, wanted, x, **FLOAT32)
-
-
-@pytest.mark.parametrize("length", LENGTHS)
-def test_the_kimi_delta_rule_of_transformers(length: int) -> None:
-    x = _inputs(length, torch.float32)
-    found = delta_rule.kimi_delta(x["q"], x["k"], x["v"], x["channels"], x["beta"], x["start"])
-    wanted = recurrences.kimi_delta(x["q"], x["k"], x["v"], x["channels"], x["beta"], x["real"], x["start"])
+    found = getattr(delta_rule, rule)(x["q"], x["k"], x["v"], x[forget], x["beta"], x["start"])
+    wanted = getattr(recurrences, rule)(x["q"], x["k"], x["v"], x[forget], x["beta"], x["real"], x["start"])
     _compared(found, wanted, x, **FLOAT32)
 
 

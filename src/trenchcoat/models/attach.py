@@ -174,17 +174,17 @@ def own_outputs(model: nn.Module) -> Iterator[None]:
 
 
 def _choose_outputs(model: nn.Module, mode: Mode) -> None:
-    for student in students_of(model).values():
+    students = students_of(model)
+    for student in students.values():
         student.mode = mode
     decoder_of(model).trenchcoat_mode = mode
-    base = student_config(model).kept_log_scale
+    base = next(iter(students.values())).cfg.kept_log_scale
     if base is not None:
-        _scale_kept(model, base if mode == "student" else None)
+        _scale_kept(model, students, base if mode == "student" else None)
 
 
-def _scale_kept(model: nn.Module, base: float | None) -> None:
+def _scale_kept(model: nn.Module, students: dict[int, StudentAttention], base: float | None) -> None:
     """Have the scores of all heads that keep softmax attention multiplied by log_base(t + base); None: as they are."""
-    students = students_of(model)
     for site in attention_sites(model):
         student = students.get(site.index)
         setattr(site.module, LOG_SCALE, base if student is None or student.kept is not None else None)
@@ -232,9 +232,10 @@ def set_kept_log_scale(model: nn.Module, base: float | None) -> None:
     """Set `student.kept_log_scale` of a model with students; UserError for a base that is not above 1."""
     cfg = dataclasses.replace(student_config(model), kept_log_scale=base)
     check_section(cfg, "student")
-    for student in students_of(model).values():
+    students = students_of(model)
+    for student in students.values():
         student.cfg = cfg
-    _scale_kept(model, base if mode_of(model) == "student" else None)
+    _scale_kept(model, students, base if mode_of(model) == "student" else None)
 
 
 def set_state_dtype(model: nn.Module, dtype: str) -> None:
