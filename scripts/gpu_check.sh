@@ -47,7 +47,7 @@ done
 
 if [[ ${DRY_RUN:-0} != 1 ]]; then
   if [[ $DEVICE != cpu ]]; then
-    "$PYTHON" -c 'import sys, torch; sys.exit("no CUDA device was found; DEVICE=cpu rehearses without" * (not torch.cuda.is_available()))'
+    "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device was found; DEVICE=cpu rehearses without"'
   fi
   mkdir -p "$OUT"
   OUT=$(cd -- "$OUT" && pwd)
@@ -119,7 +119,7 @@ command_of() {
     selfcheck) bounded "$PYTHON" scripts/launch_kernels.py --device "$DEVICE" --selfcheck ;;
     tests)
       # shellcheck disable=SC2086
-      bounded "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${WORKERS:+-n "$WORKERS"} \
+      bounded "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -p no:benchmark ${WORKERS:+-n "$WORKERS"} \
         ${TESTS:-tests/ops/test_triton*.py tests/bench/test_bench_kernels.py}
       ;;
     memcheck | racecheck | initcheck) checked "$step" ;;

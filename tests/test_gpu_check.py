@@ -106,12 +106,15 @@ sys.exit(main(["bench", "kernels", "--only", "everything"]))
 @pytest.fixture
 def fakes(tmp_path: Path) -> dict[str, str]:
     """A fake Python that finds a GPU, whose tests hang and whose decoding benchmark fails; a fake sanitizer."""
-    python, sanitizer = tmp_path / "python", tmp_path / "sanitizer"
+    python, sanitizer, found = tmp_path / "python", tmp_path / "sanitizer", tmp_path / "found"
+    found.mkdir()
+    (found / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
     record = {"parts": {"operator": {"forward 8": {"seconds": 0.001, "share": 0.5, "others": {"sdpa": 0.002}}}}}
     python.write_text(
         f"""#!/bin/sh
 case "$*" in
   *gpu_summary.py*) exec {shlex.quote(sys.executable)} "$@" ;;
+  *is_available*) PYTHONPATH={found} exec {shlex.quote(sys.executable)} "$@" ;;
 esac
 echo "ran $*"
 case "$*" in

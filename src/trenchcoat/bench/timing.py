@@ -153,12 +153,12 @@ class Ceilings:
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a measurement, or that it ran out of memory; its memory is released either way."""
+    """The result of a measurement, or that it ran out of memory; its memory is released then and afterwards."""
     try:
-        return work()
+        found = work()
     except torch.cuda.OutOfMemoryError as error:
-        return {"out_of_memory": str(error).splitlines()[0]}
-    finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        found = {"out_of_memory": str(error).splitlines()[0]}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found

@@ -120,7 +120,9 @@ def _triton_obstacle(device: torch.device) -> str | None:
         return None if INTERPRETED else f"{device} is not a CUDA device"
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+    from trenchcoat.ops.triton.assembler import obstacle
+
+    return obstacle(device)
 
 
 @lru_cache

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trenchcoat.ops.state import FusedMap, Rule
+from trenchcoat.ops.triton import assembler
 from trenchcoat.ops.triton.forward import outputs
 from trenchcoat.ops.triton.parts import Constants, features_of, shared_bytes
 from trenchcoat.ops.triton.tiles import Choices, Tile, choices
@@ -378,6 +379,9 @@ def refusal(call: Call) -> str | None:
     rule, q, v = call.rule, call.q, call.v
     if not on_gpu(q.device):
         return f"the tensors are on {q.device}; Triton kernels need a CUDA device"
+    unassembled = assembler.obstacle(q.device)
+    if unassembled is not None:
+        return unassembled
     if q.dtype not in TYPES or call.k.dtype != q.dtype or v.dtype != q.dtype:
         types = f"q, k, v are {q.dtype}, {call.k.dtype}, {v.dtype}"
         return f"{types}; the kernels take bfloat16, float16 or float32, the same for all three"
