@@ -6,8 +6,8 @@ The kernels are those launched by the passes of a layer (outputs, gradients, att
 recorded while these run on empty tensors: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64, 2048
 tokens.
 
-Columns: registers per thread; bytes spilled to local memory (stores); shared memory; warps; and per iteration of the
-longest loop, the cycles a multiprocessor needs for its matrix instructions, for issuing all instructions (four per
+Columns: registers per thread; bytes spilled to local memory (stores); shared memory; warps; addresses of tensor cores'
+operands that are wrong (:func:`wrong_addresses`; there should be none); and per iteration of the longest loop, the cycles a multiprocessor needs for its matrix instructions, for issuing all instructions (four per
 cycle), and for its traffic with shared memory, local memory and L1 cache (128 bytes per cycle). These are lower bounds,
 counted from the machine code, at Hopper's rates: 4096 bfloat16 operations per cycle.
 """
@@ -30,7 +30,7 @@ from triton.runtime import JITFunction, driver
 
 from trenchcoat.ops import HeadWeights, Rule, StateSizes, StudentState, Tokens
 from trenchcoat.ops.state import FusedMap
-from trenchcoat.ops.triton import attention, crossent_launch, decode, launch
+from trenchcoat.ops.triton import assembler, attention, crossent_launch, decode, launch
 
 HEADS, KV_HEADS, DIM, COLUMNS, WINDOW, TOKENS = 32, 8, 128, 64, 64, 2048
 OPERATIONS, BYTES, ISSUED = 4096, 128, 4
@@ -126,13 +126,43 @@ class Layer:
         decode.decode(self.tokens[:1], self.maps, self.heads, state, self.rule)
 
 
-def longest_loop(cubin: bytes) -> list[str]:
-    """Instructions of the longest loop, without predicates."""
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
+
+
+def disassembled(cubin: bytes) -> str:
+    """The machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def wrong_addresses(text: str) -> list[str]:
+    """Instructions that compute the upper half of a shared-memory descriptor from a register that is not zero.
+
+    The lower half is an address, the upper half a constant (its bits 30 and 31 say how tiles are laid out) plus the
+    carry from the lower half: ``IADD3.X R9, R4, 0x40000040, RZ, P0`` with R4 = 0. CUDA 12.8's assembler sometimes takes
+    a register for R4 that holds another number by then; on the GPU that is an illegal memory access.
+    """
+    lines = [found[1].replace(".reuse", "").strip() for found in map(INSTRUCTION.match, text.splitlines()) if found]
+    zeros = r"(IMAD\.MOV(\.U32)?|MOV|CS2R(\.32)?|HFMA2\.MMA|U?MOV|R2UR) (U?R\d+), (-?U?RZ|SRZ|0x0)\b"
+    wrong = []
+    for i, line in enumerate(lines):
+        upper = re.match(r"U?IADD3\.X U?R\d+, (U?R\d+), (0x[48c]0000\w{3}|-0x[37]f{5}\w{2}), ", line)
+        if upper is None:
+            continue
+        register, number = upper[1], int(upper[1].lstrip("UR"))
+        pair = rf"(CS2R|\S+\.64) {register.rstrip('0123456789')}{number - 1},"
+        defined = (each for each in reversed(lines[:i]) if re.match(rf"\S+ {register}\b|{pair}", each))
+        last = next(defined, "")
+        if not re.match(zeros, last):
+            wrong.append(f"{line} after {last}")
+    return wrong
+
+
+def longest_loop(text: str) -> list[str]:
+    """Instructions of the longest loop, without predicates."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     loop = (0, 0)
@@ -140,7 +170,7 @@ def longest_loop(cubin: bytes) -> list[str]:
         label = re.match(r"\s*(\.L_x_\d+):", line)
         if label:
             labels[label[1]] = len(lines)
-        instruction = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        instruction = INSTRUCTION.match(line)
         if instruction is None:
             continue
         lines.append(instruction[1])
@@ -151,10 +181,9 @@ def longest_loop(cubin: bytes) -> list[str]:
     return lines[loop[0] : loop[1]]
 
 
-def cycles(kernel: Any) -> dict[str, int]:
+def cycles(text: str, warps: int) -> dict[str, int]:
     """Lower bounds per iteration of the longest loop; see the module docstring."""
-    warps = kernel.metadata.num_warps
-    lines = longest_loop(kernel.asm["cubin"])
+    lines = longest_loop(text)
     operations = moved = 0
     for line in lines:
         matrix = re.match(r"HGMMA\.64x(\d+)x16", line)
@@ -184,9 +213,10 @@ def report(kernel: Any, capability: int) -> dict[str, int]:
     registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
     assert registers is not None
     assert spilled is not None
+    text, warps = disassembled(kernel.asm["cubin"]), int(kernel.metadata.num_warps)
     return {
         "registers": int(registers[1]), "spilled_bytes": int(spilled[1]), "shared_bytes": int(kernel.metadata.shared),
-        "warps": int(kernel.metadata.num_warps), **cycles(kernel),
+        "warps": warps, "wrong_addresses": len(wrong_addresses(text)), **cycles(text, warps),
     }  # fmt: skip
 
 
@@ -203,14 +233,21 @@ def main() -> None:
     parser.add_argument("--out", default=None)
     args = parser.parse_args()
     driver.set_active(FakeDriver(args.capability))
+    if args.capability == 90:
+        obstacle = assembler.choose((99, 0))
+        if obstacle is not None:
+            raise SystemExit(obstacle)
     launch.wanted_programs = lambda device, each: 132 * each  # type: ignore[assignment]
     for module in (launch, crossent_launch):
         module.shared_limit = lambda device: SHARED[args.capability]  # type: ignore[assignment]
     launch.on_gpu = lambda device: True
     launch.has_copy_engine = lambda device: args.capability >= 90  # type: ignore[assignment]
     found: dict[str, dict[str, dict[str, int]]] = {}
-    names = ("registers", "spilled_bytes", "shared_bytes", "warps", "instructions", "matrix", "issue", "traffic")
-    print(f"{'kernel':<34}" + "".join(f"{n:>14}" for n in names))
+    names = (
+        "registers", "spilled_bytes", "shared_bytes", "warps", "wrong_addresses", "instructions", "matrix", "issue",
+        "traffic",
+    )  # fmt: skip
+    print(f"{'kernel':<34}" + "".join(f"{n:>16}" for n in names))
     for kind in args.kinds:
         layer = Layer(kind, getattr(torch, args.dtype), dim=args.dim, columns=args.columns, window=args.window)
         found[kind] = {}
@@ -221,7 +258,7 @@ def main() -> None:
                 if row in found[kind].values():
                     continue
                 found[kind][label] = row
-                print(f"{kind + ' ' + label:<34}" + "".join(f"{row[n]:>14,}" for n in names), flush=True)
+                print(f"{kind + ' ' + label:<34}" + "".join(f"{row[n]:>16,}" for n in names), flush=True)
     if args.out is not None:
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 

@@ -75,7 +75,6 @@ def test_outputs_and_memory(rule: str, tokens: int, dim: int) -> None:
         wanted = definition(*tensors, torch.ones(2, tokens, dtype=torch.bool, device="cuda"), start)
         found = run(*(x.bfloat16() for x in tensors[:3]), *tensors[3:], start.float())
     errors = [_error(x, y) for x, y in zip(found, wanted, strict=True)]
-    print("FLA", rule, tokens, dim, [f"{e:.1e}" for e in errors], flush=True)
     assert max(errors) <= SHARE
 
 

@@ -182,4 +182,10 @@ def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fla_kernels, "find_spec", lambda name: None)
     assert "pip install" in str(fla_kernels.obstacle(torch.bfloat16, cuda))
     monkeypatch.setattr(fla_kernels, "find_spec", lambda name: object())
-    assert fla_kernels.obstacle(torch.bfloat16, cuda) is None
+    for capability, triton, said in (
+        ((9, 0), "3.6.0+git12", "on Hopper the backward"), ((9, 0), "3.7.1", None), ((8, 0), "3.6.0", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_=capability: is_)
+        monkeypatch.setattr(fla_kernels, "version", lambda name, is_=triton: is_)
+        found = fla_kernels.obstacle(torch.bfloat16, cuda)
+        assert found is None if said is None else said in str(found)

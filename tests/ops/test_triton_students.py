@@ -13,7 +13,7 @@ from kernel_kit import DEVICE
 from operator_kit import error
 from trenchcoat.config import FeatureMapConfig, StudentConfig
 from trenchcoat.ops.compiled.build import compiler
-from trenchcoat.ops.triton import check
+from trenchcoat.ops.triton import assembler, check
 from trenchcoat.ops.triton.launch import INTERPRETED
 from trenchcoat.students import StudentAttention, TransferRequest, build_student, fused, operator_of
 
@@ -127,6 +127,7 @@ def test_auto_uses_what_can_run_and_logs_why(
 
     monkeypatch.setattr(fused, "_reported", set())
     monkeypatch.setattr(check, "check", lambda device: None)
+    monkeypatch.setattr(assembler, "obstacle", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     empty = torch.empty
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO, logger="trenchcoat"):

@@ -14,11 +14,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16)
 """Dtypes of q, k and v that the kernels take."""
-HOPPER, FIXED = 9, (3, 7, 1)
+HOPPER, FIXED = 9, Version("3.7.1")
 """Major compute capability of the GPUs for which triton 3.4 to 3.7.0 miscompiles the kernels' backward (fla-core raises
 an error there), and the first triton that does not."""
 _FEW = 16
@@ -33,9 +34,8 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the kernels of flash-linear-attention compute in bfloat16 or float16, not {dtype}"
     if find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install 'trenchcoat-lm[fla]')"
-    triton = tuple(int(part) for part in version("triton").split(".")[:3])
-    if torch.cuda.get_device_capability(device)[0] == HOPPER and triton < FIXED:
-        return f"on Hopper flash-linear-attention's backward needs triton {'.'.join(map(str, FIXED))} or newer"
+    if torch.cuda.get_device_capability(device)[0] == HOPPER and Version(version("triton")) < FIXED:
+        return f"on Hopper the backward of flash-linear-attention's kernels needs triton {FIXED} or newer"
     return None
 
 
