@@ -7,9 +7,10 @@ recorded while these run on empty tensors: 32 heads, 8 key/value heads, head dim
 tokens.
 
 Columns: registers per thread; bytes spilled to local memory (stores); shared memory; warps; addresses of tensor cores'
-operands that are wrong (:func:`wrong_addresses`; there should be none); and per iteration of the longest loop, the cycles a multiprocessor needs for its matrix instructions, for issuing all instructions (four per
-cycle), and for its traffic with shared memory, local memory and L1 cache (128 bytes per cycle). These are lower bounds,
-counted from the machine code, at Hopper's rates: 4096 bfloat16 operations per cycle.
+operands that are wrong (:func:`wrong_addresses`; there should be none); and per iteration of the longest loop, the
+cycles a multiprocessor needs for its matrix instructions, for issuing all instructions (four per cycle), and for its
+traffic with shared memory, local memory and L1 cache (128 bytes per cycle). These are lower bounds, counted from the
+machine code, at Hopper's rates: 4096 bfloat16 operations per cycle.
 """
 
 from __future__ import annotations
