@@ -32,7 +32,7 @@ class StudentsSizes:
     shape: LlamaShape = SMOLLM2
     layers: int = 30
     kept: tuple[str, ...] = KEPT
-    names: tuple[str, ...] = ("terrace", "terrace_gated", "gdn", "lightning")
+    names: tuple[str, ...] = ("terrace", "terrace_gated", "gdn", "kda", "lightning")
     context: int = 2048
     """Tokens read before others are generated."""
     generated: int = 128
