@@ -3,7 +3,7 @@
 # limit of its own, the results of a step written while it runs. After each step summary.txt holds one table of all.
 #
 #   OUT         folder for logs and figures (gpu_check)
-#   STEPS       some of: selfcheck tests memcheck operator layer decode reference racecheck initcheck model
+#   STEPS       some of: selfcheck tests memcheck operator layer decode reference racecheck initcheck model fla
 #               (the first seven, in this order)
 #   LIMIT       seconds for all steps (480); with more, each step's own limit grows in proportion
 #   PYTHON      an interpreter with torch, triton, transformers, peft, safetensors and pytest (python3)
@@ -36,7 +36,7 @@ fi
 # The limit of each step in seconds, where all have 480.
 declare -A seconds=(
   [selfcheck]=120 [tests]=180 [memcheck]=60 [operator]=90 [layer]=40 [decode]=100 [reference]=150
-  [racecheck]=120 [initcheck]=120 [model]=180
+  [racecheck]=120 [initcheck]=120 [model]=180 [fla]=300
 )
 for step in $STEPS; do
   if [[ -z ${seconds[$step]:-} ]]; then
@@ -80,6 +80,11 @@ checked() {
   bounded "${before[@]}" "$PYTHON" scripts/launch_kernels.py --device "$DEVICE"
 }
 
+# tested FILE ...: the plugin of that name would end pytest with a warning beside xdist's processes
+tested() {
+  bounded "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -p no:benchmark ${WORKERS:+-n "$WORKERS"} "$@"
+}
+
 measured() {
   local part=$1
   shift
@@ -119,9 +124,9 @@ command_of() {
     selfcheck) bounded "$PYTHON" scripts/launch_kernels.py --device "$DEVICE" --selfcheck ;;
     tests)
       # shellcheck disable=SC2086
-      bounded "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -p no:benchmark ${WORKERS:+-n "$WORKERS"} \
-        ${TESTS:-tests/ops/test_triton*.py tests/bench/test_bench_kernels.py}
+      tested ${TESTS:-tests/ops/test_triton*.py tests/bench/test_bench_kernels.py}
       ;;
+    fla) tested tests/ops/test_fla_gpu.py ;;
     memcheck | racecheck | initcheck) checked "$step" ;;
     operator | layer | model | decode) measured "$step" "$@" ;;
     reference) reference ;;
@@ -130,6 +135,9 @@ command_of() {
 
 # skipped STEP: why it cannot be run, or nothing
 skipped() {
+  if [[ $1 == fla ]] && ! "$PYTHON" -c 'import fla' 2>/dev/null; then
+    echo "fla-core is missing: WHEELS=folder"
+  fi
   if [[ $1 == reference ]]; then
     if [[ -z ${MODEL:-} || -z ${DATA:-} ]]; then
       echo "MODEL and DATA were not given"

@@ -29,11 +29,21 @@ def _selfcheck(out: Path) -> list[str]:
     return [line for line in _log(out, "selfcheck").splitlines() if "tolerance" in line]
 
 
-def _tests(out: Path) -> list[str]:
-    text = _log(out, "tests")
-    found = Counter(re.findall(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b(?! tests/)", text))
-    wrong = sorted(set(re.findall(r"^(?:FAILED|ERROR) (tests/\S+)", text, re.MULTILINE)))
-    return [", ".join(f"{count} {name.lower()}" for name, count in found.items()), *wrong[:8]] if found else []
+OUTCOME = "(?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
+ALONE = re.compile(rf"(?P<test>tests/.*\S) {OUTCOME}\b")
+BESIDE = re.compile(rf"\[gw\d+\] \[ *\d+%\] {OUTCOME} (?P<test>tests/.*\S)")
+"""How pytest reports a test: in one process, and in one of several."""
+
+
+def _tests(step: str) -> Callable[[Path], list[str]]:
+    def lines(out: Path) -> list[str]:
+        """How many passed so far, and the first that did not."""
+        seen = [found for line in _log(out, step).splitlines() if (found := ALONE.match(line) or BESIDE.match(line))]
+        counted = Counter(found["outcome"] for found in seen)
+        wrong = sorted({found["test"] for found in seen if found["outcome"] in ("FAILED", "ERROR")})
+        return [", ".join(f"{count} {name.lower()}" for name, count in counted.items()), *wrong[:8]] if seen else []
+
+    return lines
 
 
 def _launches(step: str) -> Callable[[Path], list[str]]:
@@ -84,7 +94,7 @@ def _reference(out: Path) -> list[str]:
 
 FIGURES: dict[str, Callable[[Path], list[str]]] = {
     "selfcheck": _selfcheck,
-    "tests": _tests,
+    **{step: _tests(step) for step in ("tests", "fla")},
     **{step: _launches(step) for step in ("memcheck", "racecheck", "initcheck")},
     **{step: _measured(step) for step in ("operator", "layer", "model", "decode")},
     "reference": _reference,

@@ -119,6 +119,7 @@ esac
 echo "ran $*"
 case "$*" in
   *selfcheck) echo "terrace  0.50 of the tolerance (the output), 1 s" ;;
+  *-n\\ 3*) echo "[gw1] [  9%] PASSED tests/a.py::one "; echo "[gw2] [ 10%] FAILED tests/a.py::two[a b] "; exit 1 ;;
   *-m\\ pytest*) echo "tests/a.py::one PASSED"; sleep 60 ;;
   *--only\\ operator*) echo {shlex.quote(json.dumps(record))} > {tmp_path}/out/kernels_operator.json ;;
   *--only\\ decode*) exit 3 ;;
@@ -148,6 +149,12 @@ def test_one_table_says_how_each_step_ended(fakes: dict[str, str]) -> None:
     assert {"terrace  0.50 of the tolerance (the output), 1 s", "ERROR SUMMARY: 0 errors"} <= figures
     assert "forward 8: 1 ms, 50% of the roofline, sdpa 2 ms (2.00x)" in figures
     assert "bench kernels --device cuda --only operator" in (out / "operator.log").read_text()
+
+
+def test_results_of_several_processes_are_counted(fakes: dict[str, str]) -> None:
+    done = _check(**fakes, WORKERS="3", STEPS="tests")
+    assert done.returncode == 1
+    assert [line.strip() for line in done.stdout.splitlines()[2:]] == ["1 passed, 1 failed", "tests/a.py::two[a b]"]
 
 
 def test_a_step_ends_at_its_limit_and_keeps_its_figures(fakes: dict[str, str]) -> None:
