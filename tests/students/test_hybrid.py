@@ -22,6 +22,7 @@ from trenchcoat.config.recipe_io import load_recipe
 from trenchcoat.conversion.run import check_names
 from trenchcoat.models.attach import students_of
 from trenchcoat.ops import HeadWeights, Rule, Tokens, linear_window_attention, recurrences
+from trenchcoat.ops.compiled import decode as compiled
 from trenchcoat.runtime.memory import live_tensor_memory
 from trenchcoat.runtime.runlog import read_metrics
 from trenchcoat.students import STUDENTS, TransferRequest, build_student, hybrid, operator_of, student_class
@@ -241,6 +242,35 @@ def test_the_window_on_kernels_is_that_of_pytorch(
         gradients = [x.grad for x in inputs.values() if x.requires_grad] + [p.grad for p in student.parameters()]
         found.append([y.detach(), *state.tensors().values(), *(g for g in gradients if g is not None)])
     assert used == ["chunkwise", *([taken] if taken != "triton" else [])]
+    for slow, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * max([1.0, *slow.abs().flatten().tolist()]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [name for name in HYBRID if name != "terrace_gated"])
+def test_the_window_of_single_tokens_on_kernels_is_that_of_pytorch(
+    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, from the first token on, over chunk edges; `terrace_gated` has kernels for both its parts."""
+    if operator_of(StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device("cpu")) != "compiled":
+        pytest.skip("no C++ compiler here")
+    given = {key: x.float() for key, x in _inputs(23).items()} | ({"mask_BT": _mask(23)} if padded else {})
+    found, called = [], []
+
+    def step(*args: Any) -> Tensor:
+        """The kernels, noting that they were called."""
+        called.append(args[4].far)
+        return compiled.decode(*args)
+
+    monkeypatch.setattr(hybrid, "compiled_decode", step)
+    for impl in ("chunkwise", "auto"):
+        torch.manual_seed(5)
+        student = _student(name, sinks=2, impl=impl).float()
+        state = student.empty_state(3, dtype=torch.float32)
+        ys = [student.decode(**_span(given, slice(t, t + 1)), state=state, scale=SCALE) for t in range(20)]
+        ys.append(student.decode(**_span(given, slice(20, 23)), state=state, scale=SCALE))
+        found.append([*ys, *state.tensors().values()])
+    assert called == [False] * 23
     for slow, fast in zip(*found, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * max([1.0, *slow.abs().flatten().tolist()]))
 

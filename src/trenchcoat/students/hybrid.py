@@ -23,6 +23,7 @@ from torch.nn.functional import linear, normalize
 
 from trenchcoat.config import StudentConfig
 from trenchcoat.ops import HeadWeights, Rule, StudentState, Tokens, linear_window_attention
+from trenchcoat.ops.compiled.decode import decode as compiled_decode
 from trenchcoat.ops.decode import decode
 from trenchcoat.ops.state import known_rule
 from trenchcoat.students import fused
@@ -72,6 +73,7 @@ class HybridAttention(StudentAttention):
         width = 2 * self.head_dim + self.value_dim
         self.mix_HX = nn.Parameter(torch.empty(self.num_heads, width, dtype=torch.float32))
         self.mix_bias_H = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
+        self._known_near: tuple[Any, str] | None = None
         self._rule(1.0)
 
     @torch.no_grad()
@@ -149,7 +151,10 @@ class HybridAttention(StudentAttention):
             given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
             return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
         tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(**scores)
-        heads, outputs = self._weights(q_BHTD, sink_logit), []
+        heads, outputs = (
+            HeadWeights(self.mix_bias_H, sink_logit),
+            [],
+        )  # a mix changes nothing where no far part is added
         x = self._direction(x_BTM, q_BHTD) if self.far_enabled else None
         count = q_BHTD.shape[2]
         for t in range(count):
@@ -159,7 +164,7 @@ class HybridAttention(StudentAttention):
             open_BT = None if surely else open_tokens(one, rule, state.seen_B)
             if x is not None:
                 far = self.far_step(one, x[:, t : t + 1], rule, state)
-            near = decode(one, None, heads, state, rule)
+            near = self._near_step(one, heads, state, rule)
             outputs.append(near if far is None else self._mixed(one, near, far, open_BT))
         return outputs[0] if count == 1 else torch.cat(outputs, 2)
 
@@ -219,8 +224,12 @@ class HybridAttention(StudentAttention):
 
     def _near_impl(self, dtype: torch.dtype, device: torch.device) -> str:
         """The implementation of the window, by `student.impl` (`fla`: that of `auto`)."""
-        shape = fused.LayerShape(dtype, self._rule(1.0), self.head_dim, self.value_dim)
-        return fused.implementation("auto" if self.cfg.impl == "fla" else self.cfg.impl, device, None, shape)
+        asked = (dtype, device, self.cfg.impl)
+        if self._known_near is None or self._known_near[0] != asked:
+            shape = fused.LayerShape(dtype, self._rule(1.0), self.head_dim, self.value_dim)
+            impl = "auto" if self.cfg.impl == "fla" else self.cfg.impl
+            self._known_near = (asked, fused.implementation(impl, device, None, shape))
+        return self._known_near[1]
 
     def flops(self, seq_len: int) -> Flops:
         """As :meth:`StudentAttention.flops`, with the gates among the maps."""
@@ -239,6 +248,13 @@ class HybridAttention(StudentAttention):
 
             return attend(tokens, None, heads, rule, state=state)
         return linear_window_attention(tokens, None, heads, rule, state=state, impl=impl)
+
+    def _near_step(self, token: Tokens, heads: HeadWeights, state: StudentState, rule: Rule) -> Tensor:
+        """The window's output for one more token of each row, which `state` then holds."""
+        like = token.q_BHTD
+        if self._near_impl(like.dtype, like.device) == "compiled" and fused.decodes(state, rule):
+            return compiled_decode(token, None, heads, [state], rule)
+        return decode(token, None, heads, state, rule)
 
     def _mixed(self, tokens: Tokens, near: Tensor, far: Tensor, open_BT: Tensor | None) -> Tensor:
         mix_BHT = self.mix(tokens, open_BT, far.dtype)
