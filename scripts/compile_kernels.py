@@ -6,11 +6,12 @@ The kernels are those launched by the passes of a layer (outputs, gradients, att
 recorded while these run on empty tensors: 32 heads, 8 key/value heads, head dim 128, feature dim 64, window 64, 2048
 tokens.
 
-Columns: registers per thread; bytes spilled to local memory (stores); shared memory; warps; addresses of tensor cores'
-operands that are wrong (:func:`wrong_addresses`; there should be none); and per iteration of the longest loop, the
-cycles a multiprocessor needs for its matrix instructions, for issuing all instructions (four per cycle), and for its
-traffic with shared memory, local memory and L1 cache (128 bytes per cycle). These are lower bounds, counted from the
-machine code, at Hopper's rates: 4096 bfloat16 operations per cycle.
+Columns: registers per thread; bytes of its stack, for registers that are too many; shared memory; warps; addresses of
+tensor cores' operands that are wrong and registers that are written too early (:func:`wrong_addresses` and
+:func:`early_writes`; there should be none of either); and per iteration of the longest loop, the cycles a
+multiprocessor needs for its matrix instructions, for issuing all instructions (four per cycle), and for its traffic
+with shared memory, local memory and L1 cache (128 bytes per cycle). These are lower bounds, counted from the machine
+code, at Hopper's rates: 4096 bfloat16 operations per cycle.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -130,13 +132,45 @@ class Layer:
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);")
 
 
-def disassembled(cubin: bytes) -> str:
-    """The machine code as text."""
+def examined(cubin: bytes, tool: str, *options: str) -> str:
+    """What one of Triton's tools, nvdisasm or cuobjdump, says of a program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        command = [getattr(knobs.nvidia, tool).path, *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def instructions(text: str) -> list[str]:
+    """Without predicates and hints."""
+    found = filter(None, map(INSTRUCTION.match, text.splitlines()))
+    return [each[1].replace(".reuse", "").strip() for each in found]
+
+
+def early_writes(text: str) -> list[str]:
+    """Instructions that write a register of an asynchronous matrix product before the wait for it.
+
+    Other projects' kernels were miscompiled in this way (https://github.com/triton-lang/triton/pull/11781).
+    """
+    busy: set[int] = set()
+    wrong = []
+    for line in instructions(text):
+        product = re.match(r"HGMMA\.64x(\d+)x\S+ R(\d+), (?:R(\d+), )?", line)
+        if product is not None:
+            width, into, operand = product.groups()
+            busy.update(range(int(into), int(into) + int(width) // 2))
+            if operand is not None:
+                busy.update(range(int(operand), int(operand) + 4))
+        elif line.startswith("WARPGROUP.DEPBAR"):
+            busy.clear()
+        else:
+            written = re.match(r"(\S+) R(\d+)\b", line)
+            if written is not None and not re.match(r"ST|RED|BAR", written[1]):
+                size = 4 if ".128" in written[1] or ".M88.4" in written[1] else 2 if ".64" in written[1] else 1
+                first = int(written[2])
+                if busy.intersection(range(first, first + size)):
+                    wrong.append(line)
+    return wrong
 
 
 def wrong_addresses(text: str) -> list[str]:
@@ -146,7 +180,7 @@ def wrong_addresses(text: str) -> list[str]:
     carry from the lower half: ``IADD3.X R9, R4, 0x40000040, RZ, P0`` with R4 = 0. CUDA 12.8's assembler sometimes takes
     a register for R4 that holds another number by then; on the GPU that is an illegal memory access.
     """
-    lines = [found[1].replace(".reuse", "").strip() for found in map(INSTRUCTION.match, text.splitlines()) if found]
+    lines = instructions(text)
     zeros = r"(IMAD\.MOV(\.U32)?|MOV|CS2R(\.32)?|HFMA2\.MMA|U?MOV|R2UR) (U?R\d+), (-?U?RZ|SRZ|0x0)\b"
     wrong = []
     for i, line in enumerate(lines):
@@ -203,21 +237,16 @@ def cycles(text: str, warps: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def report(kernel: Any, capability: int) -> dict[str, int]:
+def report(kernel: Any) -> dict[str, int]:
     """The assembler's statistics, and `cycles`."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])
-        name = f"sm_{capability}" + ("a" if capability >= 90 else "")
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", str(source), "-o", str(source) + ".cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
-    assert registers is not None
-    assert spilled is not None
-    text, warps = disassembled(kernel.asm["cubin"]), int(kernel.metadata.num_warps)
+    said = examined(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
+    used = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert used is not None
+    text, warps = examined(kernel.asm["cubin"], "nvdisasm", "-c"), int(kernel.metadata.num_warps)
     return {
-        "registers": int(registers[1]), "spilled_bytes": int(spilled[1]), "shared_bytes": int(kernel.metadata.shared),
-        "warps": warps, "wrong_addresses": len(wrong_addresses(text)), **cycles(text, warps),
+        "registers": int(used[1]), "stack_bytes": int(used[2]), "shared_bytes": int(kernel.metadata.shared),
+        "warps": warps, "wrong_addresses": len(wrong_addresses(text)), "early_writes": len(early_writes(text)),
+        **cycles(text, warps),
     }  # fmt: skip
 
 
@@ -235,9 +264,10 @@ def main() -> None:
     args = parser.parse_args()
     driver.set_active(FakeDriver(args.capability))
     if args.capability == 90:
-        obstacle = assembler.choose((99, 0))
+        assembler.driver_release = lambda: (99, 0)  # nothing is launched
+        obstacle = assembler.choose()
         if obstacle is not None:
-            raise SystemExit(obstacle)
+            print(obstacle, file=sys.stderr)
     launch.wanted_programs = lambda device, each: 132 * each  # type: ignore[assignment]
     for module in (launch, crossent_launch):
         module.shared_limit = lambda device: SHARED[args.capability]  # type: ignore[assignment]
@@ -245,8 +275,8 @@ def main() -> None:
     launch.has_copy_engine = lambda device: args.capability >= 90  # type: ignore[assignment]
     found: dict[str, dict[str, dict[str, int]]] = {}
     names = (
-        "registers", "spilled_bytes", "shared_bytes", "warps", "wrong_addresses", "instructions", "matrix", "issue",
-        "traffic",
+        "registers", "stack_bytes", "shared_bytes", "warps", "wrong_addresses", "early_writes", "instructions",
+        "matrix", "issue", "traffic",
     )  # fmt: skip
     print(f"{'kernel':<34}" + "".join(f"{n:>16}" for n in names))
     for kind in args.kinds:
@@ -255,7 +285,7 @@ def main() -> None:
         for work in args.only:
             for name, kernel in recorded(getattr(layer, work)).items():
                 label = name if name not in found[kind] else f"{name} [{work}]"
-                row = report(kernel, args.capability)
+                row = report(kernel)
                 if row in found[kind].values():
                     continue
                 found[kind][label] = row

@@ -47,7 +47,8 @@ done
 
 if [[ ${DRY_RUN:-0} != 1 ]]; then
   if [[ $DEVICE != cpu ]]; then
-    "$PYTHON" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device was found; DEVICE=cpu rehearses without"'
+    "$PYTHON" -c 'import sys, torch
+if not torch.cuda.is_available(): sys.exit("no CUDA device was found; DEVICE=cpu rehearses without")'
   fi
   mkdir -p "$OUT"
   OUT=$(cd -- "$OUT" && pwd)
@@ -80,7 +81,7 @@ checked() {
   bounded "${before[@]}" "$PYTHON" scripts/launch_kernels.py --device "$DEVICE"
 }
 
-# tested FILE ...: the plugin of that name would end pytest with a warning beside xdist's processes
+# tested FILE ...: pytest-benchmark would end it with a warning beside xdist's processes
 tested() {
   bounded "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider -p no:benchmark ${WORKERS:+-n "$WORKERS"} "$@"
 }
@@ -135,7 +136,9 @@ command_of() {
 
 # skipped STEP: why it cannot be run, or nothing
 skipped() {
-  if [[ $1 == fla ]] && ! "$PYTHON" -c 'import fla' 2>/dev/null; then
+  if [[ $1 == fla && $DEVICE == cpu ]]; then
+    echo "these kernels need a GPU"
+  elif [[ $1 == fla ]] && ! "$PYTHON" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("fla") is None)' >"$OUT/fla.log"; then
     echo "fla-core is missing: WHEELS=folder"
   fi
   if [[ $1 == reference ]]; then

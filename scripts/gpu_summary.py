@@ -32,13 +32,15 @@ def _selfcheck(out: Path) -> list[str]:
 OUTCOME = "(?P<outcome>PASSED|FAILED|ERROR|SKIPPED|XFAIL)"
 ALONE = re.compile(rf"(?P<test>tests/.*\S) {OUTCOME}\b")
 BESIDE = re.compile(rf"\[gw\d+\] \[ *\d+%\] {OUTCOME} (?P<test>tests/.*\S)")
-"""How pytest reports a test: in one process, and in one of several."""
+COLLECTED = re.compile(r"(?P<outcome>ERROR) (?P<test>tests/[^:\s]+)(?: - .*)?$")
+"""How pytest reports a test in one process and in one of several, and a file that it cannot import."""
 
 
 def _tests(step: str) -> Callable[[Path], list[str]]:
     def lines(out: Path) -> list[str]:
         """How many passed so far, and the first that did not."""
-        seen = [found for line in _log(out, step).splitlines() if (found := ALONE.match(line) or BESIDE.match(line))]
+        matched = (form.match(line) for line in _log(out, step).splitlines() for form in (ALONE, BESIDE, COLLECTED))
+        seen = [found for found in matched if found]
         counted = Counter(found["outcome"] for found in seen)
         wrong = sorted({found["test"] for found in seen if found["outcome"] in ("FAILED", "ERROR")})
         return [", ".join(f"{count} {name.lower()}" for name, count in counted.items()), *wrong[:8]] if seen else []

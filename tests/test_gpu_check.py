@@ -119,6 +119,8 @@ esac
 echo "ran $*"
 case "$*" in
   *selfcheck) echo "terrace  0.50 of the tolerance (the output), 1 s" ;;
+  *find_spec*) exit ${{NO_FLA:-0}} ;;
+  *test_fla_gpu.py*) echo "ERROR tests/ops/test_fla_gpu.py - ImportError: no" ; exit 2 ;;
   *-n\\ 3*) echo "[gw1] [  9%] PASSED tests/a.py::one "; echo "[gw2] [ 10%] FAILED tests/a.py::two[a b] "; exit 1 ;;
   *-m\\ pytest*) echo "tests/a.py::one PASSED"; sleep 60 ;;
   *--only\\ operator*) echo {shlex.quote(json.dumps(record))} > {tmp_path}/out/kernels_operator.json ;;
@@ -155,6 +157,15 @@ def test_results_of_several_processes_are_counted(fakes: dict[str, str]) -> None
     done = _check(**fakes, WORKERS="3", STEPS="tests")
     assert done.returncode == 1
     assert [line.strip() for line in done.stdout.splitlines()[2:]] == ["1 passed, 1 failed", "tests/a.py::two[a b]"]
+
+
+def test_the_kernels_of_flash_linear_attention_are_a_step_of_their_own(fakes: dict[str, str]) -> None:
+    """With a file that cannot be imported, without the package, and without a GPU."""
+    shown = [_check(**fakes, **more, STEPS="fla").stdout for more in ({}, {"NO_FLA": "1"}, {"DEVICE": "cpu"})]
+    assert "1 error" in shown[0]
+    assert "tests/ops/test_fla_gpu.py" in shown[0].split("1 error")[1]
+    assert "not run: fla-core is missing" in shown[1]
+    assert "not run: these kernels need a GPU" in shown[2]
 
 
 def test_a_step_ends_at_its_limit_and_keeps_its_figures(fakes: dict[str, str]) -> None:

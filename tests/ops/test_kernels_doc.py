@@ -17,6 +17,6 @@ def test_the_table_is_that_of_the_report() -> None:
     for line, (name, row) in zip(rows, found.items(), strict=True):
         counts = [row[column] for column in ("warps", "matrix", "issue", "traffic")]
         shared = round(row["shared_bytes"] / 1024)
-        numbers = [row["registers"], row["spilled_bytes"], shared, *counts]
+        numbers = [row["registers"], row["stack_bytes"], shared, *counts]
         assert [cell.strip() for cell in line.strip("| ").split("|")] == [f"`{name}`", *(f"{n:,}" for n in numbers)]
         assert row["shared_bytes"] <= 227 * 1024

@@ -176,6 +176,9 @@ def test_kernels_get_their_arguments_as_they_expect_them(length: int, fla: list[
 
 
 def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed; pip install triton")
+    from trenchcoat.ops.triton import assembler
+
     cuda = torch.device("cuda", 0)
     assert "not a CUDA device" in str(fla_kernels.obstacle(torch.bfloat16, torch.device("cpu")))
     assert "not torch.float32" in str(fla_kernels.obstacle(torch.float32, cuda))
@@ -186,6 +189,9 @@ def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ((9, 0), "3.6.0+git12", "on Hopper the backward"), ((9, 0), "3.7.1", None), ((8, 0), "3.6.0", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_=capability: is_)
-        monkeypatch.setattr(fla_kernels, "version", lambda name, is_=triton: is_)
+        monkeypatch.setattr("triton.__version__", triton)
+        monkeypatch.setattr(assembler, "obstacle", lambda device: None)
         found = fla_kernels.obstacle(torch.bfloat16, cuda)
         assert found is None if said is None else said in str(found)
+    monkeypatch.setattr(assembler, "obstacle", lambda device: "of the assembler")
+    assert fla_kernels.obstacle(torch.bfloat16, cuda) == "of the assembler"

@@ -246,15 +246,20 @@ def test_the_window_on_kernels_is_that_of_pytorch(
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5 * max([1.0, *slow.abs().flatten().tolist()]))
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("case", ["plain", "padded", "short"])
 @pytest.mark.parametrize("name", [name for name in HYBRID if name != "terrace_gated"])
 def test_the_window_of_single_tokens_on_kernels_is_that_of_pytorch(
-    name: str, padded: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, from the first token on, over chunk edges; `terrace_gated` has kernels for both its parts."""
+    """In float32, from the first token on, over chunk edges; `terrace_gated` has kernels for both its parts. `short`: a
+    state in bfloat16, with a sink logit and a soft cap."""
     if operator_of(StudentConfig(), head_dim=64, dtype=torch.float32, device=torch.device("cpu")) != "compiled":
         pytest.skip("no C++ compiler here")
-    given = {key: x.float() for key, x in _inputs(23).items()} | ({"mask_BT": _mask(23)} if padded else {})
+    given = {key: x.float() for key, x in _inputs(23).items()} | ({"mask_BT": _mask(23)} if case == "padded" else {})
+    scores: dict[str, Any] = {"scale": SCALE}
+    if case == "short":
+        scores |= {"softcap": 3.0, "sink_logit": torch.randn(HEADS)}
+    held = torch.bfloat16 if case == "short" else torch.float32
     found, called = [], []
 
     def step(*args: Any) -> Tensor:
@@ -266,9 +271,9 @@ def test_the_window_of_single_tokens_on_kernels_is_that_of_pytorch(
     for impl in ("chunkwise", "auto"):
         torch.manual_seed(5)
         student = _student(name, sinks=2, impl=impl).float()
-        state = student.empty_state(3, dtype=torch.float32)
-        ys = [student.decode(**_span(given, slice(t, t + 1)), state=state, scale=SCALE) for t in range(20)]
-        ys.append(student.decode(**_span(given, slice(20, 23)), state=state, scale=SCALE))
+        state = student.empty_state(3, dtype=held)
+        ys = [student.decode(**_span(given, slice(t, t + 1)), state=state, **scores) for t in range(20)]
+        ys.append(student.decode(**_span(given, slice(20, 23)), state=state, **scores))
         found.append([*ys, *state.tensors().values()])
     assert called == [False] * 23
     for slow, fast in zip(*found, strict=True):

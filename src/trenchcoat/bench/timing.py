@@ -153,7 +153,8 @@ class Ceilings:
 
 
 def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a measurement, or that it ran out of memory; its memory is released then and afterwards."""
+    """The result of a measurement, or that it ran out of memory; its memory is released either way. After any other
+    error nothing is: a broken device would raise another error in its place."""
     try:
         found = work()
     except torch.cuda.OutOfMemoryError as error:

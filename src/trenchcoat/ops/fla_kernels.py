@@ -9,7 +9,6 @@ Shape legend: B rows, H heads, T tokens, D key dim, E value dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16)
 """Dtypes of q, k and v that the kernels take."""
-HOPPER, FIXED = 9, Version("3.7.1")
-"""Major compute capability of the GPUs for which triton 3.4 to 3.7.0 miscompiles the kernels' backward (fla-core raises
-an error there), and the first triton that does not."""
+FIXED = Version("3.7.1")
+"""The first triton that does not miscompile the kernels' backward for Hopper; with 3.4 to 3.7.0 fla-core raises an
+error there."""
 _FEW = 16
 """Up to as many tokens go through the kernel that takes one after the other."""
 
@@ -34,9 +33,14 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the kernels of flash-linear-attention compute in bfloat16 or float16, not {dtype}"
     if find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install 'trenchcoat-lm[fla]')"
-    if torch.cuda.get_device_capability(device)[0] == HOPPER and Version(version("triton")) < FIXED:
+    import triton
+
+    from trenchcoat.ops.triton import assembler
+
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == assembler.HOPPER
+    if hopper and Version(triton.__version__) < FIXED:
         return f"on Hopper the backward of flash-linear-attention's kernels needs triton {FIXED} or newer"
-    return None
+    return assembler.obstacle(device)
 
 
 def gated_delta(

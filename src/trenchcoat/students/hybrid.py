@@ -151,10 +151,9 @@ class HybridAttention(StudentAttention):
             given = {"x_BTM": x_BTM, "mask_BT": mask_BT, "sink_logit": sink_logit, **scores}
             return super().decode(q_BHTD, k_BGTD, v_BGTE, state=state, **given)
         tokens, rule = Tokens(q_BHTD, k_BGTD, v_BGTE, mask_BT), self._rule(**scores)
-        heads, outputs = (
-            HeadWeights(self.mix_bias_H, sink_logit),
-            [],
-        )  # a mix changes nothing where no far part is added
+        # without a far part a mix changes nothing; a parameter stays where it is, so the kernels know the next call
+        heads = HeadWeights(self.mix_bias_H, sink_logit)
+        outputs = []
         x = self._direction(x_BTM, q_BHTD) if self.far_enabled else None
         count = q_BHTD.shape[2]
         for t in range(count):

@@ -1,8 +1,8 @@
-"""Which assembler turns the kernels into machine code.
+"""Which assembler (ptxas) turns the kernels into machine code.
 
-On Hopper Triton (3.6 and 3.7.1) uses the ptxas of CUDA 12.8, which miscompiles the kernels: the upper half of a
-tensor core's shared-memory address is read from the register of another number, and the first launch ends with an
-illegal memory access. CUDA 12.9's and 13.1's are correct; Triton has one of them for newer devices.
+On Hopper triton 3.6 and 3.7.1 use the ptxas of CUDA 12.8, which miscompiles a kernel: the upper half of a shared-memory
+descriptor is computed from the register of another number, and the first launch ends in an illegal memory access. The
+one that Triton has for newer GPUs, of CUDA 12.9 or 13.1, does not (`scripts/compile_kernels.py` looks for it).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import logging
 import os
 from functools import lru_cache
+from threading import Lock
 
 import torch
 from triton import knobs
@@ -20,48 +21,57 @@ _log = logging.getLogger(__name__)
 Release = tuple[int, int]
 SETTING = "TRITON_PTXAS_PATH"
 HOPPER = 9
-"""Major compute capability of the devices whose matrix instructions are concerned."""
-CORRECT: Release = (12, 9)
-"""The oldest release that is known to be correct."""
+"""Major compute capability of the GPUs whose matrix instructions are concerned."""
+LEAST: Release = (12, 9)
+"""The oldest release without this fault; 12.9 and 13.1 have been looked at."""
+_choosing = Lock()
 
 
 @lru_cache
 def obstacle(device: torch.device) -> str | None:
     """Why the kernels cannot be compiled for `device`; None if they can, with an assembler that has been chosen.
 
-    The choice is Triton's own setting (``TRITON_PTXAS_PATH``), so it applies to every kernel that this process and its
-    children compile from then on. Where that is set already it stays.
+    The choice is Triton's own setting (``TRITON_PTXAS_PATH``), so it applies to every kernel that this process, and
+    those it starts, compile from then on. Where that is set already it stays.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return None
-    return choose(driver_release())
+    with _choosing:
+        return choose()
 
 
-def driver_release() -> Release:
-    """The newest release of CUDA whose programs the driver runs."""
-    version = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    return version.value // 1000, version.value % 1000 // 10  # 13020: CUDA 13.2
-
-
-def choose(driver: Release) -> str | None:
-    """Use a correct assembler for Hopper, or say why there is none. `driver`: the release of CUDA that it supports."""
-    usual, other = knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell
-    if _release(usual.version) >= CORRECT:
+def choose() -> str | None:
+    """Use an assembler without the fault for Hopper, or say why there is none."""
+    usual, asked = compiler.get_ptxas(10 * HOPPER), os.environ.get(SETTING)
+    if _release(usual.version) >= LEAST:
         return None
     wrong = f"ptxas {usual.version} miscompiles the kernels"
-    if SETTING in os.environ:
-        return f"{SETTING} is {usual.path}, and {wrong}; it takes one of CUDA {_text(CORRECT)} or newer"
-    if _release(other.version) < CORRECT or _release(other.version)[0] > driver[0]:
+    if asked is not None:
+        run = "" if asked == usual.path else ", which cannot be run, so that Triton takes its own"
+        return f"{SETTING} is {asked}{run}, and {wrong}; it takes one of CUDA {_text(LEAST)} or newer"
+    try:
+        other, newest = knobs.nvidia.ptxas_blackwell, driver_release()
+    except (OSError, RuntimeError) as error:
+        return f"Triton's {wrong}, and there is no other ({error}); set {SETTING} to one from CUDA {_text(LEAST)} on"
+    if _release(other.version) < LEAST or _release(other.version)[0] > newest[0]:
         return (
             f"Triton's {wrong}, and its {other.version} for newer GPUs does not go with this driver (CUDA "
-            f"{_text(driver)}); set {SETTING} to the ptxas of a CUDA from {_text(CORRECT)} to {driver[0]}.x"
+            f"{_text(newest)}); set {SETTING} to the ptxas of a CUDA from {_text(LEAST)} to {newest[0]}.x"
         )
     knobs.nvidia.ptxas = other.path
     for cached in (compiler.get_ptxas_version, compiler.CUDABackend.hash):  # stored programs are named after it
-        cached.cache_clear()
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
     _log.info("Triton kernels are assembled by ptxas %s, as %s", other.version, wrong)
     return None
+
+
+def driver_release() -> Release:
+    """The newest release of CUDA whose programs the driver runs; OSError if there is no driver."""
+    version = ctypes.c_int()
+    if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+        raise OSError("the CUDA driver does not say its version")
+    return version.value // 1000, version.value % 1000 // 10  # 13020: CUDA 13.2
 
 
 def _release(version: str) -> Release:
