@@ -189,7 +189,7 @@ def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ((9, 0), "3.6.0+git12", "on Hopper the backward"), ((9, 0), "3.7.1", None), ((8, 0), "3.6.0", None),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_=capability: is_)
-        monkeypatch.setattr("triton.__version__", triton)
+        monkeypatch.setattr(assembler, "VERSION", triton)
         monkeypatch.setattr(assembler, "obstacle", lambda device: None)
         found = fla_kernels.obstacle(torch.bfloat16, cuda)
         assert found is None if said is None else said in str(found)

@@ -33,12 +33,9 @@ def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"the kernels of flash-linear-attention compute in bfloat16 or float16, not {dtype}"
     if find_spec("fla") is None:
         return "flash-linear-attention is not installed (pip install 'trenchcoat-lm[fla]')"
-    import triton
-
     from trenchcoat.ops.triton import assembler
 
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == assembler.HOPPER
-    if hopper and Version(triton.__version__) < FIXED:
+    if assembler.is_hopper(device) and Version(assembler.VERSION) < FIXED:
         return f"on Hopper the backward of flash-linear-attention's kernels needs triton {FIXED} or newer"
     return assembler.obstacle(device)
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from threading import Lock
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.nvidia import compiler
 
@@ -24,6 +25,7 @@ HOPPER = 9
 """Major compute capability of the GPUs whose matrix instructions are concerned."""
 LEAST: Release = (12, 9)
 """The oldest release without this fault; 12.9 and 13.1 have been looked at."""
+VERSION = triton.__version__
 _choosing = Lock()
 
 
@@ -34,10 +36,17 @@ def obstacle(device: torch.device) -> str | None:
     The choice is Triton's own setting (``TRITON_PTXAS_PATH``), so it applies to every kernel that this process, and
     those it starts, compile from then on. Where that is set already it stays.
     """
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != HOPPER:
+    if not is_hopper(device):
         return None
     with _choosing:
         return choose()
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` is a GPU of NVIDIA's with compute capability 9."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def choose() -> str | None:
