@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import script_module
 from kernel_kit import DEVICE
 from trenchcoat.cli import app as cli
 from trenchcoat.config.recipe_io import load_recipe
@@ -194,12 +194,7 @@ def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
 def test_every_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.interpreter import InterpretedFunction
 
-    place = REPOSITORY / "scripts" / "launch_kernels.py"
-    spec = importlib.util.spec_from_file_location("launch_kernels", place)
-    assert spec is not None
-    assert spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = script_module("launch_kernels")
     launched: set[str] = set()
     real = InterpretedFunction.run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,25 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trenchcoat
+from conftest import script_module
 from trenchcoat.config import StudentConfig
 from trenchcoat.evaluation.scoring import score, score_copies
 from trenchcoat.evaluation.statistics import gap_closed
 from trenchcoat.models.attach import set_kept_log_scale
 from trenchcoat.models.embedded import stdlib_documents, teacher_dir
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "score_long_text.py"
 ROWS, TOKENS = 6, 384
-
-
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("score_long_text", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)
-    spec.loader.exec_module(script)
-    return script
 
 
 def test_the_whole_model_closes_everything_and_the_window_nothing(
@@ -47,7 +35,7 @@ def test_the_whole_model_closes_everything_and_the_window_nothing(
     AutoTokenizer.from_pretrained(teacher_dir()).save_pretrained(whole)
     (nothing := tmp_path / "selection.json").write_text('{"kept": []}')
 
-    script = loaded(monkeypatch)
+    script = script_module("score_long_text")
     monkeypatch.setattr(script, "TEXTS", {"text": (ROWS, TOKENS, 2 * script.BASELINE.window)})
     monkeypatch.setattr(script, "COPIES", {"copy": TOKENS})
     arguments = [str(teacher_dir()), str(books), str(whole), "--untrained", str(nothing), "--window", "64"]
@@ -73,7 +61,7 @@ def test_several_lengths_and_a_log_scale(tmp_path: Path, monkeypatch: pytest.Mon
     texts = [text for _, text in stdlib_documents("validation") if len(text) > 10_000][:ROWS]
     books.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     selection.write_text('{"kept": ["3.0", "1.1"]}')
-    script = loaded(monkeypatch)
+    script = script_module("score_long_text")
     arguments = [str(teacher_dir()), str(books), "--untrained", str(selection), "--window", "8", "--below", "16"]
     arguments += ["--lengths", "64", "256", "--rows", "3", "--baseline-window", "4", "--log-scale", "50"]
     monkeypatch.setattr(sys, "argv", ["score_long_text.py", *arguments, "--out", str(out)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed; pip install triton")
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, script_module
 from trenchcoat.ops.triton import assembler, launch
 from trenchcoat.students import fused
 
@@ -148,13 +147,8 @@ MACHINE_CODE = """
 """The first, third and fourth of these instructions ended in an illegal memory access on an H200."""
 
 
-def test_wrong_addresses_and_early_writes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_wrong_addresses_and_early_writes_are_found() -> None:
+    script = script_module("compile_kernels")
     wrong = ["IADD3.X R12, R0, -0x3ffffff0, RZ, P0, !PT after LDG.E R0, desc[UR40][R2.64]"]
     assert script.wrong_addresses(MACHINE_CODE) == wrong
     assert script.early_writes(MACHINE_CODE) == ["MOV R182, RZ", "LDS.64 R158, [R3]"]

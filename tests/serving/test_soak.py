@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
+from conftest import script_module
 from serve_kit import Running
 
 pytest_plugins = ["serve_fixtures"]
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "soak_server.py"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("soak_server", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def script() -> Any:
+    return script_module("soak_server")
 
 
-def test_no_request_is_lost_and_memory_is_flat(server: Running, script: ModuleType) -> None:
+def test_no_request_is_lost_and_memory_is_flat(server: Running, script: Any) -> None:
     url = f"http://127.0.0.1:{server.port}"
     script.soak(url, minutes=0.05, requests=40, seed=1)  # warming up
     found = script.soak(url, minutes=0.15, requests=80)
@@ -38,7 +28,7 @@ def test_no_request_is_lost_and_memory_is_flat(server: Running, script: ModuleTy
     assert len(found["kinds"]) >= 7
 
 
-def test_a_lost_request_is_noticed(server: Running, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_request_is_noticed(server: Running, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script.Client, "post", lambda *args: (500, b"{}"))
     found = script.soak(f"http://127.0.0.1:{server.port}", minutes=0.01, requests=8)
     assert found["passed"] is False

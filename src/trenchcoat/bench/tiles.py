@@ -71,7 +71,8 @@ def keep(device: str, shape: str, found: Choices, version: str) -> None:
 
 def tune(passes: Sequence[Callable[[], object]], clock: Clock, *, device: torch.device) -> dict[str, Any]:
     """Tune one shape's passes, store the result and return it JSON-ready."""
-    from trenchcoat.ops.triton.launch import VERSION, device_name, recorded, signature
+    from trenchcoat.ops.triton.assembler import VERSION
+    from trenchcoat.ops.triton.launch import device_name, recorded, signature
 
     with recorded() as launches:
         for work in passes:

@@ -20,12 +20,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trenchcoat.ops.state import FusedMap, Rule
 from trenchcoat.ops.triton import assembler
+from trenchcoat.ops.triton.assembler import VERSION
 from trenchcoat.ops.triton.forward import outputs
 from trenchcoat.ops.triton.parts import Constants, features_of, shared_bytes
 from trenchcoat.ops.triton.tiles import Choices, Tile, choices
 
 OutOfResources = triton.runtime.errors.OutOfResources
-VERSION = triton.__version__
 INTERPRETED = not isinstance(outputs, triton.runtime.JITFunction)
 """Kernels run in Triton's interpreter, on CPUs (the environment variable TRITON_INTERPRET is set)."""
 if INTERPRETED:
